@@ -1,0 +1,214 @@
+"""The Mamba-2 mixer on Megatron's tensor-parallel layers.
+
+Parameter names, shapes and checkpoint layout are those of megatron-core's `MambaMixer`, so released checkpoints load;
+the scan, convolution and norm come from `nemotron_h.ops`, so it runs without a GPU and takes `seq_idx`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules, _split_tensor_factory
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
+from torch import Tensor, nn
+
+from nemotron_h.model import init
+from nemotron_h.ops.select import select_ops
+
+
+class GatedNorm(nn.Module):
+    """The weight of the gated RMSNorm; one value per channel of this rank."""
+
+    def __init__(self, channels: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, dtype=dtype, device=device))
+        self.weight.tensor_model_parallel = True
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, object]:
+        """Sharded over tensor-parallel ranks along its only axis."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+class NemotronHMixer(MegatronModule):
+    """Mamba-2 mixer: input projection, causal convolution, SSD scan, gated RMSNorm, output projection.
+
+    Args:
+        config: the model's Megatron configuration (`NemotronHConfig`).
+        submodules: the classes of the two projections.
+        d_model: width of the residual stream.
+        layer_number: counted from 1 over the whole model.
+        pg_collection: process groups; `tp` is used.
+    """
+
+    #: kept in float32 whatever the parameters' dtype: the scan's decays are exponentials of them
+    float32_parameters = ("A_log", "D", "dt_bias")
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaMixerSubmodules,
+        d_model: int,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        if pg_collection is None:
+            raise ValueError("NemotronHMixer needs pg_collection")
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        tp_size = self.tp_group.size()
+        self.head_dim = config.mamba_head_dim
+        self.state_dim = config.mamba_state_dim
+        self.heads_local = config.mamba_num_heads // tp_size
+        self.groups_local = config.mamba_num_groups // tp_size
+        self.inner_local = self.heads_local * self.head_dim
+        self.inner = config.mamba_num_heads * self.head_dim
+        state_local = self.groups_local * self.state_dim
+        self.in_proj_sections = [self.inner_local, self.inner_local, state_local, state_local, self.heads_local]
+        self.conv_sections = [self.inner_local, state_local, state_local]
+        device = torch.cuda.current_device() if not config.use_cpu_initialization else torch.device("cpu")
+
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            sum(self.in_proj_sections) * tp_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+        )
+        conv_channels = sum(self.conv_sections)
+        self.conv1d = nn.Conv1d(
+            conv_channels,
+            conv_channels,
+            kernel_size=config.conv_kernel,
+            groups=conv_channels,
+            padding=config.conv_kernel - 1,
+            device=device,
+            dtype=config.params_dtype,
+        )
+        for name in self.float32_parameters:
+            parameter = nn.Parameter(torch.ones(self.heads_local, dtype=torch.float32, device=device))
+            parameter._no_weight_decay = True
+            self.register_parameter(name, parameter)
+        self.norm = GatedNorm(self.inner_local, config.params_dtype, device)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.inner,
+            d_model,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+        )
+        for parameter in (self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias):
+            parameter.tensor_model_parallel = True
+        self.ops = select_ops()
+
+    def initialize(self, name: str, seed: int) -> None:
+        """Draw the mixer's weights (`nemotron_h.model.init`); `name` is the mixer's global name."""
+        rank, size = self.tp_group.rank(), self.tp_group.size()
+        bound = 1.0 / math.sqrt(self.config.conv_kernel)  # kaiming uniform with a = sqrt(5) over the window
+        std = self.config.init_method_std
+        shard = {"seed": seed, "axis": 0, "tp_rank": rank, "tp_size": size}
+        init.fill(self.in_proj.weight, f"{name}.in_proj", init.normal(std), sections=self.in_proj_sections, **shard)
+        for part in ("weight", "bias"):
+            init.fill(
+                getattr(self.conv1d, part),
+                f"{name}.conv1d.{part}",
+                init.uniform(-bound, bound),
+                sections=self.conv_sections,
+                **shard,
+            )
+        init.fill(self.A_log, f"{name}.A_log", init.log_uniform_a, **shard)
+        init.fill(self.dt_bias, f"{name}.dt_bias", init.dt_bias, **shard)
+        residual = init.normal(std / math.sqrt(self.config.num_layers))
+        init.fill(self.out_proj.weight, f"{name}.out_proj", residual, **{**shard, "axis": 1})
+
+    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202 - torch's signature
+        """Keep `float32_parameters` in float32 when the model is cast to a lower precision (moves still apply)."""
+        kept = {name: getattr(self, name).data for name in self.float32_parameters}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = before.to(device=parameter.device)
+        return self
+
+    def forward(self, hidden_states: Tensor, seq_idx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Mix along the sequence.
+
+        Args:
+            hidden_states: [sequence, batch, hidden] (sequence-parallel shard where that is on).
+            seq_idx: int32 [batch, sequence], the document of each token; states start anew where it changes.
+        Returns:
+            the output in the input's shape, and the output projection's bias (None).
+        """
+        projected, _ = self.in_proj(hidden_states)
+        # [sequence, batch, channels] read as [batch, sequence, channels]; the ops take strided input
+        projected = projected.transpose(0, 1)
+        z, xbc, dt = projected.split([self.inner_local, sum(self.conv_sections), self.heads_local], dim=-1)
+        xbc = self.ops.conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx)
+        x, b, c = xbc.split(self.conv_sections, dim=-1)
+        y = self.ops.ssd(
+            x.unflatten(-1, (self.heads_local, self.head_dim)),
+            dt,
+            -torch.exp(self.A_log.float()),
+            b.unflatten(-1, (self.groups_local, self.state_dim)),
+            c.unflatten(-1, (self.groups_local, self.state_dim)),
+            D=self.D.float(),
+            dt_bias=self.dt_bias.float(),
+            seq_idx=seq_idx,
+        )
+        y = self.ops.gated_rms_norm(
+            y.flatten(-2),
+            z,
+            self.norm.weight,
+            group_size=self.inner_local // self.groups_local,
+            eps=self.config.layernorm_epsilon,
+        )
+        return self.out_proj(y.transpose(0, 1))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, object]:
+        """Megatron distributed-checkpoint layout; projections and convolution are split into z, x, B, C, dt."""
+        own: dict[str, object] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        state = make_sharded_tensors_for_checkpoint(
+            own,
+            prefix,
+            tensor_parallel_layers_axis_map={"A_log": 0, "dt_bias": 0, "D": 0},
+            sharded_offsets=sharded_offsets,
+        )
+        for name, module in self.named_children():
+            child = f"{prefix}{name}."
+            if name == "conv1d":
+                tensors = module.state_dict(prefix="", keep_vars=True)
+                shards = make_sharded_tensors_for_checkpoint(tensors, child, {"weight": 0, "bias": 0}, sharded_offsets)
+            else:
+                shards = sharded_state_dict_default(module, child, sharded_offsets, metadata)
+            state.update(shards)
+        for key, sections, parts in (
+            ("in_proj.weight", self.in_proj_sections, ["z", "x", "B", "C", "dt"]),
+            ("conv1d.weight", self.conv_sections, ["x", "B", "C"]),
+            ("conv1d.bias", self.conv_sections, ["x", "B", "C"]),
+        ):
+            state[f"{prefix}{key}"] = _split_tensor_factory(state[f"{prefix}{key}"], sections, parts, 0)
+        return state
