@@ -1,0 +1,132 @@
+"""Megatron's indexed token format (`.bin` + `.idx`), written as a stream.
+
+Megatron-core reads these files. Its own writer is not used because it keeps Python lists of every document and takes
+seconds to import; the tests hold this writer to byte equality with it. Layout of the index: magic, version (u64),
+type code (u8), sequences (u64), document marks (u64), then lengths (i32), byte offsets (i64) and document marks
+(i64). One sequence is one document here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
+_CHUNK = 1 << 20
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest token type that Megatron uses and that holds every id: uint16 up to 65,535 ids, else int32."""
+    return np.dtype(np.uint16 if vocab_size <= 65_535 else np.int32)
+
+
+@dataclass
+class IndexHeader:
+    """The head of an `.idx` file: token type, number of sequences (documents) and the size the file must have in
+    bytes.
+    """
+
+    dtype: np.dtype
+    sequences: int
+    marks: int
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of a complete index."""
+        return _HEADER.size + self.sequences * 12 + self.marks * 8
+
+
+def read_index_header(path: str | Path) -> IndexHeader:
+    """Read the head of an `.idx` file.
+
+    Raises:
+        ValueError: when it is not one.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_HEADER.size)
+    names = {code: name for name, code in _CODES.items()}
+    if len(head) < _HEADER.size or head[:9] != _MAGIC or head[17] not in names:
+        raise ValueError(f"{path} is not an index of Megatron's indexed format, or it is damaged")
+    _, version, code, sequences, marks = _HEADER.unpack(head)
+    if version != 1:
+        raise ValueError(f"{path}: index version {version}, only 1 is known")
+    return IndexHeader(np.dtype(names[code]), sequences, marks)
+
+
+def read_lengths(path: str | Path) -> np.ndarray:
+    """The lengths in tokens of all sequences of an `.idx` file, int32 [sequences], memory-mapped."""
+    header = read_index_header(path)
+    return np.memmap(path, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(header.sequences,))
+
+
+def index_is_plain(path: str | Path) -> bool:
+    """Whether offsets and marks of an `.idx` file say: one sequence per document, in order, without gaps."""
+    header, lengths = read_index_header(path), read_lengths(path)
+    if header.marks != header.sequences + 1:
+        return False
+    start = _HEADER.size + header.sequences * 4
+    offsets = np.memmap(path, dtype=np.int64, mode="r", offset=start, shape=(header.sequences,))
+    marks = np.memmap(path, dtype=np.int64, mode="r", offset=start + header.sequences * 8, shape=(header.marks,))
+    position = 0
+    for first in range(0, header.sequences, _CHUNK):
+        part = np.cumsum(lengths[first : first + _CHUNK], dtype=np.int64) * header.dtype.itemsize + position
+        expected = np.concatenate(([position], part[:-1]))
+        if not np.array_equal(offsets[first : first + _CHUNK], expected):
+            return False
+        if not np.array_equal(marks[first : first + _CHUNK], np.arange(first, first + len(part))):
+            return False
+        position = int(part[-1])
+    return int(marks[-1]) == header.sequences
+
+
+def write_index(path: str | Path, lengths: np.ndarray, dtype: np.dtype) -> str:
+    """Write an `.idx` file for documents that lie one after the other, and flush it to disk.
+
+    Args:
+        path: of the file.
+        lengths: tokens per document, int32 [documents].
+        dtype: token type of the `.bin` file.
+
+    Returns:
+        sha256 of the file.
+    """
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def put(data: bytes) -> None:
+            digest.update(data)
+            file.write(data)
+
+        put(_HEADER.pack(_MAGIC, 1, _CODES[dtype.name], len(lengths), len(lengths) + 1))
+        for first in range(0, len(lengths), _CHUNK):
+            put(np.ascontiguousarray(lengths[first : first + _CHUNK], dtype="<i4").tobytes())
+        position = 0
+        for first in range(0, len(lengths), _CHUNK):
+            ends = np.cumsum(lengths[first : first + _CHUNK], dtype=np.int64) * dtype.itemsize + position
+            put(np.concatenate(([position], ends[:-1])).astype("<i8").tobytes())
+            position = int(ends[-1])
+        for first in range(0, len(lengths) + 1, _CHUNK):
+            put(np.arange(first, min(first + _CHUNK, len(lengths) + 1), dtype="<i8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(_CHUNK):
+        digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,226 @@
+"""What a prepared blend consists of: `manifest.json`, and the quick check that training makes before it starts.
+
+Layout under the data root (`--root`, else the environment's `NEMOTRON_H_DATA`, else `./data`):
+
+    <root>/<blend>/manifest.json
+    <root>/<blend>/tokenizer/
+    <root>/<blend>/<source>/{train,validation}.{bin,idx}    Megatron's indexed format; every document ends with the
+    EOD token <root>/<blend>/<source>/source.json                     the source's part of the manifest
+    <root>/<blend>/<source>/quarantine.jsonl                records that could not be read, with file and position
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemotron_h.data.blend import Blend
+from nemotron_h.data.indexed import read_index_header
+from nemotron_h.errors import UserError
+
+FORMAT_VERSION = 1
+ROOT_VARIABLE = "NEMOTRON_H_DATA"
+SPLITS = ("train", "validation")
+
+
+@dataclass
+class SplitManifest:
+    """One `.bin/.idx` pair.
+
+    Args:
+        prefix: path without `.bin`; relative paths start at the folder of `manifest.json`.
+        documents: number of documents.
+        tokens: number of tokens, the EOD of every document included.
+        bytes: UTF-8 bytes of the text; 0 where it is not known (ready `.bin/.idx`).
+        dtype: numpy name of the token type in the `.bin` file.
+        sha256_bin: of the `.bin` file.
+        sha256_idx: of the `.idx` file.
+    """
+
+    prefix: str
+    documents: int
+    tokens: int
+    bytes: int
+    dtype: str
+    sha256_bin: str
+    sha256_idx: str
+
+
+@dataclass
+class SourceManifest:
+    """What became of one source.
+
+    Args:
+        category: of the blend's phases.
+        licence: as the blend states it.
+        hash_of_inputs: sha256 over everything that the tokens depend on: input files, settings, tokenizer.
+        splits: `train`, and `validation` where documents were held out.
+        duplicates_dropped: documents equal to an earlier one of this source.
+        empty_dropped: documents without a visible character.
+        quarantined: unreadable records; each is a line of `quarantine.jsonl`.
+        inputs: name -> sha256 of the files that were read.
+    """
+
+    category: str
+    licence: str
+    hash_of_inputs: str
+    splits: dict[str, SplitManifest]
+    duplicates_dropped: int = 0
+    empty_dropped: int = 0
+    quarantined: int = 0
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> SourceManifest:
+        """The inverse of `dataclasses.asdict`."""
+        splits = {name: SplitManifest(**split) for name, split in content["splits"].items()}
+        return cls(**{**content, "splits": splits})
+
+
+@dataclass
+class TokenizerManifest:
+    """The tokenizer that made the tokens.
+
+    Args:
+        kind: as in the blend.
+        vocab_size: number of ids.
+        eod_id: the id that ends every document.
+        sha256: the tokenizer's fingerprint.
+        path: its folder; relative paths start at the folder of `manifest.json`.
+        lossless: whether the probe texts (several scripts, emoji, code) survive encoding and decoding.
+    """
+
+    kind: str
+    vocab_size: int
+    eod_id: int
+    sha256: str
+    path: str
+    lossless: bool
+
+
+@dataclass
+class Manifest:
+    """`manifest.json`. `folder` is where it lies and is not written into it."""
+
+    format_version: int
+    blend: str
+    blend_hash: str
+    tokenizer: TokenizerManifest
+    sources: dict[str, SourceManifest]
+    folder: str = ""
+
+    def prefix(self, source: str, split: str) -> str | None:
+        """Absolute prefix of a source's `.bin/.idx`, or None when the source has no such split."""
+        entry = self.sources[source].splits.get(split)
+        return None if entry is None else str(Path(self.folder) / entry.prefix)
+
+    def tokens(self, split: str = "train") -> dict[str, int]:
+        """Source -> number of tokens of a split (0 where it has none)."""
+        return {name: s.splits[split].tokens if split in s.splits else 0 for name, s in self.sources.items()}
+
+    def tokenizer_path(self) -> str:
+        """Absolute path of the tokenizer's folder."""
+        return str(Path(self.folder) / self.tokenizer.path)
+
+    def save(self) -> None:
+        """Write `manifest.json` atomically."""
+        content = dataclasses.asdict(self)
+        del content["folder"]
+        write_json(Path(self.folder) / "manifest.json", content)
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """The data root: the argument, else `$NEMOTRON_H_DATA`, else `./data`."""
+    return Path(root or os.environ.get(ROOT_VARIABLE) or "data").expanduser()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is either the old one or the whole new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_manifest(root: str | Path | None, blend_name: str) -> Manifest:
+    """Read `<root>/<blend_name>/manifest.json`.
+
+    Raises:
+        UserError: when it is absent, unreadable or of another format version.
+    """
+    path = data_root(root) / blend_name / "manifest.json"
+    again = f"Run: nemotron-h data prepare --blend {blend_name} --root {data_root(root)}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format_version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {content['format_version']}, this version reads {FORMAT_VERSION}", again
+            )
+        return Manifest(
+            **{
+                **content,
+                "tokenizer": TokenizerManifest(**content["tokenizer"]),
+                "sources": {name: SourceManifest.from_dict(s) for name, s in content["sources"].items()},
+            },
+            folder=str(path.parent.resolve()),
+        )
+    except FileNotFoundError:
+        raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error!r}", again) from error
+
+
+def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
+    """The check before training: everything is there, of the right size and made by this tokenizer, for these sources.
+
+    Reads only the manifest, the files' sizes and the `.idx` headers: milliseconds per source. `verify` compares
+    contents.
+
+    Raises:
+        UserError: naming the file and what to do.
+    """
+    manifest = load_manifest(root, blend.name)
+    path = Path(manifest.folder) / "manifest.json"
+    again = f"Run: nemotron-h data prepare --blend {blend.path or blend.name} --root {data_root(root)}"
+    missing = [name for name in blend.sources if name not in manifest.sources]
+    if missing:
+        raise UserError(f"{path}: the blend's sources {', '.join(missing)} are not prepared", again)
+    if blend.tokenizer.kind != manifest.tokenizer.kind:
+        kinds = f"prepared with {manifest.tokenizer.kind}, the blend says {blend.tokenizer.kind}"
+        raise UserError(f"{path}: another kind of tokenizer ({kinds})", again)
+    for name in blend.sources:
+        for split in manifest.sources[name].splits:
+            problem = split_problem(manifest, name, split)
+            if problem:
+                raise UserError(problem, again)
+    return manifest
+
+
+def split_problem(manifest: Manifest, source: str, split: str) -> str:
+    """What sizes and headers say is wrong with one `.bin/.idx` pair; empty when nothing is."""
+    entry = manifest.sources[source].splits[split]
+    prefix = manifest.prefix(source, split)
+    for suffix in (".bin", ".idx"):
+        if not os.path.isfile(prefix + suffix):
+            return f"{prefix}{suffix} is missing (source {source}, {split})"
+    try:
+        header = read_index_header(prefix + ".idx")
+    except ValueError as error:
+        return str(error)
+    if header.dtype.name != entry.dtype:
+        return f"{prefix}.idx: token type {header.dtype.name}, the manifest says {entry.dtype}"
+    if header.sequences != entry.documents:
+        return f"{prefix}.idx: {header.sequences} documents, the manifest says {entry.documents}"
+    for suffix, expected in ((".bin", entry.tokens * header.dtype.itemsize), (".idx", header.file_size)):
+        size = os.path.getsize(prefix + suffix)
+        if size != expected:
+            state = "truncated" if size < expected else "too long"
+            return f"{prefix}{suffix} is {state}: {size:,} bytes, {expected:,} expected (source {source}, {split})"
+    return ""
