@@ -1,0 +1,114 @@
+"""Compose a recipe: name or path and overrides in, a complete `RecipeConfig` out (Hydra's compose API)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemotron_h.data.blend import parse_count
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ModelDefinition, definition_from_dict
+from nemotron_h.schema import PRECISIONS, STAGES, RecipeConfig
+from nemotron_h.strict import nearest, typed
+
+
+def recipes_dir() -> Path:
+    """The recipes that ship with the package."""
+    return Path(str(files("nemotron_h.recipes")))
+
+
+def configs_dir() -> Path:
+    """What recipes are made of: `model/` and its neighbours."""
+    return Path(str(files("nemotron_h.configs")))
+
+
+def known_recipes() -> list[str]:
+    """Shipped recipes as `<model>/<stage>`, without the bases."""
+    root = recipes_dir()
+    return sorted(
+        str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml") if path.parent.name != "base"
+    )
+
+
+def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
+    """Compose and check a recipe.
+
+    Args:
+        name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`), or the path of a YAML file.
+        overrides: `optim.peak_lr=3e-4` sets a value, `model=nemotron_h_8b` exchanges a part by name.
+    Returns:
+        the recipe with every value set, checked by `check`.
+    Errors:
+        UserError: unknown recipe, key or group, wrong type, missing or impossible value.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {path}")
+        directory, name, origin = path.resolve().parent, path.stem, str(path)
+    else:
+        known = known_recipes()
+        if name_or_path not in known:
+            raise UserError(
+                f"there is no recipe {name_or_path!r}",
+                hint=f"{nearest(name_or_path, known)}Known recipes: {', '.join(known)}; or give the path of a YAML file.",
+            )
+        directory, name, origin = recipes_dir(), name_or_path, f"recipe {name_or_path}"
+    search = [f"file://{recipes_dir()}", f"file://{configs_dir()}"]
+    groups = {folder.name for folder in configs_dir().iterdir() if folder.is_dir()}
+    parts = [override for override in overrides if override.split("=")[0] in groups]
+    values = [override for override in overrides if override not in parts]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(directory), version_base="1.3"):
+            composed = hydra_compose(name, overrides=[*parts, f"hydra.searchpath=[{','.join(search)}]"])
+        OmegaConf.resolve(composed)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{origin}: {str(error).split('Config search path')[0].strip()}") from error
+    recipe = typed(RecipeConfig, composed, origin)
+    if values:
+        recipe = typed(RecipeConfig, OmegaConf.merge(composed, OmegaConf.from_dotlist(values)), "override")
+    check(recipe, origin)
+    return recipe
+
+
+def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
+    """The recipe's model, validated against its own `expect`."""
+    return definition_from_dict(OmegaConf.to_container(OmegaConf.structured(recipe.model)), origin)
+
+
+def count_of(value: str, key: str, origin: str) -> int:
+    """A token count such as 15T."""
+    try:
+        return parse_count(value)
+    except ValueError as error:
+        raise UserError(f"{origin}: {key}: {error}") from error
+
+
+def check(recipe: RecipeConfig, origin: str) -> None:
+    """Check what needs more than one key to be wrong.
+
+    Errors:
+        UserError: names the key, the origin and what would fit.
+    """
+    definition = definition_of(recipe, origin)
+    for key, value, allowed in (("precision", recipe.precision, PRECISIONS), ("stage", recipe.stage, STAGES)):
+        if value not in allowed:
+            raise UserError(f"{origin}: {key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
+    tokens = count_of(recipe.tokens, "tokens", origin)
+    warmup = count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin)
+    if warmup >= tokens:
+        raise UserError(f"{origin}: optim.warmup_tokens ({warmup:,}) is not shorter than the run ({tokens:,} tokens)")
+    if not 0 <= recipe.optim.final_lr <= recipe.optim.peak_lr:
+        raise UserError(f"{origin}: optim.final_lr = {recipe.optim.final_lr} is not between 0 and optim.peak_lr")
+    definition.validate_tensor_parallel(recipe.parallel.tensor)
+    definition.validate_pipeline_parallel(recipe.parallel.pipeline)

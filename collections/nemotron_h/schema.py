@@ -1,0 +1,155 @@
+"""The one vocabulary of recipes: typed, and strict (unknown keys are errors). Imports no torch, NeMo or Megatron."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+PRECISIONS = ("fp32", "bf16")
+STAGES = ("pretrain",)
+
+
+@dataclass
+class ExpectSchema:
+    """Counts that the model must have; loading fails when they differ."""
+
+    mamba: int = MISSING
+    attention: int = MISSING
+    ffn: int = MISSING
+    parameters: int = MISSING
+
+
+@dataclass
+class ModelSchema:
+    """Pattern and widths; see `model.definition.ModelDefinition` for the meaning of each."""
+
+    name: str = MISSING
+    pattern: str = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_query_groups: int = MISSING
+    head_dim: int = MISSING
+    mamba_num_heads: int = MISSING
+    mamba_head_dim: int = MISSING
+    mamba_num_groups: int = MISSING
+    mamba_state_dim: int = MISSING
+    vocab_size: int = MISSING
+    conv_kernel: int = 4
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    expect: ExpectSchema = field(default_factory=ExpectSchema)
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class DataSchema:
+    """Which blend, and how it is cut into batches.
+
+    Attributes:
+        blend: name of a file in `data_blends/`, or a path.
+        root: folder of prepared data; null is `$NEMOTRON_H_DATA`, or `./data`.
+        seq_length: tokens per sequence.
+        global_batch_size: sequences per step, over all ranks.
+        micro_batch_size: sequences per forward pass of one rank.
+        seed: of the sample order.
+        document_reset: whether states and attention start anew at document boundaries.
+        workers: processes that load data, per rank.
+    """
+
+    blend: str = MISSING
+    root: str | None = None
+    seq_length: int = MISSING
+    global_batch_size: int = MISSING
+    micro_batch_size: int = 1
+    seed: int = 1234
+    document_reset: bool = False
+    workers: int = 0
+
+
+@dataclass
+class OptimSchema:
+    """AdamW and a cosine schedule with linear warm-up.
+
+    Attributes:
+        peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
+        warmup_tokens: length of the warm-up; an integer, or text such as 8.3B.
+        beta1, beta2, eps, weight_decay: AdamW.
+        clip_grad: largest global gradient norm; 0 is no clipping.
+    """
+
+    peak_lr: float = MISSING
+    final_lr: float = MISSING
+    warmup_tokens: str = MISSING
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass
+class ParallelSchema:
+    """How the model and the batch are split over ranks. Data parallel is what remains of nodes * devices."""
+
+    nodes: int = 1
+    devices: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = True
+
+
+@dataclass
+class CheckpointSchema:
+    """When checkpoints are written and how many of the newest are kept. The last step always writes one."""
+
+    every_steps: int = MISSING
+    keep: int = 2
+
+
+@dataclass
+class LogSchema:
+    """Where a run writes and how often it reports.
+
+    Attributes:
+        dir: parent of the run's folder.
+        every_steps: steps between progress lines.
+        validate_every_steps: steps between validations.
+        validation_batches: global batches per validation.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    dir: str = "runs"
+    every_steps: int = 10
+    validate_every_steps: int = MISSING
+    validation_batches: int = MISSING
+    tensorboard: bool = True
+
+
+@dataclass
+class RecipeConfig:
+    """A recipe, composed and complete.
+
+    Attributes:
+        name: also the name of the run's folder.
+        stage: what the recipe does.
+        tokens: length of the run; an integer, or text such as 15T.
+        precision: one of `fp32`, `bf16`.
+        init_seed: of the initial weights.
+        sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
+    """
+
+    name: str = MISSING
+    stage: str = MISSING
+    tokens: str = MISSING
+    precision: str = MISSING
+    init_seed: int = 1234
+    model: ModelSchema = field(default_factory=ModelSchema)
+    data: DataSchema = field(default_factory=DataSchema)
+    optim: OptimSchema = field(default_factory=OptimSchema)
+    parallel: ParallelSchema = field(default_factory=ParallelSchema)
+    checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
+    log: LogSchema = field(default_factory=LogSchema)
+    sources: dict[str, str] = field(default_factory=dict)
