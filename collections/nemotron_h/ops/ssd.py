@@ -1,0 +1,400 @@
+"""Mamba-2's state-space scan (SSD) in plain PyTorch: chunked, with a hand-derived backward, and its one-token step.
+
+Per head, with ``a_t = dt_t * A`` (A < 0) and a state ``S`` of shape [state, head_dim]:
+
+    S_t = exp(a_t) S_{t-1} + dt_t B_t x_t^T          y_t = C_t^T S_t + D x_t
+
+The chunked form (Dao and Gu 2024, "Transformers are SSMs") splits the length into chunks and writes, inside one chunk, with
+``cum`` the running sum of ``a`` and ``u = dt x``:
+
+    y_i   = sum_{j<i} (C_i.B_j) exp(cum_i - cum_j) u_j  +  exp(cum_i) C_i^T S_in  +  (dt_i C_i.B_i + D) x_i
+    S_out = exp(cum_end) S_in + sum_j exp(cum_end - cum_j) B_j u_j^T
+
+so that everything but the chunk-to-chunk state is a matrix product. Differences of ``cum`` are taken before the exponential:
+every exponent is <= 0, so nothing overflows. The diagonal (j = i) is kept out of the products: it needs no decay, joins the
+skip term for free, and without it the backward's sums for ``cum`` subtract only numbers of their own size.
+
+Why it is laid out this way (CPU): the products with the state take all heads of a group as the columns of one matrix, C.B^T
+is shared by the heads of a group, and the work goes in segments whose [chunk, chunk] matrices stay in cache. The backward
+keeps the inputs and the state at each segment's start, and recomputes the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# ours: measured on two Zen 5 cores (heads 16 x 32, state 64): 64 beats 32 and 128. Below, the passes over the state and the
+# small products dominate; above, the [chunk, chunk] work does.
+CPU_CHUNK = 64
+# ours: [chunk, chunk] matrix elements per segment; three such float32 buffers fit in a last-level cache.
+SEGMENT_ELEMENTS = 1 << 19
+
+
+@dataclass
+class _Segment:
+    """What forward and backward both need of one segment: ``s`` chunks of ``c`` tokens of ``b`` sequences.
+
+    Heads are split as (g groups, r heads per group). "Head layout" is [s, g, b, r, c, ...], "wide" is [s, g, b, c, r, ...].
+    """
+
+    x: Tensor  # wide, [s, g, b, c, r, p]; a view of the input where its dtype allows
+    raw: Tensor  # dt before softplus, [s, g, b, r, c]
+    dt: Tensor  # [s, g, b, r, c]
+    decay_in: Tensor  # exp(cum_i), 0 where the chunk's incoming state is of another document
+    decay_out: Tensor  # exp(cum_end - cum_j), 0 where token j's document has ended before the chunk's end
+    decay_chunk: Tensor  # exp(cum_end) [s, g, b, r], 0 where a document begins in the chunk
+    B: Tensor  # [s, g, b, c, n]
+    C: Tensor  # [s, g, b, c, n]
+    gram: Tensor  # C_i . B_j [s, g, b, c, c]
+    decay: Tensor  # exp(cum_i - cum_j) for j < i of the same document, else 0: [s, g, b, r, c, c]
+    skip: Tensor  # dt_i C_i.B_i + D, [s, g, b, r, c]
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` over any number of leading dimensions, as one batched product."""
+    lead = a.shape[:-2]
+    if out is not None:
+        torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
+        return out
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, lead)
+
+
+def _wide(t: Tensor, c: int, groups: int | None) -> Tensor:
+    """[b, l, h, ...] -> [s, g, b, c, r, ...] (a view); with ``groups=None`` [b, l, g, ...] -> [s, g, b, c, ...]."""
+    t = t.unflatten(1, (-1, c))
+    if groups is None:
+        return t.permute(1, 3, 0, 2, *range(4, t.dim()))
+    t = t.unflatten(3, (groups, -1))
+    return t.permute(1, 3, 0, 2, *range(4, t.dim()))
+
+
+def _segments(batch: int, length: int, heads: int, chunk: int) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
+    """Blocks of sequences, each with its (begin, end, chunk) list; the last segment may be one shorter chunk."""
+    tokens = max(SEGMENT_ELEMENTS // (heads * chunk), chunk)
+    block = max(1, tokens // max(length, 1))
+    step = max(tokens // chunk, 1) * chunk
+    whole = length - length % chunk
+    spans = [(i, min(i + step, whole), chunk) for i in range(0, whole, step)]
+    if whole < length:
+        spans.append((whole, length, length - whole))
+    for begin in range(0, batch, block):
+        yield slice(begin, min(begin + block, batch)), spans
+
+
+def _prepare(inputs: tuple[Tensor | None, ...], rows: slice, span: tuple[int, int, int], dt_softplus: bool) -> _Segment:
+    x, dt, A, B, C, D, dt_bias, seq_idx = inputs
+    t0, t1, c = span
+    groups = B.shape[2]
+    dtype = A.dtype  # the compute dtype: the caller has converted the per-head vectors
+
+    xw = _wide(x[rows, t0:t1], c, groups).to(dtype)
+    Bk = _wide(B[rows, t0:t1], c, None).to(dtype).contiguous()
+    Ck = _wide(C[rows, t0:t1], c, None).to(dtype).contiguous()
+    per_head = (1, groups, 1, -1, 1)
+    raw = _wide(dt[rows, t0:t1], c, groups).transpose(3, 4).to(dtype)
+    if dt_bias is not None:
+        raw = raw + dt_bias.view(per_head)
+    dts = (F.softplus(raw) if dt_softplus else raw).contiguous()
+    cum = (dts * A.view(per_head)).cumsum(-1)
+    end = cum[..., -1:]
+
+    below = torch.ones(c, c, dtype=torch.bool, device=x.device).tril_(-1)
+    decay_in, decay_out, decay_chunk = cum.exp(), (end - cum).exp_(), end.squeeze(-1).exp()
+    if seq_idx is not None:
+        doc = seq_idx[rows, t0:t1].unflatten(1, (-1, c)).transpose(0, 1)[:, None, :, None]  # [s, 1, b, 1, c]
+        last = doc[..., -1:]
+        first = seq_idx[rows, max(t0 - 1, 0)][None, None, :, None, None]
+        before = torch.cat([first, last[:-1]])
+        decay_in = decay_in.mul_(doc == before)
+        decay_out = decay_out.mul_(doc == last)
+        decay_chunk = decay_chunk.mul_((last == before).squeeze(-1))
+        below = below & (doc.unsqueeze(-1) == doc.unsqueeze(-2))
+    bias = torch.zeros(below.shape, dtype=dtype, device=x.device).masked_fill_(~below, -torch.inf)
+    decay = torch.sub(cum.unsqueeze(-1), cum.unsqueeze(-2)).add_(bias).exp_()
+
+    gram = _bmm(Ck, Bk.transpose(-1, -2))
+    skip = dts * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(3)
+    if D is not None:
+        skip += D.view(per_head)
+    return _Segment(xw, raw, dts, decay_in, decay_out, decay_chunk, Bk, Ck, gram, decay, skip)
+
+
+def _states(seg: _Segment, start: Tensor) -> tuple[Tensor, Tensor]:
+    """States [s + 1, g, b, n, r * p] at the chunk edges, and decay_out * u (wide) they were made of."""
+    s, g, b, c, r, p = seg.x.shape
+    wide_out = torch.mul(seg.x, (seg.dt * seg.decay_out).transpose(3, 4).unsqueeze(-1)).contiguous()
+    edges = torch.empty(s + 1, *start.shape, dtype=start.dtype, device=start.device)
+    edges[0] = start
+    _bmm(seg.B.transpose(-1, -2), wide_out.view(s, g, b, c, r * p), out=edges[1:])
+    by_head = edges.unflatten(-1, (r, p))
+    decay = seg.decay_chunk[:, :, :, None, :, None]
+    for i in range(s):
+        by_head[i + 1].addcmul_(by_head[i], decay[i])
+    return edges, wide_out
+
+
+def _to_internal(state: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """[b, h, p, n] -> [g, b, n, r * p]."""
+    return state.to(dtype).unflatten(1, (groups, -1)).permute(1, 0, 4, 2, 3).flatten(3).contiguous()
+
+
+def _to_external(state: Tensor, heads: int) -> Tensor:
+    """[g, b, n, r * p] -> [b, h, p, n]."""
+    g = state.shape[0]
+    return state.unflatten(-1, (heads // g, -1)).permute(1, 0, 3, 4, 2).flatten(1, 2).contiguous()
+
+
+class _ChunkScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, chunk, dt_softplus):
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        batch, length, heads, head_dim = x.shape
+        groups, n = B.shape[2], B.shape[3]
+        vectors = [None if v is None else v.to(dtype) for v in (A, D, dt_bias)]
+        inputs = (x, dt, vectors[0], B, C, vectors[1], vectors[2], seq_idx)
+        y = torch.empty_like(x)
+        final = torch.empty(batch, heads, head_dim, n, dtype=dtype, device=x.device)
+        starts = []
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, spans in _segments(batch, length, heads, chunk):
+                b = rows.stop - rows.start
+                if initial_state is None:
+                    state = x.new_zeros(groups, b, n, heads // groups * head_dim, dtype=dtype)
+                else:
+                    state = _to_internal(initial_state[rows], groups, dtype)
+                for span in spans:
+                    starts.append(state)
+                    seg = _prepare(inputs, rows, span, dt_softplus)
+                    edges, _ = _states(seg, state)
+                    state = edges[-1].clone()
+                    across = _bmm(seg.C, edges[:-1]).view(seg.x.shape)
+                    u = torch.mul(seg.x.transpose(3, 4), seg.dt.unsqueeze(-1)).contiguous()
+                    inside = _bmm(seg.decay.mul_(seg.gram.unsqueeze(3)), u).transpose(3, 4)
+                    across.mul_(seg.decay_in.transpose(3, 4).unsqueeze(-1)).add_(inside)
+                    across.addcmul_(seg.x, seg.skip.transpose(3, 4).unsqueeze(-1))
+                    _wide(y[rows, span[0] : span[1]], span[2], groups).copy_(across)
+                final[rows] = _to_external(state, heads)
+        ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, *starts)
+        ctx.chunk, ctx.dt_softplus = chunk, dt_softplus
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dfinal):
+        x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, *starts = ctx.saved_tensors
+        chunk, dt_softplus = ctx.chunk, ctx.dt_softplus
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        batch, length, heads, head_dim = x.shape
+        groups, n = B.shape[2], B.shape[3]
+        vectors = [None if v is None else v.to(dtype) for v in (A, D, dt_bias)]
+        inputs = (x, dt, vectors[0], B, C, vectors[1], vectors[2], seq_idx)
+        if dy is None:
+            dy = torch.zeros_like(x)
+        dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
+        dA, dD, ddt_bias = (x.new_zeros(heads, dtype=dtype) for _ in range(3))
+        dinitial = None if initial_state is None else torch.empty_like(initial_state)
+        starts = iter(starts)
+        with torch.autocast(x.device.type, enabled=False):
+            for rows, spans in _segments(batch, length, heads, chunk):
+                b = rows.stop - rows.start
+                if dfinal is None:
+                    dstate = x.new_zeros(groups, b, n, heads // groups * head_dim, dtype=dtype)
+                else:
+                    dstate = _to_internal(dfinal[rows], groups, dtype)
+                block = [next(starts) for _ in spans]
+                for span, start in zip(reversed(spans), reversed(block), strict=True):
+                    cut = slice(span[0], span[1])
+                    seg = _prepare(inputs, rows, span, dt_softplus)
+                    dyw = _wide(dy[rows, cut], span[2], groups).to(dtype)
+                    grads, dstate = _segment_backward(seg, start, dyw, dstate, vectors[0].view(1, groups, 1, -1, 1))
+                    gx, gdt, gB, gC, gA, gD = grads
+                    _wide(dx[rows, cut], span[2], groups).copy_(gx)
+                    _wide(dB[rows, cut], span[2], None).copy_(gB)
+                    _wide(dC[rows, cut], span[2], None).copy_(gC)
+                    if dt_softplus:
+                        gdt *= torch.sigmoid(seg.raw)
+                    _wide(ddt[rows, cut], span[2], groups).copy_(gdt.transpose(3, 4))
+                    dA += gA.sum((0, 2, 4)).flatten()
+                    dD += gD.sum((0, 2, 4)).flatten()
+                    ddt_bias += gdt.sum((0, 2, 4)).flatten()
+                if dinitial is not None:
+                    dinitial[rows] = _to_external(dstate, heads).to(dinitial.dtype)
+        grads = (dx, ddt, dA.to(A.dtype), dB, dC, dD if D is None else dD.to(D.dtype))
+        grads += (ddt_bias if dt_bias is None else ddt_bias.to(dt_bias.dtype), dinitial)
+        return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
+
+
+def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, A: Tensor):
+    """Gradients of one segment; ``dy`` wide, ``dstate`` the gradient of the segment's last state.
+
+    With W_ij = dM_ij M_ij (M the [chunk, chunk] matrix of weights), the gradient of cum_i is the sum of row i of W minus that
+    of column i, likewise for the state's terms; the column sums are u_j . du_j, which is at hand.
+    """
+    s, g, b, c, r, p = seg.x.shape
+    edges, wide_out = _states(seg, start)
+
+    # through the states: y_i += decay_in_i C_i^T S_in, S_out = decay_chunk S_in + sum_j decay_out_j B_j u_j^T
+    wide_in = torch.mul(dy, seg.decay_in.transpose(3, 4).unsqueeze(-1)).contiguous()
+    wide_in_flat = wide_in.view(s, g, b, c, r * p)
+    dedges = torch.empty_like(edges)  # gradient of the state at each chunk edge
+    dedges[-1] = dstate
+    _bmm(seg.C.transpose(-1, -2), wide_in_flat, out=dedges[:-1])
+    by_head = dedges.unflatten(-1, (r, p))
+    decay = seg.decay_chunk[:, :, :, None, :, None]
+    for i in reversed(range(s)):
+        by_head[i].addcmul_(by_head[i + 1], decay[i])
+    row = wide_in.mul(_bmm(seg.C, edges[:-1]).view(wide_in.shape)).sum(-1).transpose(3, 4)
+    dC = _bmm(wide_in_flat, edges[:-1].transpose(-1, -2))
+    dB = _bmm(wide_out.view(s, g, b, c, r * p), dedges[1:].transpose(-1, -2))
+    du = _bmm(seg.B, dedges[1:]).view(wide_out.shape).mul_(seg.decay_out.transpose(3, 4).unsqueeze(-1))
+    tail = dedges[1:].mul(edges[1:]).unflatten(-1, (r, p)).sum((3, 5))  # [s, g, b, r]
+
+    # inside the chunk: y_i += sum_{j<i} M_ij u_j
+    dy_head = dy.transpose(3, 4).contiguous()
+    u = torch.mul(seg.x.transpose(3, 4), seg.dt.unsqueeze(-1)).contiguous()
+    weights = seg.decay * seg.gram.unsqueeze(3)
+    du.add_(_bmm(weights.transpose(-1, -2), dy_head).transpose(3, 4))
+    dweights = _bmm(dy_head, u.transpose(-1, -2))
+    row = row + weights.mul_(dweights).sum(-1)
+    dgram = dweights.mul_(seg.decay).sum(3)
+
+    # the diagonal and the skip: y_i += skip_i x_i
+    dskip = (dy * seg.x).sum(-1).transpose(3, 4)
+    dgram.diagonal(dim1=-2, dim2=-1).copy_((dskip * seg.dt).sum(3))
+    dC += _bmm(dgram, seg.B)
+    dB += _bmm(dgram.transpose(-1, -2), seg.C)
+
+    direct = (seg.x * du).sum(-1).transpose(3, 4)  # u = dt x
+    dcum = row - direct * seg.dt
+    dcum[..., -1] += tail
+    da = dcum.flip(-1).cumsum(-1).flip(-1)
+    ddt = direct + dskip * seg.gram.diagonal(dim1=-2, dim2=-1).unsqueeze(3) + da * A
+    dx = du.mul_(seg.dt.transpose(3, 4).unsqueeze(-1)).addcmul_(dy, seg.skip.transpose(3, 4).unsqueeze(-1))
+    return (dx, ddt, dB, dC, da * seg.dt, dskip), dedges[0].clone()
+
+
+def ssd_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    chunk_size: int | None = None,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The whole scan, differentiable once in every floating-point argument.
+
+    Any strides will do; the output follows the memory order of ``x`` (a [batch, length, ...] view of [length, batch, ...]
+    activations gives such a view back, so no transposing copy is made on either side).
+
+    Args:
+        x: [batch, length, heads, head_dim].
+        dt: [batch, length, heads], step sizes; ``softplus(dt + dt_bias)`` with ``dt_softplus`` (default), else used as is.
+        A: [heads], negative. The decay of one step is ``exp(dt * A)``.
+        B, C: [batch, length, groups, state]; head ``h`` uses group ``h // (heads // groups)``.
+        D: [heads], the skip ``D * x``, or None.
+        dt_bias: [heads] or None.
+        chunk_size: tokens per chunk, any length >= 1 (it changes rounding only); None takes the one tuned for the CPU.
+        initial_state: [batch, heads, head_dim, state] before the first token, or None for zeros.
+        seq_idx: integer [batch, length], the document of each token, non-decreasing along the length. The state is zeroed
+            where it changes; ``initial_state`` belongs to the first document, the final state to the last.
+        return_final_state: also return the state after the last token.
+
+    Returns:
+        y [batch, length, heads, head_dim] in ``x``'s dtype, and with ``return_final_state`` the state
+        [batch, heads, head_dim, state]. All is computed in float32 (the state's dtype), in float64 where ``x`` is float64.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx)
+    chunk = CPU_CHUNK if chunk_size is None else chunk_size
+    if chunk < 1:
+        raise ValueError(f"ssd_chunk_scan: chunk_size must be at least 1, got {chunk}")
+    y, final = _ChunkScan.apply(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, min(chunk, x.shape[1]), dt_softplus)
+    return (y, final) if return_final_state else y
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    dt_softplus: bool = True,
+) -> Tensor:
+    """One token of the scan, for generation: updates ``state`` IN PLACE and returns y. Not differentiable.
+
+    Args:
+        state: [batch, heads, head_dim, state], float32 (or float64).
+        x: [batch, heads, head_dim].
+        dt: [batch, heads].
+        A, D, dt_bias: [heads].
+        B, C: [batch, groups, state].
+
+    Returns:
+        y [batch, heads, head_dim] in ``x``'s dtype.
+    """
+    dtype = state.dtype
+    groups = B.shape[1]
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        dt = dt.to(dtype)
+        if dt_bias is not None:
+            dt = dt + dt_bias.to(dtype)
+        if dt_softplus:
+            dt = F.softplus(dt)
+        xf = x.to(dtype)
+        u = (xf * dt.unsqueeze(-1)).unflatten(1, (groups, -1))  # [b, g, r, p]
+        by_group = state.unflatten(1, (groups, -1))  # a view
+        by_group.mul_((dt * A.to(dtype)).exp_().unflatten(1, (groups, -1))[..., None, None])
+        by_group.add_(u.unsqueeze(-1) * B.to(dtype)[:, :, None, None])
+        y = (by_group @ C.to(dtype)[:, :, None, :, None]).squeeze(-1).flatten(1, 2)
+        if D is not None:
+            y.addcmul_(xf, D.to(dtype).unsqueeze(-1))
+        return y.to(x.dtype)
+
+
+def _check(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx) -> None:
+    if x.dim() != 4 or B.dim() != 4:
+        raise ValueError(
+            "ssd_chunk_scan: x must be [batch, length, heads, head_dim] and B, C [batch, length, groups, state], got "
+            f"{tuple(x.shape)} and {tuple(B.shape)}"
+        )
+    b, length, h, p = x.shape
+    g, n = B.shape[2:]
+    if length == 0 or b == 0:
+        raise ValueError(f"ssd_chunk_scan: no tokens in x of shape {tuple(x.shape)}")
+    if h % g:
+        raise ValueError(f"ssd_chunk_scan: {h} heads do not divide into {g} groups")
+    expected = {
+        "dt": (dt, (b, length, h)),
+        "A": (A, (h,)),
+        "B": (B, (b, length, g, n)),
+        "C": (C, (b, length, g, n)),
+        "D": (D, (h,)),
+        "dt_bias": (dt_bias, (h,)),
+        "initial_state": (initial_state, (b, h, p, n)),
+        "seq_idx": (seq_idx, (b, length)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"ssd_chunk_scan: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if seq_idx is not None and (seq_idx.is_floating_point() or seq_idx.dtype == torch.bool):
+        raise ValueError(f"ssd_chunk_scan: seq_idx must be an integer tensor, got {seq_idx.dtype}")
