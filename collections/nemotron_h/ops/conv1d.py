@@ -19,7 +19,7 @@ BLOCK_ELEMENTS = 1 << 18
 
 def _correlate(x: Tensor, weight: Tensor) -> Tensor:
     """y[t] = sum_k weight[:, k] * x[t + k] for x [rows + K - 1, batch, channels] (contiguous), weight [channels, K]."""
-    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         # Channels-last image of height = length and width = batch: oneDNN has a depthwise kernel for exactly this.
         image = x.unsqueeze(0).permute(0, 3, 1, 2)
         return F.conv2d(image, weight[:, None, :, None], groups=weight.shape[0]).permute(0, 2, 3, 1)[0]

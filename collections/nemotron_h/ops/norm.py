@@ -78,13 +78,13 @@ def _gated(y: Tensor, z: Tensor | None) -> Tensor:
     return y if z is None else F.silu(z).mul_(y)
 
 
-def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, groups: int, eps: float = 1e-5) -> Tensor:
+def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps: float = 1e-5) -> Tensor:
     """Mamba-2's output norm, gate first: ``h = y * silu(z)``, then ``weight * h / sqrt(mean(h^2) + eps)`` per group.
 
     Args:
         y, z: [..., d], any strides.
         weight: [d].
-        groups: the mean goes over each of ``groups`` runs of ``d // groups`` channels.
+        group_size: channels of one group; the mean goes over each run of that many.
         eps: added to the mean square.
 
     Returns:
@@ -95,18 +95,18 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, groups: int, eps: fl
     """
     if y.shape != z.shape:
         raise ValueError(f"gated_rms_norm: y and z must have one shape, got {tuple(y.shape)} and {tuple(z.shape)}")
-    _check("gated_rms_norm", y, weight, groups)
-    return _GroupRMSNorm.apply(y, z, weight, groups, eps)
+    _check("gated_rms_norm", y, weight, group_size)
+    return _GroupRMSNorm.apply(y, z, weight, y.shape[-1] // group_size, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, as ``gated_rms_norm`` without gate and groups."""
-    _check("rms_norm", x, weight, 1)
+    _check("rms_norm", x, weight, x.shape[-1])
     return _GroupRMSNorm.apply(x, None, weight, 1, eps)
 
 
-def _check(name: str, y: Tensor, weight: Tensor, groups: int) -> None:
+def _check(name: str, y: Tensor, weight: Tensor, group_size: int) -> None:
     if tuple(weight.shape) != tuple(y.shape[-1:]):
         raise ValueError(f"{name}: weight must have shape {tuple(y.shape[-1:])}, got {tuple(weight.shape)}")
-    if groups < 1 or y.shape[-1] % groups:
-        raise ValueError(f"{name}: {y.shape[-1]} channels do not divide into {groups} groups")
+    if group_size < 1 or y.shape[-1] % group_size:
+        raise ValueError(f"{name}: {y.shape[-1]} channels do not divide into groups of {group_size}")
