@@ -1,7 +1,8 @@
 """Depthwise causal convolution along the length, with bias and SiLU, in plain PyTorch, and its one-token step.
 
-The work goes in blocks of tokens laid out [length, batch, channels] (channels last, as the model's activations are), where a
-depthwise convolution is one fast library call and no transposing copy is made. The backward keeps the inputs only.
+The work goes in blocks of tokens laid out [length, batch, channels] (channels last, as the model's activations are),
+where a depthwise convolution is one fast library call and no transposing copy is made. The backward keeps the inputs
+only.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def _window(x: Tensor, initial: Tensor | None, t0: int, t1: int, halo: int, dtyp
 
 
 def _same_document(seq_idx: Tensor | None, halo: int) -> Tensor | None:
-    """same[d - 1, t, b]: token t - d (d = 1..halo) is of token t's document; those before the start are of the first."""
+    """same[d - 1, t, b]: token t - d (d = 1..halo) is of token t's document, as are those before the first token."""
     if seq_idx is None:
         return None
     doc = seq_idx.transpose(0, 1)
@@ -141,7 +142,7 @@ class _CausalConv1d(torch.autograd.Function):
 
 def _fix_dx(dx: Tensor, dz: Tensor, w: Tensor, same: Tensor, t0: int) -> None:
     """Recompute dx of the tokens whose followers are partly of another document."""
-    halo, length, _ = same.shape
+    halo = same.shape[0]
     reach = torch.stack([_shift_up(same[d - 1], d)[t0 : t0 + dx.shape[0]] for d in range(1, halo + 1)])
     t, b = (~reach.all(0)).nonzero(as_tuple=True)
     fixed = dz[t, b] * w[:, halo]
@@ -182,24 +183,25 @@ def causal_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``act(bias + sum_k weight[:, k] * x[t - width + 1 + k])`` per channel, differentiable once.
 
-    Any strides will do; channels should be the fastest dimension. The output follows the memory order of ``x``: a view of
-    [length, batch, channels] activations gives such a view back.
+    Any strides will do; channels should be the fastest dimension. The output follows the memory order of ``x``: a
+    view of [length, batch, channels] activations gives such a view back.
 
     Args:
         x: [batch, length, channels].
         weight: [channels, width].
         bias: [channels] or None.
         activation: "silu" or None.
-        seq_idx: integer [batch, length], the document of each token, non-decreasing. A window never reaches into another
-            document.
-        initial_state: [batch, width - 1, channels], the inputs before the first token (oldest first; of the first token's
-            document), or None for zeros.
-        return_final_state: also return the last ``width - 1`` inputs, [batch, width - 1, channels], in ``x``'s dtype, ready
-            for ``causal_conv1d_step`` and as the next call's ``initial_state``. Inputs of an earlier document than the last
-            token's are zero in it. Differentiable too.
+        seq_idx: integer [batch, length], the document of each token, non-decreasing. A window never reaches into
+            another document.
+        initial_state: [batch, width - 1, channels], the inputs before the first token (oldest first; of the first
+            token's document), or None for zeros.
+        return_final_state: also return the last ``width - 1`` inputs, [batch, width - 1, channels], in ``x``'s dtype,
+            ready for ``causal_conv1d_step`` and as the next call's ``initial_state``. Inputs of an earlier document
+            than the last token's are zero in it. Differentiable too.
 
     Returns:
-        y [batch, length, channels] in ``x``'s dtype, float32 (float64 for float64) inside; and the final state if asked.
+        y [batch, length, channels] in ``x``'s dtype, float32 (float64 for float64) inside; and the final state if
+        asked.
 
     Raises:
         ValueError: shapes that do not fit together or an unknown activation.
@@ -227,7 +229,7 @@ def causal_conv1d(
 
 
 def conv_state(x: Tensor, halo: int, seq_idx: Tensor | None = None, initial_state: Tensor | None = None) -> Tensor:
-    """The last ``halo`` inputs [batch, halo, channels] of the last token's document, zeros (or the initial state) before."""
+    """The last ``halo`` inputs of the last token's document, [batch, halo, channels]; see ``causal_conv1d``."""
     missing = max(halo - x.shape[1], 0)
     state = x[:, x.shape[1] - (halo - missing) :]
     if seq_idx is not None:

@@ -1,4 +1,4 @@
-"""RMSNorm, plain and gated over groups, in plain PyTorch: float32 inside, the backward keeps its inputs and 1/rms only."""
+"""RMSNorm, plain and gated over groups, in plain PyTorch; the backward keeps the inputs and 1/rms only."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from nemotron_h.ops import conv1d, norm, ssd
+from nemotron_h.ops.conv1d import causal_conv1d, causal_conv1d_step
+from nemotron_h.ops.norm import gated_rms_norm
+from nemotron_h.ops.ssd import ssd_chunk_scan, ssd_step
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +32,11 @@ KERNEL_CHUNK = 128
 class Ops:
     """One function per op; the signatures are those of the functions in ``nemotron_h.ops`` they default to."""
 
-    ssd: Callable[..., Tensor | tuple[Tensor, Tensor]] = ssd.ssd_chunk_scan
-    conv1d: Callable[..., Tensor | tuple[Tensor, Tensor]] = conv1d.causal_conv1d
-    gated_rms_norm: Callable[..., Tensor] = norm.gated_rms_norm
-    ssd_step: Callable[..., Tensor] = ssd.ssd_step
-    conv1d_step: Callable[..., Tensor] = conv1d.causal_conv1d_step
+    ssd: Callable[..., Tensor | tuple[Tensor, Tensor]] = ssd_chunk_scan
+    conv1d: Callable[..., Tensor | tuple[Tensor, Tensor]] = causal_conv1d
+    gated_rms_norm: Callable[..., Tensor] = gated_rms_norm
+    ssd_step: Callable[..., Tensor] = ssd_step
+    conv1d_step: Callable[..., Tensor] = causal_conv1d_step
     #: convolution, scan and gated norm as one memory-saving kernel (see ``_kernel_fused_mixer``), or None
     fused_mixer: Callable[..., Tensor] | None = None
     #: which packages these are, and why, for logs and reports
@@ -52,7 +54,7 @@ def select_ops() -> Ops:
     """
     forced = os.environ.get(VARIABLE, "").strip() or None
     if forced not in (None, *CHOICES):
-        raise ValueError(f"{VARIABLE}={forced!r} is not one of {', '.join(CHOICES)}; unset it to let the machine decide")
+        raise ValueError(f"{VARIABLE}={forced!r} is not one of {', '.join(CHOICES)}; unset it to choose by machine")
     return _select(forced)
 
 
@@ -69,14 +71,12 @@ def _build(forced: str | None) -> Ops:
         return Ops(origin=f"torch ({VARIABLE}=torch)")
     if not torch.cuda.is_available():
         if forced:
-            raise RuntimeError(f"{VARIABLE}=mamba_ssm needs a GPU, and torch sees none; unset {VARIABLE} to run on the CPU")
+            raise RuntimeError(f"{VARIABLE}=mamba_ssm needs a GPU, and torch sees none; unset it to run on the CPU")
         return Ops(origin="torch (no GPU is visible)")
     kernels, no_kernels = _try(_mamba_ssm_kernels)
     conv, no_conv = _try(_causal_conv1d_kernels)
     if forced and (no_kernels or no_conv):
-        raise RuntimeError(
-            f"{VARIABLE}=mamba_ssm, but {no_kernels or no_conv}. Install the kernels (pip install '.[cuda]') or unset it."
-        )
+        raise RuntimeError(f"{VARIABLE}=mamba_ssm, but {no_kernels or no_conv}; run pip install '.[cuda]' or unset it")
     if kernels is None:
         return Ops(origin=f"torch (on a GPU this is slow: {no_kernels}; pip install '.[cuda]')")
     chosen = {
@@ -99,7 +99,7 @@ def _build(forced: str | None) -> Ops:
 def _try(load: Callable[[], SimpleNamespace]) -> tuple[SimpleNamespace | None, str]:
     try:
         return load(), ""
-    except Exception as error:  # a kernel package built for another torch or CUDA fails in many ways; the reason is reported
+    except Exception as error:  # a package built for another torch or CUDA fails in many ways; the reason is reported
         name = load.__name__.strip("_").removesuffix("_kernels")
         return None, f"{name} does not import: {type(error).__name__}: {error}"
 
@@ -215,7 +215,7 @@ def _kernel_conv1d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     if seq_idx is not None and (initial_state is not None or return_final_state):
         # the kernel refuses the combination
-        return conv1d.causal_conv1d(
+        return causal_conv1d(
             x,
             weight,
             bias,

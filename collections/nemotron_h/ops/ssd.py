@@ -4,19 +4,20 @@ Per head, with ``a_t = dt_t * A`` (A < 0) and a state ``S`` of shape [state, hea
 
     S_t = exp(a_t) S_{t-1} + dt_t B_t x_t^T          y_t = C_t^T S_t + D x_t
 
-The chunked form (Dao and Gu 2024, "Transformers are SSMs") splits the length into chunks and writes, inside one chunk, with
-``cum`` the running sum of ``a`` and ``u = dt x``:
+The chunked form (Dao and Gu 2024, "Transformers are SSMs") splits the length into chunks and writes, inside one
+chunk, with ``cum`` the running sum of ``a`` and ``u = dt x``:
 
     y_i   = sum_{j<i} (C_i.B_j) exp(cum_i - cum_j) u_j  +  exp(cum_i) C_i^T S_in  +  (dt_i C_i.B_i + D) x_i
     S_out = exp(cum_end) S_in + sum_j exp(cum_end - cum_j) B_j u_j^T
 
-so that everything but the chunk-to-chunk state is a matrix product. Differences of ``cum`` are taken before the exponential:
-every exponent is <= 0, so nothing overflows. The diagonal (j = i) is kept out of the products: it needs no decay, joins the
-skip term for free, and without it the backward's sums for ``cum`` subtract only numbers of their own size.
+so that everything but the chunk-to-chunk state is a matrix product. Differences of ``cum`` are taken before the
+exponential: every exponent is <= 0, so nothing overflows. The diagonal (j = i) is kept out of the products: it needs
+no decay, joins the skip term for free, and without it the backward's sums for ``cum`` subtract only numbers of their
+own size.
 
-Why it is laid out this way (CPU): the products with the state take all heads of a group as the columns of one matrix, C.B^T
-is shared by the heads of a group, and the work goes in segments whose [chunk, chunk] matrices stay in cache. The backward
-keeps the inputs and the state at each segment's start, and recomputes the rest.
+Why it is laid out this way (CPU): the products with the state take all heads of a group as the columns of one matrix,
+C.B^T is shared by the heads of a group, and the work goes in segments whose [chunk, chunk] matrices stay in cache.
+The backward keeps the inputs and the state at each segment's start, and recomputes the rest.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# ours: measured on two Zen 5 cores (heads 16 x 32, state 64): 64 beats 32 and 128. Below, the passes over the state and the
-# small products dominate; above, the [chunk, chunk] work does.
+# ours: measured on two Zen 5 cores (heads 16 x 32, state 64): 64 beats 32 and 128. Below, the passes over the state
+# and the small products dominate; above, the [chunk, chunk] work does.
 CPU_CHUNK = 64
 # ours: [chunk, chunk] matrix elements per segment; three such float32 buffers fit in a last-level cache.
 SEGMENT_ELEMENTS = 1 << 19
@@ -40,7 +41,8 @@ SEGMENT_ELEMENTS = 1 << 19
 class _Segment:
     """What forward and backward both need of one segment: ``s`` chunks of ``c`` tokens of ``b`` sequences.
 
-    Heads are split as (g groups, r heads per group). "Head layout" is [s, g, b, r, c, ...], "wide" is [s, g, b, c, r, ...].
+    Heads are split as (g groups, r heads per group). "Head layout" is [s, g, b, r, c, ...], "wide" is [s, g, b, c, r,
+    ...].
     """
 
     x: Tensor  # wide, [s, g, b, c, r, p]; a view of the input where its dtype allows
@@ -234,8 +236,8 @@ class _ChunkScan(torch.autograd.Function):
 def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, A: Tensor):
     """Gradients of one segment; ``dy`` wide, ``dstate`` the gradient of the segment's last state.
 
-    With W_ij = dM_ij M_ij (M the [chunk, chunk] matrix of weights), the gradient of cum_i is the sum of row i of W minus that
-    of column i, likewise for the state's terms; the column sums are u_j . du_j, which is at hand.
+    With W_ij = dM_ij M_ij (M the [chunk, chunk] matrix of weights), the gradient of cum_i is the sum of row i of W
+    minus that of column i, likewise for the state's terms; the column sums are u_j . du_j, which is at hand.
     """
     s, g, b, c, r, p = seg.x.shape
     edges, wide_out = _states(seg, start)
@@ -297,25 +299,27 @@ def ssd_chunk_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The whole scan, differentiable once in every floating-point argument.
 
-    Any strides will do; the output follows the memory order of ``x`` (a [batch, length, ...] view of [length, batch, ...]
-    activations gives such a view back, so no transposing copy is made on either side).
+    Any strides will do; the output follows the memory order of ``x`` (a [batch, length, ...] view of [length, batch,
+    ...] activations gives such a view back, so no transposing copy is made on either side).
 
     Args:
         x: [batch, length, heads, head_dim].
-        dt: [batch, length, heads], step sizes; ``softplus(dt + dt_bias)`` with ``dt_softplus`` (default), else used as is.
+        dt: [batch, length, heads], step sizes; ``softplus(dt + dt_bias)`` with ``dt_softplus`` (default), else used
+            as is.
         A: [heads], negative. The decay of one step is ``exp(dt * A)``.
         B, C: [batch, length, groups, state]; head ``h`` uses group ``h // (heads // groups)``.
         D: [heads], the skip ``D * x``, or None.
         dt_bias: [heads] or None.
         chunk_size: tokens per chunk, any length >= 1 (it changes rounding only); None takes the one tuned for the CPU.
         initial_state: [batch, heads, head_dim, state] before the first token, or None for zeros.
-        seq_idx: integer [batch, length], the document of each token, non-decreasing along the length. The state is zeroed
-            where it changes; ``initial_state`` belongs to the first document, the final state to the last.
+        seq_idx: integer [batch, length], the document of each token, non-decreasing along the length. The state is
+            zeroed where it changes; ``initial_state`` belongs to the first document, the final state to the last.
         return_final_state: also return the state after the last token.
 
     Returns:
         y [batch, length, heads, head_dim] in ``x``'s dtype, and with ``return_final_state`` the state
-        [batch, heads, head_dim, state]. All is computed in float32 (the state's dtype), in float64 where ``x`` is float64.
+        [batch, heads, head_dim, state]. All is computed in float32 (the state's dtype), in float64 where ``x`` is
+        float64.
 
     Raises:
         ValueError: shapes that do not fit together.
