@@ -1,0 +1,406 @@
+"""The Lightning data module that feeds a prepared blend to NeMo's trainer with `MegatronStrategy`.
+
+Global batch `g` holds the samples `[g * global_batch_size, (g + 1) * global_batch_size)` of the data order, whatever
+the world size and the micro-batch size. Where reading starts is read off the trainer's step each time that an
+iterator is opened, never off a counter of its own: a resumed run and a second Lightning epoch go on with the next
+sample. (NeMo's sampler starts at its `init_consumed_samples`, which stays 0 unless the data module restores it - the
+mock module does not - while the counter that it prints is computed from the step; so it may read old samples and
+print the right number.)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from nemo.lightning.io.mixin import IOMixin
+from nemo.lightning.megatron_parallel import MegatronStep
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nemotron_h.data.blend import Blend, load_blend
+from nemotron_h.data.manifest import Manifest, check_manifest
+from nemotron_h.data.phases import Horizon
+from nemotron_h.data.plan import BLEND_CHANGES, DataOrder, DataPlan, compare
+from nemotron_h.data.sampler import BlendSampler, Segment
+from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
+from nemotron_h.data.windows import TokenStream, document_numbers
+from nemotron_h.errors import UserError
+
+ENDLESS = 2**48
+"""The length that the training data claims: the data order has no end, the trainer's `max_steps` ends the run."""
+VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
+
+
+class WindowDataset(Dataset):
+    """Samples of a data order, by number.
+
+    Args:
+        sampler: says which window feeds a sample.
+        prefixes: source -> `.bin/.idx` prefix.
+        seq_length: tokens of a sample.
+        samples: how many there are.
+        training: whether reading starts at the trainer's position; else always at sample 0.
+        document_reset: add `seq_idx`, which tells the model where documents begin.
+
+    Each item has int64 `[seq_length]` `tokens`, `labels`, `position_ids`, float32 `[seq_length]` `loss_mask` (all
+    ones), int32 `[seq_length]` `seq_idx` if asked for, and the int64 number of the sample, `sample_ids`: NeMo's data
+    step passes on only what the model takes, and callbacks can see which samples a batch held.
+    """
+
+    def __init__(
+        self,
+        sampler: BlendSampler,
+        prefixes: dict[str, str],
+        seq_length: int,
+        samples: int,
+        training: bool,
+        document_reset: bool = False,
+    ) -> None:
+        self.sampler, self.seq_length, self.samples = sampler, seq_length, samples
+        self.training, self.document_reset = training, document_reset
+        self._streams = {name: TokenStream(prefixes[name]) for name in sampler.names}
+        self._loss_mask = torch.ones(seq_length)
+        self._position_ids = torch.arange(seq_length)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = self.sampler[index]
+        stream = self._streams[sample.source]
+        text = torch.from_numpy(stream.read(sample.start, self.seq_length + 1))
+        item = {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": self._loss_mask,
+            "position_ids": self._position_ids,
+            "sample_ids": torch.tensor(index),
+        }
+        if self.document_reset:
+            starts = stream.document_starts(sample.start, self.seq_length)
+            item["seq_idx"] = torch.from_numpy(document_numbers(starts, self.seq_length))
+        return item
+
+
+class MicroBatches(Sampler[list[int]]):
+    """The micro-batches of one data-parallel rank, as sample numbers.
+
+    Args:
+        first: gives the first sample to read; asked each time that an iterator is opened.
+        samples: number of samples of all ranks together.
+        micro_batch_size: samples per micro-batch and rank.
+        rank: of this process among the data-parallel ranks.
+        size: number of data-parallel ranks.
+    """
+
+    def __init__(self, first: Callable[[], int], samples: int, micro_batch_size: int, rank: int, size: int) -> None:
+        self.first, self.samples = first, samples
+        self.micro_batch_size, self.rank, self.size = micro_batch_size, rank, size
+
+    def __len__(self) -> int:
+        return self.samples // (self.micro_batch_size * self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self.micro_batch_size * self.size
+        for start in itertools.count(self.first(), stride):
+            if start + stride > self.samples:
+                return
+            mine = start + self.rank * self.micro_batch_size
+            yield list(range(mine, mine + self.micro_batch_size))
+
+
+class BlendDataSampler(MegatronDataSampler):
+    """What `MegatronStrategy` asks about batches: sizes, the sampler of a loader, and the count of consumed samples."""
+
+    def __init__(self, data: BlendDataModule) -> None:
+        super().__init__(data.seq_length, data.micro_batch_size, data.global_batch_size)
+        self._data = data
+
+    @staticmethod
+    def data_parallel() -> tuple[int, int]:
+        """Rank and number of the data-parallel ranks."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
+        """A loader of the same data in this rank's micro-batches. `consumed_samples` is not asked: see the module."""
+        rank, size = self.data_parallel()
+        if self.global_batch_size % (self.micro_batch_size * size):
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {size} data-parallel ranks"
+            )
+        dataset = dataloader.dataset
+        first = self._data.next_sample if dataset.training else int
+        return DataLoader(
+            dataset,
+            batch_sampler=MicroBatches(first, len(dataset), self.micro_batch_size, rank, size),
+            num_workers=dataloader.num_workers,
+            pin_memory=dataloader.pin_memory,
+            persistent_workers=dataloader.persistent_workers,
+        )
+
+    def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
+        """Samples consumed after so many steps of the run: `init_global_step` stays 0 here."""
+        return self._data.order.sample_at(steps_since_resume)
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        """Announce the phase when it begins."""
+        if not step.forward_only:
+            self._data.announce_switch(step.step_i)
+        return super().on_megatron_step_start(step)
+
+    def on_megatron_step_end(self, step: MegatronStep) -> None:
+        """Log the number of the phase (from 1), so that the switches are drawn with the loss."""
+        super().on_megatron_step_end(step)
+        if step.trainer and getattr(step.trainer, "training", False):
+            step.pl_module.log("blend_phase", float(self._data.phase_number(step.step_i)), batch_size=1)
+
+
+class BlendDataModule(pl.LightningDataModule, IOMixin):
+    """A prepared blend as training and validation data.
+
+    Validation uses a fixed list of windows of the validation splits, always in the same order: independent of the
+    training state, the seed, and the run's length. Its shares are the mean of all phases' shares, so that every
+    category is seen, those of the late phases too. `limit_val_batches` of the trainer is its length in global
+    batches; 1.0 means about as many windows as the validation splits have.
+
+    Args:
+        blend: name of a shipped blend, or path of a YAML file.
+        root: data root; default `$NEMOTRON_H_DATA`, else `./data`.
+        seq_length: tokens of a sample.
+        micro_batch_size: samples per micro-batch and rank.
+        global_batch_size: samples per step, all ranks together.
+        seed: of the data order.
+        horizon_steps: length of the run that the phases divide; default: the trainer's `max_steps`. Set it to train
+            only a part of a longer plan, or to keep the switches when a run is made longer.
+        horizon_tokens: the same in tokens; at most one of the two.
+        document_reset: give the model `seq_idx`, so that it can reset its state where documents begin.
+        blend_change: `from_step` lets a resumed run take another blend, seed, seq_length or global_batch_size from
+            the checkpoint's step on.
+        num_workers: processes that read ahead; 0 reads in the training process (tens of microseconds a sample from a
+            warm page cache).
+        persistent_workers: keep those processes between validation runs.
+
+    Raises:
+        UserError: for values that contradict each other; `setup` raises it for data that is missing, damaged or not
+            prepared with this tokenizer, and resuming for a checkpoint of other data.
+    """
+
+    def __init__(
+        self,
+        blend: str,
+        root: str | None = None,
+        seq_length: int = 2048,
+        micro_batch_size: int = 1,
+        global_batch_size: int = 8,
+        seed: int = 1234,
+        horizon_steps: int | None = None,
+        horizon_tokens: int | None = None,
+        document_reset: bool = False,
+        blend_change: str | None = None,
+        num_workers: int = 0,
+        persistent_workers: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
+        for key, value in {**sizes, "horizon_steps": horizon_steps, "horizon_tokens": horizon_tokens}.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{key} is {value}: a positive number is needed")
+        if horizon_steps and horizon_tokens:
+            raise UserError("data.horizon_steps and data.horizon_tokens are both given: give one")
+        if global_batch_size % micro_batch_size:
+            raise UserError(
+                f"data.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
+            )
+        if blend_change is not None and blend_change not in BLEND_CHANGES:
+            raise UserError(f"data.blend_change is {blend_change!r}: known are {', '.join(BLEND_CHANGES)}, or nothing")
+        self.blend, self.root = blend, root
+        self.seq_length, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
+        self.seed, self.horizon_steps, self.horizon_tokens = seed, horizon_steps, horizon_tokens
+        self.document_reset, self.blend_change = document_reset, blend_change
+        self.num_workers, self.persistent_workers = num_workers, persistent_workers
+        self.data_sampler = BlendDataSampler(self)
+        self.order: DataOrder | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._opened = False
+
+    @cached_property
+    def blend_spec(self) -> Blend:
+        """The blend as written."""
+        return load_blend(self.blend)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The prepared data, checked."""
+        return check_manifest(self.root, self.blend_spec)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the data was prepared with."""
+        path, expected = self.manifest.tokenizer_path(), self.manifest.tokenizer.sha256
+        if fingerprint(path) != expected:
+            raise UserError(
+                f"{path} is not the tokenizer that the data of blend {self.blend_spec.name!r} was made with",
+                "Restore its files, or prepare the blend again: nemotron-h data prepare",
+            )
+        return nemo_tokenizer(path)
+
+    # Lightning
+
+    def setup(self, stage: str = "") -> None:
+        """Check the data and plan the run's order. A checkpoint's state, if any, is loaded after this."""
+        _ = self.tokenizer
+        self.order = DataOrder(self._plan())
+        self._resumed, self._opened = None, False
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of global shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
+
+        Raises:
+            UserError: the trainer was restored to a step that the data was not.
+        """
+        if not self._opened:
+            self._check_restored()
+            self._announce_start()
+            self._opened = True
+        prefixes = {name: self.manifest.prefix(name, "train") for name in self.order.sampler.names}
+        return self._loader(
+            WindowDataset(self.order.sampler, prefixes, self.seq_length, ENDLESS, True, self.document_reset)
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """The fixed validation list."""
+        sampler, samples = self._validation
+        prefixes = {name: self.manifest.prefix(name, "validation") for name in sampler.names}
+        return self._loader(WindowDataset(sampler, prefixes, self.seq_length, samples, False, self.document_reset))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The data plan and what of it was consumed, for the checkpoint."""
+        return self.order.state_dict(self.trainer.global_step)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the order of a checkpoint.
+
+        Raises:
+            UserError: it was trained on another plan, and `blend_change` does not declare it.
+        """
+        plan = self._plan()
+        self.order = DataOrder.resume(plan, state_dict, self.blend_change)
+        self._resumed = state_dict
+        old = DataPlan.from_dict(state_dict["plan"])
+        differences, moved = compare(old, plan, state_dict["step"])
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            rank_zero_info(f"Data: from step {state_dict['step']:,} on, declared by blend_change:\n{lines}")
+        if moved:
+            rank_zero_info("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
+
+    def reconfigure_limit_batches(self) -> None:
+        """Called by NeMo when the number of micro-batches is known: Lightning's loops count those, users batches."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        trainer, microbatches = self.trainer, get_num_microbatches()
+        if isinstance(trainer.limit_train_batches, int):
+            trainer.limit_train_batches *= microbatches
+        if trainer.limit_val_batches:
+            trainer.limit_val_batches = self._validation[1] // self.global_batch_size * microbatches
+        trainer.num_sanity_val_steps *= microbatches
+
+    # the order
+
+    def next_sample(self) -> int:
+        """The sample that the trainer's next step begins with."""
+        return self.order.sample_at(self.trainer.global_step)
+
+    def phase_number(self, step: int) -> int:
+        """The number of a step's phase, from 1."""
+        return self.order.plan.phases.index(self.order.phase_at(step)) + 1
+
+    def announce_switch(self, step: int) -> None:
+        """Log a line when a phase begins with this step."""
+        phase = self.order.phase_at(step)
+        if step == phase.first_step and step > 0:
+            rank_zero_info(f"Data: step {step:,} begins phase {self.phase_number(step)}, {self._described(step)}")
+
+    def _check_restored(self) -> None:
+        step, restored = self.trainer.global_step, self._resumed["step"] if self._resumed else 0
+        if step != restored:
+            raise UserError(
+                f"the trainer goes on at step {step:,}, but the checkpoint's data state is "
+                + (f"of step {restored:,}" if self._resumed else "missing: the run would read its first samples again"),
+                "Resume from a checkpoint that this data module wrote.",
+            )
+
+    def _announce_start(self) -> None:
+        step, phases = self.trainer.global_step, len(self.order.plan.phases)
+        first = self.next_sample()
+        rank_zero_info(
+            f"Data: blend {self.order.plan.blend}, {first:,} samples consumed; step {step:,} is in phase "
+            f"{self.phase_number(step)} of {phases}, {self._described(step)}"
+        )
+
+    def _described(self, step: int) -> str:
+        phase = self.order.phase_at(step)
+        categories: dict[str, float] = {}
+        for name, share in phase.shares.items():
+            category = self.blend_spec.sources[name].category
+            categories[category] = categories.get(category, 0.0) + share
+        shares = ", ".join(f"{c} {s:.1%}" for c, s in sorted(categories.items(), key=lambda item: -item[1]))
+        return f"{phase.name} (to step {phase.end_step:,}): {shares}"
+
+    def _plan(self) -> DataPlan:
+        tokens_per_step = self.seq_length * self.global_batch_size
+        if self.horizon_tokens:
+            horizon = Horizon(self.horizon_tokens, tokens_per_step)
+        else:
+            steps = self.horizon_steps or self.trainer.max_steps
+            if steps < 1:
+                raise UserError(
+                    "the phases of the blend need the run's length",
+                    "Set trainer.max_steps, data.horizon_steps or data.horizon_tokens.",
+                )
+            horizon = Horizon.from_steps(steps, tokens_per_step)
+        return DataPlan.of(self.blend_spec, self.manifest, horizon, self.seq_length, self.global_batch_size, self.seed)
+
+    @cached_property
+    def _validation(self) -> tuple[BlendSampler, int]:
+        """The sampler of the validation list and its length."""
+        blend, limit = self.blend_spec, self.trainer.limit_val_batches
+        phases = [blend.source_shares(n) for n in range(len(blend.phases))]
+        shares = {name: math.fsum(phase[name] for phase in phases) / len(phases) for name in blend.sources}
+        tokens = self.manifest.tokens("validation")
+        small = sorted(name for name, share in shares.items() if share > 0 and tokens[name] < self.seq_length)
+        used = {name: share for name, share in shares.items() if share > 0 and name not in small}
+        if not used:
+            raise UserError(
+                f"no source of blend {blend.name!r} has validation text of one window ({self.seq_length:,} tokens)",
+                "Hold out more (`validation` of the sources), shorten seq_length, or set trainer.limit_val_batches=0.",
+            )
+        if small:
+            rank_zero_warn(
+                f"validation leaves out {', '.join(small)}: less validation text than a window of {self.seq_length:,}"
+            )
+        windows = sum(tokens[name] // self.seq_length for name in used)
+        batches = limit if isinstance(limit, int) else max(1, int(limit * windows) // self.global_batch_size)
+        samples = batches * self.global_batch_size
+        return BlendSampler(
+            [Segment("validation", 0, samples, used)], tokens, self.seq_length, VALIDATION_SEED
+        ), samples
+
+    def _loader(self, dataset: WindowDataset) -> DataLoader:
+        """`BlendDataSampler.transform_dataloader` turns it into the rank's micro-batches."""
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            pin_memory=torch.accelerator.is_available(),
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+        )

@@ -1,0 +1,238 @@
+"""What decides the order of a run's data, what of it goes into a checkpoint, and how a run continues from there.
+
+`DataPlan` names everything that the order depends on; two equal plans feed equal batches. `DataOrder` is a plan that
+is being followed: it knows where it took over, and turns steps into samples. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemotron_h.data.blend import Blend
+from nemotron_h.data.manifest import Manifest
+from nemotron_h.data.phases import Horizon, phase_spans
+from nemotron_h.data.sampler import BlendSampler, Segment
+from nemotron_h.errors import UserError
+
+STATE_FORMAT = 1
+BLEND_CHANGES = ("from_step",)
+SHOWN_DIFFERENCES = 12
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """The training text of a source.
+
+    Args:
+        tokens: of its stream.
+        sha256: of the `.bin` file, as prepared.
+    """
+
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """Steps `first_step <= step < end_step` take tokens in these shares (they sum to 1; sources without a share are
+    left out).
+    """
+
+    name: str
+    first_step: int
+    end_step: int
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Everything that the order of the data depends on, and the blend's name and hash for the record."""
+
+    blend: str
+    blend_hash: str
+    seed: int
+    seq_length: int
+    global_batch_size: int
+    sources: dict[str, PlannedSource]
+    phases: list[PlannedPhase]
+
+    @classmethod
+    def of(
+        cls, blend: Blend, manifest: Manifest, horizon: Horizon, seq_length: int, global_batch_size: int, seed: int
+    ) -> DataPlan:
+        """The plan of a prepared blend for a run.
+
+        Raises:
+            UserError: a phase would be empty, or a source that has a share is too small for one window.
+        """
+        phases = [
+            PlannedPhase(
+                span.name,
+                span.first_step,
+                span.end_step,
+                {name: share for name, share in blend.source_shares(span.index).items() if share > 0},
+            )
+            for span in phase_spans(blend.phases, horizon)
+        ]
+        used = sorted({name for phase in phases for name in phase.shares})
+        splits = {name: manifest.sources[name].splits.get("train") for name in used}
+        sources = {
+            name: PlannedSource(s.tokens, s.sha256_bin) if s else PlannedSource(0, "") for name, s in splits.items()
+        }
+        return cls(blend.name, blend.hash(), seed, seq_length, global_batch_size, sources, phases)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> DataPlan:
+        """The inverse of `dataclasses.asdict`."""
+        sources = {name: PlannedSource(**source) for name, source in content["sources"].items()}
+        phases = [PlannedPhase(**phase) for phase in content["phases"]]
+        return cls(**{**content, "sources": sources, "phases": phases})
+
+    def windows(self, source: str) -> int:
+        """Windows of an epoch of a source."""
+        return self.sources[source].tokens // self.seq_length
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a plan takes over: at the run's start, or at a declared change.
+
+    Args:
+        step: its first step.
+        sample: its first sample.
+        positions: windows that each source gave before.
+    """
+
+    step: int = 0
+    sample: int = 0
+    positions: dict[str, int] = field(default_factory=dict)
+
+
+def compare(old: DataPlan, new: DataPlan, step: int) -> tuple[list[str], list[str]]:
+    """How two plans differ at a step.
+
+    Returns:
+        What changes the blend or the batches before `step` (one line each), and what only moves switches that are
+        still to come (a longer run does that): the batches of the past stay what they were.
+    """
+    differences, moved = [], []
+    for key in ("seed", "seq_length", "global_batch_size"):
+        if getattr(old, key) != getattr(new, key):
+            differences.append(f"{key}: {getattr(old, key)} -> {getattr(new, key)}")
+    for name in sorted(old.sources.keys() | new.sources.keys()):
+        before, now = old.sources.get(name), new.sources.get(name)
+        if before is None or now is None:
+            differences.append(f"source {name}: {'added' if now else 'removed'}")
+        elif before != now:
+            what = f"{before.tokens:,} -> {now.tokens:,} tokens" if before.tokens != now.tokens else "other content"
+            differences.append(f"source {name}: {what}")
+    if len(old.phases) != len(new.phases):
+        differences.append(f"phases: {len(old.phases)} -> {len(new.phases)}")
+    for before, now in zip(old.phases, new.phases, strict=False):
+        for name in sorted(before.shares.keys() | now.shares.keys()):
+            a, b = before.shares.get(name, 0.0), now.shares.get(name, 0.0)
+            if a != b:
+                differences.append(f"phase {now.name!r}, share of {name}: {a:.4%} -> {b:.4%}")
+        if before.first_step != now.first_step:
+            line = f"phase {now.name!r} begins at step {before.first_step:,} -> {now.first_step:,}"
+            (differences if min(before.first_step, now.first_step) < step else moved).append(line)
+    return differences, moved
+
+
+class DataOrder:
+    """A plan that is being followed.
+
+    Args:
+        plan: of the run, or of what is left of it after a declared change.
+        origin: where it takes over.
+        history: the records of the plans before it.
+
+    Raises:
+        UserError: a source that has a share is too small for one window.
+    """
+
+    def __init__(self, plan: DataPlan, origin: Origin | None = None, history: Sequence[dict[str, Any]] = ()) -> None:
+        self.plan, self.origin, self.history = plan, origin or Origin(), list(history)
+        last = len(plan.phases) - 1
+        # A plan that takes over after its planned end goes on with its last phase.
+        self._phases = [p for n, p in enumerate(plan.phases) if p.end_step > self.origin.step or n == last]
+        segments = [
+            Segment(p.name, self.sample_at(max(p.first_step, self.origin.step)), self.sample_at(p.end_step), p.shares)
+            for p in self._phases
+        ]
+        tokens = {name: source.tokens for name, source in plan.sources.items()}
+        self.sampler = BlendSampler(segments, tokens, plan.seq_length, plan.seed, self.origin.positions)
+
+    def sample_at(self, step: int) -> int:
+        """The first sample of a step; that is also the number of samples consumed before it."""
+        return self.origin.sample + max(step - self.origin.step, 0) * self.plan.global_batch_size
+
+    def phase_at(self, step: int) -> PlannedPhase:
+        """The phase that a step belongs to."""
+        return self._phases[self.sampler.phase_of(self.sample_at(step))]
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after `step` steps keeps, in plain containers.
+
+        `consumed` lists, per phase of this plan, the samples that each source gave; `positions` the windows that each
+        source gave since the run's start; `history` the same for plans that a declared change replaced.
+        """
+        samples = self.sample_at(step)
+        consumed = self.sampler.consumed(samples)
+        return {
+            "format": STATE_FORMAT,
+            "step": step,
+            "consumed_samples": samples,
+            "plan": dataclasses.asdict(self.plan),
+            "origin": dataclasses.asdict(self.origin),
+            "consumed": [{"phase": p.name, "sources": c} for p, c in zip(self._phases, consumed, strict=True)],
+            "positions": {**self.origin.positions, **self.sampler.positions(samples)},
+            "history": self.history,
+        }
+
+    @classmethod
+    def resume(cls, plan: DataPlan, state: Mapping[str, Any], blend_change: str | None = None) -> DataOrder:
+        """Continue from a checkpoint.
+
+        Args:
+            plan: of the run as it is now.
+            state: of the checkpoint.
+            blend_change: `from_step` lets another plan take over at the checkpoint's step. Its sources go on where
+                they are; those whose windows became others (new text, seed or seq_length) start with a new epoch.
+
+        Raises:
+            UserError: the plan is another one and no change is declared, or the state is of another format.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise UserError(f"the checkpoint's data state has format {state.get('format')}, not {STATE_FORMAT}")
+        old, step = DataPlan.from_dict(state["plan"]), state["step"]
+        origin, history = Origin(**state["origin"]), state["history"]
+        differences, _ = compare(old, plan, step)
+        if not differences:
+            return cls(plan, origin, history)
+        if blend_change is None:
+            shown = differences[:SHOWN_DIFFERENCES]
+            if len(differences) > len(shown):
+                shown.append(f"... and {len(differences) - len(shown)} more")
+            raise UserError(
+                f"the checkpoint (step {step:,}, blend {old.blend!r}) was trained on other data than this run "
+                f"(blend {plan.blend!r}) plans; checkpoint -> now:\n" + "\n".join(f"  {line}" for line in shown),
+                "Resume with the checkpoint's settings (a longer run that must keep its switches: set horizon_steps), "
+                "or declare the change: blend_change=from_step.",
+            )
+        record = {key: value for key, value in state.items() if key not in ("format", "history")}
+        plans = [DataPlan.from_dict(entry["plan"]) for entry in [*history, record]]
+        positions = {name: _carried(name, position, plans, plan) for name, position in state["positions"].items()}
+        return cls(plan, Origin(step, state["consumed_samples"], positions), [*history, record])
+
+
+def _carried(name: str, position: int, plans: Sequence[DataPlan], new: DataPlan) -> int:
+    """A source's position under a new plan."""
+    old = next(plan for plan in reversed(plans) if name in plan.sources)
+    same_windows = (old.seed, old.seq_length, old.sources[name]) == (new.seed, new.seq_length, new.sources.get(name))
+    if same_windows or name not in new.sources:
+        return position
+    return -(-position // old.windows(name)) * new.windows(name)
