@@ -1,0 +1,518 @@
+"""Preparing a blend: sources -> documents -> tokens -> `.bin/.idx`, in parallel, restartable, the same bytes every
+time.
+
+Each source is cut into shards by its files alone. Worker processes turn shards into tokens; a shard is finished when
+its record is renamed into place, so a killed run continues with the missing shards. When a source's shards are
+complete they are joined in order, duplicates are dropped (the first stays) and the result is renamed into place.
+`manifest.json` comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from nemotron_h.data import sources as reading
+from nemotron_h.data.blend import Blend, Source, parse_count
+from nemotron_h.data.blend import Tokenizer as TokenizerSpec
+from nemotron_h.data.fetch import fetch
+from nemotron_h.data.indexed import file_sha256, token_dtype
+from nemotron_h.data.manifest import (
+    FORMAT_VERSION,
+    SPLITS,
+    Manifest,
+    SourceManifest,
+    SplitManifest,
+    TokenizerManifest,
+    data_root,
+    split_problem,
+    write_json,
+)
+from nemotron_h.data.progress import ProgressLine
+from nemotron_h.data.ready import adopt_split
+from nemotron_h.data.shards import (
+    MergeJob,
+    ShardJob,
+    ShardRecord,
+    build_shard,
+    finished_shard,
+    merge_shards,
+    start_worker,
+)
+from nemotron_h.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, train_bpe, write_meta
+from nemotron_h.errors import UserError
+
+PIPELINE_VERSION = 1  # part of every source's hash: raise it when the same inputs would give other tokens
+_COMPRESSED = {
+    ".gz": 4,
+    ".bz2": 5,
+    ".xz": 5,
+    ".parquet": 3,
+}  # ours: how much text a byte of such a file holds, for the space check
+
+
+def prepare(
+    blend: Blend,
+    root: str | Path | None = None,
+    workers: int | None = None,
+    force: bool = False,
+    console: Console | None = None,
+) -> Manifest:
+    """Prepare a blend under `<root>/<blend.name>`; what is up to date is left alone.
+
+    Args:
+        blend: from `load_blend`.
+        root: the data root; see `data_root`.
+        workers: processes; the cores of this machine by default. The result does not depend on it.
+        force: rebuild everything, the tokenizer included.
+        console: where progress goes.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        UserError: bad input, no network, a full disk, or another preparation of the same folder under way.
+    """
+    folder = data_root(root) / blend.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            return _Preparation(blend, folder.resolve(), workers or os.cpu_count() or 1, console or Console()).run(
+                force
+            )
+    except OSError as error:
+        raise _disk_error(error, folder) from error
+
+
+def _disk_error(error: OSError, folder: Path) -> UserError:
+    if error.errno == errno.ENOSPC:
+        return UserError(
+            f"the disk of {folder} is full",
+            "Free space and run the same command again: finished shards are kept, nothing half-written counts as prepared.",
+        )
+    return UserError(f"{error.filename or folder}: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second preparation of the same folder out; the lock dies with the process."""
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is being prepared by another process", "Wait for it to finish.") from None
+        yield
+
+
+@dataclass
+class _Plan:
+    """A source as it is now: its files, their scans, and the hash that decides whether it is up to date."""
+
+    name: str
+    source: Source
+    inputs: list[reading.Input]
+    scans: list[reading.Scan]
+    key: str = ""
+    shards: list[list[reading.Piece]] = field(default_factory=list)
+
+    def text_bytes(self) -> int:
+        """About how many bytes of text the files hold."""
+        factors = [_COMPRESSED.get(os.path.splitext(i.path)[1], 1) for i in self.inputs]
+        return sum(factor * s.size for factor, s in zip(factors, self.scans, strict=True))
+
+    def text_key(self) -> dict[str, Any]:
+        """What decides the documents of the source, before any tokenizer."""
+        source = self.source
+        settings = {k: getattr(source, k) for k in ("format", "text_fields", "join", "split_on")}
+        return {"inputs": [(i.name, s.sha256) for i, s in zip(self.inputs, self.scans, strict=True)], **settings}
+
+
+class _Preparation:
+    def __init__(self, blend: Blend, folder: Path, workers: int, console: Console) -> None:
+        self.blend, self.folder, self.workers, self.console = blend, folder, workers, console
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def run(self, force: bool) -> Manifest:
+        plans = self._scan()
+        tokenizer, trained = self._tokenizer(plans, force)
+        sha256 = tokenizer.fingerprint()
+        stale, entries = [], {}
+        for plan in plans:
+            plan.key = _hash(
+                {
+                    "version": [FORMAT_VERSION, PIPELINE_VERSION],
+                    "text": plan.text_key(),
+                    "tokenizer": sha256,
+                    "validation": plan.source.validation,
+                    "deduplicate": plan.source.deduplicate,
+                }
+            )
+            entry = None if force else self._finished(plan)
+            if entry is None:
+                stale.append(plan)
+            else:
+                entries[plan.name] = dataclasses.replace(
+                    entry, category=plan.source.category, licence=plan.source.licence
+                )
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            blend=self.blend.name,
+            blend_hash=self.blend.hash(),
+            tokenizer=TokenizerManifest(
+                self.blend.tokenizer.kind,
+                tokenizer.vocab_size,
+                tokenizer.eod_id,
+                sha256,
+                "tokenizer",
+                tokenizer.is_lossless(),
+            ),
+            sources={},
+            folder=str(self.folder),
+        )
+        if not manifest.tokenizer.lossless:
+            self.say(
+                f"Warning: the {manifest.tokenizer.kind} tokenizer is not lossless: some texts change when encoded and decoded."
+            )
+        if stale or trained:
+            (self.folder / "manifest.json").unlink(missing_ok=True)  # what is on disk no longer matches it
+            entries |= self._build(stale, tokenizer, force)
+        manifest.sources = {plan.name: entries[plan.name] for plan in plans}
+        self._report(manifest, [plan.name for plan in stale])
+        manifest.save()
+        return manifest
+
+    # ---- what is there
+
+    def _scan(self) -> list[_Plan]:
+        """Find and hash the inputs; files whose size and time did not change since the last run are not read again."""
+        cache_file = self.folder / ".scans.json"
+        try:
+            cache = json.loads(cache_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            cache = {}
+        plans, jobs = [], []
+        for name, source in self.blend.sources.items():
+            if source.fetch:
+                self.say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
+            inputs = reading.find_inputs(self.blend, name, lambda text, name=name: self.say(f"{name}: {text}"))
+            plans.append(_Plan(name, source, inputs, []))
+            jobs += [(i.path, reading.is_line_based(source, i.path)) for i in inputs if source.format != "megatron"]
+        fresh: dict[str, Any] = {}
+        todo = []
+        for path, line_based in jobs:
+            status = os.stat(path)
+            stamp = [status.st_size, status.st_mtime_ns, line_based]
+            known = cache.get(path)
+            if known and known["stamp"] == stamp:
+                fresh[path] = known
+            else:
+                todo.append((path, line_based, stamp))
+        for path, line_based, stamp in todo:
+            found = reading.scan(path, line_based)
+            fresh[path] = {"stamp": stamp, "scan": dataclasses.asdict(found)}
+        if todo:
+            write_json(cache_file, fresh)
+        for plan in plans:
+            if plan.source.format == "megatron":
+                plan.scans = [_stamp(i.path) for i in plan.inputs]
+                continue
+            for item in plan.inputs:
+                content = fresh[item.path]["scan"]
+                plan.scans.append(reading.Scan(content["size"], content["sha256"], tuple(map(tuple, content["cuts"]))))
+            plan.shards = reading.plan_shards(plan.source, plan.inputs, plan.scans)
+        return plans
+
+    def _finished(self, plan: _Plan) -> SourceManifest | None:
+        """The source's entry when it was prepared from just these inputs and its files are still in place."""
+        try:
+            content = json.loads((self.folder / plan.name / "source.json").read_text(encoding="utf-8"))
+            entry = SourceManifest.from_dict(content)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        probe = Manifest(FORMAT_VERSION, "", "", None, {plan.name: entry}, folder=str(self.folder))
+        if entry.hash_of_inputs != plan.key or any(split_problem(probe, plan.name, split) for split in entry.splits):
+            return None
+        return entry
+
+    # ---- the tokenizer
+
+    def _tokenizer(self, plans: list[_Plan], force: bool) -> tuple[Tokenizer, bool]:
+        """The blend's tokenizer, made or copied when absent or out of date, and whether that was needed."""
+        spec, final = self.blend.tokenizer, self.folder / "tokenizer"
+        trains = spec.kind == "bpe" and not (spec.path or spec.fetch)
+        if trains:
+            chosen = [
+                p for p in plans if p.name in (spec.train_on or self.blend.sources) and p.source.format != "megatron"
+            ]
+            if not chosen:
+                raise UserError(
+                    "tokenizer: nothing to train on: every source is a ready .bin/.idx", "Give tokenizer.path."
+                )
+            content: dict[str, Any] = {"vocab_size": spec.vocab_size, "bytes": parse_count(spec.train_bytes)}
+            content["train"] = {p.name: p.text_key() for p in chosen}
+        else:
+            files = self._tokenizer_files()
+            content = {"files": [(name, file_sha256(path)) for name, path in files]}
+            content |= {"special": spec.num_special_tokens, "pattern": spec.pattern}
+        key = _hash({"version": PIPELINE_VERSION, "kind": spec.kind, **content})
+        mark = self.folder / ".tokenizer.json"
+        try:
+            known = json.loads(mark.read_text(encoding="utf-8"))
+            if not force and known["key"] == key and fingerprint(final) == known["sha256"]:
+                return load_tokenizer(final), False
+        except (OSError, ValueError, KeyError):
+            pass
+        staged = self.folder / ".tokenizer.tmp"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        if trains:
+            self.say(
+                f"tokenizer: training a byte-level BPE of {spec.vocab_size:,} on {', '.join(p.name for p in chosen)}"
+            )
+            train_bpe(_training_texts(chosen, parse_count(spec.train_bytes)), spec.vocab_size, staged)
+        else:
+            _copy_tokenizer(spec, files, staged)
+        load_tokenizer(staged)  # fails here when it is no tokenizer, before anything is replaced
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staged, final)
+        write_json(mark, {"key": key, "sha256": fingerprint(final)})
+        return load_tokenizer(final), True
+
+    def _tokenizer_files(self) -> list[tuple[str, Path]]:
+        spec = self.blend.tokenizer
+        if spec.fetch:
+            return [(path.name, path) for _, path in fetch(spec.fetch, self.say)]
+        path = Path(reading.resolve_path(self.blend, spec.path))
+        if path.is_file():
+            return [(path.name, path)]
+        weights = (".safetensors", ".bin", ".pt", ".gguf", ".h5")
+        files = [p for p in sorted(path.glob("*")) if p.is_file() and p.suffix not in weights] if path.is_dir() else []
+        if not files:
+            raise UserError(f"tokenizer.path: there is no {path}", f"Edit it in {self.blend.path}.")
+        return [(p.name, p) for p in files]
+
+    # ---- building
+
+    def _build(self, stale: list[_Plan], tokenizer: Tokenizer, force: bool) -> dict[str, SourceManifest]:
+        entries = {}
+        for plan in stale:
+            if plan.source.format == "megatron":
+                entries[plan.name] = self._adopt(plan, tokenizer)
+        plans = [plan for plan in stale if plan.source.format != "megatron"]
+        if not plans:
+            return entries
+        dtype = token_dtype(tokenizer.vocab_size)
+        self._check_space(plans, dtype)
+        jobs = {}
+        for plan in plans:
+            work = self._work_folder(plan)
+            for old in work.parent.glob(".build-*"):
+                if old != work or force:
+                    shutil.rmtree(old)
+            work.mkdir(parents=True, exist_ok=True)
+            jobs[plan.name] = [
+                ShardJob(plan.source, pieces, str(work / f"shard-{number:06d}"), dtype.name)
+                for number, pieces in enumerate(plan.shards)
+            ]
+        return entries | self._run_jobs({plan.name: plan for plan in plans}, jobs)
+
+    def _work_folder(self, plan: _Plan) -> Path:
+        return self.folder / plan.name / f".build-{plan.key[:16]}"
+
+    def _run_jobs(self, plans: dict[str, _Plan], jobs: dict[str, list[ShardJob]]) -> dict[str, SourceManifest]:
+        """All shards of all sources through one pool; a source is joined as soon as its last shard is done."""
+        entries: dict[str, SourceManifest] = {}
+        records: dict[str, dict[int, ShardRecord]] = {name: {} for name in plans}
+        pending: dict[Future, tuple[str, int | None]] = {}  # None: the joining of a source
+        queue = iter([(name, number) for name in plans for number in range(len(jobs[name]))])
+        pool = ProcessPoolExecutor(
+            self.workers, multiprocessing.get_context("spawn"), start_worker, (str(self.folder / "tokenizer"),)
+        )
+        sizes = {name: sum(s.size for s in plan.scans) / max(1, len(jobs[name])) for name, plan in plans.items()}
+
+        def shard_done(name: str, number: int, record: ShardRecord) -> None:
+            records[name][number] = record
+            progress.advance(sizes[name], name)
+            if len(records[name]) == len(jobs[name]):
+                _check_bad(plans[name], list(records[name].values()))
+                prefixes = [job.prefix for job in jobs[name]]
+                source = plans[name].source
+                job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, jobs[name][0].dtype)
+                pending[pool.submit(merge_shards, job)] = (name, None)
+
+        with ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress:
+            try:
+                while True:
+                    while len(pending) < 2 * self.workers and (item := next(queue, None)):
+                        name, number = item
+                        record = finished_shard(jobs[name][number].prefix)
+                        if record is None:
+                            pending[pool.submit(build_shard, jobs[name][number])] = item
+                        else:
+                            shard_done(name, number, record)
+                    if not pending:
+                        return entries
+                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                        name, number = pending.pop(future)
+                        if number is not None:
+                            shard_done(name, number, future.result())
+                        else:
+                            entries[name] = self._finish_source(plans[name], future.result())
+                            progress.say(_summary(name, entries[name]))
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a worker process died, most likely killed for want of memory",
+                    "Run again with fewer --workers; finished shards are kept.",
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _finish_source(self, plan: _Plan, merged: dict[str, Any]) -> SourceManifest:
+        """Rename the joined files into place; the source's record goes first and comes back last."""
+        folder = self.folder / plan.name
+        if "train" not in merged["splits"]:
+            raise UserError(f"sources.{plan.name}: no document to train on in {len(plan.inputs)} files")
+        (folder / "source.json").unlink(missing_ok=True)
+        for split in SPLITS:
+            for suffix in (".bin", ".idx"):
+                if split in merged["splits"]:
+                    os.replace(folder / f".{split}{suffix}.tmp", folder / f"{split}{suffix}")
+                else:
+                    (folder / f"{split}{suffix}").unlink(missing_ok=True)
+        os.replace(folder / ".quarantine.jsonl.tmp", folder / "quarantine.jsonl")
+        entry = SourceManifest(
+            category=plan.source.category,
+            licence=plan.source.licence,
+            hash_of_inputs=plan.key,
+            splits={s: SplitManifest(prefix=f"{plan.name}/{s}", **content) for s, content in merged["splits"].items()},
+            duplicates_dropped=merged["duplicates"],
+            empty_dropped=merged["empty"],
+            quarantined=merged["bad"],
+            inputs={i.name: s.sha256 for i, s in zip(plan.inputs, plan.scans, strict=True)},
+        )
+        write_json(folder / "source.json", dataclasses.asdict(entry))
+        shutil.rmtree(self._work_folder(plan))
+        return entry
+
+    def _adopt(self, plan: _Plan, tokenizer: Tokenizer) -> SourceManifest:
+        """Take a ready `.bin/.idx` as it is."""
+        source = plan.source
+        written = {"train": source.paths()[0], "validation": source.validation_path}
+        splits = {}
+        for split, path in written.items():
+            if path:
+                prefix = reading.resolve_path(self.blend, path)
+                self.say(f"{plan.name}: checking {prefix}.bin")
+                splits[split] = adopt_split(f"sources.{plan.name}", prefix, tokenizer)
+        entry = SourceManifest(source.category, source.licence, plan.key, splits)
+        (self.folder / plan.name).mkdir(exist_ok=True)
+        write_json(self.folder / plan.name / "source.json", dataclasses.asdict(entry))
+        return entry
+
+    def _check_space(self, plans: list[_Plan], dtype: np.dtype) -> None:
+        # ours: 3 bytes of text per token; the shards and the joined files of one source exist at the same time
+        sizes = [plan.text_bytes() for plan in plans]
+        needed = int((sum(sizes) + max(sizes)) / 3 * dtype.itemsize)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.folder}: about {needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free",
+                "Free space, or give another --root.",
+            )
+
+    def _report(self, manifest: Manifest, rebuilt: list[str]) -> None:
+        tokens = sum(manifest.tokens().values())
+        kept = len(manifest.sources) - len(rebuilt)
+        state = (
+            "up to date" if not rebuilt else f"built {', '.join(rebuilt)}" + (f"; {kept} up to date" if kept else "")
+        )
+        self.say(f"{self.folder}: {state}; {tokens:,} training tokens in {len(manifest.sources)} sources")
+        for path in sorted(p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            if path.name != "tokenizer" and path.name not in manifest.sources:
+                self.say(f"Note: {path} belongs to no source of this blend; delete it if it is not needed.")
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stamp(path: str) -> reading.Scan:
+    """Size and time in place of a hash, for ready files too large to read at every start."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}", "A ready .bin/.idx is named by its path without the suffix.") from error
+    return reading.Scan(status.st_size, f"{path}:{status.st_size}:{status.st_mtime_ns}", ())
+
+
+def _check_bad(plan: _Plan, records: list[ShardRecord]) -> None:
+    """Stop when more of a source is unreadable than its `max_bad` allows: most often a wrong field or format."""
+    bad = sum(r.bad for r in records)
+    total = bad + sum(r.empty + sum(r.documents.values()) for r in records)
+    if bad <= plan.source.max_bad * total:
+        return
+    first = next(iter(_bad_records(plan)))
+    raise UserError(
+        f"sources.{plan.name}: {bad:,} of {total:,} records cannot be read (max_bad is {plan.source.max_bad:.2%})\n"
+        f"  the first: {first.file}, {first.position}: {first.reason}",
+        "Check format and text_fields, or raise max_bad.",
+    )
+
+
+def _bad_records(plan: _Plan) -> Iterator[reading.Bad]:
+    for pieces in plan.shards:
+        yield from (item for item in reading.read_documents(plan.source, pieces) if isinstance(item, reading.Bad))
+
+
+def _training_texts(plans: list[_Plan], limit: int) -> Iterator[str]:
+    """The first `limit` bytes of text of each source, in order."""
+    for plan in plans:
+        left = limit
+        for pieces in plan.shards:
+            for item in reading.read_documents(plan.source, pieces):
+                if left <= 0:
+                    break
+                if isinstance(item, reading.Document):
+                    yield item.text
+                    left -= len(item.text.encode())
+
+
+def _copy_tokenizer(spec: TokenizerSpec, files: list[tuple[str, Path]], target: Path) -> None:
+    """Put a given tokenizer's files into the prepared folder, which so stands on its own."""
+    if spec.kind in ("tiktoken", "sentencepiece") and len(files) != 1:
+        raise UserError(f"tokenizer: kind {spec.kind} is one file, not {', '.join(name for name, _ in files)}")
+    for name, path in files:
+        shutil.copyfile(path, target / name)
+    meta = {"file": files[0][0]} if spec.kind in ("tiktoken", "sentencepiece") else {}
+    if spec.kind == "tiktoken":
+        meta |= {"num_special_tokens": spec.num_special_tokens, "pattern": spec.pattern}
+    write_meta(target, spec.kind, **meta)
+
+
+def _summary(name: str, entry: SourceManifest) -> str:
+    parts = [f"{s.documents:,} documents, {s.tokens:,} tokens ({split})" for split, s in entry.splits.items()]
+    counts = {
+        "duplicates dropped": entry.duplicates_dropped,
+        "empty": entry.empty_dropped,
+        "quarantined": entry.quarantined,
+    }
+    return f"{name}: " + ", ".join(parts + [f"{count:,} {what}" for what, count in counts.items() if count])

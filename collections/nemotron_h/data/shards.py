@@ -1,0 +1,238 @@
+"""What the worker processes of a preparation do: a shard of text to tokens, and a source's shards to one `.bin/.idx`
+pair per split.
+
+A shard's files count only once its record (`<prefix>.json`) is there; it is renamed into place last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from nemotron_h.data.blend import Source
+from nemotron_h.data.indexed import write_index
+from nemotron_h.data.manifest import SPLITS, write_json
+from nemotron_h.data.sources import Bad, Piece, read_documents
+from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
+
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
+_COPY_BYTES = 1 << 22
+_HASH_BYTES = 16
+
+_tokenizer: Tokenizer | None = None  # of this worker process
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Turn the documents of `pieces` into tokens.
+
+    Args:
+        source: how to read them.
+        pieces: what to read.
+        prefix: of the files to write.
+        dtype: numpy name of the token type.
+    """
+
+    source: Source
+    pieces: list[Piece]
+    prefix: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """Join a source's shards, in order.
+
+    Args:
+        prefixes: of the shards.
+        folder: of the source; the joined files get names that begin with a dot and end in `.tmp`.
+        deduplicate: keep only the first of equal documents.
+        dtype: numpy name of the token type.
+    """
+
+    prefixes: list[str]
+    folder: str
+    deduplicate: bool
+    dtype: str
+
+
+@dataclass
+class ShardRecord:
+    """What a finished shard holds. `sizes` is file suffix -> bytes, so that a shard with lost files is not trusted."""
+
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    empty: int = 0
+    bad: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def start_worker(tokenizer_path: str) -> None:
+    """Ready a worker process: one thread, its own tokenizer, Ctrl-C left to the parent, and no life after the
+    parent's death.
+    """
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def die_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    _tokenizer = load_tokenizer(tokenizer_path)
+
+
+def finished_shard(prefix: str) -> ShardRecord | None:
+    """The record of a shard when it is complete."""
+    try:
+        record = ShardRecord(**json.loads(Path(prefix + ".json").read_text(encoding="utf-8")))
+        return record if all(os.path.getsize(prefix + s) == n for s, n in record.sizes.items()) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def document_hash(text: str) -> bytes:
+    """16 bytes that stand for a document's text: equal texts share them, and they choose the split."""
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=_HASH_BYTES).digest()
+
+
+def is_validation(hash_of_document: bytes, share: float) -> bool:
+    """Whether a document is held out: a property of its text alone, so neither order nor other documents matter."""
+    return int.from_bytes(hash_of_document[-8:], "big") < share * 2**64
+
+
+def build_shard(job: ShardJob) -> ShardRecord:
+    """Read, split and encode one shard; runs in a worker."""
+    record = ShardRecord()
+    suffixes = [f".{split}.{kind}" for split in SPLITS for kind in ("tokens", "lengths", "bytes", "hashes")] + [".bad"]
+    with contextlib.ExitStack() as stack:
+        files = {s: stack.enter_context(open(job.prefix + s, "wb")) for s in suffixes}
+        for texts, hashes in _batches(job, record, files[".bad"]):
+            held_out = [is_validation(h, job.source.validation) for h in hashes]
+            encoded = _tokenizer.encode_batch(texts)
+            for split, wanted in zip(SPLITS, (False, True), strict=True):
+                chosen = [i for i, held in enumerate(held_out) if held is wanted]
+                if chosen:
+                    _append(files, split, [encoded[i] for i in chosen], [texts[i] for i in chosen], job.dtype)
+                    files[f".{split}.hashes"].write(b"".join(hashes[i] for i in chosen))
+                    record.documents[split] += len(chosen)
+    record.sizes = {s: os.path.getsize(job.prefix + s) for s in suffixes}
+    write_json(Path(job.prefix + ".json"), asdict(record))
+    return record
+
+
+def _batches(job: ShardJob, record: ShardRecord, quarantine: IO[bytes]) -> Iterator[tuple[list[str], list[bytes]]]:
+    """Documents in batches of bounded size, with their hashes; bad and empty records are counted on the way."""
+    texts: list[str] = []
+    characters = 0
+    for item in read_documents(job.source, job.pieces):
+        if isinstance(item, Bad):
+            record.bad += 1
+            quarantine.write(json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+        elif not item.text.strip():
+            record.empty += 1
+        else:
+            texts.append(item.text)
+            characters += len(item.text)
+            if len(texts) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield texts, [document_hash(text) for text in texts]
+                texts, characters = [], 0
+    if texts:
+        yield texts, [document_hash(text) for text in texts]
+
+
+def _append(files: dict[str, IO[bytes]], split: str, encoded: list[list[int]], texts: list[str], dtype: str) -> None:
+    eod = [_tokenizer.eod_id]
+    for ids in encoded:
+        files[f".{split}.tokens"].write(np.array(ids + eod, dtype=dtype).tobytes())
+    files[f".{split}.lengths"].write(np.array([len(ids) + 1 for ids in encoded], dtype=np.int32).tobytes())
+    files[f".{split}.bytes"].write(np.array([len(text.encode()) for text in texts], dtype=np.int32).tobytes())
+
+
+def merge_shards(job: MergeJob) -> dict[str, Any]:
+    """Join finished shards; runs in a worker. The caller renames the files into place.
+
+    Returns:
+        splits (split -> documents, tokens, bytes, dtype, sha256_bin, sha256_idx; none for an empty split),
+        duplicates, empty, bad.
+    """
+    records = [finished_shard(prefix) for prefix in job.prefixes]
+    result: dict[str, Any] = {"splits": {}, "duplicates": 0}
+    result |= {"empty": sum(r.empty for r in records), "bad": sum(r.bad for r in records)}
+    for split in SPLITS:
+        if any(r.documents[split] for r in records):
+            result["splits"][split], duplicates = _merge_split(job, split)
+            result["duplicates"] += duplicates
+    with open(os.path.join(job.folder, ".quarantine.jsonl.tmp"), "wb") as out:
+        for prefix in job.prefixes:
+            out.write(Path(prefix + ".bad").read_bytes())
+    return result
+
+
+def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
+    dtype = np.dtype(job.dtype)
+    lengths = [np.fromfile(f"{prefix}.{split}.lengths", dtype=np.int32) for prefix in job.prefixes]
+    keep = _first_occurrences(job, split) if job.deduplicate else np.ones(sum(map(len, lengths)), dtype=bool)
+    target = os.path.join(job.folder, f".{split}")
+    digest, text_bytes, kept, first = hashlib.sha256(), 0, [], 0
+    with open(target + ".bin.tmp", "wb") as out:
+        for prefix, of_shard in zip(job.prefixes, lengths, strict=True):
+            mask = keep[first : first + len(of_shard)]
+            first += len(of_shard)
+            kept.append(of_shard[mask])
+            text_bytes += int(np.fromfile(f"{prefix}.{split}.bytes", dtype=np.int32)[mask].sum(dtype=np.int64))
+            for data in _kept_tokens(f"{prefix}.{split}.tokens", of_shard, mask, dtype):
+                digest.update(data)
+                out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    final = np.concatenate(kept)
+    content = {
+        "documents": len(final),
+        "tokens": int(final.sum(dtype=np.int64)),
+        "bytes": text_bytes,
+        "dtype": dtype.name,
+        "sha256_bin": digest.hexdigest(),
+        "sha256_idx": write_index(target + ".idx.tmp", final, dtype),
+    }
+    return content, int(len(keep) - len(final))
+
+
+def _kept_tokens(path: str, lengths: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        if mask.all():
+            while data := file.read(_COPY_BYTES):
+                yield data
+            return
+        for length, wanted in zip(lengths.tolist(), mask.tolist(), strict=True):
+            if wanted:
+                yield file.read(length * dtype.itemsize)
+            else:
+                file.seek(length * dtype.itemsize, os.SEEK_CUR)
+
+
+def _first_occurrences(job: MergeJob, split: str) -> np.ndarray:
+    """bool [documents]: whether no earlier document of the source has the same text. Holds about 40 bytes per
+    document.
+    """
+    hashes = np.concatenate([np.fromfile(f"{p}.{split}.hashes", dtype="<u8").reshape(-1, 2) for p in job.prefixes])
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in document order
+    ordered = hashes[order]
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    keep = np.zeros(len(order), dtype=bool)
+    keep[order[new]] = True
+    return keep
