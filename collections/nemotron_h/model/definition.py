@@ -116,16 +116,7 @@ class ModelDefinition:
         Errors:
             UserError: names the key, the origin, and the value that would fit.
         """
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type in ("int", "float") and value <= 0:
-                raise UserError(f"{origin}: model.{f.name} is {value}; it has to be positive")
-        self._validate_pattern(origin)
-        for dividend, divisor in (
-            ("num_attention_heads", "num_query_groups"),
-            ("mamba_num_heads", "mamba_num_groups"),
-        ):
-            self._validate_divides(origin, dividend, divisor)
+        self.validate_structure(origin)
         actual = Expect(self.count(MAMBA), self.count(ATTENTION), self.count(FFN), self.parameters)
         if actual != self.expect:
             wrong = [
@@ -137,6 +128,19 @@ class ModelDefinition:
                 f"{origin}: model.expect does not match pattern and widths: {'; '.join(wrong)}",
                 hint="correct model.pattern or the widths, or state the new counts in model.expect",
             )
+
+    def validate_structure(self, origin: str) -> None:
+        """Check signs, the pattern's rules and divisibility; all that `validate` does but `expect`."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type in ("int", "float") and value <= 0:
+                raise UserError(f"{origin}: model.{f.name} is {value}; it has to be positive")
+        self._validate_pattern(origin)
+        for dividend, divisor in (
+            ("num_attention_heads", "num_query_groups"),
+            ("mamba_num_heads", "mamba_num_groups"),
+        ):
+            self._validate_divides(origin, dividend, divisor)
 
     def _validate_pattern(self, origin: str) -> None:
         unknown = sorted(set(self.pattern) - set(LAYER_NAMES))
@@ -190,12 +194,11 @@ class ModelDefinition:
             )
 
     def validate_pipeline_parallel(self, size: int) -> None:
-        """Check that the layers split evenly over `size` pipeline stages."""
-        if self.num_layers % size:
-            fits = [n for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
+        """Check that every pipeline stage gets a layer."""
+        if size > self.num_layers:
             raise UserError(
-                f"pipeline_model_parallel_size={size} does not divide the {self.num_layers} layers of {self.name}",
-                hint=f"pipeline parallel sizes that fit: {', '.join(map(str, fits))}",
+                f"pipeline_model_parallel_size={size} is more than the {self.num_layers} layers of {self.name}",
+                hint=f"use at most {self.num_layers} stages",
             )
 
 

@@ -1,0 +1,42 @@
+"""Register every shipped recipe with `nemo`, under its model's name (entry point group `nemo_run.cli`)."""
+
+from __future__ import annotations
+
+from nemotron_h.runtime import quiet
+
+quiet.hush()
+
+import nemo_run as run  # noqa: E402
+from nemo.collections import llm  # noqa: E402
+
+from nemotron_h.compose import compose, known_recipes  # noqa: E402
+from nemotron_h.runtime import nemo_cli  # noqa: E402
+from nemotron_h.training import pretrain  # noqa: E402
+
+BUILDERS = {"pretrain": (llm.pretrain, pretrain.build)}
+
+
+def _register(name: str) -> None:
+    model, stage = name.split("/")
+    target, build = BUILDERS[stage]
+
+    def factory() -> run.Partial:
+        return build(compose(name))
+
+    factory.__name__ = factory.__qualname__ = model
+    factory.__doc__ = f"The recipe {name}."
+    run.cli.factory(target=target, name=model)(factory)
+
+
+for _name in known_recipes():
+    _register(_name)
+
+
+@run.cli.factory(target=llm.pretrain, name="nemotron_h_recipe")
+def nemotron_h_recipe(path: str) -> run.Partial:
+    """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
+    recipe = compose(path)
+    return BUILDERS[recipe.stage][1](recipe)
+
+
+nemo_cli.install()

@@ -1,0 +1,47 @@
+"""Silence what upstream packages print on every run and nobody can act on. `NEMOTRON_H_VERBOSE=1` shows all of it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+
+#: loggers that report optional packages that are absent, or what the progress line and the summary say better
+NOISY = (
+    "DistributedDataParallel",
+    "lightning.fabric",
+    "lightning.pytorch",
+    "megatron",
+    "megatron.core",
+    "nemo_logger",
+    "nv_one_logger",
+    "onelogger",
+    "torch.distributed.checkpoint",
+    "torch.distributed.run",
+    "torchao",
+)
+
+
+def verbose() -> bool:
+    """Whether the user asked for everything."""
+    return os.environ.get("NEMOTRON_H_VERBOSE", "") not in ("", "0")
+
+
+def hush() -> None:
+    """Raise the threshold of noisy loggers to ERROR, drop warnings, and import NeMo without its import-time prints."""
+    if verbose():
+        return
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # data workers and ranks
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # megatron-core and NeMo print about optional packages while they are imported
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        import nemo.collections.llm  # noqa: F401
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.ERROR)
+    for name in [*NOISY, *(n for n in logging.root.manager.loggerDict if n.startswith(NOISY))]:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,74 @@
+"""Write checkpoints by step, always at the end of a run, each with a record and checksums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from nemo import lightning as nl
+from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
+
+from nemotron_h.training import checkpoints
+from nemotron_h.training.callbacks.run_record import RunRecord
+
+
+class StepCheckpoint(nl.ModelCheckpoint):
+    """NeMo's checkpoint callback: `checkpoints/step-000100`, the newest `keep`, optimizer always included.
+
+    Args:
+        every_steps: steps between checkpoints; the last step of the run always writes one.
+        keep: how many of the newest stay; -1 keeps all.
+    """
+
+    def __init__(self, every_steps: int, keep: int = 2) -> None:
+        super().__init__(
+            monitor="step",
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every_steps,
+            save_last=False,
+            filename="step-{step:06d}",
+            auto_insert_metric_name=False,
+            save_optim_on_train_end=True,
+            verbose=False,
+        )
+
+    def nemo_topk_check_previous_run(self) -> None:
+        """Take up the checkpoints that an earlier process of this run left."""
+        found = checkpoints.finished(Path(self.dirpath).parent)
+        self.best_k_models = {str(path): torch.tensor(float(checkpoints.step_of(path))) for path in found}
+        if found:
+            self.best_model_path, self.kth_best_model_path = str(found[0]), str(found[-1])
+            self.best_model_score = self.best_k_models[self.best_model_path]
+
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        candidates["step"] = torch.tensor(trainer.global_step)
+        return candidates
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Save; then the record and the checksums go beside the weights, before the unfinished mark is removed."""
+        self._finishing = Path(ckpt_to_dir(filepath))
+        super()._save_checkpoint(trainer, filepath)
+
+    def _get_finalize_save_checkpoint_callback(self, trainer: pl.Trainer, filepath: str, global_step: int) -> Any:
+        finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
+        folder = Path(ckpt_to_dir(filepath))
+
+        def finalize() -> None:
+            trainer.strategy.barrier("checkpoint written")
+            if trainer.is_global_zero:
+                for record in (cb for cb in trainer.callbacks if isinstance(cb, RunRecord)):
+                    record.write(trainer, folder / checkpoints.RECORD)
+                checkpoints.write_integrity(folder)
+            finish()
+
+        return finalize
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checkpoint the last step unless it has just been written."""
+        if self._last_global_step_saved != trainer.global_step:
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)

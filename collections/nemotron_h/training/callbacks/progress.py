@@ -1,0 +1,134 @@
+"""One progress line, and a summary at the end."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.table import Table
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+class ProgressLine(ProgressBar):
+    """Step, loss, validation loss, tokens/s, learning rate and ETA on one line; rank 0 only.
+
+    On a terminal the line is rewritten in place each step; elsewhere one is printed every `every_steps`.
+
+    Args:
+        every_steps: steps between printed lines.
+    """
+
+    def __init__(self, every_steps: int = 10) -> None:
+        super().__init__()
+        self.every_steps = every_steps
+        self.losses: dict[str, list[float]] = {"loss": [], "validation loss": []}
+        self.step_times: deque[float] = deque(maxlen=50)
+        self.disabled = False
+
+    def disable(self) -> None:
+        """Lightning calls this on ranks other than 0."""
+        self.disabled = True
+
+    def enable(self) -> None:
+        """Counterpart of `disable`."""
+        self.disabled = False
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the line can be rewritten."""
+        return sys.stdout.isatty()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where the run starts."""
+        self.started, self.first_step = time.perf_counter(), trainer.global_step
+        if not self.disabled:
+            self._console().print(self._start(trainer), highlight=False)
+
+    def _start(self, trainer: pl.Trainer) -> str:
+        data, step = trainer.datamodule, trainer.global_step
+        tokens = step * data.global_batch_size * data.seq_length
+        verb = f"resumed at step {step:,} ({tokens:,} tokens)" if step else "started"
+        parallel = trainer.strategy
+        return (
+            f"[bold]{verb}[/bold]; {trainer.max_steps:,} steps of {data.global_batch_size * data.seq_length:,} tokens, "
+            f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)} (tensor {parallel.tensor_model_parallel_size}, "
+            f"pipeline {parallel.pipeline_model_parallel_size}), {trainer.precision}"
+        )
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Start the step's clock; validation and checkpoints are not counted in tokens/s."""
+        self.step_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Count the step and show the line."""
+        self.step_times.append(time.perf_counter() - self.step_start)
+        loss = trainer.callback_metrics.get("reduced_train_loss")
+        if loss is not None:
+            self.losses["loss"].append(float(loss))
+        if self.disabled:
+            return
+        step = trainer.global_step
+        due = step % self.every_steps == 0 or step == trainer.max_steps or step == self.first_step + 1
+        if self.is_terminal:
+            print("\r\033[K" + self._line(trainer), end="\n" if due else "", flush=True)
+        elif due:
+            print(self._line(trainer), flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the validation loss; it is shown with the next line."""
+        loss = trainer.callback_metrics.get("val_loss")
+        if loss is not None and not trainer.sanity_checking:
+            self.losses["validation loss"].append(float(loss))
+
+    def _line(self, trainer: pl.Trainer) -> str:
+        step, total = trainer.global_step, trainer.max_steps
+        per_step = sum(self.step_times) / len(self.step_times)
+        tokens = trainer.datamodule.global_batch_size * trainer.datamodule.seq_length
+        elapsed = time.perf_counter() - self.started
+        eta = elapsed / (step - self.first_step) * (total - step)
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        validation = self.losses["validation loss"][-1] if self.losses["validation loss"] else math.nan
+        shown = "   -  " if math.isnan(validation) else f"{validation:6.4f}"
+        return (
+            f"step {step:>{len(str(total))}}/{total}  loss {self.losses['loss'][-1]:6.4f}  validation {shown}  "
+            f"{tokens / per_step:>9,.0f} tokens/s  lr {rate:.2e}  ETA {duration(eta)}"
+        )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The summary, after the last checkpoint."""
+        if self.disabled or not self.losses["loss"]:
+            return
+        run_dir = Path(trainer.checkpoint_callback.dirpath).parent
+        steps = trainer.global_step - self.first_step
+        tokens = steps * trainer.datamodule.global_batch_size * trainer.datamodule.seq_length
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, values in self.losses.items():
+            if values:
+                table.add_row(name, f"{values[0]:.4f} first, {values[-1]:.4f} last")
+        table.add_row("tokens", f"{tokens:,} in {steps:,} steps")
+        table.add_row("time", duration(time.perf_counter() - self.started))
+        table.add_row("checkpoint", str(trainer.checkpoint_callback.best_model_path).removesuffix(".ckpt"))
+        table.add_row("record", str(run_dir / "run.json"))
+        table.add_row("resume or extend", " ".join(["nemo", *map(shlex.quote, sys.argv[1:])]))
+        if trainer.loggers:
+            table.add_row("look at it", f"tensorboard --logdir {run_dir}")
+        self._console().print(table, highlight=False, soft_wrap=True)
+
+    @staticmethod
+    def _console() -> Console:
+        return Console(soft_wrap=True)

@@ -1,0 +1,35 @@
+"""Make every random number of a step a function of (seed, step, rank), so that a resumed run draws the same ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import random as megatron_random
+
+_STRIDE = 1_000_003  # a prime, so that steps and ranks of one run do not meet
+
+
+class StepSeed(pl.Callback):
+    """Seed torch and Megatron's tensor-parallel generators at the start of each step.
+
+    Nothing has to be stored in checkpoints, and a checkpoint of one layout resumes in another. The published models
+    have no dropout; this matters for callbacks and for layers that users add.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Seed for this step."""
+        base = self.seed + trainer.global_step * _STRIDE
+        data_rank = parallel_state.get_data_parallel_rank()
+        megatron_random.get_cuda_rng_tracker().reset()
+        megatron_random.model_parallel_cuda_manual_seed(base + 7 * data_rank)
+        torch.manual_seed(base + 7 * data_rank)

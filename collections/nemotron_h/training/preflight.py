@@ -1,0 +1,54 @@
+"""Checks between a resolved recipe and this machine, before any model is built."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nemo.utils.app_state import AppState
+
+from nemotron_h.errors import UserError
+
+#: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments
+CHECKPOINT_BYTES_PER_PARAMETER = 16
+
+
+def check_layout(trainer: Any, model: Any) -> None:
+    """Check model, parallel layout and disk.
+
+    Errors:
+        UserError: the pattern breaks the family's rules, a dimension does not split, the ranks do not divide, or the
+            disk cannot hold the checkpoints; names the key and a value that fits.
+    """
+    definition, strategy = model.config.definition(), trainer.strategy
+    definition.validate_structure(f"model {definition.name}")
+    tensor, pipeline = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
+    definition.validate_tensor_parallel(tensor)
+    definition.validate_pipeline_parallel(pipeline)
+    if strategy.context_parallel_size != 1:
+        raise UserError(
+            f"trainer.strategy.context_parallel_size={strategy.context_parallel_size}",
+            hint="context parallelism is not supported; use tensor or pipeline parallelism",
+        )
+    ranks = trainer.num_devices * trainer.num_nodes
+    if ranks % (tensor * pipeline):
+        raise UserError(
+            f"{ranks} ranks do not divide by tensor * pipeline = {tensor} * {pipeline}",
+            hint=f"set trainer.devices and trainer.num_nodes to a multiple of {tensor * pipeline} ranks",
+        )
+    check_disk(definition.parameters * CHECKPOINT_BYTES_PER_PARAMETER, Path(AppState().log_dir))
+
+
+def check_disk(checkpoint_bytes: int, folder: Path) -> None:
+    """One more checkpoint has to fit while it is written.
+
+    Errors:
+        UserError: the disk of `folder` has less room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < checkpoint_bytes:
+        raise UserError(
+            f"{folder} has {free / 2**30:.1f} GiB free, one checkpoint takes up to {checkpoint_bytes / 2**30:.1f} GiB",
+            hint="free space, or write elsewhere: log.explicit_log_dir=DIR",
+        )

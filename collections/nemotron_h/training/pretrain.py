@@ -1,0 +1,118 @@
+"""A pretraining recipe as the object graph that `nemo llm pretrain` runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import nemo_run as run
+from lightning.pytorch.loggers import TensorBoardLogger
+from nemo import lightning as nl
+from nemo.collections import llm
+
+from nemotron_h.compose import count_of
+from nemotron_h.data.datamodule import BlendDataModule
+from nemotron_h.data.phases import Horizon
+from nemotron_h.model.module import NemotronHConfig, NemotronHModel
+from nemotron_h.precision.plugins import plugin
+from nemotron_h.schema import ModelSchema, RecipeConfig
+from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+from nemotron_h.training.callbacks.progress import ProgressLine
+from nemotron_h.training.callbacks.run_record import RunRecord, plain
+from nemotron_h.training.callbacks.step_seed import StepSeed
+from nemotron_h.training.optimizer import CosineAdamW
+from nemotron_h.training.resume import ResumeRun
+from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
+
+
+def model_config(model: ModelSchema, seq_length: int, init_seed: int) -> run.Config[NemotronHConfig]:
+    """The definition in Megatron's names."""
+    return run.Config(
+        NemotronHConfig,
+        definition_name=model.name,
+        hybrid_override_pattern=model.pattern,
+        num_layers=len(model.pattern),
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        mamba_num_heads=model.mamba_num_heads,
+        mamba_head_dim=model.mamba_head_dim,
+        mamba_num_groups=model.mamba_num_groups,
+        mamba_state_dim=model.mamba_state_dim,
+        vocab_size=model.vocab_size,
+        conv_kernel=model.conv_kernel,
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_std,
+        seq_length=seq_length,
+        init_seed=init_seed,
+    )
+
+
+def build(recipe: RecipeConfig) -> run.Partial:
+    """The recipe as a `nemo_run.Partial` of `llm.pretrain`; nothing is created yet, every value can be overridden."""
+    data, optim, parallel = recipe.data, recipe.optim, recipe.parallel
+    origin = f"recipe {recipe.name}"
+    horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
+    run_dir = f"{recipe.log.dir}/{recipe.name}"
+    return run.Partial(
+        llm.pretrain,
+        model=run.Config(NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed)),
+        data=run.Config(
+            BlendDataModule,
+            blend=data.blend,
+            root=data.root,
+            seq_length=data.seq_length,
+            micro_batch_size=data.micro_batch_size,
+            global_batch_size=data.global_batch_size,
+            seed=data.seed,
+            document_reset=data.document_reset,
+            num_workers=data.workers,
+        ),
+        trainer=run.Config(
+            NemotronHTrainer,
+            num_nodes=parallel.nodes,
+            devices=parallel.devices,
+            max_steps=horizon.steps,
+            strategy=run.Config(
+                NemotronHStrategy,
+                tensor_model_parallel_size=parallel.tensor,
+                pipeline_model_parallel_size=parallel.pipeline,
+                sequence_parallel=parallel.sequence,
+                distributed_optimizer=parallel.distributed_optimizer,
+            ),
+            plugins=run.Config(plugin, name=recipe.precision),
+            callbacks=[
+                run.Config(StepSeed, seed=data.seed),
+                run.Config(ProgressLine, every_steps=recipe.log.every_steps),
+                run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
+            ],
+            log_every_n_steps=1,
+            val_check_interval=recipe.log.validate_every_steps,
+            limit_val_batches=recipe.log.validation_batches,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        ),
+        log=run.Config(
+            nl.NeMoLogger,
+            explicit_log_dir=run_dir,
+            ckpt=run.Config(
+                StepCheckpoint, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep
+            ),
+            tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name="") if recipe.log.tensorboard else None,
+        ),
+        resume=run.Config(ResumeRun),
+        optim=run.Config(
+            CosineAdamW,
+            peak_lr=optim.peak_lr,
+            final_lr=optim.final_lr,
+            warmup_steps=horizon.step_at(count_of(optim.warmup_tokens, "optim.warmup_tokens", origin)),
+            beta1=optim.beta1,
+            beta2=optim.beta2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            clip_grad=optim.clip_grad,
+            distributed_optimizer=parallel.distributed_optimizer,
+        ),
+    )

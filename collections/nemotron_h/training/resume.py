@@ -1,0 +1,110 @@
+"""Continue a run from its newest checkpoint, or say exactly why that is not possible."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from nemo import lightning as nl
+from nemo.utils.app_state import AppState
+
+from nemotron_h.errors import UserError
+from nemotron_h.training import checkpoints
+from nemotron_h.training.callbacks.run_record import plain, vars_of
+from nemotron_h.training.preflight import check_layout
+
+
+@dataclass(kw_only=True)
+class ResumeRun(nl.AutoResume):
+    """NeMo's resume over `checkpoints/step-*`, with checks before anything is loaded.
+
+    Attributes beyond NeMo's:
+        resume_from_path: continue from this checkpoint, and set newer ones of the same run aside.
+        must_exist: a run that has no checkpoint is an error, not a start from scratch.
+    """
+
+    resume_if_exists: bool = True
+    resume_ignore_no_checkpoint: bool = True
+    must_exist: bool = False
+
+    def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
+        """Check the layout, choose the checkpoint and check it.
+
+        Errors:
+            UserError: impossible layout; damaged checkpoint; checkpoint of another model; a finished run.
+        """
+        check_layout(trainer, model)
+        super().setup(trainer, model)
+        path = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
+        if path is None:
+            if self.must_exist:
+                raise UserError(f"{AppState().log_dir} has no finished checkpoint and resume.must_exist is set")
+            return
+        self._check_model(path, model)
+        self._check_unfinished_run(path, trainer)
+
+    def _find_trainer_ckpt_path(self) -> Path | None:
+        run_dir = Path(AppState().log_dir)
+        found = checkpoints.finished(run_dir)
+        if not found:
+            return None
+        problems = checkpoints.damage(found[0])
+        if problems:
+            whole = next((p for p in found[1:] if not checkpoints.damage(p)), None)
+            raise UserError(
+                f"checkpoint {found[0]} is damaged: {'; '.join(problems[:3])}",
+                hint=(
+                    f"the newest whole one is {whole}; to continue from it add resume.resume_from_path={whole}"
+                    if whole
+                    else "no whole checkpoint is left: remove the run's folder to start anew"
+                ),
+            )
+        return found[0]
+
+    def get_trainer_ckpt_path(self, model: Any = None) -> Path | None:
+        """The checkpoint that was named, or the run's newest."""
+        if not self.resume_from_path:
+            return self._find_trainer_ckpt_path()
+        chosen = Path(self.resume_from_path)
+        if not (chosen / checkpoints.INTEGRITY).is_file():
+            raise UserError(f"resume.resume_from_path={chosen} is not a finished checkpoint of this project")
+        problems = checkpoints.damage(chosen)
+        if problems:
+            raise UserError(f"checkpoint {chosen} is damaged: {'; '.join(problems[:3])}")
+        self._set_newer_aside(chosen)
+        return chosen
+
+    @staticmethod
+    def _set_newer_aside(chosen: Path) -> None:
+        """Rename newer checkpoints of the same run: they would be taken for this run's newest. Nothing is deleted."""
+        for newer in chosen.parent.glob("step-*"):
+            if newer.is_dir() and checkpoints.step_of(newer) > checkpoints.step_of(chosen):
+                newer.rename(newer.with_name(f"aside-{newer.name}"))
+
+    @staticmethod
+    def _check_model(path: Path, model: Any) -> None:
+        recorded = json.loads((path / checkpoints.RECORD).read_text())["model"]
+        current = plain(vars_of(model.config))
+        skip = {"expect", "sources"}
+        changed = [
+            f"{key}: {recorded.get(key)} in the checkpoint, {current[key]} now"
+            for key in current
+            if key not in skip and recorded.get(key) != current[key]
+        ]
+        if changed:
+            raise UserError(
+                f"checkpoint {path} is of another model: {'; '.join(changed)}",
+                hint="restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR",
+            )
+
+    @staticmethod
+    def _check_unfinished_run(path: Path, trainer: pl.Trainer) -> None:
+        step = checkpoints.step_of(path)
+        if step >= trainer.max_steps:
+            raise UserError(
+                f"the run in {AppState().log_dir} is complete: step {step} of {trainer.max_steps}",
+                hint=f"to train on, raise trainer.max_steps above {step}; for a new run use log.explicit_log_dir=DIR",
+            )

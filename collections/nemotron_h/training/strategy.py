@@ -1,0 +1,65 @@
+"""NeMo's trainer and Megatron strategy on whatever this machine has: GPUs with NCCL, or the CPU with gloo."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from nemo import lightning as nl
+from nemo.utils import logging
+
+from nemotron_h.runtime import cpu
+
+
+class NemotronHTrainer(nl.Trainer):
+    """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere."""
+
+    def __init__(self, accelerator: str = "auto", **kwargs: Any) -> None:
+        if accelerator == "auto":
+            accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+        super().__init__(accelerator=accelerator, **kwargs)
+
+
+class NemotronHStrategy(nl.MegatronStrategy):
+    """NeMo's Megatron strategy with the checkpoint format that any layout can read, and gloo without GPUs.
+
+    Args:
+        distributed_optimizer: shard the optimizer's state over data-parallel ranks.
+        pipeline_dtype: dtype between pipeline stages; None takes the precision plugin's.
+        kwargs: as `nemo.lightning.MegatronStrategy`.
+    """
+
+    def __init__(
+        self,
+        tensor_model_parallel_size: int = 1,
+        pipeline_model_parallel_size: int = 1,
+        sequence_parallel: bool = False,
+        distributed_optimizer: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not torch.cuda.is_available():
+            cpu.install()
+            kwargs.setdefault("process_group_backend", "gloo")
+        super().__init__(
+            tensor_model_parallel_size=tensor_model_parallel_size,
+            pipeline_model_parallel_size=pipeline_model_parallel_size,
+            sequence_parallel=sequence_parallel,
+            ddp=DistributedDataParallelConfig(
+                check_for_nan_in_grad=True,
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=distributed_optimizer,
+            ),
+            ckpt_async_save=False,
+            ckpt_optim_fully_reshardable=True,
+            replace_progress_bar=False,
+            **kwargs,
+        )
+
+    def setup_environment(self) -> None:
+        """Warn where ranks share cores, then set up as NeMo does."""
+        ranks, cores = self.num_processes, os.cpu_count() or 1
+        if not torch.cuda.is_available() and ranks > cores and self.local_rank == 0:
+            logging.warning(f"{ranks} ranks share {cores} cores of this machine: steps take longer than with {cores}")
+        super().setup_environment()

@@ -1,0 +1,52 @@
+"""One rank = two ranks = four: losses, gradient norms, gradients and final weights of every layout, from the same seed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("worker.py")
+TWO_RANKS = ("tp2", "tp2sp", "pp2", "dp2", "dp2opt", "tp2spopt")
+FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
+
+
+def launch(ranks: int, out: Path, names: tuple[str, ...]) -> dict[str, dict]:
+    """Train the layouts on this many ranks; what rank 0 saved."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run([*command, str(WORKER), str(out), *names], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("layouts")
+    return {
+        **launch(1, folder / "one.pt", ("one", "oneopt")),
+        **launch(2, folder / "two.pt", TWO_RANKS),
+        **launch(4, folder / "four.pt", FOUR_RANKS),
+    }
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["oneopt", *TWO_RANKS, *FOUR_RANKS])
+def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
+    one, other = results["one"], results[name]
+    assert torch.tensor(other["losses"]) == pytest.approx(torch.tensor(one["losses"]), rel=1e-4)
+    assert one["losses"][0] != one["losses"][2], "the model did not train"
+    for kind in ("gradients", "weights"):
+        if not other[kind]:  # the distributed optimizer keeps each rank's share of the gradients only
+            continue
+        assert other[kind].keys() == one[kind].keys()
+        for key, value in one[kind].items():
+            assert not torch.isnan(other[kind][key]).any(), f"{kind} {key} has parts that no rank holds"
+            assert relative(other[kind][key], value) < 1e-4, f"{kind} {key}"

@@ -1,0 +1,166 @@
+"""One rank of the layout tests: train a small model a few steps in each layout and save what rank 0 can assemble.
+
+Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from nemotron_h.runtime import cpu, quiet
+
+quiet.hush()
+cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+
+STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
+
+
+def layout(name: str) -> dict[str, int | bool]:
+    """`tp2sp` -> tensor 2, sequence parallel; `opt` is the distributed optimizer."""
+    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp)(\d)", name)}
+    return {"tp": sizes.get("tp", 1), "pp": sizes.get("pp", 1), "sp": "sp" in name, "opt": "opt" in name}
+
+
+def batches(step: int) -> torch.Tensor:
+    """Global batch of a step: int [batch, length + 1]."""
+    return torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def assemble(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Whole tensors from every rank's shards, on rank 0."""
+    pieces = []
+    state = model.sharded_state_dict()
+    apply_factories(state)
+
+    def collect(node: object) -> None:
+        if isinstance(node, ShardedTensor):
+            pieces.append((node.key, node.global_shape, node.global_offset, node.data.detach().clone()))
+        elif isinstance(node, dict):
+            for value in node.values():
+                collect(value)
+        elif isinstance(node, list | tuple):
+            for value in node:
+                collect(value)
+
+    collect(state)
+    gathered: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, pieces)
+    whole: dict[str, torch.Tensor] = {}
+    for key, shape, offset, data in (piece for rank in gathered for piece in rank):
+        target = whole.setdefault(key, torch.full(shape, torch.nan))
+        target[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data
+    return whole
+
+
+def loss_of(mask_free_loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean over tokens of a micro-batch."""
+    loss = mask_free_loss.mean()
+    return loss, {"loss": loss.detach().clone()}  # megatron divides the loss in place
+
+
+def forward(iterator, model):  # noqa: ANN001, ANN201 - megatron's signature
+    """Megatron's forward step function."""
+    tokens = next(iterator)
+    return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]), loss_of
+
+
+def train(name: str) -> dict[str, object]:
+    """Losses of every step, gradients of the first, and final weights."""
+    shape = layout(name)
+    parallel_state.initialize_model_parallel(shape["tp"], shape["pp"])
+    model_parallel_cuda_manual_seed(1)
+    config = NemotronHConfig(
+        definition_name="test",
+        hybrid_override_pattern="M-M*-",  # 5 layers: an uneven split over two stages
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        mamba_num_groups=2,
+        mamba_state_dim=16,
+        vocab_size=VOCABULARY,
+        seq_length=LENGTH,
+        init_method_std=0.2,
+        params_dtype=torch.float32,
+        bf16=False,
+        pipeline_dtype=torch.float32,
+        tensor_model_parallel_size=shape["tp"],
+        pipeline_model_parallel_size=shape["pp"],
+        sequence_parallel=shape["sp"],
+    )
+    module = config.configure_model(None)
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
+    model = DistributedDataParallel(config, ddp, module)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=shape["opt"], clip_grad=1.0), [model]
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        mine = batches(step)[rank * BATCH // size : (rank + 1) * BATCH // size]
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        out = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(mine.split(1)),
+            model=[model],
+            num_microbatches=len(mine),
+            seq_length=LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        loss = torch.tensor(float(torch.stack([m["loss"] for m in out]).mean()) if out else 0.0)
+        if size > 1:
+            torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+            loss /= size
+        torch.distributed.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
+        losses.append(float(loss))
+        if step == 0 and not shape["opt"]:
+            weights = {n: p.data.clone() for n, p in module.named_parameters()}
+            for p in module.parameters():
+                p.data.copy_(p.main_grad)
+            gradients = assemble(module)
+            for n, p in module.named_parameters():
+                p.data.copy_(weights[n])
+        _, norm, _ = optimizer.step()
+        losses.append(float(norm))
+    result = {"losses": losses, "gradients": gradients, "weights": assemble(module)}
+    parallel_state.destroy_model_parallel()
+    return result
+
+
+def main(out: Path, names: list[str]) -> None:
+    """Train every layout in turn."""
+    torch.distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
+    results = {name: train(name) for name in names}
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, out)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
+
