@@ -123,6 +123,15 @@ class Source:
         """`path` as a list."""
         return [str(p) for p in self.path] if isinstance(self.path, list) else [str(self.path)] if self.path else []
 
+    def settings_hash(self) -> str:
+        """sha256 of what decides the source's documents, besides the content of its files: not where they lie, not
+        weights.
+        """
+        keys = ("format", "text_fields", "join", "split_on", "validation", "deduplicate")
+        content: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        content["fetch"] = [self.fetch.sha256, self.fetch.members, self.fetch.exclude] if self.fetch else None
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 @dataclass
 class Tokenizer:
@@ -150,6 +159,10 @@ class Tokenizer:
     train_bytes: Any = "4M"
     num_special_tokens: int = 1000
     pattern: str = ""
+
+    def is_trained(self) -> bool:
+        """Whether preparation trains it, rather than taking a given one."""
+        return self.kind == "bpe" and not (self.path or self.fetch)
 
 
 @dataclass

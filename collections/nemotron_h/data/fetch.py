@@ -143,7 +143,7 @@ def _hash_error(spec: Fetch, got: str) -> UserError:
     return UserError(
         f"{spec.package}: the downloaded file is not the expected one\n"
         f"  expected sha256 {spec.sha256}\n  got             {got}",
-        "The package was changed, or a mirror altered it. Nothing was kept. Find out why before changing the blend's hash.",
+        "The package was changed, or a mirror altered it. Nothing was kept. Find out why before changing the hash.",
     )
 
 

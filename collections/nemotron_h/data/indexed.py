@@ -80,7 +80,7 @@ def index_is_plain(path: str | Path) -> bool:
         expected = np.concatenate(([position], part[:-1]))
         if not np.array_equal(offsets[first : first + _CHUNK], expected):
             return False
-        if not np.array_equal(marks[first : first + _CHUNK], np.arange(first, first + len(part))):
+        if not np.array_equal(marks[first : first + len(part)], np.arange(first, first + len(part))):
             return False
         position = int(part[-1])
     return int(marks[-1]) == header.sequences

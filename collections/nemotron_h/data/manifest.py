@@ -12,9 +12,10 @@ Layout under the data root (`--root`, else the environment's `NEMOTRON_H_DATA`, 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nemotron_h.errors import UserError
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"
 SPLITS = ("train", "validation")
+_PROBE_BLOCKS, _PROBE_BYTES = 16, 4096
 
 
 @dataclass
@@ -39,6 +41,7 @@ class SplitManifest:
         dtype: numpy name of the token type in the `.bin` file.
         sha256_bin: of the `.bin` file.
         sha256_idx: of the `.idx` file.
+        probe: sha256 over evenly spaced blocks of both files, cheap enough to compare at every start (see `probe`).
     """
 
     prefix: str
@@ -48,6 +51,7 @@ class SplitManifest:
     dtype: str
     sha256_bin: str
     sha256_idx: str
+    probe: str = ""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class SourceManifest:
         duplicates_dropped: documents equal to an earlier one of this source.
         empty_dropped: documents without a visible character.
         quarantined: unreadable records; each is a line of `quarantine.jsonl`.
-        inputs: name -> sha256 of the files that were read.
+        settings_hash: of the blend's settings for this source, to tell when they were edited since.
     """
 
     category: str
@@ -72,7 +76,7 @@ class SourceManifest:
     duplicates_dropped: int = 0
     empty_dropped: int = 0
     quarantined: int = 0
-    inputs: dict[str, str] = field(default_factory=dict)
+    settings_hash: str = ""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> SourceManifest:
@@ -192,10 +196,18 @@ def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
     missing = [name for name in blend.sources if name not in manifest.sources]
     if missing:
         raise UserError(f"{path}: the blend's sources {', '.join(missing)} are not prepared", again)
-    if blend.tokenizer.kind != manifest.tokenizer.kind:
-        kinds = f"prepared with {manifest.tokenizer.kind}, the blend says {blend.tokenizer.kind}"
-        raise UserError(f"{path}: another kind of tokenizer ({kinds})", again)
-    for name in blend.sources:
+    spec, prepared = blend.tokenizer, manifest.tokenizer
+    if spec.kind != prepared.kind or (spec.is_trained() and spec.vocab_size != prepared.vocab_size):
+        was = f"{prepared.kind} of {prepared.vocab_size:,}"
+        now = f"{spec.kind} of {spec.vocab_size:,}" if spec.is_trained() else spec.kind
+        raise UserError(
+            f"{path}: prepared with another tokenizer ({was}; the blend says {now})",
+            again,
+        )
+    for name, source in blend.sources.items():
+        recorded = manifest.sources[name].settings_hash
+        if recorded and recorded != source.settings_hash():
+            raise UserError(f"{path}: sources.{name} was edited after it was prepared", again)
         for split in manifest.sources[name].splits:
             problem = split_problem(manifest, name, split)
             if problem:
@@ -223,4 +235,18 @@ def split_problem(manifest: Manifest, source: str, split: str) -> str:
         if size != expected:
             state = "truncated" if size < expected else "too long"
             return f"{prefix}{suffix} is {state}: {size:,} bytes, {expected:,} expected (source {source}, {split})"
+    if entry.probe and probe(prefix) != entry.probe:
+        return f"{prefix}.bin/.idx are not the files that were prepared (source {source}, {split})"
     return ""
+
+
+def probe(prefix: str) -> str:
+    """sha256 over 16 evenly spaced blocks of 4 KiB of each of `prefix`.bin and `prefix`.idx."""
+    digest = hashlib.sha256()
+    for suffix in (".bin", ".idx"):
+        with open(prefix + suffix, "rb", buffering=0) as file:
+            last = max(0, os.fstat(file.fileno()).st_size - _PROBE_BYTES)
+            for number in range(_PROBE_BLOCKS):
+                file.seek(last * number // (_PROBE_BLOCKS - 1))
+                digest.update(file.read(_PROBE_BYTES))
+    return digest.hexdigest()

@@ -104,7 +104,7 @@ def _disk_error(error: OSError, folder: Path) -> UserError:
     if error.errno == errno.ENOSPC:
         return UserError(
             f"the disk of {folder} is full",
-            "Free space and run the same command again: finished shards are kept, nothing half-written counts as prepared.",
+            "Free space and run the same command again: finished shards are kept, half-written ones redone.",
         )
     return UserError(f"{error.filename or folder}: {error.strerror or error}")
 
@@ -170,7 +170,10 @@ class _Preparation:
                 stale.append(plan)
             else:
                 entries[plan.name] = dataclasses.replace(
-                    entry, category=plan.source.category, licence=plan.source.licence
+                    entry,
+                    category=plan.source.category,
+                    licence=plan.source.licence,
+                    settings_hash=plan.source.settings_hash(),
                 )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -189,7 +192,7 @@ class _Preparation:
         )
         if not manifest.tokenizer.lossless:
             self.say(
-                f"Warning: the {manifest.tokenizer.kind} tokenizer is not lossless: some texts change when encoded and decoded."
+                f"Warning: the {manifest.tokenizer.kind} tokenizer is lossy: decoding does not give back every text"
             )
         if stale or trained:
             (self.folder / "manifest.json").unlink(missing_ok=True)  # what is on disk no longer matches it
@@ -244,6 +247,7 @@ class _Preparation:
         """The source's entry when it was prepared from just these inputs and its files are still in place."""
         try:
             content = json.loads((self.folder / plan.name / "source.json").read_text(encoding="utf-8"))
+            content.pop("inputs")
             entry = SourceManifest.from_dict(content)
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -257,8 +261,7 @@ class _Preparation:
     def _tokenizer(self, plans: list[_Plan], force: bool) -> tuple[Tokenizer, bool]:
         """The blend's tokenizer, made or copied when absent or out of date, and whether that was needed."""
         spec, final = self.blend.tokenizer, self.folder / "tokenizer"
-        trains = spec.kind == "bpe" and not (spec.path or spec.fetch)
-        if trains:
+        if spec.is_trained():
             chosen = [
                 p for p in plans if p.name in (spec.train_on or self.blend.sources) and p.source.format != "megatron"
             ]
@@ -283,7 +286,7 @@ class _Preparation:
         staged = self.folder / ".tokenizer.tmp"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
-        if trains:
+        if spec.is_trained():
             self.say(
                 f"tokenizer: training a byte-level BPE of {spec.vocab_size:,} on {', '.join(p.name for p in chosen)}"
             )
@@ -395,7 +398,7 @@ class _Preparation:
         for split in SPLITS:
             for suffix in (".bin", ".idx"):
                 if split in merged["splits"]:
-                    os.replace(folder / f".{split}{suffix}.tmp", folder / f"{split}{suffix}")
+                    os.replace(folder / f".{split}.tmp{suffix}", folder / f"{split}{suffix}")
                 else:
                     (folder / f"{split}{suffix}").unlink(missing_ok=True)
         os.replace(folder / ".quarantine.jsonl.tmp", folder / "quarantine.jsonl")
@@ -407,9 +410,10 @@ class _Preparation:
             duplicates_dropped=merged["duplicates"],
             empty_dropped=merged["empty"],
             quarantined=merged["bad"],
-            inputs={i.name: s.sha256 for i, s in zip(plan.inputs, plan.scans, strict=True)},
+            settings_hash=plan.source.settings_hash(),
         )
-        write_json(folder / "source.json", dataclasses.asdict(entry))
+        inputs = {i.name: s.sha256 for i, s in zip(plan.inputs, plan.scans, strict=True)}
+        write_json(folder / "source.json", dataclasses.asdict(entry) | {"inputs": inputs})
         shutil.rmtree(self._work_folder(plan))
         return entry
 
@@ -423,9 +427,9 @@ class _Preparation:
                 prefix = reading.resolve_path(self.blend, path)
                 self.say(f"{plan.name}: checking {prefix}.bin")
                 splits[split] = adopt_split(f"sources.{plan.name}", prefix, tokenizer)
-        entry = SourceManifest(source.category, source.licence, plan.key, splits)
+        entry = SourceManifest(source.category, source.licence, plan.key, splits, settings_hash=source.settings_hash())
         (self.folder / plan.name).mkdir(exist_ok=True)
-        write_json(self.folder / plan.name / "source.json", dataclasses.asdict(entry))
+        write_json(self.folder / plan.name / "source.json", dataclasses.asdict(entry) | {"inputs": {}})
         return entry
 
     def _check_space(self, plans: list[_Plan], dtype: np.dtype) -> None:

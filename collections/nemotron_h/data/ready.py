@@ -7,7 +7,7 @@ import os
 import numpy as np
 
 from nemotron_h.data.indexed import file_sha256, index_is_plain, read_index_header, read_lengths
-from nemotron_h.data.manifest import SplitManifest
+from nemotron_h.data.manifest import SplitManifest, probe
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.errors import UserError
 
@@ -52,8 +52,8 @@ def adopt_split(key: str, prefix: str, tokenizer: Tokenizer) -> SplitManifest:
     wrong = np.flatnonzero(last != tokenizer.eod_id)
     if len(wrong):
         raise UserError(
-            f"{key}: {prefix}.bin: document {wrong[0]} ends with token {last[wrong[0]]}, not with EOD {tokenizer.eod_id}",
+            f"{key}: {prefix}.bin: document {wrong[0]} ends with {last[wrong[0]]}, not with EOD {tokenizer.eod_id}",
             "Prepare it with --append-eod and this tokenizer.",
         )
     hashes = {f"sha256_{suffix}": file_sha256(f"{prefix}.{suffix}") for suffix in ("bin", "idx")}
-    return SplitManifest(prefix, header.sequences, tokens, 0, header.dtype.name, **hashes)
+    return SplitManifest(prefix, header.sequences, tokens, 0, header.dtype.name, **hashes, probe=probe(prefix))

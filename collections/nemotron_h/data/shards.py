@@ -23,7 +23,7 @@ import numpy as np
 
 from nemotron_h.data.blend import Source
 from nemotron_h.data.indexed import write_index
-from nemotron_h.data.manifest import SPLITS, write_json
+from nemotron_h.data.manifest import SPLITS, probe, write_json
 from nemotron_h.data.sources import Bad, Piece, read_documents
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -57,7 +57,7 @@ class MergeJob:
 
     Args:
         prefixes: of the shards.
-        folder: of the source; the joined files get names that begin with a dot and end in `.tmp`.
+        folder: of the source; the joined files get names that begin with a dot.
         deduplicate: keep only the first of equal documents.
         dtype: numpy name of the token type.
     """
@@ -166,7 +166,7 @@ def merge_shards(job: MergeJob) -> dict[str, Any]:
     """Join finished shards; runs in a worker. The caller renames the files into place.
 
     Returns:
-        splits (split -> documents, tokens, bytes, dtype, sha256_bin, sha256_idx; none for an empty split),
+        splits (split -> documents, tokens, bytes, dtype, sha256_bin, sha256_idx, probe; none for an empty split),
         duplicates, empty, bad.
     """
     records = [finished_shard(prefix) for prefix in job.prefixes]
@@ -186,9 +186,9 @@ def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
     dtype = np.dtype(job.dtype)
     lengths = [np.fromfile(f"{prefix}.{split}.lengths", dtype=np.int32) for prefix in job.prefixes]
     keep = _first_occurrences(job, split) if job.deduplicate else np.ones(sum(map(len, lengths)), dtype=bool)
-    target = os.path.join(job.folder, f".{split}")
+    target = os.path.join(job.folder, f".{split}.tmp")
     digest, text_bytes, kept, first = hashlib.sha256(), 0, [], 0
-    with open(target + ".bin.tmp", "wb") as out:
+    with open(target + ".bin", "wb") as out:
         for prefix, of_shard in zip(job.prefixes, lengths, strict=True):
             mask = keep[first : first + len(of_shard)]
             first += len(of_shard)
@@ -206,8 +206,9 @@ def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
         "bytes": text_bytes,
         "dtype": dtype.name,
         "sha256_bin": digest.hexdigest(),
-        "sha256_idx": write_index(target + ".idx.tmp", final, dtype),
+        "sha256_idx": write_index(target + ".idx", final, dtype),
     }
+    content["probe"] = probe(target)
     return content, int(len(keep) - len(final))
 
 

@@ -43,7 +43,7 @@ PROBES = (
     "def f(x: int) -> int:\n    return x ** 2  # quadrat\n\n\nif __name__ == '__main__':\n\tprint(f'{f(3)!r}')\n",
     "Größe, naïve façade, año, être, Łódź, İstanbul; Ελληνικά; Русский текст; עברית; العربية; हिन्दी; ไทย",
     "日本語のテキスト、中文文本\uff0c한국어 텍스트。\ufb01 \u212b \u00c5 \u00e9 e\u0301 ㎏ ① ™",
-    "🙂 \U0001f469\U0001f3fd\u200d\U0001f680 \U0001f1e9\U0001f1ea 𐌰𐌱𐌲 ∮ E⋅da = Q, n → ∞, ∑ ≤ ∏ \u200b\u00a0\ufeff\u2028",
+    "🙂 \U0001f469\U0001f3fd\u200d\U0001f680 \U0001f1e9\U0001f1ea 𐌰𐌱𐌲 E⋅da = Q, n → ∞, ∑ ≤ ∏ \u200b\u00a0\ufeff\u2028",
     " leading and trailing spaces  ",
 )
 """Texts that a lossless tokenizer gives back unchanged."""
