@@ -22,6 +22,7 @@ The backward keeps the inputs and the state at each segment's start, and recompu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -58,13 +59,38 @@ class _Segment:
     skip: Tensor  # dt_i C_i.B_i + D, [s, g, b, r, c]
 
 
-def _bmm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b`` over any number of leading dimensions, as one batched product."""
-    lead = a.shape[:-2]
-    if out is not None:
-        torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
-        return out
-    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, lead)
+class _Scratch:
+    """Buffers that a segment's temporaries take again and again.
+
+    Memory that malloc returns to the system and fetches anew costs more in page faults than most operations here.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.like, self.dtype = like, dtype
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor; it lives until the name is asked for again."""
+        size = math.prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[name] = self.like.new_empty(size, dtype=self.dtype)
+        return buffer[:size].view(shape)
+
+    def cast(self, name: str, source: Tensor) -> Tensor:
+        """``source`` in the compute dtype: itself where it is already, else a dense copy."""
+        return source if source.dtype == self.dtype else self(name, *source.shape).copy_(source)
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``a @ b`` over any number of leading dimensions, as one batched product into ``out`` (contiguous)."""
+    torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
+    return out
+
+
+def _scale(t: Tensor, by: Tensor, out: Tensor) -> Tensor:
+    """``t * by[..., None]``."""
+    return torch.mul(t, by.unsqueeze(-1), out=out)
 
 
 def _wide(t: Tensor, c: int, groups: int | None) -> Tensor:
@@ -89,15 +115,18 @@ def _segments(batch: int, length: int, heads: int, chunk: int) -> Iterator[tuple
         yield slice(begin, min(begin + block, batch)), spans
 
 
-def _prepare(inputs: tuple[Tensor | None, ...], rows: slice, span: tuple[int, int, int], dt_softplus: bool) -> _Segment:
+def _prepare(
+    inputs: tuple[Tensor | None, ...], rows: slice, span: tuple[int, int, int], dt_softplus: bool, scratch: _Scratch
+) -> _Segment:
     x, dt, A, B, C, D, dt_bias, seq_idx = inputs
     t0, t1, c = span
     groups = B.shape[2]
-    dtype = A.dtype  # the compute dtype: the caller has converted the per-head vectors
+    dtype = scratch.dtype
 
-    xw = _wide(x[rows, t0:t1], c, groups).to(dtype)
-    Bk = _wide(B[rows, t0:t1], c, None).to(dtype).contiguous()
-    Ck = _wide(C[rows, t0:t1], c, None).to(dtype).contiguous()
+    xw = scratch.cast("x", _wide(x[rows, t0:t1], c, groups))
+    s, g, b, _, r, _ = xw.shape
+    Bk, Ck = (_wide(t[rows, t0:t1], c, None) for t in (B, C))
+    Bk, Ck = scratch("B", *Bk.shape).copy_(Bk), scratch("C", *Ck.shape).copy_(Ck)
     per_head = (1, groups, 1, -1, 1)
     raw = _wide(dt[rows, t0:t1], c, groups).transpose(3, 4).to(dtype)
     if dt_bias is not None:
@@ -117,27 +146,27 @@ def _prepare(inputs: tuple[Tensor | None, ...], rows: slice, span: tuple[int, in
         decay_out = decay_out.mul_(doc == last)
         decay_chunk = decay_chunk.mul_((last == before).squeeze(-1))
         below = below & (doc.unsqueeze(-1) == doc.unsqueeze(-2))
-    bias = torch.zeros(below.shape, dtype=dtype, device=x.device).masked_fill_(~below, -torch.inf)
-    decay = torch.sub(cum.unsqueeze(-1), cum.unsqueeze(-2)).add_(bias).exp_()
+    mask = torch.zeros(below.shape, dtype=dtype, device=x.device).masked_fill_(~below, -torch.inf)
+    decay = torch.sub(cum.unsqueeze(-1), cum.unsqueeze(-2), out=scratch("decay", s, g, b, r, c, c)).add_(mask).exp_()
 
-    gram = _bmm(Ck, Bk.transpose(-1, -2))
+    gram = _bmm(Ck, Bk.transpose(-1, -2), scratch("gram", s, g, b, c, c))
     skip = dts * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(3)
     if D is not None:
         skip += D.view(per_head)
     return _Segment(xw, raw, dts, decay_in, decay_out, decay_chunk, Bk, Ck, gram, decay, skip)
 
 
-def _states(seg: _Segment, start: Tensor) -> tuple[Tensor, Tensor]:
+def _states(seg: _Segment, start: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
     """States [s + 1, g, b, n, r * p] at the chunk edges, and decay_out * u (wide) they were made of."""
     s, g, b, c, r, p = seg.x.shape
-    wide_out = torch.mul(seg.x, (seg.dt * seg.decay_out).transpose(3, 4).unsqueeze(-1)).contiguous()
-    edges = torch.empty(s + 1, *start.shape, dtype=start.dtype, device=start.device)
+    wide_out = _scale(seg.x, (seg.dt * seg.decay_out).transpose(3, 4), scratch("wide_out", *seg.x.shape))
+    edges = scratch("edges", s + 1, *start.shape)
     edges[0] = start
-    _bmm(seg.B.transpose(-1, -2), wide_out.view(s, g, b, c, r * p), out=edges[1:])
+    _bmm(seg.B.transpose(-1, -2), wide_out.view(s, g, b, c, r * p), edges[1:])
     by_head = edges.unflatten(-1, (r, p))
     decay = seg.decay_chunk[:, :, :, None, :, None]
-    for i in range(s):
-        by_head[i + 1].addcmul_(by_head[i], decay[i])
+    for before, after, factor in zip(by_head[:-1], by_head[1:], decay, strict=True):
+        after.addcmul_(before, factor)
     return edges, wide_out
 
 
@@ -163,6 +192,7 @@ class _ChunkScan(torch.autograd.Function):
         y = torch.empty_like(x)
         final = torch.empty(batch, heads, head_dim, n, dtype=dtype, device=x.device)
         starts = []
+        scratch = _Scratch(x, dtype)
         with torch.autocast(x.device.type, enabled=False):
             for rows, spans in _segments(batch, length, heads, chunk):
                 b = rows.stop - rows.start
@@ -172,15 +202,11 @@ class _ChunkScan(torch.autograd.Function):
                     state = _to_internal(initial_state[rows], groups, dtype)
                 for span in spans:
                     starts.append(state)
-                    seg = _prepare(inputs, rows, span, dt_softplus)
-                    edges, _ = _states(seg, state)
+                    seg = _prepare(inputs, rows, span, dt_softplus, scratch)
+                    edges, _ = _states(seg, state, scratch)
                     state = edges[-1].clone()
-                    across = _bmm(seg.C, edges[:-1]).view(seg.x.shape)
-                    u = torch.mul(seg.x.transpose(3, 4), seg.dt.unsqueeze(-1)).contiguous()
-                    inside = _bmm(seg.decay.mul_(seg.gram.unsqueeze(3)), u).transpose(3, 4)
-                    across.mul_(seg.decay_in.transpose(3, 4).unsqueeze(-1)).add_(inside)
-                    across.addcmul_(seg.x, seg.skip.transpose(3, 4).unsqueeze(-1))
-                    _wide(y[rows, span[0] : span[1]], span[2], groups).copy_(across)
+                    out = _wide(y[rows, span[0] : span[1]], span[2], groups)
+                    _segment_forward(seg, edges[:-1], out, scratch)
                 final[rows] = _to_external(state, heads)
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, initial_state, seq_idx, *starts)
         ctx.chunk, ctx.dt_softplus = chunk, dt_softplus
@@ -203,6 +229,7 @@ class _ChunkScan(torch.autograd.Function):
         dA, dD, ddt_bias = (x.new_zeros(heads, dtype=dtype) for _ in range(3))
         dinitial = None if initial_state is None else torch.empty_like(initial_state)
         starts = iter(starts)
+        scratch = _Scratch(x, dtype)
         with torch.autocast(x.device.type, enabled=False):
             for rows, spans in _segments(batch, length, heads, chunk):
                 b = rows.stop - rows.start
@@ -213,9 +240,10 @@ class _ChunkScan(torch.autograd.Function):
                 block = [next(starts) for _ in spans]
                 for span, start in zip(reversed(spans), reversed(block), strict=True):
                     cut = slice(span[0], span[1])
-                    seg = _prepare(inputs, rows, span, dt_softplus)
-                    dyw = _wide(dy[rows, cut], span[2], groups).to(dtype)
-                    grads, dstate = _segment_backward(seg, start, dyw, dstate, vectors[0].view(1, groups, 1, -1, 1))
+                    seg = _prepare(inputs, rows, span, dt_softplus, scratch)
+                    dyw = scratch.cast("dy", _wide(dy[rows, cut], span[2], groups))
+                    per_head = vectors[0].view(1, groups, 1, -1, 1)
+                    grads, dstate = _segment_backward(seg, start, dyw, dstate, per_head, scratch)
                     gx, gdt, gB, gC, gA, gD = grads
                     _wide(dx[rows, cut], span[2], groups).copy_(gx)
                     _wide(dB[rows, cut], span[2], None).copy_(gB)
@@ -233,52 +261,70 @@ class _ChunkScan(torch.autograd.Function):
         return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None, None)
 
 
-def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, A: Tensor):
+def _segment_forward(seg: _Segment, incoming: Tensor, out: Tensor, scratch: _Scratch) -> None:
+    """y of one segment into ``out`` (wide), from the states [s, g, b, n, r * p] its chunks start with."""
+    s, g, b, c, r, p = seg.x.shape
+    across = _bmm(seg.C, incoming, scratch("across", s, g, b, c, r * p)).view(seg.x.shape)
+    u = _scale(seg.x.transpose(3, 4), seg.dt, scratch("u", s, g, b, r, c, p))
+    inside = _bmm(seg.decay.mul_(seg.gram.unsqueeze(3)), u, scratch("inside", s, g, b, r, c, p)).transpose(3, 4)
+    torch.addcmul(inside, across, seg.decay_in.transpose(3, 4).unsqueeze(-1), out=across)
+    skip = seg.skip.transpose(3, 4).unsqueeze(-1)
+    if out.dtype == across.dtype:
+        torch.addcmul(across, seg.x, skip, out=out)
+    else:
+        out.copy_(across.addcmul_(seg.x, skip))
+
+
+def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, A: Tensor, scratch: _Scratch):
     """Gradients of one segment; ``dy`` wide, ``dstate`` the gradient of the segment's last state.
 
-    With W_ij = dM_ij M_ij (M the [chunk, chunk] matrix of weights), the gradient of cum_i is the sum of row i of W
-    minus that of column i, likewise for the state's terms; the column sums are u_j . du_j, which is at hand.
+    With W_ij = dM_ij M_ij (M the [chunk, chunk] weights), the gradient of cum_i is the sum of row i of W minus
+    that of column i, likewise for the state's terms; the column sums are u_j . du_j, which is at hand.
     """
     s, g, b, c, r, p = seg.x.shape
-    edges, wide_out = _states(seg, start)
+    n = seg.B.shape[-1]
+    edges, wide_out = _states(seg, start, scratch)
 
     # through the states: y_i += decay_in_i C_i^T S_in, S_out = decay_chunk S_in + sum_j decay_out_j B_j u_j^T
-    wide_in = torch.mul(dy, seg.decay_in.transpose(3, 4).unsqueeze(-1)).contiguous()
+    product = scratch("product", *seg.x.shape)
+    wide_in = _scale(dy, seg.decay_in.transpose(3, 4), scratch("wide_in", *seg.x.shape))
     wide_in_flat = wide_in.view(s, g, b, c, r * p)
-    dedges = torch.empty_like(edges)  # gradient of the state at each chunk edge
+    dedges = scratch("dedges", *edges.shape)  # gradient of the state at each chunk edge
     dedges[-1] = dstate
-    _bmm(seg.C.transpose(-1, -2), wide_in_flat, out=dedges[:-1])
-    by_head = dedges.unflatten(-1, (r, p))
+    _bmm(seg.C.transpose(-1, -2), wide_in_flat, dedges[:-1])
+    by_head = dedges.unflatten(-1, (r, p)).unbind()
     decay = seg.decay_chunk[:, :, :, None, :, None]
     for i in reversed(range(s)):
         by_head[i].addcmul_(by_head[i + 1], decay[i])
-    row = wide_in.mul(_bmm(seg.C, edges[:-1]).view(wide_in.shape)).sum(-1).transpose(3, 4)
-    dC = _bmm(wide_in_flat, edges[:-1].transpose(-1, -2))
-    dB = _bmm(wide_out.view(s, g, b, c, r * p), dedges[1:].transpose(-1, -2))
-    du = _bmm(seg.B, dedges[1:]).view(wide_out.shape).mul_(seg.decay_out.transpose(3, 4).unsqueeze(-1))
-    tail = dedges[1:].mul(edges[1:]).unflatten(-1, (r, p)).sum((3, 5))  # [s, g, b, r]
+    _bmm(seg.C, edges[:-1], product.view(wide_in_flat.shape))
+    row = product.mul_(wide_in).sum(-1).transpose(3, 4)
+    dC = _bmm(wide_in_flat, edges[:-1].transpose(-1, -2), scratch("dC", s, g, b, c, n))
+    dB = _bmm(wide_out.view(s, g, b, c, r * p), dedges[1:].transpose(-1, -2), scratch("dB", s, g, b, c, n))
+    through = _bmm(seg.B, dedges[1:], scratch("through", *wide_in_flat.shape)).view(seg.x.shape)
+    tail = edges[1:].mul_(dedges[1:]).sum(3).unflatten(-1, (r, p)).sum(-1)  # [s, g, b, r]; edges are spent
 
     # inside the chunk: y_i += sum_{j<i} M_ij u_j
-    dy_head = dy.transpose(3, 4).contiguous()
-    u = torch.mul(seg.x.transpose(3, 4), seg.dt.unsqueeze(-1)).contiguous()
-    weights = seg.decay * seg.gram.unsqueeze(3)
-    du.add_(_bmm(weights.transpose(-1, -2), dy_head).transpose(3, 4))
-    dweights = _bmm(dy_head, u.transpose(-1, -2))
+    dy_head = scratch("dy_head", s, g, b, r, c, p).copy_(dy.transpose(3, 4))
+    u = _scale(seg.x.transpose(3, 4), seg.dt, scratch("u", s, g, b, r, c, p))
+    weights = torch.mul(seg.decay, seg.gram.unsqueeze(3), out=scratch("weights", *seg.decay.shape))
+    inside = _bmm(weights.transpose(-1, -2), dy_head, scratch("inside", s, g, b, r, c, p)).transpose(3, 4)
+    du = torch.addcmul(inside, through, seg.decay_out.transpose(3, 4).unsqueeze(-1), out=through)
+    dweights = _bmm(dy_head, u.transpose(-1, -2), scratch("dweights", *seg.decay.shape))
     row = row + weights.mul_(dweights).sum(-1)
     dgram = dweights.mul_(seg.decay).sum(3)
 
     # the diagonal and the skip: y_i += skip_i x_i
-    dskip = (dy * seg.x).sum(-1).transpose(3, 4)
+    dskip = torch.mul(dy, seg.x, out=product).sum(-1).transpose(3, 4)
     dgram.diagonal(dim1=-2, dim2=-1).copy_((dskip * seg.dt).sum(3))
-    dC += _bmm(dgram, seg.B)
-    dB += _bmm(dgram.transpose(-1, -2), seg.C)
+    dC.flatten(0, 2).baddbmm_(dgram.flatten(0, 2), seg.B.flatten(0, 2))
+    dB.flatten(0, 2).baddbmm_(dgram.flatten(0, 2).transpose(1, 2), seg.C.flatten(0, 2))
 
-    direct = (seg.x * du).sum(-1).transpose(3, 4)  # u = dt x
+    direct = torch.mul(seg.x, du, out=product).sum(-1).transpose(3, 4)  # u = dt x
     dcum = row - direct * seg.dt
     dcum[..., -1] += tail
     da = dcum.flip(-1).cumsum(-1).flip(-1)
     ddt = direct + dskip * seg.gram.diagonal(dim1=-2, dim2=-1).unsqueeze(3) + da * A
-    dx = du.mul_(seg.dt.transpose(3, 4).unsqueeze(-1)).addcmul_(dy, seg.skip.transpose(3, 4).unsqueeze(-1))
+    dx = _scale(du, seg.dt.transpose(3, 4), du).addcmul_(dy, seg.skip.transpose(3, 4).unsqueeze(-1))
     return (dx, ddt, dB, dC, da * seg.dt, dskip), dedges[0].clone()
 
 
