@@ -33,8 +33,7 @@ from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
 from nemotron_h.data.windows import TokenStream, document_numbers
 from nemotron_h.errors import UserError
 
-ENDLESS = 2**48
-"""The length that the training data claims: the data order has no end, the trainer's `max_steps` ends the run."""
+ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
 VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
 
 
@@ -94,23 +93,28 @@ class MicroBatches(Sampler[list[int]]):
 
     Args:
         first: gives the first sample to read; asked each time that an iterator is opened.
-        samples: number of samples of all ranks together.
+        samples: number of samples of all ranks together; None: endless, without a length (Lightning would take the end
+            of a known length for an epoch's end, and warns when a run resumes before it).
         micro_batch_size: samples per micro-batch and rank.
         rank: of this process among the data-parallel ranks.
         size: number of data-parallel ranks.
     """
 
-    def __init__(self, first: Callable[[], int], samples: int, micro_batch_size: int, rank: int, size: int) -> None:
+    def __init__(
+        self, first: Callable[[], int], samples: int | None, micro_batch_size: int, rank: int, size: int
+    ) -> None:
         self.first, self.samples = first, samples
         self.micro_batch_size, self.rank, self.size = micro_batch_size, rank, size
 
     def __len__(self) -> int:
+        if self.samples is None:
+            raise TypeError("the training data has no end")
         return self.samples // (self.micro_batch_size * self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
         stride = self.micro_batch_size * self.size
         for start in itertools.count(self.first(), stride):
-            if start + stride > self.samples:
+            if self.samples is not None and start + stride > self.samples:
                 return
             mine = start + self.rank * self.micro_batch_size
             yield list(range(mine, mine + self.micro_batch_size))
@@ -139,10 +143,10 @@ class BlendDataSampler(MegatronDataSampler):
                 f"{self.micro_batch_size} x {size} data-parallel ranks"
             )
         dataset = dataloader.dataset
-        first = self._data.next_sample if dataset.training else int
+        first, samples = (self._data.next_sample, None) if dataset.training else (int, len(dataset))
         return DataLoader(
             dataset,
-            batch_sampler=MicroBatches(first, len(dataset), self.micro_batch_size, rank, size),
+            batch_sampler=MicroBatches(first, samples, self.micro_batch_size, rank, size),
             num_workers=dataloader.num_workers,
             pin_memory=dataloader.pin_memory,
             persistent_workers=dataloader.persistent_workers,
