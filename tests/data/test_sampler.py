@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from nemotron_h.data.sampler import CIRCLE, BlendSampler, Segment, floor_sums, permute
+from nemotron_h.data.sampler import CIRCLE, STRIDE, BlendSampler, Segment, floor_sums, permute
 from nemotron_h.errors import UserError
 
 PAPER_SHARES = [  # paper 2.2.3, per cent of tokens; phase 2 is printed with a sum of 99.1
@@ -48,7 +48,7 @@ def test_floor_sums_with_the_largest_numbers_wrap_exactly() -> None:
         return total
 
     offsets = np.array([0, 1, CIRCLE, 2 * CIRCLE - 1], dtype=np.int64)
-    for stride in (CIRCLE - 1, 1327217885, 3):
+    for stride in (CIRCLE - 1, STRIDE, 3):
         got = floor_sums(CIRCLE, stride, offsets, CIRCLE)
         assert [int(g) % 2**64 for g in got] == [exact(CIRCLE, stride, int(c), CIRCLE) % 2**64 for c in offsets]
 
@@ -86,6 +86,17 @@ def test_every_short_stretch_is_close_to_the_plan() -> None:
         counts = np.bincount(block.source, minlength=len(sampler.names))
         planned = np.array([PAPER_SHARES[0].get(name, 0) / 100 * 768 for name in sampler.names])
         assert np.abs(counts - planned).max() < 6
+
+
+def test_shares_stay_within_a_few_samples_of_the_plan_over_a_whole_run() -> None:
+    size, rng = 1_000_000_000, random.Random(4)
+    sampler = BlendSampler(four_phases(size), TOKENS, 256, seed=7)
+    for _ in range(100):
+        count = rng.randrange(10 ** rng.randrange(1, 10))
+        total = sum(PAPER_SHARES[1].values())
+        consumed = sampler.consumed(size + count)[1]
+        for name, share in PAPER_SHARES[1].items():
+            assert abs(consumed.get(name, 0) - share / total * count) < 12
 
 
 def test_every_window_once_per_epoch_also_across_switches() -> None:

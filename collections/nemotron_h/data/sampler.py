@@ -30,7 +30,7 @@ from nemotron_h.errors import UserError
 
 CIRCLE_BITS = 31  # floor_sums forms products of two such numbers in int64
 CIRCLE = 1 << CIRCLE_BITS
-STRIDE = 1327217885  # 2^31 / golden ratio, made odd: every point of the circle is met once in 2^31 samples
+STRIDE = 1327220129  # odd, so that 2^31 samples meet every point once; no quotient of its continued fraction is over 3
 BLOCK = 1024
 ROUNDS = 6  # of the Feistel network; four are the theoretical minimum for a strong pseudo-random permutation
 _U = np.uint64
