@@ -1,5 +1,6 @@
 """The sampler against brute force, the plan and itself."""
 
+import os
 import random
 import subprocess
 import sys
@@ -176,9 +177,10 @@ def test_errors_name_the_source() -> None:
         BlendSampler([Segment("p", 0, 9, {"a": 1.0, "b": 1e-12})], {"a": 10**6, "b": 10**6}, 4096, seed=0)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from Linux's /proc")
 def test_a_thousand_sources_and_20_trillion_tokens_open_in_two_seconds_and_300_megabytes() -> None:
     program = """
-        import random, resource, time
+        import random, re, time
         from nemotron_h.data.sampler import BlendSampler, Segment
 
         rng = random.Random(0)
@@ -191,9 +193,11 @@ def test_a_thousand_sources_and_20_trillion_tokens_open_in_two_seconds_and_300_m
         ]
         sampler = BlendSampler(segments, tokens, 8192, seed=1)
         sampler[0], sampler[steps[-1] * batch - 1]
-        print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        seconds = time.perf_counter() - start
+        # Not getrusage's ru_maxrss: a child inherits the peak of the process that started it.
+        print(seconds, re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
     """
     shown = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
     seconds, peak = map(float, shown.stdout.split())
     assert seconds < 2
-    assert peak * (1 if sys.platform == "darwin" else 1024) < 300e6
+    assert peak * 1024 < 300e6

@@ -267,7 +267,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         self._resumed, self._opened = None, False
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of global shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
+        """Micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
 
         Raises:
             UserError: the trainer was restored to a step that the data was not.
