@@ -186,7 +186,8 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         seed: of the data order.
         horizon_steps: length of the run that the phases divide; default: the trainer's `max_steps`. Set it to train
             only a part of a longer plan, or to keep the switches when a run is made longer.
-        horizon_tokens: the same in tokens; at most one of the two.
+        horizon_tokens: the exact tokens behind those steps, where the recipe states tokens: switches are computed from
+            them as long as they round to the run's steps, and from the steps when the run was made longer or shorter.
         document_reset: give the model `seq_idx`, so that it can reset its state where documents begin.
         blend_change: `from_step` lets a resumed run take another blend, seed, seq_length or global_batch_size from
             the checkpoint's step on.
@@ -219,8 +220,6 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         for key, value in {**sizes, "horizon_steps": horizon_steps, "horizon_tokens": horizon_tokens}.items():
             if value is not None and value < 1:
                 raise UserError(f"data.{key} is {value}: a positive number is needed")
-        if horizon_steps and horizon_tokens:
-            raise UserError("data.horizon_steps and data.horizon_tokens are both given: give one")
         if global_batch_size % micro_batch_size:
             raise UserError(
                 f"data.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
@@ -363,15 +362,13 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
 
     def _plan(self) -> DataPlan:
         tokens_per_step = self.seq_length * self.global_batch_size
-        if self.horizon_tokens:
-            horizon = Horizon(self.horizon_tokens, tokens_per_step)
-        else:
-            steps = self.horizon_steps or self.trainer.max_steps
-            if steps < 1:
-                raise UserError(
-                    "the phases of the blend need the run's length",
-                    "Set trainer.max_steps, data.horizon_steps or data.horizon_tokens.",
-                )
+        steps = self.horizon_steps or self.trainer.max_steps
+        if steps < 1:
+            raise UserError(
+                "the phases of the blend need the run's length", "Set trainer.max_steps or data.horizon_steps."
+            )
+        horizon = Horizon(self.horizon_tokens or 0, tokens_per_step)
+        if horizon.steps != steps:
             horizon = Horizon.from_steps(steps, tokens_per_step)
         return DataPlan.of(self.blend_spec, self.manifest, horizon, self.seq_length, self.global_batch_size, self.seed)
 

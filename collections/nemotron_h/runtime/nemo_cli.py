@@ -2,19 +2,25 @@
 
 nemo-run prints an unknown key as the whole configuration, an unknown factory without the known ones, and the resolved
 configuration as tables of several hundred lines before each run. `RunContext.cli_execute` is wrapped (patched) for
-the tasks of this project; other factories behave as before.
+the tasks of this project; other factories behave as before. `cli_parser._maybe_resolve_annotation` is wrapped
+because nemo-run reads annotations as they stand: it cannot parse `"int"` (postponed annotations) or `int | None`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
+import logging
 import re
-from typing import Any
+import types
+from typing import Any, Union
 
 import fiddle as fdl
 import nemo_run
 from catalogue import REGISTRY
+from nemo_run.cli import cli_parser
 from nemo_run.cli.api import RunContext
 from nemo_run.cli.cli_parser import CLIException
 from nemo_run.config import get_type_namespace
@@ -29,10 +35,15 @@ def install() -> None:
     if getattr(RunContext.cli_execute, "nemotron_h", False):
         return
     original = RunContext.cli_execute
+    resolve = cli_parser._maybe_resolve_annotation
+    cli_parser._maybe_resolve_annotation = lambda owner, name, annotation: resolve(
+        owner, name, evaluated(owner, name, annotation)
+    )
 
     @functools.wraps(original)
     def cli_execute(self: RunContext, fn: Any, args: list[str], entrypoint_type: str = "task") -> None:
         shown = nemo_run.dryrun_fn
+        logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)  # says each parse error twice
         if not self.dryrun and str(self.factory or "").startswith("nemotron_h_"):
             nemo_run.dryrun_fn = lambda *a, **k: None  # the tables; --dryrun shows them
         try:
@@ -49,6 +60,18 @@ def install() -> None:
 
     cli_execute.nemotron_h = True  # type: ignore[attr-defined]
     RunContext.cli_execute = cli_execute
+
+
+def evaluated(owner: Any, name: str, annotation: Any) -> Any:
+    """An annotation as the type that it names, unions in `typing`'s form."""
+    if isinstance(annotation, str):
+        target = owner.__init__ if inspect.isclass(owner) else owner
+        with contextlib.suppress(NameError, TypeError):
+            parameter = inspect.signature(target, eval_str=True).parameters.get(name)
+            annotation = parameter.annotation if parameter else annotation
+    if isinstance(annotation, types.UnionType):
+        annotation = Union[annotation.__args__]  # noqa: UP007 - nemo-run knows typing.Union alone
+    return annotation
 
 
 def fail(error: UserError) -> None:
@@ -70,10 +93,11 @@ def explain(error: Exception, fn: Any, args: list[str], factory: str | None) -> 
     """What the user got wrong, or None where it is not a mistake that this can name."""
     if "No matching factory found" in str(error):
         known = known_factories(fn)
+        ours = [name for name in known if name.startswith("nemotron_h_")]
         name = str(factory).split("(")[0]
         return UserError(
             f"there is no factory {name!r} for {fn.__name__}",
-            hint=f"{nearest(name, known)}Known factories: {', '.join(known)}.",
+            hint=f"{nearest(name, known)}This project's: {', '.join(ours)}; NeMo has {len(known) - len(ours)} more.",
         )
     if not factory:
         return None

@@ -19,7 +19,7 @@ from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 from nemotron_h.training.callbacks.progress import ProgressLine
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
 from nemotron_h.training.callbacks.step_seed import StepSeed
-from nemotron_h.training.optimizer import CosineAdamW
+from nemotron_h.training.optimizer import cosine_adamw
 from nemotron_h.training.resume import ResumeRun
 from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 
@@ -68,6 +68,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
             seed=data.seed,
             document_reset=data.document_reset,
             num_workers=data.workers,
+            horizon_tokens=horizon.tokens,
         ),
         trainer=run.Config(
             NemotronHTrainer,
@@ -104,7 +105,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
         ),
         resume=run.Config(ResumeRun),
         optim=run.Config(
-            CosineAdamW,
+            cosine_adamw,
             peak_lr=optim.peak_lr,
             final_lr=optim.final_lr,
             warmup_steps=horizon.step_at(count_of(optim.warmup_tokens, "optim.warmup_tokens", origin)),

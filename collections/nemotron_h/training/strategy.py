@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +15,24 @@ from nemo.utils import logging
 from nemotron_h.runtime import cpu
 
 
+def with_parameters_of(parent: type) -> Callable[[type], type]:
+    """Show the parent's parameters in place of `**kwargs`: nemo-run reads names and types of overrides off the signature."""
+
+    def decorate(child: type) -> type:
+        own = inspect.signature(child.__init__)
+        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        inherited = [
+            p.replace(kind=p.KEYWORD_ONLY)
+            for name, p in inspect.signature(parent.__init__).parameters.items()
+            if name not in own.parameters and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        child.__init__.__signature__ = own.replace(parameters=[*named, *inherited])
+        return child
+
+    return decorate
+
+
+@with_parameters_of(nl.Trainer)
 class NemotronHTrainer(nl.Trainer):
     """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere."""
 
@@ -22,6 +42,7 @@ class NemotronHTrainer(nl.Trainer):
         super().__init__(accelerator=accelerator, **kwargs)
 
 
+@with_parameters_of(nl.MegatronStrategy)
 class NemotronHStrategy(nl.MegatronStrategy):
     """NeMo's Megatron strategy with the checkpoint format that any layout can read, and gloo without GPUs.
 

@@ -33,6 +33,9 @@ class StepCheckpoint(nl.ModelCheckpoint):
             auto_insert_metric_name=False,
             save_optim_on_train_end=True,
             verbose=False,
+            # NeMo's own record of constructor arguments cannot be loaded again for classes outside of NeMo
+            always_save_context=False,
+            save_context_on_train_end=False,
         )
 
     def nemo_topk_check_previous_run(self) -> None:
