@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import logging
 
-from nemotron_h.runtime import cpu
+from nemotron_h.runtime import cpu, megatron_fixes
 
 
 def with_parameters_of(parent: type) -> Callable[[type], type]:
@@ -60,6 +60,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
         distributed_optimizer: bool = True,
         **kwargs: Any,
     ) -> None:
+        megatron_fixes.install()
         if not torch.cuda.is_available():
             cpu.install()
             kwargs.setdefault("process_group_backend", "gloo")

@@ -1,0 +1,38 @@
+"""Corrections of megatron-core 0.15.3, applied on every machine."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+def install() -> None:
+    """Apply each correction once."""
+    _order_mixed_precision_groups()
+
+
+def _order_mixed_precision_groups() -> None:
+    """Number the parameters of a group as the optimizer holds them: float32 ones first.
+
+    `DistributedOptimizer` numbers them in the order of the gradient buffers, but lists float32 parameters before the
+    float32 copies of bfloat16 ones. A group that has both (Mamba's A_log, D and dt_bias beside norms) then saves and
+    loads the wrong tensors.
+    """
+    original = DistributedOptimizer._build_optimizer_group_ranges
+    if getattr(original, "nemotron_h", False):
+        return
+
+    @functools.wraps(original)
+    def build(cls: type, param_groups: list[dict], gbuf_ranges: list[dict]) -> tuple[dict, list[dict]]:
+        _, group_ranges = original(param_groups, gbuf_ranges)
+        numbers: dict[Any, tuple[int, int]] = {}
+        for group_index, group in enumerate(group_ranges):
+            group["params"].sort(key=lambda p: p.dtype != torch.float32)  # stable
+            numbers.update({p: (group_index, order) for order, p in enumerate(group["params"])})
+        return numbers, group_ranges
+
+    build.nemotron_h = True  # type: ignore[attr-defined]
+    DistributedOptimizer._build_optimizer_group_ranges = classmethod(build)
