@@ -47,7 +47,7 @@ def parse_count(value: int | float | str) -> int:
     count = float(match[1]) * _UNITS[match[2].upper()] if match else math.nan
     if isinstance(value, int | float):
         count = float(value)
-    if not (count > 0 and abs(count - round(count)) < 1e-6 * max(1.0, count) and math.isfinite(count)):
+    if not (math.isfinite(count) and count > 0 and abs(count - round(count)) <= 1e-9 * count):
         raise ValueError(f"{value!r} is not a token count: write for instance 15T, 380B, 5M or 250000")
     return round(count)
 

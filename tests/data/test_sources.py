@@ -1,0 +1,122 @@
+"""Reading: every format, shards that do not change what is read, and bad records named with their place."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from local_corpus import sentences, write_jsonl
+from nemotron_h.data import sources as reading
+from nemotron_h.data.blend import Source
+from nemotron_h.errors import UserError
+
+
+def read(source: Source, *paths) -> list:
+    inputs = [reading.Input(p.name, str(p)) for p in paths]
+    scans = [reading.scan(i.path, reading.is_line_based(source, i.path)) for i in inputs]
+    shards = reading.plan_shards(source, inputs, scans)
+    return [item for pieces in shards for item in reading.read_documents(source, pieces)]
+
+
+def texts(items: list) -> list[str]:
+    return [item.text for item in items]
+
+
+def test_jsonl_plain_and_compressed(tmp_path):
+    expected = sentences(1, 50)
+    write_jsonl(tmp_path / "a.jsonl", expected)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    source = Source(format="jsonl")
+    assert texts(read(source, tmp_path / "a.jsonl")) == expected
+    assert texts(read(source, tmp_path / "b.jsonl.gz")) == expected
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize("shard_bytes", [1, 700, 10_000, 1 << 20])
+def test_the_cut_changes_nothing(tmp_path, monkeypatch, shard_bytes, end):
+    monkeypatch.setattr(reading, "MIN_SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(reading, "_BLOCK", 512)
+    expected = sentences(2, 300)
+    lines = [json.dumps({"text": t}) for t in expected]
+    lines[123] = "{broken"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + end, encoding="utf-8")
+    items = read(Source(format="jsonl"), tmp_path / "a.jsonl")
+    assert texts([i for i in items if isinstance(i, reading.Document)]) == expected[:123] + expected[124:]
+    [bad] = [i for i in items if isinstance(i, reading.Bad)]
+    assert (bad.file, bad.position, bad.excerpt.strip()) == ("a.jsonl", "line 124", "{broken")
+
+
+def test_nested_fields_and_lists(tmp_path):
+    record = {"q": {"title": "T"}, "messages": [[{"text": "a"}, {"text": "b"}], [{"text": "c"}]]}
+    (tmp_path / "a.json").write_text(json.dumps({"key": record}), encoding="utf-8")
+    source = Source(format="json", text_fields=["q.title", "messages.text"], join=" | ")
+    assert texts(read(source, tmp_path / "a.json")) == ["T | a\nb\nc"]
+
+
+def test_parquet_by_row_groups(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MIN_SHARD_BYTES", 1000)
+    expected = [*sentences(3, 500), None, "last"]
+    pa.parquet.write_table(pa.table({"body": expected, "n": range(502)}), tmp_path / "a.parquet", row_group_size=60)
+    items = read(Source(format="parquet", text_fields=["body"]), tmp_path / "a.parquet")
+    assert texts([i for i in items if isinstance(i, reading.Document)]) == [t for t in expected if t is not None]
+    [bad] = [i for i in items if isinstance(i, reading.Bad)]
+    assert bad.position == "row group 8, row 20"
+    with pytest.raises(UserError, match=r"no column text(.|\n)*the file has body, n"):
+        read(Source(format="parquet"), tmp_path / "a.parquet")
+
+
+def test_text_whole_and_split(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n---\n\nthree", encoding="utf-8")
+    assert texts(read(Source(format="text"), tmp_path / "a.txt")) == ["one\ntwo\n\n---\n\nthree"]
+    assert texts(read(Source(format="text", split_on="\n\n---\n\n"), tmp_path / "a.txt")) == ["one\ntwo", "three"]
+    assert texts(read(Source(format="text", split_on="\n"), tmp_path / "a.txt")) == [
+        "one",
+        "two",
+        "",
+        "---",
+        "",
+        "three",
+    ]
+
+
+def test_docstrings_and_html(tmp_path):
+    long = "Explain at length." * 20
+    (tmp_path / "m.py").write_text(
+        f'"""{long}"""\n\n\ndef f():\n    """{long}f"""\n\n\ndef g():\n    """short"""\n', encoding="utf-8"
+    )
+    assert texts(read(Source(format="docstrings"), tmp_path / "m.py")) == [f"{long}\n\nf\n{long}f"]
+    page = "<html><head></head><body><h1>A &amp; B</h1><p>two\n words</p><script>no()</script><pre>x\n  y</pre>"
+    (tmp_path / "p.html").write_text(page, encoding="utf-8")
+    assert texts(read(Source(format="html"), tmp_path / "p.html")) == ["A & B\n\ntwo words\n\nx\n  y"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "not JSON"),
+        (b'{"text": "\xff"}', "not JSON: 'utf-8'"),
+        (b'{"txt": "x"}', "no field 'text'; the record has txt"),
+        (b'{"text": 3}', "field 'text' is int, not text"),
+        (b'{"text": null}', "field 'text' is NoneType, not text"),
+        (b'["text"]', "no field 'text'; the record is"),
+        (rb'{"text": "\ud800"}', "not UTF-8: surrogates not allowed"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_records_are_named(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "also good"}\n')
+    good, bad, also_good = read(Source(format="jsonl"), tmp_path / "a.jsonl")
+    assert (good.text, also_good.text) == ("good", "also good")
+    assert bad.position == "line 2"
+    assert reason in bad.reason
+
+
+def test_a_damaged_archive_stops(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", sentences(4, 2000))
+    data = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match=r"a.jsonl.gz is damaged after line \d+"):
+        read(Source(format="jsonl"), tmp_path / "a.jsonl.gz")
