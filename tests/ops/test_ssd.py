@@ -79,7 +79,7 @@ def test_groups(groups, dtype):
     compare(make(2, 40, groups=groups), dtype)
 
 
-@pytest.mark.parametrize("speed", [1e-3, 0.05, 1.0, 10.0])
+@pytest.mark.parametrize("speed", [1e-3, 0.05, 1.0, 10.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slow_and_fast_decay(speed, dtype):
     compare(make(2, 70, speed=speed), dtype, chunk_size=None)
@@ -297,6 +297,18 @@ def test_bfloat16_inputs_compute_in_float32():
         assert relative_error(grad, reference) < (2**-8 if grad.dtype == torch.bfloat16 else 1e-5)
 
 
+def test_bfloat16_products():
+    """What is claimed of their error, at the tiny model's widths and bfloat16 activations."""
+    values = make(1, 300, heads=16, head_dim=32, groups=2, n=64, without=("initial_state",))
+    values = {k: None if v is None else v.bfloat16().double() for k, v in values.items()}
+    weights = (torch.randn(1, 300, 16, 32).double(), torch.zeros(1, 16, 32, 64).double())
+    expected = run(oracle.ssd, values, torch.float64, weights=weights)
+    actual = run(ours, values, torch.float32, weights=weights, chunk_size=None, matmul_dtype=torch.bfloat16)
+    errors = {k: relative_error(actual[k], v) for k, v in expected.items()}
+    assert max(errors.values()) < 2e-2, errors
+    assert errors["y"] > 1e-5  # it is on
+
+
 def test_autocast_leaves_the_scan_in_float32():
     values = {k: v.float().requires_grad_() for k, v in make(1, 40).items()}
     plain = torch.autograd.grad(ours(**values)[0].square().sum(), values["B"])[0]
@@ -314,6 +326,8 @@ def test_bad_input_names_the_argument():
         ssd_chunk_scan(**{**values, "B": torch.randn(2, 8, 3, 6), "C": torch.randn(2, 8, 3, 6)})
     with pytest.raises(ValueError, match="integer"):
         ssd_chunk_scan(**values, seq_idx=torch.zeros(2, 8))
+    with pytest.raises(ValueError, match="matmul_dtype"):
+        ssd_chunk_scan(**values, matmul_dtype=torch.float16)
     with pytest.raises(ValueError, match="chunk_size"):
         ssd_chunk_scan(**values, chunk_size=0)
     with pytest.raises(ValueError, match="no tokens"):

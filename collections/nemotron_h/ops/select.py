@@ -145,7 +145,12 @@ def _kernel_ssd(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
     return_final_state: bool = False,
+    matmul_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    if matmul_dtype not in (None, x.dtype):
+        raise ValueError(
+            f"mamba-ssm multiplies in the dtype of x, {x.dtype}; matmul_dtype={matmul_dtype} cannot be had"
+        )
     if seq_idx is not None:
         # the kernels take document 0 for the one the initial state belongs to
         seq_idx = (seq_idx - seq_idx[:, :1]).to(torch.int32).contiguous()
