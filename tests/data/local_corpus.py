@@ -78,6 +78,8 @@ class Corpus:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """File -> content of a prepared blend, without the working files that begin with a dot."""
+    """File -> content of a prepared blend, without the lock and the caches at its top."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files if not p.name.startswith(".")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in files if p.parent != folder or p.name == "manifest.json"
+    }

@@ -113,7 +113,7 @@ sft 0 0 12.6 31.8
 """
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "sample_small"])
+@pytest.mark.parametrize("name", ["nemotron_h", "sample", "sample_small"])
 def test_shipped_phases_are_the_papers(name):
     phases = load_blend(name).phases
     table = {row.split()[0]: [float(x) for x in row.split()[1:]] for row in PAPER.strip().splitlines()}

@@ -54,6 +54,8 @@ def test_nested_fields_and_lists(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"key": record}), encoding="utf-8")
     source = Source(format="json", text_fields=["q.title", "messages.text"], join=" | ")
     assert texts(read(source, tmp_path / "a.json")) == ["T | a\nb\nc"]
+    first = Source(format="json", text_fields=["messages.1.0.text"])
+    assert texts(read(first, tmp_path / "a.json")) == ["c"]
 
 
 def test_parquet_by_row_groups(tmp_path, monkeypatch):

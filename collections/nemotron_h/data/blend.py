@@ -62,7 +62,7 @@ class Fetch:
         members: glob patterns of the members to read, relative to the archive's root (`*` also matches `/`).
         exclude: glob patterns of members to leave out.
         kind: `pip` (wheel or sdist) or `apt` (a Debian package; needs `apt-get` and `dpkg-deb`).
-        sdist: take the source distribution, not the wheel (pip only).
+        sdist: take the source distribution, not the wheel (pip only; pip then runs its build backend for the metadata).
     """
 
     package: str = ""
@@ -81,13 +81,13 @@ class Source:
         category: the category of the phases that it fills.
         format: one of `FORMATS`. jsonl, json (an array or an object of records), parquet: records with `text_fields`;
             text: a file is a document, or is cut at `split_on`; python: a `.py` file is a document; docstrings: the
-                docstrings of a `.py` file are one
-            document; html: the visible text of a page; megatron: a ready `.bin/.idx` prefix, used in place.
+            docstrings of a `.py` file are one document; html: the visible text of a page; megatron: a ready
+            `.bin/.idx` prefix, used in place.
         path: file, glob (`**` allowed), folder, or a list of them; `~` and `${oc.env:NAME}` work; relative paths
             start at the blend's file. Give `path` or `fetch`.
         fetch: a package to download in place of `path`.
-        text_fields: the record's fields that make the text, in order; those joined by `join`. `a.b` reaches into
-            nested records.
+        text_fields: the record's fields that make the text, in order, joined by `join`. `a.b` reaches into nested
+            records, `a.0` takes a list's first item; a whole list becomes one text, a line for each item.
         join: what is put between the text fields.
         split_on: text only: the separator between documents of one file; empty: the file is one document.
         licence: of the text, as a person would want to read it.

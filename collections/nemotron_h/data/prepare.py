@@ -198,8 +198,9 @@ class _Preparation:
             (self.folder / "manifest.json").unlink(missing_ok=True)  # what is on disk no longer matches it
             entries |= self._build(stale, tokenizer, force)
         manifest.sources = {plan.name: entries[plan.name] for plan in plans}
-        self._report(manifest, [plan.name for plan in stale])
+        self._clean()
         manifest.save()
+        self._report(manifest, [plan.name for plan in stale])
         return manifest
 
     # ---- what is there
@@ -452,6 +453,14 @@ class _Preparation:
         (self.folder / plan.name).mkdir(exist_ok=True)
         write_json(self.folder / plan.name / "source.json", dataclasses.asdict(entry) | {"inputs": {}})
         return entry
+
+    def _clean(self) -> None:
+        """Remove what killed runs left: all working files have names that begin with a dot."""
+        left = [p for name in self.blend.sources for p in (self.folder / name).glob(".*")] + [
+            *self.folder.glob(".*.tmp")
+        ]
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _check_space(self, plans: list[_Plan], dtype: np.dtype) -> None:
         # ours: 3 bytes of text per token; the shards and the joined files of one source exist at the same time

@@ -402,6 +402,10 @@ def _from_record(source: Source, record: Any, file: str, where: str) -> Document
 
 def _dig(value: Any, keys: list[str]) -> Any:
     if isinstance(value, list):
+        if keys and keys[0].isdigit():
+            if int(keys[0]) >= len(value):
+                raise KeyError(keys[0])
+            return _dig(value[int(keys[0])], keys[1:])
         return [_dig(item, keys) for item in value]
     if not keys:
         return value
