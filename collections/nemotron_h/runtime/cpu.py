@@ -115,7 +115,7 @@ def _manual_seed(original: Any) -> Callable:
     return lambda seed: torch.default_generator.manual_seed(seed)
 
 
-_FACTORIES = ("arange", "as_tensor", "empty", "full", "ones", "tensor", "zeros")
+_FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like")
 
 PATCHES: tuple[Patch, ...] = (
     *(Patch("torch", name, _factory, "megatron-core and NeMo create tensors with device='cuda'") for name in _FACTORIES),

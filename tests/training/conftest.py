@@ -1,0 +1,138 @@
+"""A small recipe over a small prepared blend, and a way to run it in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("worker.py")
+
+BLEND = """
+name: words
+tokenizer: {kind: bpe, vocab_size: 512}
+sources:
+  low: {category: web, format: jsonl, path: low.jsonl, licence: ours, validation: 0.2}
+  high: {category: math, format: jsonl, path: high.jsonl, licence: ours, validation: 0.2}
+phases:
+  - {name: first, weights: {web: 80, math: 20}, until: {fraction: 0.5}}
+  - {name: second, weights: {web: 30, math: 70}}
+"""
+
+RECIPE = """
+# @package _global_
+defaults:
+  - /base/pretrain
+  - _self_
+name: small
+tokens: 6144 # 12 steps
+precision: bf16
+model:
+  name: small
+  pattern: M-M*-
+  hidden_size: 64
+  ffn_hidden_size: 96
+  num_attention_heads: 4
+  num_query_groups: 2
+  head_dim: 16
+  mamba_num_heads: 8
+  mamba_head_dim: 16
+  mamba_num_groups: 2
+  mamba_state_dim: 16
+  vocab_size: 512
+  init_std: 0.1
+  expect: {{mamba: 2, attention: 1, ffn: 2, parameters: 163376}}
+data:
+  blend: {blend}
+  root: {root}
+  seq_length: 64
+  global_batch_size: 8
+  micro_batch_size: 2
+optim: {{peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024}}
+checkpoint: {{every_steps: 4}}
+log: {{dir: {runs}, validate_every_steps: 6, validation_batches: 1}}
+"""
+
+
+@dataclass
+class Small:
+    """Where the prepared blend is; writes recipes and runs them."""
+
+    folder: Path
+
+    def recipe(self, name: str) -> Path:
+        """A recipe whose run goes to `<name>/small`."""
+        path = self.folder / f"{name}.yaml"
+        path.write_text(
+            RECIPE.format(blend=self.folder / "words.yaml", root=self.folder / "data", runs=self.folder / name)
+        )
+        return path
+
+    def run_dir(self, name: str) -> Path:
+        """Where that run writes."""
+        return self.folder / name / "small"
+
+    def train(self, name: str, *options: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+        """Run the recipe in a process of its own (torchrun with more ranks); see `worker.py` for the options."""
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [str(WORKER), str(self.recipe(name)), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        out, err = self.folder / f"{name}.out", self.folder / f"{name}.err"
+        # Files, not pipes, and a session of its own: a killed run leaves a helper process of the checkpoint writer.
+        with out.open("w") as stdout, err.open("w") as stderr:
+            process = subprocess.Popen(
+                command, stdout=stdout, stderr=stderr, cwd=self.folder, env=environment, start_new_session=True
+            )
+            try:
+                process.wait(timeout=300)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        done = subprocess.CompletedProcess(command, process.returncode, out.read_text(), err.read_text())
+        if check:
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done
+
+    def steps(self, name: str) -> dict[int, dict]:
+        """Step -> what the worker recorded; a repeated step keeps its last record."""
+        lines = (self.folder / name / "steps.jsonl").read_text().splitlines()
+        return {record["step"]: record for record in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    folder = tmp_path_factory.mktemp("small")
+    draw = random.Random(1)
+    for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
+        words = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(80)]
+        documents = [" ".join(draw.choices(words, k=draw.randint(5, 120))) for _ in range(300)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (folder / "words.yaml").write_text(BLEND)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "nemotron_h",
+            "data",
+            "prepare",
+            "--blend",
+            str(folder / "words.yaml"),
+            "--root",
+            str(folder / "data"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return Small(folder)
