@@ -19,13 +19,10 @@ import pytest
 VERSION = "2.3.2.post1"
 CASES = [
     "scan",
-    "scan with states",
-    "scan with documents",
     "scan with documents and states",
     "step with 0 options",
     "step with 2 options",
     "gated norm",
-    "fused mixer",
     "fused mixer with documents",
 ]
 

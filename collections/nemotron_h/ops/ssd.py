@@ -293,8 +293,8 @@ def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, 
 
     With W_ij = dM_ij M_ij (M the [chunk, chunk] weights), a_t of this chunk gets the sum of W over i >= t > j: rows
     i >= t less columns j >= t, as what lies in both cancels. It also gets what the states carry across it: from the
-    chunk's start to y_i (i >= t), from u_j (j < t) to the chunk's end, and from start to end. Only W is ever subtracted,
-    and from the same numbers, so little is lost where the decay is fast or the products are rounded.
+    chunk's start to y_i (i >= t), from u_j (j < t) to the chunk's end, and from start to end. Only sums of one and the
+    same W are subtracted, so little is lost where the decay is fast or the products are rounded.
     """
     s, g, b, c, r, p = seg.x.shape
     n = seg.B.shape[-1]
