@@ -1,0 +1,173 @@
+"""Read the weights of a training checkpoint without NeMo and megatron-core, whatever parallel layout wrote it.
+
+Megatron's `torch_dist` format is PyTorch's distributed checkpoint format. Reading it as such needs PyTorch alone, so
+a command that needs only the weights starts in the time of `import torch`; NeMo's import takes several times as long.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import Expect, ModelDefinition
+from nemotron_h.training import checkpoints
+
+WEIGHTS = "weights"
+#: a weight that every checkpoint has; what stands before it in its key is the prefix of all keys
+_LAST_NORM = "decoder.final_norm.weight"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` means: itself, or the newest finished one of a run folder.
+
+    Errors:
+        UserError: there is none, it is unfinished, or a file is missing or has another size than was written.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint folder {path}")
+    if not (path / WEIGHTS).is_dir():
+        found = checkpoints.finished(path)
+        if not found:
+            raise UserError(
+                f"{path} is neither a checkpoint nor a run with a finished one",
+                hint="name a run folder (runs/NAME) or one of its checkpoints (runs/NAME/checkpoints/step-000100)",
+            )
+        path = found[0]
+    try:
+        recorded = json.loads((path / checkpoints.INTEGRITY).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a finished checkpoint: {checkpoints.INTEGRITY}: {error}") from error
+    for name, (size, _) in recorded.items():
+        actual = (path / name).stat().st_size if (path / name).is_file() else None
+        if actual != size:
+            state = "is missing" if actual is None else f"has {actual:,} bytes, {size:,} were written"
+            raise UserError(f"checkpoint {path} is damaged: {name} {state}", hint="use another checkpoint of the run")
+    return path
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The run record beside the weights.
+
+    Errors:
+        UserError: it is missing or no JSON.
+    """
+    try:
+        return json.loads((checkpoint / checkpoints.RECORD).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {checkpoints.RECORD}: {error}") from error
+
+
+def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
+    """The model that a run record describes.
+
+    Errors:
+        UserError: a value is missing, unknown or impossible.
+    """
+    try:
+        values = dict(record["model"])
+        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
+    definition.validate_structure(origin)
+    return definition
+
+
+class _Inert:
+    """Stands for objects in the index that nothing here needs, such as megatron-core's plan of who wrote what."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds PyTorch's description of the tensors and nothing else: imports no megatron-core, runs no foreign code."""
+
+    _modules = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.planner",
+        "torch.distributed.checkpoint.filesystem",
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "MCoreMetadata":  # PyTorch's, with a field more
+            return Metadata
+        if "." not in name:
+            if module in self._modules and isinstance(found := super().find_class(module, name), type):
+                return found
+            if (module, name) == ("torch.serialization", "_get_layout"):
+                return super().find_class(module, name)
+            if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | type):
+                return found
+        return _Inert
+
+
+class _Reader(dcp.FileSystemReader):
+    """PyTorch's reader, with the index read by `_IndexUnpickler`."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        content = (Path(self.path) / ".metadata").read_bytes()
+        metadata = _IndexUnpickler(io.BytesIO(content)).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class WeightFile:
+    """The weights of one checkpoint, by their names in the model (without the prefix of the training wrapper).
+
+    Args:
+        checkpoint: a folder as `find_checkpoint` returns it.
+    Errors:
+        UserError: the index is missing or damaged.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        try:
+            metadata = _Reader(str(checkpoint / WEIGHTS)).read_metadata()
+            prefix = next(k for k in metadata.state_dict_metadata if _is_model_key(k)).removesuffix(_LAST_NORM)
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, StopIteration, ValueError) as error:
+            raise UserError(f"checkpoint {checkpoint} is damaged: {WEIGHTS}/.metadata: {error!r}") from error
+        self.prefix = prefix
+        self.shapes = {
+            key.removeprefix(prefix): tuple(entry.size)
+            for key, entry in metadata.state_dict_metadata.items()
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, targets: Mapping[str, Tensor]) -> None:
+        """Read whole tensors into `targets`, which may be of another dtype or device and slices of larger tensors.
+
+        Errors:
+            UserError: a tensor is missing or of another shape (the folder holds another model), or is not readable.
+        """
+        for name, target in targets.items():
+            if self.shapes.get(name) != tuple(target.shape):
+                raise UserError(
+                    f"checkpoint {self.checkpoint}: {name} is {self.shapes.get(name, 'missing')}, its run.json asks "
+                    f"for {tuple(target.shape)}",
+                    hint="weights and run.json of the folder belong to different runs; restore the folder",
+                )
+        state = {self.prefix + name: target for name, target in targets.items()}
+        try:
+            dcp.load(state, storage_reader=_Reader(str(self.checkpoint / WEIGHTS)), no_dist=True)
+        except (dcp.api.CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+            raise UserError(
+                f"checkpoint {self.checkpoint} is damaged: its weights are not readable: {reason}"
+            ) from error
+
+
+def _is_model_key(key: str) -> bool:
+    return key.endswith(_LAST_NORM) and not key.startswith("optimizer")

@@ -1,0 +1,301 @@
+"""The forward pass for generation: many tokens into a state (`extend`), then one token at a time (`step`).
+
+It is written on plain tensors and `nemotron_h.ops`, apart from the training model: one rank, no gradients, no import
+of NeMo or megatron-core, and little overhead per token. Tests hold it against the training model at every position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.inference.states import KeyValueCache, MambaState, States
+from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
+from nemotron_h.ops.norm import rms_norm
+from nemotron_h.ops.select import select_ops
+
+
+@dataclass
+class MambaWeights:
+    """A Mamba-2 layer. `A` is negative; `A`, `D` and `dt_bias` are float32 (float64 in a float64 model)."""
+
+    norm: Tensor
+    in_proj: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    gated_norm: Tensor
+    out_proj: Tensor
+
+
+@dataclass
+class AttentionWeights:
+    """An attention layer; `qkv` holds, group by group, the group's queries, its key and its value."""
+
+    norm: Tensor
+    qkv: Tensor
+    proj: Tensor
+
+
+@dataclass
+class FFNWeights:
+    """A squared-ReLU FFN."""
+
+    norm: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class GenerationModel:
+    """A Nemotron-H model that continues sequences.
+
+    Args:
+        definition: the model's shapes.
+        embedding, output, final_norm: [vocabulary, hidden], [vocabulary, hidden], [hidden].
+        layers: one entry per letter of the pattern.
+    """
+
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        embedding: Tensor,
+        layers: list[MambaWeights | AttentionWeights | FFNWeights],
+        final_norm: Tensor,
+        output: Tensor,
+    ) -> None:
+        self.definition = definition
+        self.embedding, self.layers, self.final_norm, self.output = embedding, layers, final_norm, output
+        self.ops = select_ops()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and activations."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    def new_states(self, batch: int, capacity: int) -> States:
+        """States before the first token; see `States.empty`."""
+        return States.empty(self.definition, batch, capacity, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def extend(self, tokens: Tensor, states: States) -> Tensor:
+        """Read several tokens of every sequence; all sequences must be at one position. Updates `states`.
+
+        Args:
+            tokens: int64 [batch, length].
+        Returns:
+            hidden states [batch, length, hidden], for `logits`.
+        """
+        start = int(states.positions[0])
+        if bool((states.positions != start).any()):
+            raise ValueError("extend: the sequences are at different positions")
+        x = F.embedding(tokens.to(self.device), self.embedding)
+        for weights, state in zip(self.layers, states.layers, strict=True):
+            h = rms_norm(x, weights.norm, eps=self.definition.norm_epsilon)
+            if isinstance(weights, MambaWeights):
+                x = x + self._mamba_extend(h, weights, state)
+            elif isinstance(weights, AttentionWeights):
+                x = x + self._attention_extend(h, weights, state, start)
+            else:
+                x = x + self._ffn(h, weights)
+        states.positions += tokens.shape[1]
+        return x
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, states: States) -> Tensor:
+        """Read one token of every sequence, each at its own position. Updates `states`.
+
+        Args:
+            tokens: int64 [batch].
+        Returns:
+            hidden states [batch, hidden], for `logits`.
+        """
+        x = F.embedding(tokens.to(self.device), self.embedding)
+        length = int(states.positions.max()) + 1
+        positions = states.positions.to(self.device)
+        ragged = bool((states.positions != length - 1).any())
+        read = torch.arange(length, device=self.device) <= positions[:, None] if ragged else None
+        for weights, state in zip(self.layers, states.layers, strict=True):
+            h = rms_norm(x, weights.norm, eps=self.definition.norm_epsilon)
+            if isinstance(weights, MambaWeights):
+                x = x + self._mamba_step(h, weights, state)
+            elif isinstance(weights, AttentionWeights):
+                x = x + self._attention_step(h, weights, state, positions, length, read)
+            else:
+                x = x + self._ffn(h, weights)
+        states.positions += 1
+        return x
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, [..., vocabulary] from [..., hidden]; the vocabulary's padding is left out."""
+        return F.linear(rms_norm(hidden, self.final_norm, eps=self.definition.norm_epsilon), self.output)
+
+    def _ffn(self, h: Tensor, w: FFNWeights) -> Tensor:
+        return F.linear(F.relu(F.linear(h, w.up)).square(), w.down)
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.definition
+        return projected.split([d.d_inner, d.conv_channels, d.mamba_num_heads], dim=-1)
+
+    def _split_conv(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.definition
+        width = d.mamba_num_groups * d.mamba_state_dim
+        x, b, c = xbc.split([d.d_inner, width, width], dim=-1)
+        by_group = (d.mamba_num_groups, d.mamba_state_dim)
+        return (
+            x.unflatten(-1, (d.mamba_num_heads, d.mamba_head_dim)),
+            b.unflatten(-1, by_group),
+            c.unflatten(-1, by_group),
+        )
+
+    def _mamba_out(self, y: Tensor, z: Tensor, w: MambaWeights) -> Tensor:
+        d = self.definition
+        size = d.d_inner // d.mamba_num_groups
+        y = self.ops.gated_rms_norm(y.flatten(-2), z, w.gated_norm, group_size=size, eps=d.norm_epsilon)
+        return F.linear(y, w.out_proj)
+
+    def _mamba_extend(self, h: Tensor, w: MambaWeights, state: MambaState) -> Tensor:
+        z, xbc, dt = self._split(F.linear(h, w.in_proj))
+        xbc, conv = self.ops.conv1d(xbc, w.conv_weight, w.conv_bias, initial_state=state.conv, return_final_state=True)
+        x, b, c = self._split_conv(xbc)
+        y, ssm = self.ops.ssd(
+            x, dt, w.A, b, c, D=w.D, dt_bias=w.dt_bias, initial_state=state.ssm, return_final_state=True
+        )
+        state.conv.copy_(conv)
+        state.ssm.copy_(ssm)
+        return self._mamba_out(y, z, w)
+
+    def _mamba_step(self, h: Tensor, w: MambaWeights, state: MambaState) -> Tensor:
+        z, xbc, dt = self._split(F.linear(h, w.in_proj))
+        x, b, c = self._split_conv(self.ops.conv1d_step(state.conv, xbc, w.conv_weight, w.conv_bias))
+        y = self.ops.ssd_step(state.ssm, x, dt, w.A, b, c, w.D, w.dt_bias)
+        return self._mamba_out(y, z, w)
+
+    def _qkv(self, h: Tensor, w: AttentionWeights) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [..., groups, heads per group, head_dim], keys and values [..., groups, head_dim]."""
+        d = self.definition
+        per_group = F.linear(h, w.qkv).unflatten(-1, (d.num_query_groups, -1, d.head_dim))
+        return per_group[..., :-2, :], per_group[..., -2, :], per_group[..., -1, :]
+
+    def _attention_extend(self, h: Tensor, w: AttentionWeights, cache: KeyValueCache, start: int) -> Tensor:
+        q, k, v = self._qkv(h, w)
+        end = start + h.shape[1]
+        cache.keys[:, :, start:end] = k.transpose(1, 2)
+        cache.values[:, :, start:end] = v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            q.flatten(2, 3).transpose(1, 2),
+            cache.keys[:, :, :end],
+            cache.values[:, :, :end],
+            attn_mask=causal_lower_right(h.shape[1], end) if start else None,
+            is_causal=not start,
+            enable_gqa=True,
+        )
+        return F.linear(out.transpose(1, 2).flatten(2), w.proj)
+
+    def _attention_step(
+        self, h: Tensor, w: AttentionWeights, cache: KeyValueCache, positions: Tensor, length: int, read: Tensor | None
+    ) -> Tensor:
+        q, k, v = self._qkv(h, w)
+        rows = torch.arange(len(h), device=h.device)
+        cache.keys[rows, :, positions] = k
+        cache.values[rows, :, positions] = v
+        # the heads of a group take the place of query positions: all of them read the same keys
+        out = F.scaled_dot_product_attention(
+            q,
+            cache.keys[:, :, :length],
+            cache.values[:, :, :length],
+            attn_mask=None if read is None else read[:, None, None],
+        )
+        return F.linear(out.flatten(1), w.proj)
+
+
+def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GenerationModel:
+    """A model with the weights of a training checkpoint, of any parallel layout and with or without Transformer Engine.
+
+    Args:
+        checkpoint: a checkpoint or run folder.
+        dtype: of weights and activations; Mamba's A, D and dt_bias stay in float32 at least.
+    Errors:
+        UserError: no checkpoint, a damaged one, or weights that do not fit its record.
+    """
+    checkpoint = find_checkpoint(Path(checkpoint))
+    definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    file = WeightFile(checkpoint)
+    targets: dict[str, Tensor] = {}
+    hidden = definition.hidden_size
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        targets[name] = torch.empty(shape, dtype=dtype, device=device)
+        return targets[name]
+
+    def vocabulary(name: str) -> Tensor:
+        # rows of padding depend on the layout that trained it
+        padded = max(file.shapes.get(name, (0,))[0], definition.vocab_size)
+        return take(name, padded, hidden)[: definition.vocab_size]
+
+    def joined(name: str, parts: dict[str, int], *shape: int) -> Tensor:
+        whole = torch.empty(sum(parts.values()), *shape, dtype=dtype, device=device)
+        pieces = whole.split(list(parts.values()))
+        targets.update({f"{name}.{part}": piece for part, piece in zip(parts, pieces, strict=True)})
+        return whole
+
+    def input_norm(layer: str, norm: str, projection: str) -> Tensor:
+        # Transformer Engine's layers hold the norm inside the projection that follows it
+        fused = f"{layer}.{projection}.layer_norm_weight"
+        return take(fused if fused in file.shapes else f"{layer}.{norm}.weight", hidden)
+
+    def layer(index: int, symbol: str) -> MambaWeights | AttentionWeights | FFNWeights:
+        name, d = f"decoder.layers.{index}", definition
+        if symbol == MAMBA:
+            width = d.mamba_num_groups * d.mamba_state_dim
+            conv = {"x": d.d_inner, "B": width, "C": width}
+            heads = [take(f"{name}.mixer.{p}", d.mamba_num_heads, dtype=exact) for p in ("A_log", "D", "dt_bias")]
+            return MambaWeights(
+                input_norm(name, "norm", "mixer.in_proj"),
+                joined(f"{name}.mixer.in_proj.weight", {"z": d.d_inner, **conv, "dt": d.mamba_num_heads}, hidden),
+                joined(f"{name}.mixer.conv1d.weight", conv, 1, d.conv_kernel),
+                joined(f"{name}.mixer.conv1d.bias", conv),
+                *heads,
+                take(f"{name}.mixer.norm.weight", d.d_inner),
+                take(f"{name}.mixer.out_proj.weight", hidden, d.d_inner),
+            )
+        if symbol == ATTENTION:
+            queries = d.num_attention_heads * d.head_dim
+            return AttentionWeights(
+                input_norm(name, "input_layernorm", "self_attention.linear_qkv"),
+                take(f"{name}.self_attention.linear_qkv.weight", queries + 2 * d.num_query_groups * d.head_dim, hidden),
+                take(f"{name}.self_attention.linear_proj.weight", hidden, queries),
+            )
+        return FFNWeights(
+            input_norm(name, "pre_mlp_layernorm", "mlp.linear_fc1"),
+            take(f"{name}.mlp.linear_fc1.weight", d.ffn_hidden_size, hidden),
+            take(f"{name}.mlp.linear_fc2.weight", hidden, d.ffn_hidden_size),
+        )
+
+    model = GenerationModel(
+        definition,
+        vocabulary("embedding.word_embeddings.weight"),
+        [layer(index, symbol) for index, symbol in enumerate(definition.pattern)],
+        take("decoder.final_norm.weight", hidden),
+        vocabulary("output_layer.weight"),
+    )
+    file.read(targets)
+    for weights in model.layers:
+        if isinstance(weights, MambaWeights):
+            weights.A = -weights.A.exp()  # stored as log(-A)
+            weights.conv_weight = weights.conv_weight.squeeze(1)
+    return model

@@ -1,0 +1,67 @@
+"""Choose the next token from scores: greedy, or sampled with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemotron_h.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Filters apply in this order: temperature, top-k, top-p.
+
+    Attributes:
+        temperature: divides the scores; 0 always takes the most probable token.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the fewest most probable tokens whose probabilities sum to at least this; 1 keeps all.
+        seed: row i of a batch draws from a generator of its own, seeded with seed + i, whatever else is in the batch.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UserError(f"temperature = {self.temperature}; it has to be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top-k = {self.top_k}; it has to be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top-p = {self.top_p}; it has to be above 0 and at most 1 (all tokens)")
+
+    def generators(self, rows: int) -> list[torch.Generator]:
+        """One generator per row, in host memory, so that a GPU draws what the CPU draws."""
+        return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
+
+
+def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """The next token of every row.
+
+    Args:
+        logits: [batch, vocabulary].
+        generators: one per row; each is drawn from once, unless the choice is greedy.
+    Returns:
+        int64 [batch].
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    tokens = None
+    vocabulary = logits.shape[-1]
+    if 0 < sampling.top_k < vocabulary or sampling.top_p < 1:
+        probabilities, tokens = probabilities.topk(min(sampling.top_k or vocabulary, vocabulary), dim=-1)
+    if sampling.top_p < 1:
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
+    cumulative = probabilities.cumsum(-1)
+    drawn = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators]).to(logits.device)
+    # right: a draw that equals an edge belongs to the next token, so a token of probability 0 is never chosen
+    place = torch.searchsorted(cumulative, (drawn * cumulative[:, -1])[:, None], right=True)
+    place = place.clamp_(max=probabilities.shape[-1] - 1)
+    return (place if tokens is None else tokens.gather(-1, place)).squeeze(-1)
