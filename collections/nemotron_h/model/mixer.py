@@ -169,11 +169,11 @@ class NemotronHMixer(MegatronModule):
         y = self.ops.ssd(
             x.unflatten(-1, (self.heads_local, self.head_dim)),
             dt,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(self.A_log),
             b.unflatten(-1, (self.groups_local, self.state_dim)),
             c.unflatten(-1, (self.groups_local, self.state_dim)),
-            D=self.D.float(),
-            dt_bias=self.dt_bias.float(),
+            D=self.D,
+            dt_bias=self.dt_bias,
             seq_idx=seq_idx,
         )
         y = self.ops.gated_rms_norm(
