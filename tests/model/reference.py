@@ -1,0 +1,108 @@
+"""The whole model once more, as plainly as it can be said: one token, one tap, one head after the other, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def softplus(x: Tensor) -> Tensor:
+    return torch.log(1 + torch.exp(x))
+
+
+def mamba(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
+    """x [batch, length, hidden], doc [batch, length]."""
+    heads, width, groups, n = d.mamba_num_heads, d.mamba_head_dim, d.mamba_num_groups, d.mamba_state_dim
+    inner, batch, length = heads * width, x.shape[0], x.shape[1]
+    projected = x @ p["mixer.in_proj.weight"].T
+    z, xbc = projected[..., :inner], projected[..., inner : 2 * inner + 2 * groups * n]
+    dt = softplus(projected[..., 2 * inner + 2 * groups * n :] + p["mixer.dt_bias"])
+    taps, bias = p["mixer.conv1d.weight"][:, 0], p["mixer.conv1d.bias"]
+    convolved = []
+    for t in range(length):
+        total = bias.expand(batch, -1)
+        for back in range(d.conv_kernel):
+            if t >= back:
+                same = (doc[:, t - back] == doc[:, t])[:, None]
+                total = total + torch.where(same, xbc[:, t - back], 0.0) * taps[:, d.conv_kernel - 1 - back]
+        convolved.append(silu(total))
+    convolved = torch.stack(convolved, dim=1)
+    u = convolved[..., :inner].reshape(batch, length, heads, width)
+    b = convolved[..., inner : inner + groups * n].reshape(batch, length, groups, n)
+    c = convolved[..., inner + groups * n :].reshape(batch, length, groups, n)
+    of_head = [head * groups // heads for head in range(heads)]
+    a = -torch.exp(p["mixer.A_log"])
+    state = torch.zeros(batch, heads, width, n, dtype=x.dtype)
+    ys = []
+    for t in range(length):
+        if t:
+            state = torch.where((doc[:, t] == doc[:, t - 1])[:, None, None, None], state, 0.0)
+        decay = torch.exp(dt[:, t] * a)[:, :, None, None]
+        drive = (dt[:, t, :, None] * u[:, t])[..., None] * b[:, t, of_head][:, :, None, :]
+        state = decay * state + drive
+        y = (state * c[:, t, of_head][:, :, None, :]).sum(-1) + p["mixer.D"][:, None] * u[:, t]
+        ys.append(y.reshape(batch, inner))
+    y = torch.stack(ys, dim=1) * silu(z)
+    y = rms(y.reshape(batch, length, groups, inner // groups), d.norm_epsilon).reshape(batch, length, inner)
+    return (y * p["mixer.norm.weight"]) @ p["mixer.out_proj.weight"].T
+
+
+def attention(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
+    """Causal within documents; x [batch, length, hidden], doc [batch, length]."""
+    batch, length = x.shape[:2]
+    per_group = d.num_attention_heads // d.num_query_groups
+    qkv = (x @ p["self_attention.linear_qkv.weight"].T).reshape(
+        batch, length, d.num_query_groups, per_group + 2, d.head_dim
+    )
+    allowed = torch.zeros(batch, length, length, dtype=torch.bool)
+    for t in range(length):
+        for s in range(t + 1):
+            allowed[:, t, s] = doc[:, t] == doc[:, s]
+    outs = []
+    for group in range(d.num_query_groups):
+        key, value = qkv[:, :, group, per_group], qkv[:, :, group, per_group + 1]
+        for head in range(per_group):
+            scores = qkv[:, :, group, head] @ key.transpose(1, 2) / math.sqrt(d.head_dim)
+            weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * allowed
+            outs.append(weights @ value / weights.sum(-1, keepdim=True))
+    return torch.cat(outs, dim=-1) @ p["self_attention.linear_proj.weight"].T
+
+
+def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    """Scores [batch, length, padded vocabulary].
+
+    Args:
+        parameters: float64, by the Megatron model's names.
+        d: the model definition.
+    """
+    doc = torch.zeros_like(tokens) if seq_idx is None else seq_idx
+    x = parameters["embedding.word_embeddings.weight"][tokens]
+    for index, symbol in enumerate(d.pattern):
+        prefix = f"decoder.layers.{index}."
+        p = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+        if symbol == "M":
+            x = x + mamba(p, d, rms(x, d.norm_epsilon) * p["norm.weight"], doc)
+        elif symbol == "*":
+            x = x + attention(p, d, rms(x, d.norm_epsilon) * p["input_layernorm.weight"], doc)
+        else:
+            h = (rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"]) @ p["mlp.linear_fc1.weight"].T
+            x = x + torch.clamp(h, min=0) ** 2 @ p["mlp.linear_fc2.weight"].T
+    x = rms(x, d.norm_epsilon) * parameters["decoder.final_norm.weight"]
+    return x @ parameters["output_layer.weight"].T
+
+
+def losses(scores: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax at the labels, [batch, length]."""
+    top = scores.amax(-1, keepdim=True)
+    log_sum = top.squeeze(-1) + torch.log(torch.exp(scores - top).sum(-1))
+    return log_sum - torch.gather(scores, -1, labels[..., None]).squeeze(-1)

@@ -1,0 +1,80 @@
+"""A small model with weights and inputs at scale 1, so that an error in any part shows in the output."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+VOCABULARY = 300  # padded to 384
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |a - b| / max |b|."""
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def small_config(groups: int = 2, pattern: str = "M-M*-M-", dtype: torch.dtype = torch.float32, **changes):
+    """A `NemotronHConfig` of small shapes; attention width is not the hidden size, and heads share keys."""
+    from nemotron_h.model.module import NemotronHConfig
+
+    return NemotronHConfig(
+        **{
+            "definition_name": "small",
+            "hybrid_override_pattern": pattern,
+            "hidden_size": 48,
+            "ffn_hidden_size": 80,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "kv_channels": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,  # a norm over the 8 channels of a smaller group is ill-conditioned in any float32
+            "mamba_num_groups": groups,
+            "mamba_state_dim": 16,
+            "vocab_size": VOCABULARY,
+            "seq_length": 128,
+            "params_dtype": dtype,
+            "pipeline_dtype": dtype,
+            "bf16": False,
+            **changes,
+        }
+    )
+
+
+def small_model(config, seed: int = 0):
+    """The Megatron model of `config` on one rank, with weights from `scale_one`."""
+    model = config.configure_model(None).to(config.params_dtype)
+    scale_one(dict(model.named_parameters()), seed)
+    return model
+
+
+@torch.no_grad()
+def scale_one(parameters: dict[str, Tensor], seed: int) -> None:
+    """Draw weights that keep activations at scale 1, with norms, decays and step sizes spread. The same values,
+    rounded, in any dtype.
+    """
+    g = torch.Generator().manual_seed(seed)
+    for name, parameter in parameters.items():
+        shape = parameter.shape
+        normal = torch.randn(shape, dtype=torch.float64, generator=g)
+        uniform = torch.rand(shape, dtype=torch.float64, generator=g)
+        if name.endswith("A_log"):
+            value = torch.log(0.05 + 4 * uniform**2)  # decays per unit of time from exp(-0.05) to exp(-4)
+        elif name.endswith("dt_bias"):
+            value = -4 + 5 * uniform  # softplus: steps from 0.02 to 1.3
+        elif name.endswith("norm.weight"):
+            value = 0.5 + uniform
+        elif name.endswith("conv1d.weight"):
+            value = normal / math.sqrt(shape[-1])
+        elif parameter.dim() == 1 or "embedding" in name:  # D, convolution bias; rows of the embedding
+            value = normal
+        else:
+            value = normal / math.sqrt(shape[-1])
+        parameter.copy_(value)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    """Random ids, int64 [batch, length]."""
+    return torch.randint(VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

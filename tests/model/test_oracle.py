@@ -1,0 +1,66 @@
+"""The whole Megatron model against a token-by-token float64 reference: logits, loss and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from small_model import relative_error, small_config, small_model, tokens
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+BATCH, LENGTH = 2, 75  # two whole chunks of the scan and a part
+
+
+def documents() -> torch.Tensor:
+    """Documents that differ between the rows, int32 [batch, length]."""
+    starts = torch.zeros(BATCH, LENGTH, dtype=torch.int32)
+    starts[0, [5, 6, 64]] = 1
+    starts[1, [32, 50]] = 1
+    return starts.cumsum(1, dtype=torch.int32)
+
+
+def expected(model, definition, ids, seq_idx):
+    """The reference's logits and losses with the model's weights, and those weights as float64 leaves."""
+    parameters = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+    scores = reference.logits(parameters, definition, ids[:, :-1], seq_idx)
+    return scores, reference.losses(scores, ids[:, 1:]), parameters
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_float32(groups: int, packed: bool) -> None:
+    config = small_config(groups)
+    model = small_model(config)
+    ids, seq_idx = tokens(BATCH, LENGTH + 1), documents() if packed else None
+    scores, losses, parameters = expected(model, config.definition(), ids, seq_idx)
+    actual = model(input_ids=ids[:, :-1], seq_idx=seq_idx)
+    assert relative_error(actual, scores) < 1e-4
+    actual_losses = model(input_ids=ids[:, :-1], labels=ids[:, 1:], seq_idx=seq_idx)
+    assert relative_error(actual_losses, losses) < 1e-4
+    losses.mean().backward()
+    actual_losses.mean().backward()
+    errors = {name: relative_error(p.grad, parameters[name].grad) for name, p in model.named_parameters()}
+    assert max(errors.values()) < 1e-4, sorted(errors.items(), key=lambda e: -e[1])[:5]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_float64(packed: bool) -> None:
+    config = small_config(dtype=torch.float64)
+    model = small_model(config)
+    ids, seq_idx = tokens(BATCH, LENGTH + 1), documents() if packed else None
+    scores, losses, parameters = expected(model, config.definition(), ids, seq_idx)
+    actual = model(input_ids=ids[:, :-1], seq_idx=seq_idx)
+    assert actual.dtype == torch.float64
+    assert relative_error(actual, scores) < 1e-9
+    losses.mean().backward()
+    # megatron-core's loss is computed in float32; in float64 the model's own part is what is compared
+    reference.losses(actual, ids[:, 1:]).mean().backward()
+    errors = {name: relative_error(p.grad, parameters[name].grad) for name, p in model.named_parameters()}
+    assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda e: -e[1])[:5]
+
+
+def test_activations_are_at_scale_one() -> None:
+    """Otherwise the comparisons above would be easier than they look."""
+    scores = small_model(small_config())(input_ids=tokens(BATCH, LENGTH))
+    assert 0.3 < float(scores.detach().std()) < 3
