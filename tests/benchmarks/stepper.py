@@ -1,0 +1,62 @@
+"""A training step that another process orders one at a time, so that two processes can be timed in turn.
+
+Orders come on stdin, one a line (`step`, `quit`); answers go to stdout, one JSON object a line. The standard library
+alone, as two virtual environments import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+MIB = 1 << 20
+
+
+def resident_mib() -> float:
+    """Memory of this process now, MiB."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
+
+
+def peak_mib() -> float:
+    """Largest memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Answers:
+    """The process's stdout, kept for answers; what libraries print goes to stderr from here on."""
+
+    def __init__(self) -> None:
+        self.file = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def send(self, **values: object) -> None:
+        """One answer."""
+        print(json.dumps(values), file=self.file, flush=True)
+
+
+def serve(answers: Answers, step: Callable[[], float], parameters: int, before_model_mib: float) -> None:
+    """Take one step per order and report its seconds, CPU seconds, loss and the memory so far.
+
+    Args:
+        step: a whole training step; returns the loss.
+        parameters: of the model, reported once.
+        before_model_mib: memory before the model was built; peaks are reported with and without it.
+    """
+    answers.send(parameters=parameters, before_model_mib=before_model_mib)
+    for order in sys.stdin:
+        if order.strip() != "step":
+            return
+        cpu, wall = time.process_time(), time.perf_counter()
+        loss = step()
+        answers.send(
+            seconds=time.perf_counter() - wall,
+            cpu_seconds=time.process_time() - cpu,
+            loss=loss,
+            peak_mib=peak_mib(),
+            added_mib=peak_mib() - before_model_mib,
+        )
