@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError
+from nemotron_h.inference.cli import generate
 
 app = typer.Typer(
     name="nemotron-h",
@@ -17,10 +22,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data", help="Prepare and check training data.")
+app.command()(generate)
+
+_MARKS = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(help="Where runs would write; its disk is checked.")] = Path("runs"),
+    quick: Annotated[bool, typer.Option("--quick", help="Do not import NeMo (saves ten seconds and more).")] = False,
+) -> None:
+    """Say what this machine has and what to fix. Exit code 1: training cannot run here."""
+    from nemotron_h.runtime.doctor import examine
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    failed = False
+    for finding in examine(folder.resolve(), imports=not quick):
+        fix = f"\n[bold]fix:[/bold] {finding.fix}" if finding.fix else ""
+        table.add_row(_MARKS[finding.state], finding.what, finding.found + fix)
+        failed = failed or finding.state == "fail"
+    Console(highlight=False).print(table)
+    raise typer.Exit(1 if failed else 0)
 
 
 def main() -> None:
     """Run a command; a mistake of the user is one message without a traceback."""
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated")
     try:
         app()
     except UserError as error:

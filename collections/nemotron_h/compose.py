@@ -76,6 +76,7 @@ def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         raise UserError(f"{origin}: {str(error).split('Config search path')[0].strip()}") from error
     recipe = typed(RecipeConfig, composed, origin)
     if values:
+        OmegaConf.set_struct(composed, False)  # the schema reports unknown keys, with the nearest known one
         recipe = typed(RecipeConfig, OmegaConf.merge(composed, OmegaConf.from_dotlist(values)), "override")
     check(recipe, origin)
     return recipe

@@ -318,6 +318,25 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
             trainer.limit_val_batches = self._validation[1] // self.global_batch_size * microbatches
         trainer.num_sanity_val_steps *= microbatches
 
+    def record(self) -> dict[str, Any]:
+        """What a run's record says of its data: the blend, the tokenizer, and the sha256 of every file that is read."""
+        manifest = self.manifest
+        return {
+            "blend": self.blend_spec.name,
+            "blend_hash": self.blend_spec.hash(),
+            "tokenizer": str(manifest.tokenizer_path()),
+            "tokenizer_sha256": manifest.tokenizer.sha256,
+            "seq_length": self.seq_length,
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+            "sources": {
+                name: {
+                    split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()
+                }
+                for name, source in manifest.sources.items()
+            },
+        }
+
     # the order
 
     def next_sample(self) -> int:

@@ -8,6 +8,7 @@ changed where a GPU is visible. `PATCHES` lists every changed name with the call
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -175,6 +176,18 @@ def gpu_visible() -> bool:
     return torch.cuda.is_available()
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks: activations of each step then reuse pages, not fault in new ones.
+
+    Without it each step's activations are mapped and zeroed by the kernel anew. A no-op where the C library is not glibc.
+    """
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 _installed: contextlib.ExitStack | None = None
 
 
@@ -205,6 +218,8 @@ def install() -> None:
     """Enter `megatron_on_cpu` for the rest of the process (once; training processes end with their run)."""
     global _installed
     if _installed is None:
+        if not gpu_visible():
+            keep_freed_memory()
         _installed = contextlib.ExitStack()
         _installed.enter_context(megatron_on_cpu())
 

@@ -91,7 +91,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
             log_every_n_steps=1,
             val_check_interval=recipe.log.validate_every_steps,
             limit_val_batches=recipe.log.validation_batches,
-            num_sanity_val_steps=0,
+            num_sanity_val_steps=recipe.log.validation_batches,  # the loss before the first step
             use_distributed_sampler=False,
             enable_model_summary=False,
         ),

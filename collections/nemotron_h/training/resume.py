@@ -34,7 +34,8 @@ class ResumeRun(nl.AutoResume):
         """Check the layout, choose the checkpoint and check it.
 
         Errors:
-            UserError: impossible layout; damaged checkpoint; checkpoint of another model; a finished run.
+            UserError: impossible layout; damaged checkpoint; checkpoint of another model.
+            SystemExit: with code 0, the run is complete.
         """
         check_layout(trainer, model)
         super().setup(trainer, model)
@@ -44,7 +45,7 @@ class ResumeRun(nl.AutoResume):
                 raise UserError(f"{AppState().log_dir} has no finished checkpoint and resume.must_exist is set")
             return
         self._check_model(path, model)
-        self._check_unfinished_run(path, trainer)
+        self._leave_if_complete(path, trainer)
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         run_dir = Path(AppState().log_dir)
@@ -101,10 +102,13 @@ class ResumeRun(nl.AutoResume):
             )
 
     @staticmethod
-    def _check_unfinished_run(path: Path, trainer: pl.Trainer) -> None:
+    def _leave_if_complete(path: Path, trainer: pl.Trainer) -> None:
+        """A run that has all its steps ends at once and well, so that the last job of a chain does."""
         step = checkpoints.step_of(path)
         if step >= trainer.max_steps:
-            raise UserError(
-                f"the run in {AppState().log_dir} is complete: step {step} of {trainer.max_steps}",
-                hint=f"to train on, raise trainer.max_steps above {step}; for a new run use log.explicit_log_dir=DIR",
-            )
+            if trainer.global_rank == 0:
+                print(
+                    f"the run in {AppState().log_dir} is complete: step {step} of {trainer.max_steps}\n"
+                    f"to train on, raise trainer.max_steps; for a new run use log.explicit_log_dir=DIR"
+                )
+            raise SystemExit(0)

@@ -90,9 +90,9 @@ class ProgressLine(ProgressBar):
             print(self._line(trainer), flush=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the validation loss; it is shown with the next line."""
+        """Keep the validation loss, that of the untrained model too; it is shown with the next line."""
         loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None and not trainer.sanity_checking:
+        if loss is not None:
             self.losses["validation loss"].append(float(loss))
 
     def _line(self, trainer: pl.Trainer) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -67,8 +68,7 @@ class RunRecord(pl.Callback):
     """Write `run.json` at the start and the end of a run, and beside each checkpoint.
 
     Args:
-        recipe: the resolved recipe, as plain containers.
-        overrides: what the command line changed, as given.
+        recipe: the resolved recipe, as plain containers; what the command line changed on top is in `command`.
     """
 
     def __init__(self, recipe: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ class RunRecord(pl.Callback):
                 "sequence": strategy.sequence_parallel,
             },
             "model": plain(vars_of(config)),
-            "data": data.record() if hasattr(data, "record") else None,
+            "data": data.record(),
             "metrics": metrics,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +133,4 @@ class RunRecord(pl.Callback):
 
 def vars_of(config: Any) -> dict[str, Any]:
     """The definition that the built model follows."""
-    from dataclasses import asdict
-
-    return asdict(config.definition())
+    return dataclasses.asdict(config.definition())

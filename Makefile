@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up their own .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PYTHONWARNINGS := ignore
+
+.PHONY: help install demo test bench lint clean
+
+help: ## what each target does
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## create .venv with the tested versions
+
+# The environment is rebuilt when the pins change, and only then.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 10) <= v <= (3, 12) else f"Python 3.10 to 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned versions into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## fetch real text, pretrain nemotron_h_tiny on the CPU, print a continuation
+	@$(BIN)/nemotron-h doctor
+	@$(BIN)/nemotron-h data prepare --blend sample_small
+	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes
+	@$(BIN)/nemotron-h generate runs/nemotron_h_tiny "The capital of" --max-tokens 60
+
+test: $(STAMP) ## run the test suite
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest
+
+bench: $(STAMP) ## training step against Hugging Face transformers, as ratios
+	@$(BIN)/python tests/benchmarks/bench_train.py
+
+lint: $(STAMP) ## ruff
+	@$(BIN)/ruff check .
+
+clean: ## remove environments; data and runs stay
+	rm -rf $(VENV) .bench

@@ -1,0 +1,111 @@
+"""`nemo llm pretrain` with mistakes: one message that names key and fix, exit code 2, before any training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+pytestmark = pytest.mark.slow
+
+DEFINITION = "M-M*-"
+
+
+@pytest.fixture(scope="module")
+def app():  # noqa: ANN201
+    """The `nemo` command, with every factory registered."""
+    from nemotron_h import factories  # noqa: F401 - what the entry point loads
+
+    before, sys.argv = sys.argv, ["nemo", "llm", "pretrain"]
+    try:
+        from nemo_run.cli.api import create_cli
+
+        yield create_cli()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture
+def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):  # noqa: ANN001, ANN201
+    """Run the command in an empty folder; its exit code and all that it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, factory: str = "nemotron_h_tiny") -> tuple[int, str]:
+        result: Result = CliRunner().invoke(app, ["llm", "pretrain", "--factory", factory, "--yes", *arguments])
+        captured = capfd.readouterr()
+        return result.exit_code, result.output + captured.out + captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("factory", "arguments", "expected"),
+    [
+        ("nemotron_h_tinny", (), ("no factory 'nemotron_h_tinny'", "Did you mean nemotron_h_tiny?")),
+        ("nemotron_h_tiny", ("trainer.max_stpes=3",), ("trainer.max_stpes", "Did you mean max_steps?")),
+        ("nemotron_h_tiny", ("optim.peak_lrr=3",), ("optim.peak_lrr", "Did you mean peak_lr?")),
+        (
+            "nemotron_h_tiny",
+            ("model.config.hybrid_override_pattern=M-M*M-",),
+            ("attention at layer 3 that is not followed by an FFN", "write *-"),
+        ),
+        (
+            "nemotron_h_tiny",
+            ("trainer.strategy.tensor_model_parallel_size=4", "trainer.devices=4"),
+            ("tensor_model_parallel_size=4 does not divide mamba_num_groups=2", "sizes that fit: 1, 2"),
+        ),
+        (
+            "nemotron_h_tiny",
+            ("model.config.mamba_num_heads=15",),
+            ("mamba_num_heads = 15 is not a multiple of model.mamba_num_groups = 2",),
+        ),
+        ("nemotron_h_tiny", (), ("data prepare",)),  # nothing is prepared in this folder
+        ("nemotron_h_tiny", ("data.blend=sample_smal",), ("no blend named 'sample_smal'", "sample_small")),
+        ("nemotron_h_tiny", ("data.micro_batch_size=3",), ("micro_batch_size 3",)),
+        ("nemotron_h_tiny", ("trainer.plugins.name=fp61",), ("precision 'fp61'",)),
+        ("nemotron_h_recipe(path=no.yaml)", (), ("no recipe file no.yaml",)),
+    ],
+)
+def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], expected: tuple[str, ...]) -> None:  # noqa: ANN001
+    code, output = pretrain(*arguments, factory=factory)
+    assert code == 2, output
+    for text in expected:
+        assert text in output.replace("\n", " "), output
+    assert len(output.splitlines()) < 40, "more than one screen"
+    assert "Traceback" not in output
+
+
+def test_overrides_reach_the_objects() -> None:
+    """Dotted overrides of every kind of node parse with their types."""
+    import nemo_run as run
+    from nemo.collections import llm
+    from nemo_run.cli.cli_parser import parse_cli_args
+
+    from nemotron_h import factories
+
+    task = factories.BUILDERS["pretrain"][1](factories.compose("nemotron_h_tiny/pretrain"))
+    assert isinstance(task, run.Partial)
+    parse_cli_args(
+        llm.pretrain,
+        [
+            "trainer.max_steps=20",
+            "trainer.devices=2",
+            "trainer.strategy.tensor_model_parallel_size=2",
+            "trainer.strategy.sequence_parallel=True",
+            "optim.peak_lr=3e-4",
+            "model.config.ffn_hidden_size=512",
+            "data.seed=7",
+            "data.root=elsewhere",
+            "resume.must_exist=True",
+            "log.explicit_log_dir=there",
+        ],
+        task,
+    )
+    assert (task.trainer.max_steps, task.trainer.devices) == (20, 2)
+    assert task.trainer.strategy.tensor_model_parallel_size == 2
+    assert task.trainer.strategy.sequence_parallel is True
+    assert task.optim.peak_lr == pytest.approx(3e-4)
+    assert (task.model.config.ffn_hidden_size, task.data.seed, task.data.root) == (512, 7, "elsewhere")
+    assert (task.resume.must_exist, task.log.explicit_log_dir) == (True, "there")
