@@ -1,4 +1,4 @@
-"""megatron-core in this process: one rank, no launcher. Undone after each test module."""
+"""A fixture: megatron-core in this process, one rank, no launcher. Undone after each test module."""
 
 from __future__ import annotations
 

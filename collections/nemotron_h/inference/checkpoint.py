@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import zipfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import Expect, ModelDefinition
@@ -139,7 +141,7 @@ class WeightFile:
             prefix = next(k for k in metadata.state_dict_metadata if _is_model_key(k)).removesuffix(_LAST_NORM)
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError, StopIteration, ValueError) as error:
             raise UserError(f"checkpoint {checkpoint} is damaged: {WEIGHTS}/.metadata: {error!r}") from error
-        self.prefix = prefix
+        self.prefix, self._places = prefix, metadata.storage_data
         self.shapes = {
             key.removeprefix(prefix): tuple(entry.size)
             for key, entry in metadata.state_dict_metadata.items()
@@ -160,6 +162,7 @@ class WeightFile:
                     hint="weights and run.json of the folder belong to different runs; restore the folder",
                 )
         state = {self.prefix + name: target for name, target in targets.items()}
+        self._check_sums(set(state))
         try:
             dcp.load(state, storage_reader=_Reader(str(self.checkpoint / WEIGHTS)), no_dist=True)
         except (dcp.api.CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -167,6 +170,33 @@ class WeightFile:
             raise UserError(
                 f"checkpoint {self.checkpoint} is damaged: its weights are not readable: {reason}"
             ) from error
+
+    def _check_sums(self, keys: set[str]) -> None:
+        """Compare every tensor's bytes with the checksum stored beside them, which PyTorch's reader does not.
+
+        Hashing whole files would read the optimizer's state too, seven times the weights.
+        """
+        with ThreadPoolExecutor() as pool:
+            for name, problem in pool.map(self._problem, [index for index in self._places if index.fqn in keys]):
+                if problem:
+                    raise UserError(
+                        f"checkpoint {self.checkpoint} is damaged: {name} {problem}",
+                        hint="use another checkpoint of the run",
+                    )
+
+    def _problem(self, index: MetadataIndex) -> tuple[str, str]:
+        place = self._places[index]
+        where = f"{WEIGHTS}/{place.relative_path} ({index.fqn})"
+        try:
+            with (self.checkpoint / WEIGHTS / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                content = file.read(place.length)
+            # one archive per tensor, as torch.save writes it
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                wrong = archive.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            return where, str(error)
+        return where, "does not match its checksum" if wrong else ""
 
 
 def _is_model_key(key: str) -> bool:

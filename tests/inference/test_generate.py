@@ -1,0 +1,144 @@
+"""Generation gives what the training model's full forward gives: every position, any chunking, any batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from nemotron_h.errors import UserError
+from nemotron_h.inference.generate import generate, prefill, stream
+from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.sampling import Sampling
+from save_checkpoint import save
+from small_model import VOCABULARY, relative_error, small_config, small_model, tokens
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+BATCH, LENGTH = 3, 75  # two whole chunks of the scan and a part
+GREEDY = Sampling(temperature=0)
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+
+
+@pytest.fixture(scope="module")
+def pair(megatron: None, tmp_path_factory: pytest.TempPathFactory):
+    """Builds (training model, generation model) of one checkpoint."""
+    made: dict = {}
+
+    def build(groups: int = 2, dtype: torch.dtype = torch.float32) -> tuple:
+        if (groups, dtype) not in made:
+            model = small_model(small_config(groups, dtype=dtype)).eval()
+            folder = save(model, tmp_path_factory.mktemp("run") / "checkpoints" / "step-000001")
+            made[groups, dtype] = model, load_model(folder, dtype=dtype)
+        return made[groups, dtype]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def model(pair) -> GenerationModel:
+    return pair()[1]
+
+
+@torch.no_grad()
+def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
+    """The training model's scores, [batch, length, vocabulary]."""
+    return model(input_ids=ids)[..., :VOCABULARY]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("chunk", [1, 33, 64])
+def test_prefill_and_steps_are_the_full_forward(pair, groups: int, dtype: torch.dtype, chunk: int) -> None:
+    trained, model = pair(groups, dtype)
+    ids = tokens(BATCH, LENGTH)
+    expected = full_forward(trained, ids)
+    states = model.new_states(BATCH, LENGTH)
+    read = 66  # two chunks of 33, or 64 and 2
+    hidden = [model.extend(ids[:, start : min(start + chunk, read)], states) for start in range(0, read, chunk)]
+    hidden += [model.step(ids[:, position], states)[:, None] for position in range(read, LENGTH)]
+    actual = model.logits(torch.cat(hidden, dim=1))
+    assert actual.dtype == dtype
+    for position in range(LENGTH):
+        assert relative_error(actual[:, position], expected[:, position]) < TOLERANCE[dtype], position
+
+
+def test_ragged_batch_is_each_alone(pair) -> None:
+    trained, model = pair(dtype=torch.float64)
+    lengths = [70, 41, 40, 40, 3, 1]
+    ids = tokens(len(lengths), LENGTH + 20)
+    prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    states = model.new_states(len(lengths), LENGTH + 20)
+    actual = [model.logits(prefill(model, prompts, states, chunk=32))]
+    actual += [
+        model.logits(model.step(torch.stack([ids[r, n + k] for r, n in enumerate(lengths)]), states)) for k in range(8)
+    ]
+    for row, length in enumerate(lengths):
+        expected = full_forward(trained, ids[row : row + 1, : length + 8])[0, length - 1 :]
+        assert relative_error(torch.stack([scores[row] for scores in actual]), expected) < 1e-9
+
+
+def test_batch_order_and_company_do_not_matter(model: GenerationModel) -> None:
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (5, 50, 1, 33)]
+    sampling = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=7)
+    together = generate(model, prompts, max_tokens=12, sampling=sampling)
+    for row, prompt in enumerate(prompts):
+        alone = generate(model, [prompt], max_tokens=12, sampling=Sampling(1.0, 50, 0.9, seed=7 + row))
+        assert together[row] == alone[0]
+
+
+def test_state_size_is_constant(model: GenerationModel) -> None:
+    """Only keys and values grow with the capacity: by the attention layers' share."""
+    d = model.definition
+    short, long = (model.new_states(2, capacity).bytes() for capacity in (10, 1010))
+    per_token = d.count("*") * 2 * d.num_query_groups * d.head_dim * 4
+    assert long - short == 2 * 1000 * per_token
+
+
+def test_greedy_follows_the_full_forward(pair) -> None:
+    trained, model = pair()
+    prompt = tokens(1, 40)[0].tolist()
+    ids = prompt + generate(model, [prompt], max_tokens=20, sampling=GREEDY)[0]
+    scores = full_forward(trained, torch.tensor([ids]))
+    assert scores[0, len(prompt) - 1 : -1].argmax(-1).tolist() == ids[len(prompt) :]
+
+
+def test_seeds(model: GenerationModel) -> None:
+    prompt = [tokens(1, 20)[0].tolist()]
+    runs = [generate(model, prompt, max_tokens=20, sampling=Sampling(seed=seed)) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_stop_token_ends_a_row_and_not_the_others(model: GenerationModel) -> None:
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (9, 20)]
+    free = generate(model, prompts, max_tokens=10, sampling=GREEDY)
+    stop = next(token for token in free[0] if token not in free[1])
+    items = list(stream(model, prompts, max_tokens=10, sampling=GREEDY, stop_id=stop))
+    first, second = ([item[row] for item in items if item[row] is not None] for row in range(2))
+    assert first == free[0][: free[0].index(stop)]
+    assert second == free[1]
+    assert generate(model, prompts[:1], max_tokens=10, sampling=GREEDY, stop_id=free[0][0]) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_tokens", "words"),
+    [
+        ([], 5, "nothing to continue"),
+        ([[1], []], 5, "without tokens"),
+        ([[1, VOCABULARY]], 5, "outside the model's vocabulary"),
+        ([[1]], 0, "max-tokens"),
+    ],
+)
+def test_refused(model: GenerationModel, prompts, max_tokens, words) -> None:
+    with pytest.raises(UserError, match=words):
+        generate(model, prompts, max_tokens=max_tokens)
+
+
+def test_bfloat16_keeps_the_recurrence_in_float32(pair, tmp_path: Path) -> None:
+    trained, exact = pair()
+    low = load_model(save(trained, tmp_path / "step-000001"), dtype=torch.bfloat16)
+    states = low.new_states(1, 40)
+    ids = tokens(1, 40)
+    assert states.layers[0].ssm.dtype == low.layers[0].A.dtype == torch.float32
+    scores = low.logits(low.extend(ids, states))
+    assert relative_error(scores, exact.logits(exact.extend(ids, exact.new_states(1, 40)))) < 0.1

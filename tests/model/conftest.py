@@ -1,0 +1,1 @@
+from megatron_on_one_rank import megatron  # noqa: F401
