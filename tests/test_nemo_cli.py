@@ -14,7 +14,7 @@ DEFINITION = "M-M*-"
 
 
 @pytest.fixture(scope="module")
-def app():  # noqa: ANN201
+def app():
     """The `nemo` command, with every factory registered."""
     from nemotron_h import factories  # noqa: F401 - what the entry point loads
 
@@ -28,7 +28,7 @@ def app():  # noqa: ANN201
 
 
 @pytest.fixture
-def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):  # noqa: ANN001, ANN201
+def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     """Run the command in an empty folder; its exit code and all that it printed."""
     monkeypatch.chdir(tmp_path)
 
@@ -68,7 +68,7 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         ("nemotron_h_recipe(path=no.yaml)", (), ("no recipe file no.yaml",)),
     ],
 )
-def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], expected: tuple[str, ...]) -> None:  # noqa: ANN001
+def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], expected: tuple[str, ...]) -> None:
     code, output = pretrain(*arguments, factory=factory)
     assert code == 2, output
     for text in expected:
@@ -82,7 +82,6 @@ def test_overrides_reach_the_objects() -> None:
     import nemo_run as run
     from nemo.collections import llm
     from nemo_run.cli.cli_parser import parse_cli_args
-
     from nemotron_h import factories
 
     task = factories.BUILDERS["pretrain"][1](factories.compose("nemotron_h_tiny/pretrain"))

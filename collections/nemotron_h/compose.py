@@ -60,7 +60,7 @@ def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         if name_or_path not in known:
             raise UserError(
                 f"there is no recipe {name_or_path!r}",
-                hint=f"{nearest(name_or_path, known)}Known recipes: {', '.join(known)}; or give the path of a YAML file.",
+                hint=f"{nearest(name_or_path, known)}Known: {', '.join(known)}; or give the path of a YAML file.",
             )
         directory, name, origin = recipes_dir(), name_or_path, f"recipe {name_or_path}"
     search = [f"file://{recipes_dir()}", f"file://{configs_dir()}"]
@@ -104,7 +104,8 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     definition = definition_of(recipe, origin)
     for key, value, allowed in (("precision", recipe.precision, PRECISIONS), ("stage", recipe.stage, STAGES)):
         if value not in allowed:
-            raise UserError(f"{origin}: {key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
+            hint = f"{nearest(value, allowed)}Known: {', '.join(allowed)}."
+            raise UserError(f"{origin}: {key} = {value!r}", hint=hint)
     tokens = count_of(recipe.tokens, "tokens", origin)
     warmup = count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin)
     if warmup >= tokens:

@@ -33,9 +33,11 @@ def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) ->
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written))  # type: ignore[return-value]
     except ConfigKeyError as error:
-        known = [f.name for f in dataclasses.fields(error.object_type)] if dataclasses.is_dataclass(
-            error.object_type
-        ) else []
+        known = (
+            [f.name for f in dataclasses.fields(error.object_type)]
+            if dataclasses.is_dataclass(error.object_type)
+            else []
+        )
         raise UserError(
             f"{origin}: unknown key {error.full_key}",
             hint=f"{nearest(str(error.key), known)}Known keys there: {', '.join(known)}." if known else "",

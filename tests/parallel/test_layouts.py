@@ -1,4 +1,4 @@
-"""One rank = two ranks = four: losses, gradient norms, gradients and final weights of every layout, from the same seed."""
+"""One rank = two ranks = four: losses, gradients and final weights of every layout, from the same seed."""
 
 from __future__ import annotations
 

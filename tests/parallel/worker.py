@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-
 from nemotron_h.runtime import cpu, quiet
 
 quiet.hush()
@@ -26,7 +25,6 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
@@ -75,7 +73,7 @@ def loss_of(mask_free_loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch
     return loss, {"loss": loss.detach().clone()}  # megatron divides the loss in place
 
 
-def forward(iterator, model):  # noqa: ANN001, ANN201 - megatron's signature
+def forward(iterator, model):
     """Megatron's forward step function."""
     tokens = next(iterator)
     return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]), loss_of
@@ -163,4 +161,3 @@ def main(out: Path, names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
-

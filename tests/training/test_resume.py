@@ -77,7 +77,7 @@ def test_a_checkpoint_continues_in_another_layout(
             assert float.fromhex(record[key]) == pytest.approx(expected, rel=tolerance), (step, key)
 
 
-def test_damage_is_reported_and_resuming_from_an_older_one_needs_a_word(small: Small, straight: dict[int, dict]) -> None:
+def test_damage_is_reported_and_an_older_one_is_taken_only_when_told(small: Small, straight: dict[int, dict]) -> None:
     shutil.copytree(small.run_dir("straight"), small.run_dir("damaged"))
     checkpoints = small.run_dir("damaged") / "checkpoints"
     shard = next((checkpoints / "step-000012" / "weights").glob("*.distcp"))

@@ -1,8 +1,8 @@
 """Run a recipe as `nemo llm pretrain` does and record what each step did.
 
 `worker.py RECIPE [kill=STEP] [key=value ...]`: overrides of the built recipe are dotted; `kill` ends the process with
-SIGKILL right after that step. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning rate as
-exact hexadecimal floats, and the numbers of the samples that this rank read.
+SIGKILL right after that step. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning
+rate as exact hexadecimal floats, and the numbers of the samples that this rank read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ quiet.hush()
 import fiddle as fdl  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
-
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
@@ -31,7 +30,7 @@ READ: list[int] = []
 _getitem = WindowDataset.__getitem__
 
 
-def recording(self, index):  # noqa: ANN001, ANN201
+def recording(self, index):
     """`WindowDataset.__getitem__` that notes what training reads."""
     if self.training:
         READ.append(index)
@@ -47,7 +46,7 @@ class Recorder(pl.Callback):
     def __init__(self, kill: int | None) -> None:
         self.kill = kill
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # noqa: ANN001
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         metrics = trainer.callback_metrics
         if trainer.global_rank == trainer.world_size - 1:  # the last pipeline stage has the loss
             record = {

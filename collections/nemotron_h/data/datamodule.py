@@ -330,9 +330,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,
             "sources": {
-                name: {
-                    split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()
-                }
+                name: {split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()}
                 for name, source in manifest.sources.items()
             },
         }

@@ -17,7 +17,7 @@ LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn"}
 
 @dataclass(frozen=True)
 class Expect:
-    """Counts that the definition states and loading checks: layers per type, and parameters without vocabulary padding."""
+    """Counts that the definition states and loading checks; parameters are without vocabulary padding."""
 
     mamba: int
     attention: int

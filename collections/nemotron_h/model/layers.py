@@ -1,6 +1,8 @@
-"""The layer stack on Megatron's parallel layers, with Transformer Engine where it is installed and without it elsewhere."""
+"""The layer stack on Megatron's parallel layers, with Transformer Engine where a GPU has it."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +56,7 @@ class ScaledDotProductAttention(MegatronModule):
         super().__init__(config)
         self.layer_number = layer_number
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object) -> Tensor:
         """Attend within each sequence.
 
         Args:
@@ -74,7 +74,7 @@ class ScaledDotProductAttention(MegatronModule):
 
 
 def document_mask(seq_idx: Tensor) -> Tensor:
-    """Attention allowed within a document and backwards: bool [batch, 1, sequence, sequence] from int [batch, sequence]."""
+    """Where attention is allowed, bool [batch, 1, sequence, sequence], from documents, int [batch, sequence]."""
     same = seq_idx[:, :, None] == seq_idx[:, None, :]
     return same.tril().unsqueeze(1)
 
@@ -94,7 +94,7 @@ def pipeline_layers(num_layers: int, stages: int) -> list[range]:
     """Layers of each pipeline stage: contiguous, sizes differing by one at most, larger stages first."""
     size, extra = divmod(num_layers, stages)
     starts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(starts)]
 
 
 class NemotronHStack(MambaStack):
@@ -191,7 +191,5 @@ def _stack(column: type, row: type, attention: type, norm: type | None) -> Modul
 def stack_spec() -> ModuleSpec:
     """The stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
     if te.HAVE_TE and torch.cuda.is_available():
-        return _stack(
-            te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention, norm=None
-        )
+        return _stack(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention, norm=None)
     return _stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=RMSNorm)

@@ -141,7 +141,7 @@ class NemotronHMixer(MegatronModule):
         residual = init.normal(std / math.sqrt(self.config.num_layers))
         init.fill(self.out_proj.weight, f"{name}.out_proj", residual, **{**shard, "axis": 1})
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001, ANN202 - torch's signature
+    def _apply(self, fn, recurse: bool = True):
         """Keep `float32_parameters` in float32 when the model is cast to a lower precision (moves still apply)."""
         kept = {name: getattr(self, name).data for name in self.float32_parameters}
         super()._apply(fn, recurse)

@@ -165,7 +165,7 @@ class NemotronHConfig(SSMConfig):
     def definition(self) -> ModelDefinition:
         """The definition that these numbers make, without its `expect`."""
         pattern = self.hybrid_override_pattern
-        made = ModelDefinition(
+        return ModelDefinition(
             name=self.definition_name,
             pattern=pattern,
             hidden_size=self.hidden_size,
@@ -183,7 +183,6 @@ class NemotronHConfig(SSMConfig):
             init_std=self.init_method_std,
             expect=Expect(pattern.count(MAMBA), pattern.count(ATTENTION), pattern.count(FFN), 0),
         )
-        return made
 
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None

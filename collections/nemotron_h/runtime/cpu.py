@@ -116,10 +116,10 @@ def _manual_seed(original: Any) -> Callable:
     return lambda seed: torch.default_generator.manual_seed(seed)
 
 
-_FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like")
+_FACTORIES = tuple(["arange", "as_tensor", "empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like"])
 
 PATCHES: tuple[Patch, ...] = (
-    *(Patch("torch", name, _factory, "megatron-core and NeMo create tensors with device='cuda'") for name in _FACTORIES),
+    *(Patch("torch", name, _factory, "megatron-core and NeMo ask for device='cuda'") for name in _FACTORIES),
     Patch("torch.Tensor", "to", _to, "NeMo MegatronStrategy logs scalars through .to('cuda')"),
     Patch("torch.Tensor", "cuda", _identity, "NeMo gpt_data_step moves each batch"),
     Patch("torch.nn.Module", "cuda", _identity, "NeMo MegatronParallel moves the model"),
@@ -152,7 +152,7 @@ PATCHES: tuple[Patch, ...] = (
     # torch's own AdamW keeps `step` per parameter, which the distributed optimizer refuses to checkpoint.
     Patch("megatron.core.optimizer", "Adam", _value(CheckpointableAdamW), "get_megatron_optimizer"),
     Patch("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", _value(False), "picks Adam's arguments"),
-    Patch("megatron.core.optimizer.distrib_optimizer", "Adam", _value(CheckpointableAdamW), "checks the optimizer's type"),
+    Patch("megatron.core.optimizer.distrib_optimizer", "Adam", _value(CheckpointableAdamW), "type check"),
     Patch("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", _value(True), "checkpoint format"),
     Patch("megatron.core.optimizer.distrib_optimizer", "USING_TE_OPTIMIZER", _value(True), "checkpoint format"),
 )
@@ -179,7 +179,7 @@ def gpu_visible() -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks: activations of each step then reuse pages, not fault in new ones.
 
-    Without it each step's activations are mapped and zeroed by the kernel anew. A no-op where the C library is not glibc.
+    Without it each step's activations are mapped and zeroed by the kernel anew. A no-op without glibc.
     """
     trim_threshold, mmap_max = -1, -4  # malloc.h
     with contextlib.suppress(OSError, AttributeError):

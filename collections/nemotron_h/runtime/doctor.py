@@ -15,7 +15,11 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 DISTRIBUTION = "nemotron-h-recipes"
-GPU_EXTRAS = {"transformer-engine": "transformer_engine.pytorch", "mamba-ssm": "mamba_ssm", "causal-conv1d": "causal_conv1d"}
+GPU_EXTRAS = {
+    "transformer-engine": "transformer_engine.pytorch",
+    "mamba-ssm": "mamba_ssm",
+    "causal-conv1d": "causal_conv1d",
+}
 #: what `make demo` takes: environment apart, 0.1 GB of data and two checkpoints; and the peak of a tiny training step
 MIN_FREE_DISK_GIB, MIN_FREE_MEMORY_GIB = 2.0, 4.0
 
@@ -100,7 +104,7 @@ def _extra(package: str, module: str) -> Finding:
         return Finding("ok", package, importlib.metadata.version(package))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
-        return Finding("warn", package, f"does not import: {reason[:120]}", "pip install '.[cuda]'; without it runs are slower")
+        return Finding("warn", package, f"does not import: {reason[:120]}", "pip install '.[cuda]'; runs are slower")
 
 
 def _cpu_flags() -> set[str]:

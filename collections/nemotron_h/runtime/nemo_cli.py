@@ -108,9 +108,11 @@ def explain(error: Exception, fn: Any, args: list[str], factory: str | None) -> 
             if problem:
                 return problem
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UserError(f"{first[:300]}", hint="`--dryrun` shows every key and value") if isinstance(
-        error, CLIException
-    ) else None
+    return (
+        UserError(f"{first[:300]}", hint="`--dryrun` shows every key and value")
+        if isinstance(error, CLIException)
+        else None
+    )
 
 
 def _unknown_key(fn: Any, factory: str, dotted: str) -> UserError | None:

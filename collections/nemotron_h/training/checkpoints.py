@@ -1,7 +1,7 @@
 """Checkpoint folders of a run: which are finished, which are whole, which is the newest. Imports no torch.
 
-    <run>/checkpoints/step-000100/            weights/, context/, run.json, integrity.json
-    <run>/checkpoints/step-000100-unfinished  marks one that is being written
+<run>/checkpoints/step-000100/            weights/, context/, run.json, integrity.json
+<run>/checkpoints/step-000100-unfinished  marks one that is being written
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
 
-def _digest(file) -> str:  # noqa: ANN001 - Python 3.10
+def _digest(file) -> str:
     digest = hashlib.sha256()
     while piece := file.read(1 << 20):
         digest.update(piece)

@@ -98,10 +98,10 @@ def build(recipe: RecipeConfig) -> run.Partial:
         log=run.Config(
             nl.NeMoLogger,
             explicit_log_dir=run_dir,
-            ckpt=run.Config(
-                StepCheckpoint, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep
-            ),
-            tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name="") if recipe.log.tensorboard else None,
+            ckpt=run.Config(StepCheckpoint, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep),
+            tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name="")
+            if recipe.log.tensorboard
+            else None,
         ),
         resume=run.Config(ResumeRun),
         optim=run.Config(

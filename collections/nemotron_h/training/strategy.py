@@ -16,10 +16,10 @@ from nemotron_h.runtime import cpu, megatron_fixes
 
 
 def with_parameters_of(parent: type) -> Callable[[type], type]:
-    """Show the parent's parameters in place of `**kwargs`: nemo-run reads names and types of overrides off the signature."""
+    """Show the parent's parameters in place of `**kwargs`: nemo-run types overrides by the signature."""
 
     def decorate(child: type) -> type:
-        own = inspect.signature(child.__init__)
+        own = inspect.signature(child.__init__, eval_str=True)
         named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
         inherited = [
             p.replace(kind=p.KEYWORD_ONLY)
@@ -36,10 +36,10 @@ def with_parameters_of(parent: type) -> Callable[[type], type]:
 class NemotronHTrainer(nl.Trainer):
     """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere."""
 
-    def __init__(self, accelerator: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, accelerator: str = "auto", devices: int = 1, **kwargs: Any) -> None:
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-        super().__init__(accelerator=accelerator, **kwargs)
+        super().__init__(accelerator=accelerator, devices=devices, **kwargs)
 
 
 @with_parameters_of(nl.MegatronStrategy)
