@@ -17,6 +17,7 @@ PARTS = {
     "_ChunkScan": "SSD scan",
     "_CausalConv1d": "causal convolution",
     "_GroupRMSNorm": "norms",
+    "_Linear": "linear layers, other than products",
     "CrossEntropy": "cross entropy",
     "SquaredReLU": "squared ReLU",
     "LinearWithGradAccumulation": "linear layers, other than products",
@@ -26,7 +27,7 @@ PARTS = {
     "optimizer": "optimizer, clipping and gradient buffers",
     "Optimizer.step": "optimizer, clipping and gradient buffers",
 }
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::matmul")
+PRODUCTS = ("aten::mm", "mkldnn::_linear_pointwise")
 
 
 def part_of(event: torch.autograd.profiler_util.FunctionEvent) -> str:

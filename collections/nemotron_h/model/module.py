@@ -14,17 +14,35 @@ from nemo.collections.llm import MambaModel, SSMConfig
 from nemo.collections.llm.gpt.model.base import get_batch_on_this_cp_rank
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nemotron_h.errors import UserError
 from nemotron_h.model import init
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
-from nemotron_h.model.layers import NemotronHMambaLayer, stack_spec
+from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, stack_spec
 from nemotron_h.model.mixer import NemotronHMixer
+from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """One pass each way, and one saved tensor; autograd of the two operations takes four passes more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (positive,) = ctx.saved_tensors
+        return torch.addcmul(positive.new_zeros(()), dy, positive, value=2)
 
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2, the FFN's activation (paper 2.1). Named, so that configurations can be saved."""
-    return torch.square(torch.relu(x))
+    return _SquaredReLU.apply(x)
 
 
 def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
@@ -54,6 +72,12 @@ def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 class NemotronHMegatronModel(MegatronMambaModel):
     """megatron-core's Mamba model with layout-independent initial weights and document boundaries."""
+
+    def __init__(self, config: NemotronHConfig, **kwargs: Any) -> None:
+        super().__init__(config, **kwargs)
+        if self.post_process and config.use_cpu_initialization:
+            # megatron-core builds this layer itself; the class adds no state, only how it multiplies
+            self.output_layer.__class__ = CpuColumnParallelLinear
 
     def forward(  # type: ignore[override]
         self,
@@ -85,6 +109,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
         logits, _ = self.output_layer(hidden)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
+        if logits.device.type == "cpu":
+            return vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp).transpose(0, 1)
         return self.compute_language_model_loss(labels, logits)
 
     def initialize(self, seed: int) -> None:

@@ -116,7 +116,18 @@ def _manual_seed(original: Any) -> Callable:
     return lambda seed: torch.default_generator.manual_seed(seed)
 
 
-_FACTORIES = tuple(["arange", "as_tensor", "empty", "empty_like", "full", "ones", "ones_like", "tensor", "zeros", "zeros_like"])
+_FACTORIES = (
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "ones_like",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 
 PATCHES: tuple[Patch, ...] = (
     *(Patch("torch", name, _factory, "megatron-core and NeMo ask for device='cuda'") for name in _FACTORIES),

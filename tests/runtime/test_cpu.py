@@ -1,0 +1,44 @@
+"""The CPU runtime answers for `torch.cuda` inside its block and leaves nothing behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemotron_h.runtime import cpu
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runtime is off where a GPU is visible")
+
+
+def snapshot() -> list[tuple[str, str, object]]:
+    """What every patched name is now."""
+    return [(p.owner, p.name, getattr(cpu._resolve(p.owner), p.name)) for p in cpu.PATCHES]
+
+
+def test_everything_is_undone() -> None:
+    cpu.uninstall()
+    before = snapshot()
+    with cpu.megatron_on_cpu():
+        changed = [b[:2] for b, now in zip(before, snapshot(), strict=True) if b[2] is not now[2]]
+        assert len(changed) == len(before)
+    after = snapshot()
+    assert [b[2] is a[2] for b, a in zip(before, after, strict=True)] == [True] * len(before)
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_what_is_asked_of_cuda_happens_on_the_cpu() -> None:
+    with cpu.megatron_on_cpu():
+        assert torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.empty(2, device=torch.cuda.current_device()).device.type == "cpu"
+        assert torch.ones(2).to("cuda", non_blocking=True).device.type == "cpu"
+        assert torch.tensor(1, pin_memory=True).cuda().device.type == "cpu"
+        assert torch.ones(2).type() == "torch.cuda.FloatTensor"
+        assert torch.ones(2).type(torch.float64).dtype == torch.float64
+        assert torch.nn.Linear(2, 2).cuda(torch.cuda.current_device()).weight.device.type == "cpu"
+        torch.cuda.manual_seed(3)
+        state = torch.cuda.get_rng_state()
+        drawn = torch.rand(3)
+        torch.cuda.set_rng_state(state)
+        assert torch.equal(torch.rand(3), drawn)
+        assert not torch.cuda.is_available(), "the patches must not pretend that there is a GPU"

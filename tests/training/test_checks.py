@@ -1,0 +1,63 @@
+"""Checks that need no training: disk, integrity of checkpoints, the schedule's length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nemotron_h.errors import UserError
+from nemotron_h.training import checkpoints
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    """A small finished checkpoint folder."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "a.distcp").write_bytes(bytes(range(256)) * 10)
+    (folder / "run.json").write_text("{}")
+    checkpoints.write_integrity(folder)
+    return folder
+
+
+def test_damage_of_every_kind_is_found(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path, 1)
+    assert checkpoints.damage(whole) == []
+    shard = whole / "weights" / "a.distcp"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    assert checkpoints.damage(whole) == ["weights/a.distcp: its content changed"]
+    shard.write_bytes(content[:-1])
+    assert "2,559 bytes, 2,560 were written" in checkpoints.damage(whole)[0]
+    shard.unlink()
+    assert checkpoints.damage(whole) == ["weights/a.distcp: missing"]
+    (whole / checkpoints.INTEGRITY).write_text("{")
+    assert checkpoints.damage(whole)[0].startswith("integrity.json")
+
+
+def test_unfinished_checkpoints_are_not_taken(tmp_path: Path) -> None:
+    first, second, third = (checkpoint(tmp_path, step) for step in (10, 9, 100))
+    assert checkpoints.finished(tmp_path) == [third, first, second]
+    third.with_name(third.name + "-unfinished").touch()
+    (first / checkpoints.INTEGRITY).unlink()
+    assert checkpoints.finished(tmp_path) == [second]
+
+
+def test_a_full_disk_is_an_error_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemotron_h.training import preflight
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
+    with pytest.raises(UserError, match=r"1\.0 GiB free, one checkpoint takes up to 2\.0 GiB"):
+        preflight.check_disk(2 * 2**30, tmp_path)
+    preflight.check_disk(2**29, tmp_path)
+
+
+def test_a_run_shorter_than_its_warmup_is_an_error() -> None:
+    from nemotron_h.training.optimizer import cosine_adamw
+
+    module = cosine_adamw(peak_lr=1e-3, final_lr=1e-5, warmup_steps=10)
+    module.lr_scheduler.max_steps = 10
+    with pytest.raises(UserError, match="10 steps, its warm-up 10"):
+        module.optimizers(model=None)
