@@ -110,7 +110,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         if logits.device.type == "cpu":
-            return vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp).transpose(0, 1)
+            losses = vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
+            return losses.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
 
     def initialize(self, seed: int) -> None:

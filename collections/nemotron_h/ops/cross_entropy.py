@@ -29,6 +29,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, group):
+        logits = logits.detach()  # written to outside autograd's sight; it still counts the writes
         rows, flat = logits.view(-1, logits.shape[-1]), labels.reshape(-1)
         size = 1 if group is None else group.size()
         width = rows.shape[1]
@@ -49,7 +50,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
             both = torch.stack([total, label])
             torch.distributed.all_reduce(both, group=group)
             total, label = both
-        loss = total.log() + largest - label
+        loss = total.log() + (largest - label)
         # The label's own probability to full precision: 1 - p would lose it once exp(...) is rounded to bfloat16.
         ctx.save_for_backward(logits, index, here, total, loss)
         return loss.view(labels.shape)

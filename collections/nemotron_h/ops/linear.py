@@ -23,7 +23,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T of two matrices. oneDNN wants `a` dense and copies it otherwise; `b` may be strided."""
+    """a @ b.T over the last axes. oneDNN wants `a` dense and copies it otherwise; `b` may be strided."""
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return _product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+        return _product(x, weight)
 
     @staticmethod
     @once_differentiable
