@@ -55,15 +55,14 @@ def generate(
 
     # nothing to continue: begin a document, as the token that ends the one before it does
     ids = text.text_to_ids(prompt) or [text.eod_id]
-    out, shown = Console(soft_wrap=True, highlight=False, markup=False, emoji=False), TextStream(text.ids_to_text)
+    shown = TextStream(text.ids_to_text)
     count, started, first = 0, time.perf_counter(), 0.0
     for (token,) in stream(model, [ids], max_tokens=max_tokens, sampling=sampling, stop_id=text.eod_id):
         first = first or time.perf_counter()
         count += 1
-        out.print(shown.add(token), end="")
-        out.file.flush()
+        typer.echo(shown.add(token), nl=False)
     finished = time.perf_counter()
-    out.print(shown.finish())
+    typer.echo(shown.finish())
     reason = "end of document" if count < max_tokens else "--max-tokens"
     steps = f"{(count - 1) / (finished - first):,.0f} tokens/s" if count > 1 else "no steps"
     Console(stderr=True, soft_wrap=True, highlight=False).print(

@@ -17,7 +17,6 @@ from torch.nn.attention.bias import causal_lower_right
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.inference.states import KeyValueCache, MambaState, States
 from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
-from nemotron_h.ops.norm import rms_norm
 from nemotron_h.ops.select import select_ops
 
 
@@ -103,7 +102,7 @@ class GenerationModel:
             raise ValueError("extend: the sequences are at different positions")
         x = F.embedding(tokens.to(self.device), self.embedding)
         for weights, state in zip(self.layers, states.layers, strict=True):
-            h = rms_norm(x, weights.norm, eps=self.definition.norm_epsilon)
+            h = self._norm(x, weights.norm)
             if isinstance(weights, MambaWeights):
                 x = x + self._mamba_extend(h, weights, state)
             elif isinstance(weights, AttentionWeights):
@@ -128,7 +127,7 @@ class GenerationModel:
         ragged = bool((states.positions != length - 1).any())
         read = torch.arange(length, device=self.device) <= positions[:, None] if ragged else None
         for weights, state in zip(self.layers, states.layers, strict=True):
-            h = rms_norm(x, weights.norm, eps=self.definition.norm_epsilon)
+            h = self._norm(x, weights.norm)
             if isinstance(weights, MambaWeights):
                 x = x + self._mamba_step(h, weights, state)
             elif isinstance(weights, AttentionWeights):
@@ -141,7 +140,11 @@ class GenerationModel:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, [..., vocabulary] from [..., hidden]; the vocabulary's padding is left out."""
-        return F.linear(rms_norm(hidden, self.final_norm, eps=self.definition.norm_epsilon), self.output)
+        return F.linear(self._norm(hidden, self.final_norm), self.output)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        # PyTorch's own: without gradients to keep it takes a quarter of the time of `ops.norm` for one token
+        return F.rms_norm(x, weight.shape, weight, self.definition.norm_epsilon)
 
     def _ffn(self, h: Tensor, w: FFNWeights) -> Tensor:
         return F.linear(F.relu(F.linear(h, w.up)).square(), w.down)
