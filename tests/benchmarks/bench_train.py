@@ -217,8 +217,8 @@ def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke test: one turn, no verdict worth reading")
-    parser.add_argument("--turns", type=int, default=7, help="timed steps of each side (default 7)")
-    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each side (default 2)")
+    parser.add_argument("--turns", type=int, default=5, help="timed steps of each side (default 5)")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps of each side (default 1)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every process (default 2)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="sequence lengths (default 512 2048)")
     parser.add_argument("--hf-chunk", type=int, default=128, help="transformers' chunk of the scan (its default: 128)")

@@ -22,8 +22,11 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T over the last axes. oneDNN wants `a` dense and copies it otherwise; `b` may be strided."""
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.T over the last axes, of tensors that `takes` accepts.
+
+    oneDNN wants `a` dense and copies it otherwise; `b` may be strided.
+    """
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
@@ -31,7 +34,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
-        return _product(x, weight)
+        return product(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -40,14 +43,14 @@ class _Linear(torch.autograd.Function):
         dx = dweight = None
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
-            dx = _product(rows, weight.t()).view(x.shape)
+            dx = product(rows, weight.t()).view(x.shape)
         if ctx.needs_input_grad[1]:
             inputs = x.reshape(-1, x.shape[-1])
             # Of the two transposes the narrower is the first operand, the one that is copied.
             if rows.shape[1] <= inputs.shape[1]:
-                dweight = _product(rows.t(), inputs.t())
+                dweight = product(rows.t(), inputs.t())
             else:
-                dweight = _product(inputs.t(), rows.t()).t()
+                dweight = product(inputs.t(), rows.t()).t()
         return dx, dweight
 
 
