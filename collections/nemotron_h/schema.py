@@ -56,6 +56,8 @@ class DataSchema:
         seed: of the sample order.
         document_reset: whether states and attention start anew at document boundaries.
         workers: processes that load data, per rank.
+        blend_change: null, or `from_step`: a resumed run may take another blend, seed, seq_length or global_batch_size
+            from the checkpoint's step on; the record keeps both.
     """
 
     blend: str = MISSING
@@ -66,6 +68,7 @@ class DataSchema:
     seed: int = 1234
     document_reset: bool = False
     workers: int = 0
+    blend_change: str | None = None
 
 
 @dataclass

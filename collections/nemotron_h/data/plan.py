@@ -220,8 +220,9 @@ class DataOrder:
             raise UserError(
                 f"the checkpoint (step {step:,}, blend {old.blend!r}) was trained on other data than this run "
                 f"(blend {plan.blend!r}) plans; checkpoint -> now:\n" + "\n".join(f"  {line}" for line in shown),
-                "Resume with the checkpoint's settings (a longer run that must keep its switches: set horizon_steps), "
-                "or declare the change: blend_change=from_step.",
+                "Resume with the checkpoint's settings (a longer run that must keep its switches: set "
+                "data.horizon_steps), or declare the change, and the run takes the new data from this step on: "
+                "data.blend_change=from_step",
             )
         record = {key: value for key, value in state.items() if key not in ("format", "history")}
         plans = [DataPlan.from_dict(entry["plan"]) for entry in [*history, record]]

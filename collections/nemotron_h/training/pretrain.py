@@ -69,6 +69,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
             document_reset=data.document_reset,
             num_workers=data.workers,
             horizon_tokens=horizon.tokens,
+            blend_change=data.blend_change,
         ),
         trainer=run.Config(
             NemotronHTrainer,
