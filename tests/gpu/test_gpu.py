@@ -1,0 +1,179 @@
+"""On a GPU: mamba-ssm's kernels and Transformer Engine's layers compute what the plain PyTorch path does.
+
+Also runs as a script where pytest is not installed: `python tests/gpu/test_gpu.py`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+try:
+    import pytest
+
+    pytestmark = [
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    ]
+except ImportError:
+    pytest = None  # type: ignore[assignment]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value."""
+    return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30))
+
+
+def start() -> None:
+    """One rank on one GPU."""
+    from nemotron_h.runtime import quiet
+
+    quiet.hush()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29561", RANK="0", WORLD_SIZE="1")
+        torch.distributed.init_process_group("nccl")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def op_cases() -> Iterator[tuple[str, Any, Any, list[torch.Tensor], dict[str, Any]]]:
+    """Name, kernel, reference, differentiable inputs, options."""
+    from nemotron_h.ops.select import Ops, select_ops
+
+    kernels, plain = select_ops(), Ops()
+    assert kernels.origin != plain.origin, f"no kernels were selected: {kernels.origin}"
+    draw = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", generator=draw)
+
+    batch, length, heads, width, groups, state = 2, 300, 8, 64, 2, 128
+    documents = (torch.arange(length, device="cuda")[None] // 77).int().expand(batch, -1).contiguous()
+    for name, seq_idx in (("scan", None), ("scan with documents", documents)):
+        inputs = [
+            normal(batch, length, heads, width),
+            normal(batch, length, heads),
+            -torch.rand(heads, device="cuda", generator=draw) - 0.1,
+            normal(batch, length, groups, state),
+            normal(batch, length, groups, state),
+            normal(heads),
+            normal(heads),
+        ]
+
+        def scan(op: Any, x: Any, dt: Any, a: Any, b: Any, c: Any, d: Any, bias: Any, **options: Any) -> torch.Tensor:
+            return op.ssd(x, dt, a, b, c, D=d, dt_bias=bias, **options)
+
+        yield name, (scan, kernels), (scan, plain), inputs, {"seq_idx": seq_idx}
+    channels = 512
+    for name, seq_idx in (("convolution", None), ("convolution with documents", documents)):
+
+        def conv(op: Any, x: Any, w: Any, b: Any, **options: Any) -> torch.Tensor:
+            return op.conv1d(x, w, b, **options)
+
+        yield (
+            name,
+            (conv, kernels),
+            (conv, plain),
+            [normal(batch, length, channels), normal(channels, 4), normal(channels)],
+            {"seq_idx": seq_idx},
+        )
+
+    def norm(op: Any, y: Any, z: Any, w: Any, **options: Any) -> torch.Tensor:
+        return op.gated_rms_norm(y, z, w, **options)
+
+    yield (
+        "gated norm",
+        (norm, kernels),
+        (norm, plain),
+        [normal(batch, length, channels), normal(batch, length, channels), normal(channels)],
+        {"group_size": channels // groups, "eps": 1e-5},
+    )
+
+
+def test_kernels_equal_plain_operations() -> None:
+    start()
+    for name, (kernel, k_ops), (plain, p_ops), inputs, options in op_cases():
+        results = []
+        for call, ops in ((kernel, k_ops), (plain, p_ops)):
+            leaves = [t.detach().clone().requires_grad_() for t in inputs]
+            out = call(ops, *leaves, **options)
+            out.backward(torch.sin(torch.arange(out.numel(), device="cuda").view_as(out)))
+            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+        # the kernels multiply float32 in TF32
+        errors = [relative(a, b) for a, b in zip(*results, strict=True)]
+        print(f"{name}: output {errors[0]:.1e}, gradients {max(errors[1:]):.1e}", flush=True)
+        assert max(errors) < 2e-2, (name, errors)
+
+
+def model(spec: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """A small model; equal seeds give equal weights whatever the layers' classes."""
+    from megatron.core.transformer.module import Float16Module
+    from nemotron_h.model.module import NemotronHConfig
+
+    config = NemotronHConfig(
+        definition_name="gpu",
+        hybrid_override_pattern="M-M*-",
+        hidden_size=256,
+        ffn_hidden_size=512,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=64,
+        mamba_num_heads=8,
+        mamba_head_dim=64,
+        mamba_num_groups=2,
+        mamba_state_dim=128,
+        vocab_size=512,
+        seq_length=256,
+        init_method_std=0.06,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        mamba_stack_spec=spec,
+    )
+    built = config.configure_model(None).cuda()
+    return Float16Module(config, built) if dtype == torch.bfloat16 else built
+
+
+def test_transformer_engine_layers_equal_plain_layers() -> None:
+    start()
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from nemotron_h.model import layers
+
+    assert te.HAVE_TE, "Transformer Engine does not import"
+
+    def plain() -> Any:
+        return layers._stack(
+            ColumnParallelLinear, RowParallelLinear, layers.ScaledDotProductAttention, norm=layers.RMSNorm
+        )
+
+    tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, spec in (("engine", layers.stack_spec), ("plain", plain)):
+            if name == "engine" and dtype == torch.float32:
+                continue  # its attention has no float32 kernel
+            built = model(spec, dtype)
+            loss = built(
+                input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
+            ).mean()
+            loss.backward()
+            square = sum(float(p.grad.float().square().sum()) for p in built.parameters())
+            losses[name, dtype] = (float(loss), square**0.5)
+            print(f"{name} {dtype}: loss {float(loss):.5f}, gradient norm {square**0.5:.5f}", flush=True)
+    for key in (("engine", torch.bfloat16), ("plain", torch.bfloat16)):
+        for value, expected in zip(losses[key], losses["plain", torch.float32], strict=True):
+            assert abs(value - expected) < 2e-2 * abs(expected), losses
+
+
+if __name__ == "__main__":
+    test_kernels_equal_plain_operations()
+    test_transformer_engine_layers_equal_plain_layers()
+    print("GPU tests passed")

@@ -1,0 +1,72 @@
+"""What ships: every package is listed, every YAML is package data, every recipe composes and builds."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from nemotron_h.compose import compose, configs_dir, known_recipes, recipes_dir
+from nemotron_h.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_every_package_is_listed() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    library = ROOT / "collections" / "nemotron_h"
+    found = {".".join(("nemotron_h", *path.parent.relative_to(library).parts)) for path in library.rglob("__init__.py")}
+    assert listed == found | {"nemotron_h.configs", "nemotron_h.data_blends", "nemotron_h.recipes"}
+
+
+def test_installed_folders_are_the_repository_s() -> None:
+    assert (recipes_dir() / "base" / "pretrain.yaml").is_file()
+    assert (configs_dir() / "model" / "nemotron_h_tiny.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_composes_and_is_a_short_diff(name: str) -> None:
+    recipe = compose(name)
+    assert recipe.name == name.split("/")[0]
+    lines = [
+        line
+        for line in (recipes_dir() / f"{name}.yaml").read_text().splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    assert len(lines) < 30
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.peak_lrr=1", "Did you mean peak_lr?"),
+        ("model=nemotron_h_tinny", "nemotron_h_tiny"),
+        ("precision=fp23", "Known: fp32, bf16"),
+        ("optim.peak_lr=abc", "optim.peak_lr"),
+        ("tokens=many", "tokens"),
+        ("optim.warmup_tokens=2M", "not shorter than the run"),
+        ("optim.final_lr=1", "optim.final_lr"),
+        ("parallel.tensor=4", "tensor parallel sizes that fit: 1, 2"),
+        ("model.expect.mamba=7", "mamba: 6 counted, 7 expected"),
+        ("model.pattern=M-M*M-", "attention at layer 3"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose("nemotron_h_tiny/pretrain", [override])
+    assert expected in str(caught.value)
+
+
+def test_composing_imports_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys; from nemotron_h.compose import compose;"
+        "compose('nemotron_h_tiny/pretrain'); print('torch' in sys.modules)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
