@@ -1,4 +1,4 @@
-"""`nemotron-h data ...`: prepare and verify blends."""
+"""`nemotron-h data ...`: prepare and verify blends, and look at what a run makes of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nemotron_h.data.blend import load_blend
+from nemotron_h.data.blend import load_blend, parse_count
+from nemotron_h.errors import UserError
+from nemotron_h.schema import DataSchema
 
-app = typer.Typer(no_args_is_help=True, help="Prepare and verify data blends.", rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at data blends.", rich_markup_mode=None)
 
 BlendOption = Annotated[
     str, typer.Option("--blend", help="Name of a shipped blend (sample_small, sample, nemotron_h) or a YAML file.")
@@ -42,3 +44,96 @@ def verify(blend: BlendOption, root: RootOption = None) -> None:
     from nemotron_h.data.verify import verify as run
 
     run(load_blend(blend), root, console=Console())
+
+
+def _tokens(value: str) -> int:
+    try:
+        return parse_count(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+_BLEND_HELP = "Name of a shipped blend (sample_small, sample, nemotron_h) or a YAML file."
+TokensOption = Annotated[
+    int | None, typer.Option("--tokens", parser=_tokens, metavar="COUNT", help="Length of the run: 15T, 380B, 983040.")
+]
+SeqLengthOption = Annotated[int | None, typer.Option("--seq-length", min=1, help="Tokens per sequence.")]
+GlobalBatchOption = Annotated[int | None, typer.Option("--global-batch", min=1, help="Sequences per step.")]
+
+
+@app.command()
+def show(
+    blend: Annotated[str, typer.Argument(help=_BLEND_HELP)],
+    tokens: TokensOption = None,
+    seq_length: SeqLengthOption = None,
+    global_batch: GlobalBatchOption = None,
+    root: RootOption = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Also draw the shares over the run.")] = None,
+) -> None:
+    """Show phases x categories, where the phases switch, and tokens, epochs and disk of every source.
+
+    With --tokens: tokens and epochs over a run of that length, and a warning where a source is repeated more often than
+    its limit. With --seq-length and --global-batch: the switches in steps.
+    """
+    from nemotron_h.data import show as shown
+
+    if (seq_length is None) != (global_batch is None) or (seq_length and tokens is None):
+        raise UserError("switches in steps need all of --tokens, --seq-length and --global-batch")
+    tokens_per_step = seq_length * global_batch if seq_length and global_batch else None
+    view = shown.overview(load_blend(blend), root, tokens, tokens_per_step)
+    console = Console(highlight=False)
+    shown.show(view, console)
+    if png is not None:
+        from nemotron_h.data.draw import draw
+
+        draw(view, png)
+        console.print(f"Wrote {png}", soft_wrap=True)
+
+
+@app.command()
+def peek(
+    blend: Annotated[str | None, typer.Argument(help=_BLEND_HELP, show_default="the recipe's")] = None,
+    step: Annotated[int, typer.Option("--step", min=0, help="Which step of the run, from 0.")] = 0,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="Take the run's settings from this recipe; options below replace them."),
+    ] = None,
+    tokens: TokensOption = None,
+    seq_length: SeqLengthOption = None,
+    global_batch: GlobalBatchOption = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of the order.", show_default="the recipe's, or 1234")
+    ] = None,
+    root: RootOption = None,
+    limit: Annotated[int, typer.Option(min=0, help="Samples to show; 0: all.")] = 8,
+    characters: Annotated[int, typer.Option(min=0, help="Of each sample; 0: all.")] = 600,
+) -> None:
+    """Show the decoded samples that a step of a run sees, each with its source, epoch and window.
+
+    These are the samples of a run from its start; after a declared change of the blend (data.blend_change) a run sees
+    others.
+    """
+    from nemotron_h.compose import compose, count_of
+    from nemotron_h.data.peek import Peek, RunSettings
+    from nemotron_h.data.peek import show as show_samples
+
+    given = {
+        "blend": blend,
+        "--tokens": tokens,
+        "--seq-length": seq_length,
+        "--global-batch": global_batch,
+        "--seed": seed,
+    }
+    values = {"--seed": DataSchema.seed}
+    if recipe is not None:
+        composed = compose(recipe)
+        data, root = composed.data, root or composed.data.root
+        length = count_of(composed.tokens, "tokens", f"recipe {recipe}")
+        values = dict(zip(given, (data.blend, length, data.seq_length, data.global_batch_size, data.seed), strict=True))
+    values |= {key: value for key, value in given.items() if value is not None}
+    missing = [key for key in given if key not in values]
+    if missing:
+        raise UserError(f"the run is not known: {', '.join(missing)} missing", "Give them, or --recipe.")
+    name, *settings = (values[key] for key in given)
+    run = Peek(load_blend(name), RunSettings(*settings), root)
+    show_samples(run, step, Console(highlight=False), limit or None, characters or None)

@@ -1,0 +1,129 @@
+"""The samples that a step of a run sees, read as training reads them and decoded. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from nemotron_h.data.blend import Blend
+from nemotron_h.data.manifest import Manifest, check_manifest
+from nemotron_h.data.phases import Horizon
+from nemotron_h.data.plan import DataOrder, DataPlan
+from nemotron_h.data.sampler import Sample
+from nemotron_h.data.tokenizer import load_tokenizer
+from nemotron_h.data.windows import TokenStream
+from nemotron_h.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What of a run decides the order of its data.
+
+    Args:
+        tokens: length of the run.
+        seq_length: tokens per sequence.
+        global_batch_size: sequences per step, over all ranks.
+        seed: of the sample order.
+    """
+
+    tokens: int
+    seq_length: int
+    global_batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class PeekedSample:
+    """A sample of a step.
+
+    Attributes:
+        sample: its number, source, epoch and window.
+        phase: name.
+        windows: of an epoch of the source.
+        tokens: int64 `[seq_length]`, the model's input.
+        labels: int64 `[seq_length]`, the token after each.
+    """
+
+    sample: Sample
+    phase: str
+    windows: int
+    tokens: np.ndarray
+    labels: np.ndarray
+
+
+class Peek:
+    """A run's data, by step.
+
+    Args:
+        blend: from `load_blend`.
+        settings: of the run.
+        root: data root; see `data_root`.
+
+    Raises:
+        UserError: the blend is not prepared, is damaged, or does not fit the run.
+    """
+
+    def __init__(self, blend: Blend, settings: RunSettings, root: str | Path | None = None) -> None:
+        self.manifest: Manifest = check_manifest(root, blend)
+        self.settings = settings
+        self.horizon = Horizon(settings.tokens, settings.seq_length * settings.global_batch_size)
+        plan = DataPlan.of(
+            blend, self.manifest, self.horizon, settings.seq_length, settings.global_batch_size, settings.seed
+        )
+        self.order = DataOrder(plan)
+
+    def samples(self, step: int) -> Iterator[PeekedSample]:
+        """The samples of a step (from 0), in their order in the global batch.
+
+        Raises:
+            UserError: the run has no such step.
+        """
+        if not 0 <= step < self.horizon.steps:
+            raise UserError(f"--step {step:,}: the run has the steps 0 to {self.horizon.steps - 1:,}")
+        for number in range(self.order.sample_at(step), self.order.sample_at(step + 1)):
+            sample = self.order.sampler[number]
+            stream = TokenStream(self.manifest.prefix(sample.source, "train"))
+            text = stream.read(sample.start, self.settings.seq_length + 1)
+            windows = self.order.sampler.windows(sample.source)
+            yield PeekedSample(sample, self.order.phase_at(step).name, windows, text[:-1], text[1:])
+
+
+def show(peek: Peek, step: int, console: Console, limit: int | None = None, characters: int | None = None) -> None:
+    """Print the decoded samples of a step.
+
+    Args:
+        peek: of the run.
+        step: from 0.
+        console: where the lines go.
+        limit: samples to print; None prints all.
+        characters: of each sample to print; None prints all.
+    """
+    path, expected = peek.manifest.tokenizer_path(), peek.manifest.tokenizer.sha256
+    tokenizer = load_tokenizer(path)
+    if tokenizer.fingerprint() != expected:
+        raise UserError(f"{path} is not the tokenizer that made the data", "Restore its files, or prepare again.")
+    size = peek.settings.global_batch_size
+    for place, item in enumerate(peek.samples(step)):
+        if place == 0:
+            console.print(
+                f"Step {step:,} of {peek.horizon.steps:,}, phase {item.phase}: samples {item.sample.index:,} to "
+                f"{item.sample.index + size - 1:,}, {peek.settings.seq_length:,} tokens each"
+            )
+        if place == limit:
+            console.print(f"... and {size - place:,} more samples (--limit 0 shows all)")
+            return
+        s = item.sample
+        console.rule(
+            f"sample {s.index:,}  source {s.source}  epoch {s.epoch}  window {s.window:,} of {item.windows:,}  "
+            f"from token {s.start:,}",
+            align="left",
+        )
+        text = tokenizer.ids_to_text(item.tokens.tolist())
+        cut = len(text) if characters is None else characters
+        console.print(text[:cut], markup=False, highlight=False, soft_wrap=True)
+        if len(text) > cut:
+            console.print(f"... {len(text) - cut:,} more characters (--characters 0 shows all)", style="dim")

@@ -1,0 +1,137 @@
+"""`data peek` shows what training reads, and a recipe's data settings reach the data module."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from local_corpus import Corpus
+from nemotron_h.cli import app
+from nemotron_h.compose import compose
+from nemotron_h.data.peek import Peek, RunSettings
+from nemotron_h.data.tokenizer import load_tokenizer
+from nemotron_h.errors import UserError
+from typer.testing import CliRunner
+
+SETTINGS = RunSettings(tokens=64 * 8 * 40, seq_length=64, global_batch_size=8, seed=7)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    corpus = Corpus(tmp_path_factory.mktemp("corpus"))
+    corpus.content["sources"]["code"]["validation"] = 0
+    corpus.prepare()
+    corpus.write()
+    return corpus
+
+
+def recipe(corpus: Corpus, **data: object) -> Path:
+    """A recipe over the local blend."""
+    content = {
+        "defaults": ["/base/pretrain", {"/model": "nemotron_h_tiny"}, "_self_"],
+        "name": "local",
+        "tokens": SETTINGS.tokens,
+        "data": {
+            "blend": str(corpus.folder / "local.yaml"),
+            "root": str(corpus.root),
+            "seq_length": SETTINGS.seq_length,
+            "global_batch_size": SETTINGS.global_batch_size,
+            "seed": SETTINGS.seed,
+            **data,
+        },
+        "optim": {"peak_lr": 1e-3, "final_lr": 1e-5, "warmup_tokens": 512},
+        "checkpoint": {"every_steps": 10},
+        "log": {"validate_every_steps": 10, "validation_batches": 1},
+    }
+    path = corpus.folder / "recipe.yaml"
+    path.write_text("# @package _global_\n" + yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def data_module(path: Path, overrides: list[str] | None = None):
+    """The data module that training builds from the recipe, under a trainer at step 0."""
+    import fiddle
+    from nemotron_h.training.pretrain import build
+
+    partial = build(compose(str(path), overrides or []))
+    data = fiddle.build(partial.data)
+    data.trainer = SimpleNamespace(global_step=0, max_steps=partial.trainer.max_steps, limit_val_batches=1)
+    data.setup("fit")
+    return data
+
+
+def test_a_step_shows_exactly_what_training_reads(corpus: Corpus) -> None:
+    data, peek = data_module(recipe(corpus)), Peek(corpus.blend(), SETTINGS, corpus.root)
+    dataset, phases = data.train_dataloader().dataset, set()
+    for step in (0, 1, 23, 24, 39):  # the phases switch at step 24
+        items = list(peek.samples(step))
+        assert len(items) == 8
+        for item, number in zip(items, range(8 * step, 8 * step + 8), strict=True):
+            read = dataset[number]
+            assert item.sample.index == int(read["sample_ids"]) == number
+            assert np.array_equal(item.tokens, read["tokens"].numpy())
+            assert np.array_equal(item.labels, read["labels"].numpy())
+            assert item.sample == data.order.sampler[number]
+            assert item.phase == data.order.phase_at(step).name
+            phases.add((step, item.phase))
+    assert phases == {(0, "one"), (1, "one"), (23, "one"), (24, "two"), (39, "two")}
+
+
+def test_the_command_prints_the_text(corpus: Corpus) -> None:
+    result = CliRunner().invoke(app, ["data", "peek", "--recipe", str(recipe(corpus)), "--step", "24", "--limit", "0"])
+    assert result.exit_code == 0, result.output
+    peek = Peek(corpus.blend(), SETTINGS, corpus.root)
+    tokenizer = load_tokenizer(peek.manifest.tokenizer_path())
+    for item in peek.samples(24):
+        assert tokenizer.ids_to_text(item.tokens.tolist()) in result.output
+        assert f"sample {item.sample.index:,}  source {item.sample.source}  epoch {item.sample.epoch}" in result.output
+    assert "Step 24 of 40, phase two" in result.output
+    given = ["--tokens", str(SETTINGS.tokens), "--seq-length", "64", "--global-batch", "8", "--seed", "7"]
+    line = ["data", "peek", str(corpus.folder / "local.yaml"), "--step", "24", "--limit", "0", *given]
+    assert CliRunner().invoke(app, [*line, "--root", str(corpus.root)]).output == result.output
+
+
+def test_less_of_a_step_says_what_is_left_out(corpus: Corpus) -> None:
+    line = ["data", "peek", "--recipe", str(recipe(corpus)), "--limit", "3", "--characters", "10"]
+    output = CliRunner().invoke(app, line).output
+    assert output.count("source ") == 3
+    assert "and 5 more samples" in output
+    assert "more characters" in output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--step", "40"], "steps 0 to 39"),
+        (["--root", "/nowhere"], "not prepared"),
+        (["--seq-length", "100_000"], "fewer tokens than one window|less than a step"),
+    ],
+)
+def test_mistakes(corpus: Corpus, options: list[str], message: str) -> None:
+    options = [option.replace("_", "") for option in options]
+    result = CliRunner().invoke(app, ["data", "peek", "--recipe", str(recipe(corpus)), *options])
+    assert isinstance(result.exception, UserError)
+    assert any(part in str(result.exception) for part in message.split("|"))
+
+
+def test_a_run_that_is_not_known(corpus: Corpus) -> None:
+    result = CliRunner().invoke(app, ["data", "peek", str(corpus.folder / "local.yaml"), "--tokens", "1M"])
+    assert "--seq-length, --global-batch missing" in str(result.exception)
+
+
+def test_blend_change_reaches_the_data_module(corpus: Corpus) -> None:
+    path = recipe(corpus)
+    old = data_module(path)
+    old.trainer.global_step = 10
+    state = old.state_dict()
+    with pytest.raises(UserError, match=r"data\.blend_change=from_step") as error:
+        data_module(path, ["data.seed=8"]).load_state_dict(state)
+    assert "seed: 7 -> 8" in error.value.message
+    data_module(path).load_state_dict(state)
+    changed = data_module(path, ["data.seed=8", "data.blend_change=from_step"])
+    changed.load_state_dict(state)
+    assert changed.order.origin.step == 10
+    assert [record["plan"]["seed"] for record in changed.order.history] == [7]
+    with pytest.raises(UserError, match=r"data\.blend_change is 'now'"):
+        data_module(path, ["data.blend_change=now"])
