@@ -82,6 +82,7 @@ def test_overrides_reach_the_objects() -> None:
     import nemo_run as run
     from nemo.collections import llm
     from nemo_run.cli.cli_parser import parse_cli_args
+
     from nemotron_h import factories
 
     task = factories.BUILDERS["pretrain"][1](factories.compose("nemotron_h_tiny/pretrain"))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from nemotron_h.compose import compose, configs_dir, known_recipes, recipes_dir
 from nemotron_h.errors import UserError
 

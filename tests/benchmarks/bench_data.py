@@ -30,13 +30,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import yaml
+from rich.console import Console
+from rich.table import Table
+
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.data.sampler import BlendSampler, Segment
 from nemotron_h.data.tokenizer import train_bpe
-from rich.console import Console
-from rich.table import Table
 
 WORK = Path(__file__).resolve().parents[2] / ".bench"
 EOD, SEQ = 0, 512
@@ -130,6 +131,7 @@ def bench_preparation(work: Path, size: int, rounds: int) -> dict:
     with open(jsonl, encoding="utf-8") as file:
         train_bpe([json.loads(line)["text"] for line, _ in zip(file, range(1000), strict=False)], 8192, tokenizer)
     import datasets  # noqa: F401  imports are not part of the work
+
     import nemotron_h.data.prepare  # noqa: F401
 
     sides = {"ours": prepare_ours, "datasets + tokenizers": prepare_theirs}

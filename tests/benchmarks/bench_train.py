@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 from statistics import median
 
-from nemotron_h.compose import compose, definition_of
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from nemotron_h.compose import compose, definition_of
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / ".bench"

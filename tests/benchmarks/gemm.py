@@ -12,6 +12,7 @@ import os
 import time
 
 import torch
+
 from nemotron_h.ops import linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

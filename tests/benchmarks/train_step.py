@@ -19,6 +19,7 @@ from stepper import Answers, resident_mib, serve
 answers = Answers()
 
 import torch  # noqa: E402
+
 from nemotron_h.runtime import cpu, quiet  # noqa: E402
 
 quiet.hush()
@@ -35,11 +36,12 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel  # noqa: E402
 from nemotron_h.precision.plugins import plugin  # noqa: E402
 from nemotron_h.training.pretrain import model_config  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

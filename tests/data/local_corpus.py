@@ -65,8 +65,9 @@ class Corpus:
         return load_blend(self.write())
 
     def prepare(self, **options):
-        from nemotron_h.data.prepare import prepare
         from rich.console import Console
+
+        from nemotron_h.data.prepare import prepare
 
         with open(self.folder / "log.txt", "w", encoding="utf-8") as log:
             options = {"root": self.root, "workers": 1, "console": Console(file=log, width=200), **options}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from nemotron_h.data.blend import available_blends, load_blend, parse_count
 from nemotron_h.errors import UserError
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
 from nemotron_h.data.datamodule import BlendDataModule, BlendDataSampler
 from nemotron_h.data.manifest import Manifest, SourceManifest, SplitManifest, TokenizerManifest
 from nemotron_h.data.plan import DataOrder, DataPlan, PlannedPhase, PlannedSource

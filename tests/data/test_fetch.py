@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from nemotron_h.data import fetch as fetching
 from nemotron_h.data import prepare as preparing
 from nemotron_h.data.blend import Fetch, load_blend

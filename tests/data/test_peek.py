@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import yaml
 from local_corpus import Corpus
+from typer.testing import CliRunner
+
 from nemotron_h.cli import app
 from nemotron_h.compose import compose
 from nemotron_h.data.peek import Peek, RunSettings
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.errors import UserError
-from typer.testing import CliRunner
 
 SETTINGS = RunSettings(tokens=64 * 8 * 40, seq_length=64, global_batch_size=8, seed=7)
 
@@ -52,6 +53,7 @@ def recipe(corpus: Corpus, **data: object) -> Path:
 def data_module(path: Path, overrides: list[str] | None = None):
     """The data module that training builds from the recipe, under a trainer at step 0."""
     import fiddle
+
     from nemotron_h.training.pretrain import build
 
     partial = build(compose(str(path), overrides or []))

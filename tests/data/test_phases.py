@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import pytest
+
 from nemotron_h.data.blend import Phase, Until
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.errors import UserError

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from local_corpus import sentences, snapshot, write_jsonl
+
 from nemotron_h.data import prepare as preparing
 from nemotron_h.data import shards
 from nemotron_h.data.indexed import read_lengths

@@ -9,6 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from nemotron_h.data.sampler import CIRCLE, STRIDE, BlendSampler, Segment, floor_sums, permute
 from nemotron_h.errors import UserError
 

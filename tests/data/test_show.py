@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from local_corpus import Corpus
+from typer.testing import CliRunner
+
 from nemotron_h.cli import app
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.show import overview, short_count
 from nemotron_h.errors import UserError
-from typer.testing import CliRunner
 
 STEP = 8192 * 768  # paper 2.4: tokens of a step
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from local_corpus import sentences, write_jsonl
+
 from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import Source
 from nemotron_h.errors import UserError

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from local_corpus import sentences
+
 from nemotron_h.data import tokenizer as tok
 from nemotron_h.errors import UserError
 

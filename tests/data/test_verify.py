@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
 from nemotron_h.data.cli import app
 from nemotron_h.data.indexed import read_lengths, write_index
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.verify import verify
 from nemotron_h.errors import UserError
-from rich.console import Console
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -116,6 +116,7 @@ def test_kernels_equal_plain_operations() -> None:
 def model(spec: Any, dtype: torch.dtype) -> torch.nn.Module:
     """A small model; equal seeds give equal weights whatever the layers' classes."""
     from megatron.core.transformer.module import Float16Module
+
     from nemotron_h.model.module import NemotronHConfig
 
     config = NemotronHConfig(
@@ -145,6 +146,7 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
     start()
     from megatron.core.extensions import transformer_engine as te
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
     from nemotron_h.model import layers
 
     assert te.HAVE_TE, "Transformer Engine does not import"

@@ -16,6 +16,7 @@ import torch
 def save(model, folder: Path, data: dict | None = None) -> Path:
     """Save a Megatron model from every rank; rank 0 writes the small files."""
     from megatron.core import dist_checkpointing
+
     from nemotron_h.training import checkpoints
 
     rank = torch.distributed.get_rank()

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from save_checkpoint import save
+from small_model import small_config, small_model
+
 from nemotron_h.errors import UserError
 from nemotron_h.inference.checkpoint import find_checkpoint
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.training import checkpoints
-from save_checkpoint import save
-from small_model import small_config, small_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from save_checkpoint import save
+from small_model import VOCABULARY, relative_error, small_config, small_model, tokens
+
 from nemotron_h.errors import UserError
 from nemotron_h.inference.generate import generate, prefill, stream
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling
-from save_checkpoint import save
-from small_model import VOCABULARY, relative_error, small_config, small_model, tokens
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import typer
+from save_checkpoint import save
+from small_model import VOCABULARY, small_config, small_model
+from typer.testing import CliRunner
+
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
 from nemotron_h.errors import UserError
 from nemotron_h.inference.cli import generate as command
 from nemotron_h.inference.generate import generate
 from nemotron_h.inference.model import load_model
 from nemotron_h.inference.sampling import Sampling
-from save_checkpoint import save
-from small_model import VOCABULARY, small_config, small_model
-from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nemotron_h.errors import UserError
 from nemotron_h.inference.generate import TextStream
 from nemotron_h.inference.sampling import Sampling, choose

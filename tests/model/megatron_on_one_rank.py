@@ -10,6 +10,7 @@ import pytest
 @pytest.fixture(scope="module")
 def megatron() -> Iterator[None]:
     import torch
+
     from nemotron_h.runtime import cpu, quiet
 
     quiet.hush()

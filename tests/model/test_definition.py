@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from omegaconf import OmegaConf
+
 from nemotron_h.compose import configs_dir
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import Expect, ModelDefinition, definition_from_dict
-from omegaconf import OmegaConf
 
 UNIT = "M-M-M-M*-"
 PATTERN_8B = UNIT + "M-" + "M-M-M-M*-M-" * 3 + "M-M-M-M-"

@@ -26,6 +26,7 @@ def load_kernels(package: Path):
     torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=4)
 
     from mamba_ssm.ops.triton import ssd_combined
+
     from nemotron_h.ops.conv1d import causal_conv1d
     from nemotron_h.ops.select import _mamba_ssm_kernels
 

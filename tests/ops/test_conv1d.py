@@ -5,9 +5,10 @@ from __future__ import annotations
 import ops_oracle as oracle
 import pytest
 import torch
+from ops_oracle import relative_error
+
 from nemotron_h.ops import conv1d as module
 from nemotron_h.ops.conv1d import causal_conv1d, causal_conv1d_step
-from ops_oracle import relative_error
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 

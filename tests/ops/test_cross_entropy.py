@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+
 from nemotron_h.ops import cross_entropy
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 

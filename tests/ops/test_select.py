@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from nemotron_h.ops import select
 from nemotron_h.ops.conv1d import causal_conv1d
 from nemotron_h.ops.ssd import ssd_chunk_scan

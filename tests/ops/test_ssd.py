@@ -5,9 +5,10 @@ from __future__ import annotations
 import ops_oracle as oracle
 import pytest
 import torch
+from ops_oracle import relative_error
+
 from nemotron_h.ops import ssd as module
 from nemotron_h.ops.ssd import ssd_chunk_scan, ssd_step
-from ops_oracle import relative_error
 
 CHUNK = 16
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from nemotron_h.runtime import cpu, quiet
 
 quiet.hush()
@@ -25,6 +26,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256

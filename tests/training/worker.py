@@ -21,6 +21,7 @@ quiet.hush()
 import fiddle as fdl  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
+
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
