@@ -11,6 +11,7 @@ print the right number.)
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -18,7 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
@@ -35,6 +36,14 @@ from nemotron_h.errors import UserError
 
 ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
 VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
+
+logger = logging.getLogger(__name__)
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Log a line once, not once a rank."""
+    logger.info(message)
 
 
 class WindowDataset(Dataset):
@@ -303,9 +312,9 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         differences, moved = compare(old, plan, state_dict["step"])
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
-            rank_zero_info(f"Data: from step {state_dict['step']:,} on, declared by blend_change:\n{lines}")
+            say(f"Data: from step {state_dict['step']:,} on, declared by blend_change:\n{lines}")
         if moved:
-            rank_zero_info("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
+            say("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
 
     def reconfigure_limit_batches(self) -> None:
         """Called by NeMo when the number of micro-batches is known: Lightning's loops count those, users batches."""
@@ -349,7 +358,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         """Log a line when a phase begins with this step."""
         phase = self.order.phase_at(step)
         if step == phase.first_step and step > 0:
-            rank_zero_info(f"Data: step {step:,} begins phase {self.phase_number(step)}, {self._described(step)}")
+            say(f"Data: step {step:,} begins phase {self.phase_number(step)}, {self._described(step)}")
 
     def _check_restored(self) -> None:
         step, restored = self.trainer.global_step, self._resumed["step"] if self._resumed else 0
@@ -363,7 +372,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
     def _announce_start(self) -> None:
         step, phases = self.trainer.global_step, len(self.order.plan.phases)
         first = self.next_sample()
-        rank_zero_info(
+        say(
             f"Data: blend {self.order.plan.blend}, {first:,} samples consumed; step {step:,} is in phase "
             f"{self.phase_number(step)} of {phases}, {self._described(step)}"
         )
@@ -404,8 +413,8 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
                 "Hold out more (`validation` of the sources), shorten seq_length, or set trainer.limit_val_batches=0.",
             )
         if small:
-            rank_zero_warn(
-                f"validation leaves out {', '.join(small)}: less validation text than a window of {self.seq_length:,}"
+            say(
+                f"Data: validation leaves out {', '.join(small)}: less text than a window of {self.seq_length:,}"
             )
         windows = sum(tokens[name] // self.seq_length for name in used)
         batches = limit if isinstance(limit, int) else max(1, int(limit * windows) // self.global_batch_size)

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 
 #: loggers that report optional packages that are absent, or what the progress line and the summary say better
@@ -29,8 +30,20 @@ def verbose() -> bool:
     return os.environ.get("NEMOTRON_H_VERBOSE", "") not in ("", "0")
 
 
+def speak() -> None:
+    """Show this project's own log lines, as plain lines on the standard output."""
+    own = logging.getLogger("nemotron_h")
+    if not own.handlers:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)
+        own.propagate = False
+
+
 def hush() -> None:
     """Raise the threshold of noisy loggers to ERROR, drop warnings, and import NeMo without its import-time prints."""
+    speak()
     if verbose():
         return
     warnings.filterwarnings("ignore")

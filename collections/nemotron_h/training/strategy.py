@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
-from nemo.utils import logging
 
 from nemotron_h.runtime import cpu, megatron_fixes
+
+logger = logging.getLogger(__name__)
 
 
 def with_parameters_of(parent: type) -> Callable[[type], type]:
@@ -83,5 +85,5 @@ class NemotronHStrategy(nl.MegatronStrategy):
         """Warn where ranks share cores, then set up as NeMo does."""
         ranks, cores = self.num_processes, os.cpu_count() or 1
         if not torch.cuda.is_available() and ranks > cores and self.local_rank == 0:
-            logging.warning(f"{ranks} ranks share {cores} cores of this machine: steps take longer than with {cores}")
+            logger.warning(f"{ranks} ranks share {cores} cores of this machine: steps take longer than with {cores}")
         super().setup_environment()
