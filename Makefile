@@ -30,8 +30,9 @@ test: $(STAMP) ## run the test suite
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest
 
-bench: $(STAMP) ## training step against Hugging Face transformers, as ratios
+bench: $(STAMP) ## a training step against Hugging Face transformers; preparation and sampling against datasets and megatron-core
 	@$(BIN)/python tests/benchmarks/bench_train.py
+	@$(BIN)/python tests/benchmarks/bench_data.py
 
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check .
