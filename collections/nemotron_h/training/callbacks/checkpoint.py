@@ -51,11 +51,6 @@ class StepCheckpoint(nl.ModelCheckpoint):
         candidates["step"] = torch.tensor(trainer.global_step)
         return candidates
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """Save; then the record and the checksums go beside the weights, before the unfinished mark is removed."""
-        self._finishing = Path(ckpt_to_dir(filepath))
-        super()._save_checkpoint(trainer, filepath)
-
     def _get_finalize_save_checkpoint_callback(self, trainer: pl.Trainer, filepath: str, global_step: int) -> Any:
         finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
         folder = Path(ckpt_to_dir(filepath))

@@ -75,7 +75,6 @@ class RunRecord(pl.Callback):
         super().__init__()
         self.recipe = recipe
         self.started = time.time()
-        self.losses: dict[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Note what does not change during the run."""
