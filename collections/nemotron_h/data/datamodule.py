@@ -413,9 +413,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
                 "Hold out more (`validation` of the sources), shorten seq_length, or set trainer.limit_val_batches=0.",
             )
         if small:
-            say(
-                f"Data: validation leaves out {', '.join(small)}: less text than a window of {self.seq_length:,}"
-            )
+            say(f"Data: validation leaves out {', '.join(small)}: less text than a window of {self.seq_length:,}")
         windows = sum(tokens[name] // self.seq_length for name in used)
         batches = limit if isinstance(limit, int) else max(1, int(limit * windows) // self.global_batch_size)
         samples = batches * self.global_batch_size
