@@ -105,6 +105,32 @@ class ParallelSchema:
 
 
 @dataclass
+class RecomputeSchema:
+    """What the backward pass computes again instead of keeping, by layer type.
+
+    Attributes:
+        mamba, attention: `none`, or `layer` (only the layer's input is kept).
+        ffn: `none`, `activation` (the squared ReLU is computed again), or `layer`.
+    """
+
+    mamba: str = "none"
+    ffn: str = "none"
+    attention: str = "none"
+
+
+@dataclass
+class ResumeSchema:
+    """How a run continues from its checkpoint.
+
+    Attributes:
+        blend_change: null, or `from_step`: a resumed run may take another blend, seed, seq_length or global_batch_size
+            from the checkpoint's step on; the record keeps both.
+    """
+
+    blend_change: str | None = None
+
+
+@dataclass
 class CheckpointSchema:
     """When checkpoints are written and how many of the newest are kept. The last step always writes one."""
 
@@ -141,6 +167,8 @@ class RecipeConfig:
         tokens: length of the run; an integer, or text such as 15T.
         precision: one of `fp32`, `bf16`.
         init_seed: of the initial weights.
+        overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
+            (`trainer.max_steps=20`); a run writes here what its command line changed.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
     """
 
@@ -153,6 +181,9 @@ class RecipeConfig:
     data: DataSchema = field(default_factory=DataSchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
     parallel: ParallelSchema = field(default_factory=ParallelSchema)
+    recompute: RecomputeSchema = field(default_factory=RecomputeSchema)
+    resume: ResumeSchema = field(default_factory=ResumeSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     log: LogSchema = field(default_factory=LogSchema)
+    overrides: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
