@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
+FP8_BACKENDS = ("auto", "te", "emulate")
 STAGES = ("pretrain",)
+BLEND_CHANGES = ("from_step",)
 
 
 @dataclass
@@ -56,8 +58,6 @@ class DataSchema:
         seed: of the sample order.
         document_reset: whether states and attention start anew at document boundaries.
         workers: processes that load data, per rank.
-        blend_change: null, or `from_step`: a resumed run may take another blend, seed, seq_length or global_batch_size
-            from the checkpoint's step on; the record keeps both.
     """
 
     blend: str = MISSING
@@ -68,7 +68,6 @@ class DataSchema:
     seed: int = 1234
     document_reset: bool = False
     workers: int = 0
-    blend_change: str | None = None
 
 
 @dataclass
@@ -102,6 +101,21 @@ class ParallelSchema:
     pipeline: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
+
+
+@dataclass
+class PrecisionOptionsSchema:
+    """How an FP8 precision is applied; the others read none of it.
+
+    Attributes:
+        bf16_edge_layers: layers of the pattern at each end that stay in BF16. 2 are the "4 GEMMs" of the paper's
+            introduction (an `M-` or `*-` has 4), 4 the "4 layers" of its section 2.3.
+        fp8_backend: `te` (Transformer Engine), `emulate` (float8 casts around float32 products, slow), or `auto`:
+            Transformer Engine on a GPU, emulation on the CPU.
+    """
+
+    bf16_edge_layers: int = 2
+    fp8_backend: str = "auto"
 
 
 @dataclass
@@ -165,7 +179,7 @@ class RecipeConfig:
         name: also the name of the run's folder.
         stage: what the recipe does.
         tokens: length of the run; an integer, or text such as 15T.
-        precision: one of `fp32`, `bf16`.
+        precision: one of `fp32`, `bf16`, `fp8_current_scaling` (paper 2.3), `fp8_blockwise` (Nemotron Nano 2).
         init_seed: of the initial weights.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
             (`trainer.max_steps=20`); a run writes here what its command line changed.
@@ -181,6 +195,7 @@ class RecipeConfig:
     data: DataSchema = field(default_factory=DataSchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
     parallel: ParallelSchema = field(default_factory=ParallelSchema)
+    precision_options: PrecisionOptionsSchema = field(default_factory=PrecisionOptionsSchema)
     recompute: RecomputeSchema = field(default_factory=RecomputeSchema)
     resume: ResumeSchema = field(default_factory=ResumeSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)

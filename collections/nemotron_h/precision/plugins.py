@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 import torch
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
+from nemo.lightning.pytorch.plugins.mixed_precision import DtypeConfig
 
 from nemotron_h.errors import UserError
+from nemotron_h.schema import FP8_BACKENDS
 from nemotron_h.strict import nearest
+
+
+@dataclass
+class EmulatedDtypeConfig(DtypeConfig):
+    """NeMo's, with the model's `fp8_emulation`: NeMo copies every field that the model's configuration has too."""
+
+    fp8_emulation: str | None = None
 
 
 def fp32() -> MegatronMixedPrecision:
@@ -14,22 +25,59 @@ def fp32() -> MegatronMixedPrecision:
     return MegatronMixedPrecision(precision="32", params_dtype=torch.float32, pipeline_dtype=torch.float32)
 
 
-def bf16() -> MegatronMixedPrecision:
+def bf16(**fp8: object) -> MegatronMixedPrecision:
     """Weights and activations in bfloat16; main weights, gradient sums and optimizer state in float32 (paper 2.4)."""
     return MegatronMixedPrecision(
-        precision="bf16-mixed", params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, grad_reduce_in_fp32=True
+        precision="bf16-mixed",
+        params_dtype=torch.bfloat16,
+        pipeline_dtype=torch.bfloat16,
+        grad_reduce_in_fp32=True,
+        **fp8,
     )
 
 
-PLUGINS = {"fp32": fp32, "bf16": bf16}
+#: Megatron's names of the FP8 recipes: number format and scaling
+FP8 = {
+    # paper 2.3: E4M3 weights and activations, E5M2 gradients, one scale per tensor from its amax now
+    "fp8_current_scaling": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    # Nemotron Nano 2: E4M3 everywhere, 128x128 blocks of weights, 1x128 of activations and gradients
+    "fp8_blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+}
+NAMES = ("fp32", "bf16", *FP8)
 
 
-def plugin(name: str) -> MegatronMixedPrecision:
+def fp8(name: str, bf16_edge_layers: int, emulate: bool) -> MegatronMixedPrecision:
+    """BF16, with the GEMMs of the layers in FP8 except `bf16_edge_layers` layers at each end.
+
+    Weights stay in bfloat16 between steps (no `fp8_param_gather`): checkpoints then hold no FP8 and any precision
+    resumes from any other.
+    """
+    edges = {
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": bf16_edge_layers,
+        "num_layers_at_end_in_bf16": bf16_edge_layers,
+    }
+    if not emulate:
+        return bf16(**FP8[name], **edges, fp8_param_gather=False)
+    made = bf16(**edges)
+    made.dtype_config = EmulatedDtypeConfig(**{**asdict(made.dtype_config), "fp8_emulation": name})
+    return made
+
+
+def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto") -> MegatronMixedPrecision:
     """The plugin of this name.
 
+    Args:
+        name: one of `fp32`, `bf16`, `fp8_current_scaling`, `fp8_blockwise`.
+        bf16_edge_layers: layers of the pattern at each end that stay in BF16; FP8 only.
+        fp8_backend: `te`, `emulate`, or `auto` (Transformer Engine where a GPU is visible).
     Errors:
-        UserError: there is none; names the nearest.
+        UserError: there is no plugin or backend of this name; names the nearest.
     """
-    if name not in PLUGINS:
-        raise UserError(f"precision {name!r}", hint=f"{nearest(name, PLUGINS)}Known: {', '.join(PLUGINS)}.")
-    return PLUGINS[name]()
+    for value, known, key in ((name, NAMES, "precision"), (fp8_backend, FP8_BACKENDS, "fp8_backend")):
+        if value not in known:
+            raise UserError(f"{key} {value!r}", hint=f"{nearest(value, known)}Known: {', '.join(known)}.")
+    if name in FP8:
+        emulate = fp8_backend == "emulate" or (fp8_backend == "auto" and not torch.cuda.is_available())
+        return fp8(name, bf16_edge_layers, emulate)
+    return bf16() if name == "bf16" else fp32()

@@ -69,7 +69,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
             document_reset=data.document_reset,
             num_workers=data.workers,
             horizon_tokens=horizon.tokens,
-            blend_change=data.blend_change,
         ),
         trainer=run.Config(
             NemotronHTrainer,
@@ -83,7 +82,12 @@ def build(recipe: RecipeConfig) -> run.Partial:
                 sequence_parallel=parallel.sequence,
                 distributed_optimizer=parallel.distributed_optimizer,
             ),
-            plugins=run.Config(plugin, name=recipe.precision),
+            plugins=run.Config(
+                plugin,
+                name=recipe.precision,
+                bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
+                fp8_backend=recipe.precision_options.fp8_backend,
+            ),
             callbacks=[
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
@@ -104,7 +108,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
             if recipe.log.tensorboard
             else None,
         ),
-        resume=run.Config(ResumeRun),
+        resume=run.Config(ResumeRun, blend_change=recipe.resume.blend_change),
         optim=run.Config(
             cosine_adamw,
             peak_lr=optim.peak_lr,
