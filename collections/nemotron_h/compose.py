@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemotron_h.data.blend import parse_count
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
-from nemotron_h.schema import PRECISIONS, STAGES, RecipeConfig
+from nemotron_h.schema import BLEND_CHANGES, PRECISIONS, STAGES, RecipeConfig
 from nemotron_h.strict import nearest, typed
 
 
@@ -95,6 +95,13 @@ def count_of(value: str, key: str, origin: str) -> int:
         raise UserError(f"{origin}: {key}: {error}") from error
 
 
+def check_blend_change(value: str | None, where: str = "") -> None:
+    """Refuse an unknown `resume.blend_change`, naming the nearest known one; `where` stands before the key."""
+    if value is not None and value not in BLEND_CHANGES:
+        hint = f"{nearest(value, BLEND_CHANGES)}Known: {', '.join(BLEND_CHANGES)}; or leave it out."
+        raise UserError(f"{where}resume.blend_change = {value!r}", hint=hint)
+
+
 def check(recipe: RecipeConfig, origin: str) -> None:
     """Check what needs more than one key to be wrong.
 
@@ -106,6 +113,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
         if value not in allowed:
             hint = f"{nearest(value, allowed)}Known: {', '.join(allowed)}."
             raise UserError(f"{origin}: {key} = {value!r}", hint=hint)
+    check_blend_change(recipe.resume.blend_change, f"{origin}: ")
     tokens = count_of(recipe.tokens, "tokens", origin)
     warmup = count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin)
     if warmup >= tokens:

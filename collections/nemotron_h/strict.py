@@ -24,7 +24,8 @@ def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) ->
     """Merge what was written into the schema's defaults and check every type.
 
     Args:
-        schema: a dataclass, nested as deep as wanted; fields without a default are `MISSING`.
+        schema: a dataclass, nested as deep as wanted; fields without a default are `MISSING`, those with the metadata
+            `omegaconf_ignore` cannot be written.
         written: the keys that were given.
         origin: the file or recipe to name in an error.
     Errors:
@@ -33,11 +34,8 @@ def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) ->
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written))  # type: ignore[return-value]
     except ConfigKeyError as error:
-        known = (
-            [f.name for f in dataclasses.fields(error.object_type)]
-            if dataclasses.is_dataclass(error.object_type)
-            else []
-        )
+        fields = dataclasses.fields(error.object_type) if dataclasses.is_dataclass(error.object_type) else ()
+        known = [f.name for f in fields if not f.metadata.get("omegaconf_ignore")]
         raise UserError(
             f"{origin}: unknown key {error.full_key}",
             hint=f"{nearest(str(error.key), known)}Known keys there: {', '.join(known)}." if known else "",

@@ -58,12 +58,17 @@ def test_hash_follows_the_order_of_data_and_nothing_else(corpus):
 BAD = {
     "unknown key sources.web.formt\nDid you mean format": lambda c: c["sources"]["web"].update(formt="jsonl"),
     "unknown key phaess\nDid you mean phases": lambda c: c.update(phaess=[]),
+    "unknown key path\nKnown keys there: name, description, tokenizer, sources, phases": lambda c: c.update(path="x"),
     "unknown key tokenizer.vocab_sise\nDid you mean vocab_size": lambda c: c["tokenizer"].update(vocab_sise=3),
-    "sources.web.format: 'jsonnl' is none of .*nearest: jsonl": lambda c: c["sources"]["web"].update(format="jsonnl"),
+    "sources.web.format: 'jsonnl' is none of .*Did you mean jsonl": lambda c: c["sources"]["web"].update(
+        format="jsonnl"
+    ),
     "sources.web: give exactly one of path and fetch": lambda c: c["sources"]["web"].pop("path"),
     "sources.web.validation: 1.5 is not a share": lambda c: c["sources"]["web"].update(validation=1.5),
     "sources.web.weight": lambda c: c["sources"]["web"].update(weight=-1),
-    "weights.wikki: no source has this category .nearest: wiki": lambda c: c["phases"][0]["weights"].update(wikki=1),
+    "weights.wikki: no source has this category. Did you mean wiki": lambda c: c["phases"][0]["weights"].update(
+        wikki=1
+    ),
     r"phases\[0\].until: give exactly one": lambda c: c["phases"][0].pop("until"),
     r"phases\[0\].until: give exactly one of .* not fraction, tokens": lambda c: c["phases"][0]["until"].update(
         tokens=5

@@ -50,16 +50,21 @@ def recipe(corpus: Corpus, **data: object) -> Path:
     return path
 
 
-def data_module(path: Path, overrides: list[str] | None = None):
-    """The data module that training builds from the recipe, under a trainer at step 0."""
+def data_module(path: Path, overrides: list[str] | None = None, resume: dict[str, object] | None = None):
+    """The data module that training builds from the recipe, under a trainer at step 0, declared changes included."""
     import fiddle
 
     from nemotron_h.training.pretrain import build
+    from nemotron_h.training.resume import DeclareBlendChange
 
     partial = build(compose(str(path), overrides or []))
-    data = fiddle.build(partial.data)
+    for key, value in (resume or {}).items():  # what `resume.key=value` on the command line does
+        setattr(partial.resume, key, value)
+    data, resumed = fiddle.build(partial.data), fiddle.build(partial.resume)
     data.trainer = SimpleNamespace(global_step=0, max_steps=partial.trainer.max_steps, limit_val_batches=1)
     data.setup("fit")
+    if resumed.blend_change is not None:
+        DeclareBlendChange(resumed.blend_change).setup(SimpleNamespace(datamodule=data), None, "fit")
     return data
 
 
@@ -127,13 +132,20 @@ def test_blend_change_reaches_the_data_module(corpus: Corpus) -> None:
     old = data_module(path)
     old.trainer.global_step = 10
     state = old.state_dict()
-    with pytest.raises(UserError, match=r"data\.blend_change=from_step") as error:
+    with pytest.raises(UserError, match=r"resume\.blend_change=from_step") as error:
         data_module(path, ["data.seed=8"]).load_state_dict(state)
     assert "seed: 7 -> 8" in error.value.message
     data_module(path).load_state_dict(state)
-    changed = data_module(path, ["data.seed=8", "data.blend_change=from_step"])
-    changed.load_state_dict(state)
-    assert changed.order.origin.step == 10
-    assert [record["plan"]["seed"] for record in changed.order.history] == [7]
-    with pytest.raises(UserError, match=r"data\.blend_change is 'now'"):
-        data_module(path, ["data.blend_change=now"])
+    in_recipe = data_module(path, ["data.seed=8", "resume.blend_change=from_step"])
+    on_command_line = data_module(path, ["data.seed=8"], {"blend_change": "from_step"})
+    for changed in (in_recipe, on_command_line):
+        changed.load_state_dict(state)
+        assert changed.order.origin.step == 10
+        assert [record["plan"]["seed"] for record in changed.order.history] == [7]
+    wrong = r"resume\.blend_change = 'from_stp'\nDid you mean from_step\? Known: from_step; or leave it out"
+    with pytest.raises(UserError, match="recipe.yaml: " + wrong):
+        compose(str(path), ["resume.blend_change=from_stp"])
+    with pytest.raises(UserError, match=wrong):
+        data_module(path, [], {"blend_change": "from_stp"})
+    with pytest.raises(UserError, match=r"unknown key data\.blend_change"):
+        compose(str(path), ["data.blend_change=from_step"])

@@ -17,7 +17,7 @@ def checkpoint(run: Path, step: int) -> Path:
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "a.distcp").write_bytes(bytes(range(256)) * 10)
     (folder / "run.json").write_text("{}")
-    checkpoints.write_integrity(folder)
+    checkpoints.write_integrity(folder, checkpoints.describe(folder, checkpoints.content(folder)))
     return folder
 
 
@@ -35,6 +35,24 @@ def test_damage_of_every_kind_is_found(tmp_path: Path) -> None:
     assert checkpoints.damage(whole) == ["weights/a.distcp: missing"]
     (whole / checkpoints.INTEGRITY).write_text("{")
     assert checkpoints.damage(whole)[0].startswith("integrity.json")
+
+
+def test_ranks_share_the_reading_and_together_see_all_damage(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path, 1)
+    for name in ("b", "c", "d"):
+        (whole / "weights" / name).write_bytes(name.encode() * 100)
+    names = checkpoints.content(whole)
+    assert names == ["run.json", "weights/a.distcp", "weights/b", "weights/c", "weights/d"]
+    checkpoints.write_integrity(whole, checkpoints.describe(whole, names))
+    for name in names:
+        content = (whole / name).read_bytes()
+        (whole / name).write_bytes(content[:-1] + b"?")
+        found = [checkpoints.damage(whole, rank, 3) for rank in range(3)]
+        assert sorted(found) == [[], [], [f"{name}: its content changed"]]
+        (whole / name).write_bytes(content[:-1])  # sizes are cheap: every rank sees them
+        assert all(name in problem for rank in range(3) for problem in checkpoints.damage(whole, rank, 3))
+        (whole / name).write_bytes(content)
+    assert [checkpoints.damage(whole, rank, 3) for rank in range(3)] == [[], [], []]
 
 
 def test_unfinished_checkpoints_are_not_taken(tmp_path: Path) -> None:

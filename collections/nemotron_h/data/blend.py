@@ -7,7 +7,6 @@ sources in proportion to `Source.weight`. This module imports neither torch nor 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.resources
 import json
@@ -20,9 +19,10 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_h.errors import UserError
+from nemotron_h.strict import nearest, typed
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")
@@ -222,7 +222,7 @@ class Blend:
     sources: dict[str, Source] = field(default_factory=dict)
     phases: list[Phase] = field(default_factory=list)
 
-    path: str = ""  # of the file it was read from; set by load_blend, not written in YAML
+    path: str = field(default="", metadata={"omegaconf_ignore": True})  # of the file it was read from
 
     def source_shares(self, phase: int) -> dict[str, float]:
         """Source -> share of the tokens of phase number `phase` (from 0); sums to 1, sources without a share are 0."""
@@ -274,48 +274,29 @@ def load_blend(name_or_path: str | Path) -> Blend:
     shipped = available_blends()
     path = shipped.get(str(name_or_path)) or Path(name_or_path).expanduser()
     if not path.is_file():
-        nearest = difflib.get_close_matches(str(name_or_path), shipped, n=1)
-        guess = f"Did you mean {nearest[0]}? " if nearest else ""
         raise UserError(
             f"no blend named {str(name_or_path)!r} and no such file",
-            f"{guess}Shipped blends: {', '.join(shipped) or 'none'}. Or give the path of a YAML file.",
+            f"{nearest(str(name_or_path), shipped)}Shipped blends: {', '.join(shipped) or 'none'}. "
+            "Or give the path of a YAML file.",
         )
     try:
         written = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
         if not isinstance(written, DictConfig):
             raise UserError(f"{path}: a blend is a mapping of name, tokenizer, sources and phases")
-        blend: Blend = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Blend), written))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
-    except ConfigKeyError as error:
-        raise _unknown_key(path, error) from error
-    except MissingMandatoryValue as error:
-        raise UserError(f"{path}: {error.full_key} is missing") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    blend = typed(Blend, written, str(path))
     problems = list(_problems(blend))
     blend.path = str(path.resolve())
     if problems:
-        raise UserError(f"{path}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise UserError(f"{path}:\n" + "\n".join(f"  {problem.rstrip()}" for problem in problems))
     return blend
-
-
-def _unknown_key(path: Path, error: ConfigKeyError) -> UserError:
-    known = (
-        [f.name for f in dataclasses.fields(error.object_type)] if dataclasses.is_dataclass(error.object_type) else []
-    )
-    known = [k for k in known if not (error.object_type is Blend and k == "path")]
-    nearest = difflib.get_close_matches(str(error.key), known, n=1, cutoff=0.5)
-    hint = f"Did you mean {nearest[0]}? " if nearest else ""
-    return UserError(
-        f"{path}: unknown key {error.full_key}", f"{hint}Known keys there: {', '.join(known)}." if known else ""
-    )
 
 
 def _problems(blend: Blend) -> Iterator[str]:
     """What contradicts itself in a blend, each as one line naming the key."""
-    if blend.path:
-        yield "path: not a key of a blend"
     if not _NAME.fullmatch(blend.name):
         yield f"name: {blend.name!r} is not a name (lower case letters, digits, _ . -)"
     if not blend.sources:
@@ -362,10 +343,7 @@ def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
     if not source.category:
         yield f"{key}.category: missing"
     if source.format not in FORMATS:
-        nearest = difflib.get_close_matches(source.format, FORMATS, n=1)
-        yield f"{key}.format: {source.format!r} is none of {', '.join(FORMATS)}" + (
-            f" (nearest: {nearest[0]})" if nearest else ""
-        )
+        yield f"{key}.format: {source.format!r} is none of {', '.join(FORMATS)}. {nearest(source.format, FORMATS)}"
     if bool(source.paths()) == bool(source.fetch):
         yield f"{key}: give exactly one of path and fetch"
     if not 0 <= source.validation < 1:
@@ -400,10 +378,7 @@ def _phase_problems(blend: Blend) -> Iterator[str]:
             if not (weight >= 0 and math.isfinite(weight)):
                 yield f"{key}.weights.{category}: {weight} is not a weight"
             if category not in categories:
-                nearest = difflib.get_close_matches(category, categories, n=1)
-                yield f"{key}.weights.{category}: no source has this category" + (
-                    f" (nearest: {nearest[0]})" if nearest else ""
-                )
+                yield f"{key}.weights.{category}: no source has this category. {nearest(category, categories)}"
             elif weight > 0:
                 used.add(category)
         total = phase.weight_sum()

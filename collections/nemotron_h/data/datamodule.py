@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.phases import Horizon
-from nemotron_h.data.plan import BLEND_CHANGES, DataOrder, DataPlan, compare
+from nemotron_h.data.plan import DataOrder, DataPlan, compare
 from nemotron_h.data.sampler import BlendSampler, Segment
 from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
 from nemotron_h.data.windows import TokenStream, document_numbers
@@ -198,8 +198,6 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         horizon_tokens: the exact tokens behind those steps, where the recipe states tokens: switches are computed from
             them as long as they round to the run's steps, and from the steps when the run was made longer or shorter.
         document_reset: give the model `seq_idx`, so that it can reset its state where documents begin.
-        blend_change: `from_step` lets a resumed run take another blend, seed, seq_length or global_batch_size from
-            the checkpoint's step on.
         num_workers: processes that read ahead; 0 reads in the training process (tens of microseconds a sample from a
             warm page cache).
         persistent_workers: keep those processes between validation runs.
@@ -220,7 +218,6 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         horizon_steps: int | None = None,
         horizon_tokens: int | None = None,
         document_reset: bool = False,
-        blend_change: str | None = None,
         num_workers: int = 0,
         persistent_workers: bool = False,
     ) -> None:
@@ -233,12 +230,11 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
             raise UserError(
                 f"data.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
             )
-        if blend_change is not None and blend_change not in BLEND_CHANGES:
-            raise UserError(f"data.blend_change is {blend_change!r}: known are {', '.join(BLEND_CHANGES)}, or nothing")
         self.blend, self.root = blend, root
         self.seq_length, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
         self.seed, self.horizon_steps, self.horizon_tokens = seed, horizon_steps, horizon_tokens
-        self.document_reset, self.blend_change = document_reset, blend_change
+        self.document_reset = document_reset
+        self.blend_change: str | None = None  # `ResumeRun` sets it: how to resume is not a setting of the data
         self.num_workers, self.persistent_workers = num_workers, persistent_workers
         self.data_sampler = BlendDataSampler(self)
         self.order: DataOrder | None = None
@@ -303,7 +299,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         """Continue the order of a checkpoint.
 
         Raises:
-            UserError: it was trained on another plan, and `blend_change` does not declare it.
+            UserError: it was trained on another plan, and `resume.blend_change` does not declare it.
         """
         plan = self._plan()
         self.order = DataOrder.resume(plan, state_dict, self.blend_change)
@@ -312,7 +308,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         differences, moved = compare(old, plan, state_dict["step"])
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
-            say(f"Data: from step {state_dict['step']:,} on, declared by blend_change:\n{lines}")
+            say(f"Data: from step {state_dict['step']:,} on, declared by resume.blend_change:\n{lines}")
         if moved:
             say("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
 

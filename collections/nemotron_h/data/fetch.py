@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO
 
 from nemotron_h.data.blend import Fetch
-from nemotron_h.data.indexed import file_sha256
 from nemotron_h.errors import UserError
+from nemotron_h.hashing import file_sha256
 
 CACHE_VARIABLE = "NEMOTRON_H_CACHE"
 TIMEOUT_S = 900

@@ -18,7 +18,6 @@ from nemotron_h.data.sampler import BlendSampler, Segment
 from nemotron_h.errors import UserError
 
 STATE_FORMAT = 1
-BLEND_CHANGES = ("from_step",)
 SHOWN_DIFFERENCES = 12
 
 
@@ -222,7 +221,7 @@ class DataOrder:
                 f"(blend {plan.blend!r}) plans; checkpoint -> now:\n" + "\n".join(f"  {line}" for line in shown),
                 "Resume with the checkpoint's settings (a longer run that must keep its switches: set "
                 "data.horizon_steps), or declare the change, and the run takes the new data from this step on: "
-                "data.blend_change=from_step",
+                "resume.blend_change=from_step (nemotron-h data peek: --blend-change from_step)",
             )
         record = {key: value for key, value in state.items() if key not in ("format", "history")}
         plans = [DataPlan.from_dict(entry["plan"]) for entry in [*history, record]]

@@ -32,7 +32,7 @@ from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import Blend, Source, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.fetch import fetch
-from nemotron_h.data.indexed import file_sha256, token_dtype
+from nemotron_h.data.indexed import token_dtype
 from nemotron_h.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -57,6 +57,7 @@ from nemotron_h.data.shards import (
 )
 from nemotron_h.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, train_bpe, write_meta
 from nemotron_h.errors import UserError
+from nemotron_h.hashing import file_sha256
 
 PIPELINE_VERSION = 1  # part of every source's hash: raise it when the same inputs would give other tokens
 _COMPRESSED = {

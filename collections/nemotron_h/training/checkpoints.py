@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from nemotron_h.hashing import file_sha256
 
 INTEGRITY = "integrity.json"
 RECORD = "run.json"
@@ -33,45 +34,37 @@ def finished(run_dir: Path) -> list[Path]:
     return sorted(complete, key=step_of, reverse=True)
 
 
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+def content(checkpoint: Path) -> list[str]:
+    """Names of the files of a checkpoint that integrity covers."""
+    files = (p for p in checkpoint.rglob("*") if p.is_file() and p.name != INTEGRITY)
+    return sorted(str(p.relative_to(checkpoint)) for p in files)
 
 
-def _digest(file) -> str:
-    digest = hashlib.sha256()
-    while piece := file.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def describe(checkpoint: Path, files: Iterable[Path]) -> dict[str, list]:
+def describe(checkpoint: Path, names: Iterable[str]) -> dict[str, list]:
     """Name -> [bytes, sha256] of files of a checkpoint."""
-    paths = list(files)
+    paths = {name: checkpoint / name for name in names}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        digests = list(pool.map(sha256, paths))
-    return {
-        str(path.relative_to(checkpoint)): [path.stat().st_size, digest]
-        for path, digest in zip(paths, digests, strict=True)
-    }
+        digests = pool.map(file_sha256, paths.values())
+        return {
+            name: [path.stat().st_size, digest] for (name, path), digest in zip(paths.items(), digests, strict=True)
+        }
 
 
-def content(checkpoint: Path) -> list[Path]:
-    """Every file of a checkpoint that integrity covers."""
-    return sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != INTEGRITY)
-
-
-def write_integrity(checkpoint: Path) -> None:
+def write_integrity(checkpoint: Path, described: Mapping[str, list]) -> None:
     """Record size and sha256 of every file; written last, so its absence means an unfinished checkpoint."""
-    described = describe(checkpoint, content(checkpoint))
     temporary = checkpoint / (INTEGRITY + ".tmp")
     temporary.write_text(json.dumps(described, indent=1, sort_keys=True))
     temporary.replace(checkpoint / INTEGRITY)
 
 
-def damage(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line a file; empty when it is whole."""
+def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, one line a file; empty when nothing is.
+
+    Args:
+        checkpoint: its folder.
+        rank: of `ranks` that share the work. Each looks at the sizes of all files and reads its share of them, so
+            together they read everything once, and damage shows on one rank or more.
+    """
     try:
         recorded = json.loads((checkpoint / INTEGRITY).read_text())
     except (OSError, ValueError) as error:
@@ -85,5 +78,5 @@ def damage(checkpoint: Path) -> list[str]:
             problems.append(f"{name}: {path.stat().st_size:,} bytes, {size:,} were written")
     if problems:
         return problems
-    actual = describe(checkpoint, [checkpoint / name for name in recorded])
-    return [f"{name}: its content changed" for name in recorded if actual[name][1] != recorded[name][1]]
+    actual = describe(checkpoint, sorted(recorded)[rank::ranks])
+    return [f"{name}: its content changed" for name, (_, digest) in actual.items() if digest != recorded[name][1]]

@@ -11,10 +11,25 @@ import lightning.pytorch as pl
 from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
+from nemotron_h.compose import check_blend_change
+from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.errors import UserError
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.preflight import check_layout
+
+
+class DeclareBlendChange(pl.Callback):
+    """Tell the data module, which the trainer knows only once it fits, that other data is meant."""
+
+    def __init__(self, blend_change: str) -> None:
+        self.blend_change = blend_change
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before the checkpoint is loaded."""
+        if not isinstance(trainer.datamodule, BlendDataModule):
+            raise UserError(f"resume.blend_change is for BlendDataModule, not {type(trainer.datamodule).__name__}")
+        trainer.datamodule.blend_change = self.blend_change
 
 
 @dataclass(kw_only=True)
@@ -24,11 +39,17 @@ class ResumeRun(nl.AutoResume):
     Attributes beyond NeMo's:
         resume_from_path: continue from this checkpoint, and set newer ones of the same run aside.
         must_exist: a run that has no checkpoint is an error, not a start from scratch.
+        blend_change: null, or `from_step`: the data may be another blend, seed, seq_length or global_batch_size than
+            the checkpoint's, from its step on.
     """
 
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     must_exist: bool = False
+    blend_change: str | None = None
+
+    def __post_init__(self) -> None:
+        check_blend_change(self.blend_change)
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
         """Check the layout, choose the checkpoint and check it.
@@ -38,6 +59,7 @@ class ResumeRun(nl.AutoResume):
             SystemExit: with code 0, the run is complete.
         """
         check_layout(trainer, model)
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
         super().setup(trainer, model)
         path = Path(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if path is None:
@@ -46,15 +68,17 @@ class ResumeRun(nl.AutoResume):
             return
         self._check_model(path, model)
         self._leave_if_complete(path, trainer)
+        if self.blend_change is not None:
+            trainer.callbacks.append(DeclareBlendChange(self.blend_change))
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         run_dir = Path(AppState().log_dir)
         found = checkpoints.finished(run_dir)
         if not found:
             return None
-        problems = checkpoints.damage(found[0])
+        problems = self._damage(found[0])
         if problems:
-            whole = next((p for p in found[1:] if not checkpoints.damage(p)), None)
+            whole = next((p for p in found[1:] if not self._damage(p)), None)
             raise UserError(
                 f"checkpoint {found[0]} is damaged: {'; '.join(problems[:3])}",
                 hint=(
@@ -72,11 +96,16 @@ class ResumeRun(nl.AutoResume):
         chosen = Path(self.resume_from_path)
         if not (chosen / checkpoints.INTEGRITY).is_file():
             raise UserError(f"resume.resume_from_path={chosen} is not a finished checkpoint of this project")
-        problems = checkpoints.damage(chosen)
+        problems = self._damage(chosen)
         if problems:
             raise UserError(f"checkpoint {chosen} is damaged: {'; '.join(problems[:3])}")
-        self._set_newer_aside(chosen)
+        if self._rank == 0:
+            self._set_newer_aside(chosen)
         return chosen
+
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """Each rank reads a part; one that finds damage stops, and the launcher stops the others with it."""
+        return checkpoints.damage(checkpoint, self._rank, self._ranks)
 
     @staticmethod
     def _set_newer_aside(chosen: Path) -> None:

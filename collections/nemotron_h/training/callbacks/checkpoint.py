@@ -7,11 +7,23 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import RunRecord
+
+
+def describe_by_rank(checkpoint: Path) -> dict[str, list]:
+    """Size and sha256 of every file of a checkpoint, each read by one rank; returned on all ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    # One listing for all: on a shared file system the ranks' own could differ, and a file would go unread.
+    names = [checkpoints.content(checkpoint) if rank == 0 else None]
+    dist.broadcast_object_list(names)
+    parts: list[dict[str, list]] = [{}] * ranks
+    dist.all_gather_object(parts, checkpoints.describe(checkpoint, names[0][rank::ranks]))
+    return {name: entry for part in parts for name, entry in part.items()}
 
 
 class StepCheckpoint(nl.ModelCheckpoint):
@@ -60,7 +72,9 @@ class StepCheckpoint(nl.ModelCheckpoint):
             if trainer.is_global_zero:
                 for record in (cb for cb in trainer.callbacks if isinstance(cb, RunRecord)):
                     record.write(trainer, folder / checkpoints.RECORD)
-                checkpoints.write_integrity(folder)
+            described = describe_by_rank(folder)
+            if trainer.is_global_zero:
+                checkpoints.write_integrity(folder, described)
             finish()
 
         return finalize
