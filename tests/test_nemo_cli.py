@@ -54,7 +54,7 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         (
             "nemotron_h_tiny",
             ("trainer.strategy.tensor_model_parallel_size=4", "trainer.devices=4"),
-            ("tensor_model_parallel_size=4 does not divide mamba_num_groups=2", "sizes that fit: 1, 2"),
+            ("tensor_model_parallel_size = 4 does not divide mamba_num_groups = 2", "sizes that fit: 1, 2"),
         ),
         (
             "nemotron_h_tiny",

@@ -24,21 +24,25 @@ class ExpectSchema:
 
 @dataclass
 class ModelSchema:
-    """Pattern and widths; see `model.definition.ModelDefinition` for the meaning of each."""
+    """Pattern and widths; see `model.definition.ModelDefinition` for the meaning of each. 0 is left out."""
 
     name: str = MISSING
+    family: str = MISSING
     pattern: str = MISSING
     hidden_size: int = MISSING
-    ffn_hidden_size: int = MISSING
-    num_attention_heads: int = MISSING
-    num_query_groups: int = MISSING
-    head_dim: int = MISSING
-    mamba_num_heads: int = MISSING
-    mamba_head_dim: int = MISSING
-    mamba_num_groups: int = MISSING
-    mamba_state_dim: int = MISSING
     vocab_size: int = MISSING
-    conv_kernel: int = 4
+    ffn_hidden_size: int = 0
+    num_attention_heads: int = 0
+    num_query_groups: int = 0
+    head_dim: int = 0
+    mamba_num_heads: int = 0
+    mamba_head_dim: int = 0
+    mamba_num_groups: int = 0
+    mamba_state_dim: int = 0
+    conv_kernel: int = 0
+    position_embedding: str = "none"
+    rope_base: int = 0
+    rope_percent: float = 0.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     expect: ExpectSchema = field(default_factory=ExpectSchema)

@@ -34,6 +34,7 @@ def definition(**changes) -> ModelDefinition:
         "mamba_head_dim": 8,
         "mamba_num_groups": 2,
         "mamba_state_dim": 16,
+        "conv_kernel": 4,
         "vocab_size": 384,
         "expect": Expect(0, 0, 0, 0),
         **changes,
@@ -125,16 +126,17 @@ def test_refused(changes, words) -> None:
 
 def test_tensor_parallel_must_divide() -> None:
     made = definition()
-    made.validate_tensor_parallel(2)
+    made.validate_tensor_parallel(2, "a.yaml")
     with pytest.raises(
-        UserError, match=r"tensor_model_parallel_size=4 .*mamba_num_groups=2.*num_query_groups=2"
+        UserError, match=r"a.yaml: parallel.tensor = 4 .*mamba_num_groups = 2.*num_query_groups = 2"
     ) as error:
-        made.validate_tensor_parallel(4)
-    assert error.value.hint.endswith("1, 2")
+        made.validate_tensor_parallel(4, "a.yaml")
+    assert error.value.hint == "nearest: 2; sizes that fit: 1, 2"
 
 
 def test_pipeline_stages_need_layers() -> None:
     made = definition()
-    made.validate_pipeline_parallel(5)
-    with pytest.raises(UserError, match=r"pipeline_model_parallel_size=6 .*5 layers"):
-        made.validate_pipeline_parallel(6)
+    made.validate_pipeline_parallel(5, "a.yaml")
+    with pytest.raises(UserError, match=r"a.yaml: parallel.pipeline = 6 .*5 layers") as error:
+        made.validate_pipeline_parallel(6, "a.yaml")
+    assert error.value.hint == "nearest: 5"

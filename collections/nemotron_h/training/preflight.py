@@ -22,10 +22,11 @@ def check_layout(trainer: Any, model: Any) -> None:
             disk cannot hold the checkpoints; names the key and a value that fits.
     """
     definition, strategy = model.config.definition(), trainer.strategy
-    definition.validate_structure(f"model {definition.name}")
+    origin = f"model {definition.name}"
+    definition.validate_structure(origin)
     tensor, pipeline = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
-    definition.validate_tensor_parallel(tensor)
-    definition.validate_pipeline_parallel(pipeline)
+    definition.validate_tensor_parallel(tensor, origin, "trainer.strategy.tensor_model_parallel_size")
+    definition.validate_pipeline_parallel(pipeline, origin, "trainer.strategy.pipeline_model_parallel_size")
     if strategy.context_parallel_size != 1:
         raise UserError(
             f"trainer.strategy.context_parallel_size={strategy.context_parallel_size}",
