@@ -9,6 +9,8 @@ from omegaconf import MISSING
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
 STAGES = ("pretrain",)
+SCHEDULES = ("cosine", "wsd")
+RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
 BLEND_CHANGES = ("from_step",)
 
 
@@ -76,11 +78,13 @@ class DataSchema:
 
 @dataclass
 class OptimSchema:
-    """AdamW and a cosine schedule with linear warm-up.
+    """AdamW and a schedule with linear warm-up.
 
     Attributes:
+        schedule: `cosine` (from the warm-up to the end of the run), or `wsd` (warm-up, stable, linear decay).
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
         warmup_tokens: length of the warm-up; an integer, or text such as 8.3B.
+        decay_tokens: length of the decay at the end of the run; wsd only.
         beta1, beta2, eps, weight_decay: AdamW.
         clip_grad: largest global gradient norm; 0 is no clipping.
     """
@@ -88,6 +92,8 @@ class OptimSchema:
     peak_lr: float = MISSING
     final_lr: float = MISSING
     warmup_tokens: str = MISSING
+    schedule: str = "cosine"
+    decay_tokens: str | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -150,7 +156,14 @@ class ResumeSchema:
 
 @dataclass
 class CheckpointSchema:
-    """When checkpoints are written and how many of the newest are kept. The last step always writes one."""
+    """When checkpoints are written and how many of the newest are kept. The last step always writes one.
+
+    Attributes:
+        every_steps: steps between checkpoints.
+        keep: how many of the newest stay; -1 keeps all.
+        leave_after: time that one process may take, `HH:MM:SS`; then it writes a checkpoint and leaves with code 75.
+            Null is no limit: SIGTERM and SIGUSR1 do the same where the scheduler announces the end.
+    """
 
     every_steps: int = MISSING
     keep: int = 2

@@ -73,9 +73,32 @@ def test_a_full_disk_is_an_error_before_training(tmp_path: Path, monkeypatch: py
 
 
 def test_a_run_shorter_than_its_warmup_is_an_error() -> None:
-    from nemotron_h.training.optimizer import cosine_adamw
+    from nemotron_h.training.optimizer import scheduled_adamw
 
-    module = cosine_adamw(peak_lr=1e-3, final_lr=1e-5, warmup_steps=10)
+    module = scheduled_adamw(peak_lr=1e-3, final_lr=1e-5, warmup_steps=10)
     module.lr_scheduler.max_steps = 10
     with pytest.raises(UserError, match="10 steps, its warm-up 10"):
         module.optimizers(model=None)
+
+
+def test_a_stable_rate_decays_linearly_over_the_last_steps() -> None:
+    import torch
+    from nemotron_h.training.optimizer import scheduled_adamw
+
+    module = scheduled_adamw(peak_lr=1e-3, final_lr=1e-5, warmup_steps=4, decay_steps=5)
+    module.lr_scheduler.max_steps = 20
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = module.lr_scheduler.scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(21):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(1e-3 / 5)
+    assert rates[4:16] == [pytest.approx(1e-3)] * 12
+    steps = [a - b for a, b in zip(rates[15:20], rates[16:21], strict=True)]
+    assert steps == [pytest.approx(0.99e-3 / 5)] * 5
+    assert rates[20] == pytest.approx(1e-5)
+    module.lr_scheduler.max_steps = 8
+    with pytest.raises(UserError, match="8 steps, its warm-up 4 and its decay 5"):
+        module.lr_scheduler.scheduler(None, optimizer)

@@ -1,17 +1,60 @@
-"""AdamW with linear warm-up and cosine decay, stated in the units of a recipe."""
+"""AdamW with linear warm-up and a cosine or a warm-up-stable-decay schedule, in the units of a recipe."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.optimizer import OptimizerConfig
+from nemo.core.optim.lr_scheduler import WarmupHoldAnnealLinear
 from nemo.lightning.megatron_parallel import MegatronParallel
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler
+from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, LRSchedulerModule
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
 from nemotron_h.errors import UserError
 
 
-class CosineAdamW(MegatronOptimizerModule):
-    """Megatron's AdamW and NeMo's cosine schedule over the trainer's `max_steps`; made by `cosine_adamw`."""
+class WarmupStableDecay(LRSchedulerModule):
+    """NeMo's schedule of linear warm-up, constant rate and linear decay, in steps (NeMo's own module takes ratios).
+
+    Args:
+        warmup_steps: steps of linear warm-up.
+        decay_steps: steps of linear decay, the last of the run.
+        min_lr: learning rate at the end of the run.
+        max_steps: steps of the run; NeMo's strategy sets it to the trainer's.
+    """
+
+    def __init__(self, warmup_steps: int, decay_steps: int, min_lr: float, max_steps: int = 10) -> None:
+        super().__init__()
+        self.warmup_steps, self.decay_steps, self.min_lr, self.max_steps = warmup_steps, decay_steps, min_lr, max_steps
+
+    def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
+        """As Lightning's `configure_optimizers` returns it; one unit is a step.
+
+        Errors:
+            UserError: the run is shorter than warm-up and decay.
+        """
+        stable = self.max_steps - self.warmup_steps - self.decay_steps
+        if stable < 0:
+            raise UserError(
+                f"the run has {self.max_steps} steps, its warm-up {self.warmup_steps} and its decay {self.decay_steps}",
+                hint="raise trainer.max_steps, or set shorter optim.warmup_steps and optim.decay_steps",
+            )
+        schedule = WarmupHoldAnnealLinear(
+            optimizer,
+            warmup_steps=self.warmup_steps,
+            hold_steps=stable,
+            max_steps=self.max_steps,
+            min_lr=self.min_lr,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
+            "monitor": "val_loss",
+        }
+
+
+class ScheduledAdamW(MegatronOptimizerModule):
+    """Megatron's AdamW and a schedule over the trainer's `max_steps`; made by `scheduled_adamw`."""
 
     def optimizers(self, model: MegatronParallel) -> list:
         """Megatron's optimizer, once the trainer's `max_steps` is known.
@@ -28,28 +71,34 @@ class CosineAdamW(MegatronOptimizerModule):
         return super().optimizers(model)
 
 
-def cosine_adamw(
+def scheduled_adamw(
     peak_lr: float,
     final_lr: float,
     warmup_steps: int,
+    decay_steps: int | None = None,
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     clip_grad: float = 1.0,
     distributed_optimizer: bool = True,
-) -> CosineAdamW:
-    """AdamW with linear warm-up and cosine decay.
+) -> ScheduledAdamW:
+    """AdamW with linear warm-up and cosine decay, or a constant rate and linear decay.
 
     Args:
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
         warmup_steps: steps of linear warm-up; the first step has `peak_lr / (warmup_steps + 1)`.
+        decay_steps: None is a cosine to the end of the run; a number, a constant rate until the last so many steps.
         beta1, beta2, eps, weight_decay: AdamW; norms and biases are not decayed.
         clip_grad: largest global gradient norm; 0 is no clipping.
         distributed_optimizer: shard the optimizer's state over data-parallel ranks.
     """
+    if decay_steps is None:
+        schedule = CosineAnnealingScheduler(warmup_steps=warmup_steps, constant_steps=0, min_lr=final_lr)
+    else:
+        schedule = WarmupStableDecay(warmup_steps=warmup_steps, decay_steps=decay_steps, min_lr=final_lr)
     # A function, not a constructor: NeMo records constructor arguments and cannot rebuild a module from these.
-    return CosineAdamW(
+    return ScheduledAdamW(
         config=OptimizerConfig(
             optimizer="adam",
             lr=peak_lr,
@@ -61,5 +110,5 @@ def cosine_adamw(
             clip_grad=clip_grad,
             use_distributed_optimizer=distributed_optimizer,
         ),
-        lr_scheduler=CosineAnnealingScheduler(warmup_steps=warmup_steps, constant_steps=0, min_lr=final_lr),
+        lr_scheduler=schedule,
     )

@@ -19,7 +19,7 @@ from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 from nemotron_h.training.callbacks.progress import ProgressLine
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
 from nemotron_h.training.callbacks.step_seed import StepSeed
-from nemotron_h.training.optimizer import cosine_adamw
+from nemotron_h.training.optimizer import scheduled_adamw
 from nemotron_h.training.resume import ResumeRun
 from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 
@@ -110,10 +110,13 @@ def build(recipe: RecipeConfig) -> run.Partial:
         ),
         resume=run.Config(ResumeRun, blend_change=recipe.resume.blend_change),
         optim=run.Config(
-            cosine_adamw,
+            scheduled_adamw,
             peak_lr=optim.peak_lr,
             final_lr=optim.final_lr,
             warmup_steps=horizon.step_at(count_of(optim.warmup_tokens, "optim.warmup_tokens", origin)),
+            decay_steps=None
+            if optim.decay_tokens is None
+            else horizon.step_at(count_of(optim.decay_tokens, "optim.decay_tokens", origin)),
             beta1=optim.beta1,
             beta2=optim.beta2,
             eps=optim.eps,
