@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_h.data.cli import app as data_app
-from nemotron_h.errors import UserError
+from nemotron_h.errors import UserError, report
 from nemotron_h.inference.cli import generate
+from nemotron_h.recipe.cli import app as recipe_app
 
 app = typer.Typer(
     name="nemotron-h",
@@ -21,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(recipe_app, name="recipe", help="Look at, make, compare and check recipes.")
 app.add_typer(data_app, name="data", help="Prepare and check training data.")
 app.command()(generate)
 
@@ -51,8 +53,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"[bold red]error:[/bold red] {error.message}")
-        if error.hint:
-            console.print(f"[bold]fix:[/bold] {error.hint}")
+        report(error)
         sys.exit(error.EXIT_CODE)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,12 +13,14 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_h.data.blend import parse_count
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
+from nemotron_h.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema import BLEND_CHANGES, PRECISIONS, STAGES, RecipeConfig
 from nemotron_h.strict import nearest, typed
 
@@ -39,47 +43,100 @@ def known_recipes() -> list[str]:
     )
 
 
+@dataclass(frozen=True)
+class Composed:
+    """A recipe and where its values come from.
+
+    Attributes:
+        recipe: complete and checked.
+        layers: the files that it was merged from, in order.
+        origins: dotted key -> where the value was written; absent where the schema's default stands.
+        sources: dotted key of a value -> the source stated for it (`paper 2.4`), without those of replaced values.
+    """
+
+    recipe: RecipeConfig
+    layers: list[Layer]
+    origins: dict[str, Origin]
+    sources: dict[str, str]
+
+
 def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     """Compose and check a recipe.
 
     Args:
-        name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`), or the path of a YAML file.
+        name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`, or `nemotron_h_tiny` for its pretraining), or the
+            path of a YAML file.
         overrides: `optim.peak_lr=3e-4` sets a value, `model=nemotron_h_8b` exchanges a part by name.
     Returns:
-        the recipe with every value set, checked by `check`.
+        the recipe with every value set, checked by `check`. Its `sources` are those of the values that stand.
     Errors:
         UserError: unknown recipe, key or group, wrong type, missing or impossible value.
+    """
+    return trace(name_or_path, overrides).recipe
+
+
+def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
+    """`compose`, with where each value comes from."""
+    directory, name, origin = locate(name_or_path)
+    groups = {folder.name for folder in configs_dir().iterdir() if folder.is_dir()}
+    parts = [override for override in overrides if override.split("=")[0] in groups]
+    values = [override for override in overrides if override not in parts]
+    composed, layers = _merge(directory, name, parts, origin)
+    recipe = typed(RecipeConfig, composed, origin)
+    given = OmegaConf.from_dotlist(values)
+    if values:
+        OmegaConf.set_struct(composed, False)  # the schema reports unknown keys, with the nearest known one
+        recipe = typed(RecipeConfig, OmegaConf.merge(composed, given), "override")
+    check(recipe, origin)
+    found = origins(layers, [key for key, _ in leaves(OmegaConf.to_container(given))])
+    sources = current_sources(dataclasses.asdict(recipe), found)
+    recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}
+    recipe.model.sources = {key[len("model.") :]: text for key, text in sources.items() if key.startswith("model.")}
+    return Composed(recipe, layers, found, sources)
+
+
+def locate(name_or_path: str) -> tuple[Path, str, str]:
+    """Folder and name of a recipe for Hydra, and what to call it in errors.
+
+    Errors:
+        UserError: there is no such recipe or file.
     """
     path = Path(name_or_path).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise UserError(f"there is no recipe file {path}")
-        directory, name, origin = path.resolve().parent, path.stem, str(path)
-    else:
-        known = known_recipes()
-        if name_or_path not in known:
-            raise UserError(
-                f"there is no recipe {name_or_path!r}",
-                hint=f"{nearest(name_or_path, known)}Known: {', '.join(known)}; or give the path of a YAML file.",
-            )
-        directory, name, origin = recipes_dir(), name_or_path, f"recipe {name_or_path}"
-    search = [f"file://{recipes_dir()}", f"file://{configs_dir()}"]
-    groups = {folder.name for folder in configs_dir().iterdir() if folder.is_dir()}
-    parts = [override for override in overrides if override.split("=")[0] in groups]
-    values = [override for override in overrides if override not in parts]
+        if path.suffix == ".yml":
+            raise UserError(f"{path}: recipes end in .yaml", hint=f"rename it to {path.with_suffix('.yaml')}")
+        return path.resolve().parent, path.stem, str(path)
+    known = known_recipes()
+    name = name_or_path if "/" in name_or_path else f"{name_or_path}/pretrain"
+    if name not in known:
+        raise UserError(
+            f"there is no recipe {name_or_path!r}",
+            hint=f"{nearest(name, known)}Known: {', '.join(known)}; or give the path of a YAML file.",
+        )
+    return recipes_dir(), name, f"recipe {name_or_path}"
+
+
+def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tuple[DictConfig, list[Layer]]:
+    """Merge a recipe with what its defaults list names; the files that took part, in order."""
+    folders = [directory, recipes_dir(), configs_dir()]
+    overrides = [*parts, f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders[1:])}]"]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(directory), version_base="1.3"):
-            composed = hydra_compose(name, overrides=[*parts, f"hydra.searchpath=[{','.join(search)}]"])
+            composed = hydra_compose(name, overrides=overrides)
+            loader = GlobalHydra.instance().config_loader()
+            merged = loader.compute_defaults_list(name, overrides, RunMode.RUN).defaults
         OmegaConf.resolve(composed)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{origin}: {str(error).split('Config search path')[0].strip()}") from error
-    recipe = typed(RecipeConfig, composed, origin)
-    if values:
-        OmegaConf.set_struct(composed, False)  # the schema reports unknown keys, with the nearest known one
-        recipe = typed(RecipeConfig, OmegaConf.merge(composed, OmegaConf.from_dotlist(values)), "override")
-    check(recipe, origin)
-    return recipe
+    layers = []
+    for part in merged:
+        file = next((f for d in folders if (f := d / f"{part.config_path}.yaml").is_file()), None)
+        if file is not None and not str(part.package or "").startswith("hydra"):
+            layers.append(Layer(file, part.package or ""))
+    return composed, layers
 
 
 def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
@@ -120,5 +177,5 @@ def check(recipe: RecipeConfig, origin: str) -> None:
         raise UserError(f"{origin}: optim.warmup_tokens ({warmup:,}) is not shorter than the run ({tokens:,} tokens)")
     if not 0 <= recipe.optim.final_lr <= recipe.optim.peak_lr:
         raise UserError(f"{origin}: optim.final_lr = {recipe.optim.final_lr} is not between 0 and optim.peak_lr")
-    definition.validate_tensor_parallel(recipe.parallel.tensor)
-    definition.validate_pipeline_parallel(recipe.parallel.pipeline)
+    definition.validate_tensor_parallel(recipe.parallel.tensor, origin)
+    definition.validate_pipeline_parallel(recipe.parallel.pipeline, origin)

@@ -20,3 +20,14 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+def report(error: UserError) -> None:
+    """Print the error and what to do about it on the standard error, as every command does."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), error.message))  # text, not markup: messages have brackets
+    if error.hint:
+        console.print(Text.assemble(("fix: ", "bold"), error.hint))

@@ -1,0 +1,93 @@
+"""Everything about a recipe that can be checked without starting a run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nemotron_h.compose import count_of, definition_of, trace
+from nemotron_h.data.blend import Blend, load_blend
+from nemotron_h.data.manifest import check_manifest, data_root
+from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
+from nemotron_h.errors import UserError
+from nemotron_h.schema import RecipeConfig
+
+_SETTING = re.compile(r"[\w.\[\]]+\s*[-+*/|&]?=.+")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a recipe that is right comes to.
+
+    Attributes:
+        name: of the recipe.
+        parameters: of the model.
+        horizon: tokens and steps of the run.
+        warmup_steps: of the learning rate.
+        phases: of the blend, in steps.
+        unchecked: what only a run (or its preparation) can tell, each as a few words.
+    """
+
+    name: str
+    parameters: int
+    horizon: Horizon
+    warmup_steps: int
+    phases: list[PhaseSpan]
+    unchecked: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """All of it on one line."""
+        switches = ", ".join(f"{span.name} from {span.first_step:,}" for span in self.phases)
+        return (
+            f"ok  {self.name}: {self.parameters:,} parameters; {self.horizon.steps:,} steps of "
+            f"{self.horizon.tokens_per_step:,} tokens, warm-up {self.warmup_steps:,}; {switches}"
+            + (f"  (not checked: {'; '.join(self.unchecked)})" if self.unchecked else "")
+        )
+
+
+def examine(name_or_path: str, overrides: Sequence[str] = ()) -> Checked:
+    """Compose a recipe, which checks what it says, and hold it against its blend's tokenizer and prepared data.
+
+    Errors:
+        UserError: the first thing that is wrong.
+    """
+    recipe = trace(name_or_path, overrides).recipe
+    definition = definition_of(recipe, name_or_path)
+    data = recipe.data
+    tokens = count_of(recipe.tokens, "tokens", name_or_path)
+    horizon = Horizon(tokens, data.seq_length * data.global_batch_size)
+    warmup = horizon.step_at(count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", name_or_path))
+    blend = load_blend(data.blend)
+    spans = phase_spans(blend.phases, horizon)
+    unchecked = check_vocabulary(recipe, blend, name_or_path)
+    for setting in recipe.overrides:
+        if not _SETTING.fullmatch(setting):
+            raise UserError(f"{name_or_path}: overrides: {setting!r} is not a setting", hint="write key=value")
+    if recipe.overrides:
+        unchecked.append(f"overrides ({len(recipe.overrides)}), which nemo ... --dryrun checks")
+    return Checked(recipe.name, definition.parameters, horizon, warmup, spans, unchecked)
+
+
+def check_vocabulary(recipe: RecipeConfig, blend: Blend, origin: str) -> list[str]:
+    """The blend's tokenizer has to have the model's vocabulary. What cannot be known yet is returned.
+
+    Errors:
+        UserError: the sizes differ, or the prepared data does not fit the blend.
+    """
+    folder = data_root(recipe.data.root) / blend.name
+    unchecked = []
+    if (folder / "manifest.json").is_file():
+        size = check_manifest(recipe.data.root, blend).tokenizer.vocab_size
+    elif blend.tokenizer.is_trained():
+        size = blend.tokenizer.vocab_size
+        unchecked.append(f"the data: there is none in {folder} yet")
+    else:
+        return [f"data and vocabulary: there is no data in {folder} yet"]
+    if size != recipe.model.vocab_size:
+        raise UserError(
+            f"{origin}: the tokenizer of blend {blend.name} has {size:,} tokens, model {recipe.model.name} a "
+            f"vocabulary of {recipe.model.vocab_size:,}",
+            hint="choose another data.blend, or change model.vocab_size (and model.expect.parameters)",
+        )
+    return unchecked

@@ -1,0 +1,97 @@
+"""`nemotron-h recipe ...`: look at, make, compare and check recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help="Look at, make, compare and check recipes.", rich_markup_mode=None)
+
+Name = Annotated[str, typer.Argument(help="A shipped recipe (nemotron-h recipe list), or the path of a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Values to change: optim.peak_lr=3e-4, or a part by name: model=nemotron_h_8b."),
+]
+
+
+@app.command("list")
+def list_() -> None:
+    """List the shipped recipes: name, parameters of the model, tokens of the run."""
+    from nemotron_h.compose import compose, count_of, known_recipes
+    from nemotron_h.data.show import short_count
+
+    console = Console(highlight=False, soft_wrap=True)
+    known = known_recipes()
+    width = max(map(len, known))
+    for name in known:
+        recipe = compose(name)
+        parameters = short_count(recipe.model.expect.parameters)
+        tokens = short_count(count_of(recipe.tokens, "tokens", name))
+        console.print(f"{name:<{width}}  {parameters:>6} parameters  {tokens:>6} tokens")
+
+
+@app.command()
+def show(
+    name: Name,
+    overrides: Overrides = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Only YAML: a whole recipe that runs again.")] = False,
+) -> None:
+    """Show a recipe with every value: where it was written, and the source that is stated for it.
+
+    `schema default` is a key's own default, `override` was given here. Piped, the output is YAML with these as
+    comments.
+    """
+    import dataclasses
+
+    from nemotron_h.compose import trace
+    from nemotron_h.recipe import show as shown
+    from nemotron_h.recipe.text import to_yaml
+
+    composed = trace(name, overrides or ())
+    if plain:
+        typer.echo(to_yaml(dataclasses.asdict(composed.recipe)), nl=False)
+    else:
+        shown.show(composed, Console(highlight=False))
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the recipe, and of its run's folder.")],
+    parent: Annotated[str, typer.Option("--from", help="The recipe to differ from: a shipped one, or a YAML file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file to write.", show_default="NAME.yaml; beside a parent's file")
+    ] = None,
+) -> None:
+    """Write a recipe of your own as a small diff to another; never overwrites."""
+    from nemotron_h.recipe.new import write
+
+    path = write(name, parent, out)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"wrote {path}; to run it:", markup=False)
+    console.print(f'nemo llm pretrain --factory "nemotron_h_recipe(path={path})" --yes', markup=False)
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="A recipe: a shipped one, or the path of a YAML file.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
+) -> None:
+    """Show the keys in which two recipes differ, with both values and where they were written."""
+    from nemotron_h.compose import trace
+    from nemotron_h.recipe import diff as compared
+
+    compared.show(compared.differences(trace(a), trace(b)), Console(highlight=False))
+
+
+@app.command()
+def check(name: Name, overrides: Overrides = None) -> None:
+    """Check all that can be checked without starting: keys, model, layout, batch, blend, phases, vocabulary.
+
+    Exit code 2: something is wrong, and the message says what.
+    """
+    from nemotron_h.recipe.check import examine
+
+    Console(highlight=False, soft_wrap=True).print(examine(name, overrides or ()).line(), markup=False)
