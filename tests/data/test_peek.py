@@ -1,5 +1,6 @@
 """`data peek` shows what training reads, and a recipe's data settings reach the data module."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,11 @@ from typer.testing import CliRunner
 
 from nemotron_h.cli import app
 from nemotron_h.compose import compose
+from nemotron_h.data.blend import load_blend
 from nemotron_h.data.peek import Peek, RunSettings
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.errors import UserError
+from nemotron_h.training import checkpoints
 
 SETTINGS = RunSettings(tokens=64 * 8 * 40, seq_length=64, global_batch_size=8, seed=7)
 
@@ -125,6 +128,86 @@ def test_mistakes(corpus: Corpus, options: list[str], message: str) -> None:
 def test_a_run_that_is_not_known(corpus: Corpus) -> None:
     result = CliRunner().invoke(app, ["data", "peek", str(corpus.folder / "local.yaml"), "--tokens", "1M"])
     assert "--seq-length, --global-batch missing" in str(result.exception)
+
+
+def checkpoint_of(data, folder: Path, step: int) -> Path:
+    """A checkpoint folder with the record that training writes, but without weights."""
+    data.trainer.global_step = step
+    checkpoint = folder / "checkpoints" / f"step-{step:06d}"
+    (checkpoint / "weights").mkdir(parents=True)
+    (checkpoint / "run.json").write_text(json.dumps({"data": data.record()}))
+    names = checkpoints.content(checkpoint)
+    checkpoints.write_integrity(checkpoint, checkpoints.describe(checkpoint, names))
+    return checkpoint
+
+
+def other_blend(corpus: Corpus) -> Path:
+    """The local blend with other weights and one phase."""
+    content = yaml.safe_load((corpus.folder / "local.yaml").read_text())
+    content["phases"] = [{"name": "all", "weights": {"web": 20, "wiki": 40, "code": 40}}]
+    path = corpus.folder / "other.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_after_a_declared_change_peek_shows_what_the_resumed_run_reads(corpus: Corpus, tmp_path: Path) -> None:
+    path, other = recipe(corpus), other_blend(corpus)
+    checkpoint = checkpoint_of(data_module(path), tmp_path, 10)
+    state = json.loads((checkpoint / "run.json").read_text())["data"]["order"]
+    length, size = 32, 4  # half the batch of half as long sequences: 160 steps
+    changes = [f"data.blend={other}", f"data.seq_length={length}", f"data.global_batch_size={size}", "data.seed=9"]
+    resumed = data_module(path, [*changes, "resume.blend_change=from_step"])
+    resumed.load_state_dict(state)
+    settings = RunSettings(SETTINGS.tokens, length, size, 9)
+    peek = Peek(load_blend(other), settings, corpus.root, state, "from_step")
+    unchanged_sampler = data_module(path).order.sampler
+    resumed.trainer.global_step = 10
+    dataset = resumed.train_dataloader().dataset
+    for step in (10, 11, 100, 159):
+        resumed.trainer.global_step = step
+        first = resumed.next_sample()
+        items = list(peek.samples(step))
+        assert [item.sample.index for item in items] == list(range(first, first + size))
+        for item in items:
+            read = dataset[item.sample.index]
+            assert np.array_equal(item.tokens, read["tokens"].numpy())
+            assert np.array_equal(item.labels, read["labels"].numpy())
+            assert item.phase == "all"
+    assert first == 80 + 149 * 4
+    assert [unchanged_sampler[i] for i in range(80, 88)] != [peek.order.sampler[i] for i in range(80, 88)]
+    with pytest.raises(UserError, match="--step 9: this data takes over at step 10"):
+        list(peek.samples(9))
+
+
+def test_the_command_continues_a_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
+    def output(*options: object) -> str:
+        line = ["data", "peek", "--limit", "0", "--characters", "0", *map(str, options)]
+        result = CliRunner().invoke(app, line, catch_exceptions=False)
+        return result.output
+
+    path, other = recipe(corpus), other_blend(corpus)
+    checkpoint = checkpoint_of(data_module(path), tmp_path, 10)
+    # all of the run is known from its checkpoint, and its next step is shown
+    assert output("--checkpoint", tmp_path) == output("--recipe", path, "--step", 10)
+    assert output("--checkpoint", checkpoint, "--step", 3) == output("--recipe", path, "--step", 3)
+    with pytest.raises(UserError, match=r"(?s)share of web: .*--blend-change from_step") as error:
+        output(other, "--checkpoint", checkpoint)
+    assert "step 10" in error.value.message
+    declared = output(other, "--checkpoint", checkpoint, "--blend-change", "from_step")
+    assert "Step 10 of 40, phase all: samples 80 to 87" in declared
+    changed = recipe(corpus, blend=str(other))
+    changed.write_text(changed.read_text() + "resume: {blend_change: from_step}\n")
+    assert output("--recipe", changed, "--checkpoint", checkpoint) == declared
+    # the next checkpoint goes on with the changed data, which need not be declared again
+    resumed = data_module(changed)
+    resumed.load_state_dict(json.loads((checkpoint / "run.json").read_text())["data"]["order"])
+    checkpoint_of(resumed, tmp_path, 20)
+    assert "Step 20 of 40, phase all: samples 160 to 167" in output("--checkpoint", tmp_path)
+    assert output("--checkpoint", tmp_path, "--step", 10) == declared
+    with pytest.raises(UserError, match="Name it: --checkpoint"):
+        output(other, "--blend-change", "from_step")
+    with pytest.raises(UserError, match="Did you mean from_step"):
+        output("--checkpoint", tmp_path, "--blend-change", "from_stp")
 
 
 def test_blend_change_reaches_the_data_module(corpus: Corpus) -> None:

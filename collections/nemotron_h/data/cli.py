@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -93,27 +93,36 @@ def show(
 @app.command()
 def peek(
     blend: Annotated[str | None, typer.Argument(help=_BLEND_HELP, show_default="the recipe's")] = None,
-    step: Annotated[int, typer.Option("--step", min=0, help="Which step of the run, from 0.")] = 0,
+    step: Annotated[
+        int | None,
+        typer.Option("--step", min=0, help="Which step of the run, from 0.", show_default="the checkpoint's, or 0"),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", help="Take the run's settings from this recipe; options below replace them."),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="A checkpoint, or a run: what a run that resumes there sees."),
+    ] = None,
+    blend_change: Annotated[
+        str | None,
+        typer.Option("--blend-change", metavar="from_step", help="As resume.blend_change: the data may be another."),
+    ] = None,
     tokens: TokensOption = None,
     seq_length: SeqLengthOption = None,
     global_batch: GlobalBatchOption = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Of the order.", show_default="the recipe's, or 1234")
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the order.", show_default="the run's, or 1234")] = None,
     root: RootOption = None,
     limit: Annotated[int, typer.Option(min=0, help="Samples to show; 0: all.")] = 8,
     characters: Annotated[int, typer.Option(min=0, help="Of each sample; 0: all.")] = 600,
 ) -> None:
     """Show the decoded samples that a step of a run sees, each with its source, epoch and window.
 
-    These are the samples of a run from its start; after a declared change of the blend (data.blend_change) a run sees
-    others.
+    What is not given comes from the recipe, then from the checkpoint. With --checkpoint, a run is continued there: with
+    other data than before, --blend-change from_step (or the recipe's resume.blend_change) shows what it sees then.
     """
-    from nemotron_h.compose import compose, count_of
+    from nemotron_h.compose import check_blend_change, compose, count_of
     from nemotron_h.data.peek import Peek, RunSettings
     from nemotron_h.data.peek import show as show_samples
 
@@ -124,16 +133,42 @@ def peek(
         "--global-batch": global_batch,
         "--seed": seed,
     }
-    values = {"--seed": DataSchema.seed}
+    if blend_change is not None and checkpoint is None:
+        raise UserError("--blend-change says how a checkpoint is continued", "Name it: --checkpoint runs/NAME")
+    check_blend_change(blend_change, "--blend-change as ")
+    values: dict[str, Any] = {"--seed": DataSchema.seed}
+    recorded = None if checkpoint is None else _recorded(checkpoint)
+    if recorded is not None:
+        plan = recorded["order"]["plan"]
+        known = recorded["blend_file"] if Path(recorded["blend_file"]).is_file() else recorded["blend"]
+        lengths = (recorded["horizon_tokens"], plan["seq_length"], plan["global_batch_size"], plan["seed"])
+        values = dict(zip(given, (known, *lengths), strict=True))
     if recipe is not None:
         composed = compose(recipe)
         data, root = composed.data, root or composed.data.root
         length = count_of(composed.tokens, "tokens", f"recipe {recipe}")
         values = dict(zip(given, (data.blend, length, data.seq_length, data.global_batch_size, data.seed), strict=True))
+        blend_change = blend_change or composed.resume.blend_change
     values |= {key: value for key, value in given.items() if value is not None}
     missing = [key for key in given if key not in values]
     if missing:
-        raise UserError(f"the run is not known: {', '.join(missing)} missing", "Give them, or --recipe.")
+        raise UserError(f"the run is not known: {', '.join(missing)} missing", "Give them, --recipe or --checkpoint.")
     name, *settings = (values[key] for key in given)
-    run = Peek(load_blend(name), RunSettings(*settings), root)
+    state = None
+    if recorded is not None:
+        root, state = root or recorded["root"], recorded["order"]
+    run = Peek(load_blend(name), RunSettings(*settings), root, state, blend_change)
+    if step is None:
+        step = state["step"] if state else 0
     show_samples(run, step, Console(highlight=False), limit or None, characters or None)
+
+
+def _recorded(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's record says of its data."""
+    from nemotron_h.inference.checkpoint import find_checkpoint, read_record
+
+    found = find_checkpoint(checkpoint)
+    data = read_record(found)["data"]
+    if "order" not in data:
+        raise UserError(f"{found} was written by an older version, which did not record how far the data was read")
+    return data

@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -324,20 +325,26 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         trainer.num_sanity_val_steps *= microbatches
 
     def record(self) -> dict[str, Any]:
-        """What a run's record says of its data: the blend, the tokenizer, and the sha256 of every file that is read."""
+        """What a run's record says of its data: the blend, the tokenizer, the sha256 of every file that is read, the
+        order and how far it was followed.
+        """
         manifest = self.manifest
         return {
             "blend": self.blend_spec.name,
+            "blend_file": self.blend_spec.path,
             "blend_hash": self.blend_spec.hash(),
+            "root": str(Path(manifest.folder).parent),
             "tokenizer": str(manifest.tokenizer_path()),
             "tokenizer_sha256": manifest.tokenizer.sha256,
             "seq_length": self.seq_length,
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,
+            "horizon_tokens": self._horizon().tokens,
             "sources": {
                 name: {split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()}
                 for name, source in manifest.sources.items()
             },
+            "order": self.state_dict(),
         }
 
     # the order
@@ -382,7 +389,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         shares = ", ".join(f"{c} {s:.1%}" for c, s in sorted(categories.items(), key=lambda item: -item[1]))
         return f"{phase.name} (to step {phase.end_step:,}): {shares}"
 
-    def _plan(self) -> DataPlan:
+    def _horizon(self) -> Horizon:
         tokens_per_step = self.seq_length * self.global_batch_size
         steps = self.horizon_steps or self.trainer.max_steps
         if steps < 1:
@@ -390,8 +397,10 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
                 "the phases of the blend need the run's length", "Set trainer.max_steps or data.horizon_steps."
             )
         horizon = Horizon(self.horizon_tokens or 0, tokens_per_step)
-        if horizon.steps != steps:
-            horizon = Horizon.from_steps(steps, tokens_per_step)
+        return horizon if horizon.steps == steps else Horizon.from_steps(steps, tokens_per_step)
+
+    def _plan(self) -> DataPlan:
+        horizon = self._horizon()
         return DataPlan.of(self.blend_spec, self.manifest, horizon, self.seq_length, self.global_batch_size, self.seed)
 
     @cached_property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -62,26 +63,43 @@ class Peek:
         blend: from `load_blend`.
         settings: of the run.
         root: data root; see `data_root`.
+        state: of a checkpoint's data (`DataOrder.state_dict`), to see what a run that resumes there sees.
+        blend_change: as `resume.blend_change`.
 
     Raises:
-        UserError: the blend is not prepared, is damaged, or does not fit the run.
+        UserError: the blend is not prepared, is damaged, does not fit the run, or is not the checkpoint's and no change
+            is declared.
     """
 
-    def __init__(self, blend: Blend, settings: RunSettings, root: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        blend: Blend,
+        settings: RunSettings,
+        root: str | Path | None = None,
+        state: Mapping[str, Any] | None = None,
+        blend_change: str | None = None,
+    ) -> None:
         self.manifest: Manifest = check_manifest(root, blend)
         self.settings = settings
         self.horizon = Horizon(settings.tokens, settings.seq_length * settings.global_batch_size)
         plan = DataPlan.of(
             blend, self.manifest, self.horizon, settings.seq_length, settings.global_batch_size, settings.seed
         )
-        self.order = DataOrder(plan)
+        self.order = DataOrder(plan) if state is None else DataOrder.resume(plan, state, blend_change)
 
     def samples(self, step: int) -> Iterator[PeekedSample]:
         """The samples of a step (from 0), in their order in the global batch.
 
         Raises:
-            UserError: the run has no such step.
+            UserError: the run has no such step, or read it from the data before a declared change.
         """
+        begin = self.order.origin.step
+        if 0 <= step < begin:
+            raise UserError(
+                f"--step {step:,}: this data takes over at step {begin:,}, and the run read others before",
+                f"Take a step from {begin:,} on; for those before, name an earlier checkpoint, or the data of before "
+                "without --checkpoint.",
+            )
         if not 0 <= step < self.horizon.steps:
             raise UserError(f"--step {step:,}: the run has the steps 0 to {self.horizon.steps - 1:,}")
         for number in range(self.order.sample_at(step), self.order.sample_at(step + 1)):
