@@ -7,12 +7,20 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te
+from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    checkpoint,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -26,6 +34,7 @@ from torch import Tensor, nn
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops import linear
 from nemotron_h.ops.norm import rms_norm
+from nemotron_h.precision.emulation import fp8_linear
 
 
 class RMSNorm(nn.Module):
@@ -48,14 +57,31 @@ class RMSNorm(nn.Module):
 
 
 class _CpuProduct:
-    """Multiply with `nemotron_h.ops.linear` where it applies and Megatron asks for nothing beyond the product."""
+    """Multiply with `nemotron_h.ops.linear` where it applies and Megatron asks for nothing beyond the product.
+
+    `fp8_emulation` names the FP8 recipe to emulate instead; the stack sets it in the layers that are not BF16.
+    """
+
+    fp8_emulation: str | None = None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if self.fp8_emulation is not None:
+            return self._fp8_product(input, weight, **kwargs)
         extras = ("bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer")
         plain = not args and all(kwargs[name] is None or kwargs[name] is False for name in extras)
         if plain and linear.takes(input, weight):
             return linear.linear(input, weight)
         return super()._forward_impl(input, weight, *args, **kwargs)
+
+    def _fp8_product(
+        self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, **_: object
+    ) -> Tensor:
+        """Quantises what the ranks gathered: its amax is their largest, which Transformer Engine reduces likewise."""
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        return fp8_linear(input, weight, self.fp8_emulation)
 
 
 class CpuColumnParallelLinear(_CpuProduct, ColumnParallelLinear):
@@ -110,6 +136,21 @@ class NemotronHMambaLayer(MambaLayer):
         return add(out, residual, self.hidden_dropout)
 
 
+class RecomputingMLP(MLP):
+    """megatron-core's FFN that computes its activation again in the backward pass instead of keeping it."""
+
+    def forward(self, hidden_states: Tensor, per_token_scale: None = None) -> tuple[Tensor, Tensor | None]:
+        """[sequence, batch, hidden] to the same, and the output projection's bias (None)."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(hidden_states, per_token_scale)
+        inner, _ = self.linear_fc1(hidden_states)
+        again = CheckpointWithoutOutput(fp8=None)  # the activation has no FP8 state; `False` would be taken as true
+        activated = again.checkpoint(self.activation_func, inner)
+        out, bias = self.linear_fc2(activated)
+        again.discard_output_and_register_recompute(out)
+        return out, bias
+
+
 def pipeline_layers(num_layers: int, stages: int) -> list[range]:
     """Layers of each pipeline stage: contiguous, sizes differing by one at most, larger stages first."""
     size, extra = divmod(num_layers, stages)
@@ -125,12 +166,22 @@ class NemotronHStack(MambaStack):
 
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **kwargs: object) -> None:
         post_process = bool(kwargs.get("post_process", True))
+        # Only the stack's layers: the same option of megatron-core's output layer, built after it, needs Apex
+        before, config.gradient_accumulation_fusion = config.gradient_accumulation_fusion, config.fuse_weight_gradients
         super().__init__(config, submodules, **{**kwargs, "post_layer_norm": False})
+        config.gradient_accumulation_fusion = before
         self.post_layer_norm = True
         offset = pipeline_layers(config.num_layers, self.pp_group.size())[self.pp_group.rank()].start
         for index, layer in enumerate(self.layers):
             # Transformer layers derive their number from an even split
             layer.layer_number = offset + index + 1
+            if config.fp8_emulation and not is_first_last_bf16_layer(config, offset + index):
+                for module in layer.modules():
+                    if isinstance(module, _CpuProduct):
+                        module.fp8_emulation = config.fp8_emulation
+            if isinstance(layer, MLPLayer) and config.recompute_ffn == "activation":
+                # megatron-core's layer builds no MLP but its own; the class adds no state
+                layer.mlp.__class__ = RecomputingMLP
         if post_process:
             norm = te.TENorm if te.HAVE_TE else RMSNorm
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
@@ -139,11 +190,40 @@ class NemotronHStack(MambaStack):
         layers = pipeline_layers(len(layer_type_list), self.pp_group.size())[self.pp_group.rank()]
         return layers.start, layer_type_list[layers.start : layers.stop]
 
+    def _recomputed(self, layer: MegatronModule) -> bool:
+        """Whether the backward pass computes this layer again from its input."""
+        if isinstance(layer, NemotronHMambaLayer):
+            return self.config.recompute_mamba == "layer"
+        return (self.config.recompute_ffn if isinstance(layer, MLPLayer) else self.config.recompute_attention) == "layer"
+
+    def _run_layer(
+        self,
+        layer: MegatronModule,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        seq_idx: Tensor | None,
+        rotary: Tensor | None,
+    ) -> Tensor:
+        """One layer, kept or to be recomputed. What a layer runs under (its precision) is entered inside `run`, so
+        that the second run is under it too.
+        """
+
+        def run(hidden: Tensor) -> Tensor:
+            with get_fp8_context(self.config, layer.layer_number - 1):  # none where the layer is BF16
+                if isinstance(layer, NemotronHMambaLayer):
+                    return layer(hidden, seq_idx=seq_idx)
+                return layer(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=rotary)[0]
+
+        if self.training and torch.is_grad_enabled() and self._recomputed(layer):
+            return checkpoint(run, False, hidden_states)
+        return run(hidden_states)
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
         **_: object,
     ) -> Tensor:
         """[sequence, batch, hidden] through this stage's layers.
@@ -152,15 +232,13 @@ class NemotronHStack(MambaStack):
             hidden_states: the embeddings; ignored on later pipeline stages, which read `input_tensor`.
             attention_mask: None; derived from `seq_idx`.
             seq_idx: int32 [batch, sequence], the document of each token, or None for one document per row.
+            rotary_pos_emb: angles [sequence, 1, 1, channels] for the attention layers, or None.
         """
         if not self.pre_process:
             hidden_states = self.input_tensor
         mask = None if seq_idx is None else document_mask(seq_idx)
         for layer in self.layers:
-            if isinstance(layer, NemotronHMambaLayer):
-                hidden_states = layer(hidden_states, seq_idx=seq_idx)
-            else:
-                hidden_states, _ = layer(hidden_states=hidden_states, attention_mask=mask)
+            hidden_states = self._run_layer(layer, hidden_states, mask, seq_idx, rotary_pos_emb)
         if self.post_process:
             hidden_states = self.final_norm(hidden_states)
         return make_viewless_tensor(inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
@@ -212,4 +290,9 @@ def stack_spec() -> ModuleSpec:
     """The stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
     if te.HAVE_TE and torch.cuda.is_available():
         return _stack(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention, norm=None)
+    return plain_stack_spec()
+
+
+def plain_stack_spec() -> ModuleSpec:
+    """The stack in PyTorch's operations; also the one that emulates FP8."""
     return _stack(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm)

@@ -6,6 +6,8 @@ the scan, convolution and norm come from `nemotron_h.ops`, so it runs without a 
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 import torch
@@ -19,6 +21,32 @@ from torch import Tensor, nn
 
 from nemotron_h.model import init
 from nemotron_h.ops.select import select_ops
+
+logger = logging.getLogger(__name__)
+
+#: what causal-conv1d's vectorised loads need: channels, and the distance between tokens, in multiples of so many
+FUSED_ALIGNMENT = 8
+
+
+def fused_obstacle(conv_channels: int, projected: int) -> str:
+    """Why the fused kernel cannot take these widths of one rank, or nothing where it can.
+
+    mamba-ssm 2.3 copies rows that are not aligned and so runs; older releases raise, and a copy of every row costs more
+    than the fusion saves. Both apply to few heads per rank (the 4B's 112 heads over 4 or 8 ranks).
+
+    Args:
+        conv_channels: channels of the convolution: x, B and C.
+        projected: output width of the input projection: z, x, B, C and dt.
+    """
+    for name, width in (("convolution channels", conv_channels), ("values per token of the input projection", projected)):
+        if width % FUSED_ALIGNMENT:
+            return f"{width} {name} per rank are not a multiple of {FUSED_ALIGNMENT}"
+    return ""
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.info(text)
 
 
 class GatedNorm(nn.Module):
@@ -50,6 +78,8 @@ class NemotronHMixer(MegatronModule):
 
     #: kept in float32 whatever the parameters' dtype: the scan's decays are exponentials of them
     float32_parameters = ("A_log", "D", "dt_bias")
+    #: training takes the kernel that fuses all between the projections
+    fused = False
 
     def __init__(
         self,
@@ -120,6 +150,11 @@ class NemotronHMixer(MegatronModule):
         for parameter in (self.conv1d.weight, self.conv1d.bias, self.A_log, self.D, self.dt_bias):
             parameter.tensor_model_parallel = True
         self.ops = select_ops()
+        if self.ops.fused_mixer is not None:
+            obstacle = fused_obstacle(conv_channels, sum(self.in_proj_sections))
+            self.fused = not obstacle
+            which = f"one by one: {obstacle}" if obstacle else "in one memory-saving kernel"
+            _say_once(f"Mamba-2 convolution, scan and norm run {which}")
 
     def initialize(self, name: str, seed: int) -> None:
         """Draw the mixer's weights (`nemotron_h.model.init`); `name` is the mixer's global name."""
@@ -163,6 +198,28 @@ class NemotronHMixer(MegatronModule):
         projected, _ = self.in_proj(hidden_states)
         # [sequence, batch, channels] read as [batch, sequence, channels]; the ops take strided input
         projected = projected.transpose(0, 1)
+        mix = self._mix_fused if self.fused and self.training else self._mix
+        y = mix(projected, seq_idx)
+        return self.out_proj(y.transpose(0, 1))
+
+    def _mix_fused(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """`_mix` in one kernel, which keeps `projected` and the scan's output, and computes the rest again."""
+        return self.ops.fused_mixer(
+            projected,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            -torch.exp(self.A_log),
+            self.D,
+            self.norm.weight,
+            head_dim=self.head_dim,
+            groups=self.groups_local,
+            eps=self.config.layernorm_epsilon,
+            seq_idx=seq_idx,
+        )
+
+    def _mix(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """Convolution, scan and gated norm: [batch, sequence, z x B C dt] to [batch, sequence, channels]."""
         z, xbc, dt = projected.split([self.inner_local, sum(self.conv_sections), self.heads_local], dim=-1)
         xbc = self.ops.conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx)
         x, b, c = xbc.split(self.conv_sections, dim=-1)
@@ -176,14 +233,13 @@ class NemotronHMixer(MegatronModule):
             dt_bias=self.dt_bias,
             seq_idx=seq_idx,
         )
-        y = self.ops.gated_rms_norm(
+        return self.ops.gated_rms_norm(
             y.flatten(-2),
             z,
             self.norm.weight,
             group_size=self.inner_local // self.groups_local,
             eps=self.config.layernorm_epsilon,
         )
-        return self.out_proj(y.transpose(0, 1))
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

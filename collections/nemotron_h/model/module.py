@@ -14,35 +14,15 @@ from nemo.collections.llm import MambaModel, SSMConfig
 from nemo.collections.llm.gpt.model.base import get_batch_on_this_cp_rank
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nemotron_h.errors import UserError
 from nemotron_h.model import init
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
-from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, stack_spec
+from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, plain_stack_spec, stack_spec
 from nemotron_h.model.mixer import NemotronHMixer
+from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
-
-
-class _SquaredReLU(torch.autograd.Function):
-    """One pass each way, and one saved tensor; autograd of the two operations takes four passes more."""
-
-    @staticmethod
-    def forward(ctx, x):
-        positive = torch.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (positive,) = ctx.saved_tensors
-        return torch.addcmul(positive.new_zeros(()), dy, positive, value=2)
-
-
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2, the FFN's activation (paper 2.1). Named, so that configurations can be saved."""
-    return _SquaredReLU.apply(x)
+from nemotron_h.runtime import gpu
 
 
 def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
@@ -78,6 +58,21 @@ class NemotronHMegatronModel(MegatronMambaModel):
         if self.post_process and config.use_cpu_initialization:
             # megatron-core builds this layer itself; the class adds no state, only how it multiplies
             self.output_layer.__class__ = CpuColumnParallelLinear
+        self._register_load_state_dict_pre_hook(self._expect_no_extra_state)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """megatron-core's, without Transformer Engine's `_extra_state`.
+
+        The scales of all recipes here come from the tensors at hand, so there is no FP8 state to keep, and a checkpoint
+        without it continues in any precision.
+        """
+        state = super().sharded_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+
+    def _expect_no_extra_state(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name, module in self.named_modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                state_dict.setdefault(f"{prefix}{name}._extra_state", None)
 
     def forward(  # type: ignore[override]
         self,
@@ -92,7 +87,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
 
         Args:
             input_ids: int [batch, sequence].
-            position_ids: unused, the model has no positions (paper 2.1).
+            position_ids: unused. Most of the family has no positions (paper 2.1); rotary ones count from the row's start
+                even where `seq_idx` starts documents anew, because scores depend on differences of positions alone.
             attention_mask: must be None; attention is causal, within documents where `seq_idx` is given.
             labels: int [batch, sequence], or None for logits.
             seq_idx: int32 [batch, sequence], the document of each token, or None.
@@ -103,7 +99,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         if attention_mask is not None:
             raise ValueError("Nemotron-H derives its attention mask from seq_idx; pass attention_mask=None")
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        hidden = self.decoder(embedded, seq_idx=seq_idx)
+        hidden = self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
         if not self.post_process:
             return hidden
         logits, _ = self.output_layer(hidden)
@@ -113,6 +109,13 @@ class NemotronHMegatronModel(MegatronMambaModel):
             losses = vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
             return losses.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    def _rotary_angles(self, embedded: Tensor | None) -> Tensor | None:
+        """Angles [sequence, 1, 1, channels] of the whole sequence, of which sequence parallelism shows a part."""
+        if self.position_embedding_type != "rope":
+            return None
+        length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config)
+        return self.rotary_pos_emb(length)
 
     def initialize(self, seed: int) -> None:
         """Draw every weight from (seed, its global name): the same model whatever the parallel layout."""
@@ -147,18 +150,32 @@ class NemotronHConfig(SSMConfig):
 
     Attributes beyond NeMo's:
         definition_name: the model definition that the numbers come from.
+        family: the rules that the pattern follows.
         vocab_size: the vocabulary of the tokenizer, before padding.
         conv_kernel: window of the causal convolution.
         init_seed: seed of the initial weights.
+        fp8_emulation: the FP8 recipe that the layers emulate (`nemotron_h.precision.emulation`), or None.
+        fuse_weight_gradients: Transformer Engine's layers accumulate into Megatron's gradient buffer (`main_grad`, which
+            its DistributedDataParallel makes); off for a model that is trained without that wrapper.
+        recompute_mamba, recompute_attention, recompute_ffn: what the backward pass computes again instead of keeping,
+            by layer type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (the squared
+            ReLU's output is not kept).
     """
 
     definition_name: str = ""
+    family: str = "nemotron_h"
     vocab_size: int = 0
     conv_kernel: int = 4
     init_seed: int = 1234
+    fp8_emulation: str | None = None
+    recompute_mamba: str = "none"
+    recompute_attention: str = "none"
+    recompute_ffn: str = "none"
 
     normalization: str = "RMSNorm"
     position_embedding_type: str = "none"
+    rotary_base: int = 0
+    rotary_percent: float = 0.0
     add_bias_linear: bool = False
     gated_linear_unit: bool = False
     share_embeddings_and_output_weights: bool = False
@@ -170,14 +187,19 @@ class NemotronHConfig(SSMConfig):
     mamba_stack_spec: Callable = stack_spec
     forward_step_fn: Callable = forward_step
     data_step_fn: Callable = data_step
-    # Fusions are kernels for GPUs; the builder of recipes switches them on where they run.
-    gradient_accumulation_fusion: bool = False
-    bias_dropout_fusion: bool = False
-    bias_activation_fusion: bool = False
-    masked_softmax_fusion: bool = False
+    # `runtime.gpu` says why each is on or off
+    fuse_weight_gradients: bool = field(default_factory=gpu.default("fuse_weight_gradients"))
+    gradient_accumulation_fusion: bool = field(default_factory=gpu.default("gradient_accumulation_fusion"))
+    bias_dropout_fusion: bool = field(default_factory=gpu.default("bias_dropout_fusion"))
+    bias_activation_fusion: bool = field(default_factory=gpu.default("bias_activation_fusion"))
+    masked_softmax_fusion: bool = field(default_factory=gpu.default("masked_softmax_fusion"))
     apply_rope_fusion: bool = False
-    cross_entropy_loss_fusion: bool = False
-    deallocate_pipeline_outputs: bool = False
+    cross_entropy_loss_fusion: bool = field(default_factory=gpu.default("cross_entropy_loss_fusion"))
+    cross_entropy_fusion_impl: str = field(default_factory=gpu.default("cross_entropy_fusion_impl"))
+    deallocate_pipeline_outputs: bool = field(default_factory=gpu.default("deallocate_pipeline_outputs"))
+    tp_comm_overlap: bool = field(default_factory=gpu.default("tp_comm_overlap"))
+    use_te_rng_tracker: bool = field(default_factory=gpu.default("use_te_rng_tracker"))
+    cuda_graph_impl: str = field(default_factory=gpu.default("cuda_graph_impl"))
     use_cpu_initialization: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
     def __post_init__(self) -> None:
@@ -194,6 +216,7 @@ class NemotronHConfig(SSMConfig):
         pattern = self.hybrid_override_pattern
         return ModelDefinition(
             name=self.definition_name,
+            family=self.family,
             pattern=pattern,
             hidden_size=self.hidden_size,
             ffn_hidden_size=self.ffn_hidden_size,
@@ -206,6 +229,9 @@ class NemotronHConfig(SSMConfig):
             mamba_state_dim=self.mamba_state_dim,
             vocab_size=self.vocab_size,
             conv_kernel=self.conv_kernel,
+            position_embedding=self.position_embedding_type,
+            rope_base=self.rotary_base,
+            rope_percent=self.rotary_percent,
             norm_epsilon=self.layernorm_epsilon,
             init_std=self.init_method_std,
             expect=Expect(pattern.count(MAMBA), pattern.count(ATTENTION), pattern.count(FFN), 0),
@@ -227,11 +253,13 @@ class NemotronHConfig(SSMConfig):
             )
         model = NemotronHMegatronModel(
             self,
-            mamba_stack_spec=self.mamba_stack_spec(),
+            mamba_stack_spec=plain_stack_spec() if self.fp8_emulation else self.mamba_stack_spec(),
             vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
             max_sequence_length=self.seq_length,
             hybrid_override_pattern=self.hybrid_override_pattern,
             position_embedding_type=self.position_embedding_type,
+            rotary_base=self.rotary_base,
+            rotary_percent=self.rotary_percent,
             pre_process=parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,
             post_process=parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
         )

@@ -284,7 +284,8 @@ def _kernel_fused_mixer(
         [batch, length, heads * head_dim], the output projection's input.
     """
     return kernels.split_scan(
-        zxbcdt,
+        # with a batch in strides, the kernel's backward would write the gradient of z into a copy that it drops
+        zxbcdt.contiguous(),
         conv_weight,
         conv_bias,
         dt_bias,

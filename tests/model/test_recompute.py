@@ -1,0 +1,69 @@
+"""Recomputing layers in the backward pass changes no bit of losses or gradients, and keeps less."""
+
+from __future__ import annotations
+
+import pytest
+from small_model import small_config, small_model, tokens
+
+SETTINGS = {
+    "mamba": {"recompute_mamba": "layer"},
+    "attention": {"recompute_attention": "layer"},
+    "ffn": {"recompute_ffn": "layer"},
+    "activation": {"recompute_ffn": "activation"},
+    "all": {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "layer"},
+}
+
+
+def step(**changes):
+    """Loss and gradients of one training step."""
+    model = small_model(small_config(**changes)).train()
+    batch = tokens(2, 65)
+    loss = model(input_ids=batch[:, :-1], labels=batch[:, 1:].contiguous()).mean()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def kept_bytes(**changes) -> int:
+    """What autograd keeps of a forward pass, beyond the weights."""
+    import torch
+
+    model = small_model(small_config(**changes)).train()
+    batch, saved = tokens(2, 65), []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=batch[:, :-1], labels=batch[:, 1:].contiguous())
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+@pytest.fixture(scope="module")
+def plain(megatron):
+    return (*step(), kept_bytes())
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_recompute_is_exact_and_keeps_less(plain, megatron, name: str) -> None:
+    loss, gradients = step(**SETTINGS[name])
+    assert loss.equal(plain[0])
+    assert gradients.keys() == plain[1].keys()
+    different = [key for key, value in plain[1].items() if not gradients[key].equal(value)]
+    assert not different
+    assert kept_bytes(**SETTINGS[name]) < plain[2]
+
+
+def test_evaluation_recomputes_nothing(megatron) -> None:
+    import torch
+
+    batch = tokens(1, 33)
+    losses = []
+    for changes in ({}, SETTINGS["all"], SETTINGS["activation"]):
+        model = small_model(small_config(**changes)).eval()
+        with torch.no_grad():
+            losses.append(model(input_ids=batch[:, :-1], labels=batch[:, 1:].contiguous()))
+    assert losses[0].equal(losses[1])
+    assert losses[0].equal(losses[2])
