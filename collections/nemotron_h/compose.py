@@ -17,11 +17,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemotron_h.data.blend import parse_count
+from nemotron_h.checks import check
 from nemotron_h.errors import UserError
-from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.provenance import Layer, Origin, current_sources, leaves, origins
-from nemotron_h.schema import BLEND_CHANGES, PRECISIONS, STAGES, RecipeConfig
+from nemotron_h.schema import RecipeConfig
 from nemotron_h.strict import nearest, typed
 
 
@@ -137,45 +136,3 @@ def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tup
         if file is not None and not str(part.package or "").startswith("hydra"):
             layers.append(Layer(file, part.package or ""))
     return composed, layers
-
-
-def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
-    """The recipe's model, validated against its own `expect`."""
-    return definition_from_dict(OmegaConf.to_container(OmegaConf.structured(recipe.model)), origin)
-
-
-def count_of(value: str, key: str, origin: str) -> int:
-    """A token count such as 15T."""
-    try:
-        return parse_count(value)
-    except ValueError as error:
-        raise UserError(f"{origin}: {key}: {error}") from error
-
-
-def check_blend_change(value: str | None, where: str = "") -> None:
-    """Refuse an unknown `resume.blend_change`, naming the nearest known one; `where` stands before the key."""
-    if value is not None and value not in BLEND_CHANGES:
-        hint = f"{nearest(value, BLEND_CHANGES)}Known: {', '.join(BLEND_CHANGES)}; or leave it out."
-        raise UserError(f"{where}resume.blend_change = {value!r}", hint=hint)
-
-
-def check(recipe: RecipeConfig, origin: str) -> None:
-    """Check what needs more than one key to be wrong.
-
-    Errors:
-        UserError: names the key, the origin and what would fit.
-    """
-    definition = definition_of(recipe, origin)
-    for key, value, allowed in (("precision", recipe.precision, PRECISIONS), ("stage", recipe.stage, STAGES)):
-        if value not in allowed:
-            hint = f"{nearest(value, allowed)}Known: {', '.join(allowed)}."
-            raise UserError(f"{origin}: {key} = {value!r}", hint=hint)
-    check_blend_change(recipe.resume.blend_change, f"{origin}: ")
-    tokens = count_of(recipe.tokens, "tokens", origin)
-    warmup = count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin)
-    if warmup >= tokens:
-        raise UserError(f"{origin}: optim.warmup_tokens ({warmup:,}) is not shorter than the run ({tokens:,} tokens)")
-    if not 0 <= recipe.optim.final_lr <= recipe.optim.peak_lr:
-        raise UserError(f"{origin}: optim.final_lr = {recipe.optim.final_lr} is not between 0 and optim.peak_lr")
-    definition.validate_tensor_parallel(recipe.parallel.tensor, origin)
-    definition.validate_pipeline_parallel(recipe.parallel.pipeline, origin)

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nemotron_h.compose import compose, definition_of
+from nemotron_h.checks import definition_of
+from nemotron_h.compose import compose
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / ".bench"

@@ -122,7 +122,8 @@ def peek(
     What is not given comes from the recipe, then from the checkpoint. With --checkpoint, a run is continued there: with
     other data than before, --blend-change from_step (or the recipe's resume.blend_change) shows what it sees then.
     """
-    from nemotron_h.compose import check_blend_change, compose, count_of
+    from nemotron_h.checks import check_blend_change, count_of
+    from nemotron_h.compose import compose
     from nemotron_h.data.peek import Peek, RunSettings
     from nemotron_h.data.peek import show as show_samples
 

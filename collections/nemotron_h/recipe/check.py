@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from nemotron_h.compose import count_of, definition_of, trace
+from nemotron_h.checks import count_of, definition_of
+from nemotron_h.compose import trace
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans

@@ -20,7 +20,8 @@ Overrides = Annotated[
 @app.command("list")
 def list_() -> None:
     """List the shipped recipes: name, parameters of the model, tokens of the run."""
-    from nemotron_h.compose import compose, count_of, known_recipes
+    from nemotron_h.checks import count_of
+    from nemotron_h.compose import compose, known_recipes
     from nemotron_h.data.show import short_count
 
     console = Console(highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
-from nemotron_h.compose import check_blend_change
+from nemotron_h.checks import check_blend_change
 from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.errors import UserError
 from nemotron_h.training import checkpoints

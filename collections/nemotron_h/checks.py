@@ -1,0 +1,226 @@
+"""What makes a composed recipe impossible: each check names the key, the recipe, and the nearest value that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from omegaconf import OmegaConf
+
+from nemotron_h.data.blend import load_blend, parse_count
+from nemotron_h.data.phases import Horizon, phase_spans
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition, definition_from_dict
+from nemotron_h.provenance import leaves
+from nemotron_h.schema import (
+    BLEND_CHANGES,
+    FP8_BACKENDS,
+    PRECISIONS,
+    RECOMPUTE,
+    SCHEDULES,
+    STAGES,
+    PrecisionOptionsSchema,
+    RecipeConfig,
+)
+from nemotron_h.strict import nearest
+
+#: at least this; the others may be anything that their type allows
+MINIMUM = {
+    "data.seq_length": 1,
+    "data.global_batch_size": 1,
+    "data.micro_batch_size": 1,
+    "data.workers": 0,
+    "optim.eps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_grad": 0,
+    "parallel.nodes": 1,
+    "parallel.devices": 1,
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "precision_options.bf16_edge_layers": 0,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep": -1,
+    "log.every_steps": 1,
+    "log.validate_every_steps": 1,
+    "log.validation_batches": 0,
+}
+
+
+def check(recipe: RecipeConfig, origin: str) -> None:
+    """Check all that a type cannot: names, ranges, schedule, layout, phases, and sources without a value.
+
+    Args:
+        origin: the recipe or file to name in an error.
+    Errors:
+        UserError: names the key, the origin and what would fit.
+    """
+    definition = definition_of(recipe, origin)
+    check_names(recipe, origin)
+    check_ranges(recipe, origin)
+    check_recompute(recipe, definition, origin)
+    check_schedule(recipe, origin)
+    check_layout(recipe, definition, origin)
+    check_sources(recipe, origin)
+    check_blend(recipe, origin)
+
+
+def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
+    """The recipe's model, validated against its own `expect`."""
+    return definition_from_dict(OmegaConf.to_container(OmegaConf.structured(recipe.model)), origin)
+
+
+def count_of(value: str, key: str, origin: str) -> int:
+    """A token count such as 15T."""
+    try:
+        return parse_count(value)
+    except ValueError as error:
+        raise UserError(f"{origin}: {key}: {error}") from error
+
+
+def check_one_of(key: str, value: str, allowed: Iterable[str], where: str) -> None:
+    """Refuse a value that is not among the allowed, naming the nearest."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(f"{where}{key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
+
+
+def check_blend_change(value: str | None, where: str = "") -> None:
+    """Refuse an unknown `resume.blend_change`, naming the nearest known one; `where` stands before the key."""
+    if value is not None:
+        check_one_of("resume.blend_change", value, BLEND_CHANGES, where)
+
+
+def check_names(recipe: RecipeConfig, origin: str) -> None:
+    """Values that are one of a few words."""
+    for key, value, allowed in (
+        ("stage", recipe.stage, STAGES),
+        ("precision", recipe.precision, PRECISIONS),
+        ("precision_options.fp8_backend", recipe.precision_options.fp8_backend, FP8_BACKENDS),
+        ("optim.schedule", recipe.optim.schedule, SCHEDULES),
+    ):
+        check_one_of(key, value, allowed, f"{origin}: ")
+    check_blend_change(recipe.resume.blend_change, f"{origin}: ")
+    if not recipe.precision.startswith("fp8"):
+        for key, value in dataclasses.asdict(PrecisionOptionsSchema()).items():
+            if getattr(recipe.precision_options, key) != value:
+                raise UserError(
+                    f"{origin}: precision_options.{key} is unused: precision is {recipe.precision}",
+                    hint="leave it out, or set precision: fp8_current_scaling or fp8_blockwise",
+                )
+
+
+def check_ranges(recipe: RecipeConfig, origin: str) -> None:
+    """Sizes and counts that are positive, and AdamW's ranges."""
+    values = dict(leaves(dataclasses.asdict(recipe)))
+    for key, least in MINIMUM.items():
+        if values[key] < least:
+            raise UserError(f"{origin}: {key} = {values[key]} is below {least}", hint=f"set {key} to {least} or more")
+    if recipe.checkpoint.keep == 0:
+        raise UserError(f"{origin}: checkpoint.keep = 0 keeps none", hint="set it to 1 or more, or -1 for all")
+    for key in ("optim.beta1", "optim.beta2"):
+        if not 0 <= values[key] < 1:
+            raise UserError(f"{origin}: {key} = {values[key]} is not in [0, 1)")
+
+
+def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
+    """Known values, and only for layer types that the model has."""
+    counts = {name: definition.count(symbol) for symbol, name in LAYER_NAMES.items()}
+    for kind, allowed in RECOMPUTE.items():
+        value = getattr(recipe.recompute, kind)
+        check_one_of(f"recompute.{kind}", value, allowed, f"{origin}: ")
+        if value != "none" and not counts[kind]:
+            raise UserError(
+                f"{origin}: recompute.{kind} = {value!r} is unused: {definition.name} has no {kind} layers",
+                hint=f"leave recompute.{kind} out",
+            )
+
+
+def check_schedule(recipe: RecipeConfig, origin: str) -> None:
+    """Learning rates, and a warm-up and decay that fit into the run."""
+    optim = recipe.optim
+    tokens = count_of(recipe.tokens, "tokens", origin)
+    warmup = count_of(optim.warmup_tokens, "optim.warmup_tokens", origin)
+    if warmup >= tokens:
+        raise UserError(
+            f"{origin}: optim.warmup_tokens ({warmup:,}) is not shorter than the run ({tokens:,} tokens)",
+            hint=f"warm up for less than {tokens:,} tokens, usually 1 % of the run or less",
+        )
+    if optim.peak_lr <= 0:
+        raise UserError(f"{origin}: optim.peak_lr = {optim.peak_lr} is not positive")
+    if not 0 <= optim.final_lr <= optim.peak_lr:
+        raise UserError(
+            f"{origin}: optim.final_lr = {optim.final_lr} is not between 0 and optim.peak_lr",
+            hint=f"the paper's 1 % of the peak is {optim.peak_lr / 100:g}",
+        )
+    if optim.schedule == "cosine":
+        if optim.decay_tokens is not None:
+            raise UserError(
+                f"{origin}: optim.decay_tokens is unused: a cosine decays from the warm-up to the end of the run",
+                hint="leave it out, or set optim.schedule: wsd",
+            )
+        return
+    if optim.decay_tokens is None:
+        raise UserError(
+            f"{origin}: optim.decay_tokens is missing",
+            hint="optim.schedule: wsd needs the length of its decay, such as 3.6T",
+        )
+    decay = count_of(optim.decay_tokens, "optim.decay_tokens", origin)
+    if warmup + decay > tokens:
+        raise UserError(
+            f"{origin}: optim.warmup_tokens and optim.decay_tokens ({warmup:,} and {decay:,}) are longer than the run "
+            f"({tokens:,} tokens)",
+            hint=f"decay for {tokens - warmup:,} tokens or less",
+        )
+
+
+def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
+    """The model, the ranks, the sequence and the batch divide as the layout says."""
+    data, parallel = recipe.data, recipe.parallel
+    definition.validate_tensor_parallel(parallel.tensor, origin)
+    definition.validate_pipeline_parallel(parallel.pipeline, origin)
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError(
+            f"{origin}: parallel.sequence is unused: parallel.tensor is 1, and sequences are split over those ranks",
+            hint="set parallel.sequence: false, or parallel.tensor to 2 or more",
+        )
+    if parallel.sequence:
+        _divides("data.seq_length", data.seq_length, "parallel.tensor (parallel.sequence)", parallel.tensor, origin)
+    ranks, model_ranks = parallel.nodes * parallel.devices, parallel.tensor * parallel.pipeline
+    _divides("parallel.nodes * parallel.devices", ranks, "parallel.tensor * parallel.pipeline", model_ranks, origin)
+    _divides(
+        "data.global_batch_size",
+        data.global_batch_size,
+        f"data.micro_batch_size * data-parallel size ({data.micro_batch_size} * {ranks // model_ranks})",
+        data.micro_batch_size * (ranks // model_ranks),
+        origin,
+    )
+
+
+def _divides(key: str, value: int, by: str, size: int, origin: str) -> None:
+    if value % size:
+        fits = max(1, (2 * value + size) // (2 * size)) * size
+        raise UserError(f"{origin}: {key} = {value} is not a multiple of {by} = {size}", hint=f"the nearest is {fits}")
+
+
+def check_sources(recipe: RecipeConfig, origin: str) -> None:
+    """Every source is stated for a key, or a part, that there is."""
+    values = dataclasses.asdict(recipe)
+    for name, stated, content in (
+        ("sources", recipe.sources, values),
+        ("model.sources", recipe.model.sources, values["model"]),
+    ):
+        keys = [key for key, _ in leaves(content)]
+        known = {".".join(key.split(".")[:depth]) for key in keys for depth in range(1, key.count(".") + 2)}
+        for key in stated:
+            if key not in known:
+                raise UserError(f"{origin}: {name} has {key!r}, which is no key", hint=nearest(key, known).strip())
+
+
+def check_blend(recipe: RecipeConfig, origin: str) -> None:
+    """The blend is there, and each of its phases has a step in a run of this length."""
+    data = recipe.data
+    horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
+    try:
+        phase_spans(load_blend(data.blend).phases, horizon)
+    except UserError as error:
+        raise UserError(f"{origin}: data.blend = {data.blend}: {error.message}", hint=error.hint) from error
