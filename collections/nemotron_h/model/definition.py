@@ -7,6 +7,7 @@ holds the numbers once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from nemotron_h.errors import UserError
@@ -311,6 +312,13 @@ class ModelDefinition:
                 f"{origin}: {key} = {size} does not fit the {self.num_layers} layers of model {self.name}",
                 hint=f"nearest: {min(max(size, 1), self.num_layers)}",
             )
+
+
+def pipeline_layers(num_layers: int, stages: int) -> list[range]:
+    """Layers of each pipeline stage: contiguous, sizes differing by one at most, larger stages first."""
+    size, extra = divmod(num_layers, stages)
+    starts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
+    return [range(a, b) for a, b in pairwise(starts)]
 
 
 def definition_from_dict(values: dict[str, Any], origin: str) -> ModelDefinition:

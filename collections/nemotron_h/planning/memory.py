@@ -1,0 +1,409 @@
+"""Memory of one rank in training, by part, for a layout. Pure arithmetic.
+
+What a rank holds at its peak is
+    weights + gradients + optimizer + buffers      (always there)
+  + activations                                    (kept for the backward pass at that moment)
+  + working                                        (what the operation that runs just then allocates on top).
+The sizes follow the code that runs. On the CPU that is Megatron's layers over the plain operations of `nemotron_h.ops`;
+they agree with the allocator's measured peak (tests/planning). On a GPU it is Transformer Engine's layers, cuDNN
+attention and mamba-ssm's fused kernel, from what those keep for their backward; the CUDA context, NCCL and
+fragmentation come on top, for which the margin between a GPU's nominal and its real memory stands (configs/gpus.yaml).
+
+The peak lies where the last forward has just ended or in the backward of one of the layers; each is computed, and the
+largest counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
+
+GIB = 2**30
+BACKENDS = ("gpu", "cpu")
+
+#: bytes of a weight, and of what the optimizer keeps for it (float32 main weight where the weight is not, two moments)
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
+GRADIENT_BYTES = 4  # gradients are summed in float32 (training/strategy.py)
+
+#: as `make_vocab_size_divisible_by`, NeMo's and Megatron's default: per tensor-parallel rank
+VOCABULARY_MULTIPLE = 128
+#: tokens per chunk of the kernels' scan (ops/select.py), and of ours, with the size of ours' segments (ops/ssd.py)
+KERNEL_CHUNK, CPU_CHUNK, CPU_SEGMENT_ELEMENTS = 128, 32, 1 << 18
+#: widths of one rank that the fused kernel takes are multiples of this (model/mixer.py)
+FUSED_ALIGNMENT = 8
+#: ours: workspaces of cuBLAS that Transformer Engine and torch allocate once
+GPU_WORKSPACE = 96 * 2**20
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is trained: the keys of a recipe that memory depends on.
+
+    Attributes:
+        tensor, pipeline, data: ranks per axis.
+        context: context-parallel ranks; planned only, training refuses more than 1.
+        sequence: sequence parallelism over the tensor-parallel ranks.
+        distributed_optimizer: the optimizer's state is sharded over `data`.
+        seq_length, micro_batch: tokens per sequence, sequences per forward pass of one rank.
+        micro_batches: forward passes per step of one rank.
+        precision: as the recipe's.
+        bf16_edge_layers: with FP8, layers at each end that stay in BF16.
+        recompute_mamba, recompute_ffn, recompute_attention: as the recipe's `recompute`.
+        backend: `gpu` or `cpu`.
+    """
+
+    seq_length: int
+    micro_batch: int = 1
+    micro_batches: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = True
+    precision: str = "bf16"
+    bf16_edge_layers: int = 2
+    recompute_mamba: str = "none"
+    recompute_ffn: str = "none"
+    recompute_attention: str = "none"
+    backend: str = "gpu"
+
+    @property
+    def ranks(self) -> int:
+        """All ranks."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def base_precision(self) -> str:
+        """The precision of the weights: FP8 keeps them in bfloat16."""
+        return "fp32" if self.precision == "fp32" else "bf16"
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the GEMMs keep their inputs in FP8. On the CPU FP8 is emulated, in bfloat16's sizes."""
+        return self.precision.startswith("fp8") and self.backend == "gpu"
+
+    def recompute(self, symbol: str) -> str:
+        """The recompute setting of a layer type."""
+        return getattr(self, f"recompute_{LAYER_NAMES[symbol]}")
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one rank of a pipeline stage at its peak.
+
+    Attributes:
+        stage: number of the stage, from 0.
+        weights: with the vocabulary's padding, and with FP8 the copies that Transformer Engine caches.
+        gradients: float32 sums.
+        optimizer: main weights and moments of this rank's share.
+        buffers: what is allocated once and stays: communication and GEMM workspaces.
+        activations: kept for the backward pass at the peak, by layer type and for the `head` (logits and loss), of all
+            micro-batches in flight.
+        working: what the operation at the peak allocates.
+        at: where the peak lies: `head`, a layer type, or `optimizer`.
+    """
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: dict[str, int] = field(default_factory=dict)
+    working: int = 0
+    at: str = ""
+
+    @property
+    def states(self) -> int:
+        """What is there between steps."""
+        return self.weights + self.gradients + self.optimizer + self.buffers
+
+    @property
+    def peak(self) -> int:
+        """All parts."""
+        return self.states + sum(self.activations.values()) + self.working
+
+    def parts(self) -> dict[str, int]:
+        """Part -> bytes, in the order of a table; zero parts left out."""
+        parts = {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            **{f"activations: {name}": size for name, size in self.activations.items()},
+            "working": self.working,
+            "buffers": self.buffers,
+        }
+        return {name: size for name, size in parts.items() if size}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of one layer and micro-batch.
+
+    Attributes:
+        kept: between its forward and its backward.
+        backward: on top of that, at the worst moment of its backward.
+    """
+
+    kept: int
+    backward: int
+
+
+def padded_vocabulary(definition: ModelDefinition, tensor: int) -> int:
+    """Rows of the embedding and output matrices over all tensor-parallel ranks."""
+    multiple = VOCABULARY_MULTIPLE * tensor
+    return math.ceil(definition.vocab_size / multiple) * multiple
+
+
+def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
+    """Parameters of one rank of a stage: all of them, and how many of these stay in float32 in any precision."""
+    d, t = definition, layout.tensor
+    total = in_float32 = 0
+    for index in pipeline_layers(d.num_layers, layout.pipeline)[stage]:
+        symbol = d.pattern[index]
+        norm = d.hidden_size  # the input norm is on every tensor-parallel rank, all else is split
+        total += norm + (d.layer_parameters(symbol) - norm) // t
+        in_float32 += 3 * d.mamba_num_heads // t if symbol == MAMBA else 0
+    matrix = padded_vocabulary(d, t) // t * d.hidden_size
+    total += matrix * (stage == 0) + (matrix + d.hidden_size) * (stage == layout.pipeline - 1)
+    return total, in_float32
+
+
+def _gemm_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
+    """Weights of one rank of a stage whose products FP8 takes."""
+    d = definition
+    per_layer = {
+        MAMBA: d.hidden_size * (d.in_proj_size + d.d_inner),
+        ATTENTION: d.hidden_size * 2 * (d.num_attention_heads + d.num_query_groups) * d.head_dim,
+        FFN: 2 * d.hidden_size * d.ffn_hidden_size,
+    }
+    edge = layout.bf16_edge_layers
+    layers = pipeline_layers(d.num_layers, layout.pipeline)[stage]
+    return sum(per_layer[d.pattern[i]] for i in layers if edge <= i < d.num_layers - edge) // layout.tensor
+
+
+class _Rank:
+    """Sizes of one rank's tensors for one micro-batch, in bytes."""
+
+    def __init__(self, definition: ModelDefinition, layout: Layout) -> None:
+        self.d, self.layout = definition, layout
+        d, t = definition, layout.tensor
+        self.cpu = layout.backend == "cpu"
+        self.float32 = layout.base_precision == "fp32"
+        self.e = 4 if self.float32 else 2
+        self.tokens = layout.seq_length // layout.context * layout.micro_batch
+        whole = self.tokens * d.hidden_size * self.e
+        #: the residual stream, and the same gathered from all tensor-parallel ranks
+        self.residual = whole // t if layout.sequence else whole
+        self.gathered = whole if layout.sequence and t > 1 else 0
+        self.norm_rows = self.tokens // (t if layout.sequence else 1) * 4
+        self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
+
+    def act(self, width: int) -> int:
+        """An activation [tokens, width / tensor]."""
+        return self.tokens * width // self.layout.tensor * self.e
+
+    def weight(self, rows: int, columns: int) -> int:
+        """The gradient of a weight [rows, columns] split over the tensor-parallel ranks, before it is summed."""
+        return rows * columns // self.layout.tensor * self.e
+
+    def transposed(self, outputs: int, inputs: int) -> int:
+        """Copies of oneDNN's float32 products (ops/linear.py): the narrower factor of the weight's gradient."""
+        plain = self.cpu and self.float32 and self.layout.tensor == 1
+        return self.tokens * min(outputs, inputs) * 4 if plain else 0
+
+    def saved_input(self, size: int, layer_in_fp8: bool) -> int:
+        """A GEMM's input as it is kept: one byte a value where it is quantised."""
+        return size // self.e if layer_in_fp8 else size
+
+    def layer(self, index: int) -> _Layer:
+        """A layer under the recompute settings."""
+        symbol = self.d.pattern[index]
+        edge = self.layout.bf16_edge_layers
+        fp8 = self.layout.fp8 and edge <= index < self.d.num_layers - edge
+        full = {MAMBA: self._mamba, ATTENTION: self._attention, FFN: self._ffn}[symbol](fp8)
+        if self.layout.recompute(symbol) == "layer":
+            # The input alone is kept; the backward runs the forward again, its output included, before its own.
+            again = full.kept - self.residual + self.residual
+            return _Layer(kept=self.residual, backward=again + full.backward)
+        return full
+
+    def _input(self, fp8: bool) -> int:
+        """What any layer keeps first: its input, the normalised input, and the norm's rows."""
+        return self.residual + self.saved_input(self.residual, fp8) + self.norm_rows
+
+    def _ffn(self, fp8: bool) -> _Layer:
+        d = self.d
+        inner = self.act(d.ffn_hidden_size)
+        fc2 = self.saved_input(inner, fp8)
+        product = inner + self.weight(d.hidden_size, d.ffn_hidden_size) + self.transposed(d.hidden_size, d.ffn_hidden_size)
+        kept = self._input(fp8) + inner + fc2  # relu(x), and relu(x)^2, the second product's input
+        backward = self.residual + self.gathered + product
+        if self.layout.recompute_ffn == "activation":
+            # the first product's output is kept; relu(x) and relu(x)^2 come again before the second's backward
+            return _Layer(kept=self._input(fp8) + inner, backward=backward + inner + fc2)
+        return _Layer(kept, backward)
+
+    def _attention(self, fp8: bool) -> _Layer:
+        d, t = self.d, self.layout.tensor
+        query, key = d.num_attention_heads * d.head_dim, d.num_query_groups * d.head_dim
+        q, kv, out = self.act(query), self.act(2 * key), self.act(query)
+        rows = self.tokens * d.num_attention_heads // t * 4  # log-sum-exp
+        kept = self._input(fp8) + out + rows
+        if fp8:
+            kept += self.saved_input(out, True)
+        if self.cpu:
+            # keys and values are views of the projection's output; queries are copied unless there is one group
+            kept += q + kv + (q if d.num_query_groups // t > 1 or d.rotary_dim else 0)
+            kept += kv // 2 if d.rotary_dim else 0
+        else:
+            kept += q + kv
+        weight = self.weight(d.hidden_size, query) + self.transposed(d.hidden_size, query)
+        project = self.gathered + out + weight
+        attend = out + q + kv  # gradients of the output, queries, keys and values
+        split = attend + (q + kv) - 2 * q
+        if not self.cpu:
+            attend += 2 * q  # cuDNN sums the queries' gradient in float32
+        return _Layer(kept, self.residual + max(project, attend, split))
+
+    def _mamba(self, fp8: bool) -> _Layer:
+        d = self.d
+        projected, conv, inner = self.act(d.in_proj_size), self.act(d.conv_channels), self.act(d.d_inner)
+        rows = self.tokens * d.mamba_num_groups // self.layout.tensor * 4
+        out = self.saved_input(inner, fp8)
+        weight = self.weight(d.hidden_size, d.d_inner) + self.transposed(d.hidden_size, d.d_inner)
+        out_weight = self.gathered + inner + weight
+        in_weight = self.weight(d.in_proj_size, d.hidden_size) + self.transposed(d.in_proj_size, d.hidden_size)
+        base = self._input(fp8) + projected + inner + out + rows  # projected, the scan's output, the norm's output
+        if self.fused:
+            kept = base
+            states = self.chunk_states()
+            gram = self.tokens // 1 * KERNEL_CHUNK * d.mamba_num_groups // self.layout.tensor * 4
+            steps = self.tokens * d.mamba_num_heads // self.layout.tensor * 4
+            # convolution again, gradients of the projection and of x, B, C, of the norm's output and input; the states
+            # of the chunks and their gradients in float32 and bfloat16; C B^T and its gradient; step sizes, decays
+            kernel = 2 * conv + projected + 2 * inner + 8 * states + 2 * gram + 6 * steps - out
+        else:
+            kept = base + conv + (self.segment_starts() if self.cpu else 2 * rows)
+            # first the norm (gradients of its output, of y and of z), then the scan and the split of x, B, C
+            kernel = max(3 * inner - out, 2 * inner + 2 * conv - out - inner)
+            if not self.cpu:
+                kernel += 8 * self.chunk_states()
+        after = -(2 * inner + (0 if self.fused else conv))  # out, y (and x, B, C) are spent
+        join = 2 * projected + after  # gradients of z, x, B, C and dt, and their concatenation
+        project = projected + (self.residual if not self.gathered else 2 * self.gathered) + in_weight + after - projected
+        return _Layer(kept, self.residual + max(out_weight, kernel, join, project))
+
+    @property
+    def fused(self) -> bool:
+        """Whether mamba-ssm's fused kernel takes this rank's widths (`nemotron_h.model.mixer.fused_obstacle`)."""
+        d, t = self.d, self.layout.tensor
+        return not self.cpu and not (d.conv_channels // t % FUSED_ALIGNMENT or d.in_proj_size // t % FUSED_ALIGNMENT)
+
+    def chunk_states(self) -> int:
+        """Elements of the states at the edges of a scan's chunks."""
+        chunks = self.layout.micro_batch * math.ceil(self.layout.seq_length // self.layout.context / KERNEL_CHUNK)
+        return chunks * self.d.d_inner // self.layout.tensor * self.d.mamba_state_dim
+
+    def segment_starts(self) -> int:
+        """Bytes of the states that our scan keeps, one per segment of each sequence (ops/ssd.py)."""
+        d, t = self.d, self.layout.tensor
+        length = self.layout.seq_length
+        chunk = min(CPU_CHUNK, length)
+        heads = d.mamba_num_heads // t
+        tokens = max(CPU_SEGMENT_ELEMENTS // (heads * chunk), chunk)
+        step = max(tokens // chunk, 1) * chunk
+        segments = math.ceil((length - length % chunk) / step) + (1 if length % chunk else 0)
+        return self.layout.micro_batch * segments * d.d_inner // t * d.mamba_state_dim * 4
+
+    def head(self) -> _Layer:
+        """Final norm, output matrix and loss."""
+        d = self.d
+        rows = padded_vocabulary(d, self.layout.tensor)
+        small = self.tokens * 32  # labels' positions, sums and losses
+        entry = 2 * self.residual + self.norm_rows
+        product = self.residual + self.gathered + self.weight(rows, d.hidden_size) + self.transposed(rows, d.hidden_size)
+        if self.cpu:
+            # the loss is computed in the logits' memory; torch's scatter copies 16-bit logits to float32
+            return _Layer(entry + self.logits + small, max(product, 0 if self.float32 else 2 * self.logits))
+        # Megatron keeps softmax in float32; the logits beside it in the forward, their gradient in the backward
+        softmax = self.logits * 4 // self.e
+        return _Layer(entry + softmax + small, max(self.logits, product + self.logits - softmax))
+
+    def buffers(self, first: bool, last: bool) -> int:
+        """Allocated once: Megatron's buffer for gathered inputs, and on a GPU the GEMMs' workspaces."""
+        if self.cpu:
+            return 3 * self.gathered  # the buffer, and copies in gloo's reduce-scatter
+        return GPU_WORKSPACE + (self.gathered if last else 0)
+
+
+def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> StageMemory:
+    """Memory of one rank of a pipeline stage."""
+    rank = _Rank(definition, layout)
+    total, in_float32 = rank_parameters(definition, layout, stage)
+    base = layout.base_precision
+    low = total - in_float32 if base == "bf16" else 0
+    shards = layout.data * layout.context if layout.distributed_optimizer else 1
+    weights = low * WEIGHT_BYTES["bf16"] + (total - low) * 4
+    if layout.fp8:
+        weights += 2 * _gemm_weights(definition, layout, stage)  # as stored and transposed
+    first, last = stage == 0, stage == layout.pipeline - 1
+    states = StageMemory(
+        stage=stage,
+        weights=weights,
+        gradients=total * GRADIENT_BYTES,
+        optimizer=math.ceil((low * OPTIMIZER_BYTES["bf16"] + (total - low) * OPTIMIZER_BYTES["fp32"]) / shards),
+        buffers=rank.buffers(first, last),
+    )
+    return max(_moments(definition, layout, states, rank), key=lambda moment: moment.peak)
+
+
+def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, rank: _Rank) -> Iterator[StageMemory]:
+    """The states of a stage with what is held on top, at each moment that may be the peak."""
+    stage, last = states.stage, states.stage == layout.pipeline - 1
+    layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
+    in_flight = min(layout.micro_batches, layout.pipeline - stage)  # one forward, one backward (1F1B)
+    kept: dict[str, int] = {}
+    made = [(LAYER_NAMES[definition.pattern[index]], rank.layer(index)) for index in layers]
+    for name, layer in made:
+        kept[name] = kept.get(name, 0) + layer.kept * in_flight
+    if not last:
+        kept["stage output"] = rank.residual * in_flight
+    # between stages the next input is received before it is needed
+    received = rank.residual if layout.pipeline > 1 else 0
+    if last:
+        head = rank.head()
+        yield replace(states, activations={**kept, "head": head.kept}, working=head.backward + received, at="head")
+    for name, layer in reversed(made):
+        yield replace(states, activations=dict(kept), working=layer.backward + received, at=name)
+        kept[name] -= layer.kept
+    yield replace(states, working=_optimizer_step(definition, layout, states), at="optimizer")
+
+
+def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMemory) -> int:
+    """Clipping copies the largest gradient; gloo sums gradients in a copy of all of them."""
+    largest = padded_vocabulary(definition, layout.tensor) // layout.tensor * definition.hidden_size * 4
+    shards = layout.data if layout.distributed_optimizer else 1
+    if layout.backend == "cpu" and layout.data > 1:
+        return max(states.gradients, largest // shards)
+    return largest // shards
+
+
+def plan_memory(definition: ModelDefinition, layout: Layout) -> list[StageMemory]:
+    """Memory of one rank of every pipeline stage; the largest decides whether the layout fits."""
+    return [stage_memory(definition, layout, stage) for stage in range(layout.pipeline)]
+
+
+def largest_stage(definition: ModelDefinition, layout: Layout) -> StageMemory:
+    """The stage that needs most."""
+    return max(plan_memory(definition, layout), key=lambda stage: stage.peak)
+
+
+def checkpoint_bytes(definition: ModelDefinition, precision: str) -> dict[str, int]:
+    """Bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32)."""
+    base = "fp32" if precision == "fp32" else "bf16"
+    return {"weights": definition.parameters * WEIGHT_BYTES[base], "optimizer": definition.parameters * 12}
