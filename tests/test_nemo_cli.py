@@ -31,6 +31,9 @@ def app():
 def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
     """Run the command in an empty folder; its exit code and all that it printed."""
     monkeypatch.chdir(tmp_path)
+    own = "defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: {}\noverrides: [{}]\n"
+    (tmp_path / "my.yaml").write_text(own.format("my", "trainer.max_steps=3"))
+    (tmp_path / "wrong.yaml").write_text(own.format("wrong", "trainer.max_stpes=3"))
 
     def run(*arguments: str, factory: str = "nemotron_h_tiny") -> tuple[int, str]:
         result: Result = CliRunner().invoke(app, ["llm", "pretrain", "--factory", factory, "--yes", *arguments])
@@ -66,6 +69,11 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         ("nemotron_h_tiny", ("data.micro_batch_size=3",), ("micro_batch_size 3",)),
         ("nemotron_h_tiny", ("trainer.plugins.name=fp61",), ("precision 'fp61'",)),
         ("nemotron_h_recipe(path=no.yaml)", (), ("no recipe file no.yaml",)),
+        (
+            "nemotron_h_recipe(path=wrong.yaml)",
+            (),
+            ("wrong: overrides: unknown key trainer.max_stpes", "Did you mean max_steps?"),
+        ),
     ],
 )
 def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], expected: tuple[str, ...]) -> None:
@@ -109,3 +117,42 @@ def test_overrides_reach_the_objects() -> None:
     assert task.optim.peak_lr == pytest.approx(3e-4)
     assert (task.model.config.ffn_hidden_size, task.data.seed, task.data.root) == (512, 7, "elsewhere")
     assert (task.resume.must_exist, task.log.explicit_log_dir) == (True, "there")
+
+
+def test_a_file_of_the_user_s_own_runs_by_its_relative_path(pretrain, tmp_path: Path) -> None:
+    for path in ("my.yaml", f"{tmp_path}/my.yaml"):
+        code, output = pretrain("--dryrun", "optim.peak_lr=4e-3", factory=f"nemotron_h_recipe(path={path})")
+        assert code == 0, output
+        assert "runs/my" in output
+        assert "0.004" in output
+        assert "trainer.max_steps=3" in output.replace(" ", "")  # in the record's overrides
+
+
+def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_same_task(app, tmp_path: Path) -> None:
+    from nemo.collections import llm
+    from nemo_run.cli.api import RunContext
+    from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+    from nemotron_h.compose import compose
+    from nemotron_h.training import pretrain
+    from nemotron_h.training.callbacks.run_record import RunRecord, recipe_text
+
+    (tmp_path / "own.yaml").write_text(
+        "defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\n"
+        "overrides: [trainer.max_steps=5, optim.weight_decay=0.2]\n"
+    )
+    (tmp_path / "more.yaml").write_text("optim: {beta1: 0.8}\n")
+    context = RunContext(
+        name="pretrain", factory=f"nemotron_h_recipe(path={tmp_path}/own.yaml)", yaml=f"{tmp_path}/more.yaml"
+    )
+    changed = ["trainer.max_steps=3", "optim.peak_lr=2e-3", "optim.peak_lr*=2", "data.root=elsewhere"]
+    task = context.parse_fn(llm.pretrain, changed)
+    assert (task.trainer.max_steps, task.data.root) == (3, "elsewhere")
+    assert (task.optim.peak_lr, task.optim.weight_decay, task.optim.beta1) == (pytest.approx(4e-3), 0.2, 0.8)
+
+    sent = ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(task))  # as an executor does
+    record = next(c for c in sent.trainer.callbacks if c.__fn_or_cls__ is RunRecord)
+    assert sorted(record.recipe["overrides"]) == sorted([*changed, "optim.weight_decay=0.2", "optim.beta1=0.8"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe_text(record.recipe, path))
+    assert pretrain.build(compose(str(path))) == task

@@ -10,8 +10,9 @@ import nemo_run as run  # noqa: E402
 from nemo.collections import llm  # noqa: E402
 
 from nemotron_h.compose import compose, known_recipes  # noqa: E402
-from nemotron_h.runtime import nemo_cli  # noqa: E402
+from nemotron_h.runtime import cluster_cli, nemo_cli  # noqa: E402
 from nemotron_h.training import pretrain  # noqa: E402
+from nemotron_h.training.callbacks import run_record  # noqa: E402
 
 BUILDERS = {"pretrain": (llm.pretrain, pretrain.build)}
 
@@ -39,4 +40,5 @@ def nemotron_h_recipe(path: str) -> run.Partial:
     return BUILDERS[recipe.stage][1](recipe)
 
 
-nemo_cli.install()
+nemo_cli.install(run_record.note)
+cluster_cli.install()

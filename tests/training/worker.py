@@ -1,13 +1,12 @@
 """Run a recipe as `nemo llm pretrain` does and record what each step did.
 
-`worker.py RECIPE [kill=STEP] [key=value ...]`: overrides of the built recipe are dotted; `kill` ends the process with
-SIGKILL right after that step. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning
+`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [key=value ...]`: overrides of the built recipe are dotted; `kill`
+ends the process with SIGKILL right after that step, `signal` sends a signal to one rank during it. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning
 rate as exact hexadecimal floats, and the numbers of the samples that this rank read.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import signal
@@ -25,6 +24,8 @@ import nemo_run as run  # noqa: E402
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
+from nemotron_h.runtime import settings  # noqa: E402
+from nemotron_h.training.callbacks import run_record  # noqa: E402
 from nemotron_h.training.pretrain import build  # noqa: E402
 
 READ: list[int] = []
@@ -42,10 +43,15 @@ WindowDataset.__getitem__ = recording
 
 
 class Recorder(pl.Callback):
-    """Append a line per step; kill the process when told."""
+    """Append a line per step; kill or signal the process when told."""
 
-    def __init__(self, kill: int | None) -> None:
+    def __init__(self, kill: int | None, told: str | None) -> None:
         self.kill = kill
+        self.told = told.split(":") if told else None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.told and (trainer.global_step + 1, trainer.global_rank) == (int(self.told[0]), int(self.told[1])):
+            os.kill(os.getpid(), getattr(signal, self.told[2]))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         metrics = trainer.callback_metrics
@@ -68,21 +74,20 @@ class Recorder(pl.Callback):
 def main(recipe: str, *options: str) -> None:
     """Build, override, run."""
     task = build(compose(recipe))
-    kill = None
+    kill = told = None
+    changed = []
     for option in options:
         key, value = option.split("=", 1)
         if key == "kill":
             kill = int(value)
             continue
-        *path, last = key.split(".")
-        node = task
-        for part in path:
-            node = getattr(node, part)
-        try:
-            setattr(node, last, ast.literal_eval(value))
-        except (SyntaxError, ValueError):
-            setattr(node, last, value)
-    task.trainer.callbacks.append(run.Config(Recorder, kill=kill))
+        if key == "signal":
+            told = value
+            continue
+        changed.append(option)
+    settings.apply(task, changed, "worker.py")
+    run_record.note(task, changed)
+    task.trainer.callbacks.insert(0, run.Config(Recorder, kill=kill, told=told))
     try:
         fdl.build(task)()
     except UserError as error:

@@ -14,8 +14,10 @@ from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
+from nemotron_h.runtime import settings
 from nemotron_h.schema import ModelSchema, RecipeConfig
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+from nemotron_h.training.callbacks.preemption import Preemption
 from nemotron_h.training.callbacks.progress import ProgressLine
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
 from nemotron_h.training.callbacks.step_seed import StepSeed
@@ -29,6 +31,7 @@ def model_config(model: ModelSchema, seq_length: int, init_seed: int) -> run.Con
     return run.Config(
         NemotronHConfig,
         definition_name=model.name,
+        family=model.family,
         hybrid_override_pattern=model.pattern,
         num_layers=len(model.pattern),
         hidden_size=model.hidden_size,
@@ -42,6 +45,9 @@ def model_config(model: ModelSchema, seq_length: int, init_seed: int) -> run.Con
         mamba_state_dim=model.mamba_state_dim,
         vocab_size=model.vocab_size,
         conv_kernel=model.conv_kernel,
+        position_embedding_type=model.position_embedding,
+        rotary_base=model.rope_base,
+        rotary_percent=model.rope_percent,
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_std,
         seq_length=seq_length,
@@ -50,12 +56,16 @@ def model_config(model: ModelSchema, seq_length: int, init_seed: int) -> run.Con
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
-    """The recipe as a `nemo_run.Partial` of `llm.pretrain`; nothing is created yet, every value can be overridden."""
+    """The recipe as a `nemo_run.Partial` of `llm.pretrain`; nothing is created yet, every value can be overridden.
+
+    Errors:
+        UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
+    """
     data, optim, parallel = recipe.data, recipe.optim, recipe.parallel
     origin = f"recipe {recipe.name}"
     horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
     run_dir = f"{recipe.log.dir}/{recipe.name}"
-    return run.Partial(
+    task = run.Partial(
         llm.pretrain,
         model=run.Config(NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed)),
         data=run.Config(
@@ -92,6 +102,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
+                run.Config(Preemption, leave_after=recipe.checkpoint.leave_after),  # last: see there
             ],
             log_every_n_steps=1,
             val_check_interval=recipe.log.validate_every_steps,
@@ -125,3 +136,5 @@ def build(recipe: RecipeConfig) -> run.Partial:
             distributed_optimizer=parallel.distributed_optimizer,
         ),
     )
+    settings.apply(task, recipe.overrides, f"{origin}: overrides")
+    return task

@@ -9,11 +9,17 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import lightning.pytorch as pl
+import nemo_run as run
 import torch
+
+from nemotron_h.recipe.text import to_yaml
+from nemotron_h.runtime import settings
 
 VERSIONED = (
     "nemotron-h-recipes",
@@ -26,6 +32,7 @@ VERSIONED = (
     "mamba-ssm",
     "causal-conv1d",
 )
+RECIPE = "recipe.yaml"
 
 
 def versions() -> dict[str, str]:
@@ -65,10 +72,10 @@ def plain(value: Any) -> Any:
 
 
 class RunRecord(pl.Callback):
-    """Write `run.json` at the start and the end of a run, and beside each checkpoint.
+    """Write `run.json` and `recipe.yaml` at the start and the end of a run, and beside each checkpoint.
 
     Args:
-        recipe: the resolved recipe, as plain containers; what the command line changed on top is in `command`.
+        recipe: the resolved recipe, as plain containers; its `overrides` hold what was changed in the built task.
     """
 
     def __init__(self, recipe: dict[str, Any]) -> None:
@@ -125,9 +132,36 @@ class RunRecord(pl.Callback):
             "metrics": metrics,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1))
-        temporary.replace(path)
+        recipe = path.with_name(RECIPE)
+        for file, content in ((recipe, recipe_text(self.recipe, recipe)), (path, json.dumps(record, indent=1))):
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(content)
+            temporary.replace(file)
+
+
+def recipe_text(recipe: dict[str, Any], path: Path) -> str:
+    """The recipe as a YAML file that runs again, and says how."""
+    again = f'nemo llm {recipe["stage"]} --factory "nemotron_h_recipe(path={path})" --yes log.explicit_log_dir=ANOTHER'
+    return (
+        "# The complete recipe of a run; `overrides` is what its command line changed. To run it again:\n"
+        f"#   cd {Path.cwd()}\n"
+        f"#   {again}\n"
+        "# More settings may follow; later ones win. run.json, beside this file, has versions and data hashes.\n"
+        + to_yaml(recipe)
+    )
+
+
+def note(task: run.Partial, changed: Sequence[str]) -> None:
+    """Add settings that were made in a built task to its record, inside the task itself: they travel with it.
+
+    Args:
+        task: of `build`, the settings applied; one without a `RunRecord` is left alone.
+        changed: in the order in which they were applied.
+    """
+    for callback in getattr(getattr(task, "trainer", None), "callbacks", None) or []:
+        if isinstance(callback, fdl.Buildable) and fdl.get_callable(callback) is RunRecord:
+            overrides = settings.merged(callback.recipe["overrides"], changed)
+            callback.recipe = {**callback.recipe, "overrides": overrides}
 
 
 def vars_of(config: Any) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Dotted settings (`trainer.max_steps=20`) on a built object graph: nemo-run's own parser, with clear errors.
+
+nemo-run reads annotations as they stand: it cannot parse `"int"` (postponed annotations) or `int | None`.
+`cli_parser._maybe_resolve_annotation` is wrapped (patched) to give it the types that they name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import re
+import types
+from collections.abc import Sequence
+from typing import Any, Union
+
+import fiddle as fdl
+import nemo_run
+from nemo_run.cli import cli_parser
+from nemo_run.cli.cli_parser import CLIException, parse_cli_args
+
+from nemotron_h.errors import UserError
+from nemotron_h.strict import nearest
+
+_SETTING = re.compile(r"^([\w.\[\]]+?)\s*([-+*/|&]?=)")
+
+
+def parts(setting: str) -> tuple[str, str]:
+    """The dotted key of a setting and its operator; two empty texts where it is none."""
+    found = _SETTING.match(setting)
+    return (found.group(1), found.group(2)) if found else ("", "")
+
+
+def read_annotations() -> None:
+    """Wrap nemo-run's reading of annotations, once."""
+    resolve = cli_parser._maybe_resolve_annotation
+    if not getattr(resolve, "nemotron_h", False):
+
+        def resolved(owner: Any, name: str, annotation: Any) -> Any:
+            return resolve(owner, name, evaluated(owner, name, annotation))
+
+        resolved.nemotron_h = True  # type: ignore[attr-defined]
+        cli_parser._maybe_resolve_annotation = resolved
+    logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)  # says each parse error twice
+
+
+def evaluated(owner: Any, name: str, annotation: Any) -> Any:
+    """An annotation as the type that it names, unions in `typing`'s form."""
+    if isinstance(annotation, str):
+        target = owner.__init__ if inspect.isclass(owner) else owner
+        with contextlib.suppress(NameError, TypeError):
+            parameter = inspect.signature(target, eval_str=True).parameters.get(name)
+            annotation = parameter.annotation if parameter else annotation
+    if isinstance(annotation, types.UnionType):
+        annotation = Union[annotation.__args__]  # noqa: UP007 - nemo-run knows typing.Union alone
+    return annotation
+
+
+def apply(task: nemo_run.Partial, settings: Sequence[str], where: str) -> None:
+    """Set values of a built task, in order.
+
+    Args:
+        task: changed in place.
+        settings: `key=value` with dotted keys, as `nemo` takes them (also `+=`, `-=`, `*=`).
+        where: where the settings are written, to name in an error.
+    Errors:
+        UserError: not a setting, an unknown key (with the nearest known one), or a value of another type.
+    """
+    read_annotations()
+    for setting in settings:
+        key, operator = parts(setting)
+        if not operator:
+            raise UserError(f"{where}: {setting!r} is not a setting", hint="write key=value: trainer.max_steps=20")
+        problem = unknown_key(task, key)
+        if problem:
+            raise UserError(f"{where}: {problem.message}", hint=problem.hint)
+        try:
+            parse_cli_args(task, [setting])
+        except (CLIException, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{where}: {setting}: {first_line(error)}", hint="`--dryrun` shows every value") from error
+
+
+def merged(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
+    """Settings in the order of their making, without those that a later plain assignment of the same key replaces."""
+    kept: list[str] = []
+    for setting in (*earlier, *later):
+        key, operator = parts(setting)
+        if operator == "=":
+            kept = [other for other in kept if parts(other)[0] != key]
+        kept.append(setting)
+    return kept
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, on one line."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def unknown_key(task: nemo_run.Partial, dotted: str) -> UserError | None:
+    """The first part of a dotted key that does not exist, with its nearest neighbour."""
+    node: Any = task
+    path = dotted.split(".")
+    for index, part in enumerate(path):
+        part = part.split("[")[0]
+        if not isinstance(node, fdl.Buildable):
+            return None
+        known = _keys(node)
+        if part not in known:
+            place = ".".join(path[:index]) or fdl.get_callable(task).__name__
+            return UserError(
+                f"unknown key {dotted}: {place} has no {part!r}",
+                hint=f"{nearest(part, known)}Known keys there: {', '.join(sorted(known)[:60])}.",
+            )
+        node = getattr(node, part, None)
+    return None
+
+
+def _keys(node: fdl.Buildable) -> set[str]:
+    """Arguments that a configuration node takes, `**kwargs` resolved to dataclass fields where there are any."""
+    target = fdl.get_callable(node)
+    names = set(node.__signature_info__.parameters)
+    if dataclasses.is_dataclass(target):
+        names |= {f.name for f in dataclasses.fields(target)}
+    return {name for name in names if name not in ("args", "kwargs", "self")} | set(node.__arguments__)
