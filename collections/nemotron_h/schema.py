@@ -167,6 +167,7 @@ class CheckpointSchema:
 
     every_steps: int = MISSING
     keep: int = 2
+    leave_after: str | None = None
 
 
 @dataclass

@@ -37,6 +37,7 @@ tokens: 6144 # 12 steps
 precision: bf16
 model:
   name: small
+  family: nemotron_h
   pattern: M-M*-
   hidden_size: 64
   ffn_hidden_size: 96
@@ -136,3 +137,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         text=True,
     )
     return Small(folder)
+
+
+@pytest.fixture(scope="session")
+def straight(small: Small) -> dict[int, dict]:
+    """What each step of an uninterrupted run did."""
+    small.train("straight")
+    return small.steps("straight")

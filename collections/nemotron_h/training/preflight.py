@@ -9,6 +9,7 @@ from typing import Any
 from nemo.utils.app_state import AppState
 
 from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ModelDefinition
 
 #: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments
 CHECKPOINT_BYTES_PER_PARAMETER = 16
@@ -21,7 +22,18 @@ def check_layout(trainer: Any, model: Any) -> None:
         UserError: the pattern breaks the family's rules, a dimension does not split, the ranks do not divide, or the
             disk cannot hold the checkpoints; names the key and a value that fits.
     """
-    definition, strategy = model.config.definition(), trainer.strategy
+    definition = model.config.definition()
+    check_split(definition, trainer.strategy, trainer.num_devices * trainer.num_nodes)
+    check_disk(definition.parameters * CHECKPOINT_BYTES_PER_PARAMETER, Path(AppState().log_dir))
+
+
+def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
+    """Check model and parallel layout; `strategy` is the object or its configuration, so a login node can ask too.
+
+    Errors:
+        UserError: the pattern breaks the family's rules, a dimension does not split, or the ranks do not divide; names
+            the key and a value that fits.
+    """
     origin = f"model {definition.name}"
     definition.validate_structure(origin)
     tensor, pipeline = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
@@ -32,13 +44,11 @@ def check_layout(trainer: Any, model: Any) -> None:
             f"trainer.strategy.context_parallel_size={strategy.context_parallel_size}",
             hint="context parallelism is not supported; use tensor or pipeline parallelism",
         )
-    ranks = trainer.num_devices * trainer.num_nodes
     if ranks % (tensor * pipeline):
         raise UserError(
             f"{ranks} ranks do not divide by tensor * pipeline = {tensor} * {pipeline}",
             hint=f"set trainer.devices and trainer.num_nodes to a multiple of {tensor * pipeline} ranks",
         )
-    check_disk(definition.parameters * CHECKPOINT_BYTES_PER_PARAMETER, Path(AppState().log_dir))
 
 
 def check_disk(checkpoint_bytes: int, folder: Path) -> None:

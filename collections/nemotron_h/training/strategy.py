@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 
-from nemotron_h.runtime import cpu, megatron_fixes
+from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class NemotronHTrainer(nl.Trainer):
     """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere."""
 
     def __init__(self, accelerator: str = "auto", devices: int = 1, **kwargs: Any) -> None:
+        exit_codes.install()
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
         super().__init__(accelerator=accelerator, devices=devices, **kwargs)

@@ -80,7 +80,11 @@ class StepCheckpoint(nl.ModelCheckpoint):
         return finalize
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checkpoint the last step unless it has just been written."""
+        """Checkpoint the last step."""
+        self.save_now(trainer)
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Checkpoint this step, whatever `every_steps` says, unless that has just been done."""
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)

@@ -1,0 +1,1 @@
+"""Where a run goes: cluster files, as typed configurations and as nemo-run executors."""

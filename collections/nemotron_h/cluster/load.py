@@ -1,0 +1,115 @@
+"""A cluster by name or path, with overrides, as a checked configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemotron_h.cluster.schema import KINDS, Cluster, KubernetesCluster, SlurmCluster
+from nemotron_h.duration import seconds_of
+from nemotron_h.errors import UserError
+from nemotron_h.strict import nearest, typed
+
+GPU_REQUESTS = ("gpus_per_node", "gres", "none")
+
+
+def shipped_dir() -> Path:
+    """The cluster files that ship with the package, one per kind."""
+    return Path(str(files("nemotron_h.configs"))) / "cluster"
+
+
+def is_cluster(name_or_path: str) -> bool:
+    """Whether a name given as executor is meant for `load`."""
+    return name_or_path in KINDS or name_or_path.endswith((".yaml", ".yml"))
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
+    """Read a cluster file over the shipped one of its kind, and overrides over both.
+
+    Args:
+        name_or_path: `local`, `slurm`, `kubernetes`, or the path of a file of your own.
+        overrides: `account=NAME`, by dotted key.
+    Errors:
+        UserError: no such file; unknown kind or key; placeholders that are not filled in; impossible value.
+    """
+    if name_or_path in KINDS:
+        path = shipped_dir() / f"{name_or_path}.yaml"
+    else:
+        path = Path(name_or_path).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"there is no cluster file {path}", hint=f"Known: {', '.join(KINDS)}; or the path of a file"
+            )
+    written = _read(path)
+    kind = written.get("kind")
+    if kind not in KINDS:
+        hint = f"{nearest(str(kind), KINDS)}Known: {', '.join(KINDS)}."
+        raise UserError(f"{path}: kind = {kind!r}", hint=hint)
+    base = _read(shipped_dir() / f"{kind}.yaml")
+    try:
+        given = OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"executor.{list(overrides)}: {error}") from error
+    _known(kind, written, str(path))
+    _known(kind, given, "executor")
+    merged = OmegaConf.merge(base, written, given)
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        given_on_line = " ".join(f"executor.{key}=..." for key in missing)
+        raise UserError(
+            f"{path}: {', '.join(missing)} {'is a placeholder' if len(missing) == 1 else 'are placeholders'}",
+            hint=f"fill in a cluster file of your own (kind: {kind}) and give executor=FILE, or add {given_on_line}",
+        )
+    cluster = typed(KINDS[kind], merged, str(path))
+    _check(cluster, str(path))
+    return cluster
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        read = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: {error}") from error
+    if not isinstance(read, DictConfig):
+        raise UserError(f"{path} is not a mapping of keys")
+    return read
+
+
+def _known(kind: str, written: DictConfig, origin: str) -> None:
+    """Unknown keys, before placeholders are complained about."""
+    known = list(KINDS[kind].__dataclass_fields__)
+    for key in written:
+        if key not in known:
+            raise UserError(
+                f"{origin}: unknown key {key}", hint=f"{nearest(str(key), known)}Known keys there: {', '.join(known)}."
+            )
+
+
+def _check(cluster: Cluster, origin: str) -> None:
+    if cluster.kind != "local" and not cluster.work_dir.startswith("/"):
+        raise UserError(f"{origin}: work_dir = {cluster.work_dir}", hint="write an absolute path: all nodes go there")
+    if isinstance(cluster, SlurmCluster | KubernetesCluster) and cluster.leave_before_end < 1:
+        raise UserError(f"{origin}: leave_before_end = {cluster.leave_before_end}", hint="write seconds, at least 1")
+    if not isinstance(cluster, SlurmCluster):
+        return
+    if cluster.gpus not in GPU_REQUESTS:
+        hint = f"{nearest(cluster.gpus, GPU_REQUESTS)}Known: {', '.join(GPU_REQUESTS)}."
+        raise UserError(f"{origin}: gpus = {cluster.gpus!r}", hint=hint)
+    if cluster.chain < 1:
+        raise UserError(f"{origin}: chain = {cluster.chain}", hint="write the number of jobs, at least 1")
+    if cluster.mounts and not cluster.container:
+        raise UserError(f"{origin}: mounts without a container", hint="set container to an image, or remove mounts")
+    try:
+        limit = seconds_of(cluster.time)
+    except UserError as error:
+        raise UserError(f"{origin}: time: {error.message}", hint=error.hint) from error
+    if cluster.leave_before_end >= limit:
+        raise UserError(
+            f"{origin}: leave_before_end = {cluster.leave_before_end} s, the whole job has {limit} s (time)",
+            hint="leave room for steps: raise time, or lower leave_before_end",
+        )
