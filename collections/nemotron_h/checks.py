@@ -11,6 +11,7 @@ from nemotron_h.data.blend import load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition, definition_from_dict
+from nemotron_h.precision.gemms import check_gemms
 from nemotron_h.provenance import leaves
 from nemotron_h.schema import (
     BLEND_CHANGES,
@@ -60,6 +61,16 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     check_recompute(recipe, definition, origin)
     check_schedule(recipe, origin)
     check_layout(recipe, definition, origin)
+    check_gemms(
+        definition,
+        recipe.precision,
+        seq_length=recipe.data.seq_length,
+        micro_batch_size=recipe.data.micro_batch_size,
+        tensor_parallel=recipe.parallel.tensor,
+        sequence_parallel=recipe.parallel.sequence,
+        bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
+        origin=origin,
+    )
     check_sources(recipe, origin)
     check_blend(recipe, origin)
 

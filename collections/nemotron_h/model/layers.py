@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te
@@ -31,6 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from nemotron_h.model.definition import pipeline_layers
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops import linear
 from nemotron_h.ops.norm import rms_norm
@@ -151,13 +150,6 @@ class RecomputingMLP(MLP):
         return out, bias
 
 
-def pipeline_layers(num_layers: int, stages: int) -> list[range]:
-    """Layers of each pipeline stage: contiguous, sizes differing by one at most, larger stages first."""
-    size, extra = divmod(num_layers, stages)
-    starts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
-    return [range(a, b) for a, b in pairwise(starts)]
-
-
 class NemotronHStack(MambaStack):
     """megatron-core's hybrid stack with own weights' initialisation, uneven pipeline stages and `seq_idx`.
 
@@ -167,7 +159,8 @@ class NemotronHStack(MambaStack):
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **kwargs: object) -> None:
         post_process = bool(kwargs.get("post_process", True))
         # Only the stack's layers: the same option of megatron-core's output layer, built after it, needs Apex
-        before, config.gradient_accumulation_fusion = config.gradient_accumulation_fusion, config.fuse_weight_gradients
+        before = config.gradient_accumulation_fusion
+        config.gradient_accumulation_fusion = config.fuse_weight_gradients and not config.fp8_emulation
         super().__init__(config, submodules, **{**kwargs, "post_layer_norm": False})
         config.gradient_accumulation_fusion = before
         self.post_layer_norm = True

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.plugins.mixed_precision import DtypeConfig
 
 from nemotron_h.errors import UserError
-from nemotron_h.schema import FP8_BACKENDS
+from nemotron_h.schema import FP8_BACKENDS, PRECISIONS
 from nemotron_h.strict import nearest
 
 
@@ -20,14 +20,28 @@ class EmulatedDtypeConfig(DtypeConfig):
     fp8_emulation: str | None = None
 
 
-def fp32() -> MegatronMixedPrecision:
+class PrecisionPlugin(MegatronMixedPrecision):
+    """NeMo's plugin, which knows the recipe's name for it.
+
+    Attributes:
+        recipe: the recipe's `precision`.
+        bf16_edge_layers: layers at each end that stay in BF16, with FP8.
+        emulated: FP8 by float8 casts around float32 products.
+    """
+
+    recipe: str
+    bf16_edge_layers: int = 0
+    emulated: bool = False
+
+
+def fp32() -> PrecisionPlugin:
     """Weights, activations and gradients in float32."""
-    return MegatronMixedPrecision(precision="32", params_dtype=torch.float32, pipeline_dtype=torch.float32)
+    return PrecisionPlugin(precision="32", params_dtype=torch.float32, pipeline_dtype=torch.float32)
 
 
-def bf16(**fp8: object) -> MegatronMixedPrecision:
+def bf16(**fp8: object) -> PrecisionPlugin:
     """Weights and activations in bfloat16; main weights, gradient sums and optimizer state in float32 (paper 2.4)."""
-    return MegatronMixedPrecision(
+    return PrecisionPlugin(
         precision="bf16-mixed",
         params_dtype=torch.bfloat16,
         pipeline_dtype=torch.bfloat16,
@@ -43,10 +57,9 @@ FP8 = {
     # Nemotron Nano 2: E4M3 everywhere, 128x128 blocks of weights, 1x128 of activations and gradients
     "fp8_blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
 }
-NAMES = ("fp32", "bf16", *FP8)
 
 
-def fp8(name: str, bf16_edge_layers: int, emulate: bool) -> MegatronMixedPrecision:
+def fp8(name: str, bf16_edge_layers: int, emulate: bool) -> PrecisionPlugin:
     """BF16, with the GEMMs of the layers in FP8 except `bf16_edge_layers` layers at each end.
 
     Weights stay in bfloat16 between steps (no `fp8_param_gather`): checkpoints then hold no FP8 and any precision
@@ -57,14 +70,16 @@ def fp8(name: str, bf16_edge_layers: int, emulate: bool) -> MegatronMixedPrecisi
         "num_layers_at_start_in_bf16": bf16_edge_layers,
         "num_layers_at_end_in_bf16": bf16_edge_layers,
     }
-    if not emulate:
-        return bf16(**FP8[name], **edges, fp8_param_gather=False)
-    made = bf16(**edges)
-    made.dtype_config = EmulatedDtypeConfig(**{**asdict(made.dtype_config), "fp8_emulation": name})
+    if emulate:  # Megatron sees a BF16 model, whose layers quantise by themselves
+        made = bf16(**edges)
+        made.dtype_config = EmulatedDtypeConfig(**{**vars(made.dtype_config), "fp8_emulation": name})
+    else:
+        made = bf16(**FP8[name], **edges, fp8_param_gather=False)
+    made.bf16_edge_layers, made.emulated = bf16_edge_layers, emulate
     return made
 
 
-def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto") -> MegatronMixedPrecision:
+def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto") -> PrecisionPlugin:
     """The plugin of this name.
 
     Args:
@@ -74,10 +89,13 @@ def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto") -> M
     Errors:
         UserError: there is no plugin or backend of this name; names the nearest.
     """
-    for value, known, key in ((name, NAMES, "precision"), (fp8_backend, FP8_BACKENDS, "fp8_backend")):
+    for value, known, key in ((name, PRECISIONS, "precision"), (fp8_backend, FP8_BACKENDS, "fp8_backend")):
         if value not in known:
             raise UserError(f"{key} {value!r}", hint=f"{nearest(value, known)}Known: {', '.join(known)}.")
     if name in FP8:
         emulate = fp8_backend == "emulate" or (fp8_backend == "auto" and not torch.cuda.is_available())
-        return fp8(name, bf16_edge_layers, emulate)
-    return bf16() if name == "bf16" else fp32()
+        made = fp8(name, bf16_edge_layers, emulate)
+    else:
+        made = bf16() if name == "bf16" else fp32()
+    made.recipe = name
+    return made

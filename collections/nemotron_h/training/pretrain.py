@@ -17,6 +17,7 @@ from nemotron_h.precision.plugins import plugin
 from nemotron_h.runtime import settings
 from nemotron_h.schema import ModelSchema, RecipeConfig
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+from nemotron_h.training.callbacks.gemm_table import GemmTable
 from nemotron_h.training.callbacks.preemption import Preemption
 from nemotron_h.training.callbacks.progress import ProgressLine
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
@@ -99,6 +100,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
                 fp8_backend=recipe.precision_options.fp8_backend,
             ),
             callbacks=[
+                run.Config(GemmTable),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),

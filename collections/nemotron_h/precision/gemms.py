@@ -1,0 +1,239 @@
+"""Every matrix product of a model's linear layers: its shape on one rank, and whether it runs in FP8. Imports no torch.
+
+The paper's recipe (2.3) has all linear layers in FP8, forward and backward, but those of the first and last layers. The
+embedding, output layer, norms, convolution, scan and attention core are not among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
+
+#: precision of a recipe -> formats of weights and activations, and of gradients
+FP8_FORMATS = {"fp8_current_scaling": ("E4M3", "E5M2"), "fp8_blockwise": ("E4M3", "E4M3")}
+#: what FP8 products need of every dimension: forward, dgrad and wgrad each sum over another one (Transformer Engine)
+MULTIPLE = 16
+#: tokens of a block of `fp8_blockwise`, which one rank's share of a sequence has to fill
+BLOCK = 128
+OUTPUT_LAYER = "output_layer"
+#: product -> keys of the model that its inputs and outputs come from
+_WIDTHS = {
+    "in_proj": ("hidden_size", "mamba_num_heads"),
+    "out_proj": ("mamba_num_heads", "hidden_size"),
+    "linear_qkv": ("hidden_size", "head_dim"),
+    "linear_proj": ("head_dim", "hidden_size"),
+    "linear_fc1": ("hidden_size", "ffn_hidden_size"),
+    "linear_fc2": ("ffn_hidden_size", "hidden_size"),
+}
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One product, `x [m, k] @ weight [n, k].T`, on one rank; its dgrad and wgrad run in the same precision.
+
+    Attributes:
+        layer: number of the layer, from 0; the number of layers for the output layer.
+        kind: `mamba`, `attention`, `ffn` or `output`.
+        name: as in the model.
+        m, n, k: tokens, outputs and inputs.
+        dtype: `FP8`, `BF16` or `FP32`.
+        why: of FP8 its formats, else what keeps the product out of it; empty where nothing is in FP8.
+    """
+
+    layer: int
+    kind: str
+    name: str
+    m: int
+    n: int
+    k: int
+    dtype: str
+    why: str
+
+
+def gemm_table(
+    definition: ModelDefinition,
+    precision: str,
+    tensor_parallel: int = 1,
+    *,
+    tokens: int,
+    bf16_edge_layers: int = 2,
+) -> list[Gemm]:
+    """All products of a forward pass, in the order of the model.
+
+    Args:
+        definition: the model.
+        precision: of the recipe.
+        tensor_parallel: ranks that each weight is split over.
+        tokens: of one micro batch, `seq_length * micro_batch_size`.
+        bf16_edge_layers: layers at each end that stay in BF16 when `precision` is FP8.
+    """
+    plain = "FP32" if precision == "fp32" else "BF16"
+    formats = FP8_FORMATS.get(precision)
+    in_fp8 = f"{formats[0]} weights and activations, {formats[1]} gradients" if formats else ""
+    table = []
+    for layer, symbol in enumerate(definition.pattern):
+        edge = ""
+        if layer < bf16_edge_layers:
+            edge = f"first {bf16_edge_layers} layers"
+        elif layer >= definition.num_layers - bf16_edge_layers:
+            edge = f"last {bf16_edge_layers} layers"
+        dtype, why = (plain, edge if formats else "") if edge or not formats else ("FP8", in_fp8)
+        for name, n, k in _products(definition, symbol, tensor_parallel):
+            table.append(Gemm(layer, LAYER_NAMES[symbol], name, tokens, n, k, dtype, why))
+    head = -(-definition.vocab_size // tensor_parallel)
+    why = "output layer" if formats else ""
+    table.append(Gemm(definition.num_layers, "output", OUTPUT_LAYER, tokens, head, definition.hidden_size, plain, why))
+    return table
+
+
+def _products(definition: ModelDefinition, symbol: str, tensor_parallel: int) -> list[tuple[str, int, int]]:
+    """Name, outputs and inputs of a layer's products on one rank."""
+    d, tp = definition, tensor_parallel
+    if symbol == MAMBA:
+        return [("in_proj", d.in_proj_size // tp, d.hidden_size), ("out_proj", d.hidden_size, d.d_inner // tp)]
+    if symbol == ATTENTION:
+        query, key_value = d.num_attention_heads * d.head_dim, 2 * d.num_query_groups * d.head_dim
+        return [
+            ("linear_qkv", (query + key_value) // tp, d.hidden_size),
+            ("linear_proj", d.hidden_size, query // tp),
+        ]
+    assert symbol == FFN
+    return [
+        ("linear_fc1", d.ffn_hidden_size // tp, d.hidden_size),
+        ("linear_fc2", d.hidden_size, d.ffn_hidden_size // tp),
+    ]
+
+
+@dataclass(frozen=True)
+class GemmGroup:
+    """Products that differ in their layer alone.
+
+    Attributes:
+        layers: their layers, ascending.
+        gemm: the first of them.
+    """
+
+    layers: tuple[int, ...]
+    gemm: Gemm
+
+    @property
+    def span(self) -> str:
+        """The layers in words: `layer 7`, or `24 layers, 2 to 49`."""
+        first, last, count = self.layers[0], self.layers[-1], len(self.layers)
+        return f"layer {first}" if count == 1 else f"{count} layers, {first} to {last}"
+
+
+def fold(table: Iterable[Gemm]) -> list[GemmGroup]:
+    """The table with equal products of several layers in one row, in the order of their first layer."""
+    groups: dict[Gemm, list[int]] = {}
+    for gemm in table:
+        groups.setdefault(dataclasses.replace(gemm, layer=-1), []).append(gemm.layer)
+    return [GemmGroup(tuple(layers), dataclasses.replace(gemm, layer=layers[0])) for gemm, layers in groups.items()]
+
+
+def check_gemms(
+    definition: ModelDefinition,
+    precision: str,
+    *,
+    seq_length: int,
+    micro_batch_size: int,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
+    bf16_edge_layers: int = 2,
+    origin: str = "",
+) -> None:
+    """Refuse shapes that FP8 cannot multiply, and an FP8 that no product would run in.
+
+    Args:
+        definition, precision, tensor_parallel, bf16_edge_layers: as `gemm_table`.
+        seq_length, micro_batch_size: of the data.
+        sequence_parallel: the ranks of a tensor-parallel group share each sequence.
+        origin: the recipe or file to name in an error.
+    Errors:
+        UserError: names the key, and the nearest value that fits.
+    """
+    if precision not in FP8_FORMATS:
+        return
+    where = f"{origin}: " if origin else ""
+
+    def table(model: ModelDefinition, tensor: int) -> list[Gemm]:
+        rows = gemm_table(
+            model, precision, tensor, tokens=seq_length * micro_batch_size, bf16_edge_layers=bf16_edge_layers
+        )
+        return [gemm for gemm in rows if gemm.dtype == "FP8"]
+
+    rows = table(definition, tensor_parallel)
+    if not rows:
+        raise UserError(
+            f"{where}precision_options.bf16_edge_layers = {bf16_edge_layers} at each end leaves none of the "
+            f"{definition.num_layers} layers of {definition.name} to {precision}",
+            hint=f"set it to {(definition.num_layers - 1) // 2} or less, or precision: bf16",
+        )
+    _check_tokens(precision, seq_length, micro_batch_size, tensor_parallel if sequence_parallel else 1, where)
+    for gemm in rows:
+        for width, key in zip((gemm.k, gemm.n), _WIDTHS[gemm.name], strict=True):
+            if width % MULTIPLE:
+                raise UserError(
+                    f"{where}{gemm.name} of the {gemm.kind} layers is {gemm.k} x {gemm.n} per rank (model.{key} = "
+                    f"{getattr(definition, key)}, parallel.tensor = {tensor_parallel}); {precision} needs multiples "
+                    f"of {MULTIPLE}",
+                    hint=_remedy(definition, key, gemm, tensor_parallel, table),
+                )
+
+
+def _check_tokens(precision: str, seq_length: int, micro_batch_size: int, shares: int, where: str) -> None:
+    """Tokens of one rank's share of a micro batch."""
+    multiple = MULTIPLE * shares
+    if shares > 1 and precision == "fp8_blockwise":
+        multiple = BLOCK * shares  # Transformer Engine gathers whole blocks only
+    if (seq_length * micro_batch_size) % multiple:
+        share = f" over {shares} ranks" if shares > 1 else ""
+        fits = _nearest(seq_length, lambda length: (length * micro_batch_size) % multiple == 0)
+        raise UserError(
+            f"{where}data.seq_length * data.micro_batch_size = {seq_length} * {micro_batch_size} tokens{share}: "
+            f"{precision} needs a multiple of {multiple}",
+            hint=f"the nearest data.seq_length that fits is {fits}",
+        )
+
+
+def _remedy(
+    definition: ModelDefinition,
+    key: str,
+    gemm: Gemm,
+    tensor_parallel: int,
+    table: Callable[[ModelDefinition, int], list[Gemm]],
+) -> str:
+    """What to set, to which nearest value."""
+
+    def fits(model: ModelDefinition, tensor: int) -> bool:
+        try:
+            model.validate_structure("")
+            model.validate_tensor_parallel(tensor)
+        except UserError:
+            return False
+        return all(not (g.n % MULTIPLE or g.k % MULTIPLE) for g in table(model, tensor) if g.kind == gemm.kind)
+
+    ways = []
+    width = _nearest(
+        getattr(definition, key),
+        lambda value: fits(dataclasses.replace(definition, **{key: value}), tensor_parallel),
+    )
+    if width is not None:
+        ways.append(f"model.{key} to {width}")
+    tensor = next((size for size in range(tensor_parallel - 1, 0, -1) if fits(definition, size)), None)
+    if tensor is not None:
+        ways.append(f"parallel.tensor to {tensor}")
+    return f"set {' or '.join([*ways, 'precision to bf16'])}"
+
+
+def _nearest(value: int, fits: Callable[[int], bool]) -> int | None:
+    """The nearest positive value that fits, the larger of two; None when there is none up to twice the value."""
+    for distance in range(1, max(value, MULTIPLE * BLOCK) + 1):
+        for candidate in (value + distance, value - distance):
+            if candidate > 0 and fits(candidate):
+                return candidate
+    return None

@@ -1,0 +1,66 @@
+"""What runs in which precision: printed, and checked against data and machine, before the model is built."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nemotron_h.precision import hardware
+from nemotron_h.precision.gemms import FP8_FORMATS, GemmGroup, check_gemms, fold, gemm_table
+from nemotron_h.precision.plugins import PrecisionPlugin
+
+logger = logging.getLogger(__name__)
+
+
+def as_table(groups: list[GemmGroup]) -> Table:
+    """The products, those of equal layers in one row."""
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title="matrix products on each rank")
+    for heading in ("layers", "type", "product", "tokens x inputs x outputs", "in", "why"):
+        table.add_column(heading)
+    for group in groups:
+        g = group.gemm
+        shape = f"{g.m:,} x {g.k:,} x {g.n:,}"
+        table.add_row("" if g.kind == "output" else group.span, g.kind, g.name, shape, g.dtype, g.why)
+    return table
+
+
+class GemmTable(pl.Callback):
+    """Print every matrix product of an FP8 run, FP8 or BF16 and why; refuse what cannot run."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before the model is built.
+
+        Errors:
+            UserError: a shape that FP8 cannot take, GPUs without FP8 or of several kinds, no Transformer Engine.
+        """
+        plugin = trainer.precision_plugin
+        if not isinstance(plugin, PrecisionPlugin) or plugin.recipe not in FP8_FORMATS:
+            return
+        definition, strategy, data = pl_module.config.definition(), trainer.strategy, trainer.datamodule
+        tensor, edges = strategy.tensor_model_parallel_size, plugin.bf16_edge_layers
+        check_gemms(
+            definition,
+            plugin.recipe,
+            seq_length=data.seq_length,
+            micro_batch_size=data.micro_batch_size,
+            tensor_parallel=tensor,
+            sequence_parallel=strategy.sequence_parallel,
+            bf16_edge_layers=edges,
+        )
+        if not plugin.emulated:
+            hardware.check_engine(plugin.recipe)
+            names = [torch.cuda.get_device_name()] * trainer.world_size
+            if trainer.world_size > 1:
+                torch.distributed.all_gather_object(names, torch.cuda.get_device_name())
+            hardware.check_one_kind(names)
+        if trainer.is_global_zero:
+            tokens = data.seq_length * data.micro_batch_size
+            table = gemm_table(definition, plugin.recipe, tensor, tokens=tokens, bf16_edge_layers=edges)
+            Console(soft_wrap=True).print(as_table(fold(table)), highlight=False)
+            if plugin.emulated:
+                where = "a GPU, as asked" if torch.cuda.is_available() else "the CPU"
+                logger.info(f"{plugin.recipe} is emulated on {where}: float8 casts, products in float32; slow")
