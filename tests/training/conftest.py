@@ -49,6 +49,7 @@ model:
   mamba_num_groups: 2
   mamba_state_dim: 16
   vocab_size: 512
+  conv_kernel: 4
   init_std: 0.1
   expect: {{mamba: 2, attention: 1, ffn: 2, parameters: 163376}}
 data:
@@ -81,12 +82,14 @@ class Small:
         """Where that run writes."""
         return self.folder / name / "small"
 
-    def train(self, name: str, *options: str, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    def train(
+        self, name: str, *options: str, ranks: int = 1, check: bool = True, recipe: Path | None = None
+    ) -> subprocess.CompletedProcess:
         """Run the recipe in a process of its own (torchrun with more ranks); see `worker.py` for the options."""
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [str(WORKER), str(self.recipe(name)), *options]
+        command += [str(WORKER), str(recipe or self.recipe(name)), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         out, err = self.folder / f"{name}.out", self.folder / f"{name}.err"
         # Files, not pipes, and a session of its own: a killed run leaves a helper process of the checkpoint writer.
