@@ -57,6 +57,19 @@ def mamba(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
     return (y * p["mixer.norm.weight"]) @ p["mixer.out_proj.weight"].T
 
 
+def rotate(x: Tensor, d) -> Tensor:
+    """Turn the pairs (i, i + n / 2) of the first n channels by position / base^(2 i / n); [batch, length, head_dim]."""
+    width = int(d.head_dim * d.rope_percent)
+    turned = x.clone()
+    for i in range(width // 2):
+        for t in range(x.shape[1]):
+            angle = t * d.rope_base ** (-2 * i / width)
+            a, b = x[:, t, i], x[:, t, i + width // 2]
+            turned[:, t, i] = a * math.cos(angle) - b * math.sin(angle)
+            turned[:, t, i + width // 2] = a * math.sin(angle) + b * math.cos(angle)
+    return turned
+
+
 def attention(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
     """Causal within documents; x [batch, length, hidden], doc [batch, length]."""
     batch, length = x.shape[:2]
@@ -70,9 +83,9 @@ def attention(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
             allowed[:, t, s] = doc[:, t] == doc[:, s]
     outs = []
     for group in range(d.num_query_groups):
-        key, value = qkv[:, :, group, per_group], qkv[:, :, group, per_group + 1]
+        key, value = rotate(qkv[:, :, group, per_group], d), qkv[:, :, group, per_group + 1]
         for head in range(per_group):
-            scores = qkv[:, :, group, head] @ key.transpose(1, 2) / math.sqrt(d.head_dim)
+            scores = rotate(qkv[:, :, group, head], d) @ key.transpose(1, 2) / math.sqrt(d.head_dim)
             weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * allowed
             outs.append(weights @ value / weights.sum(-1, keepdim=True))
     return torch.cat(outs, dim=-1) @ p["self_attention.linear_proj.weight"].T

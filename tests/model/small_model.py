@@ -43,6 +43,16 @@ def small_config(groups: int = 2, pattern: str = "M-M*-M-", dtype: torch.dtype =
     )
 
 
+def pure_config(symbols: str, **changes):
+    """A small Transformer with rotary positions (`*-`), or Mamba-2 alone (`M`); widths that it lacks are left out."""
+    mamba = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel")
+    if symbols == "M":
+        absent = ("num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
+        return small_config(pattern="MMM", family="mamba2", **dict.fromkeys(absent, 0), **changes)
+    rotary = {"position_embedding_type": "rope", "rotary_base": 100, "rotary_percent": 0.5, **changes}
+    return small_config(pattern="*-*-", family="transformer", **{**dict.fromkeys(mamba, 0), **rotary})
+
+
 def small_model(config, seed: int = 0):
     """The Megatron model of `config` on one rank, with weights from `scale_one`."""
     model = config.configure_model(None).to(config.params_dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from small_model import relative_error, small_config, small_model, tokens
+from small_model import pure_config, relative_error, small_config, small_model, tokens
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -58,6 +58,46 @@ def test_float64(packed: bool) -> None:
     reference.losses(actual, ids[:, 1:]).mean().backward()
     errors = {name: relative_error(p.grad, parameters[name].grad) for name, p in model.named_parameters()}
     assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda e: -e[1])[:5]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize(
+    ("symbols", "changes"),
+    [("M", {}), ("*-", {}), ("*-", {"rotary_percent": 1.0, "rotary_base": 10000})],
+    ids=["mamba2", "transformer", "transformer, whole heads rotated"],
+)
+def test_pure_patterns(symbols: str, changes: dict, packed: bool) -> None:
+    """The reference turns by positions in the row too: in packed rows only the differences count."""
+    config = pure_config(symbols, dtype=torch.float64, **changes)
+    config.definition().validate_structure("test")
+    model = small_model(config)
+    if symbols == "*-":  # megatron-core computes angles in the precision of these
+        model.rotary_pos_emb.inv_freq = exact_frequencies(config)
+    ids, seq_idx = tokens(BATCH, LENGTH + 1), documents() if packed else None
+    scores, losses, parameters = expected(model, config.definition(), ids, seq_idx)
+    actual = model(input_ids=ids[:, :-1], seq_idx=seq_idx)
+    assert 0.3 < float(actual.detach().std()) < 3
+    assert relative_error(actual, scores) < 1e-9
+    losses.mean().backward()
+    reference.losses(actual, ids[:, 1:]).mean().backward()
+    errors = {name: relative_error(p.grad, parameters[name].grad) for name, p in model.named_parameters()}
+    assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda e: -e[1])[:5]
+
+
+def exact_frequencies(config) -> torch.Tensor:
+    width = int(config.kv_channels * config.rotary_percent)
+    return config.rotary_base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+
+def test_rotary_positions_in_float32() -> None:
+    """As it is trained: angles from float32."""
+    config = pure_config("*-")
+    model = small_model(config)
+    ids = tokens(BATCH, LENGTH + 1)
+    scores, _, _ = expected(model, config.definition(), ids, None)
+    assert relative_error(model(input_ids=ids[:, :-1]), scores) < 1e-4
+    config.position_embedding_type = "none"
+    assert relative_error(small_model(config)(input_ids=ids[:, :-1]), scores) > 0.1, "positions make no difference"
 
 
 def test_activations_are_at_scale_one() -> None:

@@ -36,6 +36,7 @@ def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
     if parallel_state.is_pipeline_last_stage():
         needed |= {"labels", "loss_mask"}
     moved = {key: value.cuda(non_blocking=True) if key in needed else None for key, value in batch.items()}
+    moved["sample_ids"] = batch.get("sample_ids")  # for callbacks, on the CPU
     return get_batch_on_this_cp_rank(moved)
 
 
@@ -87,8 +88,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
 
         Args:
             input_ids: int [batch, sequence].
-            position_ids: unused. Most of the family has no positions (paper 2.1); rotary ones count from the row's start
-                even where `seq_idx` starts documents anew, because scores depend on differences of positions alone.
+            position_ids: unused. Most of the family has no positions (paper 2.1); rotary ones count from the row's
+                start even where `seq_idx` starts a document, because scores see differences of positions alone.
             attention_mask: must be None; attention is causal, within documents where `seq_idx` is given.
             labels: int [batch, sequence], or None for logits.
             seq_idx: int32 [batch, sequence], the document of each token, or None.

@@ -208,6 +208,8 @@ def megatron_on_cpu() -> Iterator[None]:
     if gpu_visible():
         yield
         return
+    with torch.device("meta"):  # at its first use PyTorch notes which functions a device context applies to
+        torch.empty(0)
     undo: list[tuple[Any, str, Any, bool]] = []
     try:
         for patch in PATCHES:

@@ -1,0 +1,92 @@
+"""Every shipped model file: its counts, and the real Megatron module built from it without memory for its weights."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from nemotron_h.compose import configs_dir
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ModelDefinition, definition_from_dict
+from nemotron_h.schema import ModelSchema
+from nemotron_h.strict import typed
+
+#: billions of parameters that the family has to come out at
+PUBLISHED = {
+    "nemotron_h_4b": "4.489",
+    "nemotron_h_8b": "8.101",
+    "nemotron_h_47b": "46.79",  # as released
+    "nemotron_h_47b_paper": "46.86",  # paper 3.5
+    "nemotron_h_56b": "56.32",
+}
+NAMES = sorted(path.stem for path in (configs_dir() / "model").glob("*.yaml"))
+
+
+def read(name: str) -> tuple[ModelSchema, ModelDefinition]:
+    """A model file, typed and validated as a recipe's `model` is."""
+    path = configs_dir() / "model" / f"{name}.yaml"
+    model = typed(ModelSchema, OmegaConf.load(path), str(path))
+    return model, definition_from_dict(OmegaConf.to_container(OmegaConf.structured(model)), str(path))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_file(name: str) -> None:
+    """The name is the file's, and every value but the name, the family and the counts says where it is from."""
+    model, definition = read(name)
+    assert definition.name == name
+    written = OmegaConf.load(configs_dir() / "model" / f"{name}.yaml")
+    if name != "nemotron_h_tiny":  # all ours, as its head says
+        assert set(model.sources) == set(written) - {"name", "family", "expect", "sources"}
+
+
+@pytest.mark.parametrize(("name", "billions"), PUBLISHED.items())
+def test_published_counts(name: str, billions: str) -> None:
+    digits = len(billions.partition(".")[2])
+    assert f"{read(name)[1].parameters / 1e9:.{digits}f}" == billions
+
+
+def test_paper_47b_is_the_56b_without_the_dropped_layers() -> None:
+    """Candidate 2 of paper 3.5, figure 11."""
+    dropped = {7, 29, 73, 77, 79, 81, 83, 84, 86, 87, 88, 89, 90, 91, 93, 95, 96, 97, 99, 101}
+    parent, child, released = (read(f"nemotron_h_{size}")[1].pattern for size in ("56b", "47b_paper", "47b"))
+    assert child == "".join(symbol for index, symbol in enumerate(parent) if index not in dropped)
+    assert [index for index, pair in enumerate(zip(child, released, strict=True)) if pair[0] != pair[1]] == [74]
+
+
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("name", NAMES)
+def test_megatron_module(name: str) -> None:
+    """The module that training builds has the definition's parameters, layer by layer, and describes itself as it."""
+    import fiddle
+
+    from nemotron_h.training.pretrain import model_config
+
+    model, definition = read(name)
+    config = fiddle.build(model_config(model, seq_length=8192, init_seed=1))
+    with torch.device("meta"):
+        module = config.configure_model(None)
+    assert sum(p.numel() for p in module.parameters() if not p.is_meta) < 1e7, "weights were given memory"
+    assert sum(p.numel() for p in module.parameters()) == definition.parameters
+    by_layer = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
+    assert by_layer == [definition.layer_parameters(symbol) for symbol in definition.pattern]
+    described = config.definition()
+    described.validate_structure(name)
+    numbers = ("expect", "sources")
+    assert {k: v for k, v in vars(described).items() if k not in numbers} == {
+        k: v for k, v in vars(definition).items() if k not in numbers
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_of_the_paper(name: str) -> None:
+    """Tensor parallelism over 8 (paper 2.4) fits all but the tiny model; 16 fits none, and 8 is what is proposed."""
+    definition = read(name)[1]
+    if name == "nemotron_h_tiny":
+        pytest.skip("two groups: made for two cores")
+    definition.validate_tensor_parallel(8, name)
+    with pytest.raises(UserError) as error:
+        definition.validate_tensor_parallel(16, name)
+    assert re.match("nearest: 8; ", error.value.hint)
