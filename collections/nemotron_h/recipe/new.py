@@ -36,7 +36,7 @@ def write(name: str, parent: str, out: Path | None) -> Path:
     folder, stem, _ = locate(parent)
     composed = trace(parent)
     shipped = folder == recipes_dir()
-    path = out or (Path.cwd() if shipped else folder) / f"{name}.yaml"
+    path = out or (Path() if shipped or folder == Path.cwd() else folder) / f"{name}.yaml"
     if path.suffix != ".yaml":
         raise UserError(f"{path}: recipes end in .yaml", hint=f"--out {path}.yaml")
     if not path.parent.is_dir():
