@@ -212,7 +212,7 @@ def _remedy(
     def fits(model: ModelDefinition, tensor: int) -> bool:
         try:
             model.validate_structure("")
-            model.validate_tensor_parallel(tensor)
+            model.validate_tensor_parallel(tensor, "")
         except UserError:
             return False
         return all(not (g.n % MULTIPLE or g.k % MULTIPLE) for g in table(model, tensor) if g.kind == gemm.kind)

@@ -20,7 +20,7 @@ def as_table(groups: list[GemmGroup]) -> Table:
     """The products, those of equal layers in one row."""
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title="matrix products on each rank")
     for heading in ("layers", "type", "product", "tokens x inputs x outputs", "in", "why"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=True)
     for group in groups:
         g = group.gemm
         shape = f"{g.m:,} x {g.k:,} x {g.n:,}"
@@ -60,7 +60,9 @@ class GemmTable(pl.Callback):
         if trainer.is_global_zero:
             tokens = data.seq_length * data.micro_batch_size
             table = gemm_table(definition, plugin.recipe, tensor, tokens=tokens, bf16_edge_layers=edges)
-            Console(soft_wrap=True).print(as_table(fold(table)), highlight=False)
+            console = Console()
+            # in a log file a row stays one line
+            console.print(as_table(fold(table)), highlight=False, width=max(console.width, 160), crop=False)
             if plugin.emulated:
                 where = "a GPU, as asked" if torch.cuda.is_available() else "the CPU"
                 logger.info(f"{plugin.recipe} is emulated on {where}: float8 casts, products in float32; slow")
