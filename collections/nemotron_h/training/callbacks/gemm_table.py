@@ -60,9 +60,9 @@ class GemmTable(pl.Callback):
         if trainer.is_global_zero:
             tokens = data.seq_length * data.micro_batch_size
             table = gemm_table(definition, plugin.recipe, tensor, tokens=tokens, bf16_edge_layers=edges)
-            console = Console()
-            # in a log file a row stays one line
-            console.print(as_table(fold(table)), highlight=False, width=max(console.width, 160), crop=False)
+            # a row stays one line, in a log file too
+            console = Console(width=max(Console().width, 140))
+            console.print(as_table(fold(table)), highlight=False)
             if plugin.emulated:
                 where = "a GPU, as asked" if torch.cuda.is_available() else "the CPU"
                 logger.info(f"{plugin.recipe} is emulated on {where}: float8 casts, products in float32; slow")
