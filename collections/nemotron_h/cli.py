@@ -14,6 +14,7 @@ from rich.table import Table
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
 from nemotron_h.inference.cli import generate
+from nemotron_h.planning.cli import plan
 from nemotron_h.recipe.cli import app as recipe_app
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe", help="Look at, make, compare and check recipes.")
 app.add_typer(data_app, name="data", help="Prepare and check training data.")
+app.command()(plan)
 app.command()(generate)
 
 _MARKS = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,13 +33,17 @@ def mark(name: str) -> torch.autograd.profiler.record_function:
 
 @contextmanager
 def live_bytes() -> Iterator[Live]:
-    """Follow every allocation inside the block; the result is filled at its end."""
+    """Follow every allocation inside the block; the result is filled at its end.
+
+    gloo's threads release the buffers of a collective where the profiler does not see it: such a buffer counts until
+    the next collective begins.
+    """
     live = Live()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         yield live
     held: dict[int, int] = {}
     total = 0
-    spans, allocations = [], []
+    spans, allocations, collectives = [], [], []
     stack = [(event, "") for event in profiler.profiler.kineto_results.experimental_event_tree()]
     while stack:
         event, callers = stack.pop()
@@ -46,6 +51,8 @@ def live_bytes() -> Iterator[Live]:
         if kind == _EventType.Allocation:
             allocations.append((event.start_time_ns, fields.ptr, fields.alloc_size, callers))
             continue
+        if event.name.startswith("c10d::"):
+            collectives.append(event.start_time_ns)
         if event.name.startswith("mark:"):
             spans.append((event.start_time_ns, event.end_time_ns, event.name.removeprefix("mark:")))
         path = f"{callers} > {event.name}" if callers else event.name
@@ -53,11 +60,22 @@ def live_bytes() -> Iterator[Live]:
     allocations.sort(key=lambda a: a[0])
     for _, _, name in spans:
         live.peaks[name] = live.after[name] = 0
+    freed = Counter(pointer for _, pointer, size, _ in allocations if size < 0)
+    unseen: list[int] = []
+    collectives.sort(reverse=True)
     for time, pointer, size, callers in allocations:
-        if size > 0:
-            held[pointer] = size
+        while collectives and collectives[-1] <= time:
+            collectives.pop()
+            total -= sum(unseen)
+            unseen.clear()
+        if size > 0 and not freed[pointer] and ("c10d::" in callers or "gloo:" in callers):
+            unseen.append(size)
             total += size
+        elif size > 0:
+            total += size - held.pop(pointer, 0)
+            held[pointer] = size
         else:
+            freed[pointer] -= 1
             total -= held.pop(pointer, 0)
         for begin, end, name in spans:
             if begin <= time <= end and total > live.peaks[name]:

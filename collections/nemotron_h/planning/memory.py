@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
+from nemotron_h.precision.gemms import gemm_table
 
 GIB = 2**30
 BACKENDS = ("gpu", "cpu")
@@ -173,17 +174,11 @@ def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> 
     return total, in_float32
 
 
-def _gemm_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
+def _fp8_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
     """Weights of one rank of a stage whose products FP8 takes."""
-    d = definition
-    per_layer = {
-        MAMBA: d.hidden_size * (d.in_proj_size + d.d_inner),
-        ATTENTION: d.hidden_size * 2 * (d.num_attention_heads + d.num_query_groups) * d.head_dim,
-        FFN: 2 * d.hidden_size * d.ffn_hidden_size,
-    }
-    edge = layout.bf16_edge_layers
-    layers = pipeline_layers(d.num_layers, layout.pipeline)[stage]
-    return sum(per_layer[d.pattern[i]] for i in layers if edge <= i < d.num_layers - edge) // layout.tensor
+    table = gemm_table(definition, layout.precision, layout.tensor, tokens=1, bf16_edge_layers=layout.bf16_edge_layers)
+    layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
+    return sum(gemm.n * gemm.k for gemm in table if gemm.dtype == "FP8" and gemm.layer in layers)
 
 
 class _Rank:
@@ -191,6 +186,7 @@ class _Rank:
 
     def __init__(self, definition: ModelDefinition, layout: Layout) -> None:
         self.d, self.layout = definition, layout
+        self.layers: dict[tuple[str, bool], _Layer] = {}
         d, t = definition, layout.tensor
         self.cpu = layout.backend == "cpu"
         self.float32 = layout.base_precision == "fp32"
@@ -225,11 +221,15 @@ class _Rank:
         symbol = self.d.pattern[index]
         edge = self.layout.bf16_edge_layers
         fp8 = self.layout.fp8 and edge <= index < self.d.num_layers - edge
+        if (symbol, fp8) not in self.layers:
+            self.layers[symbol, fp8] = self._layer(symbol, fp8)
+        return self.layers[symbol, fp8]
+
+    def _layer(self, symbol: str, fp8: bool) -> _Layer:
         full = {MAMBA: self._mamba, ATTENTION: self._attention, FFN: self._ffn}[symbol](fp8)
         if self.layout.recompute(symbol) == "layer":
             # The input alone is kept; the backward runs the forward again, its output included, before its own.
-            again = full.kept - self.residual + self.residual
-            return _Layer(kept=self.residual, backward=again + full.backward)
+            return _Layer(kept=self.residual, backward=full.kept + full.backward)
         return full
 
     def _input(self, fp8: bool) -> int:
@@ -240,7 +240,9 @@ class _Rank:
         d = self.d
         inner = self.act(d.ffn_hidden_size)
         fc2 = self.saved_input(inner, fp8)
-        product = inner + self.weight(d.hidden_size, d.ffn_hidden_size) + self.transposed(d.hidden_size, d.ffn_hidden_size)
+        product = (
+            inner + self.weight(d.hidden_size, d.ffn_hidden_size) + self.transposed(d.hidden_size, d.ffn_hidden_size)
+        )
         kept = self._input(fp8) + inner + fc2  # relu(x), and relu(x)^2, the second product's input
         backward = self.residual + self.gathered + product
         if self.layout.recompute_ffn == "activation":
@@ -282,20 +284,23 @@ class _Rank:
         if self.fused:
             kept = base
             states = self.chunk_states()
-            gram = self.tokens // 1 * KERNEL_CHUNK * d.mamba_num_groups // self.layout.tensor * 4
+            gram = self.tokens * KERNEL_CHUNK * d.mamba_num_groups // self.layout.tensor * 4
             steps = self.tokens * d.mamba_num_heads // self.layout.tensor * 4
             # convolution again, gradients of the projection and of x, B, C, of the norm's output and input; the states
             # of the chunks and their gradients in float32 and bfloat16; C B^T and its gradient; step sizes, decays
             kernel = 2 * conv + projected + 2 * inner + 8 * states + 2 * gram + 6 * steps - out
         else:
             kept = base + conv + (self.segment_starts() if self.cpu else 2 * rows)
-            # first the norm (gradients of its output, of y and of z), then the scan and the split of x, B, C
-            kernel = max(3 * inner - out, 2 * inner + 2 * conv - out - inner)
+            # the norm (gradients of its output, of y and of z), the scan (of z, y, x, B and C), the split of x, B, C
+            scan = 2 * inner + conv + (self.scan_scratch() if self.cpu else 0)
+            kernel = max(3 * inner - out, scan - out - inner, inner + 2 * conv - out - inner)
             if not self.cpu:
                 kernel += 8 * self.chunk_states()
         after = -(2 * inner + (0 if self.fused else conv))  # out, y (and x, B, C) are spent
         join = 2 * projected + after  # gradients of z, x, B, C and dt, and their concatenation
-        project = projected + (self.residual if not self.gathered else 2 * self.gathered) + in_weight + after - projected
+        project = (
+            projected + (self.residual if not self.gathered else 2 * self.gathered) + in_weight + after - projected
+        )
         return _Layer(kept, self.residual + max(out_weight, kernel, join, project))
 
     @property
@@ -309,14 +314,27 @@ class _Rank:
         chunks = self.layout.micro_batch * math.ceil(self.layout.seq_length // self.layout.context / KERNEL_CHUNK)
         return chunks * self.d.d_inner // self.layout.tensor * self.d.mamba_state_dim
 
+    def _segment(self) -> tuple[int, int]:
+        """Tokens of a segment of our scan, and of its chunks (ops/ssd.py)."""
+        chunk = min(CPU_CHUNK, self.layout.seq_length)
+        heads = self.d.mamba_num_heads // self.layout.tensor
+        tokens = max(CPU_SEGMENT_ELEMENTS // (heads * chunk), chunk)
+        return max(tokens // chunk, 1) * chunk, chunk
+
+    def scan_scratch(self) -> int:
+        """Bytes of the buffers of our scan's backward, whose size does not grow with the sequence (ops/ssd.py)."""
+        d, t = self.d, self.layout.tensor
+        step, chunk = self._segment()
+        tokens = min(step, self.tokens)
+        inner, heads, width = d.d_inner // t, d.mamba_num_heads // t, d.mamba_num_groups * d.mamba_state_dim // t
+        states = 2 * math.ceil(tokens / chunk + 1) * inner * d.mamba_state_dim
+        return 4 * (tokens * (3 * heads * chunk + 9 * inner + 5 * width) + states)
+
     def segment_starts(self) -> int:
         """Bytes of the states that our scan keeps, one per segment of each sequence (ops/ssd.py)."""
         d, t = self.d, self.layout.tensor
         length = self.layout.seq_length
-        chunk = min(CPU_CHUNK, length)
-        heads = d.mamba_num_heads // t
-        tokens = max(CPU_SEGMENT_ELEMENTS // (heads * chunk), chunk)
-        step = max(tokens // chunk, 1) * chunk
+        step, chunk = self._segment()
         segments = math.ceil((length - length % chunk) / step) + (1 if length % chunk else 0)
         return self.layout.micro_batch * segments * d.d_inner // t * d.mamba_state_dim * 4
 
@@ -326,7 +344,9 @@ class _Rank:
         rows = padded_vocabulary(d, self.layout.tensor)
         small = self.tokens * 32  # labels' positions, sums and losses
         entry = 2 * self.residual + self.norm_rows
-        product = self.residual + self.gathered + self.weight(rows, d.hidden_size) + self.transposed(rows, d.hidden_size)
+        product = (
+            self.residual + self.gathered + self.weight(rows, d.hidden_size) + self.transposed(rows, d.hidden_size)
+        )
         if self.cpu:
             # the loss is computed in the logits' memory; torch's scatter copies 16-bit logits to float32
             return _Layer(entry + self.logits + small, max(product, 0 if self.float32 else 2 * self.logits))
@@ -337,7 +357,7 @@ class _Rank:
     def buffers(self, first: bool, last: bool) -> int:
         """Allocated once: Megatron's buffer for gathered inputs, and on a GPU the GEMMs' workspaces."""
         if self.cpu:
-            return 3 * self.gathered  # the buffer, and copies in gloo's reduce-scatter
+            return 2 * self.gathered  # the buffer, and gloo's copy
         return GPU_WORKSPACE + (self.gathered if last else 0)
 
 
@@ -350,7 +370,7 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
     weights = low * WEIGHT_BYTES["bf16"] + (total - low) * 4
     if layout.fp8:
-        weights += 2 * _gemm_weights(definition, layout, stage)  # as stored and transposed
+        weights += 2 * _fp8_weights(definition, layout, stage)  # as stored and transposed
     first, last = stage == 0, stage == layout.pipeline - 1
     states = StageMemory(
         stage=stage,
@@ -385,10 +405,10 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
 
 
 def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMemory) -> int:
-    """Clipping copies the largest gradient; gloo sums gradients in a copy of all of them."""
+    """Clipping copies the largest gradient; gloo scatters the sums of gradients through a copy of all of them."""
     largest = padded_vocabulary(definition, layout.tensor) // layout.tensor * definition.hidden_size * 4
     shards = layout.data if layout.distributed_optimizer else 1
-    if layout.backend == "cpu" and layout.data > 1:
+    if layout.backend == "cpu" and layout.distributed_optimizer:
         return max(states.gradients, largest // shards)
     return largest // shards
 

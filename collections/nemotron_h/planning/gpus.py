@@ -1,0 +1,64 @@
+"""Peak rates and memory of GPUs, from `configs/gpus.yaml`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+
+import yaml
+
+from nemotron_h.errors import UserError
+from nemotron_h.strict import nearest
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its data sheet has it.
+
+    Attributes:
+        name: as `--gpu` takes it.
+        bf16, fp8: dense matrix products with float32 accumulation, in TFLOP/s; None where there are none.
+        memory_gb: 10^9 bytes.
+        bandwidth_gb_s: of its memory, 10^9 bytes per second.
+        per_node: GPUs that NVLink connects; tensor parallelism stays within.
+        source: where the numbers come from.
+    """
+
+    name: str
+    bf16: float
+    fp8: float | None
+    memory_gb: float
+    bandwidth_gb_s: float
+    per_node: int
+    source: str
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a layout may plan with."""
+        return int(self.memory_gb * 1e9)
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of the GEMMs of a recipe's precision.
+
+        Errors:
+            UserError: the GPU does not multiply FP8.
+        """
+        if not precision.startswith("fp8"):
+            return self.bf16 * 1e12
+        if self.fp8 is None:
+            raise UserError(f"{self.name} has no FP8 products", hint="plan with precision=bf16, or another --gpu")
+        return self.fp8 * 1e12
+
+
+def gpu(name: str) -> Gpu:
+    """The GPU of this name.
+
+    Errors:
+        UserError: there is none; names the nearest.
+    """
+    data = yaml.safe_load((files("nemotron_h.configs") / "gpus.yaml").read_text(encoding="utf-8"))
+    sources = data.pop("sources")
+    if name not in data:
+        hint = f"{nearest(name, data)}Known: {', '.join(data)} (configs/gpus.yaml)."
+        raise UserError(f"there is no GPU {name!r}", hint=hint)
+    return Gpu(name=name, source=sources[name], **data[name])

@@ -1,0 +1,257 @@
+"""Layouts of a recipe: the one it has, what would make it fit, and a table of others. Pure arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
+from nemotron_h.planning.gpus import Gpu
+from nemotron_h.planning.memory import Layout, largest_stage
+from nemotron_h.schema import RecipeConfig
+
+#: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and products
+#: that get smaller)
+TENSOR_COST = 0.04
+#: ours: the same for context parallelism
+CONTEXT_COST = 0.05
+#: what a sweep tries, from the least recomputation to the most
+RECOMPUTE = {
+    "none": {},
+    "ffn activation": {"recompute_ffn": "activation"},
+    "ffn layer": {"recompute_ffn": "layer"},
+    "all layers": {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_attention": "layer"},
+}
+
+
+def layout_of(recipe: RecipeConfig, gpus: int | None = None, origin: str = "the recipe") -> Layout:
+    """The layout of a recipe, on so many GPUs.
+
+    Args:
+        gpus: overrides nodes * devices; the data-parallel size follows from it.
+        origin: the recipe's name for errors.
+    Errors:
+        UserError: the GPUs do not divide by tensor * pipeline, or the batch not by data-parallel ranks * micro-batch;
+            names the nearest values that do.
+    """
+    parallel, data, again = recipe.parallel, recipe.data, recipe.recompute
+    model_parallel = parallel.tensor * parallel.pipeline
+    ranks = parallel.nodes * parallel.devices if gpus is None else gpus
+    key = "parallel.nodes * parallel.devices" if gpus is None else "--gpus"
+    if ranks < 1 or ranks % model_parallel:
+        below = ranks // model_parallel * model_parallel
+        nearest = " or ".join(str(n) for n in (below, below + model_parallel) if n > 0)
+        raise UserError(
+            f"{origin}: {key} = {ranks} does not divide by parallel.tensor * parallel.pipeline = "
+            f"{parallel.tensor} * {parallel.pipeline}",
+            hint=f"nearest: {nearest}",
+        )
+    replicas = ranks // model_parallel
+    per_pass = replicas * data.micro_batch_size
+    if data.global_batch_size % per_pass:
+        fits = [n for n in range(1, data.global_batch_size + 1) if data.global_batch_size % n == 0]
+        fits = [n for n in fits if n % data.micro_batch_size == 0]
+        nearest = min(fits, key=lambda n: abs(n - per_pass)) // data.micro_batch_size * model_parallel
+        batch = max(1, round(data.global_batch_size / per_pass)) * per_pass
+        raise UserError(
+            f"{origin}: data.global_batch_size = {data.global_batch_size} does not divide by {replicas} data-parallel "
+            f"ranks * data.micro_batch_size = {data.micro_batch_size}",
+            hint=f"nearest: --gpus {nearest}, or data.global_batch_size={batch}",
+        )
+    return Layout(
+        seq_length=data.seq_length,
+        micro_batch=data.micro_batch_size,
+        micro_batches=data.global_batch_size // per_pass,
+        tensor=parallel.tensor,
+        pipeline=parallel.pipeline,
+        data=replicas,
+        sequence=parallel.sequence,
+        distributed_optimizer=parallel.distributed_optimizer,
+        precision=recipe.precision,
+        bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
+        recompute_mamba=again.mamba,
+        recompute_ffn=again.ffn,
+        recompute_attention=again.attention,
+    )
+
+
+def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
+    """Useful work per time of a layout, relative to one without parallelism or recomputation.
+
+    A simple model, ours: the pipeline idles (P - 1) of (m + P - 1) of its time, every doubling of tensor or context
+    parallelism costs `TENSOR_COST` or `CONTEXT_COST`, recomputed operations take time as all others.
+    """
+    pipeline = layout.micro_batches / (layout.micro_batches + layout.pipeline - 1)
+    tensor = 1 - TENSOR_COST * math.log2(layout.tensor)
+    context = 1 - CONTEXT_COST * math.log2(layout.context)
+    again = {name: getattr(layout, f"recompute_{name}") == "layer" for name in ("mamba", "attention", "ffn")}
+    model = flops_per_token(definition, layout.seq_length).total
+    recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again))
+    return pipeline * tensor * context * recompute
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that makes a layout fit: settings as a command line takes them, and the peak with them, in bytes."""
+
+    settings: str
+    peak: int
+
+
+def _with_tensor(layout: Layout, size: int) -> Layout | None:
+    ranks = layout.ranks
+    replicas = ranks // (size * layout.pipeline)
+    return _spread(replace(layout, tensor=size, sequence=size > 1), layout, replicas, ranks)
+
+
+def _with_pipeline(layout: Layout, size: int) -> Layout | None:
+    ranks = layout.ranks
+    return _spread(replace(layout, pipeline=size), layout, ranks // (layout.tensor * size), ranks)
+
+
+def _spread(changed: Layout, before: Layout, replicas: int, ranks: int) -> Layout | None:
+    """The changed layout with the batch spread over its data-parallel ranks, or None where that cannot be."""
+    batch = before.micro_batch * before.micro_batches * before.data
+    if replicas < 1 or replicas * changed.tensor * changed.pipeline * changed.context != ranks:
+        return None
+    if batch % (replicas * changed.micro_batch):
+        return None
+    return replace(changed, data=replicas, micro_batches=batch // (replicas * changed.micro_batch))
+
+
+def tensor_sizes(definition: ModelDefinition, largest: int) -> list[int]:
+    """Powers of two up to `largest` that every sharded dimension divides by."""
+    sizes = []
+    for size in (1, 2, 4, 8, 16):
+        try:
+            definition.validate_tensor_parallel(size, definition.name)
+        except UserError:
+            continue
+        if size <= largest:
+            sizes.append(size)
+    return sizes
+
+
+def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iterator[list[tuple[str, Layout | None]]]:
+    """Kinds of change, each from the smallest step to the largest."""
+    yield [
+        ("recompute.ffn=activation", replace(layout, recompute_ffn="activation")),
+        ("recompute.ffn=layer", replace(layout, recompute_ffn="layer")),
+        (
+            "recompute.mamba=layer recompute.ffn=layer recompute.attention=layer",
+            replace(layout, **RECOMPUTE["all layers"]),
+        ),
+    ]
+    smaller = [n for n in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % n == 0]
+    yield [
+        (
+            f"data.micro_batch_size={n}",
+            replace(layout, micro_batch=n, micro_batches=layout.micro_batches * layout.micro_batch // n),
+        )
+        for n in smaller
+    ]
+    if layout.tensor > 1 and not layout.sequence:
+        yield [("parallel.sequence=true", replace(layout, sequence=True))]
+    yield [
+        (f"parallel.tensor={n} parallel.sequence=true", _with_tensor(layout, n))
+        for n in tensor_sizes(definition, per_node)
+        if n > layout.tensor
+    ]
+    yield [
+        (f"parallel.pipeline={n}", _with_pipeline(layout, n))
+        for n in (2, 4, 8, 16)
+        if layout.pipeline < n <= definition.num_layers
+    ]
+    if layout.distributed_optimizer:
+        batch = layout.micro_batches * layout.data
+        yield [
+            (
+                f"--gpus {layout.ranks * n}",
+                replace(layout, data=layout.data * n, micro_batches=batch // layout.data // n),
+            )
+            for n in (2, 4, 8, 16, 32, 64)
+            if layout.micro_batches % n == 0
+        ]
+
+
+def remedies(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> list[Remedy]:
+    """Changes to settings, each of which makes the layout fit the GPU; empty where none of those tried does.
+
+    The smallest step of every kind (recompute, micro-batch, sequence, tensor and pipeline parallel, more GPUs) that
+    suffices; with all layers recomputed on top where no single kind does.
+    """
+    for prefix, base in (("", layout), (*_everything(layout),)):
+        found = []
+        for kind in _changes(definition, base, gpu.per_node):
+            for settings, changed in kind:
+                if changed is None:
+                    continue
+                peak = largest_stage(definition, changed).peak
+                if peak <= gpu.memory:
+                    found.append(Remedy(f"{prefix}{settings}", peak))
+                    break
+        if found:
+            return found
+    return []
+
+
+def _everything(layout: Layout) -> tuple[str, Layout]:
+    settings = "recompute.mamba=layer recompute.ffn=layer recompute.attention=layer "
+    return settings, replace(layout, **RECOMPUTE["all layers"])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A layout of a sweep.
+
+    Attributes:
+        layout: what it is.
+        recompute: name of its recomputation, a key of `RECOMPUTE`.
+        peak: bytes of its largest stage.
+        fits: whether the GPU holds that.
+        tokens_per_second: of all GPUs, by `relative_speed`.
+        step_seconds: of one step.
+        runs: False where training refuses the layout (context parallelism).
+    """
+
+    layout: Layout
+    recompute: str
+    peak: int
+    fits: bool
+    tokens_per_second: float
+    step_seconds: float
+    runs: bool
+
+
+def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_second: float) -> list[Row]:
+    """Layouts of the same batch on the same number of GPUs, fastest first.
+
+    Args:
+        layout: the recipe's own; `tokens_per_second` is what it reaches, the others follow by `relative_speed`.
+    """
+    own = relative_speed(definition, layout)
+    tokens = layout.seq_length * layout.micro_batch * layout.micro_batches * layout.data
+    rows = []
+    for tensor in tensor_sizes(definition, gpu.per_node):
+        for pipeline in (n for n in (1, 2, 4, 8) if n <= definition.num_layers):
+            for context in (1, 2):
+                replicas = layout.ranks // (tensor * pipeline * context)
+                shape = replace(layout, tensor=tensor, pipeline=pipeline, context=context, sequence=tensor > 1)
+                spread = _spread(shape, layout, replicas, layout.ranks)
+                if spread is None or layout.seq_length % context:
+                    continue
+                for name, settings in RECOMPUTE.items():
+                    nothing = dict.fromkeys(("recompute_mamba", "recompute_ffn", "recompute_attention"), "none")
+                    tried = replace(spread, **{**nothing, **settings})
+                    peak = largest_stage(definition, tried).peak
+                    speed = tokens_per_second * relative_speed(definition, tried) / own
+                    rows.append(Row(tried, name, peak, peak <= gpu.memory, speed, tokens / speed, context == 1))
+    return sorted(rows, key=lambda row: (-row.tokens_per_second, row.peak))
+
+
+def best(rows: list[Row]) -> Row | None:
+    """The fastest row that fits and that training takes; the smallest of equally fast ones."""
+    return next((row for row in rows if row.fits and row.runs), None)

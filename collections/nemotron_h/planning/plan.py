@@ -1,0 +1,210 @@
+"""All that can be said of a recipe before a GPU is touched, as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from nemotron_h.checks import count_of, definition_of
+from nemotron_h.data.blend import load_blend
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition
+from nemotron_h.planning.flops import FlopsByPart, flops_per_token
+from nemotron_h.planning.gpus import Gpu, gpu
+from nemotron_h.planning.inference import BYTES, InferenceMemory, inference_memory
+from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, sweep
+from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, plan_memory
+from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
+from nemotron_h.precision.gemms import GemmGroup, fold, gemm_table
+from nemotron_h.schema import RecipeConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe's plan.
+
+    Attributes:
+        name: of the recipe.
+        definition: its model.
+        layout: of the training run.
+        gpu: that it is planned for.
+        mfu: model FLOPs utilisation assumed, of the peak of the recipe's precision.
+        mfu_source: where that is from.
+        flops: per token, forward and backward.
+        stages: memory of one rank of every pipeline stage.
+        remedies: settings that make it fit; empty where it does, or nothing tried helps.
+        schedule: steps, phases, time.
+        checkpoint: bytes on disk of one checkpoint.
+        keep: checkpoints that stay on disk; -1 is all.
+        context: tokens of a sequence in inference.
+        inference: bytes of a BF16 model with one sequence of so many tokens.
+        inference_fp4: the same in FP4 (paper 3): weights and keys and values.
+        gemms: matrix products of the layers and their precision.
+    """
+
+    name: str
+    definition: ModelDefinition
+    layout: Layout
+    gpu: Gpu
+    mfu: float
+    mfu_source: str
+    flops: FlopsByPart
+    stages: list[StageMemory]
+    remedies: list[Remedy]
+    schedule: Schedule
+    checkpoint: dict[str, int]
+    keep: int
+    context: int
+    inference: InferenceMemory
+    inference_fp4: InferenceMemory
+    gemms: list[GemmGroup]
+
+    @property
+    def largest(self) -> StageMemory:
+        """The stage that needs most memory."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest stage fits the GPU."""
+        return self.largest.peak <= self.gpu.memory
+
+    def layers(self) -> dict[str, dict[str, int]]:
+        """Layer type -> how many and their parameters together."""
+        d = self.definition
+        return {
+            name: {"layers": d.count(symbol), "parameters": d.count(symbol) * d.layer_parameters(symbol)}
+            for symbol, name in LAYER_NAMES.items()
+            if d.count(symbol)
+        }
+
+    def sweep(self) -> list[Row]:
+        """Other layouts of the same batch on the same GPUs, fastest first."""
+        return sweep(self.definition, self.layout, self.gpu, self.schedule.tokens_per_second)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; bytes, seconds and operations are numbers."""
+        schedule = self.schedule
+        return {
+            "recipe": self.name,
+            "model": self.definition.name,
+            "pattern": self.definition.pattern,
+            "parameters": self.definition.parameters,
+            "layers": self.layers(),
+            "flops_per_token": {**asdict(self.flops), "total": self.flops.total, "linear": self.flops.linear},
+            "layout": {**asdict(self.layout), "ranks": self.layout.ranks},
+            "gpu": asdict(self.gpu),
+            "memory": {
+                "stages": [{**asdict(stage), "peak": stage.peak} for stage in self.stages],
+                "peak": self.largest.peak,
+                "limit": self.gpu.memory,
+                "fits": self.fits,
+                "remedies": [asdict(remedy) for remedy in self.remedies],
+            },
+            "schedule": {
+                "tokens": schedule.tokens,
+                "steps": schedule.steps,
+                "warmup_steps": schedule.warmup_steps,
+                "phases": [{**asdict(span), "date": _date(schedule.date(span.first_step))} for span in schedule.phases],
+                "end": _date(schedule.date(schedule.steps)),
+                "mfu": self.mfu,
+                "mfu_source": self.mfu_source,
+                "tokens_per_second": schedule.tokens_per_second,
+                "step_seconds": schedule.step_seconds,
+                "seconds": schedule.seconds,
+                "gpu_hours": schedule.gpu_hours,
+                "checkpoints": schedule.checkpoints,
+            },
+            "checkpoint_bytes": self.checkpoint,
+            "inference": {
+                "context": self.context,
+                "bf16": {**asdict(self.inference), "total": self.inference.total},
+                "fp4": {**asdict(self.inference_fp4), "total": self.inference_fp4.total},
+            },
+            "gemms": [{**asdict(group.gemm), "layers": group.layers} for group in self.gemms],
+        }
+
+
+def _date(value: datetime | None) -> str | None:
+    return None if value is None else value.isoformat(timespec="minutes")
+
+
+def make_plan(
+    recipe: RecipeConfig,
+    gpus: int | None = None,
+    gpu_name: str = "h100",
+    mfu: float | None = None,
+    start: datetime | None = None,
+    context: int | None = None,
+) -> Plan:
+    """Plan a recipe.
+
+    Args:
+        recipe: composed and checked.
+        gpus: overrides the recipe's nodes * devices.
+        gpu_name: a name of `configs/gpus.yaml`.
+        mfu: utilisation of the peak of the recipe's precision, in (0, 1]; None takes `default_mfu`.
+        start: when the run begins.
+        context: tokens of a sequence in inference; None takes the training's.
+    Errors:
+        UserError: impossible layout, unknown GPU, or a utilisation outside of (0, 1].
+    """
+    origin = f"recipe {recipe.name}"
+    definition = definition_of(recipe, origin)
+    device = gpu(gpu_name)
+    layout = layout_of(recipe, gpus, origin)
+    assumed, source = default_mfu(recipe.precision) if mfu is None else (mfu, "--mfu")
+    if not 0 < assumed <= 1:
+        raise UserError(f"--mfu = {assumed}", hint="a utilisation lies in (0, 1]: 0.4 is 40 %")
+    context = recipe.data.seq_length if context is None else context
+    if context < 1:
+        raise UserError(f"--context = {context}", hint="give the tokens of a sequence, 1 or more")
+    flops = flops_per_token(definition, recipe.data.seq_length)
+    stages = plan_memory(definition, layout)
+    fits = max(stage.peak for stage in stages) <= device.memory
+    tokens_per_step = recipe.data.seq_length * recipe.data.global_batch_size
+    table = gemm_table(
+        definition,
+        recipe.precision,
+        layout.tensor,
+        tokens=layout.seq_length * layout.micro_batch,
+        bf16_edge_layers=layout.bf16_edge_layers,
+    )
+    return Plan(
+        name=recipe.name,
+        definition=definition,
+        layout=layout,
+        gpu=device,
+        mfu=assumed,
+        mfu_source=source,
+        flops=flops,
+        stages=stages,
+        remedies=[] if fits else remedies(definition, layout, device),
+        schedule=plan_schedule(
+            tokens=count_of(recipe.tokens, "tokens", origin),
+            tokens_per_step=tokens_per_step,
+            warmup_tokens=count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin),
+            phases=load_blend(recipe.data.blend).phases,
+            tokens_per_second=layout.ranks * device.peak(recipe.precision) * assumed / flops.total,
+            gpus=layout.ranks,
+            checkpoint_every=recipe.checkpoint.every_steps,
+            start=start,
+        ),
+        checkpoint=checkpoint_bytes(definition, recipe.precision),
+        keep=recipe.checkpoint.keep,
+        context=context,
+        inference=inference_memory(definition, context),
+        inference_fp4=inference_memory(definition, context, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"]),
+        gemms=fold(table),
+    )
+
+
+def parts_by_stage(stages: Sequence[StageMemory]) -> list[str]:
+    """Names of all parts, in the order of a table."""
+    names: dict[str, None] = {}
+    for stage in stages:
+        names.update(dict.fromkeys(stage.parts()))
+    last = [name for name in ("working", "buffers") if name in names]
+    return [name for name in names if name not in last] + last

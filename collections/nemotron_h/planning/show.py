@@ -1,0 +1,168 @@
+"""A plan as tables on the terminal."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from rich.console import Console
+from rich.table import Table
+
+from nemotron_h.planning.layouts import Row, best
+from nemotron_h.planning.memory import GIB, largest_stage
+from nemotron_h.planning.plan import Plan, parts_by_stage
+
+
+def _table(console: Console, title: str, *columns: str) -> Table:
+    console.print(f"[bold]{title}[/bold]")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, or MiB where small."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else str(timedelta(seconds=round(seconds)))
+
+
+def _when(date: datetime | None) -> str:
+    return "" if date is None else date.strftime("%Y-%m-%d")
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Print the plan."""
+    d, schedule = plan.definition, plan.schedule
+    console.print(f"[bold]{plan.name}[/bold]: {d.name}, {d.parameters:,} parameters, {d.num_layers} layers")
+    console.print(f"{d.pattern}\n", markup=False)
+    _show_model(plan, console)
+    if plan.layout.precision.startswith("fp8"):
+        _show_gemms(plan, console)
+    _show_memory(plan, console)
+    _show_schedule(plan, console)
+    total = sum(plan.checkpoint.values())
+    kept = "all stay" if plan.keep < 0 else f"{plan.keep} stay: {gib(total * plan.keep)}"
+    table = _table(console, "On disk", "", "size")
+    table.add_row("checkpoint to resume from", gib(total))
+    table.add_row("its weights alone", gib(plan.checkpoint["weights"]))
+    console.print(table)
+    console.print(f"{schedule.checkpoints:,} checkpoints are written, {kept}\n")
+    table = _table(console, f"Inference, one sequence of {plan.context:,} tokens", "", "BF16", "FP4")
+    for label, part in (
+        ("weights", "weights"),
+        ("keys and values", "kv_cache"),
+        ("SSM states, float32", "ssm_states"),
+        ("convolutions' states", "conv_states"),
+        ("all", "total"),
+    ):
+        table.add_row(label, *(gib(getattr(memory, part)) for memory in (plan.inference, plan.inference_fp4)))
+    console.print(table)
+    console.print("FP4: 0.5625 bytes per weight and per key or value, its scales included")
+
+
+def _show_model(plan: Plan, console: Console) -> None:
+    d = plan.definition
+    table = _table(console, "Layers", "type", "layers", "parameters", "share")
+    for name, counted in plan.layers().items():
+        share = counted["parameters"] / d.parameters
+        table.add_row(name, str(counted["layers"]), f"{counted['parameters']:,}", f"{share:.1%}")
+    rest = d.parameters - sum(counted["parameters"] for counted in plan.layers().values())
+    table.add_row("embedding, output, final norm", "", f"{rest:,}", f"{rest / d.parameters:.1%}")
+    console.print(table, "")
+    seq = plan.layout.seq_length
+    table = _table(console, f"FLOPs per token, forward and backward, sequences of {seq:,}", "part", "GFLOP", "share")
+    for name, share in plan.flops.shares().items():
+        if share:
+            table.add_row(name.replace("_", " "), f"{getattr(plan.flops, name) / 1e9:,.3f}", f"{share:.1%}")
+    table.add_row("all", f"{plan.flops.total / 1e9:,.3f}", "")
+    table.add_row("  in the layers' linear projections", f"{plan.flops.linear / 1e9:,.3f}", "")
+    console.print(table, "")
+
+
+def _show_gemms(plan: Plan, console: Console) -> None:
+    table = _table(
+        console, f"Matrix products of one rank, {plan.layout.precision}", "product", "precision", "m", "n", "k", "why"
+    )
+    for group in plan.gemms:
+        gemm = group.gemm
+        table.add_row(f"{gemm.name} ({group.span})", gemm.dtype, f"{gemm.m:,}", f"{gemm.n:,}", f"{gemm.k:,}", gemm.why)
+    console.print(table, "")
+
+
+def _show_memory(plan: Plan, console: Console) -> None:
+    layout, largest = plan.layout, plan.largest
+    words = (
+        f"tensor {layout.tensor}{' with sequence parallel' if layout.sequence else ''} x pipeline {layout.pipeline} x "
+        f"data {layout.data} = {layout.ranks:,} GPUs, micro-batch {layout.micro_batch}, {layout.micro_batches} per step"
+    )
+    shown = plan.stages if len(plan.stages) <= 4 else [largest]
+    table = _table(console, f"Memory per GPU: {words}", "part", *(f"stage {stage.stage}" for stage in shown))
+    for name in parts_by_stage(shown):
+        table.add_row(name, *(gib(stage.parts().get(name, 0)) for stage in shown))
+    table.add_row("peak", *(gib(stage.peak) for stage in shown))
+    table.add_row("  reached in", *(stage.at for stage in shown))
+    console.print(table)
+    limit = plan.gpu.memory
+    if plan.fits:
+        console.print(f"[green]fits[/green] {plan.gpu.name}: {gib(limit)}, {gib(limit - largest.peak)} left\n")
+        return
+    console.print(f"[red]does not fit[/red] {plan.gpu.name}: {gib(limit)}, {gib(largest.peak - limit)} too much")
+    for remedy in plan.remedies:
+        console.print(f"  would fit with {remedy.settings}: {gib(remedy.peak)}", markup=False, soft_wrap=True)
+    if not plan.remedies:
+        console.print("  nothing tried makes it fit: take more GPUs (--sweep), or a smaller data.seq_length")
+    console.print()
+
+
+def _show_schedule(plan: Plan, console: Console) -> None:
+    schedule = plan.schedule
+    table = _table(console, "Schedule", "", "first step", "steps", "begins")
+    table.add_row("warm-up", "0", f"{schedule.warmup_steps:,}", _when(schedule.date(0)))
+    for span in schedule.phases:
+        table.add_row(span.name, f"{span.first_step:,}", f"{span.steps:,}", _when(schedule.date(span.first_step)))
+    table.add_row("end", f"{schedule.steps:,}", "", _when(schedule.date(schedule.steps)))
+    console.print(table)
+    console.print(
+        f"{schedule.tokens:,} tokens at {plan.mfu:.1%} of the peak ({plan.mfu_source}):\n"
+        f"{schedule.tokens_per_second / schedule.gpus:,.0f} tokens/s per GPU, {schedule.step_seconds:,.3f} s per step, "
+        f"{_time(schedule.seconds)}, [bold]{schedule.gpu_hours:,.0f} GPU-hours[/bold]\n"
+    )
+
+
+def show_sweep(plan: Plan, rows: list[Row], console: Console) -> None:
+    """Print the layouts, and mark the best."""
+    chosen = best(rows)
+    table = _table(
+        console,
+        f"Layouts on {plan.layout.ranks:,} x {plan.gpu.name} ({gib(plan.gpu.memory)})",
+        "TP x PP x CP x DP",
+        "recompute",
+        "memory",
+        "",
+        "s/step",
+        "tokens/s",
+        "",
+    )
+    for row in rows:
+        at = row.layout
+        note = "[bold]best[/bold]" if row is chosen else "" if row.runs else "planned only: training refuses CP"
+        table.add_row(
+            f"{at.tensor} x {at.pipeline} x {at.context} x {at.data}",
+            row.recompute,
+            gib(row.peak),
+            "[green]fits[/green]" if row.fits else "[red]no[/red]",
+            f"{row.step_seconds:,.3f}",
+            f"{row.tokens_per_second:,.0f}",
+            note,
+        )
+    console.print(table)
+    console.print(
+        "Speed is a simple model (docs/planning.md): the recipe's own layout has the stated MFU; pipeline bubbles, "
+        "4 % per doubling of tensor parallel and recomputed operations are counted against each other layout."
+    )
+    if chosen is None:
+        need = gib(min(row.peak for row in rows)) if rows else gib(largest_stage(plan.definition, plan.layout).peak)
+        console.print(f"none fits: the smallest needs {need}")
