@@ -1,8 +1,9 @@
 """Run a recipe as `nemo llm pretrain` does and record what each step did.
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [key=value ...]`: overrides of the built recipe are dotted; `kill`
-ends the process with SIGKILL right after that step, `signal` sends a signal to one rank during it. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning
-rate as exact hexadecimal floats, and the numbers of the samples that this rank read.
+ends the process with SIGKILL right after that step, `signal` sends a signal to one rank during it. Each step appends to
+`steps.jsonl` beside the run: the loss, gradient norm and learning rate as exact hexadecimal floats, and the numbers of
+the samples that this rank read.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ import nemo_run as run  # noqa: E402
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
-from nemotron_h.runtime import settings  # noqa: E402
-from nemotron_h.training.callbacks import run_record  # noqa: E402
+from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 from nemotron_h.training.pretrain import build  # noqa: E402
 
 READ: list[int] = []
@@ -85,8 +85,7 @@ def main(recipe: str, *options: str) -> None:
             told = value
             continue
         changed.append(option)
-    settings.apply(task, changed, "worker.py")
-    run_record.note(task, changed)
+    change(task, changed, "worker.py")
     task.trainer.callbacks.insert(0, run.Config(Recorder, kill=kill, told=told))
     try:
         fdl.build(task)()

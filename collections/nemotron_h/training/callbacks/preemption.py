@@ -30,7 +30,7 @@ class Preemption(pl.Callback):
     Put it last in the list of callbacks: those after it would miss the last step.
 
     Args:
-        leave_after: `HH:MM:SS` that one process of the run may take, where no signal announces the end; None is no limit.
+        leave_after: `HH:MM:SS` that one process may take, where no signal announces the end; None is no limit.
     Errors:
         UserError: `leave_after` is not a duration.
         SystemExit: with `EXIT_CODE`, on every rank at the same step, once the checkpoint is whole.

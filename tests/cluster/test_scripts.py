@@ -1,0 +1,177 @@
+"""What would be submitted: sbatch scripts, manifests and commands of shipped recipes, through `nemo`'s command line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.slow
+
+SLURM = ("executor=slurm", "executor.account=ABC", "executor.partition=batch", "executor.work_dir=/shared/me")
+KUBERNETES = ("executor=kubernetes", "executor.namespace=team", "executor.image=registry/i:1", "executor.claim=work")
+EIGHT = ("trainer.num_nodes=2", "trainer.devices=8", "trainer.strategy.tensor_model_parallel_size=2")
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The `nemo` command, with every factory registered."""
+    from nemotron_h import factories  # noqa: F401 - what the entry point loads
+
+    before, sys.argv = sys.argv, ["nemo", "llm", "pretrain"]
+    try:
+        from nemo_run.cli.api import create_cli
+
+        yield create_cli()
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture
+def dry_run(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    """Run `nemo llm pretrain --factory NAME --dryrun` in an empty folder; its exit code and all that it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(factory: str, *arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["llm", "pretrain", "--factory", factory, "--dryrun", *arguments])
+        captured = capfd.readouterr()
+        return result.exit_code, result.output + captured.out + captured.err
+
+    return run
+
+
+def options(script: str) -> dict[str, str]:
+    """`#SBATCH` options by name; bare ones are empty."""
+    return {name: value or "" for name, value in re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.MULTILINE)}
+
+
+def test_sbatch_script(dry_run) -> None:
+    code, script = dry_run("nemotron_h_tiny", *SLURM, *EIGHT, "executor.chain=3", "executor.sbatch.qos=high")
+    assert code == 0, script
+    found = options(script)
+    assert {key: found[key] for key in ("account", "partition", "nodes", "ntasks-per-node", "gpus-per-node", "time")} == {
+        "account": "ABC",
+        "partition": "batch",
+        "nodes": "2",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "time": "04:00:00",
+    }
+    assert (found["signal"], found["open-mode"], found["array"]) == ("USR1@600", "append", "1-3%1")
+    assert (found["requeue"], found["exclusive"], found["qos"]) == ("", "", "high")
+    assert found["job-name"] == "nemotron_h_tiny-pretrain"
+    assert re.search(r"^srun .* python -m nemo_run.core.runners.fdl_runner -n pretrain \S+_fn_or_script$", script, re.M)
+    assert "scancel --state=PENDING" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_one_job_is_no_chain_and_gpus_are_asked_for_as_told(dry_run) -> None:
+    code, script = dry_run("nemotron_h_tiny", *SLURM, "executor.gpus=none", "executor.exclusive=false")
+    assert code == 0, script
+    assert options(script).keys().isdisjoint({"array", "gpus-per-node", "gres", "exclusive"})
+    assert "scancel" not in script
+    assert options(dry_run("nemotron_h_tiny", *SLURM, *EIGHT, "executor.gpus=gres")[1])["gres"] == "gpu:8"
+
+
+def test_a_container_has_the_work_folder(dry_run) -> None:
+    code, script = dry_run("nemotron_h_tiny", *SLURM, "executor.container=registry/i:1", "executor.env.TEXT=two words")
+    assert code == 0, script
+    assert "--container-image registry/i:1" in script
+    assert "--container-mounts /shared/me:/shared/me," in script
+    assert "export TEXT='two words'" in script
+
+
+def test_the_56b_as_trained_resolves_to_6144_gpus(dry_run) -> None:
+    code, script = dry_run("nemotron_h_56b", *SLURM)
+    assert code == 0, script
+    found = options(script)
+    assert int(found["nodes"]) * int(found["ntasks-per-node"]) == 6144
+    assert found["gpus-per-node"] == "8"
+
+
+def test_a_users_file_and_every_spelling_of_the_option(dry_run, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("kind: slurm\naccount: ABC\npartition: batch\nwork_dir: /shared/me\nchain: 2\n")
+    for spelling in (("executor=mine.yaml",), ("--executor", "mine.yaml"), (f"run.executor={mine}",)):
+        code, script = dry_run("nemotron_h_tiny", *spelling, "executor.chain=4")
+        assert code == 0, script
+        assert options(script)["array"] == "1-4%1"
+
+
+def test_kubernetes_manifest(dry_run) -> None:
+    code, printed = dry_run("nemotron_h_tiny", *KUBERNETES, *EIGHT, "executor.memory=256Gi")
+    assert code == 0, printed
+    manifest = yaml.safe_load(printed[printed.index("apiVersion:") : printed.index("Dry run for")])
+    trainer = manifest["spec"]["trainer"]
+    assert (manifest["kind"], manifest["metadata"]["namespace"]) == ("TrainJob", "team")
+    assert (trainer["numNodes"], trainer["numProcPerNode"], trainer["image"]) == (2, 8, "registry/i:1")
+    assert trainer["resourcesPerNode"]["requests"] == {"memory": "256Gi", "nvidia.com/gpu": "8"}
+    (override,) = manifest["spec"]["podTemplateOverrides"]
+    assert override["spec"]["volumes"] == [{"name": "work", "persistentVolumeClaim": {"claimName": "work"}}]
+    assert override["spec"]["containers"][0]["volumeMounts"] == [{"name": "work", "mountPath": "/workspace"}]
+    launch = re.search(r"exec torchrun .*--nnodes 2 --nproc-per-node 8 .*", printed).group()
+    assert launch.endswith("/code/configs/pretrain_fn_or_script")
+    assert launch.split()[-1].startswith(trainer["command"][1].removesuffix("launch.sh")), "where the volume has it"
+
+
+def test_local_command(dry_run) -> None:
+    code, printed = dry_run("nemotron_h_tiny", "executor=local", "trainer.devices=2")
+    assert code == 0, printed
+    assert re.search(r"^torchrun .*--nproc-per-node 2 ", printed, re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("executor=slurm",), ("slurm.yaml: account, partition, work_dir are placeholders", "executor.account=")),
+        ((*SLURM, "executor.nodes=4"), ("executor.nodes = 4, trainer.num_nodes = 1", "set trainer.num_nodes=4")),
+        ((*SLURM, "executor.devices=8"), ("executor.devices = 8, trainer.devices = 1",)),
+        ((*SLURM, "executor.acount=x"), ("unknown key acount", "Did you mean account?")),
+        (("executor.account=x",), ("executor.account=x without an executor", "executor=slurm")),
+        (("executor=local", "trainer.num_nodes=2"), ("executor=local has one node",)),
+        ((*SLURM, "trainer.devices=3", EIGHT[2]), ("set trainer.devices and trainer.num_nodes",)),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_submitted(dry_run, arguments, expected) -> None:
+    code, output = dry_run("nemotron_h_tiny", *arguments)
+    assert code == 2, output
+    for text in expected:
+        assert text in output.replace("\n", " "), output
+    assert "Traceback" not in output
+
+
+def test_jobs_meet_in_the_work_folder(app) -> None:
+    """Jobs of a chain start in folders of their own; what the recipe writes and reads is the same for all."""
+    from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+
+    from nemotron_h.cluster.executors import executor
+    from nemotron_h.cluster.load import load
+    from nemotron_h.compose import compose
+    from nemotron_h.training.pretrain import build
+
+    task = build(compose("nemotron_h_tiny/pretrain"))
+    executor(load("slurm", [given.removeprefix("executor.") for given in SLURM[1:]]), task, "tiny")
+    sent = ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(task))
+    assert sent.log.explicit_log_dir == "/shared/me/runs/nemotron_h_tiny"
+    assert sent.data.root == "/shared/me/data"
+
+
+@pytest.mark.parametrize(("code", "cancelled"), [(0, True), (2, True), (75, False), (1, False), (137, False)])
+def test_a_chain_ends_when_the_run_is_complete_or_mistaken(tmp_path: Path, code: int, cancelled: bool) -> None:
+    from nemotron_h.cluster.executors import END_CHAIN
+
+    fake = tmp_path / "scancel"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/cancelled\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", f"{END_CHAIN}\n(exit {code})\nexit $?"], env=environment)
+    assert done.returncode == code
+    assert (tmp_path / "cancelled").exists() == cancelled
+    if cancelled:
+        assert (tmp_path / "cancelled").read_text().split() == ["--state=PENDING", "7"]
