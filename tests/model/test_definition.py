@@ -1,23 +1,18 @@
-"""The model definition: counts against the paper and against the real module, and what it refuses."""
+"""The model definition: counts against the real module, and what it refuses. Shipped files: `test_family.py`."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
-from omegaconf import OmegaConf
 
-from nemotron_h.compose import configs_dir
 from nemotron_h.errors import UserError
-from nemotron_h.model.definition import Expect, ModelDefinition, definition_from_dict
+from nemotron_h.model.definition import WIDTHS, Expect, ModelDefinition
 
-UNIT = "M-M-M-M*-"
-PATTERN_8B = UNIT + "M-" + "M-M-M-M*-M-" * 3 + "M-M-M-M-"
-PATTERN_56B = UNIT + "M-" + "M-M-M-M*-M-" * 9 + "M-M-M-M-"
-PATTERN_47B_RELEASED = (
-    "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
-)
-PATTERN_47B_PAPER = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-----MM---M-M*-M-M-M-M-M-"
+#: changes that make the small definition a pure one, its unneeded widths left out
+TRANSFORMER = {"family": "transformer", "pattern": "*-*-", **dict.fromkeys(WIDTHS["M"], 0)}
+MAMBA2 = {"family": "mamba2", "pattern": "MM", **dict.fromkeys(WIDTHS["*"] + WIDTHS["-"], 0)}
+ROPE = {"position_embedding": "rope", "rope_base": 10000, "rope_percent": 1.0}
 
 
 def definition(**changes) -> ModelDefinition:
@@ -46,41 +41,6 @@ def definition(**changes) -> ModelDefinition:
     return dataclasses.replace(made, expect=counts)
 
 
-def family(pattern: str, hidden: int, ffn: int, heads: int, mamba_heads: int, state: int) -> ModelDefinition:
-    """A size of the family: what all share is paper 2.1, the widths are paper table 1 (47B: released configuration)."""
-    return definition(
-        pattern=pattern,
-        hidden_size=hidden,
-        ffn_hidden_size=ffn,
-        num_attention_heads=heads,
-        num_query_groups=8,
-        head_dim=128,
-        mamba_num_heads=mamba_heads,
-        mamba_head_dim=64,
-        mamba_num_groups=8,
-        mamba_state_dim=state,
-        vocab_size=131072,
-    )
-
-
-@pytest.mark.parametrize(
-    ("pattern", "widths", "layers", "billions"),
-    [
-        (PATTERN_8B, (4096, 21504, 32, 128, 128), (52, 24, 4, 24), 8.101),
-        (PATTERN_56B, (8192, 32768, 64, 256, 256), (118, 54, 10, 54), 56.32),
-        (PATTERN_47B_RELEASED, (8192, 30720, 64, 256, 256), (98, 45, 5, 48), 46.79),
-        (PATTERN_47B_PAPER, (8192, 30720, 64, 256, 256), (98, 44, 5, 49), 46.86),
-    ],
-    ids=["8B", "56B", "47B released", "47B paper 3.5"],
-)
-def test_family_sizes(pattern, widths, layers, billions) -> None:
-    made = family(pattern, *widths)
-    made.validate("test")
-    assert (made.num_layers, made.count("M"), made.count("*"), made.count("-")) == layers
-    digits = 3 if billions < 10 else 2
-    assert round(made.parameters / 1e9, digits) == billions
-
-
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("groups", [1, 8])
 def test_counts_are_the_modules(groups: int) -> None:
@@ -94,12 +54,6 @@ def test_counts_are_the_modules(groups: int) -> None:
     assert by_layer == [counted.layer_parameters(symbol) for symbol in counted.pattern]
 
 
-@pytest.mark.parametrize("path", sorted((configs_dir() / "model").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_definitions(path) -> None:
-    made = definition_from_dict(OmegaConf.to_container(OmegaConf.load(path)), str(path))
-    assert made.name == path.stem
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -111,6 +65,24 @@ def test_shipped_definitions(path) -> None:
         ({"num_query_groups": 3}, ["num_attention_heads = 4", "num_query_groups = 3", "nearest"]),
         ({"mamba_num_groups": 3}, ["mamba_num_heads = 8", "mamba_num_groups = 3", "nearest"]),
         ({"hidden_size": 0}, ["hidden_size", "positive"]),
+        ({"family": "nemotronh"}, ["model.family = 'nemotronh'", "Did you mean nemotron_h?"]),
+        ({**TRANSFORMER, "pattern": "*-M-"}, ["model.pattern = *-M-", "family transformer", "nearest: *-*-"]),
+        ({**TRANSFORMER, "pattern": "*-*"}, ["nearest: *-;"]),
+        ({**TRANSFORMER, "mamba_num_heads": 8}, ["mamba_num_heads = 8 has no use", "no M (mamba) layer"]),
+        ({**TRANSFORMER, "conv_kernel": 4}, ["conv_kernel = 4 has no use", "leave model.conv_kernel out"]),
+        ({**TRANSFORMER, "head_dim": 0}, ["model.head_dim is 0", "give model.head_dim"]),
+        ({**MAMBA2, "pattern": "MM-"}, ["model.pattern has - at layer 2", "nearest: MMM"]),
+        ({**MAMBA2, "pattern": "-MM"}, ["model.pattern has - at layer 0"]),
+        ({**MAMBA2, "ffn_hidden_size": 80}, ["ffn_hidden_size = 80 has no use", "no - (ffn) layer"]),
+        ({"conv_kernel": 0}, ["model.conv_kernel is 0"]),
+        ({"position_embedding": "ropes"}, ["model.position_embedding = 'ropes'", "Did you mean rope?"]),
+        (ROPE, ["model.position_embedding = rope", "paper 2.1", "nearest: none"]),
+        ({**MAMBA2, **ROPE}, ["model.position_embedding = rope", "no attention layer"]),
+        ({**TRANSFORMER, **ROPE, "position_embedding": "none"}, ["rope_base = 10000 has no use"]),
+        ({**TRANSFORMER, **ROPE, "rope_base": 0}, ["model.rope_base is 0"]),
+        ({**TRANSFORMER, **ROPE, "rope_percent": 50.0}, ["model.rope_percent = 50.0", "nearest: 1.0"]),
+        ({**TRANSFORMER, **ROPE, "rope_percent": 0.2}, ["rotates 3 of 16 channels", "nearest: 0.25"]),
+        ({"sources": {"hidden": "paper 2.1"}}, ["model.sources names hidden", "Did you mean hidden_size?"]),
         ({"expect": Expect(2, 1, 2, 1)}, ["model.expect", "parameters"]),
         ({"expect": Expect(3, 1, 2, 0)}, ["model.expect", "mamba: 2 counted, 3 expected"]),
     ],
@@ -122,6 +94,19 @@ def test_refused(changes, words) -> None:
     text = str(error.value)
     for word in ["small.yaml", *words]:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [(TRANSFORMER, "1, 2"), ({**TRANSFORMER, **ROPE}, "1, 2"), (MAMBA2, "1, 2")],
+    ids=["transformer", "transformer with rope", "mamba2"],
+)
+def test_pure_patterns(changes: dict, sizes: str) -> None:
+    made = definition(**changes)
+    made.validate("a.yaml")
+    with pytest.raises(UserError) as error:
+        made.validate_tensor_parallel(3, "a.yaml")
+    assert error.value.hint.endswith(f"sizes that fit: {sizes}")
 
 
 def test_tensor_parallel_must_divide() -> None:

@@ -48,6 +48,27 @@ def test_published_counts(name: str, billions: str) -> None:
     assert f"{read(name)[1].parameters / 1e9:.{digits}f}" == billions
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "attention"),
+    [
+        ("nemotron_h_8b", (52, 24, 4, 24), [7, 18, 29, 40]),
+        ("nemotron_h_4b", (52, 24, 4, 24), [7, 18, 29, 40]),
+        ("nemotron_h_56b", (118, 54, 10, 54), list(range(7, 107, 11))),
+        ("nemotron_h_47b", (98, 45, 5, 48), [17, 38, 49, 60, 86]),
+        ("nemotron_h_47b_paper", (98, 44, 5, 49), [17, 38, 49, 60, 86]),
+        ("nemotron_t_8b", (64, 0, 32, 32), list(range(0, 64, 2))),
+        ("nano_12b_v2", (62, 28, 6, 28), [7, 16, 25, 34, 43, 52]),
+        ("mamba2_hybrid_8b", (56, 24, 4, 28), [10, 22, 33, 45]),
+        ("mamba2_8b", (56, 56, 0, 0), []),
+    ],
+)
+def test_published_layers(name: str, layers: tuple[int, ...], attention: list[int]) -> None:
+    """Counts of paper table 1 and 3.5 (and of 2508.14444 and 2406.07887), and where attention is."""
+    made = read(name)[1]
+    assert (made.num_layers, *(made.count(symbol) for symbol in "M*-")) == layers
+    assert [index for index, symbol in enumerate(made.pattern) if symbol == "*"] == attention
+
+
 def test_paper_47b_is_the_56b_without_the_dropped_layers() -> None:
     """Candidate 2 of paper 3.5, figure 11."""
     dropped = {7, 29, 73, 77, 79, 81, 83, 84, 86, 87, 88, 89, 90, 91, 93, 95, 96, 97, 99, 101}
