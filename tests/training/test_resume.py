@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Small
+
+from nemotron_h.training import checkpoints
 
 STEPS = 12
 pytestmark = pytest.mark.slow
@@ -28,12 +31,6 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     out = checkpoint.with_name(checkpoint.name + ".pt")
     subprocess.run([sys.executable, "-c", script, str(checkpoint / "weights"), str(out)], check=True, cwd="/")
     return torch.load(out)
-
-
-@pytest.fixture(scope="module")
-def straight(small: Small) -> dict[int, dict]:
-    small.train("straight")
-    return small.steps("straight")
 
 
 def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, dict]) -> None:
@@ -77,18 +74,50 @@ def test_a_checkpoint_continues_in_another_layout(
             assert float.fromhex(record[key]) == pytest.approx(expected, rel=tolerance), (step, key)
 
 
+def test_two_ranks_share_the_reading_of_a_checkpoint(small: Small, straight: dict[int, dict]) -> None:
+    shutil.copytree(small.run_dir("straight"), small.run_dir("shared"))
+    written = small.run_dir("shared") / "checkpoints" / f"step-{STEPS:06d}"
+    shutil.rmtree(written)
+    small.train("shared", "trainer.devices=2", ranks=2)
+    described = checkpoints.describe(written, checkpoints.content(written))
+    assert json.loads((written / checkpoints.INTEGRITY).read_text()) == described
+    assert len(described) > 4
+    # a file of the second rank: the first alone would not see it
+    name = next(n for n in sorted(described)[1::2] if n.endswith(".distcp"))
+    content = bytearray((written / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (written / name).write_bytes(content)
+    assert checkpoints.damage(written, 0, 2) == []
+    done = small.train("shared", "trainer.devices=2", ranks=2, check=False)
+    assert done.returncode != 0
+    assert f"{written.name} is damaged: {name}: its content changed" in done.stderr
+
+
+def test_a_declared_change_of_the_data_takes_over_at_its_step(small: Small, straight: dict[int, dict]) -> None:
+    shutil.copytree(small.run_dir("straight"), small.run_dir("changed"))
+    folder = small.run_dir("changed") / "checkpoints"
+    shutil.rmtree(folder / f"step-{STEPS:06d}")
+    small.train("changed", "data.global_batch_size=4", "resume.blend_change=from_step")
+    samples = [record["samples"] for _, record in sorted(small.steps("changed").items())]
+    assert samples == [list(range(64 + 4 * n, 68 + 4 * n)) for n in range(4)]
+    order = json.loads((folder / f"step-{STEPS:06d}" / checkpoints.RECORD).read_text())["data"]["order"]
+    assert (order["step"], order["consumed_samples"]) == (STEPS, 80)
+    assert (order["origin"]["step"], order["plan"]["global_batch_size"]) == (8, 4)
+    assert [record["plan"]["global_batch_size"] for record in order["history"]] == [8]
+
+
 def test_damage_is_reported_and_an_older_one_is_taken_only_when_told(small: Small, straight: dict[int, dict]) -> None:
     shutil.copytree(small.run_dir("straight"), small.run_dir("damaged"))
-    checkpoints = small.run_dir("damaged") / "checkpoints"
-    shard = next((checkpoints / "step-000012" / "weights").glob("*.distcp"))
+    folder = small.run_dir("damaged") / "checkpoints"
+    shard = next((folder / "step-000012" / "weights").glob("*.distcp"))
     os.truncate(shard, shard.stat().st_size - 100)
     done = small.train("damaged", "trainer.max_steps=14", check=False)
     assert done.returncode == 2
     assert "step-000012 is damaged" in done.stderr
-    assert f"resume.resume_from_path={checkpoints / 'step-000008'}" in done.stderr
-    done = small.train("damaged", f"resume.resume_from_path={checkpoints / 'step-000008'}")
+    assert f"resume.resume_from_path={folder / 'step-000008'}" in done.stderr
+    done = small.train("damaged", f"resume.resume_from_path={folder / 'step-000008'}")
     assert "resumed at step 8" in done.stdout
-    assert (checkpoints / "aside-step-000012").is_dir()
+    assert (folder / "aside-step-000012").is_dir()
 
 
 def test_a_finished_run_ends_well_and_another_model_is_an_error(small: Small, straight: dict[int, dict]) -> None:
