@@ -28,8 +28,15 @@ def save(model, folder: Path, data: dict | None = None) -> Path:
     if rank == 0:
         record = {"model": dataclasses.asdict(model.config.definition()), "data": data}
         (folder / checkpoints.RECORD).write_text(json.dumps(record))
-        checkpoints.write_integrity(folder)
+        finish(folder)
     return folder
+
+
+def finish(folder: Path) -> None:
+    """Write the file that ends a checkpoint."""
+    from nemotron_h.training import checkpoints
+
+    checkpoints.write_integrity(folder, checkpoints.describe(folder, checkpoints.content(folder)))
 
 
 def main(out: Path, layouts: list[str]) -> None:

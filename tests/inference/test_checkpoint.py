@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from save_checkpoint import save
+from save_checkpoint import finish, save
 from small_model import small_config, small_model
 
 from nemotron_h.errors import UserError
@@ -99,7 +99,7 @@ def test_transformer_engines_norms_are_found(run: Path, tmp_path: Path) -> None:
         own, fused = names[symbol]
         apply_prefix_mapping(state, {layer + own: layer + fused})
     dist_checkpointing.save(state, str(folder / "weights"))
-    checkpoints.write_integrity(folder)
+    finish(folder)
     plain = load_model(run / "checkpoints" / "step-000001")
     assert all(torch.equal(a, b) for a, b in zip(tensors(load_model(folder)), tensors(plain), strict=True))
 
@@ -157,7 +157,7 @@ def test_index_runs_no_code(checkpoint: Path) -> None:
             return os.system, (f"touch {marker}",)
 
     (checkpoint / "weights" / ".metadata").write_bytes(pickle.dumps(Attack()))
-    checkpoints.write_integrity(checkpoint)
+    finish(checkpoint)
     with pytest.raises(UserError, match="damaged"):
         load_model(checkpoint)
     assert not marker.exists()
@@ -166,6 +166,6 @@ def test_index_runs_no_code(checkpoint: Path) -> None:
 def test_record_of_another_model(checkpoint: Path) -> None:
     record = checkpoint / checkpoints.RECORD
     record.write_text(record.read_text().replace('"hidden_size": 48', '"hidden_size": 56'))
-    checkpoints.write_integrity(checkpoint)
+    finish(checkpoint)
     with pytest.raises(UserError, match=r"is \(384, 48\), its run.json asks for \(384, 56\)"):
         load_model(checkpoint)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from save_checkpoint import save
-from small_model import VOCABULARY, relative_error, small_config, small_model, tokens
+from small_model import VOCABULARY, pure_config, relative_error, small_config, small_model, tokens
 
 from nemotron_h.errors import UserError
 from nemotron_h.inference.generate import generate, prefill, stream
@@ -26,12 +26,14 @@ def pair(megatron: None, tmp_path_factory: pytest.TempPathFactory):
     """Builds (training model, generation model) of one checkpoint."""
     made: dict = {}
 
-    def build(groups: int = 2, dtype: torch.dtype = torch.float32) -> tuple:
-        if (groups, dtype) not in made:
-            model = small_model(small_config(groups, dtype=dtype)).eval()
+    def build(kind: int | str = 2, dtype: torch.dtype = torch.float32) -> tuple:
+        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, or `*-` with rotary)."""
+        if (kind, dtype) not in made:
+            config = pure_config(kind, dtype=dtype) if isinstance(kind, str) else small_config(kind, dtype=dtype)
+            model = small_model(config).eval()
             folder = save(model, tmp_path_factory.mktemp("run") / "checkpoints" / "step-000001")
-            made[groups, dtype] = model, load_model(folder, dtype=dtype)
-        return made[groups, dtype]
+            made[kind, dtype] = model, load_model(folder, dtype=dtype)
+        return made[kind, dtype]
 
     return build
 
@@ -48,10 +50,10 @@ def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("kind", [1, 2, 8, "M", "*-"])
 @pytest.mark.parametrize("chunk", [1, 33, 64])
-def test_prefill_and_steps_are_the_full_forward(pair, groups: int, dtype: torch.dtype, chunk: int) -> None:
-    trained, model = pair(groups, dtype)
+def test_prefill_and_steps_are_the_full_forward(pair, kind: int | str, dtype: torch.dtype, chunk: int) -> None:
+    trained, model = pair(kind, dtype)
     ids = tokens(BATCH, LENGTH)
     expected = full_forward(trained, ids)
     states = model.new_states(BATCH, LENGTH)
@@ -64,8 +66,9 @@ def test_prefill_and_steps_are_the_full_forward(pair, groups: int, dtype: torch.
         assert relative_error(actual[:, position], expected[:, position]) < TOLERANCE[dtype], position
 
 
-def test_ragged_batch_is_each_alone(pair) -> None:
-    trained, model = pair(dtype=torch.float64)
+@pytest.mark.parametrize("kind", [2, "M", "*-"])
+def test_ragged_batch_is_each_alone(pair, kind: int | str) -> None:
+    trained, model = pair(kind, dtype=torch.float64)
     lengths = [70, 41, 40, 40, 3, 1]
     ids = tokens(len(lengths), LENGTH + 20)
     prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]

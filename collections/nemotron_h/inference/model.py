@@ -19,6 +19,9 @@ from nemotron_h.inference.states import KeyValueCache, MambaState, States
 from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
 from nemotron_h.ops.select import select_ops
 
+#: cosines and sines of rotary positions
+Rotary = tuple[Tensor, Tensor]
+
 
 @dataclass
 class MambaWeights:
@@ -54,7 +57,7 @@ class FFNWeights:
 
 
 class GenerationModel:
-    """A Nemotron-H model that continues sequences.
+    """A model of the family that continues sequences.
 
     Args:
         definition: the model's shapes.
@@ -73,6 +76,10 @@ class GenerationModel:
         self.definition = definition
         self.embedding, self.layers, self.final_norm, self.output = embedding, layers, final_norm, output
         self.ops = select_ops()
+        width = definition.rotary_dim
+        # in float32 whatever the model's dtype, as training computes it
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=self.device) / max(width, 1)
+        self.rotary_frequencies = 1.0 / definition.rope_base**exponents if width else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,12 +108,13 @@ class GenerationModel:
         if bool((states.positions != start).any()):
             raise ValueError("extend: the sequences are at different positions")
         x = F.embedding(tokens.to(self.device), self.embedding)
+        rotary = self._rotary(torch.arange(start, start + tokens.shape[1], device=self.device))
         for weights, state in zip(self.layers, states.layers, strict=True):
             h = self._norm(x, weights.norm)
             if isinstance(weights, MambaWeights):
                 x = x + self._mamba_extend(h, weights, state)
             elif isinstance(weights, AttentionWeights):
-                x = x + self._attention_extend(h, weights, state, start)
+                x = x + self._attention_extend(h, weights, state, start, rotary)
             else:
                 x = x + self._ffn(h, weights)
         states.positions += tokens.shape[1]
@@ -126,12 +134,13 @@ class GenerationModel:
         positions = states.positions.to(self.device)
         ragged = bool((states.positions != length - 1).any())
         read = torch.arange(length, device=self.device) <= positions[:, None] if ragged else None
+        rotary = self._rotary(positions)
         for weights, state in zip(self.layers, states.layers, strict=True):
             h = self._norm(x, weights.norm)
             if isinstance(weights, MambaWeights):
                 x = x + self._mamba_step(h, weights, state)
             elif isinstance(weights, AttentionWeights):
-                x = x + self._attention_step(h, weights, state, positions, length, read)
+                x = x + self._attention_step(h, weights, state, positions, length, read, rotary)
             else:
                 x = x + self._ffn(h, weights)
         states.positions += 1
@@ -187,14 +196,29 @@ class GenerationModel:
         y = self.ops.ssd_step(state.ssm, x, dt, w.A, b, c, w.D, w.dt_bias)
         return self._mamba_out(y, z, w)
 
-    def _qkv(self, h: Tensor, w: AttentionWeights) -> tuple[Tensor, Tensor, Tensor]:
+    def _rotary(self, positions: Tensor) -> Rotary | None:
+        """Cosines and sines at these positions, [positions, 1, 1, channels]; None without rotary positions."""
+        if self.rotary_frequencies is None:
+            return None
+        angles = torch.outer(positions.float(), self.rotary_frequencies)[:, None, None]
+        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+
+    def _qkv(self, h: Tensor, w: AttentionWeights, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., groups, heads per group, head_dim], keys and values [..., groups, head_dim]."""
         d = self.definition
         per_group = F.linear(h, w.qkv).unflatten(-1, (d.num_query_groups, -1, d.head_dim))
-        return per_group[..., :-2, :], per_group[..., -2, :], per_group[..., -1, :]
+        q_and_k, v = per_group[..., :-1, :], per_group[..., -1, :]
+        if rotary is not None:
+            cos, sin = rotary
+            half = d.rotary_dim // 2
+            a, b, still = q_and_k.split([half, half, d.head_dim - 2 * half], dim=-1)
+            q_and_k = torch.cat([a * cos - b * sin, b * cos + a * sin, still], dim=-1)
+        return q_and_k[..., :-1, :], q_and_k[..., -1, :], v
 
-    def _attention_extend(self, h: Tensor, w: AttentionWeights, cache: KeyValueCache, start: int) -> Tensor:
-        q, k, v = self._qkv(h, w)
+    def _attention_extend(
+        self, h: Tensor, w: AttentionWeights, cache: KeyValueCache, start: int, rotary: Rotary | None
+    ) -> Tensor:
+        q, k, v = self._qkv(h, w, rotary)
         end = start + h.shape[1]
         cache.keys[:, :, start:end] = k.transpose(1, 2)
         cache.values[:, :, start:end] = v.transpose(1, 2)
@@ -209,9 +233,16 @@ class GenerationModel:
         return F.linear(out.transpose(1, 2).flatten(2), w.proj)
 
     def _attention_step(
-        self, h: Tensor, w: AttentionWeights, cache: KeyValueCache, positions: Tensor, length: int, read: Tensor | None
+        self,
+        h: Tensor,
+        w: AttentionWeights,
+        cache: KeyValueCache,
+        positions: Tensor,
+        length: int,
+        read: Tensor | None,
+        rotary: Rotary | None,
     ) -> Tensor:
-        q, k, v = self._qkv(h, w)
+        q, k, v = self._qkv(h, w, rotary)
         rows = torch.arange(len(h), device=h.device)
         cache.keys[rows, :, positions] = k
         cache.values[rows, :, positions] = v
