@@ -65,6 +65,7 @@ def test_sbatch_script(dry_run) -> None:
     }
     assert (found["signal"], found["open-mode"], found["array"]) == ("USR1@600", "append", "1-3%1")
     assert (found["requeue"], found["exclusive"], found["qos"]) == ("", "", "high")
+    assert found["dependency"] == "singleton"
     assert found["job-name"] == "nemotron_h_tiny-pretrain"
     assert re.search(r"^srun .* python -m nemo_run.core.runners.fdl_runner -n pretrain \S+_fn_or_script$", script, re.M)
     assert "scancel --state=PENDING" in script

@@ -84,7 +84,8 @@ def _slurm(cluster: SlurmCluster, nodes: int, devices: int, recipe: str) -> run.
         container_mounts=_mounts(cluster),
         env_vars={key: shlex.quote(value) for key, value in cluster.env.items()},
         setup_lines="\n" + "\n".join([*cluster.setup, *([END_CHAIN] if cluster.chain > 1 else [])]),
-        additional_parameters={"requeue": True, **cluster.sbatch},  # after a node failed or a job of higher rank came
+        # requeue: after a node failed or a job of higher rank came; singleton: two submissions never write one run
+        additional_parameters={"requeue": True, "dependency": "singleton", **cluster.sbatch},
         srun_args=list(cluster.srun) or None,
         tunnel=run.Config(run.LocalTunnel, job_dir=""),
         packager=run.Config(Packager),
