@@ -67,7 +67,9 @@ def test_mistakes_are_named(override: str, expected: str) -> None:
 
 def test_a_file_of_the_users_own_states_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("kind: slurm\naccount: ABC\npartition: batch\nwork_dir: /shared/me\nsbatch: {qos: high}\nchain: 3\n")
+    path.write_text(
+        "kind: slurm\naccount: ABC\npartition: batch\nwork_dir: /shared/me\nsbatch: {qos: high}\nchain: 3\n"
+    )
     cluster = load(str(path), ["chain=5", "sbatch.mail-type=END"])
     assert isinstance(cluster, SlurmCluster)
     assert (cluster.account, cluster.chain, cluster.time) == ("ABC", 5, "04:00:00")
