@@ -1,0 +1,24 @@
+"""An uncaught mistake of the user is a message and exit code 2; anything else is a traceback and 1, as before."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = (
+    "from nemotron_h.errors import UserError; from nemotron_h.runtime import exit_codes;"
+    "exit_codes.install(); exit_codes.install(); raise {}"
+)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [("UserError('no data', 'prepare it')", 2, "fix: prepare it"), ("ValueError('a bug')", 1, "Traceback")],
+)
+def test_exit_code(raised: str, code: int, said: str) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(raised)], capture_output=True, text=True)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert ("Traceback" in done.stderr) == (code == 1)
