@@ -6,8 +6,8 @@
 
 The model is `nemotron_h_8b` with its pattern cut to 13 layers (6 Mamba-2, 6 FFN, 1 attention: its ratio) so that it
 fits one GPU with its optimizer. All sides take the same steps on the same random tokens (`gpu_sides.py` says what a
-step is); they are built and timed in turn, in one order and then in the reverse. Each result is printed as a line of JSON
-and kept in OUT/results.jsonl; a section that fails prints its error, and the others go on.
+step is); they are built and timed in turn, in one order and then in the reverse. Each result is printed as a line of
+JSON and kept in OUT/results.jsonl; a section that fails prints its error, and the others go on.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import Any
 CACHE = Path(tempfile.gettempdir()) / "nemotron_h_triton"
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
 os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 # NVLink multicast stays off: hosts that share their GPUs forbid it
-for _name, _value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NVSHMEM_DISABLE_NVLS", "1")):
-    os.environ.setdefault(_name, _value)
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 
-SECTIONS = ("gemm", "speed", "profile", "recompute", "checkpoint")
+SECTIONS = ("gemm", "speed", "profile", "checkpoint", "recompute")
 #: 6 : 6 : 1 of the 8B's 24 : 24 : 4 as nearly as one attention layer allows, in the order that the 8B begins with
 PATTERN = "M-M-M-M*-M-M-"
 WIDTHS = (
@@ -93,8 +93,16 @@ def shape_of(small: bool):
 
 
 def peaks() -> dict[str, float]:
-    """Operations and bytes per second of the H100 SXM's data sheet, without sparsity."""
-    return {"bf16": 989.4e12, "fp8": 1978.9e12, "bandwidth": 3.35e12}
+    """Operations and bytes per second that the GPU's data sheet states; the H100's for a dry run."""
+    import torch
+
+    from nemotron_h.planning.gpus import gpu
+    from nemotron_h.training.callbacks.throughput import gpu_of
+
+    sheet = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else gpu("h100")
+    if sheet is None:
+        raise SystemExit(f"no data sheet of {torch.cuda.get_device_name()} in configs/gpus.yaml: no MFU can be given")
+    return {"bf16": sheet.peak("bf16"), "fp8": sheet.peak("fp8"), "bandwidth": sheet.bandwidth_gb_s * 1e9}
 
 
 def step_flops(shape, definition) -> float:
@@ -367,43 +375,44 @@ def checkpoint(report: Report, args: argparse.Namespace) -> None:
     shape = shape_of(args.small).changed(pattern="M-M*-", micro_batches=1)
     shape = shape.changed(vocab_size=min(shape.vocab_size, 16384))
     folder = Path(tempfile.mkdtemp())
+    resumes = {"bf16": ["bf16"], "fp8_current_scaling": ["fp8_current_scaling", "bf16"]}
     try:
-        for saved, resumed in (("bf16", "bf16"), ("fp8_current_scaling", "fp8_current_scaling"), ("fp8_current_scaling", "bf16")):
-            path = folder / f"{saved}_{resumed}"
+        for saved, precisions in resumes.items():
             straight = Side(ours, shape, saved)
             for _ in range(3):
                 straight.step()
             began = time.perf_counter()
-            straight.save(path)
-            save_s, size = time.perf_counter() - began, sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+            straight.save(folder / saved)
+            save_s = time.perf_counter() - began
+            size = sum(f.stat().st_size for f in (folder / saved).rglob("*") if f.is_file())
             for _ in range(3):
                 straight.step()
-            straight_losses = straight.losses[3:]
+            expected = straight.losses[3:]
             straight.close()
-            again = Side(ours, shape, resumed, init_seed=7)
-            began = time.perf_counter()
-            again.load(path)
-            load_s = time.perf_counter() - began
-            for _ in range(3):  # the batches of the first three steps
-                next(again.data)
-            for _ in range(3):
-                again.step()
-            gap = max(abs(a - b) for a, b in zip(straight_losses, again.losses, strict=True))
-            report.add(
-                "checkpoint",
-                saved=saved,
-                resumed=resumed,
-                straight=straight_losses,
-                after_resume=again.losses,
-                largest_difference=gap,
-                equal=straight_losses == again.losses,
-                save_s=round(save_s, 1),
-                load_s=round(load_s, 1),
-                gib=round(size / 2**30, 2),
-            )
-            again.close()
-            free()
-            shutil.rmtree(path)
+            for resumed in precisions:
+                again = Side(ours, shape, resumed, init_seed=7)
+                began = time.perf_counter()
+                again.load(folder / saved)
+                load_s = time.perf_counter() - began
+                for _ in range(3):  # the batches of the first three steps
+                    next(again.data)
+                for _ in range(3):
+                    again.step()
+                report.add(
+                    "checkpoint",
+                    saved=saved,
+                    resumed=resumed,
+                    straight=expected,
+                    after_resume=again.losses,
+                    largest_difference=max(abs(a - b) for a, b in zip(expected, again.losses, strict=True)),
+                    equal=expected == again.losses,
+                    save_s=round(save_s, 1),
+                    load_s=round(load_s, 1),
+                    gib=round(size / 2**30, 2),
+                )
+                again.close()
+                free()
+            shutil.rmtree(folder / saved)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -533,8 +542,9 @@ def main() -> None:
     """Run the sections; each is guarded."""
     args = arguments()
     report = Report(args.out)
-    if "parallel" not in args.only:
+    if "parallel-worker" not in args.only:
         unpack_cache(args.triton_cache)
+    if "parallel" not in args.only:
         import torch
         from gpu_sides import ON_GPU, start
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition
+from nemotron_h.model.definition import FFN, MAMBA, ModelDefinition
 from nemotron_h.planning.flops import flops_per_token
 
 #: a part and the kernel names that belong to it; the first that matches counts
@@ -45,7 +45,7 @@ def floors(
     """
     d, tokens = definition, seq_length * micro_batches
     flops = flops_per_token(d, seq_length, training=True) * tokens
-    mamba, attention, ffn = (d.count(symbol) for symbol in (MAMBA, ATTENTION, FFN))
+    mamba, ffn = d.count(MAMBA), d.count(FFN)
     layers, states = d.num_layers, 2 * d.mamba_num_groups * d.mamba_state_dim
     linear = flops.linear
     edge = 0.0
@@ -66,7 +66,7 @@ def floors(
         "squared ReLU": bytes_at(ffn * 5 * d.ffn_hidden_size),
         "cross entropy": bytes_at(2 * d.vocab_size),
         "additions and other elementwise": bytes_at(layers * 4 * d.hidden_size),
-        # Adam reads gradient, weight and two moments and writes the last three and the bfloat16 weight; one norm, one zero
+        # Adam reads gradient, weight and two moments, writes the last three and the bfloat16 weight; the norm reads again
         "optimizer": d.parameters * (30 + 4) / peaks["bandwidth"],
         "memset and copies": d.parameters * 4 / peaks["bandwidth"],
     }

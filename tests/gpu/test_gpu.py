@@ -113,7 +113,7 @@ def test_kernels_equal_plain_operations() -> None:
         assert max(errors) < 2e-2, (name, errors)
 
 
-def model(spec: Any, dtype: torch.dtype) -> torch.nn.Module:
+def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
     """A small model; equal seeds give equal weights whatever the layers' classes."""
     from megatron.core.transformer.module import Float16Module
 
@@ -137,6 +137,8 @@ def model(spec: Any, dtype: torch.dtype) -> torch.nn.Module:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         mamba_stack_spec=spec,
+        fuse_weight_gradients=False,  # there is no gradient buffer without Megatron's DDP
+        **changes,
     )
     built = config.configure_model(None).cuda()
     return Float16Module(config, built) if dtype == torch.bfloat16 else built
@@ -175,7 +177,68 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
             assert abs(value - expected) < 2e-2 * abs(expected), losses
 
 
+def loss_and_gradients(built: torch.nn.Module, fused: bool, documents: bool) -> tuple[float, dict[str, torch.Tensor]]:
+    """Of one batch of two rows, with the fused mixer or the separate kernels."""
+    from nemotron_h.model.mixer import NemotronHMixer
+
+    mixers = [module for module in built.modules() if isinstance(module, NemotronHMixer)]
+    assert all(mixer.fused for mixer in mixers), "the fused kernel was not chosen"
+    for mixer in mixers:
+        mixer.fused = fused
+    tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    seq_idx = (torch.arange(256, device="cuda")[None] // 77).int().expand(2, -1).contiguous() if documents else None
+    losses = built(
+        input_ids=tokens[:, :-1],
+        position_ids=None,
+        attention_mask=None,
+        labels=tokens[:, 1:].contiguous(),
+        seq_idx=seq_idx,
+    )
+    losses.mean().backward()
+    return float(losses.mean()), {name: p.grad.float() for name, p in built.named_parameters()}
+
+
+def test_fused_mixer_equals_separate_kernels() -> None:
+    """Float32 through plain layers, so that what differs is the mixer; two rows, whose strides the kernel must take."""
+    start()
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from nemotron_h.model import layers
+
+    def plain() -> Any:
+        return layers._stack(
+            ColumnParallelLinear, RowParallelLinear, layers.ScaledDotProductAttention, norm=layers.RMSNorm
+        )
+
+    for documents in (False, True):
+        (loss, gradients), (loss_apart, apart) = (
+            loss_and_gradients(model(plain, torch.float32).train(), fused, documents) for fused in (True, False)
+        )
+        # the kernels multiply float32 in TF32
+        errors = {name: relative(gradients[name], apart[name]) for name in apart}
+        worst = max(errors, key=lambda name: errors[name])
+        print(f"fused mixer, documents {documents}: loss {loss:.6f} and {loss_apart:.6f}, {worst} {errors[worst]:.1e}")
+        assert abs(loss - loss_apart) < 1e-3
+        assert errors[worst] < 2e-2, errors
+
+
+def test_squared_relu_equals_torch() -> None:
+    from nemotron_h.ops.activation import _SquaredReLU, squared_relu
+
+    x = torch.randn(64, 512, device="cuda")
+    results = []
+    for function in (squared_relu, _SquaredReLU.apply):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        y.backward(torch.sin(torch.arange(y.numel(), device="cuda").view_as(y)))
+        results.append((y.detach(), leaf.grad))
+    assert relative(results[0][0], results[1][0]) < 1e-6
+    assert relative(results[0][1], results[1][1]) < 1e-6
+
+
 if __name__ == "__main__":
     test_kernels_equal_plain_operations()
     test_transformer_engine_layers_equal_plain_layers()
+    test_fused_mixer_equals_separate_kernels()
+    test_squared_relu_equals_torch()
     print("GPU tests passed")

@@ -187,7 +187,8 @@ class NemotronHStack(MambaStack):
         """Whether the backward pass computes this layer again from its input."""
         if isinstance(layer, NemotronHMambaLayer):
             return self.config.recompute_mamba == "layer"
-        return (self.config.recompute_ffn if isinstance(layer, MLPLayer) else self.config.recompute_attention) == "layer"
+        config = self.config
+        return (config.recompute_ffn if isinstance(layer, MLPLayer) else config.recompute_attention) == "layer"
 
     def _run_layer(
         self,

@@ -38,7 +38,7 @@ def fused_obstacle(conv_channels: int, projected: int) -> str:
         conv_channels: channels of the convolution: x, B and C.
         projected: output width of the input projection: z, x, B, C and dt.
     """
-    for name, width in (("convolution channels", conv_channels), ("values per token of the input projection", projected)):
+    for name, width in (("convolution channels", conv_channels), ("outputs of the input projection", projected)):
         if width % FUSED_ALIGNMENT:
             return f"{width} {name} per rank are not a multiple of {FUSED_ALIGNMENT}"
     return ""

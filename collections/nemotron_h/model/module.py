@@ -156,8 +156,8 @@ class NemotronHConfig(SSMConfig):
         conv_kernel: window of the causal convolution.
         init_seed: seed of the initial weights.
         fp8_emulation: the FP8 recipe that the layers emulate (`nemotron_h.precision.emulation`), or None.
-        fuse_weight_gradients: Transformer Engine's layers accumulate into Megatron's gradient buffer (`main_grad`, which
-            its DistributedDataParallel makes); off for a model that is trained without that wrapper.
+        fuse_weight_gradients: Transformer Engine's layers accumulate into Megatron's gradient buffer (`main_grad`, made
+            by its DistributedDataParallel); off for a model that is trained without that wrapper.
         recompute_mamba, recompute_attention, recompute_ffn: what the backward pass computes again instead of keeping,
             by layer type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (the squared
             ReLU's output is not kept).

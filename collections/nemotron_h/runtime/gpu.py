@@ -1,7 +1,7 @@
 """Megatron's and Transformer Engine's options for speed and memory on GPUs: which are on, and why.
 
 All are off where no GPU is visible or Transformer Engine does not import. Any of them can be set by hand:
-`model.config.NAME=...`, `trainer.strategy.overlap_grad_reduce=...`.
+`model.config.NAME=...`. What depends on the layout is chosen by `training.strategy`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SETTINGS: dict[str, Setting] = {
     "fuse_weight_gradients": Setting(
         True,
         False,
-        "the linear layers add weight gradients to the float32 gradient buffer inside the product: no bfloat16 copy and "
-        "no pass that adds it (14 bytes of traffic per parameter and micro-batch become 8)",
+        "the linear layers add weight gradients to the float32 gradient buffer inside the product: no bfloat16 copy "
+        "and no pass that adds it (14 bytes of traffic per parameter and micro-batch become 8)",
     ),
     "gradient_accumulation_fusion": Setting(
         False, False, "the same for megatron-core's own layers (the output layer); it needs Apex, which is not required"
@@ -51,11 +51,6 @@ SETTINGS: dict[str, Setting] = {
         "none", "none", "at 8,192 tokens of 8B width a step is bound by kernels, not by launching them"
     ),
 }
-
-#: of the data-parallel wrapper, where several data-parallel ranks share the work
-OVERLAP_GRAD_REDUCE = "gradients are reduced while the backward pass goes on"
-#: Megatron waits for a gathered parameter when the module that holds it is called. The Mamba-2 mixer reads its
-#: convolution's and norm's weights without calling their modules, so `overlap_param_gather` stays off.
 
 
 @functools.cache

@@ -15,20 +15,26 @@ from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
 from nemotron_h.runtime import settings
-from nemotron_h.schema import ModelSchema, RecipeConfig
+from nemotron_h.schema import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+from nemotron_h.training.callbacks.garbage import collect_garbage_together
 from nemotron_h.training.callbacks.gemm_table import GemmTable
+from nemotron_h.training.callbacks.nan_guard import NanGuard
 from nemotron_h.training.callbacks.preemption import Preemption
 from nemotron_h.training.callbacks.progress import ProgressLine
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
 from nemotron_h.training.callbacks.step_seed import StepSeed
+from nemotron_h.training.callbacks.throughput import Throughput
 from nemotron_h.training.optimizer import scheduled_adamw
 from nemotron_h.training.resume import ResumeRun
 from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 
 
-def model_config(model: ModelSchema, seq_length: int, init_seed: int) -> run.Config[NemotronHConfig]:
-    """The definition in Megatron's names."""
+def model_config(
+    model: ModelSchema, seq_length: int, init_seed: int, recompute: RecomputeSchema | None = None
+) -> run.Config[NemotronHConfig]:
+    """The definition in Megatron's names, and what its backward pass computes again (nothing by default)."""
+    recompute = recompute or RecomputeSchema()
     return run.Config(
         NemotronHConfig,
         definition_name=model.name,
@@ -53,6 +59,9 @@ def model_config(model: ModelSchema, seq_length: int, init_seed: int) -> run.Con
         init_method_std=model.init_std,
         seq_length=seq_length,
         init_seed=init_seed,
+        recompute_mamba=recompute.mamba,
+        recompute_attention=recompute.attention,
+        recompute_ffn=recompute.ffn,
     )
 
 
@@ -68,7 +77,9 @@ def build(recipe: RecipeConfig) -> run.Partial:
     run_dir = f"{recipe.log.dir}/{recipe.name}"
     task = run.Partial(
         llm.pretrain,
-        model=run.Config(NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed)),
+        model=run.Config(
+            NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute)
+        ),
         data=run.Config(
             BlendDataModule,
             blend=data.blend,
@@ -102,6 +113,9 @@ def build(recipe: RecipeConfig) -> run.Partial:
             callbacks=[
                 run.Config(GemmTable),
                 run.Config(StepSeed, seed=data.seed),
+                run.Config(NanGuard),
+                run.Config(Throughput),  # before the progress line, which shows it
+                run.Config(collect_garbage_together),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
                 run.Config(Preemption, leave_after=recipe.checkpoint.leave_after),  # last: see there

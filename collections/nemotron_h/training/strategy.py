@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
+from nemo.utils import AppState
 
 from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
 
@@ -51,6 +52,9 @@ class NemotronHStrategy(nl.MegatronStrategy):
 
     Args:
         distributed_optimizer: shard the optimizer's state over data-parallel ranks.
+        overlap_grad_reduce: reduce gradients while the backward pass goes on; None does where several data-parallel
+            ranks have GPUs. Parameters are not gathered likewise: Megatron waits for one when the module that holds it
+            is called, and the Mamba-2 mixer reads its convolution and norm without calling them.
         pipeline_dtype: dtype between pipeline stages; None takes the precision plugin's.
         kwargs: as `nemo.lightning.MegatronStrategy`.
     """
@@ -61,8 +65,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
         pipeline_model_parallel_size: int = 1,
         sequence_parallel: bool = False,
         distributed_optimizer: bool = True,
+        overlap_grad_reduce: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        self.overlap_grad_reduce = overlap_grad_reduce
         megatron_fixes.install()
         if not torch.cuda.is_available():
             cpu.install()
@@ -88,3 +94,6 @@ class NemotronHStrategy(nl.MegatronStrategy):
         if not torch.cuda.is_available() and ranks > cores and self.local_rank == 0:
             logger.warning(f"{ranks} ranks share {cores} cores of this machine: steps take longer than with {cores}")
         super().setup_environment()
+        overlap = self.overlap_grad_reduce
+        several = AppState().data_parallel_size > 1
+        self.ddp_config.overlap_grad_reduce = several and torch.cuda.is_available() if overlap is None else overlap

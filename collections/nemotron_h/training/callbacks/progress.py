@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
+
+from nemotron_h.training.callbacks.throughput import Throughput
 
 
 def duration(seconds: float) -> str:
@@ -106,8 +109,13 @@ class ProgressLine(ProgressBar):
         shown = "   -  " if math.isnan(validation) else f"{validation:6.4f}"
         return (
             f"step {step:>{len(str(total))}}/{total}  loss {self.losses['loss'][-1]:6.4f}  validation {shown}  "
-            f"{tokens / per_step:>9,.0f} tokens/s  lr {rate:.2e}  ETA {duration(eta)}"
+            f"{tokens / per_step:>9,.0f} tokens/s  {self._throughput(trainer)}lr {rate:.2e}  ETA {duration(eta)}"
         )
+
+    @staticmethod
+    def _throughput(trainer: pl.Trainer) -> str:
+        measured = (cb.line() + "  " for cb in trainer.callbacks if isinstance(cb, Throughput) and cb.seconds)
+        return next(measured, "") if torch.cuda.is_available() else ""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The summary, after the last checkpoint."""

@@ -20,6 +20,7 @@ import torch
 
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
+from nemotron_h.training.callbacks.throughput import Throughput
 
 VERSIONED = (
     "nemotron-h-recipes",
@@ -130,6 +131,7 @@ class RunRecord(pl.Callback):
             "model": plain(vars_of(config)),
             "data": data.record(),
             "metrics": metrics,
+            "throughput": next((cb.record() for cb in trainer.callbacks if isinstance(cb, Throughput)), None),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = path.with_name(RECIPE)
@@ -149,6 +151,16 @@ def recipe_text(recipe: dict[str, Any], path: Path) -> str:
         "# More settings may follow; later ones win. run.json, beside this file, has versions and data hashes.\n"
         + to_yaml(recipe)
     )
+
+
+def change(task: run.Partial, changed: Sequence[str], where: str) -> None:
+    """Set values of a built task by their dotted names, as a command line does, and note them in its record.
+
+    Errors:
+        UserError: names `where`, the key and the nearest known one.
+    """
+    settings.apply(task, changed, where)
+    note(task, changed)
 
 
 def note(task: run.Partial, changed: Sequence[str]) -> None:

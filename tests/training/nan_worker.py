@@ -1,0 +1,48 @@
+"""Run a recipe whose layer 3 gets a weight that is not a number at the start of a step: `nan_worker.py RECIPE STEP`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from nemotron_h.runtime import quiet
+
+quiet.hush()
+
+import fiddle as fdl  # noqa: E402
+import lightning.pytorch as pl  # noqa: E402
+import nemo_run as run  # noqa: E402
+import torch  # noqa: E402
+from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
+
+from nemotron_h.compose import compose  # noqa: E402
+from nemotron_h.errors import UserError  # noqa: E402
+from nemotron_h.training.pretrain import build  # noqa: E402
+
+
+class Poison(pl.Callback):
+    """Set one weight of the attention layer to NaN before this step (from 1)."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step + 1 == self.step:
+            model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
+            model.decoder.layers[3].self_attention.linear_proj.weight[0, 0] = torch.nan
+
+
+def main(recipe: str, step: str) -> None:
+    """Build, poison, run."""
+    task = build(compose(recipe))
+    task.trainer.callbacks.append(run.Config(Poison, step=int(step)))
+    try:
+        fdl.build(task)()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        os._exit(error.EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
