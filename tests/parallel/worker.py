@@ -1,6 +1,7 @@
 """One rank of the layout tests: train a small model a few steps in each layout and save what rank 0 can assemble.
 
-Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`.
+Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
+or `mamba2-tp2` and `transformer-pp2` for the pure patterns.
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 
+#: the hybrid and the pure patterns; 5, 6 and 3 layers, so that two stages are uneven or part a pair
+FAMILIES = {
+    "nemotron_h": {"hybrid_override_pattern": "M-M*-"},
+    "transformer": {
+        "hybrid_override_pattern": "*-*-*-",
+        "position_embedding_type": "rope",
+        "rotary_base": 100,
+        "rotary_percent": 0.5,
+    },
+    "mamba2": {"hybrid_override_pattern": "MMM"},
+}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 
 
@@ -83,12 +95,14 @@ def forward(iterator, model):
 
 def train(name: str) -> dict[str, object]:
     """Losses of every step, gradients of the first, and final weights."""
+    family = name.partition("-")[0] if "-" in name else "nemotron_h"
     shape = layout(name)
     parallel_state.initialize_model_parallel(shape["tp"], shape["pp"])
     model_parallel_cuda_manual_seed(1)
     config = NemotronHConfig(
         definition_name="test",
-        hybrid_override_pattern="M-M*-",  # 5 layers: an uneven split over two stages
+        family=family,
+        **FAMILIES[family],
         hidden_size=64,
         ffn_hidden_size=96,
         num_attention_heads=4,
