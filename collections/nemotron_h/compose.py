@@ -82,7 +82,12 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
     values = [override for override in overrides if override not in parts]
     composed, layers = _merge(directory, name, parts, origin)
     recipe = typed(RecipeConfig, composed, origin)
-    given = OmegaConf.from_dotlist(values)
+    try:
+        given = OmegaConf.from_dotlist(values)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"override: {' '.join(values)}: a value is not YAML", hint="quote it: 'model.pattern=\"*-*-\"'"
+        ) from error
     if values:
         OmegaConf.set_struct(composed, False)  # the schema reports unknown keys, with the nearest known one
         recipe = typed(RecipeConfig, OmegaConf.merge(composed, given), "override")

@@ -18,6 +18,7 @@ from nemo_run.cli.cli_parser import CLIException, parse_factory
 from nemo_run.cli.lazy import LazyEntrypoint, _args_to_dictconfig, dictconfig_to_dot_list
 from nemo_run.config import get_type_namespace
 
+from nemotron_h.compose import known_recipes
 from nemotron_h.errors import UserError, report
 from nemotron_h.runtime import settings
 from nemotron_h.strict import nearest
@@ -37,7 +38,7 @@ def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
     @functools.wraps(execute)
     def cli_execute(self: RunContext, fn: Any, args: list[str], entrypoint_type: str = "task") -> None:
         shown = nemo_run.dryrun_fn
-        if not self.dryrun and str(self.factory or "").startswith("nemotron_h_"):
+        if not self.dryrun and str(self.factory or "").split("(")[0] in own_factories():
             nemo_run.dryrun_fn = lambda *a, **k: None  # the tables; --dryrun shows them
         try:
             execute(self, fn, args, entrypoint_type)
@@ -78,6 +79,12 @@ def fail(error: UserError) -> None:
     raise SystemExit(error.EXIT_CODE)
 
 
+@functools.cache
+def own_factories() -> set[str]:
+    """Names of this project's factories: the models with a recipe, and the one for recipe files."""
+    return {name.split("/")[0] for name in known_recipes()} | {"nemotron_h_recipe"}
+
+
 def known_factories(fn: Any) -> list[str]:
     """Names registered for an entry point such as `llm.pretrain`."""
     namespace = get_type_namespace(fn)
@@ -88,7 +95,7 @@ def explain(error: Exception, fn: Any, args: list[str], factory: str | None) -> 
     """What the user got wrong, or None where it is not a mistake that this can name."""
     if "No matching factory found" in str(error):
         known = known_factories(fn)
-        ours = [name for name in known if name.startswith("nemotron_h_")]
+        ours = [name for name in known if name in own_factories()]
         name = str(factory).split("(")[0]
         return UserError(
             f"there is no factory {name!r} for {fn.__name__}",

@@ -1,0 +1,78 @@
+"""What makes a recipe impossible: one error that names the key, the recipe, and what would fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nemotron_h.compose import compose
+from nemotron_h.errors import UserError
+
+TINY, LARGE, NANO, MAMBA = "nemotron_h_tiny", "nemotron_h_8b", "nano_12b_v2", "mamba2_8b"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        # names
+        (TINY, ["precision=fp8_blockwize"], ("precision = 'fp8_blockwize'", "Did you mean fp8_blockwise?")),
+        (TINY, ["stage=pretraining"], ("stage = 'pretraining'", "Did you mean pretrain?")),
+        (TINY, ["optim.schedule=cosin"], ("optim.schedule = 'cosin'", "Did you mean cosine?")),
+        (TINY, ["resume.blend_change=from_steps"], ("resume.blend_change = 'from_steps'", "Did you mean from_step?")),
+        (TINY, ["recompute.ffn=activations"], ("recompute.ffn = 'activations'", "Did you mean activation?")),
+        (TINY, ["recompute.mamba=activation"], ("recompute.mamba = 'activation'", "Known: none, layer")),
+        (NANO, ["precision_options.fp8_backend=emulated"], ("fp8_backend = 'emulated'", "Did you mean emulate?")),
+        # unknown and unused keys
+        (TINY, ["optim.peak_lrr=1"], ("unknown key optim.peak_lrr", "Did you mean peak_lr?")),
+        (TINY, ["recompute.mlp=layer"], ("unknown key recompute.mlp", "Known keys there: mamba, ffn, attention")),
+        (TINY, ["optim.decay_tokens=8192"], ("optim.decay_tokens is unused", "optim.schedule: wsd")),
+        (MAMBA, ["recompute.attention=layer"], ("recompute.attention = 'layer' is unused", "has no attention layers")),
+        (TINY, ["parallel.sequence=true"], ("parallel.sequence is unused", "parallel.tensor to 2")),
+        (TINY, ["precision_options.bf16_edge_layers=4"], ("precision_options.bf16_edge_layers is unused",)),
+        # ranges
+        (TINY, ["data.global_batch_size=0"], ("data.global_batch_size = 0 is below 1",)),
+        (TINY, ["parallel.tensor=0"], ("parallel.tensor = 0 is below 1", "set parallel.tensor to 1")),
+        (TINY, ["optim.beta2=1"], ("optim.beta2 = 1.0 is not in [0, 1)",)),
+        (TINY, ["checkpoint.keep=0"], ("checkpoint.keep = 0",)),
+        # schedule
+        (TINY, ["optim.warmup_tokens=1M"], ("optim.warmup_tokens (1,000,000) is not shorter than the run (655,360",)),
+        (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is not between 0 and optim.peak_lr", "3e-05")),
+        (TINY, ["tokens=1.5"], ("tokens: '1.5' is not a token count",)),
+        (NANO, ["optim.decay_tokens=null"], ("optim.decay_tokens is missing", "3.6T")),
+        (NANO, ["optim.decay_tokens=20T"], ("are longer than the run", "decay for 19,975,000,000,000 tokens or less")),
+        # layouts
+        (LARGE, ["parallel.tensor=16"], ("parallel.tensor = 16", "mamba_num_groups = 8", "nearest: 8")),
+        (LARGE, ["parallel.pipeline=64"], ("parallel.pipeline = 64", "the 52 layers", "nearest: 52")),
+        (LARGE, ["parallel.nodes=1", "parallel.devices=4"], ("nodes * parallel.devices = 4", "the nearest is 8")),
+        (LARGE, ["data.seq_length=8190"], ("data.seq_length = 8190", "the nearest is 8192")),
+        (LARGE, ["data.global_batch_size=1000"], ("micro_batch_size * data-parallel size (1 * 768)", "nearest is 768")),
+        (TINY, ["data.micro_batch_size=5"], ("data.global_batch_size = 16 is not a multiple", "the nearest is 15")),
+        # data and sources
+        (TINY, ["data.blend=sample_smal"], ("data.blend = sample_smal", "Did you mean sample_small?")),
+        (LARGE, ["tokens=100B", "optim.warmup_tokens=1B"], ("data.blend = nemotron_h: phase 'phase3'", "longer")),
+    ],
+)
+def test_a_mistake_names_key_and_fix(name: str, overrides: list[str], expected: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(name, overrides)
+    for text in (*expected, name if "unknown key" not in expected[0] else ""):
+        assert text in str(caught.value)
+
+
+def test_a_file_of_ones_own_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "# @package _global_\ndefaults: [/nemotron_h_tiny/pretrain, _self_]\n"
+        "name: mine\nsources: {optim.peak_lrr: tried}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        compose(str(file))
+    assert str(file) in str(caught.value)
+    assert "sources has 'optim.peak_lrr'" in str(caught.value)
+    assert "Did you mean optim.peak_lr?" in str(caught.value)
+
+
+def test_a_value_that_is_no_yaml_is_named() -> None:
+    with pytest.raises(UserError, match=r"model\.pattern=\*-\*-"):
+        compose("nemotron_t_8b", ["model.pattern=*-*-"])
