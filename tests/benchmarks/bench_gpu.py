@@ -422,6 +422,7 @@ LAYOUTS = {
     2: {
         "tp2": {"tensor": 2},
         "tp2sp": {"tensor": 2, "sequence": True},
+        "tp2sp recompute": {"tensor": 2, "sequence": True},
         "dp2": {},
         "dp2 overlap": {"overlap": True},
     },
@@ -441,7 +442,9 @@ def parallel_worker(report: Report, args: argparse.Namespace) -> None:
         for precision in ("bf16", "fp8_current_scaling"):
             layout = Layout(**values)
             data_ranks = ranks // layout.tensor
-            side = Side(ours, shape.changed(micro_batches=4 // data_ranks), precision, layout)
+            again = {f"recompute_{part}": "layer" for part in ("mamba", "ffn", "attention")}
+            changes = again if name.endswith("recompute") else {}
+            side = Side(ours, shape.changed(micro_batches=4 // data_ranks), precision, layout, **changes)
             for _ in range(6):
                 side.step()
             if torch.distributed.get_rank() == 0:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 WORKER = Path(__file__).with_name("worker.py")
-TWO_RANKS = ("tp2", "tp2sp", "pp2", "dp2", "dp2opt", "tp2spopt")
+TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2", "dp2", "dp2opt", "tp2spopt")
 PURE = tuple(f"{family}-{layout}" for family in ("transformer", "mamba2") for layout in ("tp2sp", "pp2"))
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 

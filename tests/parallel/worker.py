@@ -1,7 +1,7 @@
 """One rank of the layout tests: train a small model a few steps in each layout and save what rank 0 can assemble.
 
 Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
-or `mamba2-tp2` and `transformer-pp2` for the pure patterns.
+or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ FAMILIES = {
     },
     "mamba2": {"hybrid_override_pattern": "MMM"},
 }
+RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 
 
@@ -121,6 +122,7 @@ def train(name: str) -> dict[str, object]:
         tensor_model_parallel_size=shape["tp"],
         pipeline_model_parallel_size=shape["pp"],
         sequence_parallel=shape["sp"],
+        **(RECOMPUTE if name.endswith("again") else {}),
     )
     module = config.configure_model(None)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
