@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,3 +79,21 @@ def test_the_error_names_the_remedy(machine, gpus: list, options: dict, message:
 def test_current_scaling_runs_on_ada(machine) -> None:
     machine(("NVIDIA L40", (8, 9)))
     hardware.check_engine("fp8_current_scaling")
+
+
+def test_an_engine_that_breaks_the_import_of_nemo_is_named(tmp_path: Path) -> None:
+    package, info = tmp_path / "transformer_engine", tmp_path / "transformer_engine-2.11.0.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").write_text('raise OSError("libcublas.so.13: cannot open")')
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.11.0\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "from nemotron_h.runtime import quiet; quiet.hush()"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "UserError" in done.stderr
+    assert "Transformer Engine 2.11.0 is installed and fails: libcublas.so.13: cannot open" in done.stderr
+    assert "pip uninstall transformer-engine" in done.stderr

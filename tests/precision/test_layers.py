@@ -59,7 +59,9 @@ def test_fp8_layers_quantise_and_the_others_do_not(recipe: str, monkeypatch: pyt
     assert 0 < abs(loss - exact) < 0.1 * exact
 
 
-@pytest.mark.parametrize("again", [{}, {"recompute_mamba": "layer", "recompute_attention": "layer"}], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "again", [{}, {"recompute_mamba": "layer", "recompute_attention": "layer"}], ids=["kept", "recomputed"]
+)
 def test_every_layer_runs_in_its_own_transformer_engine_context(again: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Transformer Engine multiplies, megatron-core's context decides: entered around each layer, and once more
     around what the backward pass computes again.

@@ -90,5 +90,25 @@ def check_import(precision: str, least: str) -> None:
         logger.warning(f"Transformer Engine {version}: this release was tested with {TESTED}")
 
 
+def check_engine_does_not_break_imports() -> None:
+    """NeMo imports Transformer Engine in every run, and takes only an `ImportError` for its absence.
+
+    Errors:
+        UserError: it is installed and fails in another way, such as a CUDA library that does not load.
+    """
+    try:
+        version = importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"NeMo does not import, because Transformer Engine {version} is installed and fails: {reason[:200]}",
+            hint=f"{INSTALL} --force-reinstall; or pip uninstall transformer-engine to run without it",
+        ) from error
+
+
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))

@@ -42,7 +42,11 @@ def speak() -> None:
 
 
 def hush() -> None:
-    """Raise the threshold of noisy loggers to ERROR, drop warnings, and import NeMo without its import-time prints."""
+    """Raise the threshold of noisy loggers to ERROR, drop warnings, and import NeMo without its import-time prints.
+
+    Errors:
+        UserError: NeMo does not import because Transformer Engine fails.
+    """
     speak()
     if verbose():
         return
@@ -51,8 +55,14 @@ def hush() -> None:
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     # megatron-core and NeMo print about optional packages while they are imported
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        import nemo.collections.llm  # noqa: F401
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            import nemo.collections.llm  # noqa: F401
+    except Exception:
+        from nemotron_h.precision.hardware import check_engine_does_not_break_imports
+
+        check_engine_does_not_break_imports()
+        raise
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(logging.ERROR)
