@@ -33,7 +33,9 @@ def plan(
     from nemotron_h.compose import compose
     from nemotron_h.planning.plan import make_plan
 
-    made = make_plan(compose(name, overrides or ()), gpus, gpu, mfu, start, context)
+    # how GPUs are spread over nodes changes nothing here
+    ranks = [] if gpus is None else ["parallel.nodes=1", f"parallel.devices={gpus}"]
+    made = make_plan(compose(name, [*(overrides or ()), *ranks]), gpu, mfu, start, context)
     rows = made.sweep() if sweep else []
     if json_:
         import dataclasses
@@ -50,6 +52,8 @@ def plan(
         from nemotron_h.planning.show import show, show_sweep
 
         console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 140  # a pipe has no width of its own
         show_sweep(made, rows, console) if sweep else show(made, console)
     if out is not None:
         from nemotron_h.planning.figure import draw

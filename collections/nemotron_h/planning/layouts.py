@@ -11,6 +11,7 @@ from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import Layout, largest_stage
+from nemotron_h.precision.gemms import check_gemms
 from nemotron_h.schema import RecipeConfig
 
 #: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and products
@@ -27,44 +28,14 @@ RECOMPUTE = {
 }
 
 
-def layout_of(recipe: RecipeConfig, gpus: int | None = None, origin: str = "the recipe") -> Layout:
-    """The layout of a recipe, on so many GPUs.
-
-    Args:
-        gpus: overrides nodes * devices; the data-parallel size follows from it.
-        origin: the recipe's name for errors.
-    Errors:
-        UserError: the GPUs do not divide by tensor * pipeline, or the batch not by data-parallel ranks * micro-batch;
-            names the nearest values that do.
-    """
+def layout_of(recipe: RecipeConfig) -> Layout:
+    """The layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.checks`)."""
     parallel, data, again = recipe.parallel, recipe.data, recipe.recompute
-    model_parallel = parallel.tensor * parallel.pipeline
-    ranks = parallel.nodes * parallel.devices if gpus is None else gpus
-    key = "parallel.nodes * parallel.devices" if gpus is None else "--gpus"
-    if ranks < 1 or ranks % model_parallel:
-        below = ranks // model_parallel * model_parallel
-        nearest = " or ".join(str(n) for n in (below, below + model_parallel) if n > 0)
-        raise UserError(
-            f"{origin}: {key} = {ranks} does not divide by parallel.tensor * parallel.pipeline = "
-            f"{parallel.tensor} * {parallel.pipeline}",
-            hint=f"nearest: {nearest}",
-        )
-    replicas = ranks // model_parallel
-    per_pass = replicas * data.micro_batch_size
-    if data.global_batch_size % per_pass:
-        fits = [n for n in range(1, data.global_batch_size + 1) if data.global_batch_size % n == 0]
-        fits = [n for n in fits if n % data.micro_batch_size == 0]
-        nearest = min(fits, key=lambda n: abs(n - per_pass)) // data.micro_batch_size * model_parallel
-        batch = max(1, round(data.global_batch_size / per_pass)) * per_pass
-        raise UserError(
-            f"{origin}: data.global_batch_size = {data.global_batch_size} does not divide by {replicas} data-parallel "
-            f"ranks * data.micro_batch_size = {data.micro_batch_size}",
-            hint=f"nearest: --gpus {nearest}, or data.global_batch_size={batch}",
-        )
+    replicas = parallel.nodes * parallel.devices // (parallel.tensor * parallel.pipeline)
     return Layout(
         seq_length=data.seq_length,
         micro_batch=data.micro_batch_size,
-        micro_batches=data.global_batch_size // per_pass,
+        micro_batches=data.global_batch_size // (replicas * data.micro_batch_size),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=replicas,
@@ -177,6 +148,27 @@ def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iter
         ]
 
 
+def refusal(definition: ModelDefinition, layout: Layout) -> str:
+    """Why training does not take the layout; empty where it does."""
+    if layout.context > 1:
+        return "planned only: training refuses context parallel"
+    if layout.sequence and layout.seq_length % layout.tensor:
+        return f"{layout.seq_length} tokens do not split over {layout.tensor} ranks"
+    try:
+        check_gemms(
+            definition,
+            layout.precision,
+            seq_length=layout.seq_length,
+            micro_batch_size=layout.micro_batch,
+            tensor_parallel=layout.tensor,
+            sequence_parallel=layout.sequence,
+            bf16_edge_layers=layout.bf16_edge_layers,
+        )
+    except UserError:
+        return "FP8 does not take the widths of one rank"
+    return ""
+
+
 def remedies(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> list[Remedy]:
     """Changes to settings, each of which makes the layout fit the GPU; empty where none of those tried does.
 
@@ -187,7 +179,7 @@ def remedies(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> list[Reme
         found = []
         for kind in _changes(definition, base, gpu.per_node):
             for settings, changed in kind:
-                if changed is None:
+                if changed is None or refusal(definition, changed):
                     continue
                 peak = largest_stage(definition, changed).peak
                 if peak <= gpu.memory:
@@ -214,7 +206,7 @@ class Row:
         fits: whether the GPU holds that.
         tokens_per_second: of all GPUs, by `relative_speed`.
         step_seconds: of one step.
-        runs: False where training refuses the layout (context parallelism).
+        refused: why training does not take the layout, empty where it does.
     """
 
     layout: Layout
@@ -223,7 +215,7 @@ class Row:
     fits: bool
     tokens_per_second: float
     step_seconds: float
-    runs: bool
+    refused: str
 
 
 def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_second: float) -> list[Row]:
@@ -248,10 +240,12 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
                     tried = replace(spread, **{**nothing, **settings})
                     peak = largest_stage(definition, tried).peak
                     speed = tokens_per_second * relative_speed(definition, tried) / own
-                    rows.append(Row(tried, name, peak, peak <= gpu.memory, speed, tokens / speed, context == 1))
-    return sorted(rows, key=lambda row: (-row.tokens_per_second, row.peak))
+                    refused = refusal(definition, tried)
+                    rows.append(Row(tried, name, peak, peak <= gpu.memory, speed, tokens / speed, refused))
+    order = list(RECOMPUTE)
+    return sorted(rows, key=lambda row: (-row.tokens_per_second, order.index(row.recompute)))
 
 
 def best(rows: list[Row]) -> Row | None:
-    """The fastest row that fits and that training takes; the smallest of equally fast ones."""
-    return next((row for row in rows if row.fits and row.runs), None)
+    """The fastest row that fits and that training takes; of equally fast ones that which recomputes least."""
+    return next((row for row in rows if row.fits and not row.refused), None)

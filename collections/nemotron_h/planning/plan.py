@@ -133,7 +133,6 @@ def _date(value: datetime | None) -> str | None:
 
 def make_plan(
     recipe: RecipeConfig,
-    gpus: int | None = None,
     gpu_name: str = "h100",
     mfu: float | None = None,
     start: datetime | None = None,
@@ -143,18 +142,17 @@ def make_plan(
 
     Args:
         recipe: composed and checked.
-        gpus: overrides the recipe's nodes * devices.
         gpu_name: a name of `configs/gpus.yaml`.
         mfu: utilisation of the peak of the recipe's precision, in (0, 1]; None takes `default_mfu`.
         start: when the run begins.
         context: tokens of a sequence in inference; None takes the training's.
     Errors:
-        UserError: impossible layout, unknown GPU, or a utilisation outside of (0, 1].
+        UserError: unknown GPU, or a utilisation outside of (0, 1].
     """
     origin = f"recipe {recipe.name}"
     definition = definition_of(recipe, origin)
     device = gpu(gpu_name)
-    layout = layout_of(recipe, gpus, origin)
+    layout = layout_of(recipe)
     assumed, source = default_mfu(recipe.precision) if mfu is None else (mfu, "--mfu")
     if not 0 < assumed <= 1:
         raise UserError(f"--mfu = {assumed}", hint="a utilisation lies in (0, 1]: 0.4 is 40 %")

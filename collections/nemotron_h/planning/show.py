@@ -16,7 +16,7 @@ def _table(console: Console, title: str, *columns: str) -> Table:
     console.print(f"[bold]{title}[/bold]")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
 
 
@@ -148,7 +148,7 @@ def show_sweep(plan: Plan, rows: list[Row], console: Console) -> None:
     )
     for row in rows:
         at = row.layout
-        note = "[bold]best[/bold]" if row is chosen else "" if row.runs else "planned only: training refuses CP"
+        note = "[bold]best[/bold]" if row is chosen else row.refused
         table.add_row(
             f"{at.tensor} x {at.pipeline} x {at.context} x {at.data}",
             row.recompute,

@@ -1,0 +1,50 @@
+"""Small models of each family: keyword arguments of `NemotronHConfig`, and the definition they make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemotron_h.model.definition import Expect, ModelDefinition
+
+_ATTENTION = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 64}
+_MAMBA = {"mamba_num_heads": 16, "mamba_head_dim": 32, "mamba_num_groups": 2, "mamba_state_dim": 64, "conv_kernel": 4}
+_FFN = {"ffn_hidden_size": 1344}
+
+#: family -> the model; vocabularies are multiples of what Megatron pads to with two tensor-parallel ranks
+MODELS: dict[str, dict[str, Any]] = {
+    "hybrid": {
+        "hybrid_override_pattern": "M-M-M*-M-M-M-",
+        "hidden_size": 256,
+        "vocab_size": 8192,
+        **_ATTENTION,
+        **_MAMBA,
+        **_FFN,
+    },
+    "mamba": {
+        "family": "mamba2",
+        "hybrid_override_pattern": "MMMMMM",
+        "hidden_size": 256,
+        "vocab_size": 512,
+        **_MAMBA,
+    },
+    "transformer": {
+        "family": "transformer",
+        "hybrid_override_pattern": "*-*-*-*-",
+        "hidden_size": 256,
+        "vocab_size": 512,
+        **_ATTENTION,
+        **_FFN,
+    },
+}
+
+
+def as_definition(model: dict[str, Any]) -> ModelDefinition:
+    """The definition of these keyword arguments; `recompute_*` are no part of it."""
+    pattern = model["hybrid_override_pattern"]
+    own = {key: value for key, value in model.items() if not key.startswith("recompute_")}
+    renamed = {"hybrid_override_pattern": "pattern", "kv_channels": "head_dim"}
+    return ModelDefinition(
+        name="small",
+        expect=Expect(pattern.count("M"), pattern.count("*"), pattern.count("-"), 0),
+        **{renamed.get(key, key): value for key, value in own.items()},
+    )

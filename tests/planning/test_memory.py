@@ -1,0 +1,160 @@
+"""Planned memory against the CPU allocator's peak over a warm training step of real Megatron models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_models import MODELS, as_definition
+
+from nemotron_h.compose import compose
+from nemotron_h.model.definition import ModelDefinition, definition_from_dict
+from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_parameters
+
+WORKER = Path(__file__).with_name("memory_worker.py")
+#: a small vocabulary moves the peak from the logits into the layers
+HYBRID = {**MODELS["hybrid"], "vocab_size": 512}
+EVERYTHING = {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_attention": "layer"}
+
+
+def definition_100m() -> ModelDefinition:
+    return definition_from_dict(asdict(compose("nemotron_h_100m").model), "nemotron_h_100m")
+
+
+def proxy_100m() -> dict[str, Any]:
+    d = definition_100m()
+    names = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "mamba_num_heads")
+    names += ("mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "vocab_size")
+    return {
+        "hybrid_override_pattern": d.pattern,
+        "kv_channels": d.head_dim,
+        "conv_kernel": d.conv_kernel,
+        **{name: getattr(d, name) for name in names},
+    }
+
+
+ONE_RANK: dict[str, dict[str, Any]] = {
+    "fp32": {"model": MODELS["hybrid"], "seq_length": 512, "micro_batch": 2},
+    "bf16": {"model": MODELS["hybrid"], "seq_length": 512, "micro_batch": 2, "precision": "bf16"},
+    "long sequence": {"model": HYBRID, "seq_length": 2048},
+    "layers, bf16": {"model": HYBRID, "seq_length": 1000, "precision": "bf16"},
+    "Mamba-2 alone": {"model": MODELS["mamba"], "seq_length": 1024},
+    "Transformer": {"model": MODELS["transformer"], "seq_length": 1024},
+    "no activations to speak of": {"model": MODELS["hybrid"], "seq_length": 32, "precision": "bf16"},
+    "recompute ffn activation": {"model": {**HYBRID, "recompute_ffn": "activation"}, "seq_length": 1024},
+    "recompute ffn": {"model": {**HYBRID, "recompute_ffn": "layer"}, "seq_length": 1024, "precision": "bf16"},
+    "recompute everything": {"model": {**HYBRID, **EVERYTHING}, "seq_length": 2048},
+    "100M": {"model": proxy_100m(), "seq_length": 512},
+}
+TWO_RANKS: dict[str, dict[str, Any]] = {
+    "tensor 2": {"model": HYBRID, "seq_length": 512, "tensor": 2, "precision": "bf16"},
+    "tensor 2, sequence": {"model": MODELS["hybrid"], "seq_length": 512, "tensor": 2, "sequence": True},
+    "pipeline 2": {"model": HYBRID, "seq_length": 512, "pipeline": 2, "micro_batches": 3, "precision": "bf16"},
+    "data 2": {"model": MODELS["hybrid"], "seq_length": 512, "precision": "bf16"},
+    "data 2, whole optimizer": {"model": HYBRID, "seq_length": 512, "distributed_optimizer": False},
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Case -> bytes of each rank."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for ranks, cases in ((1, ONE_RANK), (2, TWO_RANKS)):
+        folder = tmp_path_factory.mktemp("memory")
+        given, out = folder / "cases.json", folder / "out.json"
+        given.write_text(json.dumps([{"name": name, **case} for name, case in cases.items()]))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        done = subprocess.run(
+            [*command, str(WORKER), str(out), str(given)], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found |= json.loads(out.read_text())
+    return found
+
+
+def planned(case: dict[str, Any], ranks: int) -> tuple[ModelDefinition, Layout]:
+    """What to plan for a case: the same model and layout, on the CPU."""
+    settings = {key: value for key, value in case.items() if key != "model"}
+    settings |= {key: value for key, value in case["model"].items() if key.startswith("recompute_")}
+    data = ranks // (case.get("tensor", 1) * case.get("pipeline", 1))
+    layout = Layout(**{"precision": "fp32", **settings}, data=data, backend="cpu")
+    return as_definition(case["model"]), layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS])
+def test_peak_is_as_planned(measured: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Every rank within 3 %."""
+    case, ranks = (ONE_RANK[name], 1) if name in ONE_RANK else (TWO_RANKS[name], 2)
+    stages = plan_memory(*planned(case, ranks))
+    assert len(measured[name]) == ranks
+    for rank in measured[name]:
+        plan = stages[rank["stage"]]
+        said = f"{name}, stage {rank['stage']}: {plan.parts()} at {plan.at}, measured in {rank['at']}"
+        assert plan.states == pytest.approx(rank["states"], rel=0.03), said
+        assert plan.peak == pytest.approx(rank["peak"], rel=0.03), said
+
+
+@pytest.mark.slow
+def test_recomputation_saves_what_it_should(measured: dict[str, list[dict[str, Any]]]) -> None:
+    """The cases differ by the setting alone or by the length too; without it the plan is far larger."""
+    for name in ("recompute ffn activation", "recompute ffn", "recompute everything"):
+        kept = {key: value for key, value in ONE_RANK[name]["model"].items() if not key.startswith("recompute_")}
+        without = largest_stage(*planned({**ONE_RANK[name], "model": kept}, 1)).peak
+        assert measured[name][0]["peak"] < 0.93 * without
+
+
+def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
+    from nemotron_h.model.mixer import FUSED_ALIGNMENT, fused_obstacle
+    from nemotron_h.planning import memory
+
+    assert memory.FUSED_ALIGNMENT == FUSED_ALIGNMENT
+    for name in ("nemotron_h_4b", "nemotron_h_8b", "nano_9b_v2"):
+        d = definition_from_dict(asdict(compose(name).model), name)
+        for tensor in (1, 2, 4, 8):
+            rank = memory._Rank(d, Layout(seq_length=8192, tensor=tensor))
+            assert rank.fused == (not fused_obstacle(d.conv_channels // tensor, d.in_proj_size // tensor))
+
+
+def test_constants_are_the_code_s() -> None:
+    from nemotron_h.ops import select, ssd
+    from nemotron_h.planning import flops, memory
+
+    assert memory.KERNEL_CHUNK == flops.CHUNK == select.KERNEL_CHUNK
+    assert memory.CPU_CHUNK == ssd.CPU_CHUNK
+    assert memory.CPU_SEGMENT_ELEMENTS == ssd.SEGMENT_ELEMENTS
+
+
+def test_states_on_a_gpu() -> None:
+    """By hand: 18 bytes per parameter on one GPU, 136 GiB for the 8B; 2 + 4 + 12 / 768 in the paper's layout."""
+    d = definition_from_dict(asdict(compose("nemotron_h_8b").model), "nemotron_h_8b")
+    one = largest_stage(d, Layout(seq_length=8192))
+    assert (one.weights + one.gradients + one.optimizer) / 2**30 == pytest.approx(136, abs=0.5)
+    paper = Layout(seq_length=8192, tensor=8, data=768, sequence=True)
+    shared = largest_stage(d, paper)
+    parameters, _ = rank_parameters(d, paper, 0)
+    assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(parameters * (6 + 12 / 768), rel=1e-4)
+
+
+def test_fp8_keeps_inputs_in_a_byte_and_caches_weights() -> None:
+    d = definition_from_dict(asdict(compose("nemotron_h_56b").model), "nemotron_h_56b")
+    layout = Layout(seq_length=8192, tensor=8, data=8, sequence=True)
+    bf16 = largest_stage(d, layout)
+    fp8 = largest_stage(d, Layout(seq_length=8192, tensor=8, data=8, sequence=True, precision="fp8_current_scaling"))
+    assert sum(fp8.activations.values()) < 0.9 * sum(bf16.activations.values())
+    assert fp8.weights > 1.9 * bf16.weights
+    assert fp8.gradients == bf16.gradients
+
+
+def test_more_layers_recomputed_never_need_more() -> None:
+    d = definition_100m()
+    peaks = [
+        largest_stage(d, Layout(seq_length=8192, micro_batch=4, **settings)).peak
+        for settings in ({}, {"recompute_ffn": "activation"}, {"recompute_ffn": "layer"}, EVERYTHING)
+    ]
+    assert peaks == sorted(peaks, reverse=True)

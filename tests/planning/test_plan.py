@@ -1,0 +1,246 @@
+"""`nemotron-h plan`: what it says, how fast it says it, and that it says no."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nemotron_h.cli import app
+from nemotron_h.compose import compose, known_recipes
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import definition_from_dict
+from nemotron_h.planning.gpus import gpu
+from nemotron_h.planning.inference import BYTES, inference_memory
+from nemotron_h.planning.layouts import best, layout_of, relative_speed
+from nemotron_h.planning.plan import make_plan
+
+MILLION_TOKENS = 2**20
+
+
+def definition(name: str):
+    return definition_from_dict(asdict(compose(name).model), name)
+
+
+def run(*arguments: str) -> dict:
+    result = CliRunner().invoke(app, ["plan", *arguments, "--json"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return json.loads(result.output)
+
+
+# schedule
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup", "switches"),
+    [
+        ("nemotron_h_8b", 2_384_186, 1_319, [1_430_511, 1_907_349, 2_323_786]),
+        ("nemotron_h_56b", 3_178_914, 3_974, [1_907_349, 2_543_132, 3_118_515]),
+    ],
+)
+def test_paper_s_schedule(name: str, steps: int, warmup: int, switches: list[int]) -> None:
+    schedule = run(name)["schedule"]
+    assert (schedule["steps"], schedule["warmup_steps"]) == (steps, warmup)
+    assert [phase["first_step"] for phase in schedule["phases"]] == [0, *switches]
+
+
+def test_dates_and_cost_follow_from_the_utilisation() -> None:
+    plan = run("nemotron_h_8b", "--gpus", "64", "--mfu", "0.4", "--start", "2026-01-01")
+    schedule = plan["schedule"]
+    # 989.4 TFLOP/s * 0.4 / 46.66 GFLOP per token
+    assert schedule["tokens_per_second"] / 64 == pytest.approx(8_478, rel=2e-3)
+    assert schedule["gpu_hours"] == pytest.approx(0.49e6, rel=0.01)
+    begin, end = (datetime.fromisoformat(schedule["phases"][0]["date"]), datetime.fromisoformat(schedule["end"]))
+    assert (end - begin).total_seconds() == pytest.approx(schedule["seconds"], abs=60)
+    assert run("nemotron_h_8b", "--gpus", "64", "--mfu", "0.2")["schedule"]["gpu_hours"] == pytest.approx(
+        2 * schedule["gpu_hours"]
+    )
+
+
+def test_default_utilisation_is_the_published_run_s() -> None:
+    """56B on 128 H100 in FP8: 2,070 tokens/s per GPU were published."""
+    schedule = run("nemotron_h_56b", "--gpus", "128")["schedule"]
+    assert schedule["tokens_per_second"] / 128 == pytest.approx(2070, rel=0.005)
+    assert "dgxc-benchmarking" in schedule["mfu_source"]
+
+
+# inference
+
+
+def test_paper_s_memory_of_the_56b_in_fp4() -> None:
+    """Paper 3: 29.5 GiB for the weights of the 56B in FP4."""
+    memory = inference_memory(definition("nemotron_h_56b"), MILLION_TOKENS, weight_bytes=BYTES["fp4"])
+    assert memory.weights / 2**30 == pytest.approx(29.5, abs=0.05)
+
+
+def test_the_47b_fits_the_paper_s_budget_only_with_fp4_keys_and_values() -> None:
+    """Paper 3: below 31.7 GiB at a context of a million tokens; the 56B is not."""
+    four, eight = (
+        inference_memory(
+            definition("nemotron_h_47b"), MILLION_TOKENS, weight_bytes=BYTES["fp4"], kv_bytes=BYTES[kind]
+        ).total
+        / 2**30
+        for kind in ("fp4", "fp8")
+    )
+    assert four == pytest.approx(30.8, abs=0.1)
+    assert four < 31.7 < eight
+    parent = inference_memory(
+        definition("nemotron_h_56b"), MILLION_TOKENS, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"]
+    )
+    assert parent.total / 2**30 > 31.7
+
+
+@pytest.mark.parametrize(
+    ("name", "ssm_mib", "kv_kib"),
+    [
+        ("nemotron_h_4b", 84, 16),
+        ("nemotron_h_8b", 96, 16),
+        ("nemotron_h_47b", 720, 20),
+        ("nemotron_h_56b", 864, 40),
+        ("nano_9b_v2", 135, 16),
+        ("nano_12b_v2", 140, 24),
+    ],
+)
+def test_states_per_sequence(name: str, ssm_mib: int, kv_kib: int) -> None:
+    memory = inference_memory(definition(name), 1000)
+    assert memory.ssm_states / 2**20 == ssm_mib
+    assert memory.kv_cache / 1000 / 2**10 == kv_kib
+
+
+def test_states_are_those_that_generation_allocates() -> None:
+    import torch
+
+    from nemotron_h.inference.states import MambaState, States
+
+    d = definition("nemotron_h_tiny")
+    states = States.empty(d, 3, 200, torch.bfloat16, torch.device("meta"))
+    mamba = [layer for layer in states.layers if isinstance(layer, MambaState)]
+    memory = inference_memory(d, 200, sequences=3)
+    assert memory.ssm_states == sum(layer.ssm.nbytes for layer in mamba)
+    assert memory.conv_states == sum(layer.conv.nbytes for layer in mamba)
+    caches = [layer for layer in states.layers if layer is not None and not isinstance(layer, MambaState)]
+    assert memory.kv_cache == sum(layer.keys.nbytes + layer.values.nbytes for layer in caches)
+
+
+# layouts
+
+
+def test_a_layout_that_does_not_fit_says_what_would() -> None:
+    too_much = ["parallel.tensor=1", "parallel.sequence=false", "data.micro_batch_size=4"]
+    plan = run("nemotron_h_8b", *too_much, "--gpus", "8")
+    assert not plan["memory"]["fits"]
+    assert plan["memory"]["remedies"]
+    for remedy in plan["memory"]["remedies"]:
+        settings = remedy["settings"].split()
+        keys = {setting.split("=")[0] for setting in settings}
+        kept = [setting for setting in too_much if setting.split("=")[0] not in keys]
+        again = run("nemotron_h_8b", *kept, *settings, *([] if "--gpus" in settings else ["--gpus", "8"]))
+        assert again["memory"]["fits"], remedy
+        assert again["memory"]["peak"] == remedy["peak"]
+
+
+def test_sweep_marks_the_fastest_that_fits_and_trains() -> None:
+    plan = make_plan(compose("nemotron_h_8b", ["parallel.nodes=1", "parallel.devices=8"]))
+    rows = plan.sweep()
+    chosen = best(rows)
+    assert chosen is not None
+    assert chosen.fits
+    assert chosen.layout.context == 1
+    assert all(not row.fits or row.refused or row.tokens_per_second <= chosen.tokens_per_second for row in rows)
+    assert any(row.layout.context > 1 for row in rows)
+    assert all("context" in row.refused for row in rows if row.layout.context > 1)
+    own = [row for row in rows if row.layout == plan.layout]
+    assert len(own) == 1
+    assert own[0].tokens_per_second == pytest.approx(plan.schedule.tokens_per_second)
+    assert own[0].peak == plan.largest.peak
+
+
+def test_bubbles_and_recomputation_cost_time() -> None:
+    d = definition("nemotron_h_8b")
+    plain = layout_of(compose("nemotron_h_8b", ["parallel.nodes=1", "parallel.devices=64"]))
+    from dataclasses import replace
+
+    piped = replace(plain, pipeline=4, micro_batches=12)
+    assert relative_speed(d, piped) / relative_speed(d, plain) == pytest.approx(12 / 15)
+    ffn = relative_speed(d, replace(plain, recompute_ffn="layer")) / relative_speed(d, plain)
+    assert ffn == pytest.approx(1 / (1 + 0.544 / 3), rel=1e-3)  # the FFN's share of the FLOPs, a third is its forward
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--gpus", "63"], "the nearest is 64"),
+        (["--gpus", "80"], "data.global_batch_size"),
+        (["--gpu", "h10"], "Did you mean h100?"),
+        (["--gpu", "a100-80g", "precision=fp8_current_scaling"], "has no FP8"),
+        (["--mfu", "40"], "0.4 is 40 %"),
+        (["--context", "0"], "--context = 0"),
+        (["parallel.tensor=3"], "parallel.tensor"),
+    ],
+)
+def test_mistakes_are_named(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        run("nemotron_h_8b", *arguments)
+    assert expected in str(error.value)
+
+
+def test_every_gpu_has_a_source() -> None:
+    for name in ("h100", "h200", "a100-80g", "b200", "gb200", "l40s", "rtx-5090"):
+        assert gpu(name).source
+
+
+# the command
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_has_a_plan(name: str) -> None:
+    plan = make_plan(compose(name))
+    assert (
+        plan.definition.parameters
+        == sum(part["parameters"] for part in plan.layers().values())
+        + (2 * plan.definition.vocab_size + 1) * plan.definition.hidden_size
+    )
+    assert plan.as_dict()["memory"]["peak"] == plan.largest.peak
+
+
+def test_tables_and_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    result = CliRunner().invoke(app, ["plan", "nemotron_h_56b", "--gpus", "64", "--out", str(picture)])
+    assert result.exit_code == 0, result.output
+    for said in ("56,324,350,464 parameters", "does not fit", "would fit with", "GPU-hours", "FP8", "SSM states"):
+        assert said in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    swept = CliRunner().invoke(app, ["plan", "nemotron_h_8b", "--gpus", "8", "--sweep"])
+    assert swept.exit_code == 0, swept.output
+    assert swept.output.count("best") == 1
+
+
+def test_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
+    """Seconds of the processor, which is what an idle machine's clock shows: this machine may be busy."""
+    check = (
+        "import sys; from nemotron_h.cli import app\n"
+        "try: app(['plan', 'nemotron_h_8b', '--gpus', '64'])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'nemo', 'megatron', 'numpy', 'matplotlib', 'transformer_engine', 'nemo_run'}\n"
+        "found = heavy & set(sys.modules); assert not found, found\n"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    seconds = []
+    for _ in range(3):  # the first may compile bytecode
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, env=environment, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 1, seconds
