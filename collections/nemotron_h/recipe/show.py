@@ -16,17 +16,18 @@ WIDTH = 44
 def show(composed: Composed, console: Console) -> None:
     """A table on a terminal; elsewhere YAML with the origin and source of each value as its comment."""
     if console.is_terminal:
-        console.print(_table(lines(composed)))
+        console.print(_table(lines(composed), console.width))
         return
     for line in lines(composed):
         comment = f"# {line.origin}" + (f"; {line.source}" if line.source else "")
         console.print(Text(f"{line.text:<{WIDTH}}  {comment}" if line.origin else line.text), soft_wrap=True)
 
 
-def _table(content: list[Line]) -> Table:
+def _table(content: list[Line], width: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name, ratio in (("value", 4), ("written in", 3), ("source", 4)):
-        table.add_column(name, overflow="fold", ratio=ratio)
+    table.add_column("value", overflow="fold", min_width=min(34, width // 3))
+    table.add_column("written in", overflow="fold", no_wrap=width >= 100)
+    table.add_column("source", overflow="fold")
     for line in content:
         style = "bold magenta" if line.origin == "override" else "" if line.origin else "bold"
         dim = "dim" if line.origin == "schema default" else "cyan"
