@@ -66,7 +66,7 @@ def floors(
         "squared ReLU": bytes_at(ffn * 5 * d.ffn_hidden_size),
         "cross entropy": bytes_at(2 * d.vocab_size),
         "additions and other elementwise": bytes_at(layers * 4 * d.hidden_size),
-        # Adam reads gradient, weight, two moments and writes the last three and the bfloat16 weight; the norm reads again
+        # Adam reads gradient, weight, two moments; writes the last three and the bfloat16 weight; the norm reads again
         "optimizer": d.parameters * (30 + 4) / peaks["bandwidth"],
         "memset and copies": d.parameters * 4 / peaks["bandwidth"],
     }
