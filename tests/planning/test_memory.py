@@ -102,11 +102,11 @@ def test_peak_is_as_planned(measured: dict[str, list[dict[str, Any]]], name: str
 
 @pytest.mark.slow
 def test_recomputation_saves_what_it_should(measured: dict[str, list[dict[str, Any]]]) -> None:
-    """The cases differ by the setting alone or by the length too; without it the plan is far larger."""
+    """The measured peak is well below the plan of the same case without the setting."""
     for name in ("recompute ffn activation", "recompute ffn", "recompute everything"):
         kept = {key: value for key, value in ONE_RANK[name]["model"].items() if not key.startswith("recompute_")}
         without = largest_stage(*planned({**ONE_RANK[name], "model": kept}, 1)).peak
-        assert measured[name][0]["peak"] < 0.93 * without
+        assert measured[name][0]["peak"] < 0.96 * without
 
 
 def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
@@ -131,7 +131,7 @@ def test_constants_are_the_code_s() -> None:
 
 
 def test_states_on_a_gpu() -> None:
-    """By hand: 18 bytes per parameter on one GPU, 136 GiB for the 8B; 2 + 4 + 12 / 768 in the paper's layout."""
+    """By hand: 18 bytes per parameter on one GPU, 136 GiB for the 8B; 2 + 4 + 12 / 768 in the layout of the paper."""
     d = definition_from_dict(asdict(compose("nemotron_h_8b").model), "nemotron_h_8b")
     one = largest_stage(d, Layout(seq_length=8192))
     assert (one.weights + one.gradients + one.optimizer) / 2**30 == pytest.approx(136, abs=0.5)
