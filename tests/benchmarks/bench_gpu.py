@@ -51,6 +51,10 @@ WIDTHS = (
 )
 
 
+#: what the command line changes of the shape
+CHOSEN: dict[str, Any] = {}
+
+
 class Report:
     """Results as they come: one line of JSON each, on the screen and in a file."""
 
@@ -89,7 +93,7 @@ def shape_of(small: bool):
         vocab_size=512 if small else model.vocab_size,
         seq_length=128 if small else 8192,
         micro_batches=2 if small else 4,
-    )
+    ).changed(**CHOSEN)
 
 
 def peaks() -> dict[str, float]:
@@ -533,6 +537,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="a dry run: tiny widths, numbers mean nothing")
     parser.add_argument("--sides", nargs="+", choices=("ours", "stock"), help="leave the other side out")
+    parser.add_argument("--pattern", help=f"other layers than {PATTERN}, where the GPU has room for them")
+    parser.add_argument("--vocab-size", type=int, help="another vocabulary: its output matrix is BF16 in every precision")
+    parser.add_argument("--micro-batches", type=int, help="sequences per step (default 4)")
     parser.add_argument("--rounds", type=int, default=2, help="times that each side is built and timed (default 2)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps of a round (default 3)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a round (default 6)")
@@ -544,6 +551,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the sections; each is guarded."""
     args = arguments()
+    for key in ("pattern", "vocab_size", "micro_batches"):
+        if getattr(args, key) is not None:
+            CHOSEN[key] = getattr(args, key)
     report = Report(args.out)
     if "parallel-worker" not in args.only:
         unpack_cache(args.triton_cache)
