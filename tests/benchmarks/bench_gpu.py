@@ -538,7 +538,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a dry run: tiny widths, numbers mean nothing")
     parser.add_argument("--sides", nargs="+", choices=("ours", "stock"), help="leave the other side out")
     parser.add_argument("--pattern", help=f"other layers than {PATTERN}, where the GPU has room for them")
-    parser.add_argument("--vocab-size", type=int, help="another vocabulary: its output matrix is BF16 in every precision")
+    parser.add_argument("--vocab-size", type=int, help="of the output matrix, always BF16")
     parser.add_argument("--micro-batches", type=int, help="sequences per step (default 4)")
     parser.add_argument("--rounds", type=int, default=2, help="times that each side is built and timed (default 2)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps of a round (default 3)")
