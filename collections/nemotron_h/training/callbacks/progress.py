@@ -68,7 +68,8 @@ class ProgressLine(ProgressBar):
         return (
             f"[bold]{verb}[/bold]; {trainer.max_steps:,} steps of {data.global_batch_size * data.seq_length:,} tokens, "
             f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)} (tensor {parallel.tensor_model_parallel_size}, "
-            f"pipeline {parallel.pipeline_model_parallel_size}), {trainer.precision}"
+            f"pipeline {parallel.pipeline_model_parallel_size}), "
+            f"{getattr(trainer.precision_plugin, 'recipe', trainer.precision)}"  # Lightning knows FP8 as bf16-mixed
         )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
