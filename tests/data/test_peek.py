@@ -225,7 +225,7 @@ def test_blend_change_reaches_the_data_module(corpus: Corpus) -> None:
         changed.load_state_dict(state)
         assert changed.order.origin.step == 10
         assert [record["plan"]["seed"] for record in changed.order.history] == [7]
-    wrong = r"resume\.blend_change = 'from_stp'\nDid you mean from_step\? Known: from_step; or leave it out"
+    wrong = r"resume\.blend_change = 'from_stp'\nDid you mean from_step\? Known: from_step"
     with pytest.raises(UserError, match="recipe.yaml: " + wrong):
         compose(str(path), ["resume.blend_change=from_stp"])
     with pytest.raises(UserError, match=wrong):
