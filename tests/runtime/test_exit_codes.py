@@ -8,14 +8,18 @@ import sys
 import pytest
 
 SCRIPT = (
-    "from nemotron_h.errors import UserError; from nemotron_h.runtime import exit_codes;"
-    "exit_codes.install(); exit_codes.install(); raise {}"
+    "import io, sys; from nemotron_h.errors import UserError; from nemotron_h.runtime import exit_codes;"
+    "exit_codes.install(); exit_codes.install(); {}"
 )
 
 
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
-    [("UserError('no data', 'prepare it')", 2, "fix: prepare it"), ("ValueError('a bug')", 1, "Traceback")],
+    [
+        ("raise UserError('no data', 'prepare it')", 2, "fix: prepare it"),
+        ("sys.stderr = io.StringIO(); raise UserError('no data', 'prepare it')", 2, "fix: prepare it"),
+        ("raise ValueError('a bug')", 1, "Traceback"),
+    ],
 )
 def test_exit_code(raised: str, code: int, said: str) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(raised)], capture_output=True, text=True)

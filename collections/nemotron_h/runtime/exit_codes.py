@@ -6,6 +6,7 @@ jobs goes on after a crash, and not after a mistake.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from types import TracebackType
 
@@ -20,7 +21,8 @@ def install() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, UserError):
-            report(error)
+            with contextlib.redirect_stderr(sys.__stderr__):  # whatever upstream has put in its place by now
+                report(error)
             raise SystemExit(error.EXIT_CODE)  # the interpreter takes a hook's exit code for its own
         before(kind, error, trace)
 
