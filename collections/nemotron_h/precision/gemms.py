@@ -74,13 +74,14 @@ def gemm_table(
     plain = "FP32" if precision == "fp32" else "BF16"
     formats = FP8_FORMATS.get(precision)
     in_fp8 = f"{formats[0]} weights and activations, {formats[1]} gradients" if formats else ""
+    ends = "layer" if bf16_edge_layers == 1 else f"{bf16_edge_layers} layers"
     table = []
     for layer, symbol in enumerate(definition.pattern):
         edge = ""
         if layer < bf16_edge_layers:
-            edge = f"first {bf16_edge_layers} layers"
+            edge = f"first {ends}"
         elif layer >= definition.num_layers - bf16_edge_layers:
-            edge = f"last {bf16_edge_layers} layers"
+            edge = f"last {ends}"
         dtype, why = (plain, edge if formats else "") if edge or not formats else ("FP8", in_fp8)
         for name, n, k in _products(definition, symbol, tensor_parallel):
             table.append(Gemm(layer, LAYER_NAMES[symbol], name, tokens, n, k, dtype, why))
