@@ -208,8 +208,14 @@ class NemotronHConfig(SSMConfig):
             from megatron.core.transformer.enums import AttnBackend
 
             self.attention_backend = AttnBackend[self.attention_backend]
-        if self.hybrid_override_pattern:
-            self.num_layers = len(self.hybrid_override_pattern)
+        pattern = self.hybrid_override_pattern
+        if pattern:
+            self.num_layers = len(pattern)
+            # NeMo refuses 0, which is how a width is left out; no layer reads these
+            if ATTENTION not in pattern:
+                self.num_attention_heads = self.num_query_groups = self.mamba_num_heads
+            if FFN not in pattern:
+                self.ffn_hidden_size = self.hidden_size
         super().__post_init__()
 
     def definition(self) -> ModelDefinition:
@@ -220,9 +226,9 @@ class NemotronHConfig(SSMConfig):
             family=self.family,
             pattern=pattern,
             hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size,
-            num_attention_heads=self.num_attention_heads,
-            num_query_groups=self.num_query_groups,
+            ffn_hidden_size=self.ffn_hidden_size if FFN in pattern else 0,
+            num_attention_heads=self.num_attention_heads if ATTENTION in pattern else 0,
+            num_query_groups=self.num_query_groups if ATTENTION in pattern else 0,
             head_dim=self.kv_channels,
             mamba_num_heads=self.mamba_num_heads,
             mamba_head_dim=self.mamba_head_dim,

@@ -1,0 +1,147 @@
+"""Train the shrunken twins of recipes, one after the other in this process: `twins.py FOLDER RECIPE...`.
+
+A twin is the recipe with small widths, the head of its pattern, a small vocabulary and one rank; its family, precision,
+schedule and optimizer stay. Each writes the losses of its three steps to `FOLDER/losses.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from nemotron_h.runtime import quiet
+
+quiet.hush()
+
+import fiddle as fdl  # noqa: E402
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
+from megatron.core import num_microbatches_calculator, parallel_state  # noqa: E402
+
+from nemotron_h.compose import compose  # noqa: E402
+from nemotron_h.data.blend import load_blend  # noqa: E402
+from nemotron_h.data.prepare import prepare  # noqa: E402
+from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition  # noqa: E402
+from nemotron_h.training.pretrain import build  # noqa: E402
+
+STEPS, BATCH, LENGTH, VOCABULARY = 3, 2, 32, 512
+#: 16 divides every product's sizes, as FP8 wants it
+SMALL = {
+    "hidden_size": 64,
+    "vocab_size": VOCABULARY,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 16,
+    "mamba_head_dim": 8,
+    "mamba_num_groups": 2,
+    "mamba_state_dim": 16,
+}
+BLEND = f"""
+name: words
+tokenizer: {{kind: bpe, vocab_size: {VOCABULARY}}}
+sources:
+  words: {{category: web, format: jsonl, path: words.jsonl, licence: ours, validation: 0.2}}
+phases:
+  - {{name: all, weights: {{web: 100}}}}
+"""
+
+
+class Losses(pl.Callback):
+    """Keeps the loss of every step, and the share of weight tensors that training changed."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.moved = 0.0
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.before = [weight.detach().clone() for weight in pl_module.parameters()]
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        moved = [not torch.equal(a, b) for a, b in zip(self.before, pl_module.parameters(), strict=True)]
+        self.moved = sum(moved) / len(moved)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.losses.append(float(trainer.callback_metrics["reduced_train_loss"]))
+
+
+def head_of(family: str, pattern: str) -> str:
+    """The pattern's head that follows its family's rules: to the first attention layer and its FFN, or two pairs."""
+    if family == "nemotron_h":
+        return pattern[: pattern.index(ATTENTION) + 2]
+    return pattern[:4]
+
+
+def shrunken(name: str) -> list[str]:
+    """The overrides that make a recipe's twin."""
+    recipe = compose(name)
+    model, pattern = recipe.model, head_of(recipe.model.family, recipe.model.pattern)
+    lacking = {key for letter, keys in WIDTHS.items() if letter not in pattern for key in keys}
+    widths = {key: value for key, value in SMALL.items() if key not in lacking}
+    kept = ("family", "conv_kernel", "position_embedding", "rope_base", "rope_percent", "norm_epsilon", "init_std")
+    nothing = {key: 0 for keys in WIDTHS.values() for key in keys}
+    shape = {**nothing, **widths, **{key: getattr(model, key) for key in kept}, "pattern": pattern}
+    parameters = ModelDefinition(name="twin", expect=Expect(0, 0, 0, 0), **shape).parameters
+    expect = {"parameters": parameters}
+    expect |= {key: pattern.count(letter) for key, letter in (("mamba", MAMBA), ("attention", ATTENTION), ("ffn", FFN))}
+    step = BATCH * LENGTH
+    values = {
+        **{f"model.{key}": value for key, value in widths.items()},
+        "model.pattern": f"'{pattern}'",  # a bare * is YAML's sign of an alias
+        **{f"model.expect.{key}": value for key, value in expect.items()},
+        "tokens": STEPS * step,
+        "data.seq_length": LENGTH,
+        "data.global_batch_size": BATCH,
+        "data.micro_batch_size": 1,
+        "optim.warmup_tokens": step,
+        **({"optim.decay_tokens": step} if recipe.optim.decay_tokens else {}),
+        **{f"parallel.{key}": 1 for key in ("nodes", "devices", "tensor", "pipeline")},
+        "parallel.sequence": "false",
+        "log.validate_every_steps": STEPS,
+        "log.validation_batches": 0,
+        "log.tensorboard": "false",
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def data_in(folder: Path) -> Path:
+    """A prepared blend of a few hundred made-up documents; the blend's file."""
+    draw = random.Random(1)
+    words = ["".join(draw.choices("abcdefghstuvwxyz", k=draw.randint(2, 6))) for _ in range(80)]
+    documents = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
+    (folder / "words.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    blend = folder / "words.yaml"
+    blend.write_text(BLEND)
+    prepare(load_blend(blend), folder / "data", workers=1)
+    return blend
+
+
+def train(name: str, blend: Path, folder: Path) -> Losses:
+    """What the twin's three steps did."""
+    places = [f"data.blend={blend}", f"data.root={folder / 'data'}", f"log.dir={folder / 'runs'}"]
+    task = build(compose(name, [*shrunken(name), *places]))
+    losses = Losses()
+    task.trainer.callbacks.append(losses)
+    fdl.build(task)()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    parallel_state.destroy_model_parallel()
+    num_microbatches_calculator.destroy_num_microbatches_calculator()
+    return losses
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Prepare, then train every twin."""
+    blend = data_in(folder)
+    for name in names:
+        seen = train(name, blend, folder)
+        record = {"recipe": name, "losses": seen.losses, "moved": seen.moved}
+        with (folder / "losses.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
