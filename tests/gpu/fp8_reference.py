@@ -112,7 +112,7 @@ def main() -> int:
     kept: dict[str, torch.Tensor] = {}
     about = {
         "transformer_engine": str(transformer_engine.__version__),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "gpu": torch.cuda.get_device_name(),
     }
     failed = []
