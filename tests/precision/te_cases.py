@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 #: values kept of each tensor, evenly spread
-SAMPLES = 1536
+SAMPLES = 1024
 
 
 @dataclass(frozen=True)
