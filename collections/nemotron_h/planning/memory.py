@@ -204,8 +204,10 @@ class _Rank:
         return self.tokens * width // self.layout.tensor * self.e
 
     def weight(self, rows: int, columns: int) -> int:
-        """The gradient of a weight [rows, columns] split over the tensor-parallel ranks, before it is summed."""
-        return rows * columns // self.layout.tensor * self.e
+        """The gradient of a layer's weight [rows, columns / tensor] before it is summed; on a GPU the product sums it
+        itself (runtime/gpu.py: fuse_weight_gradients).
+        """
+        return rows * columns // self.layout.tensor * self.e if self.cpu else 0
 
     def transposed(self, outputs: int, inputs: int) -> int:
         """Copies of oneDNN's float32 products (ops/linear.py): the narrower factor of the weight's gradient."""
@@ -344,21 +346,24 @@ class _Rank:
         rows = padded_vocabulary(d, self.layout.tensor)
         small = self.tokens * 32  # labels' positions, sums and losses
         entry = 2 * self.residual + self.norm_rows
-        product = (
-            self.residual + self.gathered + self.weight(rows, d.hidden_size) + self.transposed(rows, d.hidden_size)
-        )
-        if self.cpu:
-            # the loss is computed in the logits' memory; torch's scatter copies 16-bit logits to float32
-            return _Layer(entry + self.logits + small, max(product, 0 if self.float32 else 2 * self.logits))
-        # Megatron keeps softmax in float32; the logits beside it in the forward, their gradient in the backward
-        softmax = self.logits * 4 // self.e
-        return _Layer(entry + softmax + small, max(self.logits, product + self.logits - softmax))
+        weight = rows // self.layout.tensor * d.hidden_size * self.e
+        product = self.residual + self.gathered + weight + self.transposed(rows, d.hidden_size)
+        # The loss is computed in the logits' memory, by ours on the CPU and by Transformer Engine's on a GPU; on the CPU
+        # torch's scatter copies 16-bit logits to float32.
+        loss = 2 * self.logits if self.cpu and not self.float32 else 0
+        return _Layer(entry + self.logits + small, max(product, loss))
 
-    def buffers(self, first: bool, last: bool) -> int:
-        """Allocated once: Megatron's buffer for gathered inputs, and on a GPU the GEMMs' workspaces."""
+    def buffers(self, stage: int) -> int:
+        """Allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs' workspaces and the stand-ins for
+        weight gradients, one of each shape, that Transformer Engine returns where the product has summed them.
+        """
         if self.cpu:
             return 2 * self.gathered  # the buffer, and gloo's copy
-        return GPU_WORKSPACE + (self.gathered if last else 0)
+        layers = pipeline_layers(self.d.num_layers, self.layout.pipeline)[stage]
+        table = gemm_table(self.d, self.layout.precision, self.layout.tensor, tokens=1)
+        shapes = {(gemm.n, gemm.k) for gemm in table if gemm.layer in layers}
+        last = stage == self.layout.pipeline - 1
+        return GPU_WORKSPACE + sum(n * k for n, k in shapes) * self.e + (self.gathered if last else 0)
 
 
 def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> StageMemory:
@@ -371,13 +376,12 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     weights = low * WEIGHT_BYTES["bf16"] + (total - low) * 4
     if layout.fp8:
         weights += 2 * _fp8_weights(definition, layout, stage)  # as stored and transposed
-    first, last = stage == 0, stage == layout.pipeline - 1
     states = StageMemory(
         stage=stage,
         weights=weights,
         gradients=total * GRADIENT_BYTES,
         optimizer=math.ceil((low * OPTIMIZER_BYTES["bf16"] + (total - low) * OPTIMIZER_BYTES["fp32"]) / shards),
-        buffers=rank.buffers(first, last),
+        buffers=rank.buffers(stage),
     )
     return max(_moments(definition, layout, states, rank), key=lambda moment: moment.peak)
 
@@ -391,7 +395,7 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
     made = [(LAYER_NAMES[definition.pattern[index]], rank.layer(index)) for index in layers]
     for name, layer in made:
         kept[name] = kept.get(name, 0) + layer.kept * in_flight
-    if not last:
+    if not last and rank.cpu:  # on a GPU its memory is freed once it is sent (runtime/gpu.py)
         kept["stage output"] = rank.residual * in_flight
     # between stages the next input is received before it is needed
     received = rank.residual if layout.pipeline > 1 else 0
