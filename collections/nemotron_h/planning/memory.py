@@ -348,8 +348,8 @@ class _Rank:
         entry = 2 * self.residual + self.norm_rows
         weight = rows // self.layout.tensor * d.hidden_size * self.e
         product = self.residual + self.gathered + weight + self.transposed(rows, d.hidden_size)
-        # The loss is computed in the logits' memory, by ours on the CPU and by Transformer Engine's on a GPU; on the CPU
-        # torch's scatter copies 16-bit logits to float32.
+        # The loss is computed in the logits' memory, by ours on the CPU, by Transformer Engine's on a GPU. On the
+        # CPU torch's scatter copies 16-bit logits to float32.
         loss = 2 * self.logits if self.cpu and not self.float32 else 0
         return _Layer(entry + self.logits + small, max(product, loss))
 
