@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +84,7 @@ def test_a_run_shorter_than_its_warmup_is_an_error() -> None:
 
 def test_a_stable_rate_decays_linearly_over_the_last_steps() -> None:
     import torch
+
     from nemotron_h.training.optimizer import scheduled_adamw
 
     module = scheduled_adamw(peak_lr=1e-3, final_lr=1e-5, warmup_steps=4, decay_steps=5)
@@ -96,7 +98,7 @@ def test_a_stable_rate_decays_linearly_over_the_last_steps() -> None:
         schedule.step()
     assert rates[0] == pytest.approx(1e-3 / 5)
     assert rates[4:16] == [pytest.approx(1e-3)] * 12
-    steps = [a - b for a, b in zip(rates[15:20], rates[16:21], strict=True)]
+    steps = [a - b for a, b in itertools.pairwise(rates[15:21])]
     assert steps == [pytest.approx(0.99e-3 / 5)] * 5
     assert rates[20] == pytest.approx(1e-5)
     module.lr_scheduler.max_steps = 8
