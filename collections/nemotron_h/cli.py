@@ -11,8 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
+from nemotron_h.export.cli import export_app, import_app
 from nemotron_h.inference.cli import generate
 from nemotron_h.planning.cli import plan
 from nemotron_h.recipe.cli import app as recipe_app
@@ -25,7 +27,10 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe", help="Look at, make, compare and check recipes.")
 app.add_typer(data_app, name="data", help="Prepare and check training data.")
+app.add_typer(export_app, name="export", help="Write a checkpoint for other tools.")
+app.add_typer(import_app, name="import", help="Read a model of other tools.")
 app.command()(plan)
+app.command()(compare_precision)
 app.command()(generate)
 
 _MARKS = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}

@@ -142,11 +142,13 @@ class WeightFile:
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError, StopIteration, ValueError) as error:
             raise UserError(f"checkpoint {checkpoint} is damaged: {WEIGHTS}/.metadata: {error!r}") from error
         self.prefix, self._places = prefix, metadata.storage_data
-        self.shapes = {
-            key.removeprefix(prefix): tuple(entry.size)
+        tensors = {
+            key.removeprefix(prefix): entry
             for key, entry in metadata.state_dict_metadata.items()
             if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
+        self.shapes = {name: tuple(entry.size) for name, entry in tensors.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
 
     def read(self, targets: Mapping[str, Tensor]) -> None:
         """Read whole tensors into `targets`, which may be of another dtype or device and slices of larger tensors.

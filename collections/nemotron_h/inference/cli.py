@@ -97,9 +97,10 @@ def _recorded_tokenizer(record: dict[str, Any], checkpoint: Path) -> Path:
     hint = "name its folder: --tokenizer DIR"
     recorded = (record.get("data") or {}).get("tokenizer")
     if recorded:
-        if not Path(recorded).is_dir():
+        folder = checkpoint / recorded  # imported checkpoints hold theirs; an absolute path stays as it is
+        if not folder.is_dir():
             raise UserError(f"the tokenizer of {checkpoint} is not at {recorded} any more", hint=hint)
-        return Path(recorded)
+        return folder
     try:
         data = record["recipe"]["data"]
         return Path(load_manifest(data["root"], load_blend(data["blend"]).name).tokenizer_path())

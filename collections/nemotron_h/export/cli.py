@@ -1,0 +1,98 @@
+"""`nemotron-h export ...` and `nemotron-h import ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nemotron_h.errors import UserError
+
+export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+import_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
+]
+
+
+@export_app.callback()
+@import_app.callback()
+def _group() -> None:
+    """A group even while it has one command."""
+
+
+def progress() -> Progress:
+    """Bytes done of all, with the time that remains."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+@export_app.command("hf")
+def export_hf(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 or fp32, of the weights.", show_default="the checkpoint's")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB. About the memory needed.")] = "5GB",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
+    ] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write no tokenizer files.")] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, for transformers (5.15.1 or newer), vLLM and mlx-lm."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
+    size = _bytes_of(shard_size)
+    if tokenizer and no_tokenizer:
+        raise UserError("--tokenizer and --no-tokenizer exclude each other")
+    import torch
+
+    from nemotron_h.export import hf_writer
+    from nemotron_h.export.tokenizer import check_exportable
+    from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
+    from nemotron_h.inference.cli import tokenizer_for
+
+    checkpoint = find_checkpoint(checkpoint)
+    record = read_record(checkpoint)
+    text = None
+    if not no_tokenizer:
+        vocabulary = read_definition(record, f"checkpoint {checkpoint}").vocab_size
+        text = tokenizer_for(record, checkpoint, tokenizer, vocabulary)
+        check_exportable(text)
+    plan = hf_writer.plan(checkpoint, text, getattr(torch, DTYPES[dtype]) if dtype else None, size)
+    with progress() as bar:
+        task = bar.add_task("exporting", total=plan.size)
+        hf_writer.write(plan, out, text, lambda done: bar.advance(task, done))
+    files = f"{len(plan.files)} weight file" + "s" * (len(plan.files) > 1)
+    typer.echo(f"{out}: {files}, {plan.size / 1e9:,.2f} GB in {plan.config['torch_dtype']}, of {checkpoint}")
+
+
+def _bytes_of(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in units or not number.isdigit() or int(number) == 0:
+        raise UserError(f"--shard-size {text} is not a size", hint="write 5GB, 500MB or 100KB")
+    return int(number) * units[unit]
+
+
+@import_app.command("hf")
+def import_hf(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder of a Nemotron-H model.")],
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write; must not exist.")],
+    name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
+) -> None:
+    """Read a Hugging Face folder into a checkpoint: weights, model definition (model.yaml), tokenizer."""
+    from nemotron_h.export import hf_reader
+
+    source = hf_reader.examine(folder, name)
+    with progress() as bar:
+        task = bar.add_task("importing", total=source.size)
+        hf_reader.write(source, out, lambda done: bar.advance(task, done))
+    parameters = f"{source.definition.parameters:,} parameters"
+    typer.echo(f"{out}: {source.definition.name}, {parameters} in {str(source.dtype).removeprefix('torch.')}")

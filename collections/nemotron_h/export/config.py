@@ -1,0 +1,171 @@
+"""A model definition as Hugging Face's `config.json` of type `nemotron_h`, and back. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition
+
+MODEL_TYPE = "nemotron_h"
+#: the released models' value, for a checkpoint whose record tells no sequence length; nothing computes with it
+MAX_POSITIONS = 8192
+
+#: definition -> config.json, where both hold one value
+KEYS = {
+    "pattern": "hybrid_override_pattern",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_num_groups": "n_groups",
+    "mamba_state_dim": "ssm_state_size",
+    "conv_kernel": "conv_kernel",
+    "vocab_size": "vocab_size",
+    "norm_epsilon": "layer_norm_epsilon",
+    "init_std": "initializer_range",
+}
+
+#: what every model of the family has (paper 2.1). A config.json that says otherwise is of another model; one that says
+#: nothing means these, which are also the defaults of transformers.
+FIXED = {
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "mamba_proj_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": False,
+}
+
+#: sizes that transformers requires to be positive, for layer types that a pattern lacks
+_UNUSED_WIDTH = 1
+_LAYER_TYPES = {
+    "mamba": MAMBA,
+    "linear_attention": MAMBA,
+    "attention": ATTENTION,
+    "full_attention": ATTENTION,
+    "mlp": FFN,
+}
+
+
+def to_config(
+    definition: ModelDefinition, *, dtype: str, max_positions: int, token_ids: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """The content of `config.json`: what readers need and no more, because several take an unknown key for a hint of
+    another model (mixture-of-experts keys above all).
+
+    Args:
+        definition: the model.
+        dtype: `float32` or `bfloat16`, of the weights in the folder.
+        max_positions: tokens that the model was trained on at once; it has no positions that would limit it.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+    Errors:
+        UserError: the model has rotary positions, which the type cannot express.
+    """
+    if definition.position_embedding != "none":
+        raise UserError(
+            f"model {definition.name} has {definition.position_embedding} positions; "
+            f"Hugging Face's {MODEL_TYPE} has none, so it would compute something else",
+            hint="only models with position_embedding: none can be exported",
+        )
+    widths = {theirs: getattr(definition, ours) or _UNUSED_WIDTH for ours, theirs in KEYS.items()}
+    return {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": MODEL_TYPE,
+        **widths,
+        "num_hidden_layers": definition.num_layers,
+        "max_position_embeddings": max_positions,
+        **FIXED,
+        # transformers clamps steps at this value while it reads a prompt and not while it generates; nothing else
+        # reads it from a trained model. The architecture has no clamp.
+        "time_step_min": 0.0,
+        # transformers' cache asks an attention layer for the length so far
+        "use_cache": ATTENTION in definition.pattern,
+        **token_ids,
+        "torch_dtype": dtype,
+    }
+
+
+def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefinition:
+    """The definition, with its counts in `expect`, that a `config.json` describes.
+
+    Args:
+        config: the file's content, as transformers, the hub or `to_config` wrote it.
+        name: of the definition.
+        origin: the file, to name in an error.
+    Errors:
+        UserError: another architecture; a variant of this one that the family does not have; a value is missing.
+    """
+    _check_architecture(config, origin)
+    pattern = _pattern(config, origin)
+    values: dict[str, Any] = {"pattern": pattern}
+    unused = {key for symbol, keys in WIDTHS.items() if symbol not in pattern for key in keys}
+    for ours, theirs in KEYS.items():
+        if ours == "pattern" or ours in unused:
+            continue
+        key = "attention_head_dim" if theirs == "head_dim" and theirs not in config else theirs
+        if key not in config and ours in ("norm_epsilon", "init_std"):
+            continue  # the definition's defaults are transformers'
+        if not isinstance(config.get(key), int | float):
+            raise UserError(f"{origin}: {theirs} is {config.get(key, 'missing')}; a number is needed")
+        values[ours] = config[key]
+    family = "mamba2" if set(pattern) == {MAMBA} else "nemotron_h"
+    if pattern == (ATTENTION + FFN) * (len(pattern) // 2):
+        family = "transformer"
+    definition = ModelDefinition(name=name, family=family, expect=Expect(0, 0, 0, 0), **values)
+    definition.validate_structure(origin)
+    counts = Expect(*(definition.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), definition.parameters)
+    return replace(definition, expect=counts)
+
+
+def definition_name(folder_name: str) -> str:
+    """A folder's name as a definition's: lower case, words joined by `_`."""
+    return re.sub(r"\W+", "_", folder_name.lower()).strip("_") or "imported"
+
+
+def _check_architecture(config: Mapping[str, Any], origin: str) -> None:
+    found = config.get("model_type")
+    if found != MODEL_TYPE:
+        raise UserError(
+            f"{origin}: model_type is {found}; only {MODEL_TYPE} can be imported",
+            hint="give the folder of a Nemotron-H model, as `nemotron-h export hf` or transformers writes it",
+        )
+    other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
+    if config.get("quantization_config"):
+        other["quantization_config"] = "set"
+    if config.get("num_nextn_predict_layers"):
+        other["num_nextn_predict_layers"] = config["num_nextn_predict_layers"]
+    lowest, highest = (_number(value) for value in config.get("time_step_limit") or (0.0, float("inf")))
+    if lowest > 0 or highest != float("inf"):
+        other["time_step_limit"] = [lowest, highest]
+    if other:
+        said = ", ".join(f"{key} = {value}" for key, value in other.items())
+        raise UserError(f"{origin}: {said}, which this family does not have (paper 2.1)")
+
+
+def _number(value: Any) -> float:
+    """transformers 5 writes infinity as `{"__float__": "Infinity"}`."""
+    return float(value["__float__"] if isinstance(value, Mapping) else value)
+
+
+def _pattern(config: Mapping[str, Any], origin: str) -> str:
+    pattern = config.get("hybrid_override_pattern")
+    if not pattern:
+        types = config.get("layers_block_type") or config.get("layer_types")
+        if not types:
+            raise UserError(f"{origin}: neither hybrid_override_pattern nor layers_block_type is there")
+        unknown = sorted({str(kind) for kind in types} - set(_LAYER_TYPES))
+        if unknown:
+            raise UserError(f"{origin}: layers of type {', '.join(unknown)}, which this family does not have")
+        pattern = "".join(_LAYER_TYPES[kind] for kind in types)
+    if "E" in pattern:
+        raise UserError(f"{origin}: the pattern {pattern} has mixtures of experts (E), which this family does not have")
+    return str(pattern)

@@ -1,0 +1,46 @@
+"""An output folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemotron_h.errors import UserError
+
+#: ours: small files, and what a file system needs beyond the bytes of its files
+_SPARE = 64 << 20
+
+
+@contextmanager
+def new_folder(out: Path, needed: int) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not.
+
+    Args:
+        out: must not exist.
+        needed: bytes that will be written.
+    Errors:
+        UserError: `out` exists, its parent is no folder or cannot be written, or the disk has too little space.
+    """
+    out = out.absolute()
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already", hint="name another OUT; nothing was written")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent}", hint=f"create it: mkdir -p {out.parent}")
+    free = shutil.disk_usage(out.parent).free
+    if free < needed + _SPARE:
+        raise UserError(
+            f"{out.parent} has {free / 1e9:,.1f} GB free, {(needed + _SPARE) / 1e9:,.1f} GB are needed",
+            hint="free space, or name an OUT on another disk",
+        )
+    temporary = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}", hint="nothing was left behind") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

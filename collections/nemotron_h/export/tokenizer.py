@@ -1,0 +1,116 @@
+"""A tokenizer's files as Hugging Face's libraries read them, and the family's chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from nemotron_h.data.tokenizer import BPETokenizer, HuggingFaceTokenizer, Tokenizer, write_meta
+from nemotron_h.errors import UserError
+
+SYSTEM, TURN = "<SPECIAL_10>", "<SPECIAL_11>"
+TEMPLATE_FILE = "chat_template.jinja"
+
+#: The format of the family's instruct models (Megatron-LM's `nemotron-h-aligned`). The system's block is always there;
+#: the token that begins the next turn ends an answer.
+CHAT_TEMPLATE = (
+    "{%- if messages[0]['role'] == 'system' -%}"
+    "{%- set system = messages[0]['content'].strip() -%}{%- set turns = messages[1:] -%}"
+    "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
+    "{{- '" + SYSTEM + "System\\n' + system + '\\n' -}}"
+    "{%- for turn in turns -%}"
+    "{%- if turn['role'] == 'user' -%}{{- '" + TURN + "User\\n' -}}"
+    "{%- elif turn['role'] == 'assistant' -%}{{- '" + TURN + "Assistant\\n' -}}"
+    "{%- else -%}{{- raise_exception('role ' + turn['role'] + ' is not one of system (first), user, assistant') -}}"
+    "{%- endif -%}"
+    "{{- turn['content'].strip() + '\\n' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '" + TURN + "Assistant\\n' -}}{%- endif -%}"
+)
+
+#: what a Hugging Face folder may hold of a tokenizer; weights and code stay where they are
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    TEMPLATE_FILE,
+)
+
+
+def check_exportable(tokenizer: Tokenizer) -> None:
+    """Before any work.
+
+    Errors:
+        UserError: the kind has no form that Hugging Face's libraries read.
+    """
+    if not isinstance(tokenizer, BPETokenizer | HuggingFaceTokenizer):
+        raise UserError(
+            f"the tokenizer in {tokenizer.path} is of kind {tokenizer.kind}, which cannot be written as tokenizer.json",
+            hint="export the weights alone with --no-tokenizer, and add the tokenizer's Hugging Face files yourself",
+        )
+
+
+def write(tokenizer: Tokenizer, folder: Path) -> bool:
+    """Copy a tokenizer's files, and add the chat template where it has the template's tokens and none of its own.
+
+    Returns:
+        whether the family's template was added.
+    """
+    check_exportable(tokenizer)
+    for name in FILES:
+        if (file := Path(tokenizer.path) / name).is_file():
+            shutil.copyfile(file, folder / name)
+    if not {SYSTEM, TURN} <= set(tokenizer.vocab) or _has_template(folder):
+        return False
+    (folder / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
+    return True
+
+
+def _has_template(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    own = config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
+    return own or (folder / TEMPLATE_FILE).is_file()
+
+
+def read(folder: Path, out: Path) -> bool:
+    """Copy the tokenizer of a Hugging Face folder to a folder that `load_tokenizer` reads.
+
+    Returns:
+        whether there was one.
+    """
+    found = [folder / name for name in FILES if (folder / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in found):
+        return False
+    out.mkdir()
+    for file in found:
+        shutil.copyfile(file, out / file.name)
+    config = out / "tokenizer_config.json"
+    if config.is_file():  # transformers 5's name of the class, which 4 does not know
+        text = config.read_text(encoding="utf-8")
+        config.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+    write_meta(out, HuggingFaceTokenizer.kind)
+    return True
+
+
+def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """The ids that `config.json` names; without a tokenizer none, so that readers do not assume their defaults."""
+    if tokenizer is None:
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eod_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def generation_config(tokenizer: Tokenizer | None, chat: bool, use_cache: bool) -> dict[str, object]:
+    """The content of `generation_config.json`: where a text ends. A chat's answer also ends where a turn begins."""
+    ids: dict[str, object] = dict(token_ids(tokenizer))
+    if tokenizer is not None and chat:
+        ids["eos_token_id"] = [tokenizer.eod_id, tokenizer.tokens_to_ids(TURN)]
+    return {"use_cache": use_cache, **ids}
