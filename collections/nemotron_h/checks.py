@@ -60,6 +60,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     check_ranges(recipe, origin)
     check_recompute(recipe, definition, origin)
     check_schedule(recipe, origin)
+    check_measured_steps(recipe, origin)
     check_layout(recipe, definition, origin)
     check_gemms(
         definition,
@@ -182,6 +183,18 @@ def check_schedule(recipe: RecipeConfig, origin: str) -> None:
             f"({tokens:,} tokens)",
             hint=f"decay for {tokens - warmup:,} tokens or less",
         )
+
+
+def check_measured_steps(recipe: RecipeConfig, origin: str) -> None:
+    """Steps to measure that the run has."""
+    data = recipe.data
+    steps = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size).steps
+    for step in recipe.precision_options.measured_steps:
+        if not 1 <= step <= steps:
+            raise UserError(
+                f"{origin}: precision_options.measured_steps has {step}; the run has steps 1 to {steps:,}",
+                hint="leave it out, or raise tokens",
+            )
 
 
 def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:

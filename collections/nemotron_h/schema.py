@@ -122,10 +122,12 @@ class PrecisionOptionsSchema:
             introduction (an `M-` or `*-` has 4), 4 the "4 layers" of its section 2.3.
         fp8_backend: `te` (Transformer Engine), `emulate` (float8 casts around float32 products, slow), or `auto`:
             Transformer Engine on a GPU, emulation on the CPU.
+        measured_steps: steps, from 1, at which every FP8 operand's amax, underflow and saturation are measured.
     """
 
     bf16_edge_layers: int = 2
     fp8_backend: str = "auto"
+    measured_steps: list[int] = field(default_factory=list)
 
 
 @dataclass

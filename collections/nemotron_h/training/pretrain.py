@@ -16,6 +16,7 @@ from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
 from nemotron_h.runtime import settings
 from nemotron_h.schema import ModelSchema, RecipeConfig, RecomputeSchema
+from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 from nemotron_h.training.callbacks.garbage import collect_garbage_together
 from nemotron_h.training.callbacks.gemm_table import GemmTable
@@ -75,6 +76,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     origin = f"recipe {recipe.name}"
     horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
     run_dir = f"{recipe.log.dir}/{recipe.name}"
+    measured = recipe.precision_options.measured_steps
     task = run.Partial(
         llm.pretrain,
         model=run.Config(
@@ -116,6 +118,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
                 run.Config(NanGuard),
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(collect_garbage_together),
+                *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
                 run.Config(Preemption, leave_after=recipe.checkpoint.leave_after),  # last: see there

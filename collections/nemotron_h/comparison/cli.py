@@ -1,0 +1,63 @@
+"""`nemotron-h compare-precision`: train a pair that differs in precision alone, and draw the relative loss gap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare_precision(
+    name: Annotated[str, typer.Argument(help="A shipped recipe (nemotron-h recipe list), or the path of a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Values to change in all runs: optim.warmup_tokens=40960.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each run; the learning rate's schedule ends there.")] = ...,
+    precision: Annotated[
+        str | None, typer.Option(help="What is compared.", show_default="the recipe's FP8, or fp8_current_scaling")
+    ] = None,
+    against: Annotated[str, typer.Option(help="The reference.")] = "bf16",
+    seeds: Annotated[
+        int, typer.Option(help="Initial weights that the reference is trained from; from 2 on they show the noise.")
+    ] = 1,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Steps that training losses are averaged over.", show_default="a twentieth of the run"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of runs and results.", show_default="runs/NAME-precision")
+    ] = None,
+) -> None:
+    """Train a recipe twice, on the same batches from the same weights, and compare the losses (paper 2.3, figure 5).
+
+    The runs go one after the other, each in its folder under OUT; run the command again and a finished one is not
+    repeated, a killed one continues. Writes gap.png, casts.png and comparison.json there.
+    """
+    import json
+
+    from rich.console import Console
+
+    from nemotron_h.comparison.launch import train
+    from nemotron_h.comparison.results import results
+    from nemotron_h.comparison.runs import comparison
+    from nemotron_h.errors import UserError
+
+    made = comparison(name, steps, precision, against, seeds, out, overrides or ())
+    window = max(1, steps // 20) if window is None else window
+    if not 1 <= window <= steps:
+        raise UserError(f"--window {window} is not between 1 and the {steps} steps of the run")
+    console = Console(highlight=False, soft_wrap=True)
+    train(made, console)
+    found = results(made, window)
+    from nemotron_h.comparison.figure import draw_casts, draw_gap
+
+    written = [made.out / "gap.png", made.out / "comparison.json"]
+    draw_gap(found, written[0])
+    written[1].write_text(json.dumps(found.as_dict(), indent=1))
+    if found.casts:
+        written.append(made.out / "casts.png")
+        draw_casts(found, written[-1])
+    console.print(found.table())
+    for line in [*found.cast_lines(), f"written: {', '.join(map(str, written))}"]:
+        console.print(line, markup=False)

@@ -1,0 +1,97 @@
+"""The relative loss gap of runs that read the same batches: losses from their TensorBoard events, and arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemotron_h.errors import UserError
+
+TRAIN, VALIDATION = "reduced_train_loss", "val_loss"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Step -> loss, steps from 1: a validation loss stands at the last step before it."""
+
+    train: dict[int, float]
+    validation: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A relative loss gap over tokens.
+
+    Attributes:
+        tokens: trained on, at each point.
+        gap: of the second run to the first, (first - second) / first; negative where the second's loss is larger.
+    """
+
+    tokens: np.ndarray
+    gap: np.ndarray
+
+    def summary(self) -> dict[str, float]:
+        """The last gap, and the largest by magnitude with where it is."""
+        at = int(np.abs(self.gap).argmax())
+        return {"end": float(self.gap[-1]), "largest": float(self.gap[at]), "largest_at_tokens": int(self.tokens[at])}
+
+    def as_dict(self) -> dict[str, list]:
+        """Plain lists."""
+        return {"tokens": self.tokens.tolist(), "gap": self.gap.tolist()}
+
+
+def read_losses(folder: Path, steps: int) -> Losses:
+    """Losses of a run, from all of its processes; of a step that several of them trained, the last.
+
+    Args:
+        folder: of the run.
+        steps: that it has.
+    Errors:
+        UserError: steps are missing.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, list] = {TRAIN: [], VALIDATION: []}
+    for path in folder.rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0 keeps all
+        events.Reload()
+        for tag in set(found) & set(events.Tags()["scalars"]):
+            found[tag] += events.Scalars(tag)
+    by_step = {
+        tag: {event.step + 1: event.value for event in sorted(events, key=lambda event: event.wall_time)}
+        for tag, events in found.items()
+    }
+    missing = [step for step in range(1, steps + 1) if step not in by_step[TRAIN]]
+    if missing:
+        raise UserError(
+            f"the events in {folder} lack the loss of {len(missing)} of {steps} steps, from step {missing[0]}",
+            hint="remove that folder to train it again",
+        )
+    return Losses(*({s: v for s, v in sorted(by_step[tag].items()) if s <= steps} for tag in (TRAIN, VALIDATION)))
+
+
+def smoothed(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of the last `window` values, from the first that has so many on: [n - window + 1] of [n]."""
+    return np.convolve(values, np.full(window, 1 / window), mode="valid")
+
+
+def relative_gap(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(reference - other) / reference: (BF16 - FP8) / BF16 of the paper's figure 5."""
+    return (reference - other) / reference
+
+
+def train_curve(reference: Losses, other: Losses, tokens_per_step: int, window: int) -> Curve:
+    """The gap of the training losses, each smoothed over `window` steps, at the window's end."""
+    first, second = (smoothed(np.array(list(run.train.values())), window) for run in (reference, other))
+    return Curve((np.arange(len(first)) + window) * tokens_per_step, relative_gap(first, second))
+
+
+def validation_curve(reference: Losses, other: Losses, tokens_per_step: int) -> Curve | None:
+    """The gap of the validation losses; None where there are none."""
+    steps = sorted(reference.validation.keys() & other.validation.keys())
+    if not steps:
+        return None
+    first, second = (np.array([run.validation[step] for step in steps]) for run in (reference, other))
+    return Curve(np.array(steps) * tokens_per_step, relative_gap(first, second))

@@ -1,0 +1,123 @@
+"""What a comparison came to: gaps, noise and casts as JSON, and the short table. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from nemotron_h.comparison.gap import Curve, read_losses, train_curve, validation_curve
+from nemotron_h.comparison.runs import Comparison
+from nemotron_h.data.show import short_count
+
+CASTS = "cast_statistics.json"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The gaps of a comparison.
+
+    Attributes:
+        comparison: the runs.
+        window: steps that training losses are smoothed over.
+        train, validation: of the pair; no validation curve where nothing was validated.
+        noise_train, noise_validation: the same of the reference against itself from other initial weights.
+        casts: rows of what FP8 did to every operand; see `training.callbacks.cast_statistics`.
+    """
+
+    comparison: Comparison
+    window: int
+    train: Curve
+    validation: Curve | None
+    noise_train: list[Curve]
+    noise_validation: list[Curve]
+    casts: list[dict[str, Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in plain containers."""
+        made = self.comparison
+        curves = {"train": [self.train], "validation": [self.validation] if self.validation else []}
+        noise = {"train": self.noise_train, "validation": self.noise_validation}
+        return {
+            "recipe": made.recipe,
+            "precision": made.precision,
+            "against": made.against,
+            "gap": f"({made.against} - {made.precision}) / {made.against}",
+            "steps": made.steps,
+            "tokens_per_step": made.tokens_per_step,
+            "smoothing_steps": self.window,
+            "runs": {run.name: str(run.folder) for run in made.runs},
+            "pair": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in curves.items()},
+            "noise": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in noise.items()},
+            "casts": self.casts,
+        }
+
+    def table(self) -> Table:
+        """Gap at the end and largest, of the pair and of the noise."""
+        made = self.comparison
+        tokens = short_count(made.steps * made.tokens_per_step)
+        table = Table(
+            box=None,
+            padding=(0, 2, 0, 0),
+            title_justify="left",
+            title=f"{made.recipe}: relative loss gap over {made.steps:,} steps, {tokens} tokens",
+        )
+        table.add_column("(first - second) / first", no_wrap=True)
+        for heading in ("loss", "at the end", "largest", "at tokens"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        pair = f"{made.against}, {made.precision}"
+        noise = [(f"{made.against}, {run.name} (noise)", n) for n, run in enumerate(made.runs[2:])]
+        smooth = f"train, mean of {self.window}" if self.window > 1 else "train"
+        for loss, curve, others in (
+            (smooth, self.train, self.noise_train),
+            ("validation", self.validation, self.noise_validation),
+        ):
+            for title, found in ((pair, curve), *((title, others[n]) for title, n in noise if n < len(others))):
+                if found is not None:
+                    s = found.summary()
+                    largest = short_count(s["largest_at_tokens"])
+                    table.add_row(title, loss, f"{s['end']:+.4%}", f"{s['largest']:+.4%}", largest)
+        return table
+
+    def cast_lines(self) -> list[str]:
+        """Where FP8 loses most, a line for each operand."""
+        lines = []
+        for operand in ("activation", "weight", "gradient"):
+            rows = [row for row in self.casts if row["operand"] == operand]
+            if not rows:
+                continue
+            worst = max(rows, key=lambda row: row["underflow"])
+            saturated = max(rows, key=lambda row: row["saturation"])
+            lines.append(
+                f"{operand} ({worst['format']}): at most {worst['underflow']:.3%} underflow (layer {worst['layer']} "
+                f"{worst['product']}, step {worst['step']:,}), {saturated['saturation']:.3%} saturated (layer "
+                f"{saturated['layer']} {saturated['product']}, step {saturated['step']:,}), "
+                f"{max(row['overflow'] for row in rows):.3%} overflow"
+            )
+        return lines
+
+
+def results(comparison: Comparison, window: int) -> Results:
+    """Read what the runs wrote.
+
+    Args:
+        comparison: its runs are finished.
+        window: steps to smooth training losses over, at most the run's.
+    Errors:
+        UserError: losses are missing.
+    """
+    pair, against, *others = (read_losses(run.folder, comparison.steps) for run in comparison.runs)
+    size = comparison.tokens_per_step
+    validations = [validation_curve(against, other, size) for other in others]
+    files = [run.folder / CASTS for run in comparison.runs[:1]]
+    return Results(
+        comparison,
+        window,
+        train_curve(against, pair, size, window),
+        validation_curve(against, pair, size),
+        [train_curve(against, other, size, window) for other in others],
+        [curve for curve in validations if curve is not None],
+        [row for file in files if file.is_file() for row in json.loads(file.read_text())],
+    )

@@ -1,0 +1,157 @@
+"""The runs of a precision comparison: one recipe each, that differ in precision or in the seed of the weights alone.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotron_h.checks import check, check_one_of
+from nemotron_h.compose import compose
+from nemotron_h.data.blend import load_blend
+from nemotron_h.data.manifest import check_manifest
+from nemotron_h.errors import UserError
+from nemotron_h.precision.gemms import FP8_FORMATS
+from nemotron_h.recipe.check import check_vocabulary
+from nemotron_h.schema import PRECISIONS, PrecisionOptionsSchema, RecipeConfig
+
+#: overrides of a recipe that an option of the command gives
+OPTIONS = {"tokens": "--steps", "precision": "--precision", "log.dir": "--out", "log.tensorboard": "--out"}
+#: settings of a built run that would undo what is compared
+FIXED = ("trainer.max_steps", "trainer.plugins", "log.explicit_log_dir", "log.tensorboard")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: also of its folder.
+        recipe: complete; writes to `<log.dir>/<name>`.
+    """
+
+    name: str
+    recipe: RecipeConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return Path(self.recipe.log.dir) / self.name
+
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe that it is started from."""
+        return Path(self.recipe.log.dir) / f"{self.name}.yaml"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        recipe: its name.
+        precision, against: the two precisions.
+        steps, tokens_per_step: of every run.
+        out: folder of the runs and the results.
+        runs: `precision`, `against`, and `against` with other initial weights.
+    """
+
+    recipe: str
+    precision: str
+    against: str
+    steps: int
+    tokens_per_step: int
+    out: Path
+    runs: tuple[Run, ...]
+
+
+def comparison(
+    name: str,
+    steps: int,
+    precision: str | None = None,
+    against: str = "bf16",
+    seeds: int = 1,
+    out: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Comparison:
+    """The runs, checked as far as that goes without starting them.
+
+    Args:
+        name: a shipped recipe, or the path of a YAML file.
+        steps: of every run; the schedule ends there.
+        precision: None is the recipe's own where it is FP8, else `fp8_current_scaling`.
+        against: the reference.
+        seeds: initial weights that `against` is trained from, the pair's included; every run reads the same batches.
+        out: None is `<log.dir>/<name of the recipe>-precision`.
+        overrides: of the recipe.
+    Errors:
+        UserError: unknown or equal precisions, a run too short for its schedule or phases, data that is not prepared.
+    """
+    for override in overrides:
+        key = override.split("=")[0]
+        if key in OPTIONS:
+            raise UserError(f"override {override}: {key} differs between the runs or is set by {OPTIONS[key]}")
+    if precision is None:
+        own = compose(name).precision
+        precision = own if own in FP8_FORMATS and own != against else "fp8_current_scaling"
+    for option, value in (("--precision", precision), ("--against", against)):
+        check_one_of(option, value, PRECISIONS, "")
+    if precision == against:
+        raise UserError(f"--precision and --against are both {precision}", hint="compare two different ones")
+    if steps < 1 or seeds < 1:
+        raise UserError(f"--steps {steps} --seeds {seeds}: both have to be 1 or more")
+    fp8 = precision if precision in FP8_FORMATS else against  # may have `precision_options`
+    whole = compose(name, [*overrides, f"precision={fp8}"])
+    tokens_per_step = whole.data.seq_length * whole.data.global_batch_size
+    out = out or Path(whole.log.dir) / f"{whole.name}-precision"
+    common = _common(whole, name, steps, tokens_per_step, out, overrides)
+    runs = [(precision, common.init_seed), *((against, common.init_seed + n) for n in range(seeds))]
+    made = []
+    for chosen, seed in runs:
+        run_name = chosen if seed == common.init_seed else f"{chosen}-seed-{seed}"
+        made.append(Run(run_name, _variant(common, run_name, chosen, seed, steps, name)))
+    check_manifest(whole.data.root, load_blend(whole.data.blend))
+    check_vocabulary(whole, load_blend(whole.data.blend), name)
+    return Comparison(whole.name, precision, against, steps, tokens_per_step, out, tuple(made))
+
+
+def _common(
+    whole: RecipeConfig, name: str, steps: int, tokens_per_step: int, out: Path, overrides: Sequence[str]
+) -> RecipeConfig:
+    """The recipe with what all runs share: length, folder, logging."""
+    if whole.parallel.nodes > 1:
+        raise UserError(
+            f"{name}: parallel.nodes = {whole.parallel.nodes}, and this command trains on this machine alone",
+            hint="set parallel.nodes=1, and a model, layout and data.global_batch_size that this machine takes",
+        )
+    for setting in whole.overrides:
+        if setting.startswith(FIXED):
+            raise UserError(f"{name}: overrides has {setting}, which this command sets", hint="leave it out")
+    every = whole.log.validate_every_steps
+    if not any(override.startswith("log.validate_every_steps=") for override in overrides):
+        every = min(every, max(1, steps // 4))  # ours: a short run shows a curve too
+    return dataclasses.replace(
+        whole,
+        tokens=str(steps * tokens_per_step),
+        log=dataclasses.replace(whole.log, dir=str(out), tensorboard=True, every_steps=1, validate_every_steps=every),
+    )
+
+
+def _variant(common: RecipeConfig, run_name: str, precision: str, seed: int, steps: int, name: str) -> RecipeConfig:
+    """One run's recipe, checked."""
+    options = PrecisionOptionsSchema()
+    if precision in FP8_FORMATS:
+        quarters = sorted({1, *(max(1, steps * n // 4) for n in (1, 2, 3, 4))})
+        options = dataclasses.replace(
+            common.precision_options, measured_steps=common.precision_options.measured_steps or quarters
+        )
+    made = dataclasses.replace(common, name=run_name, precision=precision, init_seed=seed, precision_options=options)
+    try:
+        check(made, name)
+    except UserError as error:
+        raise UserError(f"with --steps {steps} ({int(made.tokens):,} tokens): {error.message}", error.hint) from error
+    return made
