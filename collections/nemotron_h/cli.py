@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_h.comparison.cli import compare_precision
-from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
 from nemotron_h.export.cli import export_app, import_app
@@ -31,7 +30,6 @@ app.add_typer(data_app, name="data", help="Prepare and check training data.")
 app.add_typer(export_app, name="export", help="Write a checkpoint for other tools.")
 app.add_typer(import_app, name="import", help="Read a model of other tools.")
 app.command()(plan)
-app.command()(compare_precision)
 app.command()(compare_precision)
 app.command()(generate)
 
