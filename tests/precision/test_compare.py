@@ -247,6 +247,12 @@ def test_runs_differ_in_precision_or_initial_weights_alone(recipe: Path) -> None
     assert fp8.model == bf16.model
 
 
+def test_an_override_that_fits_the_steps_need_not_fit_the_recipe(recipe: Path) -> None:
+    made = comparison(str(recipe), 100, overrides=["optim.warmup_tokens=8192", "precision_options.measured_steps=[90]"])
+    assert made.runs[0].recipe.precision_options.measured_steps == [90]
+    assert made.runs[1].recipe.optim.warmup_tokens == "8192"
+
+
 @pytest.mark.parametrize(
     ("steps", "options", "words"),
     [
@@ -309,13 +315,15 @@ def test_a_whole_comparison_and_nothing_twice(recipe: Path) -> None:
     orders = [json.loads((out / name / "run.json").read_text())["data"]["order"] for name in losses]
     assert orders[0] == orders[1], "they read the same samples"
     # layers 1 to 3 of M-M*- are in FP8: two products of three operands each, at every one of the four steps
-    assert len(found["casts"]) == 3 * 2 * 3 * 4
-    assert all(row["amax"] > 0 and row["overflow"] == 0 for row in found["casts"])
-    assert {row["format"] for row in found["casts"] if row["operand"] == "gradient"} == {"E5M2"}
+    assert list(found["casts"]) == ["fp8_current_scaling"]
+    casts = found["casts"]["fp8_current_scaling"]
+    assert len(casts) == 3 * 2 * 3 * 4
+    assert all(row["amax"] > 0 and row["overflow"] == 0 for row in casts)
+    assert {row["format"] for row in casts if row["operand"] == "gradient"} == {"E5M2"}
     scalars = read_scalars(out / "fp8_current_scaling")
-    row = next(r for r in found["casts"] if (r["step"], r["layer"], r["operand"]) == (3, 1, "gradient"))
+    row = next(r for r in casts if (r["step"], r["layer"], r["operand"]) == (3, 1, "gradient"))
     assert scalars[f"fp8_amax_gradient/layer_001_{row['product']}", 2] == pytest.approx(row["amax"])
-    for picture in ("gap.png", "casts.png"):
+    for picture in ("gap.png", "casts-fp8_current_scaling.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
 
     records = [out / name / "run.json" for name in losses]

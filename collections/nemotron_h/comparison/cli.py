@@ -32,7 +32,8 @@ def compare_precision(
     """Train a recipe twice, on the same batches from the same weights, and compare the losses (paper 2.3, figure 5).
 
     The runs go one after the other, each in its folder under OUT; run the command again and a finished one is not
-    repeated, a killed one continues. Writes gap.png, casts.png and comparison.json there.
+    repeated, a killed one continues. Writes gap.png, casts-RUN.png and
+    comparison.json there.
     """
     import json
 
@@ -55,9 +56,9 @@ def compare_precision(
     written = [made.out / "gap.png", made.out / "comparison.json"]
     draw_gap(found, written[0])
     written[1].write_text(json.dumps(found.as_dict(), indent=1))
-    if found.casts:
-        written.append(made.out / "casts.png")
-        draw_casts(found, written[-1])
+    for run, casts in found.casts.items():
+        written.append(made.out / f"casts-{run}.png")
+        draw_casts(f"{made.recipe}, {run}", casts, written[-1])
     console.print(found.table())
     for line in [*found.cast_lines(), f"written: {', '.join(map(str, written))}"]:
         console.print(line, markup=False)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("agg")
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
-from nemotron_h.comparison.results import Results
+from nemotron_h.comparison.results import OPERANDS, Results
 
-OPERANDS = ("activation", "weight", "gradient")
 #: the paper's verdict on FP8: a relative gap below 0.1 % (paper 2.3)
 PAPER_GAP = 1e-3
 
@@ -22,7 +23,11 @@ def draw_gap(found: Results, path: Path) -> None:
     made = found.comparison
     figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
     parts = (
-        (f"training loss, mean of {found.window} steps", found.train, found.noise_train),
+        (
+            "training loss" + (f", mean of {found.window} steps" if found.window > 1 else ""),
+            found.train,
+            found.noise_train,
+        ),
         ("validation loss", found.validation, found.noise_validation),
     )
     for axis, (title, curve, noise) in zip(axes, parts, strict=True):
@@ -46,16 +51,16 @@ def draw_gap(found: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_casts(found: Results, path: Path) -> None:
-    """A row for each FP8 product, a column for each operand and measured step."""
-    rows = {(row["layer"], row["product"]): row["type"] for row in found.casts}
+def draw_casts(title: str, casts: list[dict[str, Any]], path: Path) -> None:
+    """A row for each FP8 product of a run, a column for each operand and measured step."""
+    rows = {(row["layer"], row["product"]): row["type"] for row in casts}
     order = {key: number for number, key in enumerate(sorted(rows, key=lambda key: key[0]))}
-    steps = sorted({row["step"] for row in found.casts})
+    steps = sorted({row["step"] for row in casts})
     columns = [(operand, step) for operand in OPERANDS for step in steps]
     panels = {
         name: np.full((len(order), len(columns)), np.nan) for name in ("amax", "underflow", "saturation", "overflow")
     }
-    for row in found.casts:
+    for row in casts:
         place = order[row["layer"], row["product"]], columns.index((row["operand"], row["step"]))
         for name, values in panels.items():
             values[place] = row[name]
@@ -71,8 +76,11 @@ def draw_casts(found: Results, path: Path) -> None:
     width = 3.2 + 4 * max(2.2, 0.22 * len(columns))
     figure, axes = plt.subplots(1, 4, sharey=True, figsize=(width, height), layout="constrained")
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
-        image = axis.imshow(values if name == "amax" else 100 * values, aspect="auto", interpolation="nearest")
-        figure.colorbar(image, ax=axis, location="bottom", shrink=0.9)
+        percent = {} if name == "amax" else {"vmin": 0, "vmax": 100 * np.nanmax(values) or 1}
+        shown = 100 * values if percent else values
+        image = axis.imshow(shown, aspect="auto", interpolation="nearest", **percent)
+        bar = figure.colorbar(image, ax=axis, location="bottom", aspect=40, pad=0.02, ticks=MaxNLocator(4))
+        bar.ax.tick_params(labelsize="x-small")
         axis.set_xticks(range(len(columns)), [str(step) for _, step in columns], rotation=90, fontsize="x-small")
         for number, operand in enumerate(OPERANDS):
             middle = (number + 0.5) * len(steps) - 0.5
@@ -83,6 +91,6 @@ def draw_casts(found: Results, path: Path) -> None:
         axis.set_xlabel("step", fontsize="x-small")
     names = [f"{layer} {rows[layer, product]} {product}" for layer, product in order]
     axes[0].set_yticks(range(len(order)), names, fontsize="x-small")
-    figure.suptitle(f"{found.comparison.recipe}, {found.comparison.precision}: casts to float8", fontsize="medium")
+    figure.suptitle(f"{title}: casts to float8", fontsize="medium")
     figure.savefig(path, dpi=120)
     plt.close(figure)

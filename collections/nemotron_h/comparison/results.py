@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from nemotron_h.comparison.gap import Curve, read_losses, train_curve, validatio
 from nemotron_h.comparison.runs import Comparison
 from nemotron_h.data.show import short_count
 
+OPERANDS = ("activation", "weight", "gradient")
 CASTS = "cast_statistics.json"
 
 
@@ -24,7 +26,7 @@ class Results:
         window: steps that training losses are smoothed over.
         train, validation: of the pair; no validation curve where nothing was validated.
         noise_train, noise_validation: the same of the reference against itself from other initial weights.
-        casts: rows of what FP8 did to every operand; see `training.callbacks.cast_statistics`.
+        casts: FP8 run of the pair -> rows of what its casts did; see `training.callbacks.cast_statistics`.
     """
 
     comparison: Comparison
@@ -33,7 +35,7 @@ class Results:
     validation: Curve | None
     noise_train: list[Curve]
     noise_validation: list[Curve]
-    casts: list[dict[str, Any]]
+    casts: dict[str, list[dict[str, Any]]]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain containers."""
@@ -82,21 +84,22 @@ class Results:
         return table
 
     def cast_lines(self) -> list[str]:
-        """Where FP8 loses most, a line for each operand."""
+        """Where FP8 loses most, a line for each operand of an FP8 run."""
         lines = []
-        for operand in ("activation", "weight", "gradient"):
-            rows = [row for row in self.casts if row["operand"] == operand]
-            if not rows:
-                continue
+        for run, operand in itertools.product(self.casts, OPERANDS):
+            rows = [row for row in self.casts[run] if row["operand"] == operand]
             worst = max(rows, key=lambda row: row["underflow"])
             saturated = max(rows, key=lambda row: row["saturation"])
+            overflow = max(row["overflow"] for row in rows)
             lines.append(
-                f"{operand} ({worst['format']}): at most {worst['underflow']:.3%} underflow (layer {worst['layer']} "
-                f"{worst['product']}, step {worst['step']:,}), {saturated['saturation']:.3%} saturated (layer "
-                f"{saturated['layer']} {saturated['product']}, step {saturated['step']:,}), "
-                f"{max(row['overflow'] for row in rows):.3%} overflow"
+                f"{run}, {operand} ({worst['format']}): at most {worst['underflow']:.3%} underflow{_place(worst)}, "
+                f"{saturated['saturation']:.3%} saturated{_place(saturated)}, {overflow:.3%} overflow"
             )
         return lines
+
+
+def _place(row: dict[str, Any]) -> str:
+    return f" (layer {row['layer']} {row['product']}, step {row['step']:,})"
 
 
 def results(comparison: Comparison, window: int) -> Results:
@@ -111,7 +114,7 @@ def results(comparison: Comparison, window: int) -> Results:
     pair, against, *others = (read_losses(run.folder, comparison.steps) for run in comparison.runs)
     size = comparison.tokens_per_step
     validations = [validation_curve(against, other, size) for other in others]
-    files = [run.folder / CASTS for run in comparison.runs[:1]]
+    casts = {run.name: run.folder / CASTS for run in comparison.runs[:2]}
     return Results(
         comparison,
         window,
@@ -119,5 +122,5 @@ def results(comparison: Comparison, window: int) -> Results:
         validation_curve(against, pair, size),
         [train_curve(against, other, size, window) for other in others],
         [curve for curve in validations if curve is not None],
-        [row for file in files if file.is_file() for row in json.loads(file.read_text())],
+        {name: json.loads(file.read_text()) for name, file in casts.items() if file.is_file()},
     )

@@ -95,8 +95,8 @@ def comparison(
         key = override.split("=")[0]
         if key in OPTIONS:
             raise UserError(f"override {override}: {key} differs between the runs or is set by {OPTIONS[key]}")
+    own = compose(name).precision
     if precision is None:
-        own = compose(name).precision
         precision = own if own in FP8_FORMATS and own != against else "fp8_current_scaling"
     for option, value in (("--precision", precision), ("--against", against)):
         check_one_of(option, value, PRECISIONS, "")
@@ -105,7 +105,8 @@ def comparison(
     if steps < 1 or seeds < 1:
         raise UserError(f"--steps {steps} --seeds {seeds}: both have to be 1 or more")
     fp8 = precision if precision in FP8_FORMATS else against  # may have `precision_options`
-    whole = compose(name, [*overrides, f"precision={fp8}"])
+    # overrides are made for a run of `steps`, which is known with them: any would fit into this one
+    whole = compose(name, [*overrides, f"precision={fp8}", f"tokens={10**18}"])
     tokens_per_step = whole.data.seq_length * whole.data.global_batch_size
     out = out or Path(whole.log.dir) / f"{whole.name}-precision"
     common = _common(whole, name, steps, tokens_per_step, out, overrides)
@@ -146,8 +147,9 @@ def _variant(common: RecipeConfig, run_name: str, precision: str, seed: int, ste
     options = PrecisionOptionsSchema()
     if precision in FP8_FORMATS:
         quarters = sorted({1, *(max(1, steps * n // 4) for n in (1, 2, 3, 4))})
+        measured = common.precision_options.measured_steps or quarters
         options = dataclasses.replace(
-            common.precision_options, measured_steps=common.precision_options.measured_steps or quarters
+            common.precision_options, measured_steps=measured if seed == common.init_seed else []
         )
     made = dataclasses.replace(common, name=run_name, precision=precision, init_seed=seed, precision_options=options)
     try:
