@@ -175,7 +175,7 @@ class _RankTokenizer(Tokenizer):
     def _start(self, special: list[str], ranked: list[bytes], pattern: str) -> None:
         import tiktoken
 
-        self._special, self._ranked = special, ranked
+        self._special, self._ranked, self._pattern = special, ranked, pattern
         self._encoding = tiktoken.Encoding(
             name=self.kind,
             pat_str=pattern,
@@ -197,6 +197,26 @@ class _RankTokenizer(Tokenizer):
             elif not remove_special_tokens:
                 data += self._special[i].encode()
         return data.decode("utf-8", errors="replace")
+
+    def write_library(self, path: Path) -> None:
+        """Write the file of a tokenizers library's BPE (`tokenizer.json`) that gives the same tokens.
+
+        Raises:
+            UserError: a special token's name is also that of an ordinary token; the file cannot hold both.
+        """
+        from tokenizers import AddedToken, models
+        from tokenizers import Tokenizer as Library
+
+        character = _byte_characters()
+        ranked = ["".join(character[byte] for byte in token) for token in self._ranked]
+        if clash := sorted(set(self._special) & set(ranked)):
+            raise UserError(f"{self.path}: {', '.join(clash)} names both a special and an ordinary token")
+        vocab = {name: i for i, name in enumerate([*self._special, *ranked])}
+        # tiktoken looks up a whole word before it merges
+        library = Library(models.BPE(vocab=vocab, merges=_all_merges(vocab, self._special), ignore_merges=True))
+        _set_pipeline(library, self._pattern)
+        library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in self._special])
+        library.save(str(path))
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         # Byte strings that are no text on their own are named by their bytes, so that names stay distinct.
@@ -433,17 +453,13 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int, path: str |
     Raises:
         UserError: when the texts do not suffice for the size.
     """
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library
+    from tokenizers import models, pre_tokenizers, trainers
 
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise UserError(f"tokenizer.vocab_size: {vocab_size} is below 256 bytes + {len(SPECIAL_TOKENS)} special tokens")
-    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    library.decoder = decoders.ByteLevel()
+    _set_pipeline(library, PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
@@ -456,7 +472,8 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int, path: str |
             f"tokenizer.vocab_size: the text to train on gives only {library.get_vocab_size()} of {vocab_size} tokens",
             "Lower vocab_size, raise train_bytes, or name more sources in train_on.",
         )
-    library.model = models.BPE(vocab=(vocab := library.get_vocab(with_added_tokens=True)), merges=_all_merges(vocab))
+    vocab = library.get_vocab(with_added_tokens=True)
+    library.model = models.BPE(vocab=vocab, merges=_all_merges(vocab, SPECIAL_TOKENS))
     library.save(str(Path(path) / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": PAD}
     config |= {"clean_up_tokenization_spaces": False, "additional_special_tokens": list(CHAT_TOKENS)}
@@ -465,11 +482,21 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int, path: str |
     return BPETokenizer(path)
 
 
-def _all_merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
+def _set_pipeline(library: Any, pattern: str) -> None:
+    """What the tokenizers library does around merges: split by the pattern, write bytes as characters."""
+    from tokenizers import Regex, decoders, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    as_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, as_characters])
+    library.decoder = decoders.ByteLevel()
+
+
+def _all_merges(vocab: dict[str, int], special: Sequence[str]) -> list[tuple[str, str]]:
     """Every split of every token into two tokens, by rank: tiktoken merges any of them, and so must the saved file."""
-    merges = []
+    merges, skipped = [], set(special)
     for token in sorted(vocab, key=vocab.get):
-        if token not in SPECIAL_TOKENS:
+        if token not in skipped:
             pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
             merges += sorted(
                 (p for p in pairs if p[0] in vocab and p[1] in vocab), key=lambda p: (vocab[p[0]], vocab[p[1]])

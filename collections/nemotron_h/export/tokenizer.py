@@ -6,19 +6,26 @@ import json
 import shutil
 from pathlib import Path
 
-from nemotron_h.data.tokenizer import BPETokenizer, HuggingFaceTokenizer, Tokenizer, write_meta
+from nemotron_h.data.tokenizer import (
+    BPETokenizer,
+    HuggingFaceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+    write_meta,
+)
 from nemotron_h.errors import UserError
 
 SYSTEM, TURN = "<SPECIAL_10>", "<SPECIAL_11>"
 TEMPLATE_FILE = "chat_template.jinja"
 
-#: The format of the family's instruct models (Megatron-LM's `nemotron-h-aligned`). The system's block is always there;
-#: the token that begins the next turn ends an answer.
+#: The format of the family's instruct models (Megatron-LM's `nemotron-h-aligned`). The token that begins the next turn
+#: ends an answer.
 CHAT_TEMPLATE = (
+    "{%- set turns = messages -%}"
     "{%- if messages[0]['role'] == 'system' -%}"
-    "{%- set system = messages[0]['content'].strip() -%}{%- set turns = messages[1:] -%}"
-    "{%- else -%}{%- set system = '' -%}{%- set turns = messages -%}{%- endif -%}"
-    "{{- '" + SYSTEM + "System\\n' + system + '\\n' -}}"
+    "{{- '" + SYSTEM + "System\\n' + messages[0]['content'].strip() + '\\n' -}}"
+    "{%- set turns = messages[1:] -%}"
+    "{%- endif -%}"
     "{%- for turn in turns -%}"
     "{%- if turn['role'] == 'user' -%}{{- '" + TURN + "User\\n' -}}"
     "{%- elif turn['role'] == 'assistant' -%}{{- '" + TURN + "Assistant\\n' -}}"
@@ -48,7 +55,7 @@ def check_exportable(tokenizer: Tokenizer) -> None:
     Errors:
         UserError: the kind has no form that Hugging Face's libraries read.
     """
-    if not isinstance(tokenizer, BPETokenizer | HuggingFaceTokenizer):
+    if not isinstance(tokenizer, BPETokenizer | HuggingFaceTokenizer | TiktokenTokenizer):
         raise UserError(
             f"the tokenizer in {tokenizer.path} is of kind {tokenizer.kind}, which cannot be written as tokenizer.json",
             hint="export the weights alone with --no-tokenizer, and add the tokenizer's Hugging Face files yourself",
@@ -62,13 +69,24 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
         whether the family's template was added.
     """
     check_exportable(tokenizer)
-    for name in FILES:
-        if (file := Path(tokenizer.path) / name).is_file():
-            shutil.copyfile(file, folder / name)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        _write_tiktoken(tokenizer, folder)
+    else:
+        for name in FILES:
+            if (file := Path(tokenizer.path) / name).is_file():
+                shutil.copyfile(file, folder / name)
     if not {SYSTEM, TURN} <= set(tokenizer.vocab) or _has_template(folder):
         return False
     (folder / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
     return True
+
+
+def _write_tiktoken(tokenizer: TiktokenTokenizer, folder: Path) -> None:
+    tokenizer.write_library(folder / "tokenizer.json")
+    unknown, begin, end = tokenizer.ids_to_tokens([0, tokenizer.bos_id, tokenizer.eod_id])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= {"unk_token": unknown, "bos_token": begin, "eos_token": end, "pad_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _has_template(folder: Path) -> bool:

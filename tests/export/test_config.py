@@ -1,0 +1,85 @@
+"""config.json: what is written, and what is refused when it is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from nemotron_h.checks import definition_of
+from nemotron_h.compose import compose
+from nemotron_h.errors import UserError
+from nemotron_h.export.config import definition_name, from_config, to_config
+from nemotron_h.model.definition import ModelDefinition
+
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+EXPORTED = ("nemotron_h_tiny", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_56b", "nano_9b_v2", "mamba2_8b")
+
+
+def shipped(name: str) -> ModelDefinition:
+    """The definition of a shipped recipe."""
+    return definition_of(compose(f"{name}/pretrain"), name)
+
+
+def config_of(definition: ModelDefinition) -> dict:
+    return to_config(definition, dtype="bfloat16", max_positions=8192, token_ids=IDS)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_shipped_sizes_come_back(name: str) -> None:
+    definition = shipped(name)
+    assert from_config(config_of(definition), name, "config.json") == replace(definition, sources={})
+
+
+def test_lean_and_without_a_clamp() -> None:
+    config = config_of(shipped("nemotron_h_tiny"))
+    assert config["model_type"] == "nemotron_h"
+    assert config["time_step_min"] == 0.0
+    assert config["use_cache"] is True
+    assert config_of(shipped("mamba2_8b"))["use_cache"] is False
+    unwanted = ("expert", "moe", "router", "time_step_limit", "layer_types", "layers_block_type")
+    assert not [key for key in config if any(word in key for word in unwanted)]
+
+
+def test_rotary_positions_cannot_be_expressed() -> None:
+    with pytest.raises(UserError, match="nemotron_t_8b has rope positions"):
+        config_of(shipped("nemotron_t_8b"))
+
+
+def test_other_writers() -> None:
+    """transformers 5 lists the layers' types, and its infinity; the hub's first release had another key."""
+    definition = shipped("nemotron_h_tiny")
+    config = config_of(definition)
+    names = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+    config["layers_block_type"] = [names[symbol] for symbol in config.pop("hybrid_override_pattern")]
+    config["time_step_limit"] = [0.0, {"__float__": "Infinity"}]
+    config["attention_head_dim"] = config.pop("head_dim")
+    assert from_config(config, definition.name, "config.json") == replace(definition, sources={})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is llama; only nemotron_h can be imported"),
+        ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = silu, which this family does not have"),
+        ({"use_bias": True}, "use_bias = True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = set"),
+        ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit = \[0.001, 0.1\]"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
+        ({"hybrid_override_pattern": "MEM*E"}, "mixtures of experts"),
+        ({"hybrid_override_pattern": ""}, "neither hybrid_override_pattern nor layers_block_type"),
+        ({"hybrid_override_pattern": "", "layers_block_type": ["mlp", "moe"]}, "layers of type moe"),
+        ({"hidden_size": None}, "hidden_size is None; a number is needed"),
+        ({"n_groups": 3}, "mamba_num_heads = 16 is not a multiple of model.mamba_num_groups = 3"),
+    ],
+)
+def test_refused(change: dict, message: str) -> None:
+    config = config_of(shipped("nemotron_h_tiny")) | change
+    with pytest.raises(UserError, match=message):
+        from_config(config, "x", "DIR/config.json")
+
+
+def test_names() -> None:
+    assert definition_name("Nemotron-H-8B Base") == "nemotron_h_8b_base"
+    assert definition_name("...") == "imported"
