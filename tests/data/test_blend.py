@@ -58,7 +58,9 @@ def test_hash_follows_the_order_of_data_and_nothing_else(corpus):
 BAD = {
     "unknown key sources.web.formt\nDid you mean format": lambda c: c["sources"]["web"].update(formt="jsonl"),
     "unknown key phaess\nDid you mean phases": lambda c: c.update(phaess=[]),
-    "unknown key path\nKnown keys there: name, description, tokenizer, sources, phases": lambda c: c.update(path="x"),
+    "unknown key path\nKnown keys there: name, description, tokenizer, chat_template, sources, phases": lambda c: (
+        c.update(path="x")
+    ),
     "unknown key tokenizer.vocab_sise\nDid you mean vocab_size": lambda c: c["tokenizer"].update(vocab_sise=3),
     "sources.web.format: 'jsonnl' is none of .*Did you mean jsonl": lambda c: c["sources"]["web"].update(
         format="jsonnl"

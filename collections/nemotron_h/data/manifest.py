@@ -6,6 +6,8 @@ Layout under the data root (`--root`, else the environment's `NEMOTRON_H_DATA`, 
     <root>/<blend>/tokenizer/
     <root>/<blend>/<source>/{train,validation}.{bin,idx}    Megatron's indexed format; every document ends with the
     EOD token <root>/<blend>/<source>/source.json                     the source's part of the manifest
+    <root>/<blend>/<source>/{train,validation}.loss         conversations: a byte per token, 1 where it is to be learnt
+    <root>/<blend>/chat_template.jinja                      conversations: the template that wrote them
     <root>/<blend>/<source>/quarantine.jsonl                records that could not be read, with file and position
 """
 
@@ -26,6 +28,7 @@ from nemotron_h.errors import UserError
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"
 SPLITS = ("train", "validation")
+TEMPLATE = "chat_template.jinja"
 _PROBE_BLOCKS, _PROBE_BYTES = 16, 4096
 
 
@@ -42,6 +45,7 @@ class SplitManifest:
         sha256_bin: of the `.bin` file.
         sha256_idx: of the `.idx` file.
         probe: sha256 over evenly spaced blocks of both files, cheap enough to compare at every start (see `probe`).
+        sha256_loss: conversations only: of the `.loss` file, a byte per token: 1 where it is to be learnt.
     """
 
     prefix: str
@@ -52,6 +56,7 @@ class SplitManifest:
     sha256_bin: str
     sha256_idx: str
     probe: str = ""
+    sha256_loss: str = ""
 
 
 @dataclass
@@ -235,6 +240,9 @@ def split_problem(manifest: Manifest, source: str, split: str) -> str:
         if size != expected:
             state = "truncated" if size < expected else "too long"
             return f"{prefix}{suffix} is {state}: {size:,} bytes, {expected:,} expected (source {source}, {split})"
+    loss = prefix + ".loss"
+    if entry.sha256_loss and not (os.path.isfile(loss) and os.path.getsize(loss) == entry.tokens):
+        return f"{loss} is missing or of another size than {entry.tokens:,} bytes (source {source}, {split})"
     if entry.probe and probe(prefix) != entry.probe:
         return f"{prefix}.bin/.idx are not the files that were prepared (source {source}, {split})"
     return ""

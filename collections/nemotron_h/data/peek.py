@@ -79,6 +79,8 @@ class Peek:
         state: Mapping[str, Any] | None = None,
         blend_change: str | None = None,
     ) -> None:
+        if blend.is_chat():
+            raise UserError(f"blend {blend.name} holds conversations: peek shows windows of text")
         self.manifest: Manifest = check_manifest(root, blend)
         self.settings = settings
         self.horizon = Horizon(settings.tokens, settings.seq_length * settings.global_batch_size)

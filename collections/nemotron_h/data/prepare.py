@@ -31,11 +31,13 @@ from rich.console import Console
 from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import Blend, Source, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
+from nemotron_h.data.chat import FAMILY_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.fetch import fetch
 from nemotron_h.data.indexed import token_dtype
 from nemotron_h.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
+    TEMPLATE,
     Manifest,
     SourceManifest,
     SplitManifest,
@@ -55,7 +57,15 @@ from nemotron_h.data.shards import (
     merge_shards,
     start_worker,
 )
-from nemotron_h.data.tokenizer import Tokenizer, fingerprint, load_tokenizer, train_bpe, write_meta
+from nemotron_h.data.tokenizer import (
+    META_FILE,
+    Tokenizer,
+    fingerprint,
+    load_tokenizer,
+    read_meta,
+    train_bpe,
+    write_meta,
+)
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
 
@@ -141,12 +151,18 @@ class _Plan:
         """What decides the documents of the source, before any tokenizer."""
         source = self.source
         settings = {k: getattr(source, k) for k in ("format", "text_fields", "join", "split_on")}
+        if source.chat:
+            settings["chat"] = source.chat
         return {"inputs": [(i.name, s.sha256) for i, s in zip(self.inputs, self.scans, strict=True)], **settings}
 
 
 class _Preparation:
     def __init__(self, blend: Blend, folder: Path, workers: int, console: Console) -> None:
         self.blend, self.folder, self.workers, self.console = blend, folder, workers, console
+        self.template = ""
+        if blend.is_chat():
+            named = blend.chat_template
+            self.template = template_source(named if named == FAMILY_TEMPLATE else reading.resolve_path(blend, named))
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -154,6 +170,7 @@ class _Preparation:
     def run(self, force: bool) -> Manifest:
         plans = self._scan()
         tokenizer, trained = self._tokenizer(plans, force)
+        self._check_template(tokenizer)
         sha256 = tokenizer.fingerprint()
         stale, entries = [], {}
         for plan in plans:
@@ -164,6 +181,7 @@ class _Preparation:
                     "tokenizer": sha256,
                     "validation": plan.source.validation,
                     "deduplicate": plan.source.deduplicate,
+                    **({"chat_template": self.template} if plan.source.chat else {}),
                 }
             )
             entry = None if force else self._finished(plan)
@@ -200,9 +218,19 @@ class _Preparation:
             entries |= self._build(stale, tokenizer, force)
         manifest.sources = {plan.name: entries[plan.name] for plan in plans}
         self._clean()
+        if self.template:
+            (self.folder / TEMPLATE).write_text(self.template, encoding="utf-8")
         manifest.save()
         self._report(manifest, [plan.name for plan in stale])
         return manifest
+
+    def _check_template(self, tokenizer: Tokenizer) -> None:
+        """Say where the template's markers are no single tokens; a text that is no template ends here."""
+        if not self.template:
+            return
+        plain = ChatTemplate(self.template, tokenizer).plain_markers
+        if plain:
+            self.say(f"Warning: the tokenizer has no {', '.join(plain)}: these markers are encoded as plain text")
 
     # ---- what is there
 
@@ -327,6 +355,17 @@ class _Preparation:
         spec = self.blend.tokenizer
         if spec.fetch:
             return [(path.name, path) for _, path in fetch(spec.fetch, self.say)]
+        if spec.blend:
+            path = self.folder.parent / spec.blend / "tokenizer"
+            if not (path / META_FILE).is_file():
+                raise UserError(
+                    f"tokenizer.blend: {spec.blend} has no tokenizer in {path}",
+                    f"Run: nemotron-h data prepare --blend {spec.blend} --root {self.folder.parent}",
+                )
+            kind = read_meta(path)["kind"]
+            if kind != spec.kind:
+                raise UserError(f"tokenizer.kind: {spec.kind}, but the tokenizer of blend {spec.blend} is {kind}")
+            return [(p.name, p) for p in sorted(path.iterdir()) if p.is_file()]
         path = Path(reading.resolve_path(self.blend, spec.path))
         if path.is_file():
             return [(path.name, path)]
@@ -371,7 +410,10 @@ class _Preparation:
         pending: dict[Future, tuple[str, int | None]] = {}  # None: the joining of a source
         queue = iter([(name, number) for name in plans for number in range(len(jobs[name]))])
         pool = ProcessPoolExecutor(
-            self.workers, multiprocessing.get_context("spawn"), start_worker, (str(self.folder / "tokenizer"),)
+            self.workers,
+            multiprocessing.get_context("spawn"),
+            start_worker,
+            (str(self.folder / "tokenizer"), self.template),
         )
         sizes = {name: sum(s.size for s in plan.scans) / max(1, len(jobs[name])) for name, plan in plans.items()}
 
@@ -379,10 +421,10 @@ class _Preparation:
             records[name][number] = record
             progress.advance(sizes[name], name)
             if len(records[name]) == len(jobs[name]):
-                _check_bad(plans[name], list(records[name].values()))
                 prefixes = [job.prefix for job in jobs[name]]
-                source = plans[name].source
-                job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, jobs[name][0].dtype)
+                _check_bad(plans[name], list(records[name].values()), prefixes)
+                source, dtype = plans[name].source, jobs[name][0].dtype
+                job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, bool(source.chat))
                 pending[pool.submit(merge_shards, job)] = (name, None)
 
         with ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress:
@@ -419,7 +461,7 @@ class _Preparation:
             raise UserError(f"sources.{plan.name}: no document to train on in {len(plan.inputs)} files")
         (folder / "source.json").unlink(missing_ok=True)
         for split in SPLITS:
-            for suffix in (".bin", ".idx"):
+            for suffix in (".bin", ".idx", *((".loss",) if plan.source.chat else ())):
                 if split in merged["splits"]:
                     os.replace(folder / f".{split}.tmp{suffix}", folder / f"{split}{suffix}")
                 else:
@@ -499,23 +541,19 @@ def _stamp(path: str) -> reading.Scan:
     return reading.Scan(status.st_size, f"{path}:{status.st_size}:{status.st_mtime_ns}", ())
 
 
-def _check_bad(plan: _Plan, records: list[ShardRecord]) -> None:
+def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> None:
     """Stop when more of a source is unreadable than its `max_bad` allows: most often a wrong field or format."""
     bad = sum(r.bad for r in records)
     total = bad + sum(r.empty + sum(r.documents.values()) for r in records)
     if bad <= plan.source.max_bad * total:
         return
-    first = next(iter(_bad_records(plan)))
+    quarantined = (line for prefix in prefixes for line in Path(prefix + ".bad").read_bytes().splitlines())
+    first = reading.Bad(**json.loads(next(quarantined)))
     raise UserError(
         f"sources.{plan.name}: {bad:,} of {total:,} records cannot be read (max_bad is {plan.source.max_bad:.2%})\n"
         f"  the first: {first.file}, {first.position}: {first.reason}",
-        "Check format and text_fields, or raise max_bad.",
+        f"Check format and {'chat' if plan.source.chat else 'text_fields'}, or raise max_bad.",
     )
-
-
-def _bad_records(plan: _Plan) -> Iterator[reading.Bad]:
-    for pieces in plan.shards:
-        yield from (item for item in reading.read_documents(plan.source, pieces) if isinstance(item, reading.Bad))
 
 
 def _training_texts(plans: list[_Plan], limit: int) -> Iterator[str]:
@@ -527,12 +565,18 @@ def _training_texts(plans: list[_Plan], limit: int) -> Iterator[str]:
                 if left <= 0:
                     break
                 if isinstance(item, reading.Document):
-                    yield item.text
-                    left -= len(item.text.encode())
+                    turns = item.conversation
+                    text = item.text if turns is None else "\n".join(turn.content for turn in turns)
+                    yield text
+                    left -= len(text.encode())
 
 
 def _copy_tokenizer(spec: TokenizerSpec, files: list[tuple[str, Path]], target: Path) -> None:
     """Put a given tokenizer's files into the prepared folder, which so stands on its own."""
+    if spec.blend:  # prepared already
+        for name, path in files:
+            shutil.copyfile(path, target / name)
+        return
     if spec.kind in ("tiktoken", "sentencepiece") and len(files) != 1:
         raise UserError(f"tokenizer: kind {spec.kind} is one file, not {', '.join(name for name, _ in files)}")
     for name, path in files:

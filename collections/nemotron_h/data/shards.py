@@ -22,9 +22,10 @@ from typing import IO, Any
 import numpy as np
 
 from nemotron_h.data.blend import Source
+from nemotron_h.data.chat import ChatError, ChatTemplate, Encoded
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.manifest import SPLITS, probe, write_json
-from nemotron_h.data.sources import Bad, Piece, read_documents
+from nemotron_h.data.sources import Bad, Document, Piece, read_documents
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
@@ -32,6 +33,7 @@ _COPY_BYTES = 1 << 22
 _HASH_BYTES = 16
 
 _tokenizer: Tokenizer | None = None  # of this worker process
+_template: ChatTemplate | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class MergeJob:
         folder: of the source; the joined files get names that begin with a dot.
         deduplicate: keep only the first of equal documents.
         dtype: numpy name of the token type.
+        loss: whether they have loss masks.
     """
 
     prefixes: list[str]
     folder: str
     deduplicate: bool
     dtype: str
+    loss: bool = False
 
 
 @dataclass
@@ -78,11 +82,11 @@ class ShardRecord:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
-def start_worker(tokenizer_path: str) -> None:
-    """Ready a worker process: one thread, its own tokenizer, Ctrl-C left to the parent, and no life after the
-    parent's death.
+def start_worker(tokenizer_path: str, chat_template: str = "") -> None:
+    """Ready a worker process: one thread, its own tokenizer and chat template, Ctrl-C left to the parent, and no life
+    after the parent's death.
     """
-    global _tokenizer
+    global _tokenizer, _template
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -93,6 +97,7 @@ def start_worker(tokenizer_path: str) -> None:
 
     threading.Thread(target=die_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(tokenizer_path)
+    _template = ChatTemplate(chat_template, _tokenizer) if chat_template else None
 
 
 def finished_shard(prefix: str) -> ShardRecord | None:
@@ -117,12 +122,13 @@ def is_validation(hash_of_document: bytes, share: float) -> bool:
 def build_shard(job: ShardJob) -> ShardRecord:
     """Read, split and encode one shard; runs in a worker."""
     record = ShardRecord()
-    suffixes = [f".{split}.{kind}" for split in SPLITS for kind in ("tokens", "lengths", "bytes", "hashes")] + [".bad"]
+    kinds = ("tokens", "lengths", "bytes", "hashes", *(("loss",) if job.source.chat else ()))
+    suffixes = [f".{split}.{kind}" for split in SPLITS for kind in kinds] + [".bad"]
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(job.prefix + s, "wb")) for s in suffixes}
-        for texts, hashes in _batches(job, record, files[".bad"]):
+        for texts, hashes, conversations in _batches(job, record, files[".bad"]):
             held_out = [is_validation(h, job.source.validation) for h in hashes]
-            encoded = _tokenizer.encode_batch(texts)
+            encoded = conversations or _plain(texts)
             for split, wanted in zip(SPLITS, (False, True), strict=True):
                 chosen = [i for i, held in enumerate(held_out) if held is wanted]
                 if chosen:
@@ -134,11 +140,31 @@ def build_shard(job: ShardJob) -> ShardRecord:
     return record
 
 
-def _batches(job: ShardJob, record: ShardRecord, quarantine: IO[bytes]) -> Iterator[tuple[list[str], list[bytes]]]:
-    """Documents in batches of bounded size, with their hashes; bad and empty records are counted on the way."""
+def _plain(texts: list[str]) -> list[Encoded]:
+    """Texts as tokens that end with EOD; all of them are learnt, so no mask is made."""
+    return [Encoded([*ids, _tokenizer.eod_id], []) for ids in _tokenizer.encode_batch(texts)]
+
+
+def _applied(item: Document | Bad) -> tuple[Document | Bad, Encoded | None]:
+    """A conversation with its tokens; one that the template refuses is bad."""
+    if isinstance(item, Bad) or item.conversation is None:
+        return item, None
+    try:
+        return item, _template.encode(item.conversation)
+    except ChatError as error:
+        return Bad(item.file, item.position, str(error), item.text[:160]), None
+
+
+def _batches(
+    job: ShardJob, record: ShardRecord, quarantine: IO[bytes]
+) -> Iterator[tuple[list[str], list[bytes], list[Encoded]]]:
+    """Documents in batches of bounded size, with their hashes, and the tokens of conversations; bad and empty records
+    are counted on the way.
+    """
     texts: list[str] = []
+    conversations: list[Encoded] = []
     characters = 0
-    for item in read_documents(job.source, job.pieces):
+    for item, tokens in map(_applied, read_documents(job.source, job.pieces)):
         if isinstance(item, Bad):
             record.bad += 1
             quarantine.write(json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
@@ -146,19 +172,22 @@ def _batches(job: ShardJob, record: ShardRecord, quarantine: IO[bytes]) -> Itera
             record.empty += 1
         else:
             texts.append(item.text)
+            if tokens is not None:
+                conversations.append(tokens)
             characters += len(item.text)
             if len(texts) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-                yield texts, [document_hash(text) for text in texts]
-                texts, characters = [], 0
+                yield texts, [document_hash(text) for text in texts], conversations
+                texts, conversations, characters = [], [], 0
     if texts:
-        yield texts, [document_hash(text) for text in texts]
+        yield texts, [document_hash(text) for text in texts], conversations
 
 
-def _append(files: dict[str, IO[bytes]], split: str, encoded: list[list[int]], texts: list[str], dtype: str) -> None:
-    eod = [_tokenizer.eod_id]
-    for ids in encoded:
-        files[f".{split}.tokens"].write(np.array(ids + eod, dtype=dtype).tobytes())
-    files[f".{split}.lengths"].write(np.array([len(ids) + 1 for ids in encoded], dtype=np.int32).tobytes())
+def _append(files: dict[str, IO[bytes]], split: str, encoded: list[Encoded], texts: list[str], dtype: str) -> None:
+    for document in encoded:
+        files[f".{split}.tokens"].write(np.array(document.ids, dtype=dtype).tobytes())
+        if document.loss:
+            files[f".{split}.loss"].write(np.array(document.loss, dtype=np.uint8).tobytes())
+    files[f".{split}.lengths"].write(np.array([len(document.ids) for document in encoded], dtype=np.int32).tobytes())
     files[f".{split}.bytes"].write(np.array([len(text.encode()) for text in texts], dtype=np.int32).tobytes())
 
 
@@ -187,29 +216,40 @@ def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
     lengths = [np.fromfile(f"{prefix}.{split}.lengths", dtype=np.int32) for prefix in job.prefixes]
     keep = _first_occurrences(job, split) if job.deduplicate else np.ones(sum(map(len, lengths)), dtype=bool)
     target = os.path.join(job.folder, f".{split}.tmp")
-    digest, text_bytes, kept, first = hashlib.sha256(), 0, [], 0
-    with open(target + ".bin", "wb") as out:
-        for prefix, of_shard in zip(job.prefixes, lengths, strict=True):
-            mask = keep[first : first + len(of_shard)]
-            first += len(of_shard)
-            kept.append(of_shard[mask])
-            text_bytes += int(np.fromfile(f"{prefix}.{split}.bytes", dtype=np.int32)[mask].sum(dtype=np.int64))
-            for data in _kept_tokens(f"{prefix}.{split}.tokens", of_shard, mask, dtype):
-                digest.update(data)
-                out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    final = np.concatenate(kept)
+    ends = np.cumsum([len(of_shard) for of_shard in lengths])[:-1]
+    shards = list(zip(job.prefixes, lengths, np.split(keep, ends), strict=True))
+    final = np.concatenate([of_shard[kept] for _, of_shard, kept in shards])
+    text_bytes = sum(
+        int(np.fromfile(f"{prefix}.{split}.bytes", dtype=np.int32)[kept].sum(dtype=np.int64))
+        for prefix, _, kept in shards
+    )
+    sha256 = _join(target + ".bin", [(f"{p}.{split}.tokens", *rest) for p, *rest in shards], dtype)
     content = {
         "documents": len(final),
         "tokens": int(final.sum(dtype=np.int64)),
         "bytes": text_bytes,
         "dtype": dtype.name,
-        "sha256_bin": digest.hexdigest(),
+        "sha256_bin": sha256,
         "sha256_idx": write_index(target + ".idx", final, dtype),
     }
     content["probe"] = probe(target)
+    if job.loss:
+        parts = [(f"{p}.{split}.loss", *rest) for p, *rest in shards]
+        content["sha256_loss"] = _join(target + ".loss", parts, np.dtype(np.uint8))
     return content, int(len(keep) - len(final))
+
+
+def _join(path: str, parts: list[tuple[str, np.ndarray, np.ndarray]], dtype: np.dtype) -> str:
+    """Join the kept documents of (file, lengths, kept) into one file, flushed to disk; its sha256."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as out:
+        for file, lengths, kept in parts:
+            for data in _kept_tokens(file, lengths, kept, dtype):
+                digest.update(data)
+                out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.hexdigest()
 
 
 def _kept_tokens(path: str, lengths: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:

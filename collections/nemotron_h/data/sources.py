@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.data.blend import Blend, Source
+from nemotron_h.data.chat import ChatError, Conversation, read_conversation
 from nemotron_h.data.fetch import fetch
 from nemotron_h.errors import UserError
 
@@ -75,9 +76,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Document:
-    """A text."""
+    """A text, or a conversation with the text that stands for it; the place is told of conversations alone."""
 
     text: str
+    conversation: Conversation | None = None
+    file: str = ""
+    position: str = ""
 
 
 @dataclass(frozen=True)
@@ -261,8 +265,8 @@ def _read_parquet(source: Source, piece: Piece) -> Iterator[Document | Bad]:
     import pyarrow
 
     content = _parquet(piece.input)
-    columns = sorted({key.split(".")[0] for key in source.text_fields})
-    missing = [c for c in columns if c not in content.schema_arrow.names]
+    columns = None if source.chat else sorted({key.split(".")[0] for key in source.text_fields})
+    missing = [c for c in columns or () if c not in content.schema_arrow.names]
     if missing:
         raise UserError(
             f"{piece.input.path}: no column {', '.join(missing)}",
@@ -379,6 +383,8 @@ def _whole_text(piece: Piece) -> str | Bad:
 
 
 def _from_record(source: Source, record: Any, file: str, where: str) -> Document | Bad:
+    if source.chat:
+        return _conversation(source, record, file, where)
     parts = []
     for key in source.text_fields:
         try:
@@ -398,6 +404,18 @@ def _from_record(source: Source, record: Any, file: str, where: str) -> Document
     except UnicodeEncodeError as error:  # a lone surrogate written as \ud800 in JSON
         return Bad(file, where, f"not UTF-8: {error.reason}")
     return Document(text)
+
+
+def _conversation(source: Source, record: Any, file: str, where: str) -> Document | Bad:
+    try:
+        turns = read_conversation(record, source.chat)
+        text = json.dumps([[t.role, t.content, t.trained] for t in turns], ensure_ascii=False)
+        text.encode("utf-8")
+    except ChatError as error:
+        return Bad(file, where, str(error), _excerpt(str(record)))
+    except UnicodeEncodeError as error:
+        return Bad(file, where, f"not UTF-8: {error.reason}")
+    return Document(text, turns, file, where)
 
 
 def _dig(value: Any, keys: list[str]) -> Any:

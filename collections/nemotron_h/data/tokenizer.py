@@ -109,6 +109,11 @@ class Tokenizer:
         """Token ids of many texts."""
         return [self.text_to_ids(text) for text in texts]
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Names of the special tokens, which no text encodes to, and their ids."""
+        raise NotImplementedError
+
     # derived, under the names that NeMo and Megatron use
     def text_to_tokens(self, text: str) -> list[str]:
         """Token names of a text."""
@@ -183,6 +188,10 @@ class _RankTokenizer(Tokenizer):
             special_tokens={},
         )
         self.vocab_size = len(special) + len(ranked)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self._special)}
 
     def text_to_ids(self, text: str) -> list[int]:
         if len(text) <= _SEGMENT_CHARACTERS:
@@ -305,6 +314,11 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._fast.encode(text, add_special_tokens=False).ids
         return self._tokenizer.convert_tokens_to_ids(self._tokenizer.tokenize(text, split_special_tokens=True))
 
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        return {token.content: i for i, token in added if token.special}
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         if self._fast is None:
             return super().encode_batch(texts)
@@ -365,6 +379,10 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"{path}: the SentencePiece model has no end-of-sentence id, which ends documents")
         self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else self.eod_id
         self.bos_id = self._model.bos_id() if self._model.bos_id() >= 0 else self.eod_id
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        return {self._model.id_to_piece(i): i for i in range(self.vocab_size) if self._model.is_control(i)}
 
     def text_to_ids(self, text: str) -> list[int]:
         return self._model.encode(text)

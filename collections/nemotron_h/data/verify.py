@@ -71,6 +71,9 @@ def _split_problems(manifest: Manifest, source: str, split: str, tokenizer: Toke
     ends = np.cumsum(lengths, dtype=np.int64)
     if int(tokens.max()) >= tokenizer.vocab_size:
         problems.append(f"token {int(tokens.max())} is outside the tokenizer's {tokenizer.vocab_size:,}")
+    elif entry.sha256_loss:
+        if file_sha256(prefix + ".loss") != entry.sha256_loss:
+            problems.append(f"the content of {Path(prefix).name}.loss changed since it was prepared")
     elif (tokens[ends - 1] != tokenizer.eod_id).any():
         problems.append("a document does not end with EOD")
     elif entry.bytes and manifest.tokenizer.lossless and not _samples_survive(tokens, ends, lengths, tokenizer):
