@@ -66,7 +66,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
     """Copy a tokenizer's files, and add the chat template where it has the template's tokens and none of its own.
 
     Returns:
-        whether the family's template was added.
+        whether the template has the family's turns.
     """
     check_exportable(tokenizer)
     if isinstance(tokenizer, TiktokenTokenizer):
@@ -75,10 +75,11 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
         for name in FILES:
             if (file := Path(tokenizer.path) / name).is_file():
                 shutil.copyfile(file, folder / name)
-    if not {SYSTEM, TURN} <= set(tokenizer.vocab) or _has_template(folder):
-        return False
-    (folder / TEMPLATE_FILE).write_text(CHAT_TEMPLATE, encoding="utf-8")
-    return True
+    template = _template(folder)
+    if template is None and {SYSTEM, TURN} <= set(tokenizer.vocab):
+        template = CHAT_TEMPLATE
+        (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    return template is not None and TURN in template
 
 
 def _write_tiktoken(tokenizer: TiktokenTokenizer, folder: Path) -> None:
@@ -89,10 +90,12 @@ def _write_tiktoken(tokenizer: TiktokenTokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _has_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    own = config.is_file() and "chat_template" in json.loads(config.read_text(encoding="utf-8"))
-    return own or (folder / TEMPLATE_FILE).is_file()
+def _template(folder: Path) -> str | None:
+    file, config = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    return found if found is None else str(found)  # several, by name, are a list
 
 
 def read(folder: Path, out: Path) -> bool:

@@ -1,0 +1,220 @@
+"""`nemotron-h export hf` and `nemotron-h import hf`: what they write, and every refusal before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from save_checkpoint import save
+from small_model import pure_config, small_config, small_model
+from typer.testing import CliRunner
+
+from nemotron_h.cli import app
+from nemotron_h.errors import UserError
+from nemotron_h.export import hf_writer
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+
+def invoke(*arguments: object) -> str:
+    """Run the command; its errors are raised."""
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
+
+
+@pytest.fixture(scope="module")
+def run(megatron: None, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    data = {"tokenizer": str(tokenizer), "seq_length": 128}
+    save(small_model(small_config()), folder / "checkpoints" / "step-000001", data=data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "small"
+    invoke("export", "hf", run, out, "--shard-size", "50KB")
+    return out
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(exported, tmp_path / "folder"))
+
+
+def refused(folder: Path, message: str) -> UserError:
+    """Import must fail with this message and leave nothing."""
+    out = folder.with_name("out")
+    before = sorted(folder.parent.iterdir())
+    with pytest.raises(UserError, match=message) as error:
+        invoke("import", "hf", folder, out)
+    assert sorted(folder.parent.iterdir()) == before
+    return error.value
+
+
+def test_what_an_export_holds(exported: Path) -> None:
+    files = {file.name for file in exported.iterdir() if file.suffix != ".safetensors"}
+    assert files == {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    config = json.loads((exported / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["torch_dtype"]) == (128, "float32")
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (0, 0, 1)
+
+
+def test_imported_model_generates_and_is_exported_again(run: Path, exported: Path, tmp_path: Path) -> None:
+    said = invoke("import", "hf", exported, tmp_path / "in")
+    assert "small" in said
+    options = ("--max-tokens", 12, "--seed", 3)
+    assert invoke("generate", tmp_path / "in", "wort", *options) == invoke("generate", run, "wort", *options)
+    moved = (tmp_path / "in").rename(tmp_path / "moved")
+    assert invoke("generate", moved, "wort", *options)
+    invoke("export", "hf", moved, tmp_path / "again", "--shard-size", "50KB")
+    names = sorted(file.name for file in exported.iterdir())
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == names
+    assert all((tmp_path / "again" / name).read_bytes() == (exported / name).read_bytes() for name in names)
+
+
+def test_without_a_tokenizer(run: Path, tmp_path: Path) -> None:
+    invoke("export", "hf", run, tmp_path / "out", "--no-tokenizer", "--dtype", "bf16")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] is None
+    invoke("import", "hf", tmp_path / "out", tmp_path / "in")
+    with pytest.raises(UserError, match="does not tell the tokenizer"):
+        invoke("generate", tmp_path / "in", "x")
+
+
+def test_export_refuses(run: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        invoke("export", "hf", run, exported)
+    with pytest.raises(UserError, match="there is no folder"):
+        invoke("export", "hf", run, tmp_path / "absent" / "out")
+    with pytest.raises(UserError, match="--dtype fp8 is unknown"):
+        invoke("export", "hf", run, tmp_path / "out", "--dtype", "fp8")
+    for size in ("5", "0GB", "fiveGB", "5XB"):
+        with pytest.raises(UserError, match="is not a size"):
+            invoke("export", "hf", run, tmp_path / "out", "--shard-size", size)
+    with pytest.raises(UserError, match="neither a checkpoint nor a run"):
+        invoke("export", "hf", tmp_path, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(1 << 20))
+    with pytest.raises(UserError, match=r"has 0\.0 GB free, 0\.1 GB are needed"):
+        invoke("export", "hf", run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rotary_model_is_refused(tmp_path: Path) -> None:
+    checkpoint = save(small_model(pure_config("*-")), tmp_path / "c")
+    with pytest.raises(UserError, match="has rope positions"):
+        invoke("export", "hf", checkpoint, tmp_path / "out", "--no-tokenizer")
+
+
+def test_nothing_is_left_of_a_failed_export(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def full(tensors: dict, path: Path, **_: object) -> None:
+        path.write_bytes(b"x")
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf_writer, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot write .*No space left"):
+        invoke("export", "hf", run, tmp_path / "out", "--shard-size", "50KB")
+    assert len(written) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    file = max(tmp_path.rglob("*.distcp"), key=lambda f: f.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="does not match its checksum"):
+        invoke("export", "hf", tmp_path / "run", tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_import_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        invoke("import", "hf", tmp_path / "absent", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"config\.json: .*No such file")
+
+
+def test_import_over_something(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exists already"):
+        invoke("import", "hf", exported, tmp_path)
+
+
+def test_other_architecture(folder: Path) -> None:
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"nemotron_h"', '"llama"'))
+    refused(folder, r"config\.json: model_type is llama; only nemotron_h can be imported")
+
+
+def test_missing_file(folder: Path) -> None:
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    refused(folder, rf"1 of \d+ weight files are missing: {lost.name}")
+
+
+def test_other_weight_format(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+    assert "safetensors" in refused(folder, "has neither model.safetensors nor").hint
+
+
+def test_damaged_file(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(folder, f"{file.name} is damaged")
+
+
+def rewrite(folder: Path, name: str, change) -> None:
+    """Change one tensor (None removes it) where it lies."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            changed = change(tensors.pop(name))
+            if changed is not None:
+                tensors[name] = changed
+            save_file(tensors, file)
+
+
+def test_wrong_tensors(folder: Path) -> None:
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    pristine = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
+    rewrite(folder, name, lambda tensor: tensor[:-1].clone())
+    refused(folder, rf"1 tensors have a wrong shape: {name} is \[\d+, 48\], config.json asks for \[\d+, 48\]")
+    rewrite(folder, name, lambda tensor: None)
+    refused(folder, f"1 tensors are missing: {name}")
+    for file, content in pristine.items():
+        file.write_bytes(content)
+    rewrite(folder, name, lambda tensor: tensor.half())
+    refused(folder, "weights of dtype F16; all F32 or all BF16")
+    rewrite(folder, name, lambda tensor: tensor.bfloat16())
+    refused(folder, "weights of dtype BF16, F32")
+
+
+def test_tensors_of_another_model(folder: Path) -> None:
+    save_file({"backbone.layers.9.norm.weight": torch.ones(48)}, folder / "more.safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["backbone.layers.9.norm.weight"] = "more.safetensors"
+    index.write_text(json.dumps(content))
+    refused(folder, r"1 tensors have no place in the model of its config\.json: backbone\.layers\.9\.norm\.weight")
