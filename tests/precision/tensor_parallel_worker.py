@@ -45,10 +45,9 @@ def products(kind: str, recipe: str, sequence: bool, micro_batches: int) -> dict
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     group = parallel_state.get_tensor_model_parallel_group()
     config = NemotronHConfig(
-        num_layers=1,
         hidden_size=INPUTS,
         num_attention_heads=4,
-        hybrid_override_pattern="-",
+        hybrid_override_pattern="*-",
         params_dtype=torch.float32,
         bf16=False,
         sequence_parallel=sequence,
