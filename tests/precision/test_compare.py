@@ -59,7 +59,7 @@ model:
   expect: {{mamba: 2, attention: 1, ffn: 2, parameters: 164448}}
 data: {{blend: {folder}/words.yaml, root: {folder}/data, seq_length: 64, global_batch_size: 8, micro_batch_size: 4}}
 optim: {{peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 512}}
-checkpoint: {{every_steps: 2}}
+checkpoint: {{every_steps: 4}}
 log: {{dir: {folder}/runs, validate_every_steps: 2, validation_batches: 1}}
 """
 
@@ -285,6 +285,7 @@ def test_a_folder_of_another_comparison_is_refused(recipe: Path, tmp_path: Path)
     first = comparison(str(recipe), 8, out=tmp_path)
     first.runs[0].recipe_file.write_text(launch.text_of(first.runs[0]))
     launch.check_same(comparison(str(recipe), 8, out=tmp_path).runs[0])
+    launch.check_same(comparison(str(recipe), 8, out=tmp_path / ".." / tmp_path.name).runs[0])
     with pytest.raises(UserError, match="tokens: 4096 there, 2048 now"):
         launch.check_same(comparison(str(recipe), 4, out=tmp_path).runs[0])
 

@@ -22,6 +22,8 @@ from nemotron_h.comparison.runs import Comparison, Run
 from nemotron_h.errors import UserError
 from nemotron_h.provenance import leaves
 from nemotron_h.recipe.text import to_yaml
+from nemotron_h.schema import RecipeConfig
+from nemotron_h.strict import typed
 from nemotron_h.training import checkpoints
 
 #: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)
@@ -68,12 +70,13 @@ def check_same(run: Run) -> None:
     """
     if not run.recipe_file.is_file():
         return
-    there = dict(leaves(yaml.safe_load(run.recipe_file.read_text())))
-    now = dict(leaves(yaml.safe_load(text_of(run))))
+    # typed: a key that a later release added has its default
+    written = typed(RecipeConfig, yaml.safe_load(run.recipe_file.read_text()), str(run.recipe_file))
+    there, now = (dict(leaves(dataclasses.asdict(recipe))) for recipe in (written, run.recipe))
     changed = [
         f"{key}: {there.get(key)} there, {now.get(key)} now"
         for key in {**there, **now}
-        if there.get(key) != now.get(key)
+        if there.get(key) != now.get(key) and key != "log.dir"  # the same folder by another path
     ]
     if changed:
         raise UserError(
@@ -95,9 +98,14 @@ def command_of(run: Run) -> list[str]:
 def _train_one(run: Run, title: str, steps: int, console: Console) -> None:
     log = run.recipe_file.with_suffix(".log")
     process = subprocess.Popen(
-        command_of(run), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command_of(run),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way
     )
-    with _ended_with_us(process), log.open("a") as file, _Line(console, title, steps) as line:
+    with _ended_with_us(process, console), log.open("a") as file, _Line(console, title, steps) as line:
         for text in process.stdout:
             file.write(text)
             file.flush()
@@ -118,19 +126,21 @@ def _reason(log: Path) -> str:
 
 
 @contextmanager
-def _ended_with_us(process: subprocess.Popen) -> Iterator[None]:
-    """Whatever ends this command ends the run, which writes a checkpoint first."""
+def _ended_with_us(process: subprocess.Popen, console: Console) -> Iterator[None]:
+    """What ends this command ends the run, which writes a checkpoint first."""
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
         process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if process.poll() is None:
+            console.print("stopping: the run writes a checkpoint first")
             process.terminate()
             try:
                 process.wait(GRACE_S)
