@@ -124,6 +124,8 @@ def _common(
     whole: RecipeConfig, name: str, steps: int, tokens_per_step: int, out: Path, overrides: Sequence[str]
 ) -> RecipeConfig:
     """The recipe with what all runs share: length, folder, logging."""
+    if whole.stage != "pretrain":
+        raise UserError(f"{name} is a recipe of stage {whole.stage}; compared are pretraining runs")
     if whole.parallel.nodes > 1:
         raise UserError(
             f"{name}: parallel.nodes = {whole.parallel.nodes}, and this command trains on this machine alone",
