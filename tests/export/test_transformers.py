@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from save_checkpoint import save
 from small_model import pure_config, small_config, small_model, tokens
 
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, Turn
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.export import hf_writer
 from nemotron_h.inference.generate import generate
@@ -129,6 +130,7 @@ def test_tokenizer_and_chat_template(cases: dict[str, Case], tokenizer: Path) ->
         "<SPECIAL_11>User\ndef\n<SPECIAL_11>Assistant\n"
     )
     assert facts["no_system"] == "<SPECIAL_11>User\ngröße 日本?\n<SPECIAL_11>Assistant\n"
+    turns = tuple(Turn(message["role"], message["content"]) for message in CONVERSATION)
+    assert facts["chat_ids"] == ChatTemplate(FAMILY_SOURCE, text).prompt(turns)  # what the model is trained on
     turn = text.tokens_to_ids("<SPECIAL_11>")
-    assert facts["chat_ids"].count(turn) == 4  # special tokens, not their characters
     assert facts["eos"] == [text.eod_id, turn]

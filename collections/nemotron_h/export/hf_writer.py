@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,14 +93,15 @@ def write(plan: Plan, out: Path, tokenizer: Tokenizer | None, advance: Advance =
         UserError: `out` exists, the disk is full, or the checkpoint's weights are damaged.
     """
     with new_folder(out, plan.size) as folder:
+        write_json(folder / "config.json", plan.config)
         for name, wanted in plan.files.items():
             tensors = read_theirs(plan, set(wanted))
             save_file(tensors, folder / name, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", folder / name)  # safetensors lets the owner alone read
             advance(sum(tensor.nbytes for tensor in tensors.values()))
             del tensors  # before the next file's are allocated
         if plan.index is not None:
             write_json(folder / INDEX, plan.index)
-        write_json(folder / "config.json", plan.config)
         chat = tokenizer is not None and tokenizers.write(tokenizer, folder)
         write_json(
             folder / "generation_config.json",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+from nemotron_h.data.chat import FAMILY_SOURCE
 from nemotron_h.data.tokenizer import (
+    CHAT_TOKENS,
     BPETokenizer,
     HuggingFaceTokenizer,
     TiktokenTokenizer,
@@ -15,26 +18,12 @@ from nemotron_h.data.tokenizer import (
 )
 from nemotron_h.errors import UserError
 
-SYSTEM, TURN = "<SPECIAL_10>", "<SPECIAL_11>"
+#: begins a turn, and ends an answer
+TURN = CHAT_TOKENS[1]
 TEMPLATE_FILE = "chat_template.jinja"
 
-#: The format of the family's instruct models (Megatron-LM's `nemotron-h-aligned`). The token that begins the next turn
-#: ends an answer.
-CHAT_TEMPLATE = (
-    "{%- set turns = messages -%}"
-    "{%- if messages[0]['role'] == 'system' -%}"
-    "{{- '" + SYSTEM + "System\\n' + messages[0]['content'].strip() + '\\n' -}}"
-    "{%- set turns = messages[1:] -%}"
-    "{%- endif -%}"
-    "{%- for turn in turns -%}"
-    "{%- if turn['role'] == 'user' -%}{{- '" + TURN + "User\\n' -}}"
-    "{%- elif turn['role'] == 'assistant' -%}{{- '" + TURN + "Assistant\\n' -}}"
-    "{%- else -%}{{- raise_exception('role ' + turn['role'] + ' is not one of system (first), user, assistant') -}}"
-    "{%- endif -%}"
-    "{{- turn['content'].strip() + '\\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '" + TURN + "Assistant\\n' -}}{%- endif -%}"
-)
+#: as the conversations were written in training, without the tags for its loss mask, which some readers do not know
+CHAT_TEMPLATE = re.sub(r"\{%\s*(end)?generation\s*%\}", "", FAMILY_SOURCE)
 
 #: what a Hugging Face folder may hold of a tokenizer; weights and code stay where they are
 FILES = (
@@ -76,7 +65,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
             if (file := Path(tokenizer.path) / name).is_file():
                 shutil.copyfile(file, folder / name)
     template = _template(folder)
-    if template is None and {SYSTEM, TURN} <= set(tokenizer.vocab):
+    if template is None and set(CHAT_TOKENS[:2]) <= set(tokenizer.vocab):
         template = CHAT_TEMPLATE
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     return template is not None and TURN in template
