@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test test-hf bench lint clean
 
 help: ## what each target does
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 install: $(STAMP) ## create .venv with the tested versions
 
@@ -28,7 +28,11 @@ demo: $(STAMP) ## fetch real text, pretrain nemotron_h_tiny on the CPU, print a 
 
 test: $(STAMP) ## run the test suite
 	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile # two at a time, a core each
+
+test-hf: $(STAMP) ## exported models in Hugging Face transformers, in an environment of their own (set up first)
+	@python=$$($(BIN)/python tests/benchmarks/hf_environment.py) && \
+		NEMOTRON_H_HF_PYTHON=$$python $(BIN)/python -m pytest tests/export
 
 bench: $(STAMP) ## a training step against Hugging Face transformers; preparation and sampling against datasets and megatron-core
 	@$(BIN)/python tests/benchmarks/bench_train.py

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+from hf_environment import SetupError, hugging_face_python, packages
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,7 +28,6 @@ from nemotron_h.compose import compose
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / ".bench"
-REQUIREMENTS = HERE / "requirements_hf.txt"
 RECIPE = "nemotron_h_tiny/pretrain"
 PRECISIONS = ("fp32", "bf16")
 LENGTHS = (512, 2048)
@@ -42,27 +41,6 @@ console = Console()
 
 class BenchError(RuntimeError):
     """A measurement that could not be made; its text says why."""
-
-
-def hugging_face_python() -> Path:
-    """The interpreter of the comparison's own virtual environment, made on first use."""
-    folder = WORK / "hf"
-    python, mark = folder / "bin" / "python", folder / "requirements.sha256"
-    wanted = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    if mark.exists() and mark.read_text() == wanted:
-        return python
-    console.print(f"Setting up {folder} with {' '.join(_packages())} (once) ...")
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-    install = [str(python), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS)]
-    done = subprocess.run(install, capture_output=True, text=True)
-    if done.returncode:
-        raise BenchError(f"cannot install transformers into {folder}: {done.stderr.strip()[-600:]}")
-    mark.write_text(wanted)
-    return python
-
-
-def _packages() -> list[str]:
-    return [line for line in REQUIREMENTS.read_text().split("\n") if line and not line.startswith("#")]
 
 
 class Side:
@@ -258,7 +236,7 @@ def main() -> int:
                 limits.append(once(gemm_command, args.threads))
             # a limit is the best that was seen, whatever else ran on the machine meanwhile
             gemm = {p: min((limit[p] for limit in limits), key=lambda g: g["seconds"]) for p in PRECISIONS}
-    except BenchError as error:
+    except (BenchError, SetupError) as error:
         console.print(f"[red]{error}", markup=True)
         return 1
     for length, sides in results.items():
@@ -280,7 +258,7 @@ def main() -> int:
         "threads": args.threads,
         "load_average": os.getloadavg(),
         "hf_chunk": args.hf_chunk,
-        "packages": _packages(),
+        "packages": packages(),
         "processor": platform.processor() or platform.machine(),
         "seconds": time.time() - started,
     }
