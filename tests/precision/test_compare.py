@@ -23,6 +23,7 @@ from nemotron_h.comparison import gap, launch
 from nemotron_h.comparison.runs import comparison
 from nemotron_h.errors import UserError
 from nemotron_h.precision import statistics
+from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
 
 BLEND = """
@@ -105,7 +106,7 @@ def test_a_step_that_was_trained_twice_has_its_last_loss(tmp_path: Path) -> None
         gap.read_losses(tmp_path, 6)
 
 
-@pytest.mark.parametrize("operand", statistics.OPERANDS)
+@pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("recipe", ["fp8_current_scaling", "fp8_blockwise"])
 def test_cast_statistics_are_those_of_the_oracle(recipe: str, operand: str) -> None:
     draw = np.random.default_rng(3)
@@ -155,9 +156,9 @@ def test_the_callback_measures_what_the_products_quantise(
 
     from nemotron_h.precision import emulation
     from nemotron_h.precision.plugins import plugin
-    from nemotron_h.training.callbacks.cast_statistics import FILE, CastStatisticsCallback
+    from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 
-    quantised: dict[str, set] = {operand: set() for operand in statistics.OPERANDS}
+    quantised: dict[str, set] = {operand: set() for operand in OPERANDS}
     real = emulation.RECIPES["fp8_current_scaling"]
 
     def watching(operand: str):
@@ -190,14 +191,14 @@ def test_the_callback_measures_what_the_products_quantise(
     callback.on_train_start(trainer, model)
     callback.on_train_batch_start(trainer, model, None, 0)
     with monkeypatch.context() as patched:
-        recipe = emulation.Recipe(*map(watching, statistics.OPERANDS), real.gradient_dtype)
+        recipe = emulation.Recipe(*map(watching, OPERANDS), real.gradient_dtype)
         patched.setitem(emulation.RECIPES, "fp8_current_scaling", recipe)
         patched.setattr(statistics, "RECIPES", {"fp8_current_scaling": real})
         batch = tokens(2, 65)
         model(input_ids=batch[:, :-1], labels=batch[:, 1:].contiguous()).mean().backward()
     trainer.global_step = 3
     callback.on_train_batch_end(trainer, model, None, None, 0)
-    rows = json.loads((tmp_path / FILE).read_text())
+    rows = json.loads((tmp_path / CAST_STATISTICS).read_text())
     assert {(r["layer"], r["type"], r["product"]) for r in rows} == {
         (2, "mamba", "in_proj"),
         (2, "mamba", "out_proj"),

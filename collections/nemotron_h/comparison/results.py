@@ -12,9 +12,7 @@ from rich.table import Table
 from nemotron_h.comparison.gap import Curve, read_losses, train_curve, validation_curve
 from nemotron_h.comparison.runs import Comparison
 from nemotron_h.data.show import short_count
-
-OPERANDS = ("activation", "weight", "gradient")
-CASTS = "cast_statistics.json"
+from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def results(comparison: Comparison, window: int) -> Results:
     pair, against, *others = (read_losses(run.folder, comparison.steps) for run in comparison.runs)
     size = comparison.tokens_per_step
     validations = [validation_curve(against, other, size) for other in others]
-    casts = {run.name: run.folder / CASTS for run in comparison.runs[:2]}
+    casts = {run.name: run.folder / CAST_STATISTICS for run in comparison.runs[:2]}
     return Results(
         comparison,
         window,

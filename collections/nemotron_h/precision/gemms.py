@@ -20,6 +20,10 @@ MULTIPLE = 16
 #: tokens of a block of `fp8_blockwise`, which one rank's share of a sequence has to fill
 BLOCK = 128
 OUTPUT_LAYER = "output_layer"
+#: what a product's three passes multiply
+OPERANDS = ("activation", "weight", "gradient")
+#: file of a run's folder: what its casts to float8 did, at the steps that were measured
+CAST_STATISTICS = "cast_statistics.json"
 #: product -> keys of the model that its inputs and outputs come from
 _WIDTHS = {
     "in_proj": ("hidden_size", "mamba_num_heads"),

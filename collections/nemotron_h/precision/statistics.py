@@ -11,8 +11,6 @@ from torch import Tensor
 from nemotron_h.precision.emulation import RECIPES
 from nemotron_h.precision.scaling import E4M3
 
-OPERANDS = ("activation", "weight", "gradient")
-
 
 @dataclass(frozen=True)
 class CastStatistics:
@@ -59,7 +57,7 @@ def cast_counts(x: Tensor, operand: str, recipe: str) -> Tensor:
 
     Args:
         x: bfloat16 or float32 [..., columns].
-        operand: one of `OPERANDS`.
+        operand: `activation`, `weight` or `gradient`.
         recipe: `fp8_current_scaling` or `fp8_blockwise`. Blockwise activations and gradients are cast twice; counted is
             the cast for the first product that reads them (output, and gradient of the input).
     Returns:

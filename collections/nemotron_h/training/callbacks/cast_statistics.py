@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from nemotron_h.model.definition import LAYER_NAMES
 from nemotron_h.ops.norm import rms_norm
-from nemotron_h.precision.gemms import FP8_FORMATS, gemm_table
+from nemotron_h.precision.gemms import CAST_STATISTICS, FP8_FORMATS, gemm_table
 from nemotron_h.precision.plugins import PrecisionPlugin
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
 
-FILE = "cast_statistics.json"
 #: products whose inputs sequence parallelism gathers; of the others it splits the outputs
 COLUMN_PARALLEL = ("in_proj", "linear_qkv", "linear_fc1")
 #: (layer, product, operand)
@@ -79,7 +78,7 @@ class CastStatisticsCallback(pl.Callback):
             torch.distributed.all_gather_object(everyone, own)
         if trainer.is_global_zero:
             rows = list(self._rows(trainer.global_step, together(everyone)))
-            write(Path(trainer.checkpoint_callback.dirpath).parent / FILE, trainer.global_step, rows)
+            write(Path(trainer.checkpoint_callback.dirpath).parent / CAST_STATISTICS, trainer.global_step, rows)
             scalars = {
                 f"fp8_{name}_{row['operand']}/layer_{row['layer']:03d}_{row['product']}": row[name]
                 for row in rows
