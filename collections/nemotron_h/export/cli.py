@@ -45,7 +45,7 @@ def export_hf(
     ] = None,
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write no tokenizer files.")] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, for transformers (5.15.1 or newer), vLLM and mlx-lm."""
+    """Write a checkpoint as a Hugging Face folder, for transformers (5.15.1 or newer) and what reads its folders."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
     size = _bytes_of(shard_size)
