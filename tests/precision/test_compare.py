@@ -102,8 +102,23 @@ def test_a_step_that_was_trained_twice_has_its_last_loss(tmp_path: Path) -> None
     write_events(tmp_path / "a", 3, [3.0, 2.0], began=200)
     write_events(tmp_path / "a", 4, [2.5], began=300, tag=gap.VALIDATION)
     assert gap.read_losses(tmp_path, 4) == gap.Losses({1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, {4: 2.5})
-    with pytest.raises(UserError, match="lack the loss of 2 of 6 steps, from step 5"):
-        gap.read_losses(tmp_path, 6)
+    with pytest.raises(UserError, match="lack the loss of 1 of 5 steps, from step 5"):
+        gap.read_losses(tmp_path, 5)
+
+
+def test_a_step_whose_loss_a_killed_process_took_along_is_left_out_of_both(tmp_path: Path) -> None:
+    write_events(tmp_path, 1, [5.0, 4.0], began=100)
+    write_events(tmp_path, 4, [3.0, 2.0], began=200)
+    killed = gap.read_losses(tmp_path, 5)
+    assert killed.missing == (3,)
+    whole = gap.Losses({1: 4.0, 2: 5.0, 3: 100.0, 4: 3.0, 5: 4.0}, {})
+    curve = gap.train_curve(whole, killed, 10, 1)
+    assert curve.tokens.tolist() == [10, 20, 40, 50]
+    assert curve.gap == pytest.approx([-0.25, 0.2, 0, 0.5])
+    assert gap.train_curve(killed, whole, 10, 2).gap == pytest.approx([0, -0.25, 0, -0.4])
+    write_events(tmp_path / "more", 8, [2.0], began=300)
+    with pytest.raises(UserError, match="lack the loss of 3 of 8 steps, from step 3"):
+        gap.read_losses(tmp_path, 8)
 
 
 @pytest.mark.parametrize("operand", OPERANDS)

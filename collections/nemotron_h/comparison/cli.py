@@ -60,5 +60,5 @@ def compare_precision(
         written.append(made.out / f"casts-{run}.png")
         draw_casts(f"{made.recipe}, {run}", casts, written[-1])
     console.print(found.table())
-    for line in [*found.cast_lines(), f"written: {', '.join(map(str, written))}"]:
+    for line in [*found.missing_lines(), *found.cast_lines(), f"written: {', '.join(map(str, written))}"]:
         console.print(line, markup=False)

@@ -14,10 +14,15 @@ TRAIN, VALIDATION = "reduced_train_loss", "val_loss"
 
 @dataclass(frozen=True)
 class Losses:
-    """Step -> loss, steps from 1: a validation loss stands at the last step before it."""
+    """Step -> loss, steps from 1: a validation loss stands at the last step before it.
+
+    Attributes:
+        missing: steps without a training loss: a process that was killed had written a checkpoint, not yet the loss.
+    """
 
     train: dict[int, float]
     validation: dict[int, float]
+    missing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def read_losses(folder: Path, steps: int) -> Losses:
         folder: of the run.
         steps: that it has.
     Errors:
-        UserError: steps are missing.
+        UserError: the last step is missing, or more than one step and 1 % of all.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -63,18 +68,27 @@ def read_losses(folder: Path, steps: int) -> Losses:
         tag: {event.step + 1: event.value for event in sorted(events, key=lambda event: event.wall_time)}
         for tag, events in found.items()
     }
-    missing = [step for step in range(1, steps + 1) if step not in by_step[TRAIN]]
-    if missing:
+    missing = tuple(step for step in range(1, steps + 1) if step not in by_step[TRAIN])
+    if missing and (missing[-1] == steps or len(missing) > max(1, steps // 100)):
         raise UserError(
             f"the events in {folder} lack the loss of {len(missing)} of {steps} steps, from step {missing[0]}",
             hint="remove that folder to train it again",
         )
-    return Losses(*({s: v for s, v in sorted(by_step[tag].items()) if s <= steps} for tag in (TRAIN, VALIDATION)))
+    train, validation = (
+        {step: loss for step, loss in sorted(by_step[tag].items()) if step <= steps} for tag in (TRAIN, VALIDATION)
+    )
+    return Losses(train, validation, missing)
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values, from the first that has so many on: [n - window + 1] of [n]."""
-    return np.convolve(values, np.full(window, 1 / window), mode="valid")
+    """Mean of the last `window` values, from the first that has so many on: [n - window + 1] of [n].
+
+    A NaN is left out; where all of a window are, the mean is NaN too.
+    """
+    known, ones = ~np.isnan(values), np.ones(window)
+    counts = np.convolve(known, ones, mode="valid").round()
+    sums = np.convolve(np.where(known, values, 0), ones, mode="valid")
+    return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
 
 
 def relative_gap(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -83,9 +97,18 @@ def relative_gap(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def train_curve(reference: Losses, other: Losses, tokens_per_step: int, window: int) -> Curve:
-    """The gap of the training losses, each smoothed over `window` steps, at the window's end."""
-    first, second = (smoothed(np.array(list(run.train.values())), window) for run in (reference, other))
-    return Curve((np.arange(len(first)) + window) * tokens_per_step, relative_gap(first, second))
+    """The gap of the training losses, each smoothed over `window` steps, at the window's end. A step that one of the
+    two lacks is left out of both.
+    """
+    steps = range(1, max(reference.train) + 1)
+    both = reference.train.keys() & other.train.keys()
+    first, second = (
+        smoothed(np.array([run.train[step] if step in both else np.nan for step in steps]), window)
+        for run in (reference, other)
+    )
+    known = ~np.isnan(first)
+    tokens = (np.arange(len(first)) + window) * tokens_per_step
+    return Curve(tokens[known], relative_gap(first, second)[known])
 
 
 def validation_curve(reference: Losses, other: Losses, tokens_per_step: int) -> Curve | None:

@@ -24,6 +24,7 @@ class Results:
         window: steps that training losses are smoothed over.
         train, validation: of the pair; no validation curve where nothing was validated.
         noise_train, noise_validation: the same of the reference against itself from other initial weights.
+        missing: run -> steps whose training loss is not known, left out of the curves; see `gap.Losses`.
         casts: FP8 run of the pair -> rows of what its casts did; see `training.callbacks.cast_statistics`.
     """
 
@@ -34,6 +35,7 @@ class Results:
     noise_train: list[Curve]
     noise_validation: list[Curve]
     casts: dict[str, list[dict[str, Any]]]
+    missing: dict[str, tuple[int, ...]]
 
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain containers."""
@@ -51,6 +53,7 @@ class Results:
             "runs": {run.name: str(run.folder) for run in made.runs},
             "pair": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in curves.items()},
             "noise": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in noise.items()},
+            "missing_steps": {run: list(steps) for run, steps in self.missing.items()},
             "casts": self.casts,
         }
 
@@ -81,6 +84,12 @@ class Results:
                     table.add_row(title, loss, f"{s['end']:+.4%}", f"{s['largest']:+.4%}", largest)
         return table
 
+    def missing_lines(self) -> list[str]:
+        """What the curves leave out."""
+        return [
+            f"{run} has no loss of step {', '.join(map(str, steps))}: left out" for run, steps in self.missing.items()
+        ]
+
     def cast_lines(self) -> list[str]:
         """Where FP8 loses most, a line for each operand of an FP8 run."""
         lines = []
@@ -109,7 +118,8 @@ def results(comparison: Comparison, window: int) -> Results:
     Errors:
         UserError: losses are missing.
     """
-    pair, against, *others = (read_losses(run.folder, comparison.steps) for run in comparison.runs)
+    read = {run.name: read_losses(run.folder, comparison.steps) for run in comparison.runs}
+    pair, against, *others = read.values()
     size = comparison.tokens_per_step
     validations = [validation_curve(against, other, size) for other in others]
     casts = {run.name: run.folder / CAST_STATISTICS for run in comparison.runs[:2]}
@@ -121,4 +131,5 @@ def results(comparison: Comparison, window: int) -> Results:
         [train_curve(against, other, size, window) for other in others],
         [curve for curve in validations if curve is not None],
         {name: json.loads(file.read_text()) for name, file in casts.items() if file.is_file()},
+        {name: losses.missing for name, losses in read.items() if losses.missing},
     )

@@ -83,6 +83,7 @@ class Preemption(pl.Callback):
         if not leave or trainer.global_step >= trainer.max_steps:
             return
         trainer.checkpoint_callback.save_now(trainer)
+        trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its callbacks
         for logger in trainer.loggers:
             logger.finalize("stopped")
         trainer.strategy.barrier("everything is written")  # launchers kill the others when the first rank leaves
