@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from nemotron_h.comparison import gap, launch
+from nemotron_h.comparison.results import read_casts
 from nemotron_h.comparison.runs import comparison
 from nemotron_h.errors import UserError
 from nemotron_h.precision import statistics
@@ -88,19 +89,25 @@ def test_smoothing_is_a_mean_of_the_last_values() -> None:
     assert gap.smoothed(values, 7) == pytest.approx(expected)
 
 
-def write_events(folder: Path, first: int, losses: list[float], began: float, tag: str = gap.TRAIN) -> None:
-    """Losses of the steps from `first` on (from 1), as a process that began then logs them."""
+def write_events(folder: Path, first: int, losses: list[float], began: float, validated: int = 0) -> None:
+    """Losses of the steps from `first` on (from 1), as a process that began then logs them; after step `validated` a
+    validation loss of 2.5, under a step that is one too early.
+    """
     writer = EventFileWriter(str(folder))
     for number, loss in enumerate(losses):
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=loss)])
-        writer.add_event(Event(wall_time=began + number, step=first + number - 1, summary=summary))
+        step = first + number
+        events = [(gap.TRAIN, loss, step - 1, 0.0)]
+        if step == validated:
+            events.append((gap.VALIDATION, 2.5, step - 2, 0.5))
+        for tag, value, logged, after in events:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.add_event(Event(wall_time=began + number + after, step=logged, summary=summary))
     writer.close()
 
 
 def test_a_step_that_was_trained_twice_has_its_last_loss(tmp_path: Path) -> None:
     write_events(tmp_path / "b", 1, [5.0, 4.0, 9.0], began=100)
-    write_events(tmp_path / "a", 3, [3.0, 2.0], began=200)
-    write_events(tmp_path / "a", 4, [2.5], began=300, tag=gap.VALIDATION)
+    write_events(tmp_path / "a", 3, [3.0, 2.0], began=200, validated=4)
     assert gap.read_losses(tmp_path, 4) == gap.Losses({1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, {4: 2.5})
     with pytest.raises(UserError, match="lack the loss of 1 of 5 steps, from step 5"):
         gap.read_losses(tmp_path, 5)
@@ -119,6 +126,17 @@ def test_a_step_whose_loss_a_killed_process_took_along_is_left_out_of_both(tmp_p
     write_events(tmp_path / "more", 8, [2.0], began=300)
     with pytest.raises(UserError, match="lack the loss of 3 of 8 steps, from step 3"):
         gap.read_losses(tmp_path, 8)
+
+
+def test_casts_of_all_processes_count_the_last_measurement_of_a_step(tmp_path: Path) -> None:
+    for number, (folder, rows) in enumerate(
+        [("run_0", [(1, 0.1), (3, 0.3)]), ("run_1", [(3, 0.4), (6, 0.6)]), (".", [(6, 0.7)])]
+    ):
+        file = tmp_path / folder / CAST_STATISTICS
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps([{"step": step, "amax": amax} for step, amax in rows]))
+        os.utime(file, (number, number))
+    assert [(row["step"], row["amax"]) for row in read_casts(tmp_path)] == [(1, 0.1), (3, 0.4), (6, 0.7)]
 
 
 @pytest.mark.parametrize("operand", OPERANDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ TRAIN, VALIDATION = "reduced_train_loss", "val_loss"
 
 @dataclass(frozen=True)
 class Losses:
-    """Step -> loss, steps from 1: a validation loss stands at the last step before it.
+    """Step -> loss, steps from 1; a validation loss stands at the last step before it.
 
     Attributes:
         missing: steps without a training loss: a process that was killed had written a checkpoint, not yet the loss.
@@ -58,16 +59,20 @@ def read_losses(folder: Path, steps: int) -> Losses:
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[str, list] = {TRAIN: [], VALIDATION: []}
+    found: dict[str, list[tuple[float, int, float]]] = {TRAIN: [], VALIDATION: []}  # time, step, loss
     for path in folder.rglob("events.out.tfevents.*"):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})  # 0 keeps all
         events.Reload()
-        for tag in set(found) & set(events.Tags()["scalars"]):
-            found[tag] += events.Scalars(tag)
-    by_step = {
-        tag: {event.step + 1: event.value for event in sorted(events, key=lambda event: event.wall_time)}
-        for tag, events in found.items()
-    }
+        tags = events.Tags()["scalars"]
+        train = [(e.wall_time, e.step + 1, e.value) for e in events.Scalars(TRAIN)] if TRAIN in tags else []
+        found[TRAIN] += train
+        times = [time for time, _, _ in train]
+        for event in events.Scalars(VALIDATION) if VALIDATION in tags else []:
+            # Lightning's own step of a validation is wrong after a resume
+            before = bisect.bisect_right(times, event.wall_time)
+            if before:
+                found[VALIDATION].append((event.wall_time, train[before - 1][1], event.value))
+    by_step = {tag: {step: loss for _, step, loss in sorted(events)} for tag, events in found.items()}
     missing = tuple(step for step in range(1, steps + 1) if step not in by_step[TRAIN])
     if missing and (missing[-1] == steps or len(missing) > max(1, steps // 100)):
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -105,6 +106,15 @@ class Results:
         return lines
 
 
+def read_casts(folder: Path) -> list[dict[str, Any]]:
+    """What a run's processes measured, by step. NeMo moves the files of earlier ones to `run_0`, `run_1` and so on."""
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for file in sorted(folder.rglob(CAST_STATISTICS), key=lambda file: file.stat().st_mtime):
+        rows = json.loads(file.read_text())
+        by_step |= {step: [row for row in rows if row["step"] == step] for step in {row["step"] for row in rows}}
+    return [row for _, rows in sorted(by_step.items()) for row in rows]
+
+
 def _place(row: dict[str, Any]) -> str:
     return f" (layer {row['layer']} {row['product']}, step {row['step']:,})"
 
@@ -122,7 +132,7 @@ def results(comparison: Comparison, window: int) -> Results:
     pair, against, *others = read.values()
     size = comparison.tokens_per_step
     validations = [validation_curve(against, other, size) for other in others]
-    casts = {run.name: run.folder / CAST_STATISTICS for run in comparison.runs[:2]}
+    casts = {run.name: read_casts(run.folder) for run in comparison.runs[:2]}
     return Results(
         comparison,
         window,
@@ -130,6 +140,6 @@ def results(comparison: Comparison, window: int) -> Results:
         validation_curve(against, pair, size),
         [train_curve(against, other, size, window) for other in others],
         [curve for curve in validations if curve is not None],
-        {name: json.loads(file.read_text()) for name, file in casts.items() if file.is_file()},
+        {name: rows for name, rows in casts.items() if rows},
         {name: losses.missing for name, losses in read.items() if losses.missing},
     )
