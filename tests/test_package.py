@@ -32,7 +32,7 @@ def test_installed_folders_are_the_repository_s() -> None:
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_recipe_composes_and_is_a_short_diff(name: str) -> None:
     recipe = compose(name)
-    assert recipe.name == name.split("/")[0]
+    assert recipe.model.name == name.split("/")[0]
     lines = [
         line
         for line in (recipes_dir() / f"{name}.yaml").read_text().splitlines()

@@ -20,6 +20,7 @@ from nemotron_h.schema import (
     RECOMPUTE,
     SCHEDULES,
     STAGES,
+    TOO_LONG,
     PrecisionOptionsSchema,
     RecipeConfig,
 )
@@ -57,6 +58,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     """
     definition = definition_of(recipe, origin)
     check_names(recipe, origin)
+    check_stage(recipe, origin)
     check_ranges(recipe, origin)
     check_recompute(recipe, definition, origin)
     check_schedule(recipe, origin)
@@ -119,6 +121,28 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
                     f"{origin}: precision_options.{key} is unused: precision is {recipe.precision}",
                     hint="leave it out, or set precision: fp8_current_scaling or fp8_blockwise",
                 )
+
+
+def check_stage(recipe: RecipeConfig, origin: str) -> None:
+    """No key of another stage."""
+    data = recipe.data
+    if recipe.stage == "sft":
+        check_one_of("data.too_long", data.too_long or "", TOO_LONG, f"{origin}: ")
+        if not data.document_reset:
+            raise UserError(f"{origin}: data.document_reset = false", hint="packed conversations are always reset")
+        if recipe.resume.blend_change is not None:
+            raise UserError(
+                f"{origin}: resume.blend_change is for pretraining",
+                hint="start a run with other conversations from this one's weights: init.checkpoint",
+            )
+    else:
+        if recipe.init.checkpoint is not None:
+            raise UserError(
+                f"{origin}: init.checkpoint is unused: {recipe.stage} starts from init_seed",
+                hint="leave it out, or set stage: sft",
+            )
+        if data.too_long is not None:
+            raise UserError(f"{origin}: data.too_long is unused: {recipe.stage} reads text", hint="leave it out")
 
 
 def check_ranges(recipe: RecipeConfig, origin: str) -> None:
@@ -241,10 +265,17 @@ def check_sources(recipe: RecipeConfig, origin: str) -> None:
 
 
 def check_blend(recipe: RecipeConfig, origin: str) -> None:
-    """The blend is there, and each of its phases has a step in a run of this length."""
+    """The blend is there, is one of the stage's kind, and each of its phases has a step in a run of this length."""
     data = recipe.data
     horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
     try:
-        phase_spans(load_blend(data.blend).phases, horizon)
+        blend = load_blend(data.blend)
+        phase_spans(blend.phases, horizon)
     except UserError as error:
         raise UserError(f"{origin}: data.blend = {data.blend}: {error.message}", hint=error.hint) from error
+    if blend.is_chat() != (recipe.stage == "sft"):
+        holds, reads = ("conversations", "text") if blend.is_chat() else ("texts", "conversations")
+        raise UserError(
+            f"{origin}: data.blend = {data.blend} holds {holds}, and stage {recipe.stage} reads {reads}",
+            hint="name another blend; docs/sft.md shows one of conversations",
+        )

@@ -34,12 +34,11 @@ def configs_dir() -> Path:
     return Path(str(files("nemotron_h.configs")))
 
 
-def known_recipes() -> list[str]:
-    """Shipped recipes as `<model>/<stage>`, without the bases."""
+def known_recipes(stage: str = "*") -> list[str]:
+    """Shipped recipes as `<model>/<stage>`, of every stage or of one, without the bases."""
     root = recipes_dir()
-    return sorted(
-        str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml") if path.parent.name != "base"
-    )
+    files = root.glob(f"*/{stage}.yaml")
+    return sorted(str(path.relative_to(root).with_suffix("")) for path in files if path.parent.name != "base")
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ import nemo_run as run  # noqa: E402
 from nemo.collections import llm  # noqa: E402
 
 from nemotron_h.compose import compose, known_recipes  # noqa: E402
+from nemotron_h.errors import UserError  # noqa: E402
 from nemotron_h.runtime import cluster_cli, nemo_cli  # noqa: E402
-from nemotron_h.training import pretrain  # noqa: E402
+from nemotron_h.schema import STAGES  # noqa: E402
+from nemotron_h.training import pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks import run_record  # noqa: E402
 
-BUILDERS = {"pretrain": (llm.pretrain, pretrain.build)}
+BUILDERS = {"pretrain": (llm.pretrain, pretrain.build), "sft": (llm.finetune, sft.build)}
 
 
 def _register(name: str) -> None:
@@ -33,11 +35,23 @@ for _name in known_recipes():
     _register(_name)
 
 
-@run.cli.factory(target=llm.pretrain, name="nemotron_h_recipe")
-def nemotron_h_recipe(path: str) -> run.Partial:
-    """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
-    recipe = compose(path)
-    return BUILDERS[recipe.stage][1](recipe)
+def _register_files(stage: str) -> None:
+    target, build = BUILDERS[stage]
+
+    def nemotron_h_recipe(path: str) -> run.Partial:
+        """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
+        recipe = compose(path)
+        if recipe.stage != stage:
+            raise UserError(
+                f"{path} is a recipe of stage {recipe.stage}", hint=f"run it with: nemo llm {STAGES[recipe.stage]} ..."
+            )
+        return build(recipe)
+
+    run.cli.factory(target=target, name="nemotron_h_recipe")(nemotron_h_recipe)
+
+
+for _stage in BUILDERS:
+    _register_files(_stage)
 
 
 nemo_cli.install(run_record.note)

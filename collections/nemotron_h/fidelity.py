@@ -132,8 +132,9 @@ def shown(value: Any) -> str:
 def document() -> str:
     """The whole of `docs/fidelity.md`."""
     papers, parts = published(), [HEADER]
-    order = [*papers, *sorted({name.split("/")[0] for name in known_recipes()} - set(papers))]
-    for name in sorted(known_recipes(), key=lambda name: order.index(name.split("/")[0])):
+    names = known_recipes("pretrain")
+    order = [*papers, *sorted({name.split("/")[0] for name in names} - set(papers))]
+    for name in sorted(names, key=lambda name: order.index(name.split("/")[0])):
         model = name.split("/")[0]
         if model not in papers:
             parts.append(

@@ -8,7 +8,9 @@ from omegaconf import MISSING
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
-STAGES = ("pretrain",)
+#: stage -> the command of `nemo llm` that runs it
+STAGES = {"pretrain": "pretrain", "sft": "finetune"}
+TOO_LONG = ("cut", "drop")
 SCHEDULES = ("cosine", "wsd")
 RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
 BLEND_CHANGES = ("from_step",)
@@ -62,7 +64,8 @@ class DataSchema:
         global_batch_size: sequences per step, over all ranks.
         micro_batch_size: sequences per forward pass of one rank.
         seed: of the sample order.
-        document_reset: whether states and attention start anew at document boundaries.
+        document_reset: whether states and attention start anew at document boundaries; packed conversations always do.
+        too_long: sft only: what becomes of conversations longer than `seq_length`: `cut` at its end, or `drop` them.
         workers: processes that load data, per rank.
     """
 
@@ -73,6 +76,7 @@ class DataSchema:
     micro_batch_size: int = 1
     seed: int = 1234
     document_reset: bool = False
+    too_long: str | None = None
     workers: int = 0
 
 
@@ -157,6 +161,18 @@ class ResumeSchema:
 
 
 @dataclass
+class InitSchema:
+    """What a run starts from, where it has no checkpoint of its own.
+
+    Attributes:
+        checkpoint: a run's folder or one of its checkpoints: weights are taken, the optimizer starts anew. Null draws
+            them from `init_seed`.
+    """
+
+    checkpoint: str | None = None
+
+
+@dataclass
 class CheckpointSchema:
     """When checkpoints are written and how many of the newest are kept. The last step always writes one.
 
@@ -201,6 +217,7 @@ class RecipeConfig:
         tokens: length of the run; an integer, or text such as 15T.
         precision: one of `fp32`, `bf16`, `fp8_current_scaling` (paper 2.3), `fp8_blockwise` (Nemotron Nano 2).
         init_seed: of the initial weights.
+        init: other initial weights.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
             (`trainer.max_steps=20`); a run writes here what its command line changed.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
@@ -217,6 +234,7 @@ class RecipeConfig:
     parallel: ParallelSchema = field(default_factory=ParallelSchema)
     precision_options: PrecisionOptionsSchema = field(default_factory=PrecisionOptionsSchema)
     recompute: RecomputeSchema = field(default_factory=RecomputeSchema)
+    init: InitSchema = field(default_factory=InitSchema)
     resume: ResumeSchema = field(default_factory=ResumeSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     log: LogSchema = field(default_factory=LogSchema)

@@ -1,4 +1,4 @@
-"""Every recipe as `nemo llm pretrain --factory NAME`: it resolves, overrides and dry-runs on a machine without GPUs."""
+"""Every recipe as `nemo llm pretrain|finetune --factory NAME`: it resolves, overrides and dry-runs without GPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from nemotron_h.compose import known_recipes
 
-NAMES = [name.split("/")[0] for name in known_recipes() if name.endswith("/pretrain")]
+NAMES = [name.split("/")[0] for name in known_recipes("pretrain")]
+TUNED = [name.split("/")[0] for name in known_recipes("sft")]
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +24,9 @@ def parsed():
 
     from nemotron_h import factories  # noqa: F401 - what the entry point loads
 
-    def parse(name: str, *settings: str) -> run.Partial:
-        return parse_cli_args(llm.pretrain, list(settings), parse_factory(llm.pretrain, "factory", run.Partial, name))
+    def parse(name: str, *settings: str, command: str = "pretrain") -> run.Partial:
+        entry = getattr(llm, command)
+        return parse_cli_args(entry, list(settings), parse_factory(entry, "factory", run.Partial, name))
 
     return parse
 
@@ -47,6 +49,34 @@ def test_a_factory_resolves_and_overrides(parsed, name: str) -> None:
     assert (task.trainer.max_steps, task.optim.peak_lr, task.data.seed) == (20, pytest.approx(1e-3), 7)
     assert task.trainer.strategy.tensor_model_parallel_size == 1
     assert task.model.config.init_seed == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TUNED)
+def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
+    from nemo.collections import llm
+
+    from nemotron_h.data.sft_module import ConversationDataModule
+
+    tuned = parsed(name, "resume.init_checkpoint=there", "data.too_long=drop", command="finetune")
+    base = parsed(name)
+    assert (tuned.__fn_or_cls__, tuned.data.__fn_or_cls__) == (llm.finetune, ConversationDataModule)
+    assert (tuned.resume.init_checkpoint, tuned.data.too_long, tuned.tokenizer) == ("there", "drop", "data")
+    assert tuned.model.config.calculate_per_token_loss is True
+    assert tuned.model.config.hybrid_override_pattern == base.model.config.hybrid_override_pattern
+    assert [c.__fn_or_cls__ for c in tuned.trainer.callbacks] == [c.__fn_or_cls__ for c in base.trainer.callbacks]
+    assert tuned.log.explicit_log_dir != base.log.explicit_log_dir
+
+
+@pytest.mark.slow
+def test_a_recipe_file_of_another_stage_names_its_command(parsed, tmp_path: Path) -> None:
+    from nemotron_h.errors import UserError
+
+    file = tmp_path / "mine.yaml"
+    file.write_text("# @package _global_\ndefaults: [/nemotron_h_tiny/sft, _self_]\nname: mine\n")
+    assert parsed(f"nemotron_h_recipe(path={file})", command="finetune").log.explicit_log_dir == "runs/mine"
+    with pytest.raises(UserError, match="nemo llm finetune"):
+        parsed(f"nemotron_h_recipe(path={file})")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from nemotron_h.compose import compose
 from nemotron_h.errors import UserError
 
 TINY, LARGE, NANO, MAMBA = "nemotron_h_tiny", "nemotron_h_8b", "nano_12b_v2", "mamba2_8b"
+SFT = "nemotron_h_tiny/sft"
 
 
 @pytest.mark.parametrize(
@@ -34,6 +35,18 @@ TINY, LARGE, NANO, MAMBA = "nemotron_h_tiny", "nemotron_h_8b", "nano_12b_v2", "m
         (TINY, ["optim.peak_lr=abc"], ("optim.peak_lr",)),
         (TINY, ["model.expect.mamba=7"], ("mamba: 6 counted, 7 expected",)),
         (TINY, ["model.pattern=M-M*M-"], ("attention at layer 3",)),
+        # keys of another stage
+        (TINY, ["init.checkpoint=runs/x"], ("init.checkpoint is unused: pretrain starts", "stage: sft")),
+        (TINY, ["data.too_long=drop"], ("data.too_long is unused",)),
+        (
+            TINY,
+            ["data.blend=sft_sample"],
+            ("holds conversations, and stage pretrain reads text",),
+        ),
+        (SFT, ["data.blend=sample_small"], ("data.blend = sample_small holds texts, and stage sft reads",)),
+        (SFT, ["data.too_long=truncate"], ("data.too_long = 'truncate'", "Known: cut, drop")),
+        (SFT, ["data.document_reset=false"], ("data.document_reset = false",)),
+        (SFT, ["resume.blend_change=from_step"], ("resume.blend_change is for pretraining",)),
         # ranges
         (TINY, ["data.global_batch_size=0"], ("data.global_batch_size = 0 is below 1",)),
         (TINY, ["parallel.tensor=0"], ("parallel.tensor = 0 is below 1", "set parallel.tensor to 1")),

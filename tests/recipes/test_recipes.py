@@ -13,6 +13,7 @@ from nemotron_h import compose
 from nemotron_h.checks import definition_of
 from nemotron_h.compose import known_recipes, recipes_dir
 from nemotron_h.provenance import leaves
+from nemotron_h.schema import STAGES
 
 trace = functools.cache(compose.trace)
 
@@ -33,7 +34,9 @@ def written(file: Path) -> dict:
 
 
 def test_the_whole_family_ships() -> None:
-    assert {name.split("/")[0] for name in known_recipes() if name.endswith("/pretrain")} == FAMILY
+    assert {name.split("/")[0] for name in known_recipes("pretrain")} == FAMILY
+    assert {name.split("/")[0] for name in known_recipes("sft")} <= FAMILY
+    assert {name.split("/")[1] for name in known_recipes()} == set(STAGES)
 
 
 @pytest.mark.parametrize("name", known_recipes())
@@ -70,7 +73,9 @@ def test_every_value_that_matters_has_a_source(name: str) -> None:
 @pytest.mark.parametrize("name", known_recipes())
 def test_the_model_is_the_one_of_its_name(name: str) -> None:
     recipe = trace(name).recipe
-    assert recipe.name == recipe.model.name == name.split("/")[0]
+    model, stage = name.split("/")
+    assert (recipe.model.name, recipe.stage) == (model, stage)
+    assert recipe.name == (model if stage == "pretrain" else f"{model}_{stage}")  # runs of two stages do not meet
     assert definition_of(recipe, name).parameters == recipe.model.expect.parameters
 
 

@@ -1,4 +1,4 @@
-"""Run a recipe as `nemo llm pretrain` does and record what each step did.
+"""Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [key=value ...]`: overrides of the built recipe are dotted; `kill`
 ends the process with SIGKILL right after that step, `signal` sends a signal to one rank during it. Each step appends to
@@ -21,25 +21,32 @@ quiet.hush()
 import fiddle as fdl  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
+import torch  # noqa: E402
 
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
+from nemotron_h.data.sft_module import PackedDataset  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
+from nemotron_h.training import pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
-from nemotron_h.training.pretrain import build  # noqa: E402
 
 READ: list[int] = []
-_getitem = WindowDataset.__getitem__
 
 
-def recording(self, index):
-    """`WindowDataset.__getitem__` that notes what training reads."""
-    if self.training:
-        READ.append(index)
-    return _getitem(self, index)
+def record_reads(dataset: type) -> None:
+    """Have a dataset note what training reads."""
+    getitem = dataset.__getitem__
+
+    def recording(self, index):
+        if self.training:
+            READ.append(index)
+        return getitem(self, index)
+
+    dataset.__getitem__ = recording
 
 
-WindowDataset.__getitem__ = recording
+record_reads(WindowDataset)
+record_reads(PackedDataset)
 
 
 class Recorder(pl.Callback):
@@ -48,6 +55,11 @@ class Recorder(pl.Callback):
     def __init__(self, kill: int | None, told: str | None) -> None:
         self.kill = kill
         self.told = told.split(":") if told else None
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        if not trainer.global_step and trainer.world_size == 1:
+            weights = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
+            torch.save(weights, Path(trainer.checkpoint_callback.dirpath).parents[1] / "start.pt")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self.told and (trainer.global_step + 1, trainer.global_rank) == (int(self.told[0]), int(self.told[1])):
@@ -73,7 +85,8 @@ class Recorder(pl.Callback):
 
 def main(recipe: str, *options: str) -> None:
     """Build, override, run."""
-    task = build(compose(recipe))
+    composed = compose(recipe)
+    task = {"pretrain": pretrain.build, "sft": sft.build}[composed.stage](composed)
     kill = told = None
     changed = []
     for option in options:

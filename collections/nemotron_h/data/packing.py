@@ -104,7 +104,7 @@ class PackedOrder:
         self._totals = {name: int(lengths[name].sum(dtype=np.int64)) for name in self.names}
         self._round_positions = min(self._totals[name] / shares[name] for name in self.names)
         self._ends: list[int] = []  # number of the first window behind each round
-        self._round: tuple[int, list[list[Item]]] = (-1, [])
+        self._rounds: dict[int, list[list[Item]]] = {}
 
     def window(self, number: int) -> list[Item]:
         """The conversations of a window, in their order."""
@@ -119,10 +119,12 @@ class PackedOrder:
         return sum(int(self.lengths[item.source][item.number]) ** 2 for item in self.window(number))
 
     def round(self, index: int) -> list[list[Item]]:
-        """The windows of a round; the last one that was asked for is kept."""
-        if self._round[0] != index:
-            self._round = (index, self._pack(index))
-        return self._round[1]
+        """The windows of a round. Two are kept: a step may read the end of one and the beginning of the next."""
+        if index not in self._rounds:
+            self._rounds[index] = self._pack(index)
+            if len(self._rounds) > 2:
+                del self._rounds[max(self._rounds, key=lambda kept: abs(kept - index))]
+        return self._rounds[index]
 
     def _pack(self, index: int) -> list[list[Item]]:
         items = [Item(name, number) for name in self.names for number in self._taken(name, index).tolist()]

@@ -67,12 +67,15 @@ def new(
     ] = None,
 ) -> None:
     """Write a recipe of your own as a small diff to another; never overwrites."""
+    from nemotron_h.compose import compose
     from nemotron_h.recipe.new import write
+    from nemotron_h.schema import STAGES
 
     path = write(name, parent, out)
+    command = STAGES[compose(str(path)).stage]
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"wrote {path}; to run it:", markup=False)
-    console.print(f'nemo llm pretrain --factory "nemotron_h_recipe(path={path})" --yes', markup=False)
+    console.print(f'nemo llm {command} --factory "nemotron_h_recipe(path={path})" --yes', markup=False)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -72,28 +73,48 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
+    data = recipe.data
+    blend = run.Config(
+        BlendDataModule,
+        blend=data.blend,
+        root=data.root,
+        seq_length=data.seq_length,
+        micro_batch_size=data.micro_batch_size,
+        global_batch_size=data.global_batch_size,
+        seed=data.seed,
+        document_reset=data.document_reset,
+        num_workers=data.workers,
+        horizon_tokens=horizon_of(recipe).tokens,
+    )
+    task = assemble(recipe, llm.pretrain, blend)
+    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
+    return task
+
+
+def horizon_of(recipe: RecipeConfig) -> Horizon:
+    """Tokens and steps of the run."""
+    tokens = count_of(recipe.tokens, "tokens", f"recipe {recipe.name}")
+    return Horizon(tokens, recipe.data.seq_length * recipe.data.global_batch_size)
+
+
+def assemble(recipe: RecipeConfig, entry: Callable, data_module: run.Config) -> run.Partial:
+    """What the stages share: model, trainer, callbacks, log, resume and optimizer. The recipe's `overrides` are left to
+    the caller, who applies them to the whole task.
+
+    Args:
+        entry: the function of `nemo.collections.llm` that runs the task.
+        data_module: the stage's data.
+    """
     data, optim, parallel = recipe.data, recipe.optim, recipe.parallel
-    origin = f"recipe {recipe.name}"
-    horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
+    origin, horizon = f"recipe {recipe.name}", horizon_of(recipe)
     run_dir = f"{recipe.log.dir}/{recipe.name}"
     measured = recipe.precision_options.measured_steps
-    task = run.Partial(
-        llm.pretrain,
+    return run.Partial(
+        entry,
         model=run.Config(
             NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute)
         ),
-        data=run.Config(
-            BlendDataModule,
-            blend=data.blend,
-            root=data.root,
-            seq_length=data.seq_length,
-            micro_batch_size=data.micro_batch_size,
-            global_batch_size=data.global_batch_size,
-            seed=data.seed,
-            document_reset=data.document_reset,
-            num_workers=data.workers,
-            horizon_tokens=horizon.tokens,
-        ),
+        data=data_module,
         trainer=run.Config(
             NemotronHTrainer,
             num_nodes=parallel.nodes,
@@ -155,5 +176,3 @@ def build(recipe: RecipeConfig) -> run.Partial:
             distributed_optimizer=parallel.distributed_optimizer,
         ),
     )
-    settings.apply(task, recipe.overrides, f"{origin}: overrides")
-    return task

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from nemo.utils.app_state import AppState
 from nemotron_h.checks import check_blend_change
 from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.errors import UserError
+from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.preflight import check_layout
@@ -32,6 +32,32 @@ class DeclareBlendChange(pl.Callback):
         trainer.datamodule.blend_change = self.blend_change
 
 
+class CheckTokenizer(pl.Callback):
+    """Refuse data that was prepared with another tokenizer than the initial weights were trained with.
+
+    Args:
+        checkpoint: of the initial weights, as `find_checkpoint` returns it.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Before any weight is loaded.
+
+        Errors:
+            UserError: the tokenizers differ.
+        """
+        trained = (read_record(self.checkpoint).get("data") or {}).get("tokenizer_sha256")
+        manifest = trainer.datamodule.manifest
+        if trained is not None and trained != manifest.tokenizer.sha256:
+            raise UserError(
+                f"wrong tokenizer: blend {manifest.blend} was prepared with another one than {self.checkpoint} was "
+                "trained with",
+                hint="take the checkpoint's: write tokenizer: {blend: NAME} of its blend, and prepare the data again",
+            )
+
+
 @dataclass(kw_only=True)
 class ResumeRun(nl.AutoResume):
     """NeMo's resume over `checkpoints/step-*`, with checks before anything is loaded.
@@ -41,12 +67,14 @@ class ResumeRun(nl.AutoResume):
         must_exist: a run that has no checkpoint is an error, not a start from scratch.
         blend_change: null, or `from_step`: the data may be another blend, seed, seq_length or global_batch_size than
             the checkpoint's, from its step on.
+        init_checkpoint: a run's folder or a checkpoint, whose weights a run without checkpoints of its own starts from.
     """
 
     resume_if_exists: bool = True
     resume_ignore_no_checkpoint: bool = True
     must_exist: bool = False
     blend_change: str | None = None
+    init_checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         check_blend_change(self.blend_change)
@@ -65,11 +93,24 @@ class ResumeRun(nl.AutoResume):
         if path is None:
             if self.must_exist:
                 raise UserError(f"{AppState().log_dir} has no finished checkpoint and resume.must_exist is set")
+            if self.init_checkpoint is not None:
+                self._start_from(find_checkpoint(Path(self.init_checkpoint).expanduser()), trainer, model)
             return
-        self._check_model(path, model)
+        self._check_model(path, model, "restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR")
         self._leave_if_complete(path, trainer)
         if self.blend_change is not None:
             trainer.callbacks.append(DeclareBlendChange(self.blend_change))
+
+    def _start_from(self, checkpoint: Path, trainer: pl.Trainer, model: Any) -> None:
+        """Have the strategy load these weights, and nothing else of the checkpoint, before the first step."""
+        problems = self._damage(checkpoint)
+        if problems:
+            raise UserError(f"init.checkpoint: {checkpoint} is damaged: {'; '.join(problems[:3])}")
+        self._check_model(checkpoint, model, "name a checkpoint of this model, or take the recipe of the checkpoint's")
+        trainer.strategy.restore_config = nl.RestoreConfig(path=str(checkpoint), load_optim_state=False)
+        trainer.callbacks.append(CheckTokenizer(checkpoint))
+        if self._rank == 0:
+            print(f"weights from {checkpoint}")
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         run_dir = Path(AppState().log_dir)
@@ -115,8 +156,8 @@ class ResumeRun(nl.AutoResume):
                 newer.rename(newer.with_name(f"aside-{newer.name}"))
 
     @staticmethod
-    def _check_model(path: Path, model: Any) -> None:
-        recorded = json.loads((path / checkpoints.RECORD).read_text())["model"]
+    def _check_model(path: Path, model: Any, hint: str) -> None:
+        recorded = read_record(path)["model"]
         current = plain(vars_of(model.config))
         skip = {"expect", "sources"}
         changed = [
@@ -125,10 +166,7 @@ class ResumeRun(nl.AutoResume):
             if key not in skip and recorded.get(key) != current[key]
         ]
         if changed:
-            raise UserError(
-                f"checkpoint {path} is of another model: {'; '.join(changed)}",
-                hint="restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR",
-            )
+            raise UserError(f"checkpoint {path} is of another model: {'; '.join(changed)}", hint=hint)
 
     @staticmethod
     def _leave_if_complete(path: Path, trainer: pl.Trainer) -> None:

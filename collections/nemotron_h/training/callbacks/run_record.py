@@ -20,6 +20,7 @@ import torch
 
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
+from nemotron_h.schema import STAGES
 from nemotron_h.training.callbacks.throughput import Throughput
 
 VERSIONED = (
@@ -143,11 +144,11 @@ class RunRecord(pl.Callback):
 
 def recipe_text(recipe: dict[str, Any], path: Path) -> str:
     """The recipe as a YAML file that runs again, and says how."""
-    again = f'nemo llm {recipe["stage"]} --factory "nemotron_h_recipe(path={path})" --yes log.explicit_log_dir=ANOTHER'
+    command = f'nemo llm {STAGES[recipe["stage"]]} --factory "nemotron_h_recipe(path={path})"'
     return (
         "# The complete recipe of a run; `overrides` is what its command line changed. To run it again:\n"
         f"#   cd {Path.cwd()}\n"
-        f"#   {again}\n"
+        f"#   {command} --yes log.explicit_log_dir=ANOTHER\n"
         "# More settings may follow; later ones win. run.json, beside this file, has versions and data hashes.\n"
         + to_yaml(recipe)
     )

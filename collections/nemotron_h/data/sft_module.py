@@ -1,0 +1,491 @@
+"""The Lightning data module that feeds packed conversations to NeMo's trainer with `MegatronStrategy`.
+
+A window holds whole conversations, each with states and attention of its own (`seq_idx`), and padding behind them that
+is in no loss. Global batch `g` holds the windows `[g * global_batch_size, (g + 1) * global_batch_size)` of
+`PackedOrder`, whatever the world size; which rank takes which balances their work. As in `data.datamodule`, reading
+starts where the trainer's step says, so a resumed run goes on with the next window.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from nemo.lightning.io.mixin import IOMixin
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nemotron_h.data.blend import Blend, load_blend
+from nemotron_h.data.datamodule import ENDLESS, VALIDATION_SEED, BlendDataSampler
+from nemotron_h.data.indexed import read_index_header, read_lengths
+from nemotron_h.data.manifest import Manifest, check_manifest
+from nemotron_h.data.packing import Item, PackedOrder, balanced
+from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
+from nemotron_h.errors import UserError
+from nemotron_h.schema import TOO_LONG
+
+logger = logging.getLogger(__name__)
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Log a line once, not once a rank."""
+    logger.info(message)
+
+
+class Conversations:
+    """The conversations of one split of a source that fit into a window.
+
+    A conversation of n tokens takes n - 1 positions: each predicts the token after it. A longer one than the window is
+    cut at the window's end (`too_long` is `cut`), or left out (`drop`); one whose cut part has nothing to learn is left
+    out too.
+
+    Args:
+        prefix: of the files, without `.bin`.
+        seq_length: positions of a window.
+        too_long: one of `schema.TOO_LONG`.
+
+    Attributes:
+        lengths: positions that each takes, int64 [conversations].
+        cut, dropped: how many were cut, and left out.
+        tokens_lost: tokens of both that are not seen.
+    """
+
+    def __init__(self, prefix: str, seq_length: int, too_long: str) -> None:
+        dtype = read_index_header(prefix + ".idx").dtype
+        self._ids = np.memmap(prefix + ".bin", dtype=dtype, mode="r")
+        self._loss = np.memmap(prefix + ".loss", dtype=np.uint8, mode="r")
+        tokens = np.asarray(read_lengths(prefix + ".idx"), dtype=np.int64)
+        starts = np.cumsum(tokens) - tokens
+        keep = np.ones(len(tokens), dtype=bool)
+        for number in np.flatnonzero(tokens - 1 > seq_length).tolist():
+            inside = self._loss[starts[number] + 1 : starts[number] + seq_length + 1]
+            keep[number] = too_long == "cut" and bool(inside.any())
+        self._starts, self.lengths = starts[keep], np.minimum(tokens - 1, seq_length)[keep]
+        self.cut, self.dropped = int((tokens[keep] - 1 > seq_length).sum()), int((~keep).sum())
+        self.tokens_lost = int(tokens.sum() - self.lengths.sum() - len(self.lengths))
+
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, int64 [length + 1], and of each whether it is learnt, float32 [length + 1]."""
+        begin = int(self._starts[number])
+        end = begin + int(self.lengths[number]) + 1
+        return self._ids[begin:end].astype(np.int64), self._loss[begin:end].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class WindowList:
+    """A fixed number of windows of an order; those behind `filled` are padding alone."""
+
+    order: PackedOrder
+    filled: int
+
+    def window(self, number: int) -> list[Item]:
+        """The conversations of a window."""
+        return self.order.window(number) if number < self.filled else []
+
+    def cost(self, number: int) -> int:
+        """As `PackedOrder.cost`."""
+        return self.order.cost(number) if number < self.filled else 0
+
+
+def packed_window(
+    conversations: list[tuple[np.ndarray, np.ndarray]], seq_length: int, pad_id: int
+) -> dict[str, torch.Tensor]:
+    """A window as the model takes it.
+
+    Args:
+        conversations: token ids and whether each is learnt, `[length + 1]` both.
+        seq_length: positions of the window.
+        pad_id: fills tokens and labels behind the last conversation.
+    Returns:
+        int64 `[seq_length]` tokens, labels, position_ids; float32 `[seq_length]` loss_mask; int32 `[seq_length]`
+        seq_idx, the number of the conversation that a position belongs to (padding has one of its own).
+    """
+    tokens = np.full(seq_length, pad_id, dtype=np.int64)
+    labels, loss_mask = tokens.copy(), np.zeros(seq_length, dtype=np.float32)
+    seq_idx = np.full(seq_length, len(conversations), dtype=np.int32)
+    begin = 0
+    for number, (ids, learnt) in enumerate(conversations):
+        place = slice(begin, begin := begin + len(ids) - 1)
+        tokens[place], labels[place], loss_mask[place], seq_idx[place] = ids[:-1], ids[1:], learnt[1:], number
+    arrays = {"tokens": tokens, "labels": labels, "loss_mask": loss_mask, "seq_idx": seq_idx}
+    return {
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        "position_ids": torch.arange(seq_length),
+    }
+
+
+class PackedDataset(Dataset):
+    """Windows of packed conversations, by number.
+
+    Args:
+        windows: says which conversations a window holds.
+        sources: source -> its conversations.
+        seq_length: positions of a window.
+        pad_id: of the tokenizer.
+        samples: how many windows there are.
+        training: whether reading starts at the trainer's position; else always at window 0.
+
+    Each item is `packed_window`'s, with the int64 number of the window, `sample_ids`.
+    """
+
+    def __init__(
+        self,
+        windows: PackedOrder | WindowList,
+        sources: dict[str, Conversations],
+        seq_length: int,
+        pad_id: int,
+        samples: int,
+        training: bool,
+    ) -> None:
+        self.windows, self.sources = windows, sources
+        self.seq_length, self.pad_id = seq_length, pad_id
+        self.samples, self.training = samples, training
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        read = [self.sources[item.source].read(item.number) for item in self.windows.window(index)]
+        return {**packed_window(read, self.seq_length, self.pad_id), "sample_ids": torch.tensor(index)}
+
+
+class BalancedMicroBatches(Sampler[list[int]]):
+    """The micro-batches of one data-parallel rank, as window numbers: global batch by global batch, shared out by cost.
+
+    Args:
+        cost: of a window, by its number.
+        first: gives the first window to read; asked each time that an iterator is opened.
+        samples: number of windows of all ranks together; None is endless.
+        global_batch_size, micro_batch_size: windows per step over all ranks, and per micro-batch and rank.
+        rank, size: of this process among the data-parallel ranks, and their number.
+    """
+
+    def __init__(
+        self,
+        cost: Callable[[int], int],
+        first: Callable[[], int],
+        samples: int | None,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        size: int,
+    ) -> None:
+        self.cost, self.first, self.samples = cost, first, samples
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.rank, self.size = rank, size
+
+    def __len__(self) -> int:
+        if self.samples is None:
+            raise TypeError("the training data has no end")
+        return self.samples // (self.micro_batch_size * self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for begin in itertools.count(self.first(), self.global_batch_size):
+            if self.samples is not None and begin >= self.samples:
+                return
+            costs = np.array([self.cost(begin + n) for n in range(self.global_batch_size)])
+            for micro_batch in balanced(costs, self.size, self.micro_batch_size):
+                yield [begin + n for n in micro_batch[self.rank].tolist()]
+
+
+class ConversationSampler(MegatronDataSampler):
+    """What `MegatronStrategy` asks about batches."""
+
+    data_parallel = staticmethod(BlendDataSampler.data_parallel)
+
+    def __init__(self, data: ConversationDataModule) -> None:
+        super().__init__(data.seq_length, data.micro_batch_size, data.global_batch_size)
+        self._data = data
+
+    def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
+        """A loader of the same data in this rank's micro-batches. `consumed_samples` is not asked: see the module."""
+        rank, size = self.data_parallel()
+        if self.global_batch_size % (self.micro_batch_size * size):
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {size} data-parallel ranks"
+            )
+        dataset = dataloader.dataset
+        first, samples = (self._data.next_sample, None) if dataset.training else (int, len(dataset))
+        sizes = (self.global_batch_size, self.micro_batch_size, rank, size)
+        return DataLoader(
+            dataset,
+            batch_sampler=BalancedMicroBatches(dataset.windows.cost, first, samples, *sizes),
+            num_workers=dataloader.num_workers,
+            pin_memory=dataloader.pin_memory,
+            persistent_workers=dataloader.persistent_workers,
+        )
+
+    def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
+        """Windows consumed after so many steps of the run: `init_global_step` stays 0 here."""
+        return steps_since_resume * self.global_batch_size
+
+
+class ConversationDataModule(pl.LightningDataModule, IOMixin):
+    """A prepared blend of conversations as training and validation data.
+
+    Validation reads the held-out conversations in a fixed packing, each once: `limit_val_batches` global batches at
+    most, the last filled up with padding.
+
+    Args:
+        blend: name of a shipped blend whose sources have `chat`, or path of a YAML file.
+        root: data root; default `$NEMOTRON_H_DATA`, else `./data`.
+        seq_length: positions of a window.
+        micro_batch_size: windows per micro-batch and rank.
+        global_batch_size: windows per step, all ranks together.
+        seed: of order and packing.
+        too_long: what becomes of conversations that are longer than a window: `cut` at its end, or `drop`.
+        num_workers: processes that read ahead; 0 reads in the training process.
+        persistent_workers: keep those processes between validation runs.
+
+    Raises:
+        UserError: for values that contradict each other; `setup` raises it for data that is missing, damaged, not
+            prepared with this tokenizer or too long for a window, and resuming for a checkpoint of other data.
+    """
+
+    def __init__(
+        self,
+        blend: str,
+        root: str | None = None,
+        seq_length: int = 2048,
+        micro_batch_size: int = 1,
+        global_batch_size: int = 8,
+        seed: int = 1234,
+        too_long: str = "cut",
+        num_workers: int = 0,
+        persistent_workers: bool = False,
+    ) -> None:
+        super().__init__()
+        sizes = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
+        for key, value in sizes.items():
+            if value < 1:
+                raise UserError(f"data.{key} is {value}: a positive number is needed")
+        if global_batch_size % micro_batch_size:
+            raise UserError(
+                f"data.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
+            )
+        if too_long not in TOO_LONG:
+            raise UserError(f"data.too_long = {too_long!r}", hint=f"Known: {', '.join(TOO_LONG)}.")
+        self.blend, self.root = blend, root
+        self.seq_length, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
+        self.seed, self.too_long = seed, too_long
+        self.num_workers, self.persistent_workers = num_workers, persistent_workers
+        self.data_sampler = ConversationSampler(self)
+        self._restored_step = 0
+        self._opened = False
+
+    @cached_property
+    def blend_spec(self) -> Blend:
+        """The blend as written.
+
+        Raises:
+            UserError: its sources are texts.
+        """
+        blend = load_blend(self.blend)
+        if not blend.is_chat():
+            raise UserError(
+                f"data.blend = {self.blend} holds texts: fine-tuning reads conversations",
+                "Name a blend whose sources have `chat`, such as sft_sample.",
+            )
+        return blend
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The prepared data, checked."""
+        return check_manifest(self.root, self.blend_spec)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the data was prepared with."""
+        path, expected = self.manifest.tokenizer_path(), self.manifest.tokenizer.sha256
+        if fingerprint(path) != expected:
+            raise UserError(
+                f"{path} is not the tokenizer that the data of blend {self.blend_spec.name!r} was made with",
+                "Restore its files, or prepare the blend again: nemotron-h data prepare",
+            )
+        return nemo_tokenizer(path)
+
+    @cached_property
+    def training(self) -> dict[str, Conversations]:
+        """Source -> the conversations to train on."""
+        return self._conversations("train")
+
+    @cached_property
+    def order(self) -> PackedOrder:
+        """The windows of the run."""
+        lengths = {name: source.lengths for name, source in self.training.items()}
+        return PackedOrder(lengths, self.blend_spec.source_shares(0), self.seq_length, self.seed)
+
+    def _conversations(self, split: str) -> dict[str, Conversations]:
+        shares = self.blend_spec.source_shares(0)
+        prefixes = {name: self.manifest.prefix(name, split) for name, share in shares.items() if share > 0}
+        return {name: Conversations(p, self.seq_length, self.too_long) for name, p in prefixes.items() if p}
+
+    # Lightning
+
+    def setup(self, stage: str = "") -> None:
+        """Check the data and pack its first round. A checkpoint's state, if any, is loaded after this."""
+        _ = self.tokenizer
+        _ = self.order.round(0)
+        self._restored_step, self._opened = 0, False
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
+
+        Raises:
+            UserError: the trainer was restored to a step that the data was not.
+        """
+        step = self.trainer.global_step
+        if step != self._restored_step and not self._opened:
+            raise UserError(
+                f"the trainer goes on at step {step:,}, the checkpoint's data state is of step {self._restored_step:,}",
+                "Resume from a checkpoint that this data module wrote.",
+            )
+        if not self._opened:
+            say(self._described())
+            self._opened = True
+        return self._loader(self.order, self.training, ENDLESS, training=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """The fixed validation list."""
+        windows, samples = self._validation
+        return self._loader(windows, self._held_out, samples, training=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order and how far it was followed, for the checkpoint."""
+        return {"step": self.trainer.global_step, "plan": self._plan()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the order of a checkpoint.
+
+        Raises:
+            UserError: it was trained on other data, or in another order.
+        """
+        if "plan" not in state_dict or "too_long" not in state_dict["plan"]:
+            raise UserError("the checkpoint's data is not conversations", "Start from its weights: init.checkpoint=RUN")
+        now, then = self._plan(), state_dict["plan"]
+        changed = [f"  {key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+        if changed:
+            raise UserError(
+                "the checkpoint was trained on other data, or in another order:\n" + "\n".join(changed),
+                "Restore these settings, or start a new run from its weights: init.checkpoint=RUN",
+            )
+        self._restored_step = state_dict["step"]
+
+    def reconfigure_limit_batches(self) -> None:
+        """Called by NeMo when the number of micro-batches is known: Lightning's loops count those, users batches."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        trainer, microbatches = self.trainer, get_num_microbatches()
+        if isinstance(trainer.limit_train_batches, int):
+            trainer.limit_train_batches *= microbatches
+        if trainer.limit_val_batches:
+            trainer.limit_val_batches = self._validation[1] // self.global_batch_size * microbatches
+        trainer.num_sanity_val_steps *= microbatches
+
+    def record(self) -> dict[str, Any]:
+        """What a run's record says of its data: the blend, the tokenizer, the sha256 of every file that is read, how
+        conversations fit, the order and how far it was followed.
+        """
+        manifest = self.manifest
+        return {
+            "blend": self.blend_spec.name,
+            "blend_file": self.blend_spec.path,
+            "blend_hash": self.blend_spec.hash(),
+            "root": str(Path(manifest.folder).parent),
+            "tokenizer": str(manifest.tokenizer_path()),
+            "tokenizer_sha256": manifest.tokenizer.sha256,
+            "seq_length": self.seq_length,
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+            "horizon_tokens": self.trainer.max_steps * self.global_batch_size * self.seq_length,
+            "sources": {
+                name: {split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()}
+                for name, source in manifest.sources.items()
+            },
+            "conversations": {
+                name: {"used": len(c.lengths), "cut": c.cut, "dropped": c.dropped, "tokens_lost": c.tokens_lost}
+                for name, c in self.training.items()
+            },
+            "order": self.state_dict(),
+        }
+
+    def next_sample(self) -> int:
+        """The window that the trainer's next step begins with."""
+        return self.trainer.global_step * self.global_batch_size
+
+    def _plan(self) -> dict[str, Any]:
+        """Everything that the order of the data depends on."""
+        manifest, shares = self.manifest, self.blend_spec.source_shares(0)
+        return {
+            "blend": self.blend_spec.name,
+            "seed": self.seed,
+            "seq_length": self.seq_length,
+            "global_batch_size": self.global_batch_size,
+            "too_long": self.too_long,
+            "sources": {
+                name: {"share": shares[name], "sha256": [split.sha256_bin, split.sha256_loss]}
+                for name in sorted(self.training)
+                if (split := manifest.sources[name].splits["train"])
+            },
+        }
+
+    def _described(self) -> str:
+        used = sum(len(c.lengths) for c in self.training.values())
+        windows = self.order.round(0)
+        positions = sum(int(self.training[i.source].lengths[i.number]) for window in windows for i in window)
+        cut, dropped, lost = (
+            sum(getattr(c, key) for c in self.training.values()) for key in ("cut", "dropped", "tokens_lost")
+        )
+        text = (
+            f"Data: blend {self.blend_spec.name}, {used:,} conversations; a round packs them into {len(windows):,} "
+            f"windows of {self.seq_length:,}, {positions / (len(windows) * self.seq_length):.1%} full"
+        )
+        if cut or dropped:
+            text += f"; longer than a window: {cut:,} cut, {dropped:,} left out ({lost:,} tokens not seen)"
+        rounds = self.trainer.max_steps * self.global_batch_size / len(windows)
+        return f"{text}; the run is about {rounds:.2f} rounds"
+
+    @cached_property
+    def _held_out(self) -> dict[str, Conversations]:
+        return self._conversations("validation")
+
+    @cached_property
+    def _validation(self) -> tuple[WindowList, int]:
+        """The validation windows and their number."""
+        lengths = {name: source.lengths for name, source in self._held_out.items() if len(source.lengths)}
+        if not lengths:
+            raise UserError(
+                f"blend {self.blend_spec.name!r} holds out no conversation that fits into {self.seq_length:,} tokens",
+                "Hold out more (`validation` of the sources), or set trainer.limit_val_batches=0.",
+            )
+        total = sum(int(source.sum()) for source in lengths.values())
+        shares = {name: int(source.sum()) / total for name, source in lengths.items()}  # so that each is read once
+        order = PackedOrder(lengths, shares, self.seq_length, VALIDATION_SEED)
+        windows, limit = len(order.round(0)), self.trainer.limit_val_batches
+        batches = -(-windows // self.global_batch_size)
+        batches = min(limit, batches) if isinstance(limit, int) else max(1, int(limit * batches))
+        samples = batches * self.global_batch_size
+        return WindowList(order, min(windows, samples)), samples
+
+    def _loader(
+        self, windows: PackedOrder | WindowList, sources: dict[str, Conversations], samples: int, training: bool
+    ) -> DataLoader:
+        """`ConversationSampler.transform_dataloader` turns it into the rank's micro-batches."""
+        pad_id = self.tokenizer.pad_id
+        return DataLoader(
+            PackedDataset(windows, sources, self.seq_length, pad_id, samples, training),
+            num_workers=self.num_workers,
+            pin_memory=torch.accelerator.is_available(),
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+        )

@@ -1,0 +1,38 @@
+"""A supervised fine-tuning recipe as the object graph that `nemo llm finetune` runs."""
+
+from __future__ import annotations
+
+import nemo_run as run
+from nemo.collections import llm
+
+from nemotron_h.data.sft_module import ConversationDataModule
+from nemotron_h.runtime import settings
+from nemotron_h.schema import RecipeConfig
+from nemotron_h.training.pretrain import assemble
+
+
+def build(recipe: RecipeConfig) -> run.Partial:
+    """The recipe as a `nemo_run.Partial` of `llm.finetune`; nothing is created yet, every value can be overridden.
+
+    Errors:
+        UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
+    """
+    data = recipe.data
+    conversations = run.Config(
+        ConversationDataModule,
+        blend=data.blend,
+        root=data.root,
+        seq_length=data.seq_length,
+        micro_batch_size=data.micro_batch_size,
+        global_batch_size=data.global_batch_size,
+        seed=data.seed,
+        too_long=data.too_long,
+        num_workers=data.workers,
+    )
+    task = assemble(recipe, llm.finetune, conversations)
+    task.tokenizer = "data"
+    # windows differ in how many tokens they teach: a mean over all of a step's, not of micro-batches' means
+    task.model.config.calculate_per_token_loss = True
+    task.resume.init_checkpoint = recipe.init.checkpoint
+    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
+    return task
