@@ -79,7 +79,12 @@ def test_gap_is_relative_to_the_reference_and_of_smoothed_losses() -> None:
     assert validation.tokens.tolist() == [200, 400]
     assert validation.gap == pytest.approx([0, -0.25])
     assert gap.validation_curve(reference, gap.Losses({}, {}), 100) is None
-    assert plain.summary() == {"end": -0.5, "largest": -0.5, "largest_at_tokens": 400}
+    assert plain.summary() == {
+        "last": -0.5,
+        "last_at_tokens": 400,
+        "largest": -0.5,
+        "largest_at_tokens": 400,
+    }
     assert over_two.summary()["largest_at_tokens"] == 200, "the largest by magnitude"
 
 

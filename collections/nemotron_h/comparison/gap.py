@@ -39,9 +39,14 @@ class Curve:
     gap: np.ndarray
 
     def summary(self) -> dict[str, float]:
-        """The last gap, and the largest by magnitude with where it is."""
+        """The last gap and the largest by magnitude, each with where it is."""
         at = int(np.abs(self.gap).argmax())
-        return {"end": float(self.gap[-1]), "largest": float(self.gap[at]), "largest_at_tokens": int(self.tokens[at])}
+        return {
+            "last": float(self.gap[-1]),
+            "last_at_tokens": int(self.tokens[-1]),
+            "largest": float(self.gap[at]),
+            "largest_at_tokens": int(self.tokens[at]),
+        }
 
     def as_dict(self) -> dict[str, list]:
         """Plain lists."""

@@ -59,7 +59,7 @@ class Results:
         }
 
     def table(self) -> Table:
-        """Gap at the end and largest, of the pair and of the noise."""
+        """Last and largest gap, of the pair and of the noise."""
         made = self.comparison
         tokens = short_count(made.steps * made.tokens_per_step)
         table = Table(
@@ -69,7 +69,7 @@ class Results:
             title=f"{made.recipe}: relative loss gap over {made.steps:,} steps, {tokens} tokens",
         )
         table.add_column("(first - second) / first", no_wrap=True)
-        for heading in ("loss", "at the end", "largest", "at tokens"):
+        for heading in ("loss", "last", "at tokens", "largest", "at tokens"):
             table.add_column(heading, justify="right", no_wrap=True)
         pair = f"{made.against}, {made.precision}"
         noise = [(f"{made.against}, {run.name} (noise)", n) for n, run in enumerate(made.runs[2:])]
@@ -81,8 +81,8 @@ class Results:
             for title, found in ((pair, curve), *((title, others[n]) for title, n in noise if n < len(others))):
                 if found is not None:
                     s = found.summary()
-                    largest = short_count(s["largest_at_tokens"])
-                    table.add_row(title, loss, f"{s['end']:+.4%}", f"{s['largest']:+.4%}", largest)
+                    last, largest = short_count(s["last_at_tokens"]), short_count(s["largest_at_tokens"])
+                    table.add_row(title, loss, f"{s['last']:+.4%}", last, f"{s['largest']:+.4%}", largest)
         return table
 
     def missing_lines(self) -> list[str]:
