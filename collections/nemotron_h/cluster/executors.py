@@ -57,6 +57,8 @@ def _move(task: run.Partial, cluster: Cluster) -> None:
         task.data.root = str(here / task.data.root)
     elif "NEMOTRON_H_DATA" not in cluster.env:
         task.data.root = str(here / "data")
+    if task.resume.init_checkpoint is not None:
+        task.resume.init_checkpoint = str(here / task.resume.init_checkpoint)
     if task.data.blend.endswith((".yaml", ".yml")):
         task.data.blend = str(Path(task.data.blend).expanduser().resolve())
 
