@@ -49,6 +49,7 @@ def compare_precision(
     if not 1 <= window <= steps:
         raise UserError(f"--window {window} is not between 1 and the {steps} steps of the run")
     console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)  # the table's rows stay whole
     train(made, console)
     found = results(made, window)
     from nemotron_h.comparison.figure import draw_casts, draw_gap
