@@ -11,40 +11,29 @@ print the right number.)
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.megatron_parallel import MegatronStep
-from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemotron_h.data.blend import Blend, load_blend
-from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.phases import Horizon
 from nemotron_h.data.plan import DataOrder, DataPlan, compare
+from nemotron_h.data.prepared_module import (
+    ENDLESS,
+    VALIDATION_SEED,
+    PreparedDataModule,
+    PreparedDataSampler,
+    check_sizes,
+    say,
+)
 from nemotron_h.data.sampler import BlendSampler, Segment
-from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
 from nemotron_h.data.windows import TokenStream, document_numbers
 from nemotron_h.errors import UserError
-
-ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
-VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
-
-logger = logging.getLogger(__name__)
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Log a line once, not once a rank."""
-    logger.info(message)
 
 
 class WindowDataset(Dataset):
@@ -130,37 +119,16 @@ class MicroBatches(Sampler[list[int]]):
             yield list(range(mine, mine + self.micro_batch_size))
 
 
-class BlendDataSampler(MegatronDataSampler):
+class BlendDataSampler(PreparedDataSampler):
     """What `MegatronStrategy` asks about batches: sizes, the sampler of a loader, and the count of consumed samples."""
 
-    def __init__(self, data: BlendDataModule) -> None:
-        super().__init__(data.seq_length, data.micro_batch_size, data.global_batch_size)
-        self._data = data
+    _data: BlendDataModule
 
-    @staticmethod
-    def data_parallel() -> tuple[int, int]:
-        """Rank and number of the data-parallel ranks."""
-        from megatron.core import parallel_state
-
-        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-
-    def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
-        """A loader of the same data in this rank's micro-batches. `consumed_samples` is not asked: see the module."""
-        rank, size = self.data_parallel()
-        if self.global_batch_size % (self.micro_batch_size * size):
-            raise UserError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x {size} data-parallel ranks"
-            )
-        dataset = dataloader.dataset
-        first, samples = (self._data.next_sample, None) if dataset.training else (int, len(dataset))
-        return DataLoader(
-            dataset,
-            batch_sampler=MicroBatches(first, samples, self.micro_batch_size, rank, size),
-            num_workers=dataloader.num_workers,
-            pin_memory=dataloader.pin_memory,
-            persistent_workers=dataloader.persistent_workers,
-        )
+    def micro_batches(
+        self, dataset: Dataset, first: Callable[[], int], samples: int | None, rank: int, size: int
+    ) -> MicroBatches:
+        """Micro-batches of consecutive samples."""
+        return MicroBatches(first, samples, self.micro_batch_size, rank, size)
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
         """Samples consumed after so many steps of the run: `init_global_step` stays 0 here."""
@@ -179,7 +147,7 @@ class BlendDataSampler(MegatronDataSampler):
             step.pl_module.log("blend_phase", float(self._data.phase_number(step.step_i)), batch_size=1)
 
 
-class BlendDataModule(pl.LightningDataModule, IOMixin):
+class BlendDataModule(PreparedDataModule):
     """A prepared blend as training and validation data.
 
     Validation uses a fixed list of windows of the validation splits, always in the same order: independent of the
@@ -224,13 +192,7 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
     ) -> None:
         super().__init__()
         sizes = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
-        for key, value in {**sizes, "horizon_steps": horizon_steps, "horizon_tokens": horizon_tokens}.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{key} is {value}: a positive number is needed")
-        if global_batch_size % micro_batch_size:
-            raise UserError(
-                f"data.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
-            )
+        check_sizes({**sizes, "horizon_steps": horizon_steps, "horizon_tokens": horizon_tokens})
         self.blend, self.root = blend, root
         self.seq_length, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
         self.seed, self.horizon_steps, self.horizon_tokens = seed, horizon_steps, horizon_tokens
@@ -256,22 +218,6 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
                 "Take a recipe of stage sft (nemo llm finetune), or a blend of text.",
             )
         return blend
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        """The prepared data, checked."""
-        return check_manifest(self.root, self.blend_spec)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the data was prepared with."""
-        path, expected = self.manifest.tokenizer_path(), self.manifest.tokenizer.sha256
-        if fingerprint(path) != expected:
-            raise UserError(
-                f"{path} is not the tokenizer that the data of blend {self.blend_spec.name!r} was made with",
-                "Restore its files, or prepare the blend again: nemotron-h data prepare",
-            )
-        return nemo_tokenizer(path)
 
     # Lightning
 
@@ -323,39 +269,11 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         if moved:
             say("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
 
-    def reconfigure_limit_batches(self) -> None:
-        """Called by NeMo when the number of micro-batches is known: Lightning's loops count those, users batches."""
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-        trainer, microbatches = self.trainer, get_num_microbatches()
-        if isinstance(trainer.limit_train_batches, int):
-            trainer.limit_train_batches *= microbatches
-        if trainer.limit_val_batches:
-            trainer.limit_val_batches = self._validation[1] // self.global_batch_size * microbatches
-        trainer.num_sanity_val_steps *= microbatches
-
     def record(self) -> dict[str, Any]:
         """What a run's record says of its data: the blend, the tokenizer, the sha256 of every file that is read, the
         order and how far it was followed.
         """
-        manifest = self.manifest
-        return {
-            "blend": self.blend_spec.name,
-            "blend_file": self.blend_spec.path,
-            "blend_hash": self.blend_spec.hash(),
-            "root": str(Path(manifest.folder).parent),
-            "tokenizer": str(manifest.tokenizer_path()),
-            "tokenizer_sha256": manifest.tokenizer.sha256,
-            "seq_length": self.seq_length,
-            "global_batch_size": self.global_batch_size,
-            "seed": self.seed,
-            "horizon_tokens": self._horizon().tokens,
-            "sources": {
-                name: {split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()}
-                for name, source in manifest.sources.items()
-            },
-            "order": self.state_dict(),
-        }
+        return {**self._prepared_record(self._horizon().tokens), "order": self.state_dict()}
 
     # the order
 
@@ -435,12 +353,3 @@ class BlendDataModule(pl.LightningDataModule, IOMixin):
         return BlendSampler(
             [Segment("validation", 0, samples, used)], tokens, self.seq_length, VALIDATION_SEED
         ), samples
-
-    def _loader(self, dataset: WindowDataset) -> DataLoader:
-        """`BlendDataSampler.transform_dataloader` turns it into the rank's micro-batches."""
-        return DataLoader(
-            dataset,
-            num_workers=self.num_workers,
-            pin_memory=torch.accelerator.is_available(),
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
-        )

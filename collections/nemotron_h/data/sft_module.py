@@ -9,37 +9,28 @@ starts where the trainer's step says, so a resumed run goes on with the next win
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from nemo.lightning.io.mixin import IOMixin
-from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemotron_h.data.blend import Blend, load_blend
-from nemotron_h.data.datamodule import ENDLESS, VALIDATION_SEED, BlendDataSampler
 from nemotron_h.data.indexed import read_index_header, read_lengths
-from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.packing import Item, PackedOrder, balanced
-from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
+from nemotron_h.data.prepared_module import (
+    ENDLESS,
+    VALIDATION_SEED,
+    PreparedDataModule,
+    PreparedDataSampler,
+    check_sizes,
+    say,
+)
 from nemotron_h.errors import UserError
 from nemotron_h.schema import TOO_LONG
-
-logger = logging.getLogger(__name__)
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Log a line once, not once a rank."""
-    logger.info(message)
 
 
 class Conversations:
@@ -198,40 +189,22 @@ class BalancedMicroBatches(Sampler[list[int]]):
                 yield [begin + n for n in micro_batch[self.rank].tolist()]
 
 
-class ConversationSampler(MegatronDataSampler):
+class ConversationSampler(PreparedDataSampler):
     """What `MegatronStrategy` asks about batches."""
 
-    data_parallel = staticmethod(BlendDataSampler.data_parallel)
-
-    def __init__(self, data: ConversationDataModule) -> None:
-        super().__init__(data.seq_length, data.micro_batch_size, data.global_batch_size)
-        self._data = data
-
-    def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
-        """A loader of the same data in this rank's micro-batches. `consumed_samples` is not asked: see the module."""
-        rank, size = self.data_parallel()
-        if self.global_batch_size % (self.micro_batch_size * size):
-            raise UserError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
-                f"{self.micro_batch_size} x {size} data-parallel ranks"
-            )
-        dataset = dataloader.dataset
-        first, samples = (self._data.next_sample, None) if dataset.training else (int, len(dataset))
+    def micro_batches(
+        self, dataset: PackedDataset, first: Callable[[], int], samples: int | None, rank: int, size: int
+    ) -> BalancedMicroBatches:
+        """Micro-batches that balance the ranks' work."""
         sizes = (self.global_batch_size, self.micro_batch_size, rank, size)
-        return DataLoader(
-            dataset,
-            batch_sampler=BalancedMicroBatches(dataset.windows.cost, first, samples, *sizes),
-            num_workers=dataloader.num_workers,
-            pin_memory=dataloader.pin_memory,
-            persistent_workers=dataloader.persistent_workers,
-        )
+        return BalancedMicroBatches(dataset.windows.cost, first, samples, *sizes)
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
         """Windows consumed after so many steps of the run: `init_global_step` stays 0 here."""
         return steps_since_resume * self.global_batch_size
 
 
-class ConversationDataModule(pl.LightningDataModule, IOMixin):
+class ConversationDataModule(PreparedDataModule):
     """A prepared blend of conversations as training and validation data.
 
     Validation reads the held-out conversations in a fixed packing, each once: `limit_val_batches` global batches at
@@ -266,14 +239,9 @@ class ConversationDataModule(pl.LightningDataModule, IOMixin):
         persistent_workers: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
-        for key, value in sizes.items():
-            if value < 1:
-                raise UserError(f"data.{key} is {value}: a positive number is needed")
-        if global_batch_size % micro_batch_size:
-            raise UserError(
-                f"data.global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size}"
-            )
+        check_sizes(
+            {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
+        )
         if too_long not in TOO_LONG:
             raise UserError(f"data.too_long = {too_long!r}", hint=f"Known: {', '.join(TOO_LONG)}.")
         self.blend, self.root = blend, root
@@ -298,22 +266,6 @@ class ConversationDataModule(pl.LightningDataModule, IOMixin):
                 "Name a blend whose sources have `chat`, such as sft_sample.",
             )
         return blend
-
-    @cached_property
-    def manifest(self) -> Manifest:
-        """The prepared data, checked."""
-        return check_manifest(self.root, self.blend_spec)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the data was prepared with."""
-        path, expected = self.manifest.tokenizer_path(), self.manifest.tokenizer.sha256
-        if fingerprint(path) != expected:
-            raise UserError(
-                f"{path} is not the tokenizer that the data of blend {self.blend_spec.name!r} was made with",
-                "Restore its files, or prepare the blend again: nemotron-h data prepare",
-            )
-        return nemo_tokenizer(path)
 
     @cached_property
     def training(self) -> dict[str, Conversations]:
@@ -354,12 +306,12 @@ class ConversationDataModule(pl.LightningDataModule, IOMixin):
         if not self._opened:
             say(self._described())
             self._opened = True
-        return self._loader(self.order, self.training, ENDLESS, training=True)
+        return self._packed_loader(self.order, self.training, ENDLESS, training=True)
 
     def val_dataloader(self) -> DataLoader:
         """The fixed validation list."""
         windows, samples = self._validation
-        return self._loader(windows, self._held_out, samples, training=False)
+        return self._packed_loader(windows, self._held_out, samples, training=False)
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the order and how far it was followed, for the checkpoint."""
@@ -382,37 +334,12 @@ class ConversationDataModule(pl.LightningDataModule, IOMixin):
             )
         self._restored_step = state_dict["step"]
 
-    def reconfigure_limit_batches(self) -> None:
-        """Called by NeMo when the number of micro-batches is known: Lightning's loops count those, users batches."""
-        from megatron.core.num_microbatches_calculator import get_num_microbatches
-
-        trainer, microbatches = self.trainer, get_num_microbatches()
-        if isinstance(trainer.limit_train_batches, int):
-            trainer.limit_train_batches *= microbatches
-        if trainer.limit_val_batches:
-            trainer.limit_val_batches = self._validation[1] // self.global_batch_size * microbatches
-        trainer.num_sanity_val_steps *= microbatches
-
     def record(self) -> dict[str, Any]:
         """What a run's record says of its data: the blend, the tokenizer, the sha256 of every file that is read, how
         conversations fit, the order and how far it was followed.
         """
-        manifest = self.manifest
         return {
-            "blend": self.blend_spec.name,
-            "blend_file": self.blend_spec.path,
-            "blend_hash": self.blend_spec.hash(),
-            "root": str(Path(manifest.folder).parent),
-            "tokenizer": str(manifest.tokenizer_path()),
-            "tokenizer_sha256": manifest.tokenizer.sha256,
-            "seq_length": self.seq_length,
-            "global_batch_size": self.global_batch_size,
-            "seed": self.seed,
-            "horizon_tokens": self.trainer.max_steps * self.global_batch_size * self.seq_length,
-            "sources": {
-                name: {split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()}
-                for name, source in manifest.sources.items()
-            },
+            **self._prepared_record(self.trainer.max_steps * self.global_batch_size * self.seq_length),
             "conversations": {
                 name: {"used": len(c.lengths), "cut": c.cut, "dropped": c.dropped, "tokens_lost": c.tokens_lost}
                 for name, c in self.training.items()
@@ -478,14 +405,8 @@ class ConversationDataModule(pl.LightningDataModule, IOMixin):
         samples = batches * self.global_batch_size
         return WindowList(order, min(windows, samples)), samples
 
-    def _loader(
+    def _packed_loader(
         self, windows: PackedOrder | WindowList, sources: dict[str, Conversations], samples: int, training: bool
     ) -> DataLoader:
-        """`ConversationSampler.transform_dataloader` turns it into the rank's micro-batches."""
         pad_id = self.tokenizer.pad_id
-        return DataLoader(
-            PackedDataset(windows, sources, self.seq_length, pad_id, samples, training),
-            num_workers=self.num_workers,
-            pin_memory=torch.accelerator.is_available(),
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
-        )
+        return self._loader(PackedDataset(windows, sources, self.seq_length, pad_id, samples, training))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -73,20 +74,13 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    data = recipe.data
-    blend = run.Config(
+    task = assemble(
+        recipe,
+        llm.pretrain,
         BlendDataModule,
-        blend=data.blend,
-        root=data.root,
-        seq_length=data.seq_length,
-        micro_batch_size=data.micro_batch_size,
-        global_batch_size=data.global_batch_size,
-        seed=data.seed,
-        document_reset=data.document_reset,
-        num_workers=data.workers,
+        document_reset=recipe.data.document_reset,
         horizon_tokens=horizon_of(recipe).tokens,
     )
-    task = assemble(recipe, llm.pretrain, blend)
     settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task
 
@@ -97,13 +91,14 @@ def horizon_of(recipe: RecipeConfig) -> Horizon:
     return Horizon(tokens, recipe.data.seq_length * recipe.data.global_batch_size)
 
 
-def assemble(recipe: RecipeConfig, entry: Callable, data_module: run.Config) -> run.Partial:
-    """What the stages share: model, trainer, callbacks, log, resume and optimizer. The recipe's `overrides` are left to
-    the caller, who applies them to the whole task.
+def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_arguments: Any) -> run.Partial:
+    """What the stages share: model, data, trainer, callbacks, log, resume and optimizer. The recipe's `overrides` are
+    left to the caller, who applies them to the whole task.
 
     Args:
         entry: the function of `nemo.collections.llm` that runs the task.
-        data_module: the stage's data.
+        data_module: the stage's `PreparedDataModule`.
+        data_arguments: what it takes beyond what every stage's takes.
     """
     data, optim, parallel = recipe.data, recipe.optim, recipe.parallel
     origin, horizon = f"recipe {recipe.name}", horizon_of(recipe)
@@ -114,7 +109,17 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: run.Config) -> 
         model=run.Config(
             NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute)
         ),
-        data=data_module,
+        data=run.Config(
+            data_module,
+            blend=data.blend,
+            root=data.root,
+            seq_length=data.seq_length,
+            micro_batch_size=data.micro_batch_size,
+            global_batch_size=data.global_batch_size,
+            seed=data.seed,
+            num_workers=data.workers,
+            **data_arguments,
+        ),
         trainer=run.Config(
             NemotronHTrainer,
             num_nodes=parallel.nodes,

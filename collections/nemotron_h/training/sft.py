@@ -17,19 +17,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    data = recipe.data
-    conversations = run.Config(
-        ConversationDataModule,
-        blend=data.blend,
-        root=data.root,
-        seq_length=data.seq_length,
-        micro_batch_size=data.micro_batch_size,
-        global_batch_size=data.global_batch_size,
-        seed=data.seed,
-        too_long=data.too_long,
-        num_workers=data.workers,
-    )
-    task = assemble(recipe, llm.finetune, conversations)
+    task = assemble(recipe, llm.finetune, ConversationDataModule, too_long=recipe.data.too_long)
     task.tokenizer = "data"
     # windows differ in how many tokens they teach: a mean over all of a step's, not of micro-batches' means
     task.model.config.calculate_per_token_loss = True

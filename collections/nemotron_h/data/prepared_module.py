@@ -1,0 +1,173 @@
+"""What the data modules of all stages share: the prepared blend, its tokenizer, and how a rank's loader is made.
+
+The classes have no `__init__`: NeMo's `IOMixin` records the arguments of a module's own constructor.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from nemo.lightning.io.mixin import IOMixin
+from nemo.lightning.pytorch.plugins import MegatronDataSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nemotron_h.data.blend import Blend
+from nemotron_h.data.manifest import Manifest, check_manifest
+from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
+from nemotron_h.errors import UserError
+
+ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
+VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
+
+logger = logging.getLogger(__name__)
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Log a line once, not once a rank."""
+    logger.info(message)
+
+
+def check_sizes(sizes: Mapping[str, int | None]) -> None:
+    """Check a module's numbers, by key of `data`; None is not checked.
+
+    Raises:
+        UserError: one is not positive, or the global batch is no multiple of the micro-batch.
+    """
+    for key, value in sizes.items():
+        if value is not None and value < 1:
+            raise UserError(f"data.{key} is {value}: a positive number is needed")
+    if sizes["global_batch_size"] % sizes["micro_batch_size"]:
+        raise UserError(
+            f"data.global_batch_size {sizes['global_batch_size']} is not a multiple of micro_batch_size "
+            f"{sizes['micro_batch_size']}"
+        )
+
+
+class PreparedDataSampler(MegatronDataSampler):
+    """What `MegatronStrategy` asks about batches: sizes and the sampler of a loader."""
+
+    def __init__(self, data: PreparedDataModule) -> None:
+        super().__init__(data.seq_length, data.micro_batch_size, data.global_batch_size)
+        self._data = data
+
+    @staticmethod
+    def data_parallel() -> tuple[int, int]:
+        """Rank and number of the data-parallel ranks."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+    @abstractmethod
+    def micro_batches(
+        self, dataset: Dataset, first: Callable[[], int], samples: int | None, rank: int, size: int
+    ) -> Sampler[list[int]]:
+        """The micro-batches of a data-parallel rank, from sample `first()` on; `samples` None is endless."""
+
+    def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
+        """A loader of the same data in this rank's micro-batches. `consumed_samples` is not asked: see the module."""
+        rank, size = self.data_parallel()
+        if self.global_batch_size % (self.micro_batch_size * size):
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {size} data-parallel ranks"
+            )
+        dataset = dataloader.dataset
+        first, samples = (self._data.next_sample, None) if dataset.training else (int, len(dataset))
+        return DataLoader(
+            dataset,
+            batch_sampler=self.micro_batches(dataset, first, samples, rank, size),
+            num_workers=dataloader.num_workers,
+            pin_memory=dataloader.pin_memory,
+            persistent_workers=dataloader.persistent_workers,
+        )
+
+
+class PreparedDataModule(pl.LightningDataModule, IOMixin):
+    """A prepared blend, checked; a stage's module adds the order of its samples."""
+
+    root: str | None
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    seed: int
+    num_workers: int
+    persistent_workers: bool
+
+    @property
+    @abstractmethod
+    def blend_spec(self) -> Blend:
+        """The blend as written."""
+
+    @property
+    @abstractmethod
+    def _validation(self) -> tuple[Any, int]:
+        """What decides the validation samples, and their number."""
+
+    @abstractmethod
+    def next_sample(self) -> int:
+        """The sample that the trainer's next step begins with."""
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The prepared data, checked."""
+        return check_manifest(self.root, self.blend_spec)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the data was prepared with."""
+        path, expected = self.manifest.tokenizer_path(), self.manifest.tokenizer.sha256
+        if fingerprint(path) != expected:
+            raise UserError(
+                f"{path} is not the tokenizer that the data of blend {self.blend_spec.name!r} was made with",
+                "Restore its files, or prepare the blend again: nemotron-h data prepare",
+            )
+        return nemo_tokenizer(path)
+
+    def reconfigure_limit_batches(self) -> None:
+        """Called by NeMo when the number of micro-batches is known: Lightning's loops count those, users batches."""
+        from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+        trainer, microbatches = self.trainer, get_num_microbatches()
+        if isinstance(trainer.limit_train_batches, int):
+            trainer.limit_train_batches *= microbatches
+        if trainer.limit_val_batches:
+            trainer.limit_val_batches = self._validation[1] // self.global_batch_size * microbatches
+        trainer.num_sanity_val_steps *= microbatches
+
+    def _prepared_record(self, horizon_tokens: int) -> dict[str, Any]:
+        """What a run's record says of any blend: its name and hash, the tokenizer, the sha256 of every file."""
+        manifest = self.manifest
+        return {
+            "blend": self.blend_spec.name,
+            "blend_file": self.blend_spec.path,
+            "blend_hash": self.blend_spec.hash(),
+            "root": str(Path(manifest.folder).parent),
+            "tokenizer": str(manifest.tokenizer_path()),
+            "tokenizer_sha256": manifest.tokenizer.sha256,
+            "seq_length": self.seq_length,
+            "global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+            "horizon_tokens": horizon_tokens,
+            "sources": {
+                name: {split: {"tokens": s.tokens, "sha256_bin": s.sha256_bin} for split, s in source.splits.items()}
+                for name, source in manifest.sources.items()
+            },
+        }
+
+    def _loader(self, dataset: Dataset) -> DataLoader:
+        """`PreparedDataSampler.transform_dataloader` turns it into the rank's micro-batches."""
+        return DataLoader(
+            dataset,
+            num_workers=self.num_workers,
+            pin_memory=torch.accelerator.is_available(),
+            persistent_workers=self.persistent_workers and self.num_workers > 0,
+        )
