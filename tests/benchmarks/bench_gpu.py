@@ -23,7 +23,8 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -196,9 +197,8 @@ def speed(report: Report, args: argparse.Namespace) -> None:
                 report.add("speed", name=name, left_out=f"round {turn + 1}: {args.budget} s are over")
                 continue
             maker, precision, changes = sides[name]
-            side = None
-            try:
-                side = Side(maker, shape, precision, **changes)
+            with guarded(report, f"speed: {name}") as keep:
+                side = keep(Side(maker, shape, precision, **changes))
                 definition = definition or side.definition()
                 for _ in range(args.warmup + args.steps):
                     side.step()
@@ -218,13 +218,6 @@ def speed(report: Report, args: argparse.Namespace) -> None:
                     grad_norm=round(side.grad_norm, 4),
                     **summary(shape, definition, name, side.seconds[args.warmup :], side.peak_gib()),
                 )
-            except Exception:
-                failed(report, f"speed: {name}")
-            finally:
-                if side is not None and hasattr(side, "model"):
-                    side.close()
-                del side
-                free()
     done = {name: r for name, r in results.items() if r.seconds}
     for name, result in done.items():
         report.add(
@@ -271,9 +264,8 @@ def profile(report: Report, args: argparse.Namespace) -> None:
         if report.elapsed() > args.budget:
             report.add("profile", name=name, left_out=f"{args.budget} s are over")
             continue
-        side = None
-        try:
-            side = Side(maker, shape, precision, **changes)
+        with guarded(report, f"profile: {name}") as keep:
+            side = keep(Side(maker, shape, precision, **changes))
             for _ in range(2):
                 side.step()
             activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -313,18 +305,11 @@ def profile(report: Report, args: argparse.Namespace) -> None:
             for key, ms, count in top.get(OTHER, []):
                 print(f"  unclassified: {ms} ms x{count} {key}")
             sys.stdout.flush()
-        except Exception:
-            failed(report, f"profile: {name}")
-        finally:
-            if side is not None and hasattr(side, "model"):
-                side.close()
-            del side
-            free()
 
 
 def recompute(report: Report, args: argparse.Namespace) -> None:
     """Each setting of selective recompute: same loss and gradient norm, less memory, at what price."""
-    from gpu_sides import Side
+    from gpu_sides import Side, ours
 
     shape = shape_of(args.small).changed(micro_batches=1)
     settings: dict[str, dict[str, str]] = {
@@ -340,9 +325,8 @@ def recompute(report: Report, args: argparse.Namespace) -> None:
             if report.elapsed() > args.budget:
                 report.add("recompute", name=name, left_out=f"{args.budget} s are over")
                 continue
-            side = None
-            try:
-                side = Side(_ours(), shape, precision, **settings[name])
+            with guarded(report, f"recompute: {name}") as keep:
+                side = keep(Side(ours, shape, precision, **settings[name]))
                 for _ in range(4):
                     side.step()
                 report.add(
@@ -354,19 +338,6 @@ def recompute(report: Report, args: argparse.Namespace) -> None:
                     step_s=round(median(side.seconds[2:]), 4),
                     peak_gib=round(side.peak_gib(), 2),
                 )
-            except Exception:
-                failed(report, f"recompute: {name}")
-            finally:
-                if side is not None and hasattr(side, "model"):
-                    side.close()
-                del side
-                free()
-
-
-def _ours() -> Callable:
-    from gpu_sides import ours
-
-    return ours
 
 
 def checkpoint(report: Report, args: argparse.Namespace) -> None:
@@ -499,6 +470,22 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def guarded(report: Report, where: str) -> Iterator[Callable]:
+    """Report an error and go on. Gives a function that takes a side and returns it; it is closed at the end."""
+    try:
+        with ExitStack() as stack:
+
+            def keep(side):
+                stack.callback(side.close)
+                return side
+
+            yield keep
+    except Exception:
+        failed(report, where)
+    free()
 
 
 def failed(report: Report, where: str) -> None:

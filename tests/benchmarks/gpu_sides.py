@@ -330,4 +330,3 @@ class Result:
     peak_gib: float = 0.0
     parameters: int = 0
     first_step_seconds: float = 0.0
-    build_seconds: float = 0.0
