@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
+from thread_ranks import Ranks
 
 from nemotron_h.ops import cross_entropy
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
@@ -70,45 +69,19 @@ def test_refuses_strided_logits() -> None:
         vocabulary_cross_entropy(logits.transpose(0, 1), labels.t())
 
 
-class Ranks:
-    """Stands for a process group of threads; `all_reduce` below meets at its barrier."""
-
-    def __init__(self, size: int) -> None:
-        self.count, self.barrier, self.parts = size, threading.Barrier(size), [None] * size
-        self.local = threading.local()
-
-    def size(self) -> int:
-        return self.count
-
-    def rank(self) -> int:
-        return self.local.rank
-
-    def all_reduce(self, tensor: torch.Tensor, op=torch.distributed.ReduceOp.SUM, group=None) -> None:
-        self.parts[self.rank()] = tensor.clone()
-        self.barrier.wait()
-        whole = torch.stack(self.parts)
-        tensor.copy_(whole.amax(0) if op == torch.distributed.ReduceOp.MAX else whole.sum(0))
-        self.barrier.wait()
-
-
 @pytest.mark.parametrize("size", [2, 4])
 def test_split_vocabulary(monkeypatch, size: int) -> None:
     logits, labels, dloss = case((6, 2), 64)
     loss, gradient = oracle(logits, labels, dloss)
-    ranks, results = Ranks(size), [None] * size
+    ranks = Ranks(size)
     monkeypatch.setattr(torch.distributed, "all_reduce", ranks.all_reduce)
 
-    def work(rank: int) -> None:
-        ranks.local.rank = rank
+    def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = logits.chunk(size, -1)[rank].clone().requires_grad_()
         own = vocabulary_cross_entropy(leaf * 1, labels, ranks)
-        results[rank] = (own.detach(), torch.autograd.grad(own, leaf, dloss)[0])
+        return own.detach(), torch.autograd.grad(own, leaf, dloss)[0]
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    results = ranks.run(work)
     for own, _ in results:
         torch.testing.assert_close(own.double(), loss, rtol=1e-5, atol=1e-5)
     whole = torch.cat([part for _, part in results], -1)
