@@ -10,17 +10,24 @@ from omegaconf import OmegaConf
 from nemotron_h.data.blend import load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.errors import UserError
-from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition, definition_from_dict
+from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, definition_from_dict
+from nemotron_h.planning.inference import BYTES
 from nemotron_h.precision.gemms import check_gemms
 from nemotron_h.provenance import leaves
 from nemotron_h.schema import (
     BLEND_CHANGES,
     FP8_BACKENDS,
+    PIPELINES,
     PRECISIONS,
+    RANKS,
     RECOMPUTE,
     SCHEDULES,
+    SPEEDS,
     STAGES,
+    STARTS,
     TOO_LONG,
+    BudgetSchema,
+    GridSchema,
     PrecisionOptionsSchema,
     RecipeConfig,
 )
@@ -59,6 +66,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     definition = definition_of(recipe, origin)
     check_names(recipe, origin)
     check_stage(recipe, origin)
+    check_minipuzzle(recipe, definition, origin)
     check_ranges(recipe, origin)
     check_recompute(recipe, definition, origin)
     check_schedule(recipe, origin)
@@ -107,7 +115,7 @@ def check_blend_change(value: str | None, where: str = "") -> None:
 def check_names(recipe: RecipeConfig, origin: str) -> None:
     """Values that are one of a few words."""
     for key, value, allowed in (
-        ("stage", recipe.stage, STAGES),
+        ("stage", recipe.stage, [*STAGES, *PIPELINES]),
         ("precision", recipe.precision, PRECISIONS),
         ("precision_options.fp8_backend", recipe.precision_options.fp8_backend, FP8_BACKENDS),
         ("optim.schedule", recipe.optim.schedule, SCHEDULES),
@@ -143,6 +151,96 @@ def check_stage(recipe: RecipeConfig, origin: str) -> None:
             )
         if data.too_long is not None:
             raise UserError(f"{origin}: data.too_long is unused: {recipe.stage} reads text", hint="leave it out")
+
+
+#: key of `minipuzzle.grid` -> the letter of the layers that it counts, or the key of the model that it narrows
+GRID = {
+    "attention": ATTENTION,
+    "mamba": MAMBA,
+    "ffn": FFN,
+    "ffn_hidden_size": "ffn_hidden_size",
+    "hidden_size": "hidden_size",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+}
+
+
+def check_minipuzzle(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
+    """The part `minipuzzle`, of that stage and of no other."""
+    part = recipe.minipuzzle
+    if recipe.stage != "minipuzzle":
+        if part is not None:
+            raise UserError(f"{origin}: minipuzzle is unused: stage is {recipe.stage}", hint="leave it out")
+        return
+    if part is None:
+        raise UserError(f"{origin}: minipuzzle is missing", hint="defaults: [/base/minipuzzle] has most of it")
+    where = f"{origin}: "
+    check_one_of("minipuzzle.rank", part.rank, RANKS, where)
+    check_one_of("minipuzzle.start", part.start, STARTS, where)
+    check_one_of("minipuzzle.budget.speedup_by", part.budget.speedup_by, SPEEDS, where)
+    for key in ("layer_samples", "neuron_samples", "keep", "short"):
+        if getattr(part, key) < 1:
+            raise UserError(f"{where}minipuzzle.{key} = {getattr(part, key)} is below 1")
+    if part.short > part.keep:
+        raise UserError(
+            f"{where}minipuzzle.short = {part.short} is more than the {part.keep} candidates that minipuzzle.keep keeps"
+        )
+    if part.evaluate is not None and "{checkpoint}" not in part.evaluate:
+        raise UserError(f"{where}minipuzzle.evaluate does not name {{checkpoint}}", hint="my_eval.py {checkpoint}")
+    _check_budget(part.budget, origin)
+    _check_grid(part.grid, definition, origin)
+    _check_distillations(recipe, origin)
+
+
+def _check_budget(budget: BudgetSchema, origin: str) -> None:
+    if budget.memory_gib is None and budget.parameters is None:
+        raise UserError(
+            f"{origin}: minipuzzle.budget has no limit", hint="give memory_gib (and context), parameters, or both"
+        )
+    for key in ("weights", "kv_cache", "states"):
+        check_one_of(f"minipuzzle.budget.{key}", getattr(budget, key), BYTES, f"{origin}: ")
+    if budget.memory_gib is not None and budget.context is None:
+        raise UserError(
+            f"{origin}: minipuzzle.budget.context is missing: keys and values take memory by token",
+            hint="give the tokens of a sequence, such as 1048576",
+        )
+    for key in ("memory_gib", "context", "sequences", "speedup"):
+        if (value := getattr(budget, key)) is not None and value <= 0:
+            raise UserError(f"{origin}: minipuzzle.budget.{key} = {value} is not positive")
+    if budget.parameters is not None:
+        count_of(budget.parameters, "minipuzzle.budget.parameters", origin)
+
+
+def _check_grid(grid: GridSchema, definition: ModelDefinition, origin: str) -> None:
+    values = dataclasses.asdict(grid)
+    if not any(values.values()):
+        raise UserError(f"{origin}: minipuzzle.grid varies nothing", hint=f"give values of {', '.join(values)}")
+    for key, given in values.items():
+        counted = key in LAYER_NAMES.values()
+        most = definition.count(GRID[key]) if counted else getattr(definition, GRID[key])
+        for value in given:
+            if not (0 if counted else 1) <= value <= most:
+                raise UserError(
+                    f"{origin}: minipuzzle.grid.{key} has {value}; {definition.name} has {most}",
+                    hint=f"give values from {0 if counted else 1} to {most}",
+                )
+
+
+def _check_distillations(recipe: RecipeConfig, origin: str) -> None:
+    part, step = recipe.minipuzzle, recipe.data.seq_length * recipe.data.global_batch_size
+    short = count_of(part.short_tokens, "minipuzzle.short_tokens", origin)
+    warmup = count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin)
+    if short <= max(warmup, step):
+        raise UserError(
+            f"{origin}: minipuzzle.short_tokens ({short:,}) is not longer than the warm-up ({warmup:,} tokens) and a "
+            f"step ({step:,})",
+            hint="distil for longer, or warm up for less",
+        )
+    if count_of(part.score_tokens, "minipuzzle.score_tokens", origin) < recipe.data.seq_length:
+        raise UserError(
+            f"{origin}: minipuzzle.score_tokens ({part.score_tokens}) is less than one sequence",
+            hint=f"at least data.seq_length, {recipe.data.seq_length:,}",
+        )
 
 
 def check_ranges(recipe: RecipeConfig, origin: str) -> None:

@@ -12,7 +12,7 @@ from nemo.collections import llm  # noqa: E402
 from nemotron_h.compose import compose, known_recipes  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
 from nemotron_h.runtime import cluster_cli, nemo_cli  # noqa: E402
-from nemotron_h.schema import STAGES  # noqa: E402
+from nemotron_h.schema import command_of  # noqa: E402
 from nemotron_h.training import pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks import run_record  # noqa: E402
 
@@ -31,8 +31,9 @@ def _register(name: str) -> None:
     run.cli.factory(target=target, name=model)(factory)
 
 
-for _name in known_recipes():
-    _register(_name)
+for _stage in BUILDERS:
+    for _name in known_recipes(_stage):
+        _register(_name)
 
 
 def _register_files(stage: str) -> None:
@@ -42,9 +43,8 @@ def _register_files(stage: str) -> None:
         """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
         recipe = compose(path)
         if recipe.stage != stage:
-            raise UserError(
-                f"{path} is a recipe of stage {recipe.stage}", hint=f"run it with: nemo llm {STAGES[recipe.stage]} ..."
-            )
+            hint = f"run it with: {command_of(recipe, path)}"
+            raise UserError(f"{path} is a recipe of stage {recipe.stage}", hint=hint)
         return build(recipe)
 
     run.cli.factory(target=target, name="nemotron_h_recipe")(nemotron_h_recipe)

@@ -10,6 +10,11 @@ PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
 #: stage -> the command of `nemo llm` that runs it
 STAGES = {"pretrain": "pretrain", "sft": "finetune"}
+#: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
+PIPELINES = {"minipuzzle": "minipuzzle"}
+RANKS = ("sum", "worst", "accuracy", "agreement")
+SPEEDS = ("modelled", "measured")
+STARTS = ("pruned", "short")
 TOO_LONG = ("cut", "drop")
 SCHEDULES = ("cosine", "wsd")
 RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
@@ -208,6 +213,83 @@ class LogSchema:
 
 
 @dataclass
+class GridSchema:
+    """What the candidates of a compression vary in: each a list of values; an empty one keeps the parent's.
+
+    Attributes:
+        attention, mamba, ffn: how many layers of a type stay.
+        ffn_hidden_size: inner width of every FFN.
+        hidden_size, mamba_num_heads, mamba_head_dim: further widths, as Minitron-SSM (2504.11409) prunes them.
+    """
+
+    attention: list[int] = field(default_factory=list)
+    mamba: list[int] = field(default_factory=list)
+    ffn: list[int] = field(default_factory=list)
+    ffn_hidden_size: list[int] = field(default_factory=list)
+    hidden_size: list[int] = field(default_factory=list)
+    mamba_num_heads: list[int] = field(default_factory=list)
+    mamba_head_dim: list[int] = field(default_factory=list)
+
+
+@dataclass
+class BudgetSchema:
+    """What a candidate may cost: memory of inference, parameters, or both.
+
+    Attributes:
+        memory_gib: most GiB of weights, keys and values, and states, for `sequences` of `context` tokens.
+        parameters: most parameters; an integer, or text such as 4.5B.
+        context, sequences: of the memory.
+        weights, kv_cache, states: precisions of the memory: fp32, bf16, fp8 or fp4.
+        speedup: least tokens per second of generation over the parent's; null asks for none.
+        speedup_by: `modelled` (bytes that a token reads: weights, keys and values, states), or `measured` here.
+    """
+
+    memory_gib: float | None = None
+    parameters: str | None = None
+    context: int | None = None
+    sequences: int = 1
+    weights: str = "bf16"
+    kv_cache: str = "bf16"
+    states: str = "fp32"
+    speedup: float | None = None
+    speedup_by: str = "modelled"
+
+
+@dataclass
+class MiniPuzzleSchema:
+    """A compression: the recipe's model is the parent, its data, optimizer and length are those of the distillation.
+
+    Attributes:
+        parent: a run's folder or one of its checkpoints.
+        layer_samples, neuron_samples: sequences of the training data that importance is measured on.
+        grid, budget: which candidates there are.
+        score_tokens: validation tokens that every candidate is scored on.
+        rank: how the ranks by accuracy and by agreement with the parent combine: their `sum`, the `worst` of them, or
+            one of them alone (`accuracy`, `agreement`).
+        keep: how many of the best by that rank are looked at further.
+        evaluate: a command that prints a JSON object of task scores in its last line, `{checkpoint}` standing for the
+            checkpoint; it then chooses `short` of the `keep`, and the winner. Null: the rank chooses, and the accuracy
+            after the short distillation.
+        short: how many candidates are distilled for a short time.
+        short_tokens: length of each of those.
+        start: the long distillation starts from the `pruned` winner, or from its `short` distillation.
+    """
+
+    parent: str = MISSING
+    layer_samples: int = MISSING
+    neuron_samples: int = MISSING
+    grid: GridSchema = field(default_factory=GridSchema)
+    budget: BudgetSchema = field(default_factory=BudgetSchema)
+    score_tokens: str = MISSING
+    rank: str = "sum"
+    keep: int = MISSING
+    evaluate: str | None = None
+    short: int = MISSING
+    short_tokens: str = MISSING
+    start: str = "pruned"
+
+
+@dataclass
 class RecipeConfig:
     """A recipe, composed and complete.
 
@@ -218,6 +300,7 @@ class RecipeConfig:
         precision: one of `fp32`, `bf16`, `fp8_current_scaling` (paper 2.3), `fp8_blockwise` (Nemotron Nano 2).
         init_seed: of the initial weights.
         init: other initial weights.
+        minipuzzle: stage minipuzzle alone: what is compressed, and how.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
             (`trainer.max_steps=20`); a run writes here what its command line changed.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
@@ -235,8 +318,16 @@ class RecipeConfig:
     precision_options: PrecisionOptionsSchema = field(default_factory=PrecisionOptionsSchema)
     recompute: RecomputeSchema = field(default_factory=RecomputeSchema)
     init: InitSchema = field(default_factory=InitSchema)
+    minipuzzle: MiniPuzzleSchema | None = None
     resume: ResumeSchema = field(default_factory=ResumeSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     log: LogSchema = field(default_factory=LogSchema)
     overrides: list[str] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
+
+
+def command_of(recipe: RecipeConfig, path: object) -> str:
+    """The command that runs a recipe's file."""
+    if recipe.stage in PIPELINES:
+        return f"nemotron-h {PIPELINES[recipe.stage]} {path}"
+    return f'nemo llm {STAGES[recipe.stage]} --factory "nemotron_h_recipe(path={path})" --yes'

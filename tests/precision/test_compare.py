@@ -26,6 +26,7 @@ from nemotron_h.errors import UserError
 from nemotron_h.precision import statistics
 from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
+from nemotron_h.training.launch import text_of
 
 BLEND = """
 name: words
@@ -322,7 +323,7 @@ def test_a_recipe_without_a_length_is_refused(recipe: Path) -> None:
 
 def test_a_folder_of_another_comparison_is_refused(recipe: Path, tmp_path: Path) -> None:
     first = comparison(str(recipe), 8, out=tmp_path)
-    first.runs[0].recipe_file.write_text(launch.text_of(first.runs[0]))
+    first.runs[0].recipe_file.write_text(text_of(first.runs[0]))
     launch.check_same(comparison(str(recipe), 8, out=tmp_path).runs[0])
     launch.check_same(comparison(str(recipe), 8, out=tmp_path / ".." / tmp_path.name).runs[0])
     with pytest.raises(UserError, match="tokens: 4096 there, 2048 now"):

@@ -18,34 +18,12 @@ from nemotron_h.errors import UserError
 from nemotron_h.precision.gemms import FP8_FORMATS
 from nemotron_h.recipe.check import check_vocabulary
 from nemotron_h.schema import PRECISIONS, PrecisionOptionsSchema, RecipeConfig
+from nemotron_h.training.launch import Run
 
 #: overrides of a recipe that an option of the command gives
 OPTIONS = {"tokens": "--steps", "precision": "--precision", "log.dir": "--out", "log.tensorboard": "--out"}
 #: settings of a built run that would undo what is compared
 FIXED = ("trainer.max_steps", "trainer.plugins", "log.explicit_log_dir", "log.tensorboard")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run.
-
-    Attributes:
-        name: also of its folder.
-        recipe: complete; writes to `<log.dir>/<name>`.
-    """
-
-    name: str
-    recipe: RecipeConfig
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-        return Path(self.recipe.log.dir) / self.name
-
-    @property
-    def recipe_file(self) -> Path:
-        """The recipe that it is started from."""
-        return Path(self.recipe.log.dir) / f"{self.name}.yaml"
 
 
 @dataclass(frozen=True)

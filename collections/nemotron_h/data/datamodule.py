@@ -11,7 +11,6 @@ print the right number.)
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -25,13 +24,13 @@ from nemotron_h.data.phases import Horizon
 from nemotron_h.data.plan import DataOrder, DataPlan, compare
 from nemotron_h.data.prepared_module import (
     ENDLESS,
-    VALIDATION_SEED,
     PreparedDataModule,
     PreparedDataSampler,
     check_sizes,
     say,
 )
-from nemotron_h.data.sampler import BlendSampler, Segment
+from nemotron_h.data.sampler import BlendSampler
+from nemotron_h.data.validation import ValidationText
 from nemotron_h.data.windows import TokenStream, document_numbers
 from nemotron_h.errors import UserError
 
@@ -334,22 +333,11 @@ class BlendDataModule(PreparedDataModule):
     @cached_property
     def _validation(self) -> tuple[BlendSampler, int]:
         """The sampler of the validation list and its length."""
-        blend, limit = self.blend_spec, self.trainer.limit_val_batches
-        phases = [blend.source_shares(n) for n in range(len(blend.phases))]
-        shares = {name: math.fsum(phase[name] for phase in phases) / len(phases) for name in blend.sources}
-        tokens = self.manifest.tokens("validation")
-        small = sorted(name for name, share in shares.items() if share > 0 and tokens[name] < self.seq_length)
-        used = {name: share for name, share in shares.items() if share > 0 and name not in small}
-        if not used:
-            raise UserError(
-                f"no source of blend {blend.name!r} has validation text of one window ({self.seq_length:,} tokens)",
-                "Hold out more (`validation` of the sources), shorten seq_length, or set trainer.limit_val_batches=0.",
-            )
-        if small:
-            say(f"Data: validation leaves out {', '.join(small)}: less text than a window of {self.seq_length:,}")
-        windows = sum(tokens[name] // self.seq_length for name in used)
-        batches = limit if isinstance(limit, int) else max(1, int(limit * windows) // self.global_batch_size)
+        text = ValidationText.of(self.blend_spec, self.manifest, self.seq_length)
+        if text.left_out:
+            names = ", ".join(text.left_out)
+            say(f"Data: validation leaves out {names}: less text than a window of {self.seq_length:,}")
+        limit = self.trainer.limit_val_batches
+        batches = limit if isinstance(limit, int) else max(1, int(limit * text.windows) // self.global_batch_size)
         samples = batches * self.global_batch_size
-        return BlendSampler(
-            [Segment("validation", 0, samples, used)], tokens, self.seq_length, VALIDATION_SEED
-        ), samples
+        return text.sampler(samples), samples

@@ -25,7 +25,6 @@ from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
 from nemotron_h.errors import UserError
 
 ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
-VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
 
 logger = logging.getLogger(__name__)
 

@@ -21,14 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.indexed import read_index_header, read_lengths
 from nemotron_h.data.packing import Item, PackedOrder, balanced
-from nemotron_h.data.prepared_module import (
-    ENDLESS,
-    VALIDATION_SEED,
-    PreparedDataModule,
-    PreparedDataSampler,
-    check_sizes,
-    say,
-)
+from nemotron_h.data.prepared_module import ENDLESS, PreparedDataModule, PreparedDataSampler, check_sizes, say
+from nemotron_h.data.validation import VALIDATION_SEED
 from nemotron_h.errors import UserError
 from nemotron_h.schema import TOO_LONG
 

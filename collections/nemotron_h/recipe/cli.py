@@ -69,13 +69,12 @@ def new(
     """Write a recipe of your own as a small diff to another; never overwrites."""
     from nemotron_h.compose import compose
     from nemotron_h.recipe.new import write
-    from nemotron_h.schema import STAGES
+    from nemotron_h.schema import command_of
 
     path = write(name, parent, out)
-    command = STAGES[compose(str(path)).stage]
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"wrote {path}; to run it:", markup=False)
-    console.print(f'nemo llm {command} --factory "nemotron_h_recipe(path={path})" --yes', markup=False)
+    console.print(command_of(compose(str(path)), path), markup=False)
 
 
 @app.command()

@@ -1,0 +1,259 @@
+"""Stages with declared inputs and outputs: run in order, resumed where they were interrupted, skipped when nothing that
+they depend on has changed. Imports no torch.
+
+A stage writes into `<folder>/<name>`. `begun.json` holds the inputs that it was begun with, by label; `stage.json` is
+written last, with the sha256 of every declared output, and without it the stage is not done. The outputs' hashes are
+inputs of the stages that follow, so a changed input runs again what depends on it and nothing else: where a stage comes
+to the same outputs, what follows stays done. An interrupted stage finds its folder again, as long as its inputs are
+those it was begun with; otherwise the folder is renamed to `<name>.before` (training is too costly to delete unasked).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron_h.data.manifest import write_json
+from nemotron_h.errors import UserError
+from nemotron_h.hashing import file_sha256
+from nemotron_h.strict import nearest
+
+RECORD = "stage.json"
+BEGUN = "begun.json"
+ASIDE = ".before"
+
+#: label -> plain JSON value; what a stage's result depends on
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline.
+
+    Attributes:
+        name: also of its folder.
+        title: what it does, in a few words.
+        needs: the stages whose outputs it reads; each comes before it.
+        outputs: files of its folder that others read, or folders (their integrity file stands for all in them).
+        inputs: what else its result depends on; asked each time, so it must be quick.
+        run: does the work in the folder that it is given, which holds what an interrupted run of it left behind, and
+            returns a line that says what came out. It reads the other stages through `Pipeline.folder`.
+    """
+
+    name: str
+    title: str
+    needs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    inputs: Callable[[], Inputs]
+    run: Callable[[Path], str]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a stage stands.
+
+    Attributes:
+        word: `done`, `changed` (done with other inputs), `interrupted`, `waiting` (for another stage) or `to do`.
+        why: the inputs that changed, or the stage that is waited for.
+        result: the line that a finished stage left.
+        seconds: that it took, over all its attempts; 0 where it is not finished.
+    """
+
+    word: str
+    why: str = ""
+    result: str = ""
+    seconds: float = 0.0
+
+
+@dataclass
+class Pipeline:
+    """Stages in their order, and the folder that they share.
+
+    Attributes:
+        folder: one folder per stage is made in it.
+        stages: in order.
+        say: told one line at a time.
+    """
+
+    folder: Path
+    stages: Sequence[Stage]
+    say: Callable[[str], None] = print
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name.
+
+        Errors:
+            UserError: there is none.
+        """
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        names = [stage.name for stage in self.stages]
+        raise UserError(f"there is no stage {name!r}", hint=f"{nearest(name, names)}Known: {', '.join(names)}.")
+
+    def path(self, name: str) -> Path:
+        """The folder of a finished stage."""
+        return self.folder / name
+
+    def states(self) -> dict[str, State]:
+        """Where every stage stands, by name, in order."""
+        found: dict[str, State] = {}
+        for stage in self.stages:
+            waits = next((name for name in stage.needs if found[name].word != "done"), None)
+            if waits is not None:
+                found[stage.name] = State("waiting", f"for {waits}")
+                continue
+            record = _read(self.path(stage.name) / RECORD)
+            inputs = self._inputs(stage)
+            begun = _read(self.path(stage.name) / BEGUN)
+            if record is not None and record["inputs"] == inputs:
+                problem = self._damage(stage, record)
+                found[stage.name] = (
+                    State("changed", problem) if problem else State("done", "", record["result"], record["seconds"])
+                )
+            elif begun is not None and begun["inputs"] == inputs:
+                found[stage.name] = State("interrupted")
+            elif record is not None:
+                found[stage.name] = State("changed", "; ".join(differences(record["inputs"], inputs)))
+            else:
+                found[stage.name] = State("to do")
+        return found
+
+    def run(self, only: str | None = None) -> None:
+        """Run what is not done, in order.
+
+        Args:
+            only: run this stage alone; those that it reads must be done.
+        Errors:
+            UserError: there is no such stage, or a stage that it needs is not done; and what a stage raises.
+        """
+        chosen = [self.stage(only)] if only else list(self.stages)
+        for stage in chosen:
+            state = self.states()[stage.name]
+            place = f"[{list(self.stages).index(stage) + 1}/{len(self.stages)}] {stage.name}"
+            if state.word == "done":
+                self.say(f"{place}: done before; {state.result}")
+                continue
+            if state.word == "waiting":
+                raise UserError(
+                    f"stage {stage.name} waits {state.why}", hint="run that stage first, or all: leave --stage out"
+                )
+            reason = f"; changed: {state.why}" if state.word == "changed" else ""
+            self.say(f"{place}: {stage.title}{' (continued)' if state.word == 'interrupted' else reason}")
+            self._run(stage, place, anew=state.word == "changed")
+
+    def _run(self, stage: Stage, place: str, anew: bool) -> None:
+        folder, inputs = self.path(stage.name), self._inputs(stage)
+        begun = _read(folder / BEGUN)
+        if anew or begun is None or begun["inputs"] != inputs:
+            self._set_aside(folder)
+            folder.mkdir(parents=True)
+            begun = {"inputs": inputs, "seconds": 0.0}
+            write_json(folder / BEGUN, begun)
+        started = time.monotonic()
+        try:
+            result = stage.run(folder)
+        finally:
+            begun["seconds"] += time.monotonic() - started
+            write_json(folder / BEGUN, begun)
+        missing = [name for name in stage.outputs if not (folder / name).exists()]
+        if missing:
+            raise RuntimeError(f"stage {stage.name} did not write {', '.join(missing)}")
+        record = {
+            "inputs": inputs,
+            "outputs": {name: digest(folder / name) for name in stage.outputs},
+            "result": result,
+            "seconds": round(begun["seconds"], 1),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(folder / RECORD, record)
+        self.say(f"{place}: {result} ({_minutes(record['seconds'])})")
+
+    def _set_aside(self, folder: Path) -> None:
+        """Make way for other inputs; the work of the time before is kept once."""
+        if not folder.exists():
+            return
+        aside = folder.with_name(folder.name + ASIDE)
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
+        self.say(f"what was there before is now {aside}")
+
+    def _inputs(self, stage: Stage) -> dict[str, Any]:
+        """Everything that the stage depends on, through JSON, so that it compares with what was written."""
+        given = {f"{name}/{file}": value for name in stage.needs for file, value in self._outputs(name).items()}
+        return json.loads(json.dumps({**stage.inputs(), **given}))
+
+    def _outputs(self, name: str) -> Inputs:
+        record = _read(self.path(name) / RECORD)
+        return record["outputs"] if record else {}
+
+    def _damage(self, stage: Stage, record: Mapping[str, Any]) -> str:
+        """The first output that is not what was written."""
+        for name, expected in record["outputs"].items():
+            path = self.path(stage.name) / name
+            if not path.exists():
+                return f"{name} is missing"
+            if digest(path) != expected:
+                return f"{name} was edited"
+        return ""
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file; what stands for a checkpoint, or a run's newest; of other folders, of their files' hashes."""
+    if path.is_file():
+        return file_sha256(path)
+    from nemotron_h.training import checkpoints
+
+    if (path / checkpoints.INTEGRITY).is_file():
+        return content_digest(path)
+    if found := checkpoints.finished(path):
+        return content_digest(found[0])
+    names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(json.dumps([[name, file_sha256(path / name)] for name in names]).encode()).hexdigest()
+
+
+def content_digest(checkpoint: Path) -> str:
+    """What stands for a checkpoint's weights: sha256 of the part of its integrity file that lists them.
+
+    The other files of a checkpoint hold dates and paths, which differ between two runs to the same weights.
+    """
+    from nemotron_h.training import checkpoints
+
+    try:
+        listed = json.loads((checkpoint / checkpoints.INTEGRITY).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} is not a finished checkpoint: {error}") from error
+    weights = {name: entry for name, entry in listed.items() if name.startswith("weights/")}
+    return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: Inputs, now: Inputs) -> list[str]:
+    """The inputs that differ, each with its values where they are short."""
+    found = []
+    for label in sorted({*before, *now}):
+        old, new = before.get(label), now.get(label)
+        if old != new:
+            short = all(len(str(value)) <= 40 for value in (old, new))
+            found.append(f"{label}: {old} before, {new} now" if short else label)
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}", hint=f"remove {path.parent} and run again") from error
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

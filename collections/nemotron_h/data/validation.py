@@ -1,0 +1,78 @@
+"""The validation windows of a blend: a fixed list, the same for every run, seed and length. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemotron_h.data.blend import Blend
+from nemotron_h.data.manifest import Manifest
+from nemotron_h.data.sampler import BlendSampler, Segment
+from nemotron_h.data.windows import TokenStream
+from nemotron_h.errors import UserError
+
+VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
+
+
+@dataclass(frozen=True)
+class ValidationText:
+    """The held-out text of a blend, as windows.
+
+    Attributes:
+        shares: of the sources in the list: the mean of all phases' shares, so that every category is seen, those of the
+            late phases too.
+        left_out: sources with a share and less text than a window.
+        windows: how many windows the text has without repeating any.
+        tokens: source -> tokens.
+        seq_length: tokens of a window.
+    """
+
+    shares: dict[str, float]
+    left_out: list[str]
+    windows: int
+    tokens: dict[str, int]
+    seq_length: int
+
+    @classmethod
+    def of(cls, blend: Blend, manifest: Manifest, seq_length: int) -> ValidationText:
+        """What the prepared blend holds out.
+
+        Errors:
+            UserError: no source has held-out text of a window.
+        """
+        phases = [blend.source_shares(n) for n in range(len(blend.phases))]
+        shares = {name: math.fsum(phase[name] for phase in phases) / len(phases) for name in blend.sources}
+        tokens = manifest.tokens("validation")
+        left_out = sorted(name for name, share in shares.items() if share > 0 and tokens[name] < seq_length)
+        used = {name: share for name, share in shares.items() if share > 0 and name not in left_out}
+        if not used:
+            raise UserError(
+                f"no source of blend {blend.name!r} has validation text of one window ({seq_length:,} tokens)",
+                "Hold out more (`validation` of the sources), shorten seq_length, or set trainer.limit_val_batches=0.",
+            )
+        windows = sum(tokens[name] // seq_length for name in used)
+        return cls(used, left_out, windows, tokens, seq_length)
+
+    def sampler(self, samples: int) -> BlendSampler:
+        """The first `samples` windows of the list."""
+        segments = [Segment("validation", 0, samples, self.shares)]
+        return BlendSampler(segments, self.tokens, self.seq_length, VALIDATION_SEED)
+
+    def read(self, manifest: Manifest, samples: int) -> np.ndarray:
+        """The first windows with the label of their last token: int64 [samples, seq_length + 1].
+
+        Errors:
+            UserError: the held-out text has fewer windows.
+        """
+        if samples > self.windows:
+            raise UserError(
+                f"{samples * self.seq_length:,} validation tokens are asked for, the held-out text of the blend has "
+                f"{self.windows * self.seq_length:,} in whole windows of {self.seq_length:,}",
+                "Ask for fewer, or hold out more (`validation` of the sources) and prepare the blend again.",
+            )
+        sampler = self.sampler(samples)
+        streams = {name: TokenStream(manifest.prefix(name, "validation")) for name in sampler.names}
+        chosen = (sampler[number] for number in range(samples))
+        return np.stack([streams[s.source].read(s.start, self.seq_length + 1) for s in chosen])

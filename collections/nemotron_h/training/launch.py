@@ -1,0 +1,176 @@
+"""Start a training run as `nemo llm` does, in a process of its own: a finished one is not repeated, one that was killed
+continues from its checkpoint, and what ends this process ends the run after a checkpoint. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nemotron_h.errors import UserError
+from nemotron_h.recipe.text import to_yaml
+from nemotron_h.schema import STAGES, RecipeConfig
+from nemotron_h.training import checkpoints
+
+#: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)
+LEFT_EARLY = 75
+#: a run gets so long to write a checkpoint when this command is told to end
+GRACE_S = 600
+_STEP = re.compile(r"step\s+(\d+)/(\d+)\s+loss\s+(\S+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        name: also of its folder.
+        recipe: complete; writes to `<log.dir>/<name>`.
+    """
+
+    name: str
+    recipe: RecipeConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return Path(self.recipe.log.dir) / self.name
+
+    @property
+    def recipe_file(self) -> Path:
+        """The recipe that it is started from."""
+        return Path(self.recipe.log.dir) / f"{self.name}.yaml"
+
+
+def is_finished(run: Run, steps: int) -> bool:
+    """Whether the checkpoint of the last step is there, whole."""
+    found = checkpoints.finished(run.folder)
+    return bool(found) and checkpoints.step_of(found[0]) >= steps
+
+
+def text_of(run: Run) -> str:
+    """The recipe's file."""
+    return to_yaml(dataclasses.asdict(run.recipe))
+
+
+def command_of(run: Run) -> list[str]:
+    """The run's command line."""
+    beside = Path(sys.executable).with_name("nemo")
+    nemo = str(beside) if beside.is_file() else shutil.which("nemo")
+    if nemo is None:
+        raise UserError(f"there is no `nemo` command beside {sys.executable}", hint="install nemo_run")
+    entry = STAGES[run.recipe.stage]
+    command = [nemo, "llm", entry, "--factory", f"nemotron_h_recipe(path={run.recipe_file})", "--yes"]
+    return [*command, "executor=local"] if run.recipe.parallel.devices > 1 else command
+
+
+def train(run: Run, title: str, steps: int, console: Console) -> None:
+    """Train a run to its end and show how far it is, with an ETA. Its output goes to `<recipe file>.log`.
+
+    Args:
+        title: what stands before the progress.
+        steps: of the whole run.
+    Errors:
+        UserError: the run failed, naming what it said, or left early.
+    """
+    log = run.recipe_file.with_suffix(".log")
+    process = subprocess.Popen(
+        command_of(run),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way
+    )
+    with _ended_with_us(process, console), log.open("a") as file, _Line(console, title, steps) as line:
+        for text in process.stdout:
+            file.write(text)
+            file.flush()
+            found = _STEP.search(text)
+            if found:
+                line.step(int(found.group(1)), text.strip())
+    if process.returncode == LEFT_EARLY:
+        raise UserError(f"{run.name} left early, with a checkpoint", hint="run the same command again to continue")
+    if process.returncode != 0 or not is_finished(run, steps):
+        raise UserError(f"{run.name} ended with exit code {process.returncode}: {_reason(log)}", hint=f"see {log}")
+
+
+def _reason(log: Path) -> str:
+    """The error's line in a log, or its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(error: |\w*(Error|Exception)\b)", line)]
+    return (errors or lines or ["it printed nothing"])[-1]
+
+
+@contextmanager
+def _ended_with_us(process: subprocess.Popen, console: Console) -> Iterator[None]:
+    """What ends this command ends the run, which writes a checkpoint first."""
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+        process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if process.poll() is None:
+            console.print("stopping: the run writes a checkpoint first")
+            process.terminate()
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+class _Line:
+    """A live bar with an ETA on a terminal, some of the run's own lines (which have one too) elsewhere."""
+
+    def __init__(self, console: Console, title: str, steps: int) -> None:
+        self.console, self.title, self.steps = console, title, steps
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        self.bar = Progress(*columns, console=console) if console.is_terminal else None
+        self.task = self.bar.add_task(title, total=steps, loss="starting") if self.bar else None
+        self.shown = False
+
+    def __enter__(self) -> _Line:
+        if self.bar:
+            self.bar.start()
+        else:
+            self.console.print(f"{self.title}: starting", highlight=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, step: int, text: str) -> None:
+        """The run printed the line of a step."""
+        if self.bar:
+            if not self.shown:  # starting took minutes, perhaps: not the pace of a step
+                self.bar.reset(self.task, completed=step, loss="")
+            self.bar.update(self.task, completed=step, loss=text.split("tokens/s")[0].split("  ", 1)[-1])
+        elif not self.shown or step % max(1, self.steps // 10) == 0 or step == self.steps:
+            self.console.print(f"{self.title}: {text}", highlight=False, markup=False, soft_wrap=True)
+        self.shown = True
