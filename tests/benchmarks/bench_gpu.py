@@ -38,6 +38,8 @@ os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 
 SECTIONS = ("gemm", "speed", "profile", "checkpoint", "recompute")
+#: tokens per chunk of the scan, tried by the section `scan`
+CHUNKS = (64, 128, 256)
 #: 6 : 6 : 1 of the 8B's 24 : 24 : 4 as nearly as one attention layer allows, in the order that the 8B begins with
 PATTERN = "M-M-M-M*-M-M-"
 WIDTHS = (
@@ -163,6 +165,54 @@ def gemm(report: Report, args: argparse.Namespace) -> None:
         report.add("gemm", name=name, tflops=round(flops / median(times[3:]) / 1e12, 1))
 
 
+def scan(report: Report, args: argparse.Namespace) -> None:
+    """The mixer's fused kernel alone, forward and backward, by the length of the scan's chunks."""
+    import torch
+
+    from nemotron_h.ops.select import KERNEL_CHUNK, select_ops
+
+    fused = select_ops().fused_mixer
+    if fused is None:
+        report.add("scan", left_out="there are no kernels here")
+        return
+    shape = shape_of(args.small)
+    w, draw = shape.widths, torch.Generator("cuda").manual_seed(0)
+    heads, groups = w["mamba_num_heads"], w["mamba_num_groups"]
+    inner, states = heads * w["mamba_head_dim"], 2 * groups * w["mamba_state_dim"]
+
+    def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", generator=draw, dtype=dtype).requires_grad_()
+
+    inputs = [
+        normal(1, shape.seq_length, 2 * inner + states + heads),
+        normal(inner + states, 4),
+        normal(inner + states),
+        normal(heads, dtype=torch.float32),
+        (-1 - torch.rand(heads, device="cuda", generator=draw)).requires_grad_(),
+        normal(heads, dtype=torch.float32),
+        normal(inner),
+    ]
+    upstream = torch.randn(1, shape.seq_length, inner, device="cuda", generator=draw, dtype=torch.bfloat16)
+    results: dict[int, list[torch.Tensor]] = {}
+    for chunk in CHUNKS:
+        times: dict[str, list[float]] = {"forward": [], "backward": []}
+        for _ in range(10):
+            sync_device()
+            began = time.perf_counter()
+            out = fused(*inputs, head_dim=w["mamba_head_dim"], groups=groups, chunk_size=chunk)
+            sync_device()
+            times["forward"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            gradients = torch.autograd.grad(out, inputs, upstream)
+            sync_device()
+            times["backward"].append(time.perf_counter() - began)
+        results[chunk] = [out.detach(), *gradients]
+        report.add("scan", chunk=chunk, **{f"{name}_ms": round(median(t[3:]) * 1e3, 3) for name, t in times.items()})
+    for chunk, found in results.items():
+        gaps = [float((a - b).norm() / b.norm()) for a, b in zip(found, results[KERNEL_CHUNK], strict=True)]
+        report.add("scan", chunk=chunk, relative_difference=[f"{gap:.1e}" for gap in gaps])
+
+
 def sync_device() -> None:
     """Wait for the device."""
     from gpu_sides import sync
@@ -177,7 +227,7 @@ def sides_of(args: argparse.Namespace) -> dict[str, tuple[Callable, str, dict[st
 
     found: dict[str, tuple[Callable, str, dict[str, Any]]] = {}
     for precision in ("bf16", "fp8_current_scaling"):
-        found[f"ours {precision}"] = (gpu_sides.ours, precision, {})
+        found[f"ours {precision}"] = (gpu_sides.ours, precision, dict(args.set))
         if torch.cuda.is_available():  # NeMo's layers run on GPUs alone
             found[f"stock {precision}"] = (gpu_sides.stock, precision, {})
     return {name: side for name, side in found.items() if not args.sides or name.split()[0] in args.sides}
@@ -511,6 +561,15 @@ def pack_cache(out: Path) -> None:
             archive.add(folder, arcname=".")
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE; the value is JSON, or text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -518,7 +577,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=(*SECTIONS, "parallel", "parallel-worker"),
+        choices=(*SECTIONS, "scan", "parallel", "parallel-worker"),
         default=SECTIONS,
         help="sections, in this order (default: all of one GPU's)",
     )
@@ -526,6 +585,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=("ours", "stock"), help="leave the other side out")
     parser.add_argument("--pattern", help=f"other layers than {PATTERN}, where the GPU has room for them")
     parser.add_argument("--vocab-size", type=int, help="of the output matrix, always BF16")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        type=setting,
+        default=(),
+        metavar="FIELD=VALUE",
+        help="fields of our configuration, such as recompute_ffn=activation",
+    )
+    parser.add_argument(
+        "--bf16-moments", action="store_true", help="both moments of Adam in bfloat16: a deeper model fits"
+    )
     parser.add_argument("--micro-batches", type=int, help="sequences per step (default 4)")
     parser.add_argument("--rounds", type=int, default=2, help="times that each side is built and timed (default 2)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps of a round (default 3)")
@@ -538,7 +608,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the sections; each is guarded."""
     args = arguments()
-    for key in ("pattern", "vocab_size", "micro_batches"):
+    for key in ("pattern", "vocab_size", "micro_batches", "bf16_moments"):
         if getattr(args, key) is not None:
             CHOSEN[key] = getattr(args, key)
     report = Report(args.out)
@@ -559,6 +629,7 @@ def main() -> None:
             )
     sections = {
         "gemm": gemm,
+        "scan": scan,
         "speed": speed,
         "profile": profile,
         "recompute": recompute,

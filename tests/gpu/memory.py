@@ -89,7 +89,9 @@ def training_step(model: Any, setting: dict[str, Any]) -> Callable[[], float]:
     from megatron.core.transformer.module import Float16Module
 
     from nemotron_h.model.module import NemotronHConfig
+    from nemotron_h.runtime import megatron_fixes
 
+    megatron_fixes.install()
     length, batch = setting["seq_length"], setting.get("micro_batch", 1)
     config = NemotronHConfig(
         definition_name=model.name,

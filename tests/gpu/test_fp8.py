@@ -48,6 +48,7 @@ def model(precision: str, backend: str = "te", **changes: object) -> torch.nn.Mo
         seq_length=256,
         init_method_std=0.06,
         fuse_weight_gradients=False,  # there is no gradient buffer here
+        gradient_accumulation_fusion=False,
         **changes,
     )
     made = plugin(precision, EDGES, backend if precision.startswith("fp8") else "auto")

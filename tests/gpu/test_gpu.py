@@ -138,6 +138,7 @@ def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
         bf16=dtype == torch.bfloat16,
         mamba_stack_spec=spec,
         fuse_weight_gradients=False,  # there is no gradient buffer without Megatron's DDP
+        gradient_accumulation_fusion=False,
         **changes,
     )
     built = config.configure_model(None).cuda()
@@ -222,6 +223,23 @@ def test_fused_mixer_equals_separate_kernels() -> None:
         assert errors[worst] < 2e-2, errors
 
 
+def test_weight_gradient_is_added_to_the_float32_buffer() -> None:
+    start()
+    from megatron.core.tensor_parallel import layers
+
+    from nemotron_h.runtime import megatron_fixes
+
+    megatron_fixes.install()
+    draw = torch.Generator("cuda").manual_seed(5)
+    inputs, gradient = (torch.randn(4096, n, device="cuda", generator=draw).bfloat16() for n in (256, 512))
+    buffer = torch.randn(512, 256, device="cuda", generator=draw)
+    expected = buffer.double() + gradient.double().t() @ inputs.double()
+    layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, gradient, buffer)
+    error = relative(buffer, expected)
+    print(f"weight gradient added in float32: {error:.1e}", flush=True)
+    assert error < 1e-4  # a sum that was rounded to bfloat16 would differ by 1e-3 and more
+
+
 def test_squared_relu_equals_torch() -> None:
     from nemotron_h.ops.activation import _SquaredReLU, squared_relu
 
@@ -240,5 +258,6 @@ if __name__ == "__main__":
     test_kernels_equal_plain_operations()
     test_transformer_engine_layers_equal_plain_layers()
     test_fused_mixer_equals_separate_kernels()
+    test_weight_gradient_is_added_to_the_float32_buffer()
     test_squared_relu_equals_torch()
     print("GPU tests passed")

@@ -158,7 +158,7 @@ class NemotronHStack(MambaStack):
 
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **kwargs: object) -> None:
         post_process = bool(kwargs.get("post_process", True))
-        # Only the stack's layers: the same option of megatron-core's output layer, built after it, needs Apex
+        # Only the stack's layers: emulated FP8 has no such product, the output layer, built after it, is never FP8
         before = config.gradient_accumulation_fusion
         config.gradient_accumulation_fusion = config.fuse_weight_gradients and not config.fp8_emulation
         super().__init__(config, submodules, **{**kwargs, "post_layer_norm": False})

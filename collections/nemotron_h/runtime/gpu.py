@@ -31,7 +31,9 @@ SETTINGS: dict[str, Setting] = {
         "and no pass that adds it (14 bytes of traffic per parameter and micro-batch become 8)",
     ),
     "gradient_accumulation_fusion": Setting(
-        False, False, "the same for megatron-core's own layers (the output layer); it needs Apex, which is not required"
+        True,
+        False,
+        "the same for megatron-core's own layers (the output layer); `runtime.megatron_fixes` does it without Apex",
     ),
     "cross_entropy_loss_fusion": Setting(
         True, False, "the loss in one pass over the logits' own memory, with no float32 copy of tokens x vocabulary"

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import layers
 
 
 def install() -> None:
     """Apply each correction once."""
     _order_mixed_precision_groups()
+    _accumulate_weight_gradients_without_apex()
+
+
+def _accumulate_weight_gradients_without_apex() -> None:
+    """Let torch do what megatron-core's linear layers have Apex's extension for: add a weight's gradient to the float32
+    gradient buffer inside the product. torch has had products with a float32 result since 2.8.
+    """
+    if layers._grad_accum_fusion_available:
+        return
+
+    def wgrad_gemm_accum_fp32(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        if grad_output.dtype == torch.float32:
+            main_grad.addmm_(grad_output.t(), total_input)
+        else:
+            torch.addmm(main_grad, grad_output.t(), total_input, out_dtype=torch.float32, out=main_grad)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    layers._grad_accum_fusion_available = True
 
 
 def _order_mixed_precision_groups() -> None:
