@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,21 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def import_repository() -> None:
-    """Make `nemotron_h` importable from the checkout where it is not installed (its YAML folders lie at the top)."""
-    try:
-        import nemotron_h
-    except ModuleNotFoundError:
-        sys.path.insert(0, str(ROOT / "collections"))
-        import nemotron_h
-    import importlib.util
-
-    if importlib.util.find_spec("nemotron_h.configs") is None:
-        nemotron_h.__path__.append(str(ROOT))
-
+from repository import import_repository
 
 import_repository()
 

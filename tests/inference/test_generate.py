@@ -66,14 +66,15 @@ def test_prefill_and_steps_are_the_full_forward(pair, kind: int | str, dtype: to
         assert relative_error(actual[:, position], expected[:, position]) < TOLERANCE[dtype], position
 
 
+@pytest.mark.parametrize("limit", [7, 32, 100, 1000])  # passes of a part of a row, and of several rows
 @pytest.mark.parametrize("kind", [2, "M", "*-"])
-def test_ragged_batch_is_each_alone(pair, kind: int | str) -> None:
+def test_ragged_batch_is_each_alone(pair, kind: int | str, limit: int) -> None:
     trained, model = pair(kind, dtype=torch.float64)
     lengths = [70, 41, 40, 40, 3, 1]
     ids = tokens(len(lengths), LENGTH + 20)
     prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
     states = model.new_states(len(lengths), LENGTH + 20)
-    actual = [model.logits(prefill(model, prompts, states, chunk=32))]
+    actual = [model.logits(prefill(model, prompts, states, limit=limit))]
     actual += [
         model.logits(model.step(torch.stack([ids[r, n + k] for r, n in enumerate(lengths)]), states)) for k in range(8)
     ]

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.inference.states import KeyValueCache, MambaState, States
 from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
+from nemotron_h.ops.activation import squared_relu
+from nemotron_h.ops.attention import attention_chunk
 from nemotron_h.ops.select import select_ops
 
 #: cosines and sines of rotary positions
@@ -104,46 +105,50 @@ class GenerationModel:
         Returns:
             hidden states [batch, length, hidden], for `logits`.
         """
-        start = int(states.positions[0])
-        if bool((states.positions != start).any()):
+        start = int(states.lengths[0])
+        if (states.lengths != start).any():
             raise ValueError("extend: the sequences are at different positions")
         x = F.embedding(tokens.to(self.device), self.embedding)
         rotary = self._rotary(torch.arange(start, start + tokens.shape[1], device=self.device))
         for weights, state in zip(self.layers, states.layers, strict=True):
             h = self._norm(x, weights.norm)
             if isinstance(weights, MambaWeights):
-                x = x + self._mamba_extend(h, weights, state)
+                x += self._mamba_extend(h, weights, state)
             elif isinstance(weights, AttentionWeights):
-                x = x + self._attention_extend(h, weights, state, start, rotary)
+                x += self._attention_extend(h, weights, state, start, rotary)
             else:
-                x = x + self._ffn(h, weights)
-        states.positions += tokens.shape[1]
+                x += self._ffn(h, weights)
+        states.advance(tokens.shape[1])
         return x
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, states: States) -> Tensor:
+    def step(self, tokens: Tensor, states: States, count_on_device: bool = True) -> Tensor:
         """Read one token of every sequence, each at its own position. Updates `states`.
 
         Args:
             tokens: int64 [batch].
+            count_on_device: False leaves the device's positions to the caller (see `States.advance`).
         Returns:
             hidden states [batch, hidden], for `logits`.
         """
         x = F.embedding(tokens.to(self.device), self.embedding)
-        length = int(states.positions.max()) + 1
-        positions = states.positions.to(self.device)
-        ragged = bool((states.positions != length - 1).any())
-        read = torch.arange(length, device=self.device) <= positions[:, None] if ragged else None
+        longest = int(states.lengths.max()) + 1
+        ragged = bool((states.lengths != longest - 1).any())
+        positions = states.positions
+        lengths = positions + 1
         rotary = self._rotary(positions)
         for weights, state in zip(self.layers, states.layers, strict=True):
             h = self._norm(x, weights.norm)
             if isinstance(weights, MambaWeights):
-                x = x + self._mamba_step(h, weights, state)
+                x += self._mamba_step(h, weights, state)
             elif isinstance(weights, AttentionWeights):
-                x = x + self._attention_step(h, weights, state, positions, length, read, rotary)
+                q, k, v = self._qkv(h, weights, rotary)
+                self.ops.cache_append(state.keys, state.values, k, v, positions)
+                out = self.ops.attention_step(q, state.keys, state.values, lengths, longest, ragged)
+                x += F.linear(out, weights.proj)
             else:
-                x = x + self._ffn(h, weights)
-        states.positions += 1
+                x += self._ffn(h, weights)
+        states.advance(1, count_on_device)
         return x
 
     @torch.inference_mode()
@@ -156,7 +161,12 @@ class GenerationModel:
         return F.rms_norm(x, weight.shape, weight, self.definition.norm_epsilon)
 
     def _ffn(self, h: Tensor, w: FFNWeights) -> Tensor:
-        return F.linear(F.relu(F.linear(h, w.up)).square(), w.down)
+        h = F.linear(h, w.up)
+        if h.is_cuda:
+            h = squared_relu(h)
+        else:
+            torch.mul(h.relu_(), h, out=h)
+        return F.linear(h, w.down)
 
     def _split(self, projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d = self.definition
@@ -222,38 +232,7 @@ class GenerationModel:
         end = start + h.shape[1]
         cache.keys[:, :, start:end] = k.transpose(1, 2)
         cache.values[:, :, start:end] = v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q.flatten(2, 3).transpose(1, 2),
-            cache.keys[:, :, :end],
-            cache.values[:, :, :end],
-            attn_mask=causal_lower_right(h.shape[1], end) if start else None,
-            is_causal=not start,
-            enable_gqa=True,
-        )
-        return F.linear(out.transpose(1, 2).flatten(2), w.proj)
-
-    def _attention_step(
-        self,
-        h: Tensor,
-        w: AttentionWeights,
-        cache: KeyValueCache,
-        positions: Tensor,
-        length: int,
-        read: Tensor | None,
-        rotary: Rotary | None,
-    ) -> Tensor:
-        q, k, v = self._qkv(h, w, rotary)
-        rows = torch.arange(len(h), device=h.device)
-        cache.keys[rows, :, positions] = k
-        cache.values[rows, :, positions] = v
-        # the heads of a group take the place of query positions: all of them read the same keys
-        out = F.scaled_dot_product_attention(
-            q,
-            cache.keys[:, :, :length],
-            cache.values[:, :, :length],
-            attn_mask=None if read is None else read[:, None, None],
-        )
-        return F.linear(out.flatten(1), w.proj)
+        return F.linear(attention_chunk(q, cache.keys, cache.values, start), w.proj)
 
 
 def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GenerationModel:

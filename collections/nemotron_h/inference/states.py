@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +37,12 @@ class States:
 
     Attributes:
         layers: one entry per layer; None for an FFN.
-        positions: int64 [batch] in host memory, the tokens that each sequence has read.
+        lengths: int64 [batch] in host memory, the tokens that each sequence has read.
+        positions: the same numbers on the device; on the CPU the same memory.
     """
 
-    def __init__(self, layers: list[MambaState | KeyValueCache | None], positions: Tensor) -> None:
-        self.layers, self.positions = layers, positions
+    def __init__(self, layers: list[MambaState | KeyValueCache | None], lengths: np.ndarray, positions: Tensor) -> None:
+        self.layers, self.lengths, self.positions = layers, lengths, positions
 
     @classmethod
     def empty(
@@ -66,15 +68,37 @@ class States:
                 return KeyValueCache(*(torch.zeros(kv_shape, dtype=dtype, device=device) for _ in range(2)))
             return None
 
-        return cls([layer(symbol) for symbol in d.pattern], torch.zeros(batch, dtype=torch.int64))
+        lengths = np.zeros(batch, dtype=np.int64)
+        positions = torch.from_numpy(lengths)
+        return cls([layer(symbol) for symbol in d.pattern], lengths, positions.to(device))
 
-    def first(self, rows: int) -> States:
-        """The first `rows` sequences: a view, so what is done to it is done to the whole."""
+    def rows(self, begin: int, end: int) -> States:
+        """Some of the sequences: a view, so what is done to it is done to the whole."""
 
         def view(layer: MambaState | KeyValueCache | None) -> MambaState | KeyValueCache | None:
-            return None if layer is None else type(layer)(*(t[:rows] for t in vars(layer).values()))
+            return None if layer is None else type(layer)(*(t[begin:end] for t in vars(layer).values()))
 
-        return States([view(layer) for layer in self.layers], self.positions[:rows])
+        return States([view(layer) for layer in self.layers], self.lengths[begin:end], self.positions[begin:end])
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for sequences of so many tokens; what was read stays. Doubles the room, so that growing is rare."""
+        for layer in self.layers:
+            if isinstance(layer, KeyValueCache) and layer.keys.shape[2] < capacity:
+                for name, old in vars(layer).items():
+                    room = max(capacity, 2 * old.shape[2])
+                    new = old.new_zeros(*old.shape[:2], room, old.shape[3])
+                    new[:, :, : old.shape[2]] = old
+                    setattr(layer, name, new)
+
+    def advance(self, tokens: int, on_device: bool = True) -> None:
+        """Every sequence has read so many tokens more.
+
+        Args:
+            on_device: False where the device has counted them already (a CUDA graph does).
+        """
+        self.lengths += tokens
+        if on_device and self.positions.device.type != "cpu":
+            self.positions += tokens
 
     def bytes(self) -> int:
         """Memory of all states."""

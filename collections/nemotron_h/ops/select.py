@@ -1,6 +1,8 @@
-"""Which implementation of the Mamba-2 ops runs: the mamba-ssm and causal-conv1d kernels on a GPU, ours elsewhere.
+"""Which implementation of the ops runs: the mamba-ssm and causal-conv1d kernels on a GPU (and ours in Triton, for the
+attention of generation), plain PyTorch elsewhere.
 
-Both come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d`` and ``.norm``, so the model holds one code path.
+All come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm`` and ``.attention``, so the model holds
+one code path.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from nemotron_h.ops import attention
 from nemotron_h.ops.conv1d import causal_conv1d, causal_conv1d_step
 from nemotron_h.ops.norm import gated_rms_norm
 from nemotron_h.ops.ssd import ssd_chunk_scan, ssd_step
@@ -37,6 +40,10 @@ class Ops:
     gated_rms_norm: Callable[..., Tensor] = gated_rms_norm
     ssd_step: Callable[..., Tensor] = ssd_step
     conv1d_step: Callable[..., Tensor] = causal_conv1d_step
+    attention_step: Callable[..., Tensor] = attention.attention_step
+    cache_append: Callable[..., None] = attention.cache_append
+    #: whether a step reads lengths and positions on the device, so that a CUDA graph of it stays right
+    graphs: bool = False
     #: convolution, scan and gated norm as one memory-saving kernel (see ``_kernel_fused_mixer``), or None
     fused_mixer: Callable[..., Tensor] | None = None
     #: which packages these are, and why, for logs and reports
@@ -75,16 +82,21 @@ def _build(forced: str | None) -> Ops:
         return Ops(origin="torch (no GPU is visible)")
     kernels, no_kernels = _try(_mamba_ssm_kernels)
     conv, no_conv = _try(_causal_conv1d_kernels)
+    attention_kernels, no_attention = _try(_attention_kernels)
     if forced and (no_kernels or no_conv):
         raise RuntimeError(f"{VARIABLE}=mamba_ssm, but {no_kernels or no_conv}; run pip install '.[cuda]' or unset it")
     if kernels is None:
         return Ops(origin=f"torch (on a GPU this is slow: {no_kernels}; pip install '.[cuda]')")
-    chosen = {
+    chosen: dict[str, Callable] = {
         "ssd": functools.partial(_kernel_ssd, kernels),
         "ssd_step": functools.partial(_kernel_ssd_step, kernels),
         "gated_rms_norm": functools.partial(_kernel_gated_rms_norm, kernels),
     }
     origin = f"mamba-ssm {_version('mamba-ssm')}"
+    if attention_kernels is None:
+        origin += f", attention of single tokens in torch ({no_attention})"
+    else:
+        chosen |= {"attention_step": attention_kernels.step, "cache_append": attention_kernels.append}
     if conv is None:
         return Ops(**chosen, origin=f"{origin}, convolution in torch ({no_conv})")
     return Ops(
@@ -92,6 +104,7 @@ def _build(forced: str | None) -> Ops:
         conv1d=functools.partial(_kernel_conv1d, conv),
         conv1d_step=functools.partial(_kernel_conv1d_step, conv),
         fused_mixer=functools.partial(_kernel_fused_mixer, kernels),
+        graphs=attention_kernels is not None,
         origin=f"{origin}, causal-conv1d {_version('causal-conv1d')}",
     )
 
@@ -128,6 +141,12 @@ def _causal_conv1d_kernels() -> SimpleNamespace:
     from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 
     return SimpleNamespace(conv=causal_conv1d_fn, update=causal_conv1d_update)
+
+
+def _attention_kernels() -> SimpleNamespace:
+    from nemotron_h.ops import attention_kernel
+
+    return SimpleNamespace(step=attention_kernel.attention_step, append=attention_kernel.cache_append)
 
 
 def _kernel_ssd(

@@ -1,0 +1,84 @@
+"""Attention of generation: new tokens over a cache of keys and values that groups of heads share. Not differentiable.
+
+A run of tokens (`attention_chunk`) needs no mask and no expanded copy of keys, so its memory grows with the run and
+not with what was read before. A single token (`attention_step`) reads the filled part of the cache alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+
+def attention_chunk(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """A run of new tokens at one position of every sequence: each sees what came before it, and itself.
+
+    Args:
+        q: [batch, length, groups, heads per group, head_dim].
+        keys, values: [batch, groups, capacity, head_dim], those of the new tokens included.
+        start: position of the first new token.
+
+    Returns:
+        [batch, length, groups * heads per group * head_dim].
+    """
+    end = start + q.shape[1]
+    q = q.flatten(2, 3).transpose(1, 2)
+    keys, values = keys[:, :, :end], values[:, :, :end]
+    if q.device.type == "cpu":
+        out = _on_cpu(q, keys, values, start)
+    else:
+        gqa = q.shape[1] != keys.shape[1]
+        if gqa and q.dtype not in (torch.bfloat16, torch.float16):
+            # only the flash kernel shares keys between heads, and it has these two dtypes
+            keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (keys, values))
+            gqa = False
+        mask = causal_lower_right(q.shape[2], end) if start else None
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _on_cpu(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """The new tokens among themselves and over those before, joined by their sums: so neither part needs a mask."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own, own_sum = flash(q, keys[:, :, start:], values[:, :, start:], 0.0, True)
+    if not start:
+        return own
+    before, before_sum = flash(q, keys[:, :, :start], values[:, :, :start])
+    share = torch.sigmoid(before_sum - own_sum)  # logarithms of the sums of exponentials
+    return torch.lerp(own, before, share.unsqueeze(-1).to(own.dtype))
+
+
+def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int, ragged: bool) -> Tensor:
+    """One token of every sequence, each over its own number of keys.
+
+    Args:
+        q: [batch, groups, heads per group, head_dim].
+        keys, values: [batch, groups, capacity, head_dim], finite beyond the lengths too.
+        lengths: int [batch], the keys of each sequence, its new token's included.
+        longest: the largest of `lengths`, on the host.
+        ragged: whether the lengths differ.
+
+    Returns:
+        [batch, groups * heads per group * head_dim].
+    """
+    mask = None
+    if ragged:
+        mask = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]
+    # the heads of a group take the place of query positions: all of them read the same keys
+    out = F.scaled_dot_product_attention(q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask)
+    return out.flatten(1)
+
+
+def cache_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """Write one token of every sequence into its place.
+
+    Args:
+        keys, values: [batch, groups, capacity, head_dim].
+        key, value: [batch, groups, head_dim].
+        positions: int64 [batch].
+    """
+    rows = torch.arange(len(key), device=key.device)
+    keys[rows, :, positions] = key
+    values[rows, :, positions] = value

@@ -1,0 +1,191 @@
+"""Attention of one new token per sequence on a GPU: keys are read once for all heads of a group, in parallel splits.
+
+With one query per head there is too little to do per sequence and head to fill a GPU, so each program takes a stretch
+of the keys (the "split-KV" of flash decoding) and a second kernel joins the stretches. How many keys a sequence has is
+read on the device: ragged batches need no mask, and a CUDA graph of the step stays right as sequences grow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: ours: keys that a program loads at a time; with three stages in flight, 96 KiB of bfloat16 keys and values
+BLOCK = 64
+#: ours: programs per multiprocessor that keep its memory pipe full
+PROGRAMS_PER_PROCESSOR = 6
+MAX_SPLITS = 64
+
+
+@triton.jit
+def _split_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lengths_ptr,
+    partial_ptr,
+    stats_ptr,
+    scale,
+    groups,
+    splits,
+    q_batch,
+    q_group,
+    kv_batch,
+    kv_group,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    split = tl.program_id(1)
+    # int64: a cache has more elements than an int32 counts
+    batch = (pair // groups).to(tl.int64)
+    group = (pair % groups).to(tl.int64)
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    stretch = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
+    begin = split * stretch
+    end = tl.minimum(begin + stretch, length)
+
+    rows = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    keys = tl.arange(0, KEYS)
+    # rows beyond the group's heads pad the product to the least that tensor cores take
+    q_at = q_ptr + batch * q_batch + group * q_group + rows[:, None] * DIM + dims[None, :]
+    q = tl.load(q_at, mask=rows[:, None] < HEADS, other=0.0)
+    base = batch * kv_batch + group * kv_group
+
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, DIM], tl.float32)
+    for first in range(begin, end, KEYS):
+        at = base + (first + keys).to(tl.int64)[:, None] * DIM + dims[None, :]
+        inside = first + keys < end
+        k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        shrink = tl.exp2(largest - larger)
+        weights = tl.exp2(scores - larger[:, None])
+        v = tl.load(v_ptr + at, mask=inside[:, None], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        total = total * shrink + tl.sum(weights, 1)
+        largest = larger
+
+    at = (pair.to(tl.int64) * splits + split) * HEADS + rows
+    tl.store(partial_ptr + at[:, None] * DIM + dims[None, :], acc, mask=rows[:, None] < HEADS)
+    tl.store(stats_ptr + at * 2, largest, mask=rows < HEADS)
+    tl.store(stats_ptr + at * 2 + 1, total, mask=rows < HEADS)
+
+
+@triton.jit
+def _join_kernel(partial_ptr, stats_ptr, out_ptr, splits, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """Output of one head of one sequence; an empty stretch has the largest score -inf and weighs nothing."""
+    row = tl.program_id(0)
+    pair = (row // HEADS).to(tl.int64)
+    head = row % HEADS
+    stretches = tl.arange(0, SPLITS)
+    dims = tl.arange(0, DIM)
+    present = stretches < splits
+    at = (pair * splits + stretches) * HEADS + head
+    largest = tl.load(stats_ptr + at * 2, mask=present, other=float("-inf"))
+    total = tl.load(stats_ptr + at * 2 + 1, mask=present, other=0.0)
+    weights = tl.exp2(largest - tl.max(largest, 0))
+    acc = tl.load(partial_ptr + at[:, None] * DIM + dims[None, :], mask=present[:, None], other=0.0)
+    out = tl.sum(acc * weights[:, None], 0) / tl.sum(total * weights, 0)
+    tl.store(out_ptr + row.to(tl.int64) * DIM + dims, out.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _append_kernel(
+    key_ptr,
+    value_ptr,
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    groups,
+    key_batch,
+    key_group,
+    value_batch,
+    value_group,
+    kv_batch,
+    kv_group,
+    DIM: tl.constexpr,
+):
+    pair = tl.program_id(0)
+    batch = (pair // groups).to(tl.int64)
+    group = (pair % groups).to(tl.int64)
+    dims = tl.arange(0, DIM)
+    at = batch * kv_batch + group * kv_group + tl.load(positions_ptr + batch) * DIM + dims
+    tl.store(keys_ptr + at, tl.load(key_ptr + batch * key_batch + group * key_group + dims))
+    tl.store(values_ptr + at, tl.load(value_ptr + batch * value_batch + group * value_group + dims))
+
+
+def splits_for(pairs: int, capacity: int, processors: int) -> int:
+    """Stretches that the keys of each sequence and group are cut into: enough to fill the GPU, none without a block."""
+    wanted = math.ceil(PROGRAMS_PER_PROCESSOR * processors / pairs)
+    return max(1, min(wanted, math.ceil(capacity / BLOCK), MAX_SPLITS))
+
+
+def takes(q: Tensor, keys: Tensor) -> bool:
+    """Whether the kernels can read these: a power of two channels, dense within a sequence and group."""
+    dim = keys.shape[-1]
+    return dim >= 16 and dim & (dim - 1) == 0 and keys.stride()[-2:] == (dim, 1) and q.dtype != torch.float64
+
+
+def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *_: object) -> Tensor:
+    """As `nemotron_h.ops.attention.attention_step`, for tensors that `takes` accepts; `values` lies as `keys` does."""
+    batch, groups, heads, dim = q.shape
+    q = q if q.stride()[-2:] == (dim, 1) else q.contiguous()
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    splits = splits_for(batch * groups, keys.shape[2], processors)
+    partial = torch.empty(batch * groups, splits, heads, dim, dtype=torch.float32, device=q.device)
+    stats = torch.empty(batch * groups, splits, heads, 2, dtype=torch.float32, device=q.device)
+    out = torch.empty(batch, groups * heads * dim, dtype=q.dtype, device=q.device)
+    _split_kernel[(batch * groups, splits)](
+        q,
+        keys,
+        values,
+        lengths,
+        partial,
+        stats,
+        1 / (math.sqrt(dim) * math.log(2)),  # scores in units of log 2, for exp2
+        groups,
+        splits,
+        *q.stride()[:2],
+        *keys.stride()[:2],
+        HEADS=heads,
+        ROWS=max(16, triton.next_power_of_2(heads)),
+        DIM=dim,
+        KEYS=BLOCK,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=4,
+        num_stages=3,
+    )
+    _join_kernel[(batch * groups * heads,)](
+        partial, stats, out, splits, HEADS=heads, DIM=dim, SPLITS=triton.next_power_of_2(splits), num_warps=2
+    )
+    return out
+
+
+def cache_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
+    """As `nemotron_h.ops.attention.cache_append`, for tensors that `takes` accepts."""
+    batch, groups, dim = key.shape
+    _append_kernel[(batch * groups,)](
+        key,
+        value,
+        keys,
+        values,
+        positions,
+        groups,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *keys.stride()[:2],
+        DIM=dim,
+        num_warps=1,
+    )

@@ -1,0 +1,128 @@
+"""On a GPU: generation through kernels and CUDA graphs gives what plain PyTorch gives in float64, reading all at once.
+
+Also runs as a script where pytest is not installed: `python tests/gpu/test_generation.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from repository import import_repository
+
+import_repository()
+
+from random_model import random_model  # noqa: E402
+
+from nemotron_h.inference.generate import generate, prefill  # noqa: E402
+from nemotron_h.inference.graph import Stepper  # noqa: E402
+from nemotron_h.inference.model import GenerationModel  # noqa: E402
+from nemotron_h.inference.sampling import Sampling  # noqa: E402
+from nemotron_h.model.definition import Expect, ModelDefinition  # noqa: E402
+from nemotron_h.ops.select import Ops  # noqa: E402
+
+try:
+    import pytest
+
+    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+except ImportError:
+    pytest = None  # type: ignore[assignment]
+
+#: largest difference of a position's scores, by norm: the kernels multiply float32 in TF32
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
+
+
+def definition(pattern: str) -> ModelDefinition:
+    """A small model with heads that share keys and several SSM groups."""
+    widths = {"hidden_size": 256, "head_dim": 64, "vocab_size": 512, "num_attention_heads": 8, "num_query_groups": 2}
+    widths |= {"ffn_hidden_size": 512 if "-" in pattern else 0}
+    if "M" in pattern:
+        widths |= {"mamba_num_heads": 8, "mamba_head_dim": 64, "mamba_num_groups": 2, "mamba_state_dim": 128}
+        widths |= {"conv_kernel": 4, "position_embedding": "none", "family": "nemotron_h"}
+    else:
+        widths |= {"mamba_num_heads": 0, "mamba_head_dim": 0, "mamba_num_groups": 0, "mamba_state_dim": 0}
+        widths |= {"position_embedding": "rope", "rope_base": 10000, "rope_percent": 1.0, "family": "transformer"}
+    counts = Expect(pattern.count("M"), pattern.count("*"), pattern.count("-"), 0)
+    return ModelDefinition(name="gpu", pattern=pattern, expect=counts, norm_epsilon=1e-5, init_std=0.02, **widths)
+
+
+def exact_copy(model: GenerationModel) -> GenerationModel:
+    """The same weights in float64, through plain PyTorch."""
+
+    def wide(weights: object) -> object:
+        return type(weights)(**{name: value.double() for name, value in vars(weights).items()})
+
+    layers = [wide(layer) for layer in model.layers]
+    copied = GenerationModel(
+        model.definition, model.embedding.double(), layers, model.final_norm.double(), model.output.double()
+    )
+    copied.ops = Ops()
+    return copied
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest, over positions, of the difference's norm over the norm."""
+    return float(((actual.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+
+
+def test_prefill_and_graphed_steps_are_the_full_forward() -> None:
+    lengths, steps = [700, 333, 332, 20], 24
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(512, (len(lengths), max(lengths) + steps), generator=draw)
+    prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    for pattern in ("M-M*-M-", "*-*-"):
+        for dtype, tolerance in TOLERANCE.items():
+            model = random_model(definition(pattern), dtype, "cuda")
+            exact = exact_copy(model)
+            assert model.ops.origin != exact.ops.origin, f"no kernels were selected: {model.ops.origin}"
+            for graph in (None, False):
+                states = model.new_states(len(lengths), max(lengths) + steps)
+                found = [model.logits(prefill(model, prompts, states, limit=900))]
+                stepper = Stepper(model, states, graph)
+                for number in range(steps):
+                    token = torch.stack([ids[row, n + number] for row, n in enumerate(lengths)]).cuda()
+                    found.append(stepper.step(token).clone())
+                assert (stepper.graph is not None) == (graph is None and model.ops.graphs)
+                worst = 0.0
+                for row, length in enumerate(lengths):
+                    whole = ids[row : row + 1, : length + steps]
+                    scores = exact.logits(exact.extend(whole, exact.new_states(1, length + steps)))
+                    actual = torch.stack([scores[row] for scores in found])
+                    worst = max(worst, difference(actual, scores[0, length - 1 :]))
+                print(f"{pattern} {dtype} graph {graph is None}: largest difference {worst:.1e}", flush=True)
+                assert worst < tolerance, (pattern, dtype, graph, worst)
+
+
+def test_graph_changes_no_token() -> None:
+    model = random_model(definition("M-M*-M-"), torch.bfloat16, "cuda")
+    draw = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(512, (length,), generator=draw).tolist() for length in (300, 40, 7)]
+    sampling = Sampling(temperature=0.8, top_p=0.9, seed=3)
+    runs = [generate(model, prompts, max_tokens=40, sampling=sampling, graph=graph) for graph in (None, False)]
+    assert runs[0] == runs[1]
+
+
+def test_attention_kernel_reads_only_what_was_written() -> None:
+    from nemotron_h.ops import attention, attention_kernel
+
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    lengths = torch.tensor([1, 64, 1000, 4097], device="cuda")
+    q = torch.randn(4, 8, 4, 128, device="cuda", generator=draw, dtype=torch.bfloat16)
+    keys, values = (torch.randn(4, 8, 5000, 128, device="cuda", generator=draw, dtype=torch.bfloat16) for _ in range(2))
+    expected = attention.attention_step(q.double(), keys.double(), values.double(), lengths, 4097, True)
+    for row, length in enumerate(lengths.tolist()):
+        keys[row, :, length:] = values[row, :, length:] = torch.nan
+    error = difference(attention_kernel.attention_step(q, keys, values, lengths), expected)
+    print(f"attention of single tokens: {error:.1e}")
+    assert error < 1e-2
+
+
+if __name__ == "__main__":
+    test_attention_kernel_reads_only_what_was_written()
+    test_prefill_and_graphed_steps_are_the_full_forward()
+    test_graph_changes_no_token()
+    print("GPU tests of generation passed")

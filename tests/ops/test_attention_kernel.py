@@ -1,0 +1,22 @@
+"""Our Triton kernels of a generation step, under Triton's interpreter in float32 (on a GPU: tests/gpu)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_kernels_equal_pytorch() -> None:
+    pytest.importorskip("triton", reason="triton is installed on Linux only")
+    worker = Path(__file__).with_name("run_attention_kernel.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(found) == 5
+    assert max(found.values()) < 1e-5, found
