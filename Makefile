@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo test test-hf bench lint clean
+.PHONY: help install demo test test-hf test-gguf bench lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,8 +31,12 @@ test: $(STAMP) ## run the test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile # two at a time, a core each
 
 test-hf: $(STAMP) ## exported models in Hugging Face transformers, in an environment of their own (set up first)
-	@python=$$($(BIN)/python tests/benchmarks/hf_environment.py) && \
+	@python=$$($(BIN)/python -m nemotron_h.runtime.environments .bench/hf tests/benchmarks/requirements_hf.txt) && \
 		NEMOTRON_H_HF_PYTHON=$$python $(BIN)/python -m pytest tests/export
+
+test-gguf: $(STAMP) ## exported models in llama.cpp, in an environment of its own (set up first)
+	@python=$$($(BIN)/python -m nemotron_h.runtime.environments .bench/gguf tests/export/requirements_gguf.txt) && \
+		NEMOTRON_H_GGUF_PYTHON=$$python $(BIN)/python -m pytest tests/export/test_gguf.py tests/export/test_llama_cpp.py
 
 bench: $(STAMP) ## a training step against Hugging Face transformers; preparation and sampling against datasets and megatron-core
 	@$(BIN)/python tests/benchmarks/bench_train.py

@@ -18,16 +18,19 @@ import time
 from pathlib import Path
 from statistics import median
 
-from hf_environment import SetupError, hugging_face_python, packages
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nemotron_h.checks import definition_of
 from nemotron_h.compose import compose
+from nemotron_h.errors import UserError
+from nemotron_h.runtime import environments
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / ".bench"
+#: transformers with this model and NeMo cannot share an environment
+HF_REQUIREMENTS = HERE / "requirements_hf.txt"
 RECIPE = "nemotron_h_tiny/pretrain"
 PRECISIONS = ("fp32", "bf16")
 LENGTHS = (512, 2048)
@@ -221,7 +224,7 @@ def main() -> int:
     definition = json.dumps(dataclasses.asdict(definition_of(compose(RECIPE), RECIPE)))
     results: dict[int, dict] = {}
     try:
-        hf_python = hugging_face_python()
+        hf_python = environments.make(WORK / "hf", HF_REQUIREMENTS, console.print)
         losses = same_loss(definition, hf_python, args.threads)
         console.print(
             f"Same weights, same tokens: loss {losses['ours']:.6f} (ours), {losses['hf']:.6f} (transformers); "
@@ -236,7 +239,7 @@ def main() -> int:
                 limits.append(once(gemm_command, args.threads))
             # a limit is the best that was seen, whatever else ran on the machine meanwhile
             gemm = {p: min((limit[p] for limit in limits), key=lambda g: g["seconds"]) for p in PRECISIONS}
-    except (BenchError, SetupError) as error:
+    except (BenchError, UserError) as error:
         console.print(f"[red]{error}", markup=True)
         return 1
     for length, sides in results.items():
@@ -258,7 +261,7 @@ def main() -> int:
         "threads": args.threads,
         "load_average": os.getloadavg(),
         "hf_chunk": args.hf_chunk,
-        "packages": packages(),
+        "packages": environments.packages(HF_REQUIREMENTS),
         "processor": platform.processor() or platform.machine(),
         "seconds": time.time() - started,
     }

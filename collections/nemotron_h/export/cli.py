@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,13 +12,21 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from nemotron_h.errors import UserError
 
+if TYPE_CHECKING:
+    from nemotron_h.data.tokenizer import Tokenizer
+
 export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 import_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
 ]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
+]
+NoTokenizerOption = Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")]
 
 
 @export_app.callback()
@@ -40,37 +49,68 @@ def export_hf(
         str | None, typer.Option(help="bf16 or fp32, of the weights.", show_default="the checkpoint's")
     ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB. About the memory needed.")] = "5GB",
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
-    ] = None,
-    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Write no tokenizer files.")] = False,
+    tokenizer: TokenizerOption = None,
+    no_tokenizer: NoTokenizerOption = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, for transformers (5.15.1 or newer) and what reads its folders."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
+    _check_dtype(dtype, DTYPES)
     size = _bytes_of(shard_size)
-    if tokenizer and no_tokenizer:
-        raise UserError("--tokenizer and --no-tokenizer exclude each other")
+    checkpoint, text = _find(checkpoint, tokenizer, no_tokenizer)
     import torch
 
     from nemotron_h.export import hf_writer
-    from nemotron_h.export.tokenizer import check_exportable
-    from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
-    from nemotron_h.inference.cli import tokenizer_for
 
-    checkpoint = find_checkpoint(checkpoint)
-    record = read_record(checkpoint)
-    text = None
-    if not no_tokenizer:
-        vocabulary = read_definition(record, f"checkpoint {checkpoint}").vocab_size
-        text = tokenizer_for(record, checkpoint, tokenizer, vocabulary)
-        check_exportable(text)
     plan = hf_writer.plan(checkpoint, text, getattr(torch, DTYPES[dtype]) if dtype else None, size)
     with progress() as bar:
         task = bar.add_task("exporting", total=plan.size)
         hf_writer.write(plan, out, text, lambda done: bar.advance(task, done))
     files = f"{len(plan.files)} weight file" + "s" * (len(plan.files) > 1)
     typer.echo(f"{out}: {files}, {plan.size / 1e9:,.2f} GB in {plan.config['torch_dtype']}, of {checkpoint}")
+
+
+@export_app.command("gguf")
+def export_gguf(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write; must not exist.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="f32, f16, bf16 or q8_0, of the matrices.", show_default="the checkpoint's")
+    ] = None,
+    tokenizer: TokenizerOption = None,
+    no_tokenizer: NoTokenizerOption = False,
+) -> None:
+    """Write a checkpoint as one GGUF file, for llama.cpp and what is built on it."""
+    _check_dtype(dtype, GGUF_DTYPES)
+    checkpoint, text = _find(checkpoint, tokenizer, no_tokenizer)
+    from nemotron_h.export import gguf_writer
+
+    plan = gguf_writer.plan(checkpoint, text, dtype)
+    with progress() as bar:
+        task = bar.add_task("exporting", total=plan.size)
+        gguf_writer.write(plan, out, lambda done: bar.advance(task, done))
+    typer.echo(f"{out}: {len(plan.weights)} tensors, {plan.size / 1e9:,.2f} GB, of {checkpoint}")
+
+
+def _check_dtype(dtype: str | None, known: Iterable[str]) -> None:
+    if dtype is not None and dtype not in known:
+        raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(known)}")
+
+
+def _find(checkpoint: Path, tokenizer: Path | None, no_tokenizer: bool) -> tuple[Path, Tokenizer | None]:
+    """The checkpoint, and its tokenizer unless it is left out; it is one that can be written."""
+    if tokenizer and no_tokenizer:
+        raise UserError("--tokenizer and --no-tokenizer exclude each other")
+    from nemotron_h.export.tokenizer import check_exportable
+    from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
+    from nemotron_h.inference.cli import tokenizer_for
+
+    checkpoint = find_checkpoint(checkpoint)
+    if no_tokenizer:
+        return checkpoint, None
+    record = read_record(checkpoint)
+    vocabulary = read_definition(record, f"checkpoint {checkpoint}").vocab_size
+    text = tokenizer_for(record, checkpoint, tokenizer, vocabulary)
+    check_exportable(text)
+    return checkpoint, text
 
 
 def _bytes_of(text: str) -> int:

@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all."""
+"""An output folder or file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from nemotron_h.errors import UserError
 
@@ -24,6 +25,20 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
     Errors:
         UserError: `out` exists, its parent is no folder or cannot be written, or the disk has too little space.
     """
+    with _unfinished(out, needed) as temporary:
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
+def new_file(out: Path, needed: int) -> Iterator[BinaryIO]:
+    """As `new_folder`, a file open for writing."""
+    with _unfinished(out, needed) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def _unfinished(out: Path, needed: int) -> Iterator[Path]:
     out = out.absolute()
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already", hint="name another OUT; nothing was written")
@@ -37,10 +52,12 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
         )
     temporary = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
-        temporary.mkdir()
         yield temporary
         temporary.rename(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}", hint="nothing was left behind") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

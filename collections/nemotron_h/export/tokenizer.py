@@ -64,7 +64,7 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
         for name in FILES:
             if (file := Path(tokenizer.path) / name).is_file():
                 shutil.copyfile(file, folder / name)
-    template = _template(folder)
+    template = template_of(folder)
     if template is None and set(CHAT_TOKENS[:2]) <= set(tokenizer.vocab):
         template = CHAT_TEMPLATE
         (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
@@ -79,7 +79,7 @@ def _write_tiktoken(tokenizer: TiktokenTokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def _template(folder: Path) -> str | None:
+def template_of(folder: Path) -> str | None:
     file, config = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
     if file.is_file():
         return file.read_text(encoding="utf-8")

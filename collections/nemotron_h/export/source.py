@@ -1,0 +1,69 @@
+"""A checkpoint's weights under Hugging Face's names, as many at a time as are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Set
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron_h.export.names import Weight, weights
+from nemotron_h.inference.checkpoint import WeightFile, read_definition, read_record
+
+
+class ModelSource:
+    """What an export reads. Opening it reads no weights.
+
+    Args:
+        checkpoint: as `find_checkpoint` returns it.
+    Attributes:
+        definition: the model.
+        rows: the table of its weights.
+        dtype: the checkpoint's.
+        seq_length: tokens that it was trained on at once; None where the record does not tell.
+    Errors:
+        UserError: the checkpoint is damaged.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        record = read_record(checkpoint)
+        self.definition = read_definition(record, f"checkpoint {checkpoint}")
+        self._file = WeightFile(checkpoint)
+        self.rows = list(weights(self.definition))
+        self.dtype = self._file.dtypes[next(iter(self.rows[0].ours))]
+        self.seq_length: int | None = (record.get("data") or {}).get("seq_length")
+
+    def read(self, wanted: Set[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """These tensors, by their names in Hugging Face's model; the exact ones are float32 whatever `dtype` is."""
+        targets: dict[str, Tensor] = {}
+        wholes: list[tuple[Weight, Tensor]] = []
+        for row in self.rows:
+            if wanted.isdisjoint(row.theirs):
+                continue
+            ours = self._names_in(row)
+            lengths = [shape[0] for shape in ours.values()]
+            shape = next(iter(ours.values()))
+            whole = torch.empty(sum(lengths), *shape[1:], dtype=row.dtype(dtype))
+            targets.update(zip(ours, whole.split(lengths), strict=True))
+            wholes.append((row, whole))
+        self._file.read(targets)
+        return {name: tensor for row, whole in wholes for name, tensor in _theirs(row, whole, wanted)}
+
+    def _names_in(self, row: Weight) -> dict[str, tuple[int, ...]]:
+        """The row's names and shapes in this checkpoint: Transformer Engine's names, and the vocabulary's padding."""
+        shapes = self._file.shapes
+        if row.fused in shapes:
+            return {row.fused: next(iter(row.ours.values()))}
+        if row.padded:
+            ((name, shape),) = row.ours.items()
+            return {name: (max(shape[0], shapes.get(name, (0,))[0]), *shape[1:])}
+        return row.ours
+
+
+def _theirs(row: Weight, whole: Tensor, wanted: Set[str]) -> Iterable[tuple[str, Tensor]]:
+    rows = sum(shape[0] for shape in row.theirs.values())
+    for name, tensor in row.to_theirs(whole[:rows]).items():
+        if name in wanted:
+            # several tensors of one memory cannot be saved
+            yield name, tensor if len(row.theirs) == 1 else tensor.clone()
