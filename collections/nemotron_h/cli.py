@@ -15,6 +15,7 @@ from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
 from nemotron_h.export.cli import export_app, import_app
+from nemotron_h.inference.chat_cli import chat
 from nemotron_h.inference.cli import generate
 from nemotron_h.planning.cli import plan
 from nemotron_h.recipe.cli import app as recipe_app
@@ -32,6 +33,7 @@ app.add_typer(import_app, name="import", help="Read a model of other tools.")
 app.command()(plan)
 app.command()(compare_precision)
 app.command()(generate)
+app.command()(chat)
 
 _MARKS = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +52,7 @@ def test_prints_the_continuation(run: Path, tokenizer: Path) -> None:
     text = load_tokenizer(tokenizer)
     model, ids = load_model(run), text.text_to_ids("wort größe")
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=5)
-    expected = generate(model, [ids], max_tokens=30, sampling=sampling, stop_id=text.eod_id)[0]
+    expected = generate(model, [ids], max_tokens=30, sampling=sampling, stop_ids=[text.eod_id])[0]
     assert result.stdout == text.ids_to_text(expected) + "\n"
     for word in (f"{len(ids)} tokens read", f"{len(expected)} generated", "tokens/s", "step-000001"):
         assert word in result.stderr
@@ -75,6 +77,82 @@ def test_no_tokenizer(run: Path, tmp_path: Path) -> None:
     assert "--tokenizer" in error.value.hint
 
 
-def test_unknown_dtype(run: Path) -> None:
-    with pytest.raises(UserError, match="float31"):
-        invoke(run, "x", "--dtype", "float31")
+def test_several_prompts_are_each_alone(run: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """As JSON, in the order of the prompts, whatever batch they come in; the second goes through a file."""
+    file = tmp_path / "more.jsonl"
+    file.write_text('{"prompt": "日本 wort"}\n\n{"prompt": "abcd efgh abcd"}\n')
+    options = ["--max-tokens", 12, "--json", "--seed", 3]
+    rows = [json.loads(line) for line in invoke(run, "größe", "--prompts", file, *options).stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["größe", "日本 wort", "abcd efgh abcd"]
+    one_by_one = invoke(run, "größe", "--prompts", file, "--batch", 1, *options).stdout.splitlines()
+    assert [json.loads(line) for line in one_by_one] == rows
+    text, model = load_tokenizer(tokenizer), load_model(run)
+    for number, row in enumerate(rows):
+        sampling = Sampling(temperature=0.8, top_p=0.95, seed=3 + number)
+        ids = text.text_to_ids(row["prompt"])
+        assert row["tokens"] == generate(model, [ids], max_tokens=12, sampling=sampling, stop_ids=[text.eod_id])[0]
+        assert row["text"] == text.ids_to_text(row["tokens"])
+        assert row["ended_by"] == ("--max-tokens" if len(row["tokens"]) == 12 else "end of document")
+
+
+def test_several_prompts_as_text(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("first prompt\r\n\nsecond\n")
+    result = invoke(run, "--prompts", file, "--max-tokens", 3)
+    assert result.stdout.startswith("[1] first prompt")
+    assert "\n[2] second" in result.stdout
+    assert "generated" in result.stderr
+
+
+def test_stop_strings(run: Path) -> None:
+    options = ["--max-tokens", 40, "--json", "--seed", 2]
+    free = json.loads(invoke(run, "größe", *options).stdout)
+    stop = free["text"][len(free["text"]) // 2 :][:2]
+    assert len(free["tokens"]) > 4
+    row = json.loads(invoke(run, "größe", "--stop", stop, "--stop", "never this", *options).stdout)
+    assert row["text"] == free["text"][: free["text"].index(stop)]
+    assert row["ended_by"] == f"--stop {stop!r}"
+    assert len(row["tokens"]) < len(free["tokens"])
+    streamed = invoke(run, "größe", "--stop", stop, *options[:2], *options[3:])
+    assert streamed.stdout == row["text"] + "\n"
+    assert f"ended by --stop {stop!r}" in streamed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["x", "--dtype", "float31"], "float31"),
+        (["x", "--device", "tpu"], "--device tpu is unknown"),
+        (["x", "--top-p", "1.5"], "top-p = 1.5"),
+        (["x", "--top-p", "0"], "top-p = 0"),
+        (["x", "--stop", ""], "--stop is empty"),
+        (["--prompts", "absent.txt"], "--prompts absent.txt: No such file"),
+        ([], "nothing to continue"),
+    ],
+)
+def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: str) -> None:
+    """The checkpoint is not even looked for; but for the device, whose check needs torch."""
+    with pytest.raises(UserError, match=re.escape(words)):
+        invoke(tmp_path / "absent", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b" \n\n", "has no prompts"),
+        ("a.txt", b"\xff\xfe", "no UTF-8"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"text": "y"}', "line 2"),
+        ("a.jsonl", b'{"prompt": 3}', "line 1: prompt is int"),
+        ("a.jsonl", b"[1]", "line 1"),
+    ],
+)
+def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        invoke(tmp_path, "--prompts", tmp_path / name)
+
+
+def test_negative_temperature_is_a_usage_error(run: Path) -> None:
+    result = invoke(run, "x", "--temperature", -1)
+    assert result.exit_code == 2
+    assert "--temperature" in result.output

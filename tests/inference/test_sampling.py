@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nemotron_h.errors import UserError
-from nemotron_h.inference.generate import TextStream
 from nemotron_h.inference.sampling import Sampling, choose
 
 ROWS = 4000
@@ -52,24 +51,3 @@ def test_greedy(sampling: Sampling) -> None:
 def test_refused(values: dict) -> None:
     with pytest.raises(UserError, match="it has to be"):
         Sampling(**values)
-
-
-def decode(ids) -> str:
-    return bytes(ids).decode("utf-8", errors="replace")
-
-
-@pytest.mark.parametrize("text", ["plain", "Größe 日本語 🙂\U0001f469\u200d\U0001f680 x", "\ufffd kept", "end 🙂"])
-def test_stream_shows_whole_characters(text: str) -> None:
-    shown = TextStream(decode)
-    pieces = [shown.add(byte) for byte in text.encode()]
-    assert "".join(pieces) + shown.finish() == text
-    if "\ufffd" not in text:
-        assert "\ufffd" not in "".join(pieces)
-        assert len([piece for piece in pieces if piece]) == len(text)
-
-
-def test_stream_shows_broken_bytes_in_the_end() -> None:
-    data = [0x41, 0xE6, 0x97, 0x42, 0xF0, 0x9F]
-    shown = TextStream(decode)
-    assert "".join(shown.add(byte) for byte in data) == "A\ufffdB"
-    assert shown.finish() == "\ufffd"

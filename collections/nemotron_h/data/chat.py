@@ -45,6 +45,7 @@ _SHAREGPT_ROLES = {"system": SYSTEM, "human": USER, "user": USER, "gpt": ASSISTA
 #: characters of Unicode's private area, which stand in a rendered text where a `{% generation %}` block begins and
 #: ends, and inside of a special token's name that a message holds
 _BEGIN, _END, _ESCAPE = _RESERVED = "\ue0fd\ue0fe\ue0ff"
+_EXAMPLE = "\ue0fc"  # an answer that no template holds
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -303,7 +304,7 @@ class ChatTemplate:
         ids: list[int] = []
         loss: list[bool] = []
         for text, trained in self.segments(turns):
-            part = self._tokens(text)
+            part = self.tokens(text)
             ids += part
             loss += [trained] * len(part)
         return Encoded(ids, loss)
@@ -314,7 +315,25 @@ class ChatTemplate:
         Raises:
             ChatError: as `encode`.
         """
-        return [i for text, _ in self.segments(turns, add_generation_prompt=True) for i in self._tokens(text)]
+        return [i for text, _ in self.segments(turns, add_generation_prompt=True) for i in self.tokens(text)]
+
+    def following(self, turns: Conversation) -> list[int]:
+        """Tokens behind the last answer and its end marker, up to the next answer: the end of what `prompt` gives.
+
+        Raises:
+            ChatError: as `encode`.
+        """
+        return self.tokens(self.segments(turns, add_generation_prompt=True)[-1][0])
+
+    def answer_end(self) -> str:
+        """What the template writes behind an answer's text: its end marker and what stands around it.
+
+        Raises:
+            ChatError: as `encode`.
+        """
+        example = (Turn(USER, "question"), Turn(ASSISTANT, _EXAMPLE))
+        answer = next(text for text, trained in self.segments(example) if trained)
+        return answer.partition(_EXAMPLE)[2]
 
     def segments(self, turns: Conversation, add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
         """The rendered text in stretches, each with whether it is in the loss; messages are escaped (see `_escaped`).
@@ -345,7 +364,8 @@ class ChatTemplate:
                 raise ChatError(f"a {turn.role} turn holds {marker}, which the tokenizer cannot tell from the marker")
         return [{"role": t.role, "content": self._special.sub(_escape, t.content)} for t in turns]
 
-    def _tokens(self, text: str) -> list[int]:
+    def tokens(self, text: str) -> list[int]:
+        """Tokens of text as the template writes it: names of special tokens become single ids."""
         ids: list[int] = []
         for number, part in enumerate(self._special.split(text)):
             if number % 2:

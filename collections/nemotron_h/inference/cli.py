@@ -1,8 +1,12 @@
-"""`nemotron-h generate`: continue a prompt with a checkpoint."""
+"""`nemotron-h generate`: continue prompts with a checkpoint."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,101 +14,186 @@ import typer
 from rich.console import Console
 
 from nemotron_h.errors import UserError
+from nemotron_h.inference.opening import open_checkpoint
 
 if TYPE_CHECKING:
-    from nemotron_h.data.tokenizer import Tokenizer
+    from nemotron_h.inference.opening import Opened
+    from nemotron_h.inference.sampling import Sampling
 
-DTYPES = ("float32", "bfloat16")
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
+]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")]
+TopKOption = Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: from all.")]
+TopPOption = Annotated[float, typer.Option(help="Sample from the most probable tokens that sum to this share.")]
+TokenizerOption = Annotated[
+    Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="float32 or bfloat16, of weights and activations.", show_default="bfloat16 on a GPU, else float32"
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where a GPU is visible")]
+
+notes = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
-    ],
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most probable token.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: from all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens that sum to this share.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
+    checkpoint: CheckpointArgument,
+    prompt: Annotated[list[str] | None, typer.Argument(help="Texts to continue; several go as one batch.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="More prompts: a line each, or .jsonl with a field `prompt`; - is the standard input."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where a GPU is visible")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 128,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+    ] = None,
+    temperature: TemperatureOption = 0.8,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text; prompt n of several has seed + n.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a line of JSON per prompt: prompt, text, tokens, ended_by.")
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Most prompts at a time.")] = 64,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
-    """Continue a prompt. The text goes to the standard output as it comes, the speed to the standard error."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
-    import torch
+    """Continue prompts. Text goes to the standard output, the speed to the standard error.
 
-    from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
-    from nemotron_h.inference.generate import TextStream, stream
-    from nemotron_h.inference.model import load_model
+    The text of a single prompt is shown as it comes; those of several follow each other once they are complete.
+    """
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+    if not texts:
+        raise UserError("there is nothing to continue", hint='give a prompt ("" begins a document), or --prompts FILE')
+    stops = stop or []
+    if "" in stops:
+        raise UserError("--stop is empty", hint="name the text before which a continuation is to end")
     from nemotron_h.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    checkpoint = find_checkpoint(checkpoint)
-    record = read_record(checkpoint)
-    text = tokenizer_for(record, checkpoint, tokenizer, read_definition(record, f"checkpoint {checkpoint}").vocab_size)
-    model = load_model(
-        checkpoint,
-        dtype=getattr(torch, dtype),
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    opened = open_checkpoint(checkpoint, tokenizer, dtype, device)
+    streaming = len(texts) == 1 and not as_json
+    total = _Speed()
+    for begin in range(0, len(texts), batch):
+        part = texts[begin : begin + batch]
+        rows = _continue(
+            opened, part, dataclasses.replace(sampling, seed=seed + begin), max_tokens, stops, streaming, total
+        )
+        for number, row in enumerate(rows, begin + 1):
+            if as_json:
+                typer.echo(json.dumps(row, ensure_ascii=False))
+            elif not streaming:
+                typer.echo(f"[{number}] {row['prompt']}{row['text']}\n")
+            else:
+                total.ended_by = f", ended by {row['ended_by']}"
+    notes.print(f"[dim]{total}; {opened}[/dim]")
 
+
+class _Speed:
+    """Counts and times over all batches."""
+
+    def __init__(self) -> None:
+        self.read = self.written = self.stepped = 0
+        self.read_seconds = self.step_seconds = 0.0
+        self.ended_by = ""
+
+    def __str__(self) -> str:
+        steps = f"{self.stepped / self.step_seconds:,.0f} tokens/s" if self.stepped else "no steps"
+        return (
+            f"{self.read:,} tokens read in {self.read_seconds:.2f} s, {self.written:,} generated at {steps}"
+            f"{self.ended_by}"
+        )
+
+
+def _continue(
+    opened: Opened,
+    texts: Sequence[str],
+    sampling: Sampling,
+    max_tokens: int,
+    stops: Sequence[str],
+    streaming: bool,
+    total: _Speed,
+) -> Iterator[dict[str, Any]]:
+    """One batch; its rows in the order of the prompts, each as soon as it and those before it are complete."""
+    from nemotron_h.inference.generate import Generation
+    from nemotron_h.inference.text import StoppingText
+
+    eod = opened.tokenizer.eod_id
     # nothing to continue: begin a document, as the token that ends the one before it does
-    ids = text.text_to_ids(prompt) or [text.eod_id]
-    shown = TextStream(text.ids_to_text)
-    count, started, first = 0, time.perf_counter(), 0.0
-    for (token,) in stream(model, [ids], max_tokens=max_tokens, sampling=sampling, stop_id=text.eod_id):
+    ids = [found or [eod] for found in opened.tokenizer.encode_batch(list(texts))]
+    generation = Generation(opened.model, ids, max_tokens=max_tokens, sampling=sampling, stop_ids=[eod])
+    shown = [StoppingText(opened.tokenizer.ids_to_text, stops) for _ in texts]
+    written: list[list[int]] = [[] for _ in texts]
+    pieces: list[list[str]] = [[] for _ in texts]
+    done = 0
+
+    def complete(row: int) -> dict[str, Any]:
+        if shown[row].stopped_by is not None:
+            reason = f"--stop {shown[row].stopped_by!r}"
+        else:
+            reason = "--max-tokens" if generation.stopped_by[row] is None else "end of document"
+        pieces[row].append(shown[row].finish())
+        if streaming:
+            typer.echo(pieces[row][-1])
+        return {"prompt": texts[row], "text": "".join(pieces[row]), "tokens": written[row], "ended_by": reason}
+
+    total.read += sum(map(len, ids))
+    started, first = time.perf_counter(), 0.0
+    for items in generation:
         first = first or time.perf_counter()
-        count += 1
-        typer.echo(shown.add(token), nl=False)
+        for row, token in enumerate(items):
+            if token is None:
+                continue
+            written[row].append(token)
+            pieces[row].append(shown[row].add(token))
+            if streaming:
+                typer.echo(pieces[row][-1], nl=False)
+            if shown[row].stopped_by is not None:
+                generation.end(row)
+        while done < len(texts) - 1 and (items[done] is None or shown[done].stopped_by is not None):
+            yield complete(done)
+            done += 1
     finished = time.perf_counter()
-    typer.echo(shown.finish())
-    reason = "end of document" if count < max_tokens else "--max-tokens"
-    steps = f"{(count - 1) / (finished - first):,.0f} tokens/s" if count > 1 else "no steps"
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[dim]{len(ids):,} tokens read in {(first or finished) - started:.2f} s, {count:,} generated at {steps}, "
-        f"ended by {reason}; {checkpoint.name}, {dtype} on {model.device}[/dim]"
-    )
+    total.read_seconds += (first or finished) - started
+    total.written += sum(map(len, written))
+    if any(len(row) > 1 for row in written):
+        total.stepped += sum(len(row) - 1 for row in written if row)
+        total.step_seconds += finished - first
+    for row in range(done, len(texts)):
+        yield complete(row)
 
 
-def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer that was named, else the one that the run record tells of.
+def read_prompts(file: str) -> list[str]:
+    """Prompts of a file: a line each, empty lines left out; of a .jsonl, the field `prompt` of each line.
 
     Errors:
-        UserError: it is not there, or its size is not the model's vocabulary.
+        UserError: it is missing or no UTF-8, has no prompts, or a line is no such record.
     """
-    from nemotron_h.data.tokenizer import load_tokenizer
-
-    folder = named or _recorded_tokenizer(record, checkpoint)
-    found = load_tokenizer(folder)
-    if found.vocab_size != vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {found.vocab_size:,} tokens, the model of {checkpoint} has a vocabulary of "
-            f"{vocab_size:,}",
-            hint="name the tokenizer that the model was trained with: --tokenizer DIR",
-        )
-    return found
-
-
-def _recorded_tokenizer(record: dict[str, Any], checkpoint: Path) -> Path:
-    from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.manifest import load_manifest
-
-    hint = "name its folder: --tokenizer DIR"
-    recorded = (record.get("data") or {}).get("tokenizer")
-    if recorded:
-        folder = checkpoint / recorded  # imported checkpoints hold theirs; an absolute path stays as it is
-        if not folder.is_dir():
-            raise UserError(f"the tokenizer of {checkpoint} is not at {recorded} any more", hint=hint)
-        return folder
     try:
-        data = record["recipe"]["data"]
-        return Path(load_manifest(data["root"], load_blend(data["blend"]).name).tokenizer_path())
-    except KeyError as error:
-        raise UserError(f"{checkpoint}/run.json does not tell the tokenizer ({error})", hint=hint) from error
-    except UserError as error:
-        raise UserError(f"the tokenizer of {checkpoint} is not found: {error.message}", hint=hint) from error
+        content = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--prompts {file}: {error.strerror}", hint="name a file of prompts, a line each") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {file} is no UTF-8 text: {error}") from error
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"--prompts {file} has no prompts", hint="it takes a prompt a line")
+    if not file.endswith(".jsonl"):
+        return [line.removesuffix("\r") for _, line in lines]
+    found = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)["prompt"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f'--prompts {file}, line {number} is no record {{"prompt": ...}}: {error!r}') from error
+        if not isinstance(value, str):
+            raise UserError(f"--prompts {file}, line {number}: prompt is {type(value).__name__}, not text")
+        found.append(value)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
@@ -52,6 +52,23 @@ def prefill(
     return last
 
 
+def extend_in_passes(
+    model: GenerationModel, tokens: torch.Tensor, states: States, limit: int | None = None
+) -> torch.Tensor:
+    """Read more tokens of sequences at one position, in passes of a bounded number.
+
+    Args:
+        tokens: int64 [batch, length].
+        limit: most tokens of a pass; None is `pass_tokens(model)`.
+    Returns:
+        hidden states after the last token, [batch, hidden].
+    """
+    chunk = max(1, (limit or pass_tokens(model)) // len(tokens))
+    for part in tokens.split(chunk, dim=1):
+        hidden = model.extend(part, states)
+    return hidden[:, -1]
+
+
 def _prefill_together(
     model: GenerationModel, prompts: Sequence[Sequence[int]], states: States, chunk: int, last: torch.Tensor
 ) -> None:
@@ -68,16 +85,8 @@ def _prefill_together(
             last[rows] = hidden[rows, -1]
 
 
-def stream(
-    model: GenerationModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_tokens: int,
-    sampling: Sampling | None = None,
-    stop_id: int | None = None,
-    graph: bool | None = None,
-) -> Iterator[list[int | None]]:
-    """Continue a batch of prompts, one token of each per item.
+class Generation:
+    """Continuations of a batch of prompts, one token of each per item.
 
     Each row gets what its prompt alone would get (up to rounding), whatever else is in the batch.
 
@@ -85,33 +94,58 @@ def stream(
         prompts: token ids, at least one each; lengths may differ.
         max_tokens: longest continuation.
         sampling: how tokens are chosen; None is `Sampling()`.
-        stop_id: a row ends before this token (a tokenizer's `eod_id`).
+        stop_ids: a row ends before any of these tokens (a tokenizer's `eod_id`).
         graph: see `Stepper`.
-    Yields:
-        one entry per prompt: its next token, or None once it has ended. Ends when all have.
+
+    Attributes:
+        stopped_by: by row, the stop token that ended it, or None.
     Errors:
         UserError: no prompts, an empty one, ids outside the vocabulary, or max_tokens < 1.
     """
-    sampling = sampling or Sampling()
-    _check(model, prompts, max_tokens)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    generators = sampling.generators(len(prompts))
-    generators = [generators[i] for i in order]
-    states = model.new_states(len(prompts), max(map(len, prompts)) + max_tokens)
-    scores = model.logits(prefill(model, [prompts[i] for i in order], states))
-    stepper = Stepper(model, states, graph)
-    ended = [False] * len(prompts)
-    for number in range(max_tokens):
-        chosen = choose(scores, sampling, generators)
-        items: list[int | None] = [None] * len(prompts)
-        for row, (index, token) in enumerate(zip(order, chosen.tolist(), strict=True)):
-            ended[row] = ended[row] or token == stop_id
-            items[index] = None if ended[row] else token
-        if all(ended):
-            return
-        yield items
-        if number + 1 < max_tokens:
-            scores = stepper.step(chosen)
+
+    def __init__(
+        self,
+        model: GenerationModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        stop_ids: Collection[int] = (),
+        graph: bool | None = None,
+    ) -> None:
+        check_prompts(model, prompts, max_tokens)
+        self.model, self.prompts, self.max_tokens, self.graph = model, prompts, max_tokens, graph
+        self.sampling, self.stop_ids = sampling or Sampling(), frozenset(stop_ids)
+        self.stopped_by: list[int | None] = [None] * len(prompts)
+        self._ended = [False] * len(prompts)
+
+    def end(self, row: int) -> None:
+        """End a row that has all that it was to have."""
+        self._ended[row] = True
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        """One entry per prompt: its next token, or None once it has ended. Ends when all have."""
+        prompts, ended = self.prompts, self._ended
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        generators = self.sampling.generators(len(prompts))
+        generators = [generators[i] for i in order]
+        states = self.model.new_states(len(prompts), max(map(len, prompts)) + self.max_tokens)
+        scores = self.model.logits(prefill(self.model, [prompts[i] for i in order], states))
+        stepper = Stepper(self.model, states, self.graph)
+        for number in range(self.max_tokens):
+            chosen = choose(scores, self.sampling, generators)
+            items: list[int | None] = [None] * len(prompts)
+            for index, token in zip(order, chosen.tolist(), strict=True):
+                if not ended[index] and token in self.stop_ids:
+                    ended[index], self.stopped_by[index] = True, token
+                items[index] = None if ended[index] else token
+            if all(ended):
+                return
+            yield items
+            if all(ended):
+                return
+            if number + 1 < self.max_tokens:
+                scores = stepper.step(chosen)
 
 
 def generate(
@@ -120,19 +154,22 @@ def generate(
     *,
     max_tokens: int,
     sampling: Sampling | None = None,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
     graph: bool | None = None,
 ) -> list[list[int]]:
-    """The whole continuation of each prompt; see `stream`."""
-    continuations: list[list[int]] = [[] for _ in prompts]
-    for items in stream(model, prompts, max_tokens=max_tokens, sampling=sampling, stop_id=stop_id, graph=graph):
-        for continuation, token in zip(continuations, items, strict=True):
+    """The whole continuation of each prompt; see `Generation`."""
+    found: list[list[int]] = [[] for _ in prompts]
+    for items in Generation(model, prompts, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, graph=graph):
+        for continuation, token in zip(found, items, strict=True):
             if token is not None:
                 continuation.append(token)
-    return continuations
+    return found
 
 
-def _check(model: GenerationModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+def check_prompts(model: GenerationModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    """Errors:
+    UserError: see `Generation`.
+    """
     if max_tokens < 1:
         raise UserError(f"max-tokens = {max_tokens}; it has to be 1 or more")
     if not prompts or not all(len(prompt) for prompt in prompts):
@@ -141,36 +178,3 @@ def _check(model: GenerationModel, prompts: Sequence[Sequence[int]], max_tokens:
     wrong = next((token for prompt in prompts for token in prompt if not 0 <= token < size), None)
     if wrong is not None:
         raise UserError(f"token {wrong} of a prompt is outside the model's vocabulary of {size:,}")
-
-
-class TextStream:
-    """Turn token ids into text as they come; a character spread over several tokens appears once it is complete.
-
-    Args:
-        decode: token ids to text, with U+FFFD for bytes that are no character (yet).
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self.decode = decode
-        self.ids: list[int] = []
-        # ids[shown:] are not shown yet; ids[context:shown] only give a decoder the context that spaces depend on
-        self.context = self.shown = 0
-
-    def add(self, token: int) -> str:
-        """The text that this token completes; empty inside a character."""
-        self.ids.append(token)
-        text = self._new_text()
-        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        self.context, self.shown = self.shown, len(self.ids)
-        return text
-
-    def finish(self) -> str:
-        """What is left, incomplete characters as U+FFFD."""
-        text = self._new_text()
-        self.context = self.shown = len(self.ids)
-        return text
-
-    def _new_text(self) -> str:
-        before = self.decode(self.ids[self.context : self.shown])
-        return self.decode(self.ids[self.context :])[len(before) :]

@@ -1,0 +1,124 @@
+"""A conversation with a model: what was read stays in the state, so a turn costs its own tokens and no more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from nemotron_h.data.chat import ASSISTANT, SYSTEM, USER, ChatTemplate, Turn
+from nemotron_h.inference.generate import extend_in_passes
+from nemotron_h.inference.graph import Stepper
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.inference.sampling import Sampling, choose
+from nemotron_h.inference.text import StoppingText
+
+#: ours: room for keys and values at first; it doubles
+_CAPACITY = 512
+
+
+class ChatSession:
+    """Turns of user and assistant over one state.
+
+    The tokens that the model wrote stay as it wrote them; they are not encoded again from their text.
+
+    Args:
+        model: whose vocabulary is the template's tokenizer's.
+        template: how turns are written.
+        system: a system message, or nothing.
+        sampling: how tokens are chosen; the generator goes on from turn to turn.
+        max_tokens: longest answer.
+
+    Attributes:
+        turns: what was said.
+        ids: all tokens of the conversation, read or about to be.
+        read, written: tokens of the last turn that were read before its answer, and those of the answer.
+        read_seconds, write_seconds: of the last turn.
+        ended_by: the last answer's end: `its end marker`, `end of document`, `--max-tokens` or `interrupt`.
+    """
+
+    def __init__(
+        self,
+        model: GenerationModel,
+        template: ChatTemplate,
+        *,
+        system: str = "",
+        sampling: Sampling | None = None,
+        max_tokens: int = 512,
+    ) -> None:
+        self.model, self.template, self.max_tokens = model, template, max_tokens
+        self.sampling = sampling or Sampling()
+        self._system = (Turn(SYSTEM, system),) if system.strip() else ()
+        self._end = template.answer_end()
+        end = template.tokens(self._end)
+        special = set(template.tokenizer.special_tokens.values())
+        self._marker = next((token for token in end if token in special), None)
+        #: a tokenizer without the template's markers gets them as text
+        self._stops = [self._end.strip()] if self._marker is None and self._end.strip() else []
+        self._end_ids = end
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.turns: tuple[Turn, ...] = self._system
+        self.ids: list[int] = []
+        self.states = self.model.new_states(1, _CAPACITY)
+        self._generators = self.sampling.generators(1)
+        self._unwritten: list[int] = []
+        self.read = self.written = 0
+        self.read_seconds = self.write_seconds = 0.0
+        self.ended_by = ""
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Read a user's turn and write the answer; closing the iterator ends the answer where it is.
+
+        Yields:
+            one piece of text per token; empty where a token completes no character.
+        Raises:
+            ChatError: the template refuses the text; nothing has changed then.
+        """
+        turns = (*self.turns, Turn(USER, text))
+        if self.ids:
+            self.ids += [*self._unwritten, *self.template.following(turns)]
+        else:
+            self.ids = self.template.prompt(turns)
+        began = time.perf_counter()
+        done = int(self.states.lengths[0])
+        self.states.reserve(len(self.ids) + self.max_tokens)
+        hidden = extend_in_passes(self.model, torch.tensor([self.ids[done:]]), self.states)
+        scores = self.model.logits(hidden)
+        self.read, self.written = len(self.ids) - done, 0
+        shown = StoppingText(self.template.tokenizer.ids_to_text, self._stops)
+        pieces: list[str] = []
+        self._unwritten, self.ended_by = self._end_ids, "interrupt"
+        started = time.perf_counter()
+        self.read_seconds = started - began
+        try:
+            stepper = Stepper(self.model, self.states)
+            while True:
+                chosen = choose(scores, self.sampling, self._generators)
+                token = int(chosen)
+                if token == self.template.tokenizer.eod_id and token != self._marker:
+                    self.ended_by = "end of document"
+                    break
+                self.ids.append(token)
+                self.written += 1
+                if token == self._marker:
+                    self.ended_by = "its end marker"
+                    self._unwritten = self._end_ids[self._end_ids.index(token) + 1 :]
+                    break
+                pieces.append(shown.add(token))
+                yield pieces[-1]
+                if shown.stopped_by is not None:
+                    self.ended_by, self._unwritten = "its end marker", []
+                    break
+                if self.written >= self.max_tokens:
+                    self.ended_by = "--max-tokens"
+                    break
+                scores = stepper.step(chosen)
+            pieces.append(shown.finish())
+            yield pieces[-1]
+        finally:
+            self.write_seconds = time.perf_counter() - started
+            self.turns = (*turns, Turn(ASSISTANT, "".join(pieces).strip()))

@@ -1,0 +1,174 @@
+"""`nemotron-h chat`: talk with a checkpoint, in a terminal or line by line from the standard input."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemotron_h.errors import UserError
+from nemotron_h.inference.cli import (
+    CheckpointArgument,
+    DeviceOption,
+    DtypeOption,
+    TemperatureOption,
+    TokenizerOption,
+    TopKOption,
+    TopPOption,
+    notes,
+)
+from nemotron_h.inference.opening import open_checkpoint, recorded_template
+
+if TYPE_CHECKING:
+    from nemotron_h.data.chat import ChatTemplate
+    from nemotron_h.inference.chat import ChatSession
+    from nemotron_h.inference.opening import Opened
+
+COMMANDS = {
+    "/reset": "forget the conversation, but for the system message",
+    "/quit": "leave (as the end of the input does)",
+    "/help": "show this list",
+}
+
+
+def chat(
+    checkpoint: CheckpointArgument,
+    system: Annotated[str, typer.Option(help="A system message before the first turn.")] = "",
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="nemotron_h (the family's), or a Jinja file.", show_default="the one the checkpoint was tuned with"
+        ),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: TemperatureOption = 0.8,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,
+    tokenizer: TokenizerOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Talk with a checkpoint. /reset starts anew, /quit leaves, Ctrl-C ends an answer.
+
+    The state is kept: a turn reads its own tokens alone, however long the conversation is. Where the standard input is
+    no terminal, each line is a turn; answers go to the standard output and all else to the standard error.
+    """
+    from nemotron_h.data.chat import FAMILY_TEMPLATE, ChatTemplate, template_source
+    from nemotron_h.inference.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    source = template_source(template) if template is not None else None
+    opened = open_checkpoint(checkpoint, tokenizer, dtype, device)
+    if source is None:
+        source = template_source(recorded_template(opened) or FAMILY_TEMPLATE)
+    chosen = ChatTemplate(source, opened.tokenizer)
+    for warning in warnings_of(opened, chosen):
+        notes.print(f"[yellow]warning:[/yellow] {warning}")
+    from nemotron_h.data.chat import ChatError
+    from nemotron_h.inference.chat import ChatSession
+
+    try:
+        session = ChatSession(opened.model, chosen, system=system, sampling=sampling, max_tokens=max_tokens)
+        if system.strip():
+            chosen.prompt(session.turns)  # a template that refuses it is told before the first turn
+    except ChatError as error:
+        raise UserError(f"the chat template cannot be used: {error}", hint="name another one: --template") from error
+    interactive = sys.stdin.isatty()
+    if interactive:
+        notes.print(f"[dim]{opened}. /help lists commands.[/dim]")
+    for text in _turns(interactive):
+        if text.startswith("/"):
+            if text == "/quit":
+                break
+            _command(text, session)
+            continue
+        try:
+            _answer(session, text)
+        except ChatError as error:
+            notes.print(f"[yellow]not sent:[/yellow] {error}")
+
+
+def warnings_of(opened: Opened, template: ChatTemplate) -> Iterator[str]:
+    """Why answers may not be answers."""
+    if template.plain_markers:
+        yield (
+            f"the tokenizer lacks {', '.join(template.plain_markers)}; the template's markers are read as ordinary text"
+        )
+    stage = (opened.record.get("recipe") or {}).get("stage")
+    if stage == "pretrain":
+        yield (
+            f"{opened.checkpoint} is pretrained alone, not fine-tuned on conversations: it continues text and may not "
+            "end its answers (nemo llm finetune makes a model that does)"
+        )
+
+
+def _turns(interactive: bool) -> Iterator[str]:
+    """What the user says, empty lines left out."""
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (gives `input` history and editing)
+    while True:
+        try:
+            line = input("> ") if interactive else sys.stdin.readline()
+        except (EOFError, KeyboardInterrupt):
+            notes.print()
+            return
+        if not interactive and not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _command(text: str, session: ChatSession) -> None:
+    if text == "/reset":
+        session.reset()
+        notes.print("[dim]The conversation is forgotten.[/dim]")
+        return
+    if text != "/help":
+        notes.print(f"[yellow]there is no command {text.split()[0]}[/yellow]")
+    for name, meaning in COMMANDS.items():
+        notes.print(f"[dim]{name:7} {meaning}[/dim]")
+
+
+def _answer(session: ChatSession, text: str) -> None:
+    """Write an answer as it comes; white space at its end is left out."""
+    held = ""
+    pieces = session.answer(text)
+    with _interruptible() as interrupted:
+        for piece in pieces:
+            held += piece
+            shown = held.rstrip()
+            typer.echo(shown, nl=False)
+            held = held[len(shown) :]
+            if interrupted:
+                pieces.close()  # between two steps: the state stays whole
+                break
+    typer.echo()
+    steps = session.written - 1
+    speed = f"{steps / session.write_seconds:,.0f} tokens/s" if steps > 0 and session.write_seconds else "no steps"
+    notes.print(
+        f"[dim]{session.read:,} tokens read in {session.read_seconds:.2f} s, {session.written:,} written at {speed}, "
+        f"ended by {session.ended_by}; {len(session.ids):,} in the conversation[/dim]"
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Ctrl-C fills the list, once; a second one is an interrupt as ever."""
+    seen: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,265 @@
+"""Chat: turns one after the other are the whole conversation at once, and the command around them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from save_checkpoint import finish, save
+from small_model import VOCABULARY, relative_error, small_config, small_model
+from typer.testing import CliRunner
+
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatError, ChatTemplate, Turn
+from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from nemotron_h.errors import UserError
+from nemotron_h.inference import generate as generating
+from nemotron_h.inference.chat import ChatSession
+from nemotron_h.inference.chat_cli import chat as command
+from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.sampling import Sampling
+from nemotron_h.training import checkpoints
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+CHATML = (
+    "{% for m in messages %}{{ '<SPECIAL_10>' + m['role'] + '\n' + m['content'] + '<SPECIAL_12>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<SPECIAL_10>assistant\n' }}{% endif %}"
+)
+SOURCES = {"family": (FAMILY_SOURCE, "<SPECIAL_11>"), "chatml": (CHATML, "<SPECIAL_12>")}
+QUESTIONS = ["wort größe?", "und 日本?", "abcd " * 30, "noch etwas"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghöß日本🙂", k=4)) for _ in range(50)]
+    train_bpe([" ".join(draw.choices(words, k=500))], VOCABULARY, folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(megatron: None):
+    return small_model(small_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def run(trained, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save(trained, folder / "checkpoints" / "step-000001", data={"tokenizer": tokenizer.path})
+    return folder
+
+
+@pytest.fixture
+def model(run: Path) -> GenerationModel:
+    return load_model(run)
+
+
+def say(session: ChatSession, text: str) -> str:
+    return "".join(session.answer(text))
+
+
+def watch(session: ChatSession, change: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
+    """What the session's model scores, with the position of the token that it had read; the session sees it changed."""
+    seen: list[tuple[int, torch.Tensor]] = []
+    plain = GenerationModel.logits.__get__(session.model)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        scores = plain(hidden)
+        seen.append((int(session.states.lengths[0]) - 1, scores[0].clone()))
+        return change(scores.clone())
+
+    session.model.logits = logits  # type: ignore[method-assign]
+    return seen
+
+
+def say_tokens(session: ChatSession, tokens: Sequence[int]) -> None:
+    """Make the model answer these."""
+    script = iter(tokens)
+
+    def change(scores: torch.Tensor) -> torch.Tensor:
+        scores[:, next(script)] = 1e9
+        return scores
+
+    watch(session, change)
+
+
+@pytest.mark.parametrize("limit", [7, 10_000])  # passes of a part of a turn, and of a whole one
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("end", ["its end marker", "--max-tokens", "end of document"])
+def test_turns_are_the_whole_conversation(
+    trained, model, tokenizer: Tokenizer, source: str, end: str, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every score of four turns is the uncached forward's over all that was said, and each token was read once."""
+    monkeypatch.setattr(generating, "PASS_TOKENS", limit)
+    text, marker = SOURCES[source]
+    marker_id = tokenizer.special_tokens[marker]
+    template = ChatTemplate(text, tokenizer)
+    session = ChatSession(model, template, system="Antworte.", sampling=Sampling(seed=1), max_tokens=12)
+    answered = 0
+
+    def change(scores: torch.Tensor) -> torch.Tensor:
+        nonlocal answered
+        answered += 1
+        scores[:, [marker_id, tokenizer.eod_id]] = -1e9
+        if end != "--max-tokens" and answered % 9 == 0:
+            scores[:, marker_id if end == "its end marker" else tokenizer.eod_id] = 1e9
+        return scores
+
+    seen = watch(session, change)
+    for question in QUESTIONS:
+        say(session, question)
+        assert session.ended_by == end
+    assert len(session.turns) == 1 + 2 * len(QUESTIONS)
+    positions = [position for position, _ in seen]
+    assert positions == sorted(set(positions))
+    assert len(session.ids) - 1 <= int(session.states.lengths[0]) <= len(session.ids)
+    with torch.no_grad():
+        expected = trained(input_ids=torch.tensor([session.ids]))[0, :, :VOCABULARY]
+    for position, scores in seen:
+        assert relative_error(scores, expected[position]) < 1e-4, position
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_tokens_are_those_of_training(model, tokenizer: Tokenizer, source: str) -> None:
+    """Answers that end as training's do: the session's tokens are the template's of the whole conversation."""
+    template = ChatTemplate(SOURCES[source][0], tokenizer)
+    session = ChatSession(model, template, sampling=Sampling(temperature=0))
+    turns: tuple[Turn, ...] = ()
+    for question, answer in zip(QUESTIONS, ["größe abcd", "日本 🙂", "x", "y"], strict=True):
+        turns = (*turns, Turn("user", question))
+        say_tokens(session, template.tokens(answer + template.answer_end()))
+        assert say(session, question).strip() == answer
+        asked = session.ids[: len(session.ids) - session.written]
+        assert asked == template.prompt(turns)
+        turns = (*turns, Turn("assistant", answer))
+        assert session.turns == turns
+
+
+def test_only_new_tokens_are_read(model, tokenizer: Tokenizer) -> None:
+    session = ChatSession(model, ChatTemplate(FAMILY_SOURCE, tokenizer), max_tokens=3)
+    say(session, "abcd " * 100)
+    assert session.read > 100
+    long_turn = session.read
+    say(session, "abcd")
+    assert session.read < long_turn / 2
+
+
+def test_reset_forgets(model, tokenizer: Tokenizer) -> None:
+    session = ChatSession(model, ChatTemplate(FAMILY_SOURCE, tokenizer), system="s", sampling=Sampling(seed=4))
+    first = say(session, "wort")
+    say(session, "größe")
+    session.reset()
+    assert session.turns == (Turn("system", "s"),)
+    assert say(session, "wort") == first
+
+
+def test_a_closed_answer_is_kept_as_far_as_it_went(model, tokenizer: Tokenizer) -> None:
+    session = ChatSession(model, ChatTemplate(FAMILY_SOURCE, tokenizer), sampling=Sampling(seed=2))
+    pieces = session.answer("wort")
+    shown = next(pieces) + next(pieces)
+    pieces.close()
+    assert session.ended_by == "interrupt"
+    assert session.turns[-1].content == shown.strip()
+    say(session, "weiter")
+    assert len(session.turns) == 4
+
+
+def test_refused_text_changes_nothing(model, tokenizer: Tokenizer) -> None:
+    session = ChatSession(model, ChatTemplate(FAMILY_SOURCE, tokenizer), max_tokens=3)
+    say(session, "wort")
+    ids, turns = list(session.ids), session.turns
+    with pytest.raises(ChatError, match="reserved"):
+        say(session, "\ue0ff")
+    assert (session.ids, session.turns) == (ids, turns)
+
+
+def test_a_marker_in_a_message_is_text(model, tokenizer: Tokenizer) -> None:
+    session = ChatSession(model, ChatTemplate(FAMILY_SOURCE, tokenizer), max_tokens=1)
+    say(session, "<SPECIAL_11>Assistant")
+    assert session.ids[: session.read].count(tokenizer.special_tokens["<SPECIAL_11>"]) == 2
+
+
+class Plain:
+    """A tokenizer without special tokens of the family."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.inner = tokenizer
+
+    def __getattr__(self, name: str):
+        return {} if name == "special_tokens" else getattr(self.inner, name)
+
+
+def test_plain_markers_end_an_answer_as_text(model, tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(FAMILY_SOURCE, Plain(tokenizer))
+    assert template.plain_markers
+    session = ChatSession(model, template, sampling=Sampling(temperature=0))
+    say_tokens(session, tokenizer.text_to_ids("größe\n<SPECIAL_11>User"))
+    assert say(session, "wort").strip() == "größe"
+    assert session.ended_by == "its end marker"
+
+
+def invoke(*arguments: object, said: str):
+    """Run the command with this standard input, which is no terminal; its errors are raised."""
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, [str(a) for a in arguments], input=said, catch_exceptions=False)
+
+
+def test_command_reads_turns_by_line(run: Path, tokenizer: Tokenizer) -> None:
+    options = ["--max-tokens", 8, "--seed", 3, "--system", "kurz"]
+    result = invoke(run, *options, said="wort größe\n\n  \n日本\n/reset\n/what\nwort größe\n/quit\nnot read\n")
+    session = ChatSession(
+        load_model(run),
+        ChatTemplate(FAMILY_SOURCE, tokenizer),
+        system="kurz",
+        sampling=Sampling(0.8, 0, 0.95, 3),
+        max_tokens=8,
+    )
+    expected = [say(session, "wort größe").rstrip(), say(session, "日本").rstrip()]
+    session.reset()
+    expected.append(say(session, "wort größe").rstrip())
+    assert result.stdout == "".join(answer + "\n" for answer in expected)
+    assert result.stderr.count("tokens read in") == 3
+    assert "there is no command /what" in result.stderr
+    assert "forgotten" in result.stderr
+
+
+def test_command_goes_on_after_a_refused_turn(run: Path) -> None:
+    result = invoke(run, "--max-tokens", 2, said="\ue0ff\nwort\n")
+    assert "not sent" in result.stderr
+    assert result.stderr.count("tokens read in") == 1
+
+
+def test_a_base_model_is_warned_of(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert "warning" not in invoke(run, "--max-tokens", 1, said="wort\n").stderr
+    base = tmp_path / "step-000001"
+    save(small_model(small_config()), base, data={"tokenizer": tokenizer.path})
+    record = json.loads((base / checkpoints.RECORD).read_text())
+    (base / checkpoints.RECORD).write_text(json.dumps(record | {"recipe": {"stage": "pretrain"}}))
+    finish(base)
+    assert "pretrained alone" in invoke(base, "--max-tokens", 1, said="wort\n").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--template", "absent.jinja"], "absent.jinja"),
+        (["--top-p", "2"], "top-p = 2"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        invoke(tmp_path / "absent", *arguments, said="")
+
+
+def test_template_that_cannot_chat(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ raise_exception('no system') if messages[0]['role'] == 'system' }}x")
+    with pytest.raises(UserError, match="the chat template cannot be used"):
+        invoke(run, "--template", tmp_path / "t.jinja", said="wort\n")
