@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from omegaconf import OmegaConf
 
-from nemotron_h.data.blend import load_blend, parse_count
+from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, definition_from_dict
@@ -19,6 +19,7 @@ from nemotron_h.schema import (
     FP8_BACKENDS,
     PIPELINES,
     PRECISIONS,
+    PREFERENCE_LOSSES,
     RANKS,
     RECOMPUTE,
     SCHEDULES,
@@ -53,6 +54,10 @@ MINIMUM = {
     "log.validate_every_steps": 1,
     "log.validation_batches": 0,
 }
+
+
+#: stage -> what its blend holds; the others read texts
+READS = {"sft": CONVERSATIONS, "preference": PAIRS}
 
 
 def check(recipe: RecipeConfig, origin: str) -> None:
@@ -134,7 +139,8 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
 def check_stage(recipe: RecipeConfig, origin: str) -> None:
     """No key of another stage."""
     data = recipe.data
-    if recipe.stage == "sft":
+    check_preference(recipe, origin)
+    if recipe.stage in ("sft", "preference"):
         check_one_of("data.too_long", data.too_long or "", TOO_LONG, f"{origin}: ")
         if not data.document_reset:
             raise UserError(f"{origin}: data.document_reset = false", hint="packed conversations are always reset")
@@ -147,7 +153,7 @@ def check_stage(recipe: RecipeConfig, origin: str) -> None:
         if recipe.init.checkpoint is not None:
             raise UserError(
                 f"{origin}: init.checkpoint is unused: {recipe.stage} starts from init_seed",
-                hint="leave it out, or set stage: sft",
+                hint="leave it out, or set stage: sft or preference",
             )
         if data.too_long is not None:
             raise UserError(f"{origin}: data.too_long is unused: {recipe.stage} reads text", hint="leave it out")
@@ -241,6 +247,27 @@ def _check_distillations(recipe: RecipeConfig, origin: str) -> None:
             f"{origin}: minipuzzle.score_tokens ({part.score_tokens}) is less than one sequence",
             hint=f"at least data.seq_length, {recipe.data.seq_length:,}",
         )
+
+
+def check_preference(recipe: RecipeConfig, origin: str) -> None:
+    """The part `preference`, of that stage and of no other: a known loss with what it reads."""
+    chosen = recipe.preference
+    if recipe.stage != "preference":
+        if chosen is not None:
+            raise UserError(f"{origin}: preference is unused: stage is {recipe.stage}", hint="leave it out")
+        return
+    if chosen is None:
+        raise UserError(f"{origin}: preference is missing", hint="defaults: [/base/preference] has it")
+    check_one_of("preference.loss", chosen.loss, PREFERENCE_LOSSES, f"{origin}: ")
+    if chosen.beta <= 0:
+        raise UserError(f"{origin}: preference.beta = {chosen.beta} is not positive", hint="NeMo-Aligner's is 0.2")
+    if chosen.loss == "dpo":
+        for key, default in (("gt_reward_scale", 1.0), ("reward_gap", None)):
+            if getattr(chosen, key) != default:
+                raise UserError(
+                    f"{origin}: preference.{key} is unused: dpo reads no rewards",
+                    hint="leave it out, or take preference.loss: rpo_bwd_kl",
+                )
 
 
 def check_ranges(recipe: RecipeConfig, origin: str) -> None:
@@ -371,9 +398,9 @@ def check_blend(recipe: RecipeConfig, origin: str) -> None:
         phase_spans(blend.phases, horizon)
     except UserError as error:
         raise UserError(f"{origin}: data.blend = {data.blend}: {error.message}", hint=error.hint) from error
-    if blend.is_chat() != (recipe.stage == "sft"):
-        holds, reads = ("conversations", "text") if blend.is_chat() else ("texts", "conversations")
+    reads = READS.get(recipe.stage, TEXTS)
+    if blend.holds() != reads:
         raise UserError(
-            f"{origin}: data.blend = {data.blend} holds {holds}, and stage {recipe.stage} reads {reads}",
-            hint="name another blend; docs/sft.md shows one of conversations",
+            f"{origin}: data.blend = {data.blend} holds {blend.holds()}, and stage {recipe.stage} reads {reads}",
+            hint="name another blend; docs/sft.md shows one of conversations, docs/preference.md one of pairs",
         )

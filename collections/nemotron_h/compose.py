@@ -41,6 +41,12 @@ def known_recipes(stage: str = "*") -> list[str]:
     return sorted(str(path.relative_to(root).with_suffix("")) for path in files if path.parent.name != "base")
 
 
+def factory_of(recipe: str) -> str:
+    """The `--factory` name of a shipped recipe: its model's, with the stage where a command of `nemo llm` runs two."""
+    model, stage = recipe.split("/")
+    return f"{model}_{stage}" if stage == "preference" else model
+
+
 @dataclass(frozen=True)
 class Composed:
     """A recipe and where its values come from.

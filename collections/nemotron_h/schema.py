@@ -9,13 +9,14 @@ from omegaconf import MISSING
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
 #: stage -> the command of `nemo llm` that runs it
-STAGES = {"pretrain": "pretrain", "sft": "finetune"}
+STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
 PIPELINES = {"minipuzzle": "minipuzzle"}
 RANKS = ("sum", "worst", "accuracy", "agreement")
 SPEEDS = ("modelled", "measured")
 STARTS = ("pruned", "short")
 TOO_LONG = ("cut", "drop")
+PREFERENCE_LOSSES = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 SCHEDULES = ("cosine", "wsd")
 RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
 BLEND_CHANGES = ("from_step",)
@@ -70,7 +71,8 @@ class DataSchema:
         micro_batch_size: sequences per forward pass of one rank.
         seed: of the sample order.
         document_reset: whether states and attention start anew at document boundaries; packed conversations always do.
-        too_long: sft only: what becomes of conversations longer than `seq_length`: `cut` at its end, or `drop` them.
+        too_long: sft and preference: what becomes of conversations (or pairs of them) longer than `seq_length`: `cut`
+            at its end, or `drop` them.
         workers: processes that load data, per rank.
     """
 
@@ -175,6 +177,23 @@ class InitSchema:
     """
 
     checkpoint: str | None = None
+
+
+@dataclass
+class PreferenceSchema:
+    """The loss over pairs of answers. Formulas: docs/preference.md.
+
+    Attributes:
+        loss: `dpo`, or reward-aware: `rpo_bwd_kl`, `rpo_fwd_kl`, `rpo_sq` (NeMo-Aligner's names).
+        beta: how strongly the policy is held to the reference: scales log-probability ratios.
+        gt_reward_scale: scales the records' rewards (rpo only).
+        reward_gap: the chosen answer's reward less the rejected one's, where records state none (rpo only).
+    """
+
+    loss: str = MISSING
+    beta: float = 0.2
+    gt_reward_scale: float = 1.0
+    reward_gap: float | None = None
 
 
 @dataclass
@@ -301,6 +320,7 @@ class RecipeConfig:
         init_seed: of the initial weights.
         init: other initial weights.
         minipuzzle: stage minipuzzle alone: what is compressed, and how.
+        preference: stage preference alone: the loss over pairs of answers.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
             (`trainer.max_steps=20`); a run writes here what its command line changed.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
@@ -319,6 +339,7 @@ class RecipeConfig:
     recompute: RecomputeSchema = field(default_factory=RecomputeSchema)
     init: InitSchema = field(default_factory=InitSchema)
     minipuzzle: MiniPuzzleSchema | None = None
+    preference: PreferenceSchema | None = None
     resume: ResumeSchema = field(default_factory=ResumeSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     log: LogSchema = field(default_factory=LogSchema)

@@ -1,7 +1,8 @@
 """One rank of the layout tests: train a small model a few steps in each layout and save what rank 0 can assemble.
 
 Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
-or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass.
+or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass;
+`preference-tp2` learns from packed pairs of answers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nemotron_h.runtime import cpu, quiet
@@ -28,7 +30,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
+from nemotron_h.data.preference_module import pair_window  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.training.preference_loss import PreferenceLoss  # noqa: E402
 
 #: the hybrid and the pure patterns; 5, 6 and 3 layers, so that two stages are uneven or part a pair
 FAMILIES = {
@@ -40,6 +44,7 @@ FAMILIES = {
         "rotary_percent": 0.5,
     },
     "mamba2": {"hybrid_override_pattern": "MMM"},
+    "preference": {"hybrid_override_pattern": "M-M*-"},
 }
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
@@ -54,6 +59,18 @@ def layout(name: str) -> dict[str, int | bool]:
 def batches(step: int) -> torch.Tensor:
     """Global batch of a step: int [batch, length + 1]."""
     return torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+
+
+def pairs(step: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of a step, a window of two pairs each."""
+    draw = np.random.default_rng(step)
+    made = []
+    for ids in batches(step).numpy():
+        # conversations of 12, 7, 11 and 8 tokens whose ends are answers
+        sides = [(part[:-1], np.arange(len(part) - 1) > 3) for part in np.split(ids, (13, 21, 33))]
+        both = [[(a, b.astype(np.float32)) for a, b in sides[n : n + 2]] for n in (0, 2)]
+        made.append(pair_window(both, draw.normal(-40, 4, (2, 2)), draw.normal(size=2), LENGTH, 0))
+    return [{key: value.unsqueeze(0) for key, value in window.items()} for window in made]
 
 
 def assemble(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -91,6 +108,15 @@ def loss_of(mask_free_loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch
 def forward(iterator, model):
     """Megatron's forward step function."""
     tokens = next(iterator)
+    if isinstance(tokens, dict):
+        batch, reduction = tokens, PreferenceLoss("rpo_bwd_kl", 0.2, 1.0)
+        reduction.setup(batch)
+
+        def mean(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            total, count, _ = reduction(losses)
+            return loss_of(total / count)
+
+        return model(input_ids=batch["tokens"], labels=batch["labels"], seq_idx=batch["seq_idx"]), mean
     return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]), loss_of
 
 
@@ -134,12 +160,13 @@ def train(name: str) -> dict[str, object]:
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     losses, gradients = [], {}
     for step in range(STEPS):
-        mine = batches(step)[rank * BATCH // size : (rank + 1) * BATCH // size]
+        whole = pairs(step) if family == "preference" else batches(step).split(1)
+        mine = whole[rank * BATCH // size : (rank + 1) * BATCH // size]
         model.zero_grad_buffer()
         optimizer.zero_grad()
         out = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter(mine.split(1)),
+            data_iterator=iter(mine),
             model=[model],
             num_microbatches=len(mine),
             seq_length=LENGTH,

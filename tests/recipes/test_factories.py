@@ -69,6 +69,22 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", known_recipes("preference"))
+def test_a_preference_factory_is_of_the_same_model_and_has_a_name_of_its_own(parsed, name: str) -> None:
+    from nemotron_h.compose import factory_of
+    from nemotron_h.data.preference_module import PreferenceDataModule
+    from nemotron_h.training.preference import PreferenceModel, PreferenceResume
+
+    assert factory_of(name) not in {*NAMES, *TUNED}
+    task = parsed(factory_of(name), "model.beta=0.5", "resume.init_checkpoint=there", command="finetune")
+    base = parsed(name.split("/")[0])
+    assert (task.model.__fn_or_cls__, task.data.__fn_or_cls__) == (PreferenceModel, PreferenceDataModule)
+    assert (task.model.beta, task.resume.__fn_or_cls__, task.resume.init_checkpoint) == (0.5, PreferenceResume, "there")
+    assert task.model.config.calculate_per_token_loss is True
+    assert task.model.config.hybrid_override_pattern == base.model.config.hybrid_override_pattern
+
+
+@pytest.mark.slow
 def test_a_recipe_file_of_another_stage_names_its_command(parsed, tmp_path: Path) -> None:
     from nemotron_h.errors import UserError
 

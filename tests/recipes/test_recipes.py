@@ -35,7 +35,8 @@ def written(file: Path) -> dict:
 
 def test_the_whole_family_ships() -> None:
     assert {name.split("/")[0] for name in known_recipes("pretrain")} == FAMILY
-    assert {name.split("/")[0] for name in known_recipes("sft")} <= FAMILY
+    for stage in ("sft", "preference"):
+        assert {name.split("/")[0] for name in known_recipes(stage)} <= FAMILY
     assert {name.split("/")[1] for name in known_recipes()} == set(STAGES)
 
 

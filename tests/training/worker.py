@@ -25,9 +25,10 @@ import torch  # noqa: E402
 
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
+from nemotron_h.data.preference_module import PairDataset  # noqa: E402
 from nemotron_h.data.sft_module import PackedDataset  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
-from nemotron_h.training import pretrain, sft  # noqa: E402
+from nemotron_h.training import preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 
 READ: list[int] = []
@@ -47,6 +48,7 @@ def record_reads(dataset: type) -> None:
 
 record_reads(WindowDataset)
 record_reads(PackedDataset)
+record_reads(PairDataset)
 
 
 class Recorder(pl.Callback):
@@ -75,6 +77,8 @@ class Recorder(pl.Callback):
                 "lr": float(trainer.optimizers[0].param_groups[0]["lr"]).hex(),
                 "samples": list(READ),
             }
+            if isinstance(pl_module, preference.PreferenceModel):
+                record["margin"] = pl_module.training_loss_reduction.metrics()["reward_margin"].hex()
             path = Path(trainer.checkpoint_callback.dirpath).parents[1] / "steps.jsonl"
             with path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -86,7 +90,7 @@ class Recorder(pl.Callback):
 def main(recipe: str, *options: str) -> None:
     """Build, override, run."""
     composed = compose(recipe)
-    task = {"pretrain": pretrain.build, "sft": sft.build}[composed.stage](composed)
+    task = {"pretrain": pretrain.build, "sft": sft.build, "preference": preference.build}[composed.stage](composed)
     kill = told = None
     changed = []
     for option in options:

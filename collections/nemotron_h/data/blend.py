@@ -27,7 +27,10 @@ from nemotron_h.strict import nearest, typed
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")
 FETCH_KINDS = ("pip", "apt")
-CHAT_SHAPES = ("messages", "sharegpt", "alpaca", "prompt_response")  # read by `data.chat`
+PREFERENCE = "preference"  # pairs of answers, read by `data.pairs`
+CHAT_SHAPES = ("messages", "sharegpt", "alpaca", "prompt_response", PREFERENCE)  # the others are read by `data.chat`
+#: what a blend holds, as it is called in errors
+TEXTS, CONVERSATIONS, PAIRS = "texts", "conversations", "pairs of answers"
 SUM_TOLERANCE = 0.05
 """A phase whose weights miss 100 by more than this (in percent points) must say `normalize: true`."""
 
@@ -90,7 +93,7 @@ class Source:
         text_fields: the record's fields that make the text, in order, joined by `join`. `a.b` reaches into nested
             records, `a.0` takes a list's first item; a whole list becomes one text, a line for each item.
         chat: the records are conversations of this shape, one of `CHAT_SHAPES`, in place of `text_fields`. All sources
-            of a blend have one, or none has.
+            of a blend have one, or none has; `preference` (pairs of answers) stands alone.
         join: what is put between the text fields.
         split_on: text only: the separator between documents of one file; empty: the file is one document.
         licence: of the text, as a person would want to read it.
@@ -250,8 +253,14 @@ class Blend:
         }
 
     def is_chat(self) -> bool:
-        """Whether its sources are conversations."""
+        """Whether its sources are conversations, or pairs of them."""
         return any(source.chat for source in self.sources.values())
+
+    def holds(self) -> str:
+        """What its sources are: `TEXTS`, `CONVERSATIONS` or `PAIRS`."""
+        if any(source.chat == PREFERENCE for source in self.sources.values()):
+            return PAIRS
+        return CONVERSATIONS if self.is_chat() else TEXTS
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, without the path of the file."""
@@ -358,6 +367,9 @@ def _chat_problems(blend: Blend) -> Iterator[str]:
         yield "chat_template: missing; nemotron_h is the family's"
     if len(blend.phases) > 1:
         yield "phases: a blend of conversations has one phase"
+    kinds = {source.chat == PREFERENCE for source in blend.sources.values()}
+    if len(kinds) > 1:
+        yield f"sources: either all have `chat: {PREFERENCE}` or none has"
     for name, source in blend.sources.items():
         if source.chat not in CHAT_SHAPES:
             yield f"sources.{name}.chat: {source.chat!r} is none of {', '.join(CHAT_SHAPES)}"

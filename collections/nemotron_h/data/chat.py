@@ -41,7 +41,7 @@ FAMILY_SOURCE = (
     "{{ 'Assistant\n' }}{% endif %}"
 )
 SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"system": SYSTEM, "human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT}
+SHAREGPT_ROLES = {"system": SYSTEM, "human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT}
 #: characters of Unicode's private area, which stand in a rendered text where a `{% generation %}` block begins and
 #: ends, and inside of a special token's name that a message holds
 _BEGIN, _END, _ESCAPE = _RESERVED = "\ue0fd\ue0fe\ue0ff"
@@ -83,11 +83,16 @@ def read_conversation(record: Any, shape: str) -> Conversation:
     if not isinstance(record, dict):
         raise ChatError(f"the record is {type(record).__name__}, not an object")
     turns = tuple(turn for turn in SHAPES[shape](record) if turn.role != SYSTEM or turn.content.strip())
-    _check(turns)
+    check_turns(turns)
     return turns
 
 
-def _check(turns: Conversation) -> None:
+def check_turns(turns: Conversation) -> None:
+    """Turns alternate, none is empty, and the last is an answer.
+
+    Raises:
+        ChatError: naming the turn.
+    """
     spoken = turns[1:] if turns and turns[0].role == SYSTEM else turns
     if not spoken:
         raise ChatError("there are no turns")
@@ -105,8 +110,12 @@ def _check(turns: Conversation) -> None:
         raise ChatError("every assistant turn has weight 0: there is no answer to learn")
 
 
-def _field(record: dict[str, Any], *names: str, default: str | None = None) -> str:
-    """The text of the first of these fields that the record has."""
+def text_field(record: dict[str, Any], *names: str, default: str | None = None) -> str:
+    """The text of the first of these fields that the record has.
+
+    Raises:
+        ChatError: it is no text, or there is none and no default.
+    """
     for name in names:
         value = record.get(name)
         if value is not None:
@@ -127,7 +136,12 @@ def _list(record: dict[str, Any], name: str) -> list[Any]:
     return value
 
 
-def _role(name: Any, known: dict[str, str], number: int) -> str:
+def role_of(name: Any, known: dict[str, str], number: int) -> str:
+    """The role that turn `number` names.
+
+    Raises:
+        ChatError: it is unknown.
+    """
     if name not in known:
         hint = f"{nearest(str(name), known)}Known: {', '.join(known)}"
         raise ChatError(f"turn {number} has the unknown role {name!r}. {hint}")
@@ -141,16 +155,21 @@ def _messages(record: dict[str, Any]) -> Iterator[Turn]:
     for number, message in enumerate(_list(record, "messages"), 1):
         if not isinstance(message, dict):
             raise ChatError(f"turn {number} is {type(message).__name__}, not an object")
-        role = _role(message.get("role"), {role: role for role in ROLES}, number)
+        role = role_of(message.get("role"), {role: role for role in ROLES}, number)
         if message.get("tool_calls") or message.get("function_call"):
             raise ChatError(f"turn {number} calls a tool, which the template does not write")
         weight = message.get("weight", 1)
         if weight not in (None, 0, 1):
             raise ChatError(f"turn {number} has weight {weight!r}; 0 and 1 are known")
-        yield Turn(role, _content(message.get("content"), number), trained=weight != 0)
+        yield Turn(role, message_content(message.get("content"), number), trained=weight != 0)
 
 
-def _content(value: Any, number: int) -> str:
+def message_content(value: Any, number: int) -> str:
+    """A message's text, or that of its text parts.
+
+    Raises:
+        ChatError: it is neither.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
@@ -166,33 +185,33 @@ def _sharegpt(record: dict[str, Any]) -> Iterator[Turn]:
     """ShareGPT: `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`, and maybe `system`."""
     if record.get("tools"):
         raise ChatError("the record offers tools, which the template does not write")
-    yield Turn(SYSTEM, _field(record, "system", default=""))
+    yield Turn(SYSTEM, text_field(record, "system", default=""))
     for number, message in enumerate(_list(record, "conversations"), 1):
         if not isinstance(message, dict):
             raise ChatError(f"turn {number} is {type(message).__name__}, not an object")
-        role = _role(message.get("from"), _SHAREGPT_ROLES, number)
-        yield Turn(role, _content(message.get("value"), number))
+        role = role_of(message.get("from"), SHAREGPT_ROLES, number)
+        yield Turn(role, message_content(message.get("value"), number))
 
 
 def _alpaca(record: dict[str, Any]) -> Iterator[Turn]:
     """Alpaca: `instruction`, `output`, and maybe `input` (put under the instruction after an empty line), `system`, and
     `history` (pairs of earlier turns).
     """
-    yield Turn(SYSTEM, _field(record, "system", default=""))
+    yield Turn(SYSTEM, text_field(record, "system", default=""))
     for pair in record.get("history") or []:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
             raise ChatError("field 'history' is not a list of pairs of texts")
         yield from (Turn(USER, pair[0]), Turn(ASSISTANT, pair[1]))
-    asked = [_field(record, "instruction"), _field(record, "input", default="")]
+    asked = [text_field(record, "instruction"), text_field(record, "input", default="")]
     yield Turn(USER, "\n\n".join(part for part in asked if part.strip()))
-    yield Turn(ASSISTANT, _field(record, "output"))
+    yield Turn(ASSISTANT, text_field(record, "output"))
 
 
 def _prompt_response(record: dict[str, Any]) -> Iterator[Turn]:
     """`prompt` and `response` (or `completion`), and maybe `system`."""
-    yield Turn(SYSTEM, _field(record, "system", default=""))
-    yield Turn(USER, _field(record, "prompt"))
-    yield Turn(ASSISTANT, _field(record, "response", "completion"))
+    yield Turn(SYSTEM, text_field(record, "system", default=""))
+    yield Turn(USER, text_field(record, "prompt"))
+    yield Turn(ASSISTANT, text_field(record, "response", "completion"))
 
 
 SHAPES: dict[str, Callable[[dict[str, Any]], Iterator[Turn]]] = {
@@ -209,11 +228,14 @@ class Encoded:
 
     Args:
         ids: token ids.
-        loss: of each token, whether it is to be learnt: those of assistant turns with their end marker.
+        loss: of each token, whether it is to be learnt: those of assistant turns with their end marker. A pair of
+            conversations has `data.pairs.REJECTED` added in its second one.
+        rewards: of a pair.
     """
 
     ids: list[int]
-    loss: list[bool]
+    loss: list[int]
+    rewards: tuple[float, float] | None = None
 
 
 def template_source(name_or_path: str) -> str:

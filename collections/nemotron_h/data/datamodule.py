@@ -213,8 +213,8 @@ class BlendDataModule(PreparedDataModule):
         blend = load_blend(self.blend)
         if blend.is_chat():
             raise UserError(
-                f"data.blend = {self.blend} holds conversations: pretraining reads text",
-                "Take a recipe of stage sft (nemo llm finetune), or a blend of text.",
+                f"data.blend = {self.blend} holds {blend.holds()}: pretraining reads text",
+                "Take a recipe of stage sft or preference (nemo llm finetune), or a blend of text.",
             )
         return blend
 

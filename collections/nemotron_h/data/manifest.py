@@ -7,6 +7,7 @@ Layout under the data root (`--root`, else the environment's `NEMOTRON_H_DATA`, 
     <root>/<blend>/<source>/{train,validation}.{bin,idx}    Megatron's indexed format; every document ends with the
     EOD token <root>/<blend>/<source>/source.json                     the source's part of the manifest
     <root>/<blend>/<source>/{train,validation}.loss         conversations: a byte per token, 1 where it is to be learnt
+    <root>/<blend>/<source>/{train,validation}.rewards      pairs: two float32 per document
     <root>/<blend>/chat_template.jinja                      conversations: the template that wrote them
     <root>/<blend>/<source>/quarantine.jsonl                records that could not be read, with file and position
 """
@@ -45,7 +46,9 @@ class SplitManifest:
         sha256_bin: of the `.bin` file.
         sha256_idx: of the `.idx` file.
         probe: sha256 over evenly spaced blocks of both files, cheap enough to compare at every start (see `probe`).
-        sha256_loss: conversations only: of the `.loss` file, a byte per token: 1 where it is to be learnt.
+        sha256_loss: conversations only: of the `.loss` file, a byte per token: 1 where it is to be learnt. A pair is
+            one document, the chosen conversation and then the rejected one, where 2 is added.
+        sha256_rewards: pairs only: of the `.rewards` file, float32 [documents, 2]; NaN where a record states none.
     """
 
     prefix: str
@@ -57,6 +60,7 @@ class SplitManifest:
     sha256_idx: str
     probe: str = ""
     sha256_loss: str = ""
+    sha256_rewards: str = ""
 
 
 @dataclass
@@ -243,6 +247,9 @@ def split_problem(manifest: Manifest, source: str, split: str) -> str:
     loss = prefix + ".loss"
     if entry.sha256_loss and not (os.path.isfile(loss) and os.path.getsize(loss) == entry.tokens):
         return f"{loss} is missing or of another size than {entry.tokens:,} bytes (source {source}, {split})"
+    rewards = prefix + ".rewards"
+    if entry.sha256_rewards and not (os.path.isfile(rewards) and os.path.getsize(rewards) == 8 * entry.documents):
+        return f"{rewards} is missing or of another size than {8 * entry.documents:,} bytes (source {source}, {split})"
     if entry.probe and probe(prefix) != entry.probe:
         return f"{prefix}.bin/.idx are not the files that were prepared (source {source}, {split})"
     return ""

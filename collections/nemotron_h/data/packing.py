@@ -88,18 +88,25 @@ class PackedOrder:
         shares: source -> share of all positions; sum to 1.
         seq_length: positions of a window.
         seed: of all orders.
+        costs: source -> what the attention of each has to do, int64 [conversations]; the squares of `lengths` if None.
     Raises:
         UserError: a source with a share has no conversation.
     """
 
     def __init__(
-        self, lengths: Mapping[str, np.ndarray], shares: Mapping[str, float], seq_length: int, seed: int
+        self,
+        lengths: Mapping[str, np.ndarray],
+        shares: Mapping[str, float],
+        seq_length: int,
+        seed: int,
+        costs: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.names = sorted(name for name, share in shares.items() if share > 0)
         for name in self.names:
             if not len(lengths[name]):
                 raise UserError(f"source {name} has no conversation that fits", "Raise data.seq_length.")
         self.lengths, self.shares = lengths, shares
+        self.costs = costs or {name: np.asarray(lengths[name], dtype=np.int64) ** 2 for name in self.names}
         self.seq_length, self.seed = seq_length, seed
         self._totals = {name: int(lengths[name].sum(dtype=np.int64)) for name in self.names}
         self._round_positions = min(self._totals[name] / shares[name] for name in self.names)
@@ -116,7 +123,7 @@ class PackedOrder:
 
     def cost(self, number: int) -> int:
         """What a window's attention has to do: the sum of its conversations' squared lengths."""
-        return sum(int(self.lengths[item.source][item.number]) ** 2 for item in self.window(number))
+        return sum(int(self.costs[item.source][item.number]) for item in self.window(number))
 
     def round(self, index: int) -> list[list[Item]]:
         """The windows of a round. Two are kept: a step may read the end of one and the beginning of the next."""

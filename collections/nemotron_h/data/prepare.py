@@ -29,7 +29,7 @@ import numpy as np
 from rich.console import Console
 
 from nemotron_h.data import sources as reading
-from nemotron_h.data.blend import Blend, Source, parse_count
+from nemotron_h.data.blend import PREFERENCE, Blend, Source, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.fetch import fetch
@@ -424,7 +424,8 @@ class _Preparation:
                 prefixes = [job.prefix for job in jobs[name]]
                 _check_bad(plans[name], list(records[name].values()), prefixes)
                 source, dtype = plans[name].source, jobs[name][0].dtype
-                job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, bool(source.chat))
+                has = {"loss": bool(source.chat), "rewards": source.chat == PREFERENCE}
+                job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, **has)
                 pending[pool.submit(merge_shards, job)] = (name, None)
 
         with ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress:
@@ -460,8 +461,10 @@ class _Preparation:
         if "train" not in merged["splits"]:
             raise UserError(f"sources.{plan.name}: no document to train on in {len(plan.inputs)} files")
         (folder / "source.json").unlink(missing_ok=True)
+        suffixes = [".bin", ".idx", *[".loss"] * bool(plan.source.chat)]
+        suffixes += [".rewards"] * (plan.source.chat == PREFERENCE)
         for split in SPLITS:
-            for suffix in (".bin", ".idx", *((".loss",) if plan.source.chat else ())):
+            for suffix in suffixes:
                 if split in merged["splits"]:
                     os.replace(folder / f".{split}.tmp{suffix}", folder / f"{split}{suffix}")
                 else:
@@ -565,8 +568,7 @@ def _training_texts(plans: list[_Plan], limit: int) -> Iterator[str]:
                 if left <= 0:
                     break
                 if isinstance(item, reading.Document):
-                    turns = item.conversation
-                    text = item.text if turns is None else "\n".join(turn.content for turn in turns)
+                    text = "\n".join(item.parts())
                     yield text
                     left -= len(text.encode())
 

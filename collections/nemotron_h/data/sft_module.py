@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nemotron_h.data.blend import Blend, load_blend
+from nemotron_h.data.blend import CONVERSATIONS, Blend, load_blend
 from nemotron_h.data.indexed import read_index_header, read_lengths
 from nemotron_h.data.packing import Item, PackedOrder, balanced
 from nemotron_h.data.prepared_module import ENDLESS, PreparedDataModule, PreparedDataSampler, check_sizes, say
@@ -58,6 +58,10 @@ class Conversations:
         self._starts, self.lengths = starts[keep], np.minimum(tokens - 1, seq_length)[keep]
         self.cut, self.dropped = int((tokens[keep] - 1 > seq_length).sum()), int((~keep).sum())
         self.tokens_lost = int(tokens.sum() - self.lengths.sum() - len(self.lengths))
+
+    def costs(self) -> np.ndarray:
+        """What the attention of each has to do, int64 [conversations]."""
+        return self.lengths**2
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, int64 [length + 1], and of each whether it is learnt, float32 [length + 1]."""
@@ -246,17 +250,19 @@ class ConversationDataModule(PreparedDataModule):
         self._restored_step = 0
         self._opened = False
 
+    unit = "conversations"  # what is packed, as messages call it
+
     @cached_property
     def blend_spec(self) -> Blend:
         """The blend as written.
 
         Raises:
-            UserError: its sources are texts.
+            UserError: its sources are no conversations.
         """
         blend = load_blend(self.blend)
-        if not blend.is_chat():
+        if blend.holds() != CONVERSATIONS:
             raise UserError(
-                f"data.blend = {self.blend} holds texts: fine-tuning reads conversations",
+                f"data.blend = {self.blend} holds {blend.holds()}: fine-tuning reads {CONVERSATIONS}",
                 "Name a blend whose sources have `chat`, such as sft_sample.",
             )
         return blend
@@ -269,8 +275,18 @@ class ConversationDataModule(PreparedDataModule):
     @cached_property
     def order(self) -> PackedOrder:
         """The windows of the run."""
-        lengths = {name: source.lengths for name, source in self.training.items()}
-        return PackedOrder(lengths, self.blend_spec.source_shares(0), self.seq_length, self.seed)
+        return self._order(self.training, self.blend_spec.source_shares(0), self.seed)
+
+    def _order(self, sources: dict[str, Conversations], shares: dict[str, float], seed: int) -> PackedOrder:
+        lengths = {name: source.lengths for name, source in sources.items()}
+        costs = {name: source.costs() for name, source in sources.items()}
+        return PackedOrder(lengths, shares, self.seq_length, seed, costs)
+
+    def _each_once(self, sources: dict[str, Conversations], seed: int) -> PackedOrder:
+        """The order whose first round holds every conversation once."""
+        lengths = {name: int(source.lengths.sum()) for name, source in sources.items() if len(source.lengths)}
+        total = sum(lengths.values())
+        return self._order(sources, {name: length / total for name, length in lengths.items()}, seed)
 
     def _conversations(self, split: str) -> dict[str, Conversations]:
         shares = self.blend_spec.source_shares(0)
@@ -369,7 +385,7 @@ class ConversationDataModule(PreparedDataModule):
             sum(getattr(c, key) for c in self.training.values()) for key in ("cut", "dropped", "tokens_lost")
         )
         text = (
-            f"Data: blend {self.blend_spec.name}, {used:,} conversations; a round packs them into {len(windows):,} "
+            f"Data: blend {self.blend_spec.name}, {used:,} {self.unit}; a round packs them into {len(windows):,} "
             f"windows of {self.seq_length:,}, {positions / (len(windows) * self.seq_length):.1%} full"
         )
         if cut or dropped:
@@ -384,15 +400,12 @@ class ConversationDataModule(PreparedDataModule):
     @cached_property
     def _validation(self) -> tuple[WindowList, int]:
         """The validation windows and their number."""
-        lengths = {name: source.lengths for name, source in self._held_out.items() if len(source.lengths)}
-        if not lengths:
+        if not any(len(source.lengths) for source in self._held_out.values()):
             raise UserError(
                 f"blend {self.blend_spec.name!r} holds out no conversation that fits into {self.seq_length:,} tokens",
                 "Hold out more (`validation` of the sources), or set trainer.limit_val_batches=0.",
             )
-        total = sum(int(source.sum()) for source in lengths.values())
-        shares = {name: int(source.sum()) / total for name, source in lengths.items()}  # so that each is read once
-        order = PackedOrder(lengths, shares, self.seq_length, VALIDATION_SEED)
+        order = self._each_once(self._held_out, VALIDATION_SEED)
         windows, limit = len(order.round(0)), self.trainer.limit_val_batches
         batches = -(-windows // self.global_batch_size)
         batches = min(limit, batches) if isinstance(limit, int) else max(1, int(limit * batches))

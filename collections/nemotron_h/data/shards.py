@@ -21,10 +21,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from nemotron_h.data.blend import Source
+from nemotron_h.data.blend import PREFERENCE, Source
 from nemotron_h.data.chat import ChatError, ChatTemplate, Encoded
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.manifest import SPLITS, probe, write_json
+from nemotron_h.data.pairs import encode_pair
 from nemotron_h.data.sources import Bad, Document, Piece, read_documents
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -63,6 +64,7 @@ class MergeJob:
         deduplicate: keep only the first of equal documents.
         dtype: numpy name of the token type.
         loss: whether they have loss masks.
+        rewards: whether they have rewards.
     """
 
     prefixes: list[str]
@@ -70,6 +72,7 @@ class MergeJob:
     deduplicate: bool
     dtype: str
     loss: bool = False
+    rewards: bool = False
 
 
 @dataclass
@@ -122,7 +125,8 @@ def is_validation(hash_of_document: bytes, share: float) -> bool:
 def build_shard(job: ShardJob) -> ShardRecord:
     """Read, split and encode one shard; runs in a worker."""
     record = ShardRecord()
-    kinds = ("tokens", "lengths", "bytes", "hashes", *(("loss",) if job.source.chat else ()))
+    kinds = ["tokens", "lengths", "bytes", "hashes"]
+    kinds += ["loss"] * bool(job.source.chat) + ["rewards"] * (job.source.chat == PREFERENCE)
     suffixes = [f".{split}.{kind}" for split in SPLITS for kind in kinds] + [".bad"]
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(job.prefix + s, "wb")) for s in suffixes}
@@ -147,10 +151,11 @@ def _plain(texts: list[str]) -> list[Encoded]:
 
 def _applied(item: Document | Bad) -> tuple[Document | Bad, Encoded | None]:
     """A conversation with its tokens; one that the template refuses is bad."""
-    if isinstance(item, Bad) or item.conversation is None:
+    if isinstance(item, Bad) or (item.conversation is None and item.pair is None):
         return item, None
     try:
-        return item, _template.encode(item.conversation)
+        encoded = encode_pair(_template, item.pair) if item.pair else _template.encode(item.conversation)
+        return item, encoded
     except ChatError as error:
         return Bad(item.file, item.position, str(error), item.text[:160]), None
 
@@ -187,6 +192,8 @@ def _append(files: dict[str, IO[bytes]], split: str, encoded: list[Encoded], tex
         files[f".{split}.tokens"].write(np.array(document.ids, dtype=dtype).tobytes())
         if document.loss:
             files[f".{split}.loss"].write(np.array(document.loss, dtype=np.uint8).tobytes())
+        if document.rewards is not None:
+            files[f".{split}.rewards"].write(np.array(document.rewards, dtype=np.float32).tobytes())
     files[f".{split}.lengths"].write(np.array([len(document.ids) for document in encoded], dtype=np.int32).tobytes())
     files[f".{split}.bytes"].write(np.array([len(text.encode()) for text in texts], dtype=np.int32).tobytes())
 
@@ -236,6 +243,9 @@ def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
     if job.loss:
         parts = [(f"{p}.{split}.loss", *rest) for p, *rest in shards]
         content["sha256_loss"] = _join(target + ".loss", parts, np.dtype(np.uint8))
+    if job.rewards:  # two a document
+        parts = [(f"{p}.{split}.rewards", np.full(len(of_shard), 2), kept) for p, of_shard, kept in shards]
+        content["sha256_rewards"] = _join(target + ".rewards", parts, np.dtype(np.float32))
     return content, int(len(keep) - len(final))
 
 

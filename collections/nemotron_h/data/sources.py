@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.data.blend import Blend, Source
+from nemotron_h.data.blend import PREFERENCE, Blend, Source
 from nemotron_h.data.chat import ChatError, Conversation, read_conversation
 from nemotron_h.data.fetch import fetch
+from nemotron_h.data.pairs import Pair, read_pair
 from nemotron_h.errors import UserError
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES, SHARDS_PER_SOURCE = 1 << 20, 64 << 20, 64
@@ -76,12 +77,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation with the text that stands for it; the place is told of conversations alone."""
+    """A text, or a conversation or pair of them with the text that stands for it; the place is told of these alone."""
 
     text: str
     conversation: Conversation | None = None
     file: str = ""
     position: str = ""
+    pair: Pair | None = None
+
+    def parts(self) -> list[str]:
+        """Its text, or the texts of its turns."""
+        if self.pair is not None:
+            return [turn.content for turn in (*self.pair.chosen, self.pair.rejected[-1])]
+        return [self.text] if self.conversation is None else [turn.content for turn in self.conversation]
 
 
 @dataclass(frozen=True)
@@ -407,15 +415,20 @@ def _from_record(source: Source, record: Any, file: str, where: str) -> Document
 
 
 def _conversation(source: Source, record: Any, file: str, where: str) -> Document | Bad:
+    turns = pair = None
     try:
-        turns = read_conversation(record, source.chat)
-        text = json.dumps([[t.role, t.content, t.trained] for t in turns], ensure_ascii=False)
+        if source.chat == PREFERENCE:
+            pair = read_pair(record)
+            text = pair.text()
+        else:
+            turns = read_conversation(record, source.chat)
+            text = json.dumps([[t.role, t.content, t.trained] for t in turns], ensure_ascii=False)
         text.encode("utf-8")
     except ChatError as error:
         return Bad(file, where, str(error), _excerpt(str(record)))
     except UnicodeEncodeError as error:
         return Bad(file, where, f"not UTF-8: {error.reason}")
-    return Document(text, turns, file, where)
+    return Document(text, turns, file, where, pair)
 
 
 def _dig(value: Any, keys: list[str]) -> Any:

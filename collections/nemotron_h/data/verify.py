@@ -74,6 +74,8 @@ def _split_problems(manifest: Manifest, source: str, split: str, tokenizer: Toke
     elif entry.sha256_loss:
         if file_sha256(prefix + ".loss") != entry.sha256_loss:
             problems.append(f"the content of {Path(prefix).name}.loss changed since it was prepared")
+        if entry.sha256_rewards and file_sha256(prefix + ".rewards") != entry.sha256_rewards:
+            problems.append(f"the content of {Path(prefix).name}.rewards changed since it was prepared")
     elif (tokens[ends - 1] != tokenizer.eod_id).any():
         problems.append("a document does not end with EOD")
     elif entry.bytes and manifest.tokenizer.lossless and not _samples_survive(tokens, ends, lengths, tokenizer):

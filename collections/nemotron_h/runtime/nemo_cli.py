@@ -18,7 +18,7 @@ from nemo_run.cli.cli_parser import CLIException, parse_factory
 from nemo_run.cli.lazy import LazyEntrypoint, _args_to_dictconfig, dictconfig_to_dot_list
 from nemo_run.config import get_type_namespace
 
-from nemotron_h.compose import known_recipes
+from nemotron_h.compose import factory_of, known_recipes
 from nemotron_h.errors import UserError, report
 from nemotron_h.runtime import settings
 from nemotron_h.strict import nearest
@@ -81,8 +81,8 @@ def fail(error: UserError) -> None:
 
 @functools.cache
 def own_factories() -> set[str]:
-    """Names of this project's factories: the models with a recipe, and the one for recipe files."""
-    return {name.split("/")[0] for name in known_recipes()} | {"nemotron_h_recipe"}
+    """Names of this project's factories: of its recipes, and the one for recipe files."""
+    return {factory_of(name) for name in known_recipes()} | {"nemotron_h_recipe"}
 
 
 def known_factories(fn: Any) -> list[str]:

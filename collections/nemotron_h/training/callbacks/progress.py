@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
+from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 
 
@@ -110,13 +111,18 @@ class ProgressLine(ProgressBar):
         shown = "   -  " if math.isnan(validation) else f"{validation:6.4f}"
         return (
             f"step {step:>{len(str(total))}}/{total}  loss {self.losses['loss'][-1]:6.4f}  validation {shown}  "
-            f"{tokens / per_step:>9,.0f} tokens/s  {self._throughput(trainer)}lr {rate:.2e}  ETA {duration(eta)}"
+            f"{self._preference(trainer)}{tokens / per_step:>9,.0f} tokens/s  {self._throughput(trainer)}"
+            f"lr {rate:.2e}  ETA {duration(eta)}"
         )
 
     @staticmethod
     def _throughput(trainer: pl.Trainer) -> str:
         measured = (cb.line() + "  " for cb in trainer.callbacks if isinstance(cb, Throughput) and cb.seconds)
         return next(measured, "") if torch.cuda.is_available() else ""
+
+    @staticmethod
+    def _preference(trainer: pl.Trainer) -> str:
+        return "".join(cb.line() + "  " for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The summary, after the last checkpoint."""

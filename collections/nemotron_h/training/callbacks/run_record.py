@@ -21,6 +21,7 @@ import torch
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
 from nemotron_h.schema import STAGES
+from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 
 VERSIONED = (
@@ -118,6 +119,7 @@ class RunRecord(pl.Callback):
             for key, value in trainer.callback_metrics.items()
             if key in ("reduced_train_loss", "val_loss") and torch.is_tensor(value)
         }
+        metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics)), {})
         record = {
             **self.fixed,
             "step": trainer.global_step,

@@ -1,0 +1,122 @@
+"""A preference recipe (DPO, RPO) as the object graph that `nemo llm finetune` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo.collections import llm
+from torch import nn
+
+from nemotron_h.checks import check_one_of
+from nemotron_h.data.preference_module import PreferenceDataModule
+from nemotron_h.errors import UserError
+from nemotron_h.hashing import file_sha256
+from nemotron_h.inference.checkpoint import find_checkpoint, read_record
+from nemotron_h.model.module import NemotronHConfig, NemotronHModel
+from nemotron_h.runtime import settings
+from nemotron_h.schema import PREFERENCE_LOSSES, RecipeConfig
+from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
+from nemotron_h.training.checkpoints import INTEGRITY
+from nemotron_h.training.preference_loss import PreferenceLoss
+from nemotron_h.training.pretrain import assemble
+from nemotron_h.training.reference import ReferenceLogprobs
+from nemotron_h.training.resume import ResumeRun
+
+
+class PreferenceModel(NemotronHModel):
+    """The Lightning module with a loss over pairs in place of tokens.
+
+    Args:
+        loss: one of `schema.PREFERENCE_LOSSES`.
+        beta, gt_reward_scale: see `schema.PreferenceSchema`.
+
+    The others are those of `NemotronHModel`.
+    """
+
+    def __init__(
+        self,
+        config: NemotronHConfig,
+        optim: Any = None,
+        tokenizer: Any = None,
+        model_transform: Callable[[nn.Module], nn.Module] | None = None,
+        loss: str = "dpo",
+        beta: float = 0.2,
+        gt_reward_scale: float = 1.0,
+    ) -> None:
+        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+        check_one_of("preference.loss", loss, PREFERENCE_LOSSES, "")
+        self.loss, self.beta, self.gt_reward_scale = loss, beta, gt_reward_scale
+
+    @property
+    def training_loss_reduction(self) -> PreferenceLoss:
+        """The loss of a step."""
+        if self._training_loss_reduction is None:
+            self._training_loss_reduction = PreferenceLoss(self.loss, self.beta, self.gt_reward_scale)
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> PreferenceLoss:
+        """The loss of a validation's batches."""
+        if self._validation_loss_reduction is None:
+            sizes = (self.loss, self.beta, self.gt_reward_scale)
+            self._validation_loss_reduction = PreferenceLoss(*sizes, accumulate=True)
+        return self._validation_loss_reduction
+
+
+@dataclass(kw_only=True)
+class PreferenceResume(ResumeRun):
+    """`ResumeRun` of a run that begins at a checkpoint and keeps that one's log-probabilities as its reference."""
+
+    def setup(self, trainer: Any, model: Any = None) -> None:
+        """As `ResumeRun`'s; then the reference is due at the start of the fit.
+
+        Errors:
+            UserError: as `ResumeRun`'s; or a new run names no checkpoint to start from.
+        """
+        super().setup(trainer, model)
+        if trainer.ckpt_path:
+            recorded = read_record(Path(str(trainer.ckpt_path)))["data"]["reference"]
+            reference = ReferenceLogprobs(Path(recorded["checkpoint"]), recorded["checkpoint_sha256"])
+        elif self.init_checkpoint is None:
+            raise UserError(
+                "init.checkpoint is missing: the weights that training starts from are also its reference",
+                hint="name the run of the fine-tuning: init.checkpoint in the recipe, or resume.init_checkpoint=RUN",
+            )
+        else:
+            checkpoint = find_checkpoint(Path(self.init_checkpoint).expanduser()).resolve()
+            reference = ReferenceLogprobs(checkpoint, file_sha256(checkpoint / INTEGRITY))
+        trainer.callbacks.append(reference)
+
+
+def build(recipe: RecipeConfig) -> run.Partial:
+    """The recipe as a `nemo_run.Partial` of `llm.finetune`; nothing is created yet, every value can be overridden.
+
+    Errors:
+        UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
+    """
+    chosen = recipe.preference
+    task = assemble(
+        recipe,
+        llm.finetune,
+        PreferenceDataModule,
+        too_long=recipe.data.too_long,
+        reward_gap=chosen.reward_gap,
+    )
+    task.tokenizer = "data"
+    task.model = run.Config(
+        PreferenceModel,
+        config=task.model.config,
+        loss=chosen.loss,
+        beta=chosen.beta,
+        gt_reward_scale=chosen.gt_reward_scale,
+    )
+    # Megatron then divides a step's gradients by what the loss counts: pairs, of all micro-batches and ranks
+    task.model.config.calculate_per_token_loss = True
+    task.trainer.callbacks.insert(0, run.Config(PreferenceMetrics))  # before the progress line, which shows them
+    task.resume = run.Config(PreferenceResume, init_checkpoint=recipe.init.checkpoint)
+    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
+    return task

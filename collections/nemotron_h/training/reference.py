@@ -1,0 +1,248 @@
+"""Log-probabilities that the starting weights give to every pair, computed once and kept on disk.
+
+The policy itself computes them before its first step, while its weights are the reference's; no second model is in
+memory. `<data root>/<blend>/.reference/` keeps them under a key of everything that they depend on, so runs that differ
+in loss, beta or learning rate share them, and anything else computes its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from nemo import lightning as nl
+from torch import Tensor
+
+from nemotron_h.data.preference_module import PairDataset, PreferenceDataModule, Reference
+from nemotron_h.errors import UserError
+from nemotron_h.hashing import file_sha256
+from nemotron_h.model.module import data_step, forward_step
+from nemotron_h.training import checkpoints
+from nemotron_h.training.callbacks.progress import duration
+from nemotron_h.training.callbacks.run_record import plain, vars_of
+from nemotron_h.training.preference_loss import answer_logprobs
+
+FORMAT = 1
+FOLDER = ".reference"
+_SECONDS_BETWEEN_LINES = 10
+
+
+class ReferenceLogprobs(pl.Callback):
+    """Give the data module its reference before the first batch, from the cache or from the weights.
+
+    Args:
+        checkpoint: whose weights are the reference, as `find_checkpoint` returns it.
+        checkpoint_sha256: of its integrity file, which lists the hashes of all others. A run that resumes knows it from
+            its record: the checkpoint may be gone as long as the cache is there.
+    """
+
+    def __init__(self, checkpoint: Path, checkpoint_sha256: str) -> None:
+        self.checkpoint, self.checkpoint_sha256 = checkpoint, checkpoint_sha256
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The initial weights are loaded by now; those of a run that resumes are not yet.
+
+        Errors:
+            UserError: a run that resumes finds neither the cache nor the checkpoint that it started from.
+        """
+        data: PreferenceDataModule = trainer.datamodule
+        if pl_module.loss != "dpo":
+            data.check_rewards()
+        key = reference_key(trainer, pl_module, self.checkpoint_sha256)
+        path = cache_path(data, key)
+        kept, reason = read(path, key) if trainer.global_rank == 0 else (None, "")
+        if trainer.global_rank == 0 and kept is None:
+            print(f"reference log-probs: {reason}", flush=True)
+        (kept,) = _from_rank_0([kept])
+        if kept is None:
+            if trainer.ckpt_path:
+                self._load(trainer.strategy, path)
+            kept = {split: compute(trainer, data, split) for split in data.splits()}
+            if trainer.global_rank == 0:
+                write(path, key, kept)
+        data.reference = kept
+        data.reference_record = {
+            "file": str(path),
+            "sha256": digest(kept),
+            "checkpoint": str(self.checkpoint),
+            "checkpoint_sha256": self.checkpoint_sha256,
+        }
+        if trainer.global_rank == 0:
+            count = sum(len(values) for sources in kept.values() for values in sources.values())
+            print(f"reference log-probs of {count:,} pairs: {path}", flush=True)
+
+    def _load(self, strategy: Any, path: Path) -> None:
+        """Put the reference's weights into the model of a run that resumes; its own are loaded over them after this."""
+        integrity = self.checkpoint / checkpoints.INTEGRITY
+        if not integrity.is_file() or file_sha256(integrity) != self.checkpoint_sha256:
+            problem = "is gone or another"
+        else:
+            problem = "; ".join(checkpoints.damage(self.checkpoint)[:3])
+        if problem:
+            raise UserError(
+                f"the run's reference log-probs cannot be had: {path} is not usable, and the checkpoint "
+                f"{self.checkpoint} that the run started from: {problem}",
+                hint="restore one of them, or start a new run: init.checkpoint",
+            )
+        strategy.restore_config = nl.RestoreConfig(path=str(self.checkpoint), load_optim_state=False)
+        strategy.selective_restore()
+
+
+def reference_key(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint_sha256: str) -> dict[str, Any]:
+    """Everything that the log-probabilities depend on, as plain containers."""
+    data: PreferenceDataModule = trainer.datamodule
+    sources = data.manifest.sources
+    return {
+        "format": FORMAT,
+        "checkpoint": checkpoint_sha256,
+        "model": hashlib.sha256(json.dumps(plain(vars_of(pl_module.config)), sort_keys=True).encode()).hexdigest(),
+        "precision": str(getattr(trainer.precision_plugin, "recipe", trainer.precision)),
+        "seq_length": data.seq_length,
+        "too_long": data.too_long,
+        "data": {
+            f"{name}/{split}": [sources[name].splits[split].sha256_bin, sources[name].splits[split].sha256_loss]
+            for split, found in data.splits().items()
+            for name in sorted(found)
+        },
+    }
+
+
+def cache_path(data: PreferenceDataModule, key: dict[str, Any]) -> Path:
+    """Where the values of this key are kept."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(data.manifest.folder) / FOLDER / f"{name}.npz"
+
+
+def read(path: Path, key: dict[str, Any]) -> tuple[dict[str, Reference] | None, str]:
+    """What is kept under a key; None with the reason where nothing usable is."""
+    if not path.is_file():
+        others = sorted(path.parent.glob("*.npz"), key=os.path.getmtime)
+        if not others:
+            return None, "none are kept for this blend yet; computing them"
+        try:
+            with np.load(others[-1]) as content:
+                then = json.loads(str(content["key"]))
+            changed = ", ".join(name for name in key if then.get(name) != key[name])
+        except (OSError, ValueError, KeyError):
+            changed = "unreadable"
+        return None, f"those kept in {others[-1]} are not this run's ({changed} differs); computing them anew"
+    try:
+        with np.load(path) as content:
+            found: dict[str, Reference] = {}
+            for name in content.files:
+                if name not in ("key", "sha256"):
+                    split, source = name.split("/", 1)
+                    found.setdefault(split, {})[source] = content[name]
+            whole = json.loads(str(content["key"])) == key and str(content["sha256"]) == digest(found)
+    except (OSError, ValueError, KeyError) as error:
+        return None, f"{path} cannot be read ({error}); computing them anew"
+    return (found, "") if whole else (None, f"the content of {path} changed since it was written; computing them anew")
+
+
+def write(path: Path, key: dict[str, Any], values: dict[str, Reference]) -> None:
+    """Keep values under a key; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"{split}/{source}": array for split, sources in values.items() for source, array in sources.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, key=np.array(json.dumps(key)), sha256=np.array(digest(values)), **arrays)
+    temporary.replace(path)
+
+
+def digest(values: dict[str, Reference]) -> str:
+    """sha256 of all values."""
+    found = hashlib.sha256()
+    for split in sorted(values):
+        for source in sorted(values[split]):
+            found.update(f"{split}/{source}".encode())
+            found.update(np.ascontiguousarray(values[split][source]).tobytes())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def compute(trainer: pl.Trainer, data: PreferenceDataModule, split: str) -> Reference:
+    """Log-probabilities of a split's pairs under the weights that the model has now; every rank returns all.
+
+    The windows are shared out over the data-parallel ranks and go through Megatron's forward schedule.
+    """
+    dataset = data.reference_dataset(split)
+    rank, size = data.data_sampler.data_parallel()
+    step = data.micro_batch_size * size
+    model = trainer.strategy.megatron_parallel.pipeline
+    found = {name: np.full((len(s.lengths), 2), np.nan) for name, s in dataset.sources.items()}
+    started = said = time.perf_counter()
+    windows = dataset.windows.filled
+    for first in range(0, windows, step):
+        mine = range(first + rank * data.micro_batch_size, first + (rank + 1) * data.micro_batch_size)
+        batch = torch.utils.data.default_collate([dataset[number] for number in mine])
+        (logprobs,) = _forward(model, batch, data) or (None,)
+        if logprobs is not None:
+            _store(found, dataset, mine, logprobs.cpu().numpy())
+        now = time.perf_counter()
+        if trainer.global_rank == 0 and now - said > _SECONDS_BETWEEN_LINES:
+            done = min(first + step, windows)
+            left = duration((now - started) / done * (windows - done))
+            print(f"reference log-probs, {split}: {done:,} of {windows:,} windows  ETA {left}", flush=True)
+            said = now
+    return _gathered(found)
+
+
+def _forward(model: Any, batch: dict[str, Tensor], data: PreferenceDataModule) -> list[Tensor]:
+    """[windows, slots, 2] on the last pipeline stage, nothing on the others."""
+
+    def step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+        moved = data_step(iterator)
+
+        def sums(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            slots = moved["reference"].shape[1]
+            logprobs = answer_logprobs(losses, moved["loss_mask"], moved["seq_idx"], slots)
+            return losses.new_zeros(()), torch.tensor(1, dtype=torch.int, device=losses.device), logprobs
+
+        return forward_step(chunk, moved), sums
+
+    return get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([batch]),
+        model=model,
+        num_microbatches=1,
+        seq_length=data.seq_length,
+        micro_batch_size=data.micro_batch_size,
+        forward_only=True,
+    )
+
+
+def _store(found: Reference, dataset: PairDataset, windows: range, logprobs: np.ndarray) -> None:
+    for row, number in enumerate(windows):
+        for place, item in enumerate(dataset.windows.window(number)):
+            found[item.source][item.number] = logprobs[row, place]
+
+
+def _gathered(found: Reference) -> Reference:
+    """Every rank's part put together. Tensor-parallel ranks have the same values: the lowest rank's are taken."""
+    parts: list[Reference] = [{}] * torch.distributed.get_world_size()
+    last = parallel_state.is_pipeline_last_stage()
+    torch.distributed.all_gather_object(parts, found if last else {})
+    whole = {name: np.full_like(values, np.nan) for name, values in found.items()}
+    for part in reversed(parts):
+        for name, values in part.items():
+            whole[name] = np.where(np.isnan(values), whole[name], values)
+    missing = sum(int((~np.isfinite(values)).any(1).sum()) for values in whole.values())
+    if missing:
+        raise UserError(
+            f"the starting weights give {missing:,} pairs no finite log-probability: is the checkpoint sound?"
+        )
+    return whole
+
+
+def _from_rank_0(values: list[Any]) -> list[Any]:
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values

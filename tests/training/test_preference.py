@@ -1,0 +1,151 @@
+"""Preference training starts at its reference, computes that once, raises the margin, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Small
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+
+BLEND = """
+name: pairs
+tokenizer: {kind: bpe, blend: words}
+chat_template: nemotron_h
+sources:
+  pairs: {category: pairs, format: jsonl, chat: preference, path: pairs.jsonl, licence: ours, validation: 0.1}
+phases:
+  - {name: all, weights: {pairs: 100}}
+"""
+
+
+def preference_recipe(small: Small, name: str, loss: str = "dpo") -> Path:
+    """The recipe of `Small` as a preference training from the run `straight`."""
+    text = small.recipe(name).read_text()
+    for before, after in (
+        ("- /base/pretrain", "- /base/preference"),
+        (
+            "tokens: 6144 # 12 steps",
+            f"tokens: {STEPS * 1024}\ninit: {{checkpoint: {small.run_dir('straight')}}}\npreference: {{loss: {loss}}}",
+        ),
+        ("words.yaml", "pairs.yaml"),
+        ("seq_length: 64", "seq_length: 128"),
+        ("peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024", "peak_lr: 3e-3, final_lr: 3e-4, warmup_tokens: 1024"),
+        ("every_steps: 4", "every_steps: 3"),
+        ("validate_every_steps: 6", "validate_every_steps: 3"),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    path = small.folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def paired(small: Small, straight: dict[int, dict]) -> Small:
+    """With pairs prepared beside the texts that `straight` was trained on: words of one kind are preferred."""
+    draw = random.Random(2)
+    words = [w for w in (small.folder / "low.jsonl").read_text().split()[:400] if w.isalpha()]
+    others = [w for w in (small.folder / "high.jsonl").read_text().split()[:400] if w.isalpha()]
+
+    def said(of: list[str]) -> str:
+        return " ".join(draw.choices(of, k=draw.randint(2, 8)))
+
+    lines = [
+        {
+            "prompt": said(words),
+            "chosen": said(words),
+            "rejected": said(others),
+            "chosen_reward": draw.uniform(0, 4),
+            "rejected_reward": draw.uniform(-4, 1),
+        }
+        for _ in range(200)
+    ]
+    (small.folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (small.folder / "pairs.yaml").write_text(BLEND)
+    arguments = ["data", "prepare", "--blend", str(small.folder / "pairs.yaml"), "--root", str(small.folder / "data")]
+    subprocess.run([sys.executable, "-m", "nemotron_h", *arguments], check=True, capture_output=True, text=True)
+    return small
+
+
+def cached(small: Small) -> list[Path]:
+    return sorted((small.folder / "data" / "pairs" / ".reference").glob("*.npz"))
+
+
+@pytest.fixture(scope="module")
+def dpo(paired: Small) -> subprocess.CompletedProcess:
+    return paired.train("dpo", recipe=preference_recipe(paired, "dpo"))
+
+
+def test_it_starts_at_log_2_and_raises_the_margin(paired: Small, dpo: subprocess.CompletedProcess) -> None:
+    steps = paired.steps("dpo")
+    margins = [float.fromhex(steps[n]["margin"]) for n in range(1, STEPS + 1)]
+    losses = [float.fromhex(steps[n]["loss"]) for n in range(1, STEPS + 1)]
+    assert losses[0] == torch.tensor(math.log(2)).item()  # the same windows as the reference's: the same bits
+    assert margins[0] == 0
+    assert margins[-1] > 0.5
+    assert losses[-1] < 0.5
+    assert "computing them" in dpo.stdout
+    assert "margin +" in dpo.stdout
+    record = json.loads((paired.run_dir("dpo") / "run.json").read_text())
+    assert record["metrics"]["reward_margin"] == margins[-1]
+    assert record["metrics"]["val_reward_margin"] > 0.5
+    assert record["data"]["reference"]["file"] == str(cached(paired)[0])
+    samples = [i for s in steps.values() for i in s["samples"]]
+    assert sorted(samples) == list(range(STEPS * 8))
+
+
+def test_straight_equals_killed_and_resumed_with_the_cache_lost(paired: Small, dpo) -> None:
+    """The resumed run finds another checkpoint's cache alone, loads its starting weights again for the reference, and
+    goes on with its own.
+    """
+    (file,) = cached(paired)
+    with np.load(file) as content:
+        before = {name: content[name] for name in content.files}
+    killed = paired.train("dpo_again", "kill=4", check=False, recipe=preference_recipe(paired, "dpo_again"))
+    assert killed.returncode < 0
+    assert "computing" not in killed.stdout  # both runs have one reference
+    other = file.with_name("other.npz")
+    np.savez(other, **{**before, "key": np.array(json.dumps({**json.loads(str(before["key"])), "seq_length": 64}))})
+    file.unlink()
+    out = paired.train("dpo_again", recipe=preference_recipe(paired, "dpo_again"))
+    assert "resumed at step 3" in out.stdout
+    assert f"{other} are not this run's (seq_length differs)" in " ".join(out.stdout.split())
+    assert paired.steps("dpo_again") == paired.steps("dpo")
+    assert "reference log-probs are not the checkpoint's" not in out.stdout + out.stderr
+    with np.load(file) as content:
+        assert all(np.array_equal(content[name], before[name]) for name in before)
+    other.unlink()
+
+
+def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Small, dpo) -> None:
+    fp32 = "trainer.max_steps=3", "trainer.plugins.name=fp32", "trainer.limit_val_batches=1"
+    before = set(cached(paired))
+    out = paired.train("rpo", *fp32, recipe=preference_recipe(paired, "rpo", "rpo_bwd_kl"))
+    assert "are not this run's (precision differs)" in " ".join(out.stdout.split())
+    (file,) = set(cached(paired)) - before
+    with np.load(file) as content:
+        arrays = {name: content[name] for name in content.files}
+    np.savez(file, **{**arrays, "train/pairs": arrays["train/pairs"] + 1})
+    layout = "trainer.devices=2", "trainer.strategy.pipeline_model_parallel_size=2"
+    out = paired.train("rpo_pp2", *fp32, *layout, ranks=2, recipe=preference_recipe(paired, "rpo_pp2", "rpo_bwd_kl"))
+    assert "changed since it was written; computing them anew" in " ".join(out.stdout.split())
+    with np.load(file) as content:
+        for split in ("train/pairs", "validation/pairs"):
+            np.testing.assert_allclose(content[split], arrays[split], rtol=1e-5)
+    one, two = paired.steps("rpo"), paired.steps("rpo_pp2")
+    for step in (1, 2, 3):
+        for key in ("loss", "margin", "grad_norm"):
+            expected = pytest.approx(float.fromhex(one[step][key]), rel=1e-4, abs=1e-5)
+            assert float.fromhex(two[step][key]) == expected, (step, key)
+    assert float.fromhex(one[3]["margin"]) > 0.05
+    assert float.fromhex(one[3]["loss"]) < float.fromhex(one[1]["loss"])
