@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemotron_h.errors import UserError
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition
+from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition, family_of
 
 MODEL_TYPE = "nemotron_h"
 #: the released models' value, for a checkpoint whose record tells no sequence length; nothing computes with it
@@ -117,10 +117,7 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
         if not isinstance(config.get(key), int | float):
             raise UserError(f"{origin}: {theirs} is {config.get(key, 'missing')}; a number is needed")
         values[ours] = config[key]
-    family = "mamba2" if set(pattern) == {MAMBA} else "nemotron_h"
-    if pattern == (ATTENTION + FFN) * (len(pattern) // 2):
-        family = "transformer"
-    definition = ModelDefinition(name=name, family=family, expect=Expect(0, 0, 0, 0), **values)
+    definition = ModelDefinition(name=name, family=family_of(pattern), expect=Expect(0, 0, 0, 0), **values)
     definition.validate_structure(origin)
     counts = Expect(*(definition.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), definition.parameters)
     return replace(definition, expect=counts)

@@ -4,39 +4,24 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nemotron_h.errors import UserError
 from nemotron_h.export import tokenizer as tokenizers
+from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.export.config import definition_name, from_config
 from nemotron_h.export.folder import new_folder
-from nemotron_h.export.hf_writer import INDEX, Advance, write_json
+from nemotron_h.export.hf_writer import INDEX
 from nemotron_h.export.names import Weight, weights
-from nemotron_h.inference.checkpoint import WEIGHTS
 from nemotron_h.model.definition import ModelDefinition
-from nemotron_h.training import checkpoints
 
 SINGLE = "model.safetensors"
-DEFINITION = "model.yaml"
-TOKENIZER = "tokenizer"
-#: what stands before a weight's name in a training checkpoint
-_PREFIX = "module."
-#: how megatron-core names the format
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _NAMED = 5  # tensors that an error lists
 
@@ -92,41 +77,6 @@ class TensorFolder:
         self._stack.close()
 
 
-class _LazyPlanner(dcp.DefaultSavePlanner):
-    """PyTorch's planner over tensors without memory, whose values are read when they are written."""
-
-    def __init__(self, folder: TensorFolder, dtype: torch.dtype, advance: Advance) -> None:
-        super().__init__()
-        self.folder, self.dtype, self.advance = folder, dtype, advance
-        self.rows: dict[str, Weight] = {}
-        self._last: tuple[Weight, dict[str, Tensor]] | None = None
-
-    def empty(self, definition: ModelDefinition) -> dict[str, Tensor]:
-        """The checkpoint's tensors, without memory."""
-        state = {}
-        for row in weights(definition):
-            # the layers of the CPU and those of Transformer Engine look for a norm under different names
-            for name in (*row.ours, *([row.fused] if row.fused else [])):
-                shape = row.ours.get(name) or next(iter(row.ours.values()))
-                state[_PREFIX + name] = torch.empty(shape, dtype=row.dtype(self.dtype), device="meta")
-                self.rows[_PREFIX + name] = row
-        return state
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """Called for one tensor after the other."""
-        row = self.rows[index.fqn]
-        name = index.fqn.removeprefix(_PREFIX)
-        if self._last is None or self._last[0] is not row:  # a row's tensors follow each other
-            joined = [self.folder.read(their) for their in row.theirs]
-            whole = joined[0] if len(joined) == 1 else torch.cat(joined)
-            self._last = row, row.to_ours(whole.to(row.dtype(self.dtype)))
-        tensor = self._last[1].get(name)
-        if tensor is None:  # the norm's other name
-            tensor = next(iter(self._last[1].values()))
-        self.advance(tensor.nbytes)
-        return tensor
-
-
 @dataclass(frozen=True)
 class Source:
     """A Hugging Face folder that was looked at and can be imported.
@@ -165,13 +115,7 @@ def examine(folder: Path, name: str | None = None) -> Source:
         expected = {their: shape for row in rows for their, shape in row.theirs.items()}
         _compare(folder, tensors, expected)
         dtype = _dtype(folder, tensors, rows)
-    size = sum(_bytes(row, dtype) for row in rows)
-    return Source(folder, definition, dtype, config.get("max_position_embeddings"), size)
-
-
-def _bytes(row: Weight, dtype: torch.dtype) -> int:
-    numbers = sum(torch.Size(shape).numel() for shape in row.ours.values())
-    return numbers * row.dtype(dtype).itemsize * (2 if row.fused else 1)
+    return Source(folder, definition, dtype, config.get("max_position_embeddings"), size(definition, dtype))
 
 
 def _compare(folder: Path, tensors: TensorFolder, expected: dict[str, tuple[int, ...]]) -> None:
@@ -215,31 +159,19 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None) -> None:
         UserError: `out` exists, or the disk is full.
     """
     with new_folder(out, source.size) as folder, TensorFolder(source.folder) as tensors:
-        planner = _LazyPlanner(tensors, source.dtype, advance)
-        target = folder / WEIGHTS
-        dcp.save(
-            planner.empty(source.definition), storage_writer=dcp.FileSystemWriter(target), planner=planner, no_dist=True
-        )
-        torch.save({}, target / "common.pt")
-        (target / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+
+        def read(row: Weight) -> dict[str, Tensor]:
+            joined = torch.cat([tensors.read(their) for their in row.theirs])
+            return row.to_ours(joined.to(row.dtype(source.dtype)))
+
+        write_weights(folder, source.definition, source.dtype, read, advance)
         has_tokenizer = tokenizers.read(source.folder, folder / TOKENIZER)
         record = {
-            "model": asdict(source.definition),
             # relative to the checkpoint, so that the folder can be moved
             "data": {"tokenizer": TOKENIZER if has_tokenizer else None, "seq_length": source.max_positions},
             "imported": {"from": str(source.folder.absolute())},
         }
-        write_json(folder / checkpoints.RECORD, record)
-        (folder / DEFINITION).write_text(definition_text(source.definition), encoding="utf-8")
-        checkpoints.write_integrity(folder, checkpoints.describe(folder, checkpoints.content(folder)))
-
-
-def definition_text(definition: ModelDefinition) -> str:
-    """A file for `configs/model/`, without what is left out of it."""
-    values = {key: value for key, value in asdict(definition).items() if value not in (0, {})}
-    return "# Imported; counts and parameters are checked when it is loaded.\n" + yaml.safe_dump(
-        values, sort_keys=False
-    )
+        finish(folder, source.definition, record, "Imported; counts and parameters are checked when it is loaded.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

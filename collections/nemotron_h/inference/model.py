@@ -6,6 +6,7 @@ of NeMo or megatron-core, and little overhead per token. Tests hold it against t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,9 @@ class FFNWeights:
     down: Tensor
 
 
+LayerWeights = MambaWeights | AttentionWeights | FFNWeights
+
+
 class GenerationModel:
     """A model of the family that continues sequences.
 
@@ -70,7 +74,7 @@ class GenerationModel:
         self,
         definition: ModelDefinition,
         embedding: Tensor,
-        layers: list[MambaWeights | AttentionWeights | FFNWeights],
+        layers: Sequence[LayerWeights],
         final_norm: Tensor,
         output: Tensor,
     ) -> None:
@@ -235,53 +239,91 @@ class GenerationModel:
         return F.linear(attention_chunk(q, cache.keys, cache.values, start), w.proj)
 
 
-def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GenerationModel:
+def load_model(
+    checkpoint: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", lazy: bool = False
+) -> GenerationModel:
     """A model with the weights of a training checkpoint, of any parallel layout and with or without Transformer Engine.
 
     Args:
         checkpoint: a checkpoint or run folder.
         dtype: of weights and activations; Mamba's A, D and dt_bias stay in float32 at least.
+        lazy: read a layer each time that it is used, and keep none.
     Errors:
         UserError: no checkpoint, a damaged one, or weights that do not fit its record.
     """
     checkpoint = find_checkpoint(Path(checkpoint))
     definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
-    file = WeightFile(checkpoint)
-    targets: dict[str, Tensor] = {}
-    hidden = definition.hidden_size
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    reader = _Reader(WeightFile(checkpoint), definition, dtype, device)
+    ends = [
+        reader.vocabulary("embedding.word_embeddings.weight"),
+        reader.take("decoder.final_norm.weight", definition.hidden_size),
+        reader.vocabulary("output_layer.weight"),
+    ]
+    layers: Sequence[LayerWeights] = _LazyLayers(reader)
+    if lazy:
+        reader.read()
+    else:
+        layers = reader.layers(range(definition.num_layers))
+    return GenerationModel(definition, ends[0], layers, *ends[1:])
 
-    def take(name: str, *shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        targets[name] = torch.empty(shape, dtype=dtype, device=device)
-        return targets[name]
 
-    def vocabulary(name: str) -> Tensor:
+class _Reader:
+    """Weights of a checkpoint: asked for first, then read together."""
+
+    def __init__(self, file: WeightFile, definition: ModelDefinition, dtype: torch.dtype, device: str) -> None:
+        self.file, self.definition, self.dtype, self.device = file, definition, dtype, device
+        self.targets: dict[str, Tensor] = {}
+
+    def read(self) -> None:
+        """Fill what was asked for."""
+        self.file.read(self.targets)
+        self.targets.clear()
+
+    def layers(self, numbers: Iterable[int]) -> list[LayerWeights]:
+        """Read these layers, and what else was asked for."""
+        found = [self._layer(f"decoder.layers.{number}", self.definition.pattern[number]) for number in numbers]
+        self.read()
+        for weights in found:
+            if isinstance(weights, MambaWeights):
+                weights.A = -weights.A.exp()  # stored as log(-A)
+                weights.conv_weight = weights.conv_weight.squeeze(1)
+        return found
+
+    def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Ask for a weight."""
+        self.targets[name] = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return self.targets[name]
+
+    def vocabulary(self, name: str) -> Tensor:
+        """Ask for the embedding or the output."""
         # rows of padding depend on the layout that trained it
-        padded = max(file.shapes.get(name, (0,))[0], definition.vocab_size)
-        return take(name, padded, hidden)[: definition.vocab_size]
+        padded = max(self.file.shapes.get(name, (0,))[0], self.definition.vocab_size)
+        return self.take(name, padded, self.definition.hidden_size)[: self.definition.vocab_size]
 
-    def joined(name: str, parts: dict[str, int], *shape: int) -> Tensor:
-        whole = torch.empty(sum(parts.values()), *shape, dtype=dtype, device=device)
+    def _joined(self, name: str, parts: dict[str, int], *shape: int) -> Tensor:
+        whole = torch.empty(sum(parts.values()), *shape, dtype=self.dtype, device=self.device)
         pieces = whole.split(list(parts.values()))
-        targets.update({f"{name}.{part}": piece for part, piece in zip(parts, pieces, strict=True)})
+        self.targets.update({f"{name}.{part}": piece for part, piece in zip(parts, pieces, strict=True)})
         return whole
 
-    def input_norm(layer: str, norm: str, projection: str) -> Tensor:
+    def _input_norm(self, layer: str, norm: str, projection: str) -> Tensor:
         # Transformer Engine's layers hold the norm inside the projection that follows it
         fused = f"{layer}.{projection}.layer_norm_weight"
-        return take(fused if fused in file.shapes else f"{layer}.{norm}.weight", hidden)
+        return self.take(fused if fused in self.file.shapes else f"{layer}.{norm}.weight", self.definition.hidden_size)
 
-    def layer(index: int, symbol: str) -> MambaWeights | AttentionWeights | FFNWeights:
-        name, d = f"decoder.layers.{index}", definition
+    def _layer(self, name: str, symbol: str) -> LayerWeights:
+        d, take = self.definition, self.take
+        hidden = d.hidden_size
         if symbol == MAMBA:
             width = d.mamba_num_groups * d.mamba_state_dim
             conv = {"x": d.d_inner, "B": width, "C": width}
+            exact = torch.float64 if self.dtype == torch.float64 else torch.float32
             heads = [take(f"{name}.mixer.{p}", d.mamba_num_heads, dtype=exact) for p in ("A_log", "D", "dt_bias")]
             return MambaWeights(
-                input_norm(name, "norm", "mixer.in_proj"),
-                joined(f"{name}.mixer.in_proj.weight", {"z": d.d_inner, **conv, "dt": d.mamba_num_heads}, hidden),
-                joined(f"{name}.mixer.conv1d.weight", conv, 1, d.conv_kernel),
-                joined(f"{name}.mixer.conv1d.bias", conv),
+                self._input_norm(name, "norm", "mixer.in_proj"),
+                self._joined(f"{name}.mixer.in_proj.weight", {"z": d.d_inner, **conv, "dt": d.mamba_num_heads}, hidden),
+                self._joined(f"{name}.mixer.conv1d.weight", conv, 1, d.conv_kernel),
+                self._joined(f"{name}.mixer.conv1d.bias", conv),
                 *heads,
                 take(f"{name}.mixer.norm.weight", d.d_inner),
                 take(f"{name}.mixer.out_proj.weight", hidden, d.d_inner),
@@ -289,26 +331,27 @@ def load_model(checkpoint: Path, *, dtype: torch.dtype = torch.float32, device: 
         if symbol == ATTENTION:
             queries = d.num_attention_heads * d.head_dim
             return AttentionWeights(
-                input_norm(name, "input_layernorm", "self_attention.linear_qkv"),
+                self._input_norm(name, "input_layernorm", "self_attention.linear_qkv"),
                 take(f"{name}.self_attention.linear_qkv.weight", queries + 2 * d.num_query_groups * d.head_dim, hidden),
                 take(f"{name}.self_attention.linear_proj.weight", hidden, queries),
             )
         return FFNWeights(
-            input_norm(name, "pre_mlp_layernorm", "mlp.linear_fc1"),
+            self._input_norm(name, "pre_mlp_layernorm", "mlp.linear_fc1"),
             take(f"{name}.mlp.linear_fc1.weight", d.ffn_hidden_size, hidden),
             take(f"{name}.mlp.linear_fc2.weight", hidden, d.ffn_hidden_size),
         )
 
-    model = GenerationModel(
-        definition,
-        vocabulary("embedding.word_embeddings.weight"),
-        [layer(index, symbol) for index, symbol in enumerate(definition.pattern)],
-        take("decoder.final_norm.weight", hidden),
-        vocabulary("output_layer.weight"),
-    )
-    file.read(targets)
-    for weights in model.layers:
-        if isinstance(weights, MambaWeights):
-            weights.A = -weights.A.exp()  # stored as log(-A)
-            weights.conv_weight = weights.conv_weight.squeeze(1)
-    return model
+
+class _LazyLayers(Sequence[LayerWeights]):
+    """Layers that are read when they are asked for."""
+
+    def __init__(self, reader: _Reader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return self.reader.definition.num_layers
+
+    def __getitem__(self, number: int) -> LayerWeights:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return self.reader.layers([number])[0]

@@ -17,7 +17,8 @@ MAMBA, ATTENTION, FFN = "M", "*", "-"
 LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn"}
 
 #: families of patterns; each has its rules in `ModelDefinition._validate_pattern`
-FAMILIES = ("nemotron_h", "transformer", "mamba2")
+PRUNED = "pruned"
+FAMILIES = ("nemotron_h", "transformer", "mamba2", PRUNED)
 POSITION_EMBEDDINGS = ("none", "rope")
 
 #: keys that belong to one type of layer: required where the pattern has it, and not allowed elsewhere
@@ -46,8 +47,8 @@ class ModelDefinition:
 
     Attributes:
         name: the name of the definition, as in `configs/model/<name>.yaml`.
-        family: which rules the pattern follows: `nemotron_h` (paper 2.1), `transformer` (attention and FFN in pairs)
-            or `mamba2` (Mamba-2 alone).
+        family: which rules the pattern follows: `nemotron_h` (paper 2.1), `transformer` (attention and FFN in pairs),
+            `mamba2` (Mamba-2 alone), or `pruned`: any order, as removing layers leaves it.
         pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` FFN.
         hidden_size: width of the residual stream.
         ffn_hidden_size: inner width of each (squared ReLU, non-gated) FFN.
@@ -134,8 +135,12 @@ class ModelDefinition:
     @property
     def parameters(self) -> int:
         """All parameters, without vocabulary padding."""
-        layers = sum(self.layer_parameters(symbol) for symbol in self.pattern)
-        return layers + 2 * self.vocab_size * self.hidden_size + self.hidden_size
+        return sum(self.layer_parameters(symbol) for symbol in self.pattern) + self.other_parameters
+
+    @property
+    def other_parameters(self) -> int:
+        """Parameters outside of the layers: embedding, output, final norm."""
+        return 2 * self.vocab_size * self.hidden_size + self.hidden_size
 
     def validate(self, origin: str) -> None:
         """Check pattern, divisibility and `expect`.
@@ -189,6 +194,8 @@ class ModelDefinition:
                 f"{origin}: model.pattern has {('unknown letters ' + ' '.join(unknown)) if unknown else 'no layers'}",
                 hint="use M (Mamba-2), * (attention) and - (FFN), one letter per layer",
             )
+        if self.family == PRUNED:
+            return
         if self.family == "mamba2":
             other = next((index for index, symbol in enumerate(pattern) if symbol != MAMBA), None)
             if other is not None:
@@ -327,3 +334,14 @@ def definition_from_dict(values: dict[str, Any], origin: str) -> ModelDefinition
     definition = ModelDefinition(**{**values, "expect": expect, "sources": dict(values.get("sources") or {})})
     definition.validate(origin)
     return definition
+
+
+def family_of(pattern: str) -> str:
+    """The family whose rules a pattern follows; `pruned` where it follows those of none."""
+    for family in ("mamba2", "transformer", "nemotron_h"):
+        try:
+            ModelDefinition("", pattern, 1, 1, Expect(0, 0, 0, 0), family)._validate_pattern("")
+        except UserError:
+            continue
+        return family
+    return PRUNED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
+from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition
 
 #: bytes per value: FP4 has one 8-bit scale per 16 values (4.5 bits), which makes the paper's 29.5 GiB of the 56B
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}
@@ -59,11 +59,35 @@ def inference_memory(
         sequences: sequences that are held at once.
         weight_bytes, kv_bytes, ssm_bytes, conv_bytes: bytes per value; see `BYTES`.
     """
-    d = definition
-    mamba = d.count(MAMBA)
+    parts = memory_by_layer(definition, context, sequences, weight_bytes, kv_bytes, ssm_bytes, conv_bytes)
+    of_layers = [parts[symbol] for symbol in definition.pattern]
     return InferenceMemory(
-        weights=d.parameters * weight_bytes,
-        kv_cache=sequences * context * kv_bytes_per_token(d, kv_bytes),
-        ssm_states=sequences * mamba * d.d_inner * d.mamba_state_dim * ssm_bytes if mamba else 0,
-        conv_states=sequences * mamba * (d.conv_kernel - 1) * d.conv_channels * conv_bytes if mamba else 0,
+        weights=definition.parameters * weight_bytes,
+        **{key: sum(getattr(part, key) for part in of_layers) for key in ("kv_cache", "ssm_states", "conv_states")},
     )
+
+
+def memory_by_layer(
+    definition: ModelDefinition,
+    context: int,
+    sequences: int = 1,
+    weight_bytes: float = BYTES["bf16"],
+    kv_bytes: float = BYTES["bf16"],
+    ssm_bytes: float = BYTES["fp32"],
+    conv_bytes: float = BYTES["bf16"],
+) -> dict[str, InferenceMemory]:
+    """Memory of one layer of each type, by its letter, and under "" of what is outside of the layers.
+
+    The model's memory is the sum over its layers, so that of another number of layers is a matter of arithmetic.
+    Arguments as of `inference_memory`.
+    """
+    d = definition
+    keys = sequences * context * 2 * d.num_query_groups * d.head_dim * kv_bytes
+    ssm = sequences * d.d_inner * d.mamba_state_dim * ssm_bytes
+    conv = sequences * max(d.conv_kernel - 1, 0) * d.conv_channels * conv_bytes
+    return {
+        "": InferenceMemory(d.other_parameters * weight_bytes, 0, 0, 0),
+        ATTENTION: InferenceMemory(d.layer_parameters(ATTENTION) * weight_bytes, keys, 0, 0),
+        MAMBA: InferenceMemory(d.layer_parameters(MAMBA) * weight_bytes, 0, ssm, conv),
+        FFN: InferenceMemory(d.layer_parameters(FFN) * weight_bytes, 0, 0, 0),
+    }

@@ -1,0 +1,192 @@
+"""Candidates of a compression: every combination of the grid's layer counts and widths that the budget allows.
+
+Pure arithmetic on counts; which layers and channels stay is decided when a candidate is realised (`selection`). Imports
+no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil
+from typing import NamedTuple
+
+from nemotron_h.data.blend import parse_count
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.planning.inference import BYTES, InferenceMemory, memory_by_layer
+from nemotron_h.planning.memory import GIB
+from nemotron_h.schema import BudgetSchema, GridSchema
+
+COUNTS = {name: symbol for symbol, name in LAYER_NAMES.items()}
+WIDTHS = ("ffn_hidden_size", "hidden_size", "mamba_num_heads", "mamba_head_dim")
+
+
+class Candidate(NamedTuple):
+    """Numbers of layers and widths of a child; as of `GridSchema`."""
+
+    attention: int
+    mamba: int
+    ffn: int
+    ffn_hidden_size: int
+    hidden_size: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+
+    def count(self, symbol: str) -> int:
+        """Layers of a type."""
+        return getattr(self, LAYER_NAMES[symbol])
+
+    @property
+    def counts(self) -> str:
+        """`44M/49-/5*`."""
+        return f"{self.mamba}{MAMBA}/{self.ffn}{FFN}/{self.attention}{ATTENTION}"
+
+
+def whole(parent: ModelDefinition) -> Candidate:
+    """The candidate that keeps everything."""
+    counts = (parent.count(symbol) for symbol in (ATTENTION, MAMBA, FFN))
+    return Candidate(*counts, *(getattr(parent, key) for key in WIDTHS))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a candidate costs.
+
+    Attributes:
+        parameters: without vocabulary padding.
+        memory: bytes of inference at the budget's context and precisions.
+        read: bytes that a step of generation reads, for all of the budget's sequences: all but the embedding. On a GPU
+            generation takes about as long as reading them.
+    """
+
+    parameters: int
+    memory: InferenceMemory
+    read: float
+
+
+class Candidates:
+    """The candidates of a grid within a budget: iterate to get them, lazily and in a fixed order.
+
+    Args:
+        parent: what is compressed.
+        grid, budget: of the recipe; see the schema. Without `budget.context` memory is that of one token.
+    Errors:
+        UserError: a width that the parent's groups do not divide; no candidate fits, which names the smallest one.
+    """
+
+    def __init__(self, parent: ModelDefinition, grid: GridSchema, budget: BudgetSchema) -> None:
+        self.parent, self.budget = parent, budget
+        counts = {name: getattr(grid, name) or [parent.count(symbol)] for name, symbol in COUNTS.items()}
+        widths = {key: getattr(grid, key) or [getattr(parent, key)] for key in WIDTHS}
+        self.axes = {key: sorted(set(values)) for key, values in {**counts, **widths}.items()}
+        groups = parent.mamba_num_groups
+        for heads in self.axes["mamba_num_heads"]:
+            if groups and heads % groups:
+                raise UserError(
+                    f"grid.mamba_num_heads has {heads}, which is no multiple of the {groups} groups of {parent.name}",
+                    hint="every group has to keep as many heads as the others",
+                )
+        self._parameters = None if budget.parameters is None else parse_count(budget.parameters)
+        self._memory = None if budget.memory_gib is None else budget.memory_gib * GIB
+        modelled = budget.speedup is not None and budget.speedup_by == "modelled"
+        self._read = self.cost(whole(parent)).read / budget.speedup if modelled else None
+        self._check()
+
+    def __len__(self) -> int:
+        """Combinations of the grid, those outside of the budget included."""
+        size = 1
+        for values in self.axes.values():
+            size *= len(values)
+        return size
+
+    def __iter__(self) -> Iterator[Candidate]:
+        # every cost is linear in the numbers of layers
+        given = (self._parameters, self._memory, self._read)
+        limits = [float("inf") if limit is None else limit for limit in given]
+        for widths in product(*(self.axes[key] for key in WIDTHS)):
+            fixed, per_a, per_m, per_f = self._linear(widths)
+            for a in self.axes["attention"]:
+                for m in self.axes["mamba"]:
+                    base = [x + a * y + m * z for x, y, z in zip(fixed, per_a, per_m, strict=True)]
+                    for f in self.axes["ffn"]:
+                        if all(x + f * y <= limit for x, y, limit in zip(base, per_f, limits, strict=True)):
+                            yield Candidate(a, m, f, *widths)
+
+    def cost(self, candidate: Candidate) -> Cost:
+        """What a candidate costs; exact for its parameters."""
+        shape = self._shape(candidate[3:])
+        parts = self._memory_parts(shape)
+        total = [
+            sum(candidate.count(symbol) * getattr(parts[symbol], key) for symbol in LAYER_NAMES)
+            + getattr(parts[""], key)
+            for key in ("weights", "kv_cache", "ssm_states", "conv_states")
+        ]
+        memory = InferenceMemory(*total)
+        return Cost(self._count(shape, candidate), memory, memory.total - self._embedding(shape))
+
+    def smallest(self) -> Candidate:
+        """The candidate that needs least of everything."""
+        return Candidate(*(self.axes[key][0] for key in ("attention", "mamba", "ffn", *WIDTHS)))
+
+    def _check(self) -> None:
+        smallest = self.smallest()
+        cost = self.cost(smallest)
+        widths = f"FFN {smallest.ffn_hidden_size:,}, hidden {smallest.hidden_size:,}"
+        said = f"the smallest ({smallest.counts}, {widths})"
+        budget = self.budget
+        if self._memory is not None and cost.memory.total > self._memory:
+            memory = cost.memory
+            needed = ceil(memory.total / GIB * 100) / 100
+            states = (memory.ssm_states + memory.conv_states) / GIB
+            raise UserError(
+                f"no candidate of the grid fits budget.memory_gib = {budget.memory_gib:g}: {said} needs "
+                f"{needed:.2f} GiB for {budget.sequences:,} x {budget.context or 1:,} tokens: {budget.weights} weights "
+                f"{memory.weights / GIB:.2f}, {budget.kv_cache} keys and values {memory.kv_cache / GIB:.2f}, states "
+                f"{states:.2f}",
+                hint=f"raise budget.memory_gib to {needed:.2f} or more, shorten budget.context, or widen the grid",
+            )
+        if self._parameters is not None and cost.parameters > self._parameters:
+            raise UserError(
+                f"no candidate of the grid fits budget.parameters = {budget.parameters}: {said} has "
+                f"{cost.parameters:,}",
+                hint=f"raise budget.parameters to {cost.parameters} or more, or widen the grid",
+            )
+        if self._read is not None and cost.read > self._read:
+            best = self._read * budget.speedup / cost.read
+            raise UserError(
+                f"no candidate of the grid is {budget.speedup:g} times as fast as {self.parent.name}: {said} reads "
+                f"{cost.read / GIB:.2f} GiB a step, which makes {best:.3f} times",
+                hint=f"lower budget.speedup to {best:.3f} or less, or widen the grid",
+            )
+
+    def _shape(self, widths: tuple[int, ...]) -> ModelDefinition:
+        """The parent at other widths; its pattern stands for nothing."""
+        return replace(self.parent, **dict(zip(WIDTHS, widths, strict=True)))
+
+    def _memory_parts(self, shape: ModelDefinition) -> dict[str, InferenceMemory]:
+        budget = self.budget
+        return memory_by_layer(
+            shape,
+            budget.context or 1,
+            budget.sequences,
+            weight_bytes=BYTES[budget.weights],
+            kv_bytes=BYTES[budget.kv_cache],
+            ssm_bytes=BYTES[budget.states],
+        )
+
+    def _embedding(self, shape: ModelDefinition) -> float:
+        return shape.vocab_size * shape.hidden_size * BYTES[self.budget.weights]
+
+    def _count(self, shape: ModelDefinition, candidate: Candidate) -> int:
+        layers = sum(candidate.count(symbol) * shape.layer_parameters(symbol) for symbol in LAYER_NAMES)
+        return layers + shape.other_parameters
+
+    def _linear(self, widths: tuple[int, ...]) -> tuple[tuple[float, float, float], ...]:
+        """(parameters, memory, read) of what is there anyway, and of one more attention, Mamba-2 and FFN layer."""
+        shape = self._shape(widths)
+        parts = self._memory_parts(shape)
+        fixed = (shape.other_parameters, parts[""].total, parts[""].total - self._embedding(shape))
+        per = [(shape.layer_parameters(s), parts[s].total, parts[s].total) for s in (ATTENTION, MAMBA, FFN)]
+        return (fixed, *per)

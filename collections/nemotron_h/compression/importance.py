@@ -1,0 +1,214 @@
+"""The importance of a model's layers and channels: measured values, the scores made of them, and the artefact.
+
+The artefact is a folder: `importance.safetensors` holds the measured values, `importance.json` what they were measured
+on, the scores of the layers, and the sha256 of the other file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nemotron_h.compression.child import check_parent
+from nemotron_h.compression.measure import AGGREGATIONS, METRICS, Advance, measure_layers, measure_widths
+from nemotron_h.data.manifest import write_json
+from nemotron_h.errors import UserError
+from nemotron_h.hashing import file_sha256
+from nemotron_h.inference.checkpoint import read_definition
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.model.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
+
+VALUES, RECORD = "importance.safetensors", "importance.json"
+#: controls of a report: an importance that means something has to beat both
+ORDERS = ("importance", "random", "reversed")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per layer and channel; what has the higher number stays.
+
+    Attributes:
+        layers: [layers].
+        hidden: [hidden_size].
+        neurons: FFN layer -> [ffn_hidden_size].
+        x: Mamba-2 layer -> [heads, head_dim].
+    """
+
+    layers: np.ndarray
+    hidden: np.ndarray
+    neurons: Mapping[int, np.ndarray]
+    x: Mapping[int, np.ndarray]
+
+    def reverse(self) -> Scores:
+        """The opposite order."""
+        return Scores(
+            -self.layers,
+            -self.hidden,
+            {layer: -values for layer, values in self.neurons.items()},
+            # of squares the sum decides: the negative would change nothing
+            {layer: values.max() - values for layer, values in self.x.items()},
+        )
+
+    def shuffle(self, seed: int) -> Scores:
+        """An order drawn by `seed`."""
+        draw = np.random.default_rng(seed)
+        return Scores(
+            draw.random(self.layers.shape),
+            draw.random(self.hidden.shape),
+            {layer: draw.random(values.shape) for layer, values in sorted(self.neurons.items())},
+            {layer: draw.random(values.shape) for layer, values in sorted(self.x.items())},
+        )
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What was measured of a model.
+
+    Attributes:
+        definition: of the model.
+        metric: of `layers`; one of `METRICS`.
+        layers: float64 [samples, layers], what removing a layer changes; see `measure_layers`.
+        activations: name -> float64 [aggregations, width]; see `measure_widths`.
+        settings: what it was measured on: hashes of checkpoint and data, numbers of samples.
+    """
+
+    definition: ModelDefinition
+    metric: str
+    layers: Tensor
+    activations: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def ranks(self) -> Tensor:
+        """The mean over samples of each layer's rank among all layers, 0 for the least important: [layers].
+
+        The paper averages rankings, not values (3.2): a sample with large errors then counts as any other.
+        """
+        return self.layers.argsort(dim=1, stable=True).argsort(dim=1).double().mean(0)
+
+    def scores(self, aggregation: str = "mean_l2") -> Scores:
+        """The scores by which layers and channels stay.
+
+        Args:
+            aggregation: of activations, one of `AGGREGATIONS`.
+        Errors:
+            UserError: unknown aggregation.
+        """
+        if aggregation not in AGGREGATIONS:
+            raise UserError(f"aggregation {aggregation!r} is unknown", hint=f"use one of {', '.join(AGGREGATIONS)}")
+        number = AGGREGATIONS.index(aggregation)
+        d = self.definition
+
+        def of(symbol: str, part: str) -> dict[int, np.ndarray]:
+            kept = [layer for layer in range(d.num_layers) if d.pattern[layer] == symbol]
+            return {layer: self.activations[f"layers.{layer}.{part}"][number].numpy() for layer in kept}
+
+        norms = [values[number] for name, values in self.activations.items() if name.endswith("norm")]
+        heads = (d.mamba_num_heads, d.mamba_head_dim)
+        # where two layers have one mean rank, the mean value decides
+        order = np.lexsort((self.layers.mean(0).numpy(), self.ranks().numpy()))
+        return Scores(
+            layers=order.argsort().astype(float),
+            hidden=torch.stack(norms).sum(0).numpy(),
+            neurons=of(FFN, "neurons"),
+            x={layer: values.reshape(heads) for layer, values in of(MAMBA, "x").items()},
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write the artefact into `folder`, which exists."""
+        tensors = {"layers": self.layers, **self.activations}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / VALUES)
+        ranks, values = self.ranks(), self.layers.mean(0)
+        record = {
+            "settings": dict(self.settings),
+            "metric": self.metric,
+            "aggregations": list(AGGREGATIONS),
+            "layers": [
+                {"layer": number, "type": LAYER_NAMES[symbol], self.metric: float(value), "mean_rank": float(rank)}
+                for number, (symbol, value, rank) in enumerate(zip(self.definition.pattern, values, ranks, strict=True))
+            ],
+            "model": asdict(self.definition),
+            "sha256": file_sha256(folder / VALUES),
+        }
+        write_json(folder / RECORD, record)
+
+    @classmethod
+    def load(cls, folder: Path, definition: ModelDefinition | None = None) -> Importance:
+        """Read the artefact.
+
+        Args:
+            definition: the model that it has to be of; None takes any.
+        Errors:
+            UserError: it is missing, damaged, or of another model.
+        """
+        again = "measure the importance again"
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            found, sha = read_definition(record, str(folder / RECORD)), record["sha256"]
+            if record["aggregations"] != list(AGGREGATIONS):
+                raise UserError(f"{folder / RECORD} is of another version: {record['aggregations']}", hint=again)
+            if file_sha256(folder / VALUES) != sha:
+                raise UserError(f"{folder / VALUES} is not the file that was written", hint=again)
+            tensors = load_file(folder / VALUES)
+            layers = tensors.pop("layers")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"{folder} holds no importance that can be read: {error}", hint=again) from error
+        if definition is not None:
+            check_parent(found, definition, f"importance {folder}")
+        return cls(found, record["metric"], layers, tensors, record["settings"])
+
+
+def measure(
+    model: GenerationModel,
+    layer_windows: np.ndarray,
+    width_windows: np.ndarray,
+    *,
+    metric: str = "mse",
+    settings: Mapping[str, Any] | None = None,
+    advance: Advance = lambda _: None,
+    device: str | None = None,
+) -> Importance:
+    """Measure layers and channels.
+
+    Args:
+        layer_windows, width_windows: token ids, int64 [samples, length]: the paper takes 128 for layers and 1,024 for
+            neurons (3.2).
+        metric: of the layers; see `measure_layers`.
+        settings: what the record tells of checkpoint and data.
+        advance: told of work that is done, in windows through the whole model; `work` is all of it.
+        device: where to compute, if not where the weights are.
+    Errors:
+        UserError: unknown metric, or token ids that the model lacks.
+    """
+    if metric not in METRICS:
+        raise UserError(f"metric {metric!r} is unknown", hint=f"use one of {', '.join(METRICS)}")
+    d = model.definition
+    largest = max(int(layer_windows.max()), int(width_windows.max()))
+    if largest >= d.vocab_size:
+        raise UserError(
+            f"the data has token {largest:,}, model {d.name} a vocabulary of {d.vocab_size:,}",
+            hint="measure on data of the model's own tokenizer",
+        )
+    weight = work(d, 1, 0)
+    layers = measure_layers(model, layer_windows, metric, lambda done: advance(done * weight), device)
+    activations = measure_widths(model, width_windows, advance, device)
+    numbers = {
+        "layer_samples": len(layer_windows),
+        "neuron_samples": len(width_windows),
+        "seq_length": layer_windows.shape[1],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return Importance(d, metric, layers, activations, {**(settings or {}), **numbers})
+
+
+def work(definition: ModelDefinition, layer_samples: int, width_samples: int) -> int:
+    """The work of `measure`, in windows through the whole model: half a model per removed layer, and one."""
+    return layer_samples * (1 + definition.num_layers // 2) + width_samples

@@ -1,0 +1,162 @@
+"""Measure what a model's layers and channels matter, by forward passes alone.
+
+A layer's removal changes nothing before it, so all removals go through the model together: at layer `i` the streams of
+the whole model and of the models without layer 0, ..., i-1 run through the layer, and what went into it becomes the
+stream of the model without layer `i`. Every layer's weights are taken once per pass, and the cost is half of that of as
+many whole models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_h.compression.forward import Forward
+from nemotron_h.inference.model import GenerationModel
+
+#: ours: a layer runs on so many elements of its widest activation at a time (float32: 64 MiB)
+LAYER_ELEMENTS = 1 << 24
+#: ours: elements of all removals' residual streams of one pass (float32: 256 MiB); one window at least
+STREAM_ELEMENTS = 1 << 26
+METRICS = ("mse", "kl")
+Advance = Callable[[int], None]
+
+
+@torch.inference_mode()
+def measure_layers(
+    model: GenerationModel,
+    windows: np.ndarray,
+    metric: str = "mse",
+    advance: Advance = lambda _: None,
+    device: str | None = None,
+) -> Tensor:
+    """What removing each layer changes, per window.
+
+    Args:
+        windows: token ids, int64 [samples, length].
+        metric: `mse` of the activations before the output matrix (paper 3.2), the mean over tokens and channels; or
+            `kl` of the next token's distribution, of the whole model to the one without the layer, in nats, the mean
+            over tokens (2504.11409).
+        advance: told of windows that are done.
+        device: see `Forward`.
+    Returns:
+        float64 [samples, layers].
+    """
+    forward = Forward(model, device=device)
+    layers, hidden = model.definition.num_layers, model.definition.hidden_size
+    rows = max(1, STREAM_ELEMENTS // ((layers + 1) * windows.shape[1] * hidden))
+    found = torch.empty(len(windows), layers, dtype=torch.float64)
+    for first in range(0, len(windows), rows):
+        tokens = torch.from_numpy(windows[first : first + rows])
+        streams = forward.embed(tokens).new_empty(layers + 1, *tokens.shape, hidden)  # the last is the whole model
+        whole = streams[layers]
+        whole.copy_(forward.embed(tokens))
+        for index in range(layers):
+            weights = forward.weights(index)
+            streams[index] = whole
+            for part in _parts(forward, [*streams[:index].flatten(0, 1).unbind(), *whole.unbind()]):
+                x = torch.stack(part)
+                x += forward.layer(weights, x)
+                for stream, row in zip(part, x, strict=True):
+                    stream.copy_(row)
+        for row in range(len(tokens)):
+            compare = _mean_square if metric == "mse" else _divergence
+            found[first + row] = compare(forward, whole[row], streams[:layers, row]).cpu()
+        advance(len(tokens))
+    return found
+
+
+def _parts(forward: Forward, rows: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Rows that go through a layer together."""
+    count = max(1, LAYER_ELEMENTS // (len(rows[0]) * widest(forward)))
+    for first in range(0, len(rows), count):
+        yield rows[first : first + count]
+
+
+def widest(forward: Forward) -> int:
+    """Channels of the widest activation in a layer."""
+    d = forward.definition
+    queries = (d.num_attention_heads + 2 * d.num_query_groups) * d.head_dim
+    return max(d.hidden_size, d.ffn_hidden_size, d.in_proj_size, queries)
+
+
+def _mean_square(forward: Forward, whole: Tensor, removed: Tensor) -> Tensor:
+    expected = forward.final(whole)
+    return torch.stack([(forward.final(x) - expected).double().square().mean() for x in removed])
+
+
+def _divergence(forward: Forward, whole: Tensor, removed: Tensor) -> Tensor:
+    total = torch.zeros(len(removed), dtype=torch.float64, device=whole.device)
+    step = max(1, LAYER_ELEMENTS // forward.definition.vocab_size)
+    for first in range(0, len(whole), step):
+        expected = forward.logits(whole[first : first + step]).double().log_softmax(-1)
+        for number, x in enumerate(removed[:, first : first + step]):
+            actual = forward.logits(x).double().log_softmax(-1)
+            total[number] += (expected.exp() * (expected - actual)).sum()
+    return total / len(whole)
+
+
+#: how a channel's values become one number: over the sequence first, then over the samples
+AGGREGATIONS = ("mean", "l2", "mean_l2", "l2_mean")
+
+
+class Sums:
+    """Sums over samples, from which every aggregation of one activation follows.
+
+    `mean`: mean over sequence and samples of the absolute value; `l2`: root of the sum of squares over both;
+    `mean_l2`: mean over the sequence, then l2 over samples, which Minitron (2407.14679) found best; `l2_mean`: l2 over
+    the sequence, then the mean.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.sums = torch.zeros(4, width, dtype=torch.float64)
+        self.samples = 0
+
+    def add(self, values: Tensor) -> None:
+        """Of [samples, length, width]."""
+        wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+        mean = values.abs().mean(1, dtype=wide).double()
+        norm = torch.linalg.vector_norm(values, dim=1, dtype=wide).double()
+        parts = (mean, norm.square(), mean.square(), norm)
+        self.sums += torch.stack([part.sum(0) for part in parts]).cpu()
+        self.samples += len(values)
+
+    def values(self) -> Tensor:
+        """float64 [aggregations, width], in the order of `AGGREGATIONS`."""
+        mean, squares, mean_squares, norms = self.sums
+        return torch.stack([mean / self.samples, squares.sqrt(), mean_squares.sqrt(), norms / self.samples])
+
+
+@torch.inference_mode()
+def measure_widths(
+    model: GenerationModel, windows: np.ndarray, advance: Advance = lambda _: None, device: str | None = None
+) -> dict[str, Tensor]:
+    """How strongly every channel is active, in one forward pass.
+
+    Args:
+        windows: token ids, int64 [samples, length].
+        advance, device: as of `measure_layers`.
+    Returns:
+        name -> float64 [aggregations, width]: `layers.I.norm` [hidden], the layer's normalised input;
+        `layers.I.neurons` [ffn_hidden_size] of an FFN, after the activation (paper 3.2); `layers.I.x` [heads x
+        head_dim] of a Mamba-2 layer, x's part of the input projection (2504.11409); `final_norm` [hidden].
+    """
+    forward = Forward(model, device=device)
+    sums: dict[str, Sums] = {}
+
+    def add(name: str, values: Tensor) -> None:
+        sums.setdefault(name, Sums(values.shape[-1])).add(values)
+
+    rows = max(1, LAYER_ELEMENTS // (windows.shape[1] * widest(forward)))
+    for first in range(0, len(windows), rows):
+        x = forward.embed(torch.from_numpy(windows[first : first + rows]))
+        for index in range(model.definition.num_layers):
+            x = x + forward.layer(
+                forward.weights(index), x, lambda part, values, index=index: add(f"layers.{index}.{part}", values)
+            )
+        add("final_norm", forward.final(x))
+        advance(len(x))
+    return {name: found.values() for name, found in sums.items()}

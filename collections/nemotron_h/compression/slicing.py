@@ -1,0 +1,287 @@
+"""Cut a child out of its parent's weights: in memory, or from checkpoint to checkpoint, one weight at a time.
+
+A child's checkpoint appears only if it holds the planned number of parameters and computes what the parent computes
+with the dropped layers and channels masked (`forward`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_h.compression.child import Child, child_definition
+from nemotron_h.compression.forward import Forward, Mask
+from nemotron_h.errors import UserError
+from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
+from nemotron_h.export.folder import new_folder
+from nemotron_h.export.names import Weight, weights
+from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition
+
+#: rows and columns of a weight that stay; None is all of them
+Cut = tuple[Tensor | None, Tensor | None]
+#: ours: largest difference of logits between masked parent and child in float32, of the largest logit; 118 layers round
+#: to 1e-5, and a wrong slice is off by the logits themselves
+TOLERANCE = 1e-3
+#: ours: tokens of the comparison, more than a chunk of the scan
+CHECK_TOKENS = 80
+
+
+def cuts(parent: ModelDefinition, child: Child) -> list[tuple[Cut, ...]]:
+    """What stays of each weight of each kept layer, in the order of `names.weights` and of the layers' dataclasses."""
+    hidden = _kept(child.hidden, parent.hidden_size)
+    made: list[tuple[Cut, ...]] = []
+    for layer in child.layers:
+        symbol = parent.pattern[layer]
+        if symbol == ATTENTION:
+            made.append(((hidden, None), (None, hidden), (hidden, None)))
+        elif symbol == FFN:
+            neurons = _kept(child.neurons[layer], parent.ffn_hidden_size)
+            made.append(((hidden, None), (neurons, hidden), (hidden, neurons)))
+        else:
+            made.append(_mamba_cuts(parent, child.heads[layer], child.channels[layer], hidden))
+    return made
+
+
+def inner_channels(parent: ModelDefinition, heads: np.ndarray, channels: np.ndarray) -> np.ndarray:
+    """The kept channels among the heads x head_dim of a mixer."""
+    return (heads[:, None] * parent.mamba_head_dim + channels[None, :]).reshape(-1)
+
+
+def _mamba_cuts(d: ModelDefinition, heads: np.ndarray, channels: np.ndarray, hidden: Tensor | None) -> tuple[Cut, ...]:
+    chosen = inner_channels(d, heads, channels)
+    inner, head = _kept(chosen, d.d_inner), _kept(heads, d.mamba_num_heads)
+    states = np.arange(2 * d.mamba_num_groups * d.mamba_state_dim)  # B and C stay: a group's heads share them
+    conv = _kept(np.concatenate([chosen, d.d_inner + states]), d.conv_channels)
+    rows = [chosen, d.d_inner + chosen, 2 * d.d_inner + states, d.d_inner + d.conv_channels + heads]  # z, x, B C, dt
+    in_proj = _kept(np.concatenate(rows), d.in_proj_size)
+    per_head = [(head, None)] * 3  # A_log, D, dt_bias
+    return (hidden, None), (in_proj, hidden), (conv, None), (conv, None), *per_head, (inner, None), (hidden, inner)
+
+
+def _kept(indices: np.ndarray, size: int) -> Tensor | None:
+    return None if len(indices) == size else torch.from_numpy(np.ascontiguousarray(indices))
+
+
+def cut(tensor: Tensor, rows_and_columns: Cut) -> Tensor:
+    """The part of a weight that stays; the weight itself where that is all."""
+    rows, columns = (None if kept is None else kept.to(tensor.device) for kept in rows_and_columns)
+    if columns is not None:
+        tensor = tensor.index_select(1, columns)
+    return tensor if rows is None else tensor.index_select(0, rows)
+
+
+def slice_model(model: GenerationModel, child: Child, name: str = "child") -> GenerationModel:
+    """The child in memory. What is not cut is the parent's own memory.
+
+    Args:
+        model: the parent.
+        name: of the child's definition.
+    """
+    definition = child_definition(model.definition, child, name)
+    hidden = _kept(child.hidden, model.definition.hidden_size)
+    layers = []
+    for layer, of_layer in zip(child.layers, cuts(model.definition, child), strict=True):
+        w = model.layers[layer]
+        parts = (cut(getattr(w, field.name), kept) for field, kept in zip(fields(w), of_layer, strict=True))
+        layers.append(type(w)(*parts))
+    return GenerationModel(
+        definition,
+        cut(model.embedding, (None, hidden)),
+        layers,
+        cut(model.final_norm, (hidden, None)),
+        cut(model.output, (None, hidden)),
+    )
+
+
+class Masked:
+    """The parent, computing what its child should: dropped layers add nothing, dropped channels are zero.
+
+    Args:
+        model: the parent.
+    """
+
+    def __init__(self, model: GenerationModel, child: Child) -> None:
+        d, self.child = model.definition, child
+        self._like = {"dtype": model.dtype, "device": model.device}
+        hidden = None if len(child.hidden) == d.hidden_size else self._mask(child.hidden, d.hidden_size)
+        self.forward = Forward(model, hidden)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[rows, length, vocabulary] of int64 [rows, length]."""
+        d, child = self.forward.definition, self.child
+        x = self.forward.embed(tokens)
+        for layer, symbol in enumerate(d.pattern):
+            keep = float(layer in child.layers)
+            mask = Mask()
+            if keep and symbol == FFN:
+                mask = Mask(neurons=self._mask(child.neurons[layer], d.ffn_hidden_size))
+            elif keep and symbol == MAMBA:
+                inner = inner_channels(d, child.heads[layer], child.channels[layer])
+                mask = Mask(inner=self._mask(inner, d.d_inner))
+            if keep:
+                x = x + self.forward.layer(self.forward.weights(layer), x, mask=mask)
+        return self.forward.logits(x)
+
+    def _mask(self, kept: np.ndarray, size: int) -> Tensor:
+        mask = torch.zeros(size, **self._like)
+        mask[torch.from_numpy(kept)] = 1
+        return mask
+
+
+def write_child(
+    checkpoint: Path,
+    child: Child,
+    out: Path,
+    name: str,
+    settings: Mapping[str, Any] | None = None,
+    advance: Advance = lambda _: None,
+) -> ModelDefinition:
+    """Cut a child out of a checkpoint into a checkpoint of its own, one weight in memory at a time.
+
+    Args:
+        checkpoint: the parent's, of any parallel layout, or a run: its newest.
+        out: the child's folder; must not exist. It has the format of an imported model: weights, run.json, model.yaml.
+        name: of the child's definition.
+        settings: what run.json tells under `pruned`, besides the parent and the layers that stay.
+        advance: told the bytes of each written tensor; `child_size` is all of them.
+    Returns:
+        the child's definition.
+    Errors:
+        UserError: no or a damaged checkpoint; `out` exists or the disk is full; the child is not what was planned or
+            computes something else than its masked parent, which leaves nothing behind.
+    """
+    checkpoint = find_checkpoint(Path(checkpoint))
+    record = read_record(checkpoint)
+    parent = read_definition(record, f"checkpoint {checkpoint}")
+    definition = child_definition(parent, child, name)
+    file = WeightFile(checkpoint)
+    dtype = file.dtypes[next(iter(next(weights(parent)).ours))]
+    with new_folder(out, size(definition, dtype)) as folder:
+        write_weights(folder, definition, dtype, _reader(file, parent, child, definition, dtype), advance)
+        data = dict(record.get("data") or {})
+        tokenizer = data.get("tokenizer")
+        if tokenizer and not Path(tokenizer).is_absolute():  # an imported checkpoint holds its own
+            shutil.copytree(checkpoint / tokenizer, folder / TOKENIZER)
+        written = {
+            "data": {key: data.get(key) for key in ("tokenizer", "seq_length")},
+            "pruned": {
+                "from": str(checkpoint.absolute()),
+                "model": parent.name,
+                "layers": list(child.layers),
+                **(settings or {}),
+            },
+        }
+        finish(
+            folder, definition, written, f"Pruned from {parent.name}; counts and parameters are checked when loaded."
+        )
+        check_child(checkpoint, child, folder)
+    return definition
+
+
+def child_size(checkpoint: Path, child: Child) -> int:
+    """Bytes of the tensors that `write_child` writes."""
+    checkpoint = find_checkpoint(Path(checkpoint))
+    parent = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    dtype = WeightFile(checkpoint).dtypes[next(iter(next(weights(parent)).ours))]
+    return size(child_definition(parent, child, "child"), dtype)
+
+
+def _reader(
+    file: WeightFile, parent: ModelDefinition, child: Child, definition: ModelDefinition, dtype: torch.dtype
+) -> Callable[[Weight], Mapping[str, Tensor]]:
+    """Gives the tensors of each of the child's weights, cut from the parent's."""
+    hidden = _kept(child.hidden, parent.hidden_size)
+    of_layers = [kept for layer in cuts(parent, child) for kept in layer]
+    every_cut = [(None, hidden), *of_layers, (hidden, None), (None, hidden)]
+    origins = dict(zip(_names(weights(definition)), zip(_rows_of(parent, child), every_cut, strict=True), strict=True))
+
+    def read(row: Weight) -> Mapping[str, Tensor]:
+        origin, kept = origins[next(iter(row.ours))]
+        whole = cut(_read_row(file, origin, dtype), kept)
+        parts = whole[: sum(shape[0] for shape in row.ours.values())].split([shape[0] for shape in row.ours.values()])
+        return {key: part.contiguous() for key, part in zip(row.ours, parts, strict=True)}
+
+    return read
+
+
+def _names(rows: Any) -> list[str]:
+    return [next(iter(row.ours)) for row in rows]
+
+
+def _rows_of(parent: ModelDefinition, child: Child) -> list[Weight]:
+    """The parent's weights that the child's are cut from, in the child's order."""
+    kept = {f"decoder.layers.{layer}." for layer in child.layers}
+
+    def stays(row: Weight) -> bool:
+        name = next(iter(row.ours))
+        return not name.startswith("decoder.layers.") or ".".join(name.split(".")[:3]) + "." in kept
+
+    return [row for row in weights(parent) if stays(row)]
+
+
+def _read_row(file: WeightFile, row: Weight, dtype: torch.dtype) -> Tensor:
+    """A weight of the parent, its parts joined, with the vocabulary's padding."""
+    names = row.ours
+    if row.fused in file.shapes:
+        names = {row.fused: next(iter(row.ours.values()))}
+    elif row.padded:
+        ((name, shape),) = row.ours.items()
+        names = {name: (max(shape[0], file.shapes.get(name, (0,))[0]), *shape[1:])}
+    lengths = [shape[0] for shape in names.values()]
+    whole = torch.empty(sum(lengths), *next(iter(names.values()))[1:], dtype=row.dtype(dtype))
+    file.read(dict(zip(names, whole.split(lengths), strict=True)))
+    return whole
+
+
+def check_child(checkpoint: Path, child: Child, written: Path) -> None:
+    """Compare a written child with its parent: parameters with the plan, and logits with the masked parent's.
+
+    Both are read from disk, a layer at a time.
+
+    Errors:
+        UserError: they differ.
+    """
+    parent, sliced = (load_model(folder, dtype=torch.float32, lazy=True) for folder in (checkpoint, written))
+    check_parameters(sliced.definition, written)
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(sliced.definition.vocab_size, (1, CHECK_TOKENS), generator=draw)
+    error = logits_error(Masked(parent, child), sliced, tokens)
+    if not error <= TOLERANCE:  # not a number is an error too
+        raise UserError(
+            f"the child of {checkpoint} computes something else than its masked parent: logits differ by {error:.1e} "
+            f"of the largest, {TOLERANCE:.0e} is allowed",
+            hint="nothing was written; the checkpoint or this code is broken",
+        )
+
+
+def check_parameters(definition: ModelDefinition, written: Path) -> None:
+    """Count the parameters of a checkpoint.
+
+    Errors:
+        UserError: it has another number than its definition plans.
+    """
+    shapes = WeightFile(written).shapes
+    actual = sum(torch.Size(shapes[name]).numel() for row in weights(definition) for name in row.ours)
+    if actual != definition.expect.parameters:
+        raise UserError(
+            f"{written} has {actual:,} parameters, {definition.expect.parameters:,} are planned",
+            hint="nothing was written; this is a mistake of the code",
+        )
+
+
+@torch.inference_mode()
+def logits_error(masked: Masked, sliced: GenerationModel, tokens: Tensor) -> float:
+    """Largest difference of the logits, of the largest logit."""
+    expected = masked.logits(tokens).double()
+    states = sliced.new_states(*tokens.shape)
+    actual = sliced.logits(sliced.extend(tokens, states)).double()
+    return float((actual - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,60 @@
+"""Windows of a blend's training text to measure a model on: a fixed random subset. No torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from nemotron_h.data.blend import Blend
+from nemotron_h.data.manifest import Manifest
+from nemotron_h.data.sampler import BlendSampler, Segment
+from nemotron_h.data.windows import TokenStream
+from nemotron_h.errors import UserError
+
+CALIBRATION_SEED = 0  # ours: not the run's, so that models of runs with different seeds are measured on the same text
+
+
+def calibration_windows(
+    blend: Blend, manifest: Manifest, samples: int, seq_length: int, seed: int = CALIBRATION_SEED
+) -> np.ndarray:
+    """A subset of the training text, in the mean of all phases' shares; a smaller one is the beginning of a larger one.
+
+    Args:
+        samples: windows.
+        seq_length: tokens of a window.
+        seed: of the subset.
+    Returns:
+        token ids, int64 [samples, seq_length].
+    Errors:
+        UserError: a source has fewer windows than its share of the samples.
+    """
+    phases = [blend.source_shares(n) for n in range(len(blend.phases))]
+    shares = {name: math.fsum(phase[name] for phase in phases) / len(phases) for name in blend.sources}
+    sampler = BlendSampler([Segment("calibration", 0, samples, shares)], manifest.tokens("train"), seq_length, seed)
+    (wanted,) = sampler.consumed(samples)
+    few = [
+        f"{name} has {sampler.windows(name):,} of the {count:,} wanted"
+        for name, count in wanted.items()
+        if count > sampler.windows(name)
+    ]
+    if few:
+        raise UserError(
+            f"blend {blend.name!r} has too little training text for {samples:,} samples of {seq_length:,} tokens: "
+            + ", ".join(few),
+            "Ask for fewer samples or a shorter seq_length, or give the source more text and prepare the blend again.",
+        )
+    streams = {name: TokenStream(manifest.prefix(name, "train")) for name in sampler.names}
+    chosen = (sampler[number] for number in range(samples))
+    return np.stack([streams[s.source].read(s.start, seq_length) for s in chosen])
+
+
+def text_record(blend: Blend, manifest: Manifest) -> dict[str, Any]:
+    """What tells which text a blend is: its hash, the tokenizer's, and that of every training file."""
+    return {
+        "blend": blend.name,
+        "blend_hash": blend.hash(),
+        "tokenizer_sha256": manifest.tokenizer.sha256,
+        "sources": {name: s.splits["train"].sha256_bin for name, s in manifest.sources.items() if "train" in s.splits},
+    }

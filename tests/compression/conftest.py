@@ -1,0 +1,9 @@
+"""The small model of `tests/model`, checkpoints of `tests/inference`, and megatron-core in this process."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+
+from megatron_on_one_rank import megatron  # noqa: F401

@@ -1,0 +1,257 @@
+"""Slices: what they compute, the checkpoints they make, and the gates that a wrong one does not pass."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import plain_model
+import pytest
+import torch
+import yaml
+from small_model import relative_error, small_config, small_model
+
+from nemotron_h.compression import slicing
+from nemotron_h.compression.child import Child, child_definition
+from nemotron_h.errors import UserError
+from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
+from nemotron_h.inference.model import load_model
+from nemotron_h.model.definition import ModelDefinition, definition_from_dict
+
+AXES = ("layers", "hidden", "neurons", "heads", "channels", "all")
+
+
+def draw_child(d: ModelDefinition, axis: str, seed: int = 0) -> Child:
+    """A child of random layers and channels along one axis, or all of them."""
+    draw = np.random.default_rng(seed)
+
+    def some(size: int, keep: float = 0.6) -> np.ndarray:
+        return np.sort(draw.choice(size, max(1, int(size * keep)), replace=False))
+
+    def on(name: str) -> bool:
+        return axis in (name, "all")
+
+    layers = tuple(some(d.num_layers, 0.75).tolist()) if on("layers") else None
+    whole = Child.whole(d, layers)
+    per_group = d.mamba_num_heads // max(d.mamba_num_groups, 1)
+    return Child(
+        whole.layers,
+        some(d.hidden_size) if on("hidden") else whole.hidden,
+        {n: some(d.ffn_hidden_size) if on("neurons") else kept for n, kept in whole.neurons.items()},
+        {
+            n: np.concatenate([some(per_group) + g * per_group for g in range(d.mamba_num_groups)])
+            if on("heads")
+            else kept
+            for n, kept in whole.heads.items()
+        },
+        {n: some(d.mamba_head_dim) if on("channels") else kept for n, kept in whole.channels.items()},
+    )
+
+
+def tokens(length: int = 60, seed: int = 0) -> torch.Tensor:
+    return torch.randint(300, (2, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("axis", AXES)
+def test_slice_computes_what_the_masked_parent_does(axis: str, groups: int) -> None:
+    d = plain_model.definition(mamba_num_groups=groups)
+    parent = plain_model.model(d)
+    child = draw_child(d, axis)
+    sliced = slicing.slice_model(parent, child)
+    assert slicing.logits_error(slicing.Masked(parent, child), sliced, tokens()) < 1e-12
+    # and that is another model than the parent
+    unmasked = slicing.Masked(parent, Child.whole(d))
+    assert slicing.logits_error(unmasked, parent, tokens()) < 1e-12
+    assert slicing.logits_error(unmasked, sliced, tokens()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes"),
+    [
+        ("MMM", {}),
+        ("*-*-", {"position_embedding": "rope", "rope_base": 100, "rope_percent": 0.5}),
+        ("M-M*-M-", {"head_dim": 8}),
+    ],
+)
+def test_other_families(pattern: str, changes: dict) -> None:
+    d = plain_model.definition(pattern, **changes)
+    parent, child = plain_model.model(d), draw_child(d, "all", seed=1)
+    assert slicing.logits_error(slicing.Masked(parent, child), slicing.slice_model(parent, child), tokens()) < 1e-12
+
+
+def test_gate_sees_a_wrong_slice() -> None:
+    """Every kind of channel exchanged for a dropped one, and the mean of a norm over the whole width."""
+    d = plain_model.definition()
+    parent = plain_model.model(d)
+    child = draw_child(d, "all")
+
+    def other(kept: np.ndarray, size: int) -> np.ndarray:
+        return np.sort(np.append(kept[1:], np.setdiff1d(np.arange(size), kept)[0]))
+
+    per_group = d.mamba_num_heads // d.mamba_num_groups
+    kept_per_group = len(next(iter(child.heads.values()))) // d.mamba_num_groups
+
+    def other_heads(kept: np.ndarray) -> np.ndarray:
+        return np.concatenate([other(kept[:kept_per_group], per_group), kept[kept_per_group:]])
+
+    wrong = [
+        replace(child, heads={n: other_heads(kept) for n, kept in child.heads.items()}),
+        replace(child, hidden=other(child.hidden, d.hidden_size)),
+        replace(child, neurons={n: other(kept, d.ffn_hidden_size) for n, kept in child.neurons.items()}),
+        replace(child, channels={n: other(kept, d.mamba_head_dim) for n, kept in child.channels.items()}),
+    ]
+    masked = slicing.Masked(parent, child)
+    for mistaken in wrong:
+        assert slicing.logits_error(masked, slicing.slice_model(parent, mistaken), tokens()) > 0.01
+    sliced = slicing.slice_model(parent, child)
+    sliced.final_norm = sliced.final_norm * (d.hidden_size / len(child.hidden)) ** 0.5
+    assert slicing.logits_error(masked, sliced, tokens()) > 0.01
+
+
+def test_impossible_children() -> None:
+    d = plain_model.definition()
+    whole = Child.whole(d)
+    for wrong, message in (
+        (replace(whole, layers=(0, 9)), "layers: not ascending numbers from 0 to 6"),
+        (replace(whole, layers=(1, 0)), "layers: not ascending"),
+        (replace(whole, hidden=np.arange(49)), "hidden: not ascending numbers from 0 to 47"),
+        (replace(whole, neurons={1: np.arange(80)}), r"neurons: given for layers \[1\], the kept ffn are \[1, 4, 6\]"),
+        (replace(whole, heads={**whole.heads, 0: np.arange(15)}), "heads: the layers keep different numbers"),
+        (
+            replace(whole, heads=dict.fromkeys((0, 2, 5), np.arange(2, 16))),
+            r"heads of layer 0: the groups keep \[6, 8\], not one number",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            child_definition(d, wrong, "child")
+
+
+def test_definition_of_a_child() -> None:
+    d = plain_model.definition(sources={"pattern": "paper 1", "hidden_size": "paper 2", "head_dim": "paper 3"})
+    child = draw_child(d, "all")
+    made = child_definition(d, replace(child, **vars(Child.whole(d, (0, 1, 3)))), "c")
+    assert (made.pattern, made.family) == ("M-*", "pruned")
+    assert made.sources == {"pattern": "pruned from small", "hidden_size": "paper 2", "head_dim": "paper 3"}
+    made.validate("c")
+    made = child_definition(d, Child.whole(d, (0, 1)), "c")  # no attention is left: its widths and sources go
+    assert (made.pattern, made.family, made.head_dim, made.num_query_groups) == ("M-", "nemotron_h", 0, 0)
+    assert made.sources == {"pattern": "pruned from small", "hidden_size": "paper 2"}
+
+
+# checkpoints
+
+
+@pytest.fixture(scope="module")
+def parent(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a checkpoint of one rank."""
+    from save_checkpoint import save
+
+    folder = tmp_path_factory.mktemp("run")
+    save(
+        small_model(small_config()), folder / "checkpoints" / "step-000001", data={"tokenizer": "/t", "seq_length": 128}
+    )
+    return folder
+
+
+def child_of(checkpoint: Path, axis: str = "all") -> Child:
+    checkpoint = find_checkpoint(checkpoint)
+    return draw_child(read_definition(read_record(checkpoint), ""), axis)
+
+
+def test_written_child(parent: Path, tmp_path: Path) -> None:
+    child, out, written = child_of(parent), tmp_path / "child", []
+    made = slicing.write_child(parent, child, out, "half", {"by": "test"}, written.append)
+    assert sum(written) == slicing.child_size(parent, child)
+    loaded, expected = load_model(out, dtype=torch.float64), load_model(parent, dtype=torch.float64)
+    assert loaded.definition == made
+    made.validate("half")
+    assert slicing.logits_error(slicing.Masked(expected, child), loaded, tokens()) < 1e-12
+    record = json.loads((out / "run.json").read_text())
+    assert record["data"] == {"tokenizer": "/t", "seq_length": 128}
+    assert record["pruned"]["layers"] == list(child.layers)
+    assert record["pruned"]["by"] == "test"
+    text = yaml.safe_load((out / "model.yaml").read_text())
+    assert definition_from_dict(text, "model.yaml") == made
+
+
+def test_child_goes_on_as_any_other_model(parent: Path, tmp_path: Path) -> None:
+    """Megatron loads it, computes the same, and gives gradients to all of its weights; a child of a child is cut."""
+    from megatron.core import dist_checkpointing
+
+    from nemotron_h.model.module import NemotronHConfig
+
+    slicing.write_child(parent, child_of(parent), tmp_path / "child", "half")
+    d = read_definition(read_record(tmp_path / "child"), "")
+    keys = {"head_dim": "kv_channels", "pattern": "hybrid_override_pattern", "name": "definition_name"}
+    widths = ("hidden_size", "ffn_hidden_size", "mamba_num_heads", "mamba_head_dim", "mamba_num_groups")
+    names = (*widths, "num_attention_heads", "num_query_groups", "family", *keys)
+    config = small_config(**{keys.get(key, key): getattr(d, key) for key in names})
+    assert isinstance(config, NemotronHConfig)
+    trained = config.configure_model(None)
+    state = dist_checkpointing.load(trained.sharded_state_dict(prefix="module."), str(tmp_path / "child" / "weights"))
+    trained.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    ids = tokens()
+    actual = trained(ids)[..., : d.vocab_size]
+    model = load_model(tmp_path / "child")
+    expected = model.logits(model.extend(ids, model.new_states(*ids.shape)))
+    assert relative_error(actual.detach(), expected) < 1e-4
+    trained(ids, labels=ids).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.parameters())
+    slicing.write_child(tmp_path / "child", child_of(tmp_path / "child"), tmp_path / "again", "quarter")
+    assert load_model(tmp_path / "again").definition.parameters < d.parameters
+
+
+@pytest.mark.slow
+def test_parent_of_two_tensor_parallel_ranks(tmp_path: Path, megatron: None) -> None:
+    worker = Path(__file__).parents[1] / "inference" / "save_checkpoint.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path), "tp2"], check=True, timeout=300, env=environment)
+    child = child_of(tmp_path / "tp2")
+    slicing.write_child(tmp_path / "tp2", child, tmp_path / "child", "half")
+    expected = slicing.slice_model(load_model(tmp_path / "tp2"), child)
+    actual = load_model(tmp_path / "child")
+    assert torch.equal(actual.embedding, expected.embedding)
+    assert torch.equal(actual.output, expected.output)
+    for one, other in zip(actual.layers, expected.layers, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+
+
+def test_wrong_child_is_not_saved(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = slicing.cuts
+
+    def wrong(d: ModelDefinition, child: Child) -> list:
+        made = right(d, child)
+        (rows, columns), *rest = made[0]
+        return [((rows.flip(0), columns), *rest), *made[1:]]
+
+    monkeypatch.setattr(slicing, "cuts", wrong)
+    with pytest.raises(UserError, match="computes something else than its masked parent: logits differ by"):
+        slicing.write_child(parent, child_of(parent), tmp_path / "child", "half")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_count_is_not_saved(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plan(*arguments: object) -> ModelDefinition:
+        made = child_definition(*arguments)
+        return replace(made, expect=replace(made.expect, parameters=made.parameters + 1))
+
+    monkeypatch.setattr(slicing, "child_definition", plan)
+    with pytest.raises(UserError, match=r"has [\d,]+ parameters, [\d,]+ are planned"):
+        slicing.write_child(parent, child_of(parent), tmp_path / "child", "half")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals(parent: Path, tmp_path: Path) -> None:
+    child = child_of(parent)
+    with pytest.raises(UserError, match="there is no checkpoint folder"):
+        slicing.write_child(tmp_path / "absent", child, tmp_path / "child", "half")
+    (tmp_path / "child").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        slicing.write_child(parent, child, tmp_path / "child", "half")
