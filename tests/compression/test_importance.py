@@ -12,7 +12,7 @@ import pytest
 import torch
 from small_model import relative_error, small_config, small_model
 
-from nemotron_h.compression import measure
+from nemotron_h.compression import measure, unfinished
 from nemotron_h.compression.candidates import Candidate, whole
 from nemotron_h.compression.child import Child
 from nemotron_h.compression.forward import Forward
@@ -120,6 +120,38 @@ def test_how_work_is_divided_changes_nothing(model, found: Importance, monkeypat
     assert sum(done) == work(model.definition, SAMPLES, 7)
     twice = measure_all(model, windows(), windows(7))
     assert torch.equal(twice.layers, measure_all(model, windows(), windows(7)).layers)
+
+
+@pytest.mark.parametrize("stop_after", [2, 7])  # in the layers, and in the widths
+def test_interrupted_measurement_goes_on(
+    model, found: Importance, stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "STREAM_ELEMENTS", 1)
+    monkeypatch.setattr(measure, "LAYER_ELEMENTS", 1)
+    monkeypatch.setattr(unfinished, "WRITE_EVERY_S", 0.0)
+    passes: list[int] = []
+
+    def advance(done: int) -> None:
+        passes.append(done)
+        if len(passes) > stop_after:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "unfinished.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(model, windows(), windows(7), advance=advance, unfinished=file)
+    assert file.exists()
+    calls: list[int] = []
+    again = measure_all(model, windows(), windows(7), advance=calls.append, unfinished=file)
+    straight = measure_all(model, windows(), windows(7))
+    assert torch.equal(again.layers, straight.layers)
+    assert all(torch.equal(again.activations[name], straight.activations[name]) for name in straight.activations)
+    assert sum(calls) == work(model.definition, SAMPLES, 7)
+    assert calls[0] == work(model.definition, min(stop_after, SAMPLES), 0)
+    assert not file.exists()
+    passes.clear()
+    with pytest.raises(KeyboardInterrupt):  # what was measured on other text is not taken up
+        measure_all(model, windows(seed=4), windows(7), advance=advance, unfinished=file)
+    assert torch.equal(measure_all(model, windows(), windows(7), unfinished=file).layers, straight.layers)
 
 
 def test_ranks_are_averaged_and_not_values() -> None:

@@ -39,6 +39,14 @@ class Candidate(NamedTuple):
         return getattr(self, LAYER_NAMES[symbol])
 
     @property
+    def name(self) -> str:
+        """Its numbers, for files and tables: `a5-m44-f49-ffn30720-h8192-heads256x64`."""
+        layers = f"a{self.attention}-m{self.mamba}-f{self.ffn}"
+        return (
+            f"{layers}-ffn{self.ffn_hidden_size}-h{self.hidden_size}-heads{self.mamba_num_heads}x{self.mamba_head_dim}"
+        )
+
+    @property
     def counts(self) -> str:
         """`44M/49-/5*`."""
         return f"{self.mamba}{MAMBA}/{self.ffn}{FFN}/{self.attention}{ATTENTION}"

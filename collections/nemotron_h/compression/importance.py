@@ -6,6 +6,7 @@ on, the scores of the layers, and the sha256 of the other file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from nemotron_h.compression.child import check_parent
 from nemotron_h.compression.measure import AGGREGATIONS, METRICS, Advance, measure_layers, measure_widths
+from nemotron_h.compression.unfinished import Unfinished
 from nemotron_h.data.manifest import write_json
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
@@ -28,6 +30,7 @@ from nemotron_h.inference.model import GenerationModel
 from nemotron_h.model.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
 
 VALUES, RECORD = "importance.safetensors", "importance.json"
+FILES = (RECORD, VALUES)
 #: controls of a report: an importance that means something has to beat both
 ORDERS = ("importance", "random", "reversed")
 
@@ -175,6 +178,7 @@ def measure(
     settings: Mapping[str, Any] | None = None,
     advance: Advance = lambda _: None,
     device: str | None = None,
+    unfinished: Path | None = None,
 ) -> Importance:
     """Measure layers and channels.
 
@@ -185,6 +189,7 @@ def measure(
         settings: what the record tells of checkpoint and data.
         advance: told of work that is done, in windows through the whole model; `work` is all of it.
         device: where to compute, if not where the weights are.
+        unfinished: a file for what an interrupted measurement has come to; one of the same settings is continued.
     Errors:
         UserError: unknown metric, or token ids that the model lacks.
     """
@@ -197,16 +202,23 @@ def measure(
             f"the data has token {largest:,}, model {d.name} a vocabulary of {d.vocab_size:,}",
             hint="measure on data of the model's own tokenizer",
         )
-    weight = work(d, 1, 0)
-    layers = measure_layers(model, layer_windows, metric, lambda done: advance(done * weight), device)
-    activations = measure_widths(model, width_windows, advance, device)
-    numbers = {
+    record = {
+        **(settings or {}),
         "layer_samples": len(layer_windows),
         "neuron_samples": len(width_windows),
         "seq_length": layer_windows.shape[1],
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return Importance(d, metric, layers, activations, {**(settings or {}), **numbers})
+    text = hashlib.sha256(layer_windows.tobytes() + width_windows.tobytes()).hexdigest()
+    kept = Unfinished(unfinished, json.dumps([record, metric, text, asdict(d)], sort_keys=True))
+    weight = work(d, 1, 0)
+    layers = measure_layers(
+        model, layer_windows, metric, lambda done: advance(done * weight), device, kept.layers, kept.keep_layers
+    )
+    kept.layers = layers
+    activations = measure_widths(model, width_windows, advance, device, kept.sums, kept.keep_widths)
+    kept.remove()
+    return Importance(d, metric, layers, activations, record)
 
 
 def work(definition: ModelDefinition, layer_samples: int, width_samples: int) -> int:

@@ -32,6 +32,8 @@ def measure_layers(
     metric: str = "mse",
     advance: Advance = lambda _: None,
     device: str | None = None,
+    done: Tensor | None = None,
+    keep: Callable[[Tensor], None] = lambda _: None,
 ) -> Tensor:
     """What removing each layer changes, per window.
 
@@ -42,6 +44,8 @@ def measure_layers(
             over tokens (2504.11409).
         advance: told of windows that are done.
         device: see `Forward`.
+        done: values of the first windows, of an interrupted measurement.
+        keep: given the values of all windows so far, after each pass.
     Returns:
         float64 [samples, layers].
     """
@@ -49,7 +53,11 @@ def measure_layers(
     layers, hidden = model.definition.num_layers, model.definition.hidden_size
     rows = max(1, STREAM_ELEMENTS // ((layers + 1) * windows.shape[1] * hidden))
     found = torch.empty(len(windows), layers, dtype=torch.float64)
-    for first in range(0, len(windows), rows):
+    start = 0 if done is None else len(done)
+    if start:
+        found[:start] = done
+        advance(start)
+    for first in range(start, len(windows), rows):
         tokens = torch.from_numpy(windows[first : first + rows])
         streams = forward.embed(tokens).new_empty(layers + 1, *tokens.shape, hidden)  # the last is the whole model
         whole = streams[layers]
@@ -66,6 +74,7 @@ def measure_layers(
             compare = _mean_square if metric == "mse" else _divergence
             found[first + row] = compare(forward, whole[row], streams[:layers, row]).cpu()
         advance(len(tokens))
+        keep(found[: first + len(tokens)])
     return found
 
 
@@ -111,9 +120,13 @@ class Sums:
     the sequence, then the mean.
     """
 
-    def __init__(self, width: int) -> None:
-        self.sums = torch.zeros(4, width, dtype=torch.float64)
-        self.samples = 0
+    def __init__(self, sums: Tensor, samples: int = 0) -> None:
+        self.sums, self.samples = sums, samples
+
+    @classmethod
+    def zero(cls, width: int) -> Sums:
+        """Of no samples."""
+        return cls(torch.zeros(4, width, dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
         """Of [samples, length, width]."""
@@ -132,26 +145,35 @@ class Sums:
 
 @torch.inference_mode()
 def measure_widths(
-    model: GenerationModel, windows: np.ndarray, advance: Advance = lambda _: None, device: str | None = None
+    model: GenerationModel,
+    windows: np.ndarray,
+    advance: Advance = lambda _: None,
+    device: str | None = None,
+    done: dict[str, Sums] | None = None,
+    keep: Callable[[dict[str, Sums]], None] = lambda _: None,
 ) -> dict[str, Tensor]:
     """How strongly every channel is active, in one forward pass.
 
     Args:
         windows: token ids, int64 [samples, length].
-        advance, device: as of `measure_layers`.
+        advance, device, done, keep: as of `measure_layers`.
     Returns:
         name -> float64 [aggregations, width]: `layers.I.norm` [hidden], the layer's normalised input;
         `layers.I.neurons` [ffn_hidden_size] of an FFN, after the activation (paper 3.2); `layers.I.x` [heads x
         head_dim] of a Mamba-2 layer, x's part of the input projection (2504.11409); `final_norm` [hidden].
     """
     forward = Forward(model, device=device)
-    sums: dict[str, Sums] = {}
+    sums = done or {}
+    start = next(iter(sums.values())).samples if sums else 0
+    advance(start)
 
     def add(name: str, values: Tensor) -> None:
-        sums.setdefault(name, Sums(values.shape[-1])).add(values)
+        if name not in sums:
+            sums[name] = Sums.zero(values.shape[-1])
+        sums[name].add(values)
 
     rows = max(1, LAYER_ELEMENTS // (windows.shape[1] * widest(forward)))
-    for first in range(0, len(windows), rows):
+    for first in range(start, len(windows), rows):
         x = forward.embed(torch.from_numpy(windows[first : first + rows]))
         for index in range(model.definition.num_layers):
             x = x + forward.layer(
@@ -159,4 +181,5 @@ def measure_widths(
             )
         add("final_norm", forward.final(x))
         advance(len(x))
+        keep(sums)
     return {name: found.values() for name, found in sums.items()}
