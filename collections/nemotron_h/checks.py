@@ -398,6 +398,13 @@ def check_blend(recipe: RecipeConfig, origin: str) -> None:
         phase_spans(blend.phases, horizon)
     except UserError as error:
         raise UserError(f"{origin}: data.blend = {data.blend}: {error.message}", hint=error.hint) from error
+    for name, source in blend.sources.items():
+        if source.extend and parse_count(source.extend.tokens) > data.seq_length:
+            raise UserError(
+                f"{origin}: data.seq_length = {data.seq_length:,} is shorter than the samples of source {name}, which "
+                f"are extended to {parse_count(source.extend.tokens):,} tokens",
+                hint="raise data.seq_length, or lower extend.tokens in the blend",
+            )
     reads = READS.get(recipe.stage, TEXTS)
     if blend.holds() != reads:
         raise UserError(

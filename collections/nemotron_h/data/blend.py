@@ -78,6 +78,25 @@ class Fetch:
 
 
 @dataclass
+class Extend:
+    """Conversations joined to long ones (paper 5); see `data.extend`.
+
+    Args:
+        tokens: positions that a sample takes at most: `data.seq_length` of the recipe.
+        min_tokens: samples aim at a length drawn between this and `tokens`; empty: all aim at `tokens`.
+        related: conversations of one topic that are spread through a sample.
+        references: new turns of a sample that refer back to an earlier one.
+        seed: of all draws.
+    """
+
+    tokens: Any = None
+    min_tokens: Any = None
+    related: int = 4
+    references: int = 8
+    seed: int = 1234
+
+
+@dataclass
 class Source:
     """Where one stream of documents comes from and how it becomes tokens.
 
@@ -94,6 +113,7 @@ class Source:
             records, `a.0` takes a list's first item; a whole list becomes one text, a line for each item.
         chat: the records are conversations of this shape, one of `CHAT_SHAPES`, in place of `text_fields`. All sources
             of a blend have one, or none has; `preference` (pairs of answers) stands alone.
+        extend: conversations only: join them to samples of this length.
         join: what is put between the text fields.
         split_on: text only: the separator between documents of one file; empty: the file is one document.
         licence: of the text, as a person would want to read it.
@@ -115,6 +135,7 @@ class Source:
     fetch: Fetch | None = None
     text_fields: list[str] = field(default_factory=lambda: ["text"])
     chat: str = ""
+    extend: Extend | None = None
     join: str = "\n\n"
     split_on: str = ""
     licence: str = ""
@@ -138,6 +159,8 @@ class Source:
         content: dict[str, Any] = {key: getattr(self, key) for key in keys}
         if self.chat:
             content["chat"] = self.chat
+        if self.extend:
+            content["extend"] = dataclasses.asdict(self.extend)
         content["fetch"] = [self.fetch.sha256, self.fetch.members, self.fetch.exclude] if self.fetch else None
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -277,6 +300,8 @@ class Blend:
         for source in content["sources"].values():
             for key in ("licence", "stands_for", "max_epochs", "max_bad"):
                 del source[key]
+            if not source["extend"]:
+                del source["extend"]
             if not source["chat"]:  # so that blends of text keep the hash they had before there was chat
                 del source["chat"]
         if not content["tokenizer"]["blend"]:
@@ -379,6 +404,26 @@ def _chat_problems(blend: Blend) -> Iterator[str]:
             yield f"sources.{name}.text_fields: not read where `chat` is given"
 
 
+def _extend_problems(key: str, source: Source) -> Iterator[str]:
+    extend = source.extend
+    if extend is None:
+        return
+    if not source.chat or source.chat == PREFERENCE:
+        yield f"{key}.extend: only for conversations"
+    if source.deduplicate:
+        yield f"{key}.deduplicate: not with extend, whose samples are made of many conversations"
+    problems = [
+        *_count_problems(f"{key}.extend.tokens", extend.tokens),
+        *([] if extend.min_tokens is None else _count_problems(f"{key}.extend.min_tokens", extend.min_tokens)),
+    ]
+    yield from problems
+    if not problems and extend.min_tokens and parse_count(extend.min_tokens) > parse_count(extend.tokens):
+        yield f"{key}.extend.min_tokens: {extend.min_tokens} is more than tokens, {extend.tokens}"
+    for name in ("related", "references"):
+        if getattr(extend, name) < 0:
+            yield f"{key}.extend.{name}: {getattr(extend, name)} is negative"
+
+
 def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:
     if fetch is None:
         return
@@ -419,6 +464,7 @@ def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
     elif source.validation_path:
         yield f"{key}.validation_path: only for format megatron; the others hold out `validation` of their documents"
     yield from _fetch_problems(f"{key}.fetch", source.fetch)
+    yield from _extend_problems(key, source)
 
 
 def _phase_problems(blend: Blend) -> Iterator[str]:

@@ -182,6 +182,7 @@ class _Preparation:
                     "validation": plan.source.validation,
                     "deduplicate": plan.source.deduplicate,
                     **({"chat_template": self.template} if plan.source.chat else {}),
+                    **({"extend": dataclasses.asdict(plan.source.extend)} if plan.source.extend else {}),
                 }
             )
             entry = None if force else self._finished(plan)
@@ -547,7 +548,7 @@ def _stamp(path: str) -> reading.Scan:
 def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> None:
     """Stop when more of a source is unreadable than its `max_bad` allows: most often a wrong field or format."""
     bad = sum(r.bad for r in records)
-    total = bad + sum(r.empty + sum(r.documents.values()) for r in records)
+    total = bad + sum(r.empty + r.joined + sum(r.documents.values()) for r in records)
     if bad <= plan.source.max_bad * total:
         return
     quarantined = (line for prefix in prefixes for line in Path(prefix + ".bad").read_bytes().splitlines())

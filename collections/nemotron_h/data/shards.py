@@ -23,6 +23,7 @@ import numpy as np
 
 from nemotron_h.data.blend import PREFERENCE, Source
 from nemotron_h.data.chat import ChatError, ChatTemplate, Encoded
+from nemotron_h.data.extend import extended
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.manifest import SPLITS, probe, write_json
 from nemotron_h.data.pairs import encode_pair
@@ -77,11 +78,17 @@ class MergeJob:
 
 @dataclass
 class ShardRecord:
-    """What a finished shard holds. `sizes` is file suffix -> bytes, so that a shard with lost files is not trusted."""
+    """What a finished shard holds.
+
+    Args:
+        joined: how many conversations went into long ones, less these.
+        sizes: file suffix -> bytes, so that a shard with lost files is not trusted.
+    """
 
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     empty: int = 0
     bad: int = 0
+    joined: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
 
 
@@ -130,8 +137,7 @@ def build_shard(job: ShardJob) -> ShardRecord:
     suffixes = [f".{split}.{kind}" for split in SPLITS for kind in kinds] + [".bad"]
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(job.prefix + s, "wb")) for s in suffixes}
-        for texts, hashes, conversations in _batches(job, record, files[".bad"]):
-            held_out = [is_validation(h, job.source.validation) for h in hashes]
+        for texts, hashes, conversations, held_out in _batches(job, record, files[".bad"]):
             encoded = conversations or _plain(texts)
             for split, wanted in zip(SPLITS, (False, True), strict=True):
                 chosen = [i for i, held in enumerate(held_out) if held is wanted]
@@ -160,31 +166,50 @@ def _applied(item: Document | Bad) -> tuple[Document | Bad, Encoded | None]:
         return Bad(item.file, item.position, str(error), item.text[:160]), None
 
 
+def _documents(job: ShardJob, record: ShardRecord) -> Iterator[Document | Bad]:
+    """What the shard's files hold, joined to long conversations where the source says so."""
+    items = read_documents(job.source, job.pieces)
+    if job.source.extend is None:
+        return items
+
+    def held_out(document: Document) -> bool:
+        return is_validation(document_hash(document.text), job.source.validation)
+
+    return extended(items, job.source.extend, _template, held_out, record)
+
+
 def _batches(
     job: ShardJob, record: ShardRecord, quarantine: IO[bytes]
-) -> Iterator[tuple[list[str], list[bytes], list[Encoded]]]:
-    """Documents in batches of bounded size, with their hashes, and the tokens of conversations; bad and empty records
-    are counted on the way.
+) -> Iterator[tuple[list[str], list[bytes], list[Encoded], list[bool]]]:
+    """Documents in batches of bounded size: texts, their hashes, the tokens of conversations, and which are held out;
+    bad and empty records are counted on the way.
     """
-    texts: list[str] = []
-    conversations: list[Encoded] = []
+    batch: list[tuple[Document, Encoded | None]] = []
     characters = 0
-    for item, tokens in map(_applied, read_documents(job.source, job.pieces)):
+
+    def done() -> tuple[list[str], list[bytes], list[Encoded], list[bool]]:
+        texts = [item.text for item, _ in batch]
+        hashes = [document_hash(text) for text in texts]
+        held_out = [
+            is_validation(h, job.source.validation) if item.held_out is None else item.held_out
+            for (item, _), h in zip(batch, hashes, strict=True)
+        ]
+        return texts, hashes, [tokens for _, tokens in batch if tokens is not None], held_out
+
+    for item, tokens in map(_applied, _documents(job, record)):
         if isinstance(item, Bad):
             record.bad += 1
             quarantine.write(json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         elif not item.text.strip():
             record.empty += 1
         else:
-            texts.append(item.text)
-            if tokens is not None:
-                conversations.append(tokens)
+            batch.append((item, tokens))
             characters += len(item.text)
-            if len(texts) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-                yield texts, [document_hash(text) for text in texts], conversations
-                texts, conversations, characters = [], [], 0
-    if texts:
-        yield texts, [document_hash(text) for text in texts], conversations
+            if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield done()
+                batch, characters = [], 0
+    if batch:
+        yield done()
 
 
 def _append(files: dict[str, IO[bytes]], split: str, encoded: list[Encoded], texts: list[str], dtype: str) -> None:

@@ -21,13 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.data.blend import PREFERENCE, Blend, Source
+from nemotron_h.data.blend import PREFERENCE, Blend, Source, parse_count
 from nemotron_h.data.chat import ChatError, Conversation, read_conversation
 from nemotron_h.data.fetch import fetch
 from nemotron_h.data.pairs import Pair, read_pair
 from nemotron_h.errors import UserError
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES, SHARDS_PER_SOURCE = 1 << 20, 64 << 20, 64
+SAMPLES_PER_SHARD = 32  # ours: so many long samples have enough conversations to choose from
 _BLOCK = 1 << 22
 _OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MIN_DOCSTRING = 200  # characters; shorter ones are signatures in words. Ours
@@ -84,6 +85,7 @@ class Document:
     file: str = ""
     position: str = ""
     pair: Pair | None = None
+    held_out: bool | None = None  # None: its hash decides
 
     def parts(self) -> list[str]:
         """Its text, or the texts of its turns."""
@@ -166,6 +168,8 @@ def plan_shards(source: Source, inputs: list[Input], scans: list[Scan]) -> list[
     """
     total = sum(s.size for s in scans)
     target = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, total // SHARDS_PER_SOURCE))
+    if source.extend:  # samples are made of what is in one shard
+        target = min(MAX_SHARD_BYTES, max(target, SAMPLES_PER_SHARD * 4 * parse_count(source.extend.tokens)))
     shards: list[list[Piece]] = []
     pieces: list[Piece] = []
     filled = 0
