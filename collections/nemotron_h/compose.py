@@ -35,16 +35,21 @@ def configs_dir() -> Path:
 
 
 def known_recipes(stage: str = "*") -> list[str]:
-    """Shipped recipes as `<model>/<stage>`, of every stage or of one, without the bases."""
+    """Shipped recipes as `<model>/<stage>`, or `<model>/<stage>_<variant>`: of every stage or of one, without bases."""
     root = recipes_dir()
-    files = root.glob(f"*/{stage}.yaml")
-    return sorted(str(path.relative_to(root).with_suffix("")) for path in files if path.parent.name != "base")
+    names = [str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml")]
+    return sorted(name for name in names if not name.startswith("base/") and stage in ("*", stage_of(name)))
+
+
+def stage_of(recipe: str) -> str:
+    """The stage of a shipped recipe, by its name."""
+    return recipe.split("/")[1].split("_")[0]
 
 
 def factory_of(recipe: str) -> str:
-    """The `--factory` name of a shipped recipe: its model's, with the stage where a command of `nemo llm` runs two."""
-    model, stage = recipe.split("/")
-    return f"{model}_{stage}" if stage == "preference" else model
+    """The `--factory` name of a shipped recipe: its model's, with what tells it from others of the same command."""
+    model, name = recipe.split("/")
+    return f"{model}_{name}" if stage_of(recipe) == "preference" or "_" in name else model
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ quiet.hush()
 import nemo_run as run  # noqa: E402
 from nemo.collections import llm  # noqa: E402
 
-from nemotron_h.compose import compose, factory_of, known_recipes  # noqa: E402
+from nemotron_h.compose import compose, factory_of, known_recipes, stage_of  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
 from nemotron_h.runtime import cluster_cli, nemo_cli  # noqa: E402
 from nemotron_h.schema import STAGES, command_of  # noqa: E402
@@ -24,7 +24,7 @@ BUILDERS = {
 
 
 def _register(name: str) -> None:
-    target, build = BUILDERS[name.split("/")[1]]
+    target, build = BUILDERS[stage_of(name)]
 
     def factory() -> run.Partial:
         return build(compose(name))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compose import known_recipes
+from nemotron_h.compose import factory_of, known_recipes
 
 NAMES = [name.split("/")[0] for name in known_recipes("pretrain")]
-TUNED = [name.split("/")[0] for name in known_recipes("sft")]
+TUNED = known_recipes("sft")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
 
     from nemotron_h.data.sft_module import ConversationDataModule
 
-    tuned = parsed(name, "resume.init_checkpoint=there", "data.too_long=drop", command="finetune")
-    base = parsed(name)
+    tuned = parsed(factory_of(name), "resume.init_checkpoint=there", "data.too_long=drop", command="finetune")
+    base = parsed(name.split("/")[0])
     assert (tuned.__fn_or_cls__, tuned.data.__fn_or_cls__) == (llm.finetune, ConversationDataModule)
     assert (tuned.resume.init_checkpoint, tuned.data.too_long, tuned.tokenizer) == ("there", "drop", "data")
     assert tuned.model.config.calculate_per_token_loss is True
@@ -71,11 +71,10 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", known_recipes("preference"))
 def test_a_preference_factory_is_of_the_same_model_and_has_a_name_of_its_own(parsed, name: str) -> None:
-    from nemotron_h.compose import factory_of
     from nemotron_h.data.preference_module import PreferenceDataModule
     from nemotron_h.training.preference import PreferenceModel, PreferenceResume
 
-    assert factory_of(name) not in {*NAMES, *TUNED}
+    assert factory_of(name) not in {*NAMES, *map(factory_of, TUNED)}
     task = parsed(factory_of(name), "model.beta=0.5", "resume.init_checkpoint=there", command="finetune")
     base = parsed(name.split("/")[0])
     assert (task.model.__fn_or_cls__, task.data.__fn_or_cls__) == (PreferenceModel, PreferenceDataModule)

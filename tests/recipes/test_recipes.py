@@ -37,7 +37,7 @@ def test_the_whole_family_ships() -> None:
     assert {name.split("/")[0] for name in known_recipes("pretrain")} == FAMILY
     for stage in ("sft", "preference"):
         assert {name.split("/")[0] for name in known_recipes(stage)} <= FAMILY
-    assert {name.split("/")[1] for name in known_recipes()} == set(STAGES)
+    assert {compose.stage_of(name) for name in known_recipes()} == set(STAGES)
 
 
 @pytest.mark.parametrize("name", known_recipes())
@@ -74,9 +74,9 @@ def test_every_value_that_matters_has_a_source(name: str) -> None:
 @pytest.mark.parametrize("name", known_recipes())
 def test_the_model_is_the_one_of_its_name(name: str) -> None:
     recipe = trace(name).recipe
-    model, stage = name.split("/")
-    assert (recipe.model.name, recipe.stage) == (model, stage)
-    assert recipe.name == (model if stage == "pretrain" else f"{model}_{stage}")  # runs of two stages do not meet
+    model, of_model = name.split("/")
+    assert (recipe.model.name, recipe.stage) == (model, compose.stage_of(name))
+    assert recipe.name == (model if of_model == "pretrain" else f"{model}_{of_model}")  # two runs do not meet
     assert definition_of(recipe, name).parameters == recipe.model.expect.parameters
 
 
