@@ -15,8 +15,11 @@ from nemotron_h.planning.inference import BYTES
 from nemotron_h.precision.gemms import check_gemms
 from nemotron_h.provenance import leaves
 from nemotron_h.schema import (
+    AGGREGATIONS,
     BLEND_CHANGES,
     FP8_BACKENDS,
+    METRICS,
+    ORDERS,
     PIPELINES,
     PRECISIONS,
     PREFERENCE_LOSSES,
@@ -164,6 +167,7 @@ GRID = {
     "attention": ATTENTION,
     "mamba": MAMBA,
     "ffn": FFN,
+    "depth": "num_layers",
     "ffn_hidden_size": "ffn_hidden_size",
     "hidden_size": "hidden_size",
     "mamba_num_heads": "mamba_num_heads",
@@ -182,6 +186,9 @@ def check_minipuzzle(recipe: RecipeConfig, definition: ModelDefinition, origin: 
         raise UserError(f"{origin}: minipuzzle is missing", hint="defaults: [/base/minipuzzle] has most of it")
     where = f"{origin}: "
     check_one_of("minipuzzle.rank", part.rank, RANKS, where)
+    check_one_of("minipuzzle.layer_metric", part.layer_metric, METRICS, where)
+    check_one_of("minipuzzle.aggregation", part.aggregation, AGGREGATIONS, where)
+    check_one_of("minipuzzle.order", part.order, ORDERS, where)
     check_one_of("minipuzzle.start", part.start, STARTS, where)
     check_one_of("minipuzzle.budget.speedup_by", part.budget.speedup_by, SPEEDS, where)
     for key in ("layer_samples", "neuron_samples", "keep", "short"):
@@ -213,8 +220,9 @@ def _check_budget(budget: BudgetSchema, origin: str) -> None:
     for key in ("memory_gib", "context", "sequences", "speedup"):
         if (value := getattr(budget, key)) is not None and value <= 0:
             raise UserError(f"{origin}: minipuzzle.budget.{key} = {value} is not positive")
-    if budget.parameters is not None:
-        count_of(budget.parameters, "minipuzzle.budget.parameters", origin)
+    for key in ("parameters", "least_parameters"):
+        if (value := getattr(budget, key)) is not None:
+            count_of(value, f"minipuzzle.budget.{key}", origin)
 
 
 def _check_grid(grid: GridSchema, definition: ModelDefinition, origin: str) -> None:

@@ -12,6 +12,9 @@ FP8_BACKENDS = ("auto", "te", "emulate")
 STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
 PIPELINES = {"minipuzzle": "minipuzzle"}
+#: of `minipuzzle`: see `MiniPuzzleSchema`
+METRICS, AGGREGATIONS = ("mse", "kl"), ("mean", "l2", "mean_l2", "l2_mean")
+ORDERS = ("importance", "random", "reversed")
 RANKS = ("sum", "worst", "accuracy", "agreement")
 SPEEDS = ("modelled", "measured")
 STARTS = ("pruned", "short")
@@ -237,6 +240,7 @@ class GridSchema:
 
     Attributes:
         attention, mamba, ffn: how many layers of a type stay.
+        depth: how many layers stay in all: the most important of the types that have no list of their own.
         ffn_hidden_size: inner width of every FFN.
         hidden_size, mamba_num_heads, mamba_head_dim: further widths, as Minitron-SSM (2504.11409) prunes them.
     """
@@ -244,6 +248,7 @@ class GridSchema:
     attention: list[int] = field(default_factory=list)
     mamba: list[int] = field(default_factory=list)
     ffn: list[int] = field(default_factory=list)
+    depth: list[int] = field(default_factory=list)
     ffn_hidden_size: list[int] = field(default_factory=list)
     hidden_size: list[int] = field(default_factory=list)
     mamba_num_heads: list[int] = field(default_factory=list)
@@ -257,6 +262,7 @@ class BudgetSchema:
     Attributes:
         memory_gib: most GiB of weights, keys and values, and states, for `sequences` of `context` tokens.
         parameters: most parameters; an integer, or text such as 4.5B.
+        least_parameters: fewest parameters: smaller candidates are not looked at.
         context, sequences: of the memory.
         weights, kv_cache, states: precisions of the memory: fp32, bf16, fp8 or fp4.
         speedup: least tokens per second of generation over the parent's; null asks for none.
@@ -265,6 +271,7 @@ class BudgetSchema:
 
     memory_gib: float | None = None
     parameters: str | None = None
+    least_parameters: str | None = None
     context: int | None = None
     sequences: int = 1
     weights: str = "bf16"
@@ -281,6 +288,10 @@ class MiniPuzzleSchema:
     Attributes:
         parent: a run's folder or one of its checkpoints.
         layer_samples, neuron_samples: sequences of the training data that importance is measured on.
+        layer_metric: what removing a layer changes: `mse` of the activations before the output, or `kl` of the logits.
+        aggregation: of a channel's activations over sequence and samples: `mean`, `l2`, `mean_l2` (mean over the
+            sequence, l2 over the samples) or `l2_mean`.
+        order: what stays: the most important (`importance`), or the control of a report, `random` or `reversed`.
         grid, budget: which candidates there are.
         score_tokens: validation tokens that every candidate is scored on.
         rank: how the ranks by accuracy and by agreement with the parent combine: their `sum`, the `worst` of them, or
@@ -297,6 +308,9 @@ class MiniPuzzleSchema:
     parent: str = MISSING
     layer_samples: int = MISSING
     neuron_samples: int = MISSING
+    layer_metric: str = "mse"
+    aggregation: str = "mean_l2"
+    order: str = "importance"
     grid: GridSchema = field(default_factory=GridSchema)
     budget: BudgetSchema = field(default_factory=BudgetSchema)
     score_tokens: str = MISSING

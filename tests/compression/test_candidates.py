@@ -7,12 +7,14 @@ import sys
 from dataclasses import replace
 from itertools import product
 
+import numpy as np
+import plain_model
 import pytest
 import yaml
 
 from nemotron_h.checks import definition_of
 from nemotron_h.compose import compose, configs_dir
-from nemotron_h.compression.candidates import Candidate, Candidates, whole
+from nemotron_h.compression.candidates import Candidate, Candidates, Cost, whole
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.inference import BYTES, inference_memory
@@ -32,9 +34,13 @@ def parent() -> ModelDefinition:
     return shipped("nemotron_h_56b")
 
 
-def paper() -> tuple[GridSchema, BudgetSchema]:
-    part = yaml.safe_load((configs_dir() / "compression" / "minipuzzle_56b.yaml").read_text())["minipuzzle"]
+def config(name: str) -> tuple[GridSchema, BudgetSchema]:
+    part = yaml.safe_load((configs_dir() / "compression" / f"{name}.yaml").read_text())["minipuzzle"]
     return GridSchema(**part["grid"]), BudgetSchema(**part["budget"])
+
+
+def paper() -> tuple[GridSchema, BudgetSchema]:
+    return config("minipuzzle_56b")
 
 
 def of(definition: ModelDefinition) -> Candidate:
@@ -90,7 +96,7 @@ def test_enumeration_is_the_filtered_product(parent: ModelDefinition) -> None:
     budget = BudgetSchema(memory_gib=27, context=MILLION, parameters="38B", speedup=1.5, **FP4)
     found = Candidates(parent, grid, budget)
     mine = set()
-    for counts in product(*(sorted(values) for values in vars(grid).values())):
+    for counts in product(*(sorted(values) for values in vars(grid).values() if values)):
         a, m, f = counts[:3]
         pattern = "M" * m + "*-" * a + "-" * (f - a)
         keys = ("ffn_hidden_size", "hidden_size", "mamba_num_heads", "mamba_head_dim")
@@ -131,6 +137,10 @@ def test_a_million_candidates_in_seconds_and_without_torch() -> None:
 
 def test_impossible_budgets_name_the_smallest(parent: ModelDefinition) -> None:
     grid, budget = paper()
+
+    def size(cost: Cost) -> float:
+        return cost.memory.total
+
     with pytest.raises(UserError) as error:
         Candidates(parent, grid, replace(budget, memory_gib=20))
     assert error.value.message == (
@@ -139,12 +149,12 @@ def test_impossible_budgets_name_the_smallest(parent: ModelDefinition) -> None:
     )
     assert "26.66 or more" in error.value.hint
     smallest = Candidates(parent, grid, replace(budget, memory_gib=26.66))
-    assert next(iter(smallest)) == smallest.smallest()
+    assert next(iter(smallest)) == smallest.smallest(size)
     with pytest.raises(UserError, match=r"fits budget.parameters = 30B: the smallest .* has 40,") as error:
         Candidates(parent, grid, replace(budget, parameters="30B"))
-    count = Candidates(parent, grid, budget).cost(smallest.smallest()).parameters
+    count = Candidates(parent, grid, budget).cost(smallest.smallest(size)).parameters
     assert f"{count} or more" in error.value.hint
-    assert list(Candidates(parent, grid, replace(budget, parameters=str(count)))) == [smallest.smallest()]
+    assert list(Candidates(parent, grid, replace(budget, parameters=str(count)))) == [smallest.smallest(size)]
     with pytest.raises(UserError, match=r"is 3 times as fast as nemotron_h_56b: the smallest .* makes 1\.\d+ times"):
         Candidates(parent, grid, replace(budget, speedup=3.0))
 
@@ -152,3 +162,44 @@ def test_impossible_budgets_name_the_smallest(parent: ModelDefinition) -> None:
 def test_heads_are_kept_by_group(parent: ModelDefinition) -> None:
     with pytest.raises(UserError, match="mamba_num_heads has 100, which is no multiple of the 8 groups"):
         Candidates(parent, GridSchema(mamba_num_heads=[100, 128]), BudgetSchema(memory_gib=100))
+
+
+# depth
+
+
+def test_minitron_s_grid() -> None:
+    """All five axes of 2504.11409, with the released 4B among the candidates."""
+    grandparent = shipped("nemotron_h_8b")
+    scores = np.abs(np.arange(52) - 30.0)
+    found = Candidates(grandparent, *config("minitron_ssm_4b"), layer_scores=scores)
+    fitting = list(found)
+    assert len(fitting) == 139
+    assert whole(shipped("nemotron_h_4b")) in fitting
+    assert {candidate.attention for candidate in fitting} == {4}
+    for key in ("mamba", "ffn_hidden_size", "hidden_size", "mamba_num_heads", "mamba_head_dim"):
+        assert len({getattr(candidate, key) for candidate in fitting}) > 1, key
+    assert all(4.45e9 <= found.cost(candidate).parameters <= 4.5e9 for candidate in fitting)
+
+
+def test_depth_takes_the_most_important_of_the_types_without_a_list() -> None:
+    d = plain_model.definition("M-M*-M-")
+    scores = np.array([6.0, 0, 5, 1, 4, 3, 2])  # layers 0 M, 2 M, 4 -, 5 M, 6 -, 3 *, 1 -
+    everything = BudgetSchema(memory_gib=1)
+
+    def layers(**grid: list[int]) -> list[tuple[int, ...]]:
+        return [candidate[:3] for candidate in Candidates(d, GridSchema(**grid), everything, scores)]
+
+    assert layers(depth=[1, 3, 5, 6]) == [(0, 1, 0), (0, 2, 1), (0, 3, 2), (1, 3, 2)]
+    assert layers(depth=[4], attention=[0, 1]) == [(0, 3, 1), (1, 2, 1)]
+    with pytest.raises(UserError, match=r"depth = 7 cannot be made of 0 layers .* at most 6 others"):
+        layers(depth=[7], attention=[0])
+    with pytest.raises(ValueError, match="needs the layers' scores"):
+        Candidates(d, GridSchema(depth=[3]), everything)
+
+
+def test_limits_that_exclude_each_other(parent: ModelDefinition) -> None:
+    grid, budget = paper()
+    with pytest.raises(
+        UserError, match=r"no candidate of the grid meets all limits at once: budget\.memory_gib = 31\.7, "
+    ):
+        Candidates(parent, grid, replace(budget, least_parameters="55B"))

@@ -22,6 +22,7 @@ from nemotron_h.compression.selection import child_of, kept_layers
 from nemotron_h.compression.slicing import Masked, slice_model
 from nemotron_h.errors import UserError
 from nemotron_h.inference.model import load_model
+from nemotron_h.schema import AGGREGATIONS, METRICS
 
 SAMPLES, LENGTH = 5, 40
 
@@ -55,7 +56,7 @@ def test_forward_is_the_training_model_s_and_generation_s(tmp_path: Path, megatr
     assert relative_error(forward.logits(x), generated) < 1e-5
 
 
-@pytest.mark.parametrize("metric", measure.METRICS)
+@pytest.mark.parametrize("metric", METRICS)
 def test_layers_against_models_without_one(model, metric: str) -> None:
     """Every removal computed by itself, by generation's forward."""
     ids = torch.from_numpy(windows())
@@ -102,7 +103,7 @@ def test_widths_against_their_formulas(model, found: Importance) -> None:
             "mean_l2": size.mean(1).square().sum(0).sqrt(),
             "l2_mean": size.square().sum(1).sqrt().mean(0),
         }
-        for number, aggregation in enumerate(measure.AGGREGATIONS):
+        for number, aggregation in enumerate(AGGREGATIONS):
             assert relative_error(found.activations[name][number], expected[aggregation]) < 1e-10, (name, aggregation)
     kinds = {"M": {"norm", "x"}, "*": {"norm"}, "-": {"norm", "neurons"}}
     names = {f"layers.{n}.{part}" for n, symbol in enumerate(d.pattern) for part in kinds[symbol]}
@@ -202,6 +203,8 @@ def test_refusals(model, found: Importance) -> None:
         measure_all(model, windows(), np.full((1, 4), 300))
     with pytest.raises(UserError, match="aggregation 'max' is unknown"):
         found.scores("max")
+    with pytest.raises(UserError, match="order 'best' is unknown"):
+        found.scores().ordered("best")
 
 
 # what stays
@@ -240,10 +243,11 @@ def test_importance_beats_its_controls(model, found: Importance) -> None:
         full._replace(hidden_size=40),
     ):
         best = error(scores, candidate)
-        assert best < error(scores.reverse(), candidate), candidate
-        drawn = [error(scores.shuffle(seed), candidate) for seed in range(4)]
+        assert best < error(scores.ordered("reversed"), candidate), candidate
+        drawn = [error(scores.ordered("random", seed), candidate) for seed in range(4)]
         assert best < np.mean(drawn), candidate
-    one, other = scores.shuffle(1), scores.shuffle(1)
+    one, other = scores.ordered("random", 1), scores.ordered("random", 1)
+    assert scores.ordered("importance") is scores
     assert np.array_equal(one.layers, other.layers)
     assert not np.array_equal(one.layers, scores.shuffle(2).layers)
 

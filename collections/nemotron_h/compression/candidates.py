@@ -6,11 +6,13 @@ no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from itertools import product
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
+
+import numpy as np
 
 from nemotron_h.data.blend import parse_count
 from nemotron_h.errors import UserError
@@ -19,7 +21,6 @@ from nemotron_h.planning.inference import BYTES, InferenceMemory, memory_by_laye
 from nemotron_h.planning.memory import GIB
 from nemotron_h.schema import BudgetSchema, GridSchema
 
-COUNTS = {name: symbol for symbol, name in LAYER_NAMES.items()}
 WIDTHS = ("ffn_hidden_size", "hidden_size", "mamba_num_heads", "mamba_head_dim")
 
 
@@ -80,23 +81,27 @@ class Candidates:
     Args:
         parent: what is compressed.
         grid, budget: of the recipe; see the schema. Without `budget.context` memory is that of one token.
+        layer_scores: [layers], by which layers stay; `grid.depth` needs them.
     Errors:
-        UserError: a width that the parent's groups do not divide; no candidate fits, which names the smallest one.
+        UserError: a width that the parent's groups do not divide; a depth that no layers make; no candidate fits, which
+            names the smallest one.
     """
 
-    def __init__(self, parent: ModelDefinition, grid: GridSchema, budget: BudgetSchema) -> None:
+    def __init__(
+        self, parent: ModelDefinition, grid: GridSchema, budget: BudgetSchema, layer_scores: np.ndarray | None = None
+    ) -> None:
         self.parent, self.budget = parent, budget
-        counts = {name: getattr(grid, name) or [parent.count(symbol)] for name, symbol in COUNTS.items()}
-        widths = {key: getattr(grid, key) or [getattr(parent, key)] for key in WIDTHS}
-        self.axes = {key: sorted(set(values)) for key, values in {**counts, **widths}.items()}
+        self.layers = _by_depth(parent, grid, layer_scores) if grid.depth else _by_type(parent, grid)
+        self.widths = {key: sorted(set(getattr(grid, key) or [getattr(parent, key)])) for key in WIDTHS}
         groups = parent.mamba_num_groups
-        for heads in self.axes["mamba_num_heads"]:
+        for heads in self.widths["mamba_num_heads"]:
             if groups and heads % groups:
                 raise UserError(
                     f"grid.mamba_num_heads has {heads}, which is no multiple of the {groups} groups of {parent.name}",
                     hint="every group has to keep as many heads as the others",
                 )
         self._parameters = None if budget.parameters is None else parse_count(budget.parameters)
+        self._least = 0 if budget.least_parameters is None else parse_count(budget.least_parameters)
         self._memory = None if budget.memory_gib is None else budget.memory_gib * GIB
         modelled = budget.speedup is not None and budget.speedup_by == "modelled"
         self._read = self.cost(whole(parent)).read / budget.speedup if modelled else None
@@ -104,23 +109,21 @@ class Candidates:
 
     def __len__(self) -> int:
         """Combinations of the grid, those outside of the budget included."""
-        size = 1
-        for values in self.axes.values():
-            size *= len(values)
-        return size
+        return len(self.layers) * prod(len(values) for values in self.widths.values())
 
     def __iter__(self) -> Iterator[Candidate]:
         # every cost is linear in the numbers of layers
         given = (self._parameters, self._memory, self._read)
-        limits = [float("inf") if limit is None else limit for limit in given]
-        for widths in product(*(self.axes[key] for key in WIDTHS)):
+        most, memory, read = (float("inf") if limit is None else limit for limit in given)
+        for widths in product(*self.widths.values()):
             fixed, per_a, per_m, per_f = self._linear(widths)
-            for a in self.axes["attention"]:
-                for m in self.axes["mamba"]:
-                    base = [x + a * y + m * z for x, y, z in zip(fixed, per_a, per_m, strict=True)]
-                    for f in self.axes["ffn"]:
-                        if all(x + f * y <= limit for x, y, limit in zip(base, per_f, limits, strict=True)):
-                            yield Candidate(a, m, f, *widths)
+            p0, pa, pm, pf = (part[0] for part in (fixed, per_a, per_m, per_f))
+            b0, ba, bm, bf = (part[1] for part in (fixed, per_a, per_m, per_f))
+            unread = b0 - fixed[2]
+            for a, m, f in self.layers:
+                size = b0 + a * ba + m * bm + f * bf
+                if self._least <= p0 + a * pa + m * pm + f * pf <= most and size <= memory and size - unread <= read:
+                    yield Candidate(a, m, f, *widths)
 
     def cost(self, candidate: Candidate) -> Cost:
         """What a candidate costs; exact for its parameters."""
@@ -134,16 +137,14 @@ class Candidates:
         memory = InferenceMemory(*total)
         return Cost(self._count(shape, candidate), memory, memory.total - self._embedding(shape))
 
-    def smallest(self) -> Candidate:
-        """The candidate that needs least of everything."""
-        return Candidate(*(self.axes[key][0] for key in ("attention", "mamba", "ffn", *WIDTHS)))
+    def smallest(self, by: Callable[[Cost], float]) -> Candidate:
+        """The candidate of the grid, within the budget or not, that costs least."""
+        widths = [values[0] for values in self.widths.values()]
+        return min((Candidate(*layers, *widths) for layers in self.layers), key=lambda made: by(self.cost(made)))
 
     def _check(self) -> None:
-        smallest = self.smallest()
-        cost = self.cost(smallest)
-        widths = f"FFN {smallest.ffn_hidden_size:,}, hidden {smallest.hidden_size:,}"
-        said = f"the smallest ({smallest.counts}, {widths})"
         budget = self.budget
+        cost, said = self._least_of(lambda cost: cost.memory.total)
         if self._memory is not None and cost.memory.total > self._memory:
             memory = cost.memory
             needed = ceil(memory.total / GIB * 100) / 100
@@ -155,12 +156,14 @@ class Candidates:
                 f"{states:.2f}",
                 hint=f"raise budget.memory_gib to {needed:.2f} or more, shorten budget.context, or widen the grid",
             )
+        cost, said = self._least_of(lambda cost: cost.parameters)
         if self._parameters is not None and cost.parameters > self._parameters:
             raise UserError(
                 f"no candidate of the grid fits budget.parameters = {budget.parameters}: {said} has "
                 f"{cost.parameters:,}",
                 hint=f"raise budget.parameters to {cost.parameters} or more, or widen the grid",
             )
+        cost, said = self._least_of(lambda cost: cost.read)
         if self._read is not None and cost.read > self._read:
             best = self._read * budget.speedup / cost.read
             raise UserError(
@@ -168,6 +171,21 @@ class Candidates:
                 f"{cost.read / GIB:.2f} GiB a step, which makes {best:.3f} times",
                 hint=f"lower budget.speedup to {best:.3f} or less, or widen the grid",
             )
+
+        if next(iter(self), None) is None:
+            limits = (
+                f"budget.{f.name} = {value}" for f in fields(budget) if (value := getattr(budget, f.name)) is not None
+            )
+            raise UserError(
+                f"no candidate of the grid meets all limits at once: {', '.join(limits)}",
+                hint="each can be met alone; widen the grid, or the range between least_parameters and the others",
+            )
+
+    def _least_of(self, by: Callable[[Cost], float]) -> tuple[Cost, str]:
+        made = self.smallest(by)
+        return self.cost(
+            made
+        ), f"the smallest ({made.counts}, FFN {made.ffn_hidden_size:,}, hidden {made.hidden_size:,})"
 
     def _shape(self, widths: tuple[int, ...]) -> ModelDefinition:
         """The parent at other widths; its pattern stands for nothing."""
@@ -198,3 +216,32 @@ class Candidates:
         fixed = (shape.other_parameters, parts[""].total, parts[""].total - self._embedding(shape))
         per = [(shape.layer_parameters(s), parts[s].total, parts[s].total) for s in (ATTENTION, MAMBA, FFN)]
         return (fixed, *per)
+
+
+def _by_type(parent: ModelDefinition, grid: GridSchema) -> list[tuple[int, int, int]]:
+    """Numbers of attention, Mamba-2 and FFN layers: every combination of the grid's."""
+    axes = (sorted(set(getattr(grid, LAYER_NAMES[s]) or [parent.count(s)])) for s in (ATTENTION, MAMBA, FFN))
+    return list(product(*axes))
+
+
+def _by_depth(parent: ModelDefinition, grid: GridSchema, scores: np.ndarray | None) -> list[tuple[int, int, int]]:
+    """Numbers of layers where the most important of the types without a list fill up to a depth."""
+    if scores is None:
+        raise ValueError("grid.depth needs the layers' scores")
+    symbols = (ATTENTION, MAMBA, FFN)
+    listed = [symbol for symbol in symbols if getattr(grid, LAYER_NAMES[symbol])]
+    free = [n for n in np.argsort(-scores, kind="stable") if parent.pattern[n] not in listed]
+    found: set[tuple[int, int, int]] = set()
+    for depth in sorted(set(grid.depth)):
+        for fixed in product(*(getattr(grid, LAYER_NAMES[symbol]) for symbol in listed)):
+            rest = depth - sum(fixed)
+            if not 0 <= rest <= len(free):
+                raise UserError(
+                    f"grid.depth = {depth} cannot be made of {sum(fixed)} layers of the types with a list and at most "
+                    f"{len(free)} others",
+                    hint="change grid.depth, or the numbers of the types",
+                )
+            kept = "".join(parent.pattern[n] for n in free[:rest])
+            counts = {**{symbol: kept.count(symbol) for symbol in symbols}, **dict(zip(listed, fixed, strict=True))}
+            found.add((counts[ATTENTION], counts[MAMBA], counts[FFN]))
+    return sorted(found)

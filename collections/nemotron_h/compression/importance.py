@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_h.compression.child import check_parent
-from nemotron_h.compression.measure import AGGREGATIONS, METRICS, Advance, measure_layers, measure_widths
+from nemotron_h.compression.measure import Advance, measure_layers, measure_widths
 from nemotron_h.compression.unfinished import Unfinished
 from nemotron_h.data.manifest import write_json
 from nemotron_h.errors import UserError
@@ -28,11 +28,10 @@ from nemotron_h.hashing import file_sha256
 from nemotron_h.inference.checkpoint import read_definition
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.model.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.schema import AGGREGATIONS, METRICS, ORDERS
 
 VALUES, RECORD = "importance.safetensors", "importance.json"
 FILES = (RECORD, VALUES)
-#: controls of a report: an importance that means something has to beat both
-ORDERS = ("importance", "random", "reversed")
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,16 @@ class Scores:
     hidden: np.ndarray
     neurons: Mapping[int, np.ndarray]
     x: Mapping[int, np.ndarray]
+
+    def ordered(self, order: str, seed: int = 0) -> Scores:
+        """These scores (`importance`), or a control that they have to beat: `random` by `seed`, or `reversed`.
+
+        Errors:
+            UserError: unknown order.
+        """
+        if order not in ORDERS:
+            raise UserError(f"order {order!r} is unknown", hint=f"use one of {', '.join(ORDERS)}")
+        return {"importance": lambda: self, "random": lambda: self.shuffle(seed), "reversed": self.reverse}[order]()
 
     def reverse(self) -> Scores:
         """The opposite order."""

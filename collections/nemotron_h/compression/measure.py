@@ -21,7 +21,6 @@ from nemotron_h.inference.model import GenerationModel
 LAYER_ELEMENTS = 1 << 24
 #: ours: elements of all removals' residual streams of one pass (float32: 256 MiB); one window at least
 STREAM_ELEMENTS = 1 << 26
-METRICS = ("mse", "kl")
 Advance = Callable[[int], None]
 
 
@@ -106,10 +105,6 @@ def _divergence(forward: Forward, whole: Tensor, removed: Tensor) -> Tensor:
             actual = forward.logits(x).double().log_softmax(-1)
             total[number] += (expected.exp() * (expected - actual)).sum()
     return total / len(whole)
-
-
-#: how a channel's values become one number: over the sequence first, then over the samples
-AGGREGATIONS = ("mean", "l2", "mean_l2", "l2_mean")
 
 
 class Sums:
