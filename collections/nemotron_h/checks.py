@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.errors import UserError
+from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, definition_from_dict
 from nemotron_h.planning.inference import BYTES
 from nemotron_h.precision.gemms import check_gemms
@@ -77,6 +78,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     check_minipuzzle(recipe, definition, origin)
     check_ranges(recipe, origin)
     check_recompute(recipe, definition, origin)
+    check_adapter(recipe.adapter, definition, f"{origin}: adapter", pipeline=recipe.parallel.pipeline)
     check_schedule(recipe, origin)
     check_measured_steps(recipe, origin)
     check_layout(recipe, definition, origin)
@@ -143,6 +145,11 @@ def check_stage(recipe: RecipeConfig, origin: str) -> None:
     """No key of another stage."""
     data = recipe.data
     check_preference(recipe, origin)
+    if recipe.adapter.kind != "none" and recipe.stage != "sft":
+        raise UserError(
+            f"{origin}: adapter.kind = {recipe.adapter.kind!r} is for stage sft; {recipe.stage} trains all weights",
+            hint="leave adapter out",
+        )
     if recipe.stage in ("sft", "preference"):
         check_one_of("data.too_long", data.too_long or "", TOO_LONG, f"{origin}: ")
         if not data.document_reset:

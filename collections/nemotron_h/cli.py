@@ -14,7 +14,7 @@ from rich.table import Table
 from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
-from nemotron_h.export.cli import export_app, import_app
+from nemotron_h.export.cli import export_app, import_app, merge_adapter
 from nemotron_h.inference.chat_cli import chat
 from nemotron_h.inference.cli import generate
 from nemotron_h.planning.cli import plan
@@ -34,6 +34,7 @@ app.command()(plan)
 app.command()(compare_precision)
 app.command()(generate)
 app.command()(chat)
+app.command()(merge_adapter)
 
 _MARKS = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 

@@ -20,6 +20,7 @@ SPEEDS = ("modelled", "measured")
 STARTS = ("pruned", "short")
 TOO_LONG = ("cut", "drop")
 PREFERENCE_LOSSES = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
+ADAPTERS = ("none", "lora", "dora")
 SCHEDULES = ("cosine", "wsd")
 RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
 BLEND_CHANGES = ("from_step",)
@@ -200,6 +201,27 @@ class PreferenceSchema:
 
 
 @dataclass
+class AdapterSchema:
+    """Low-rank adapters in place of training the weights; `sft` only.
+
+    Attributes:
+        kind: `none` (all weights are trained), `lora` (W + alpha/rank B A), or `dora` (its rows also have a trained
+            length).
+        rank: columns of B and rows of A.
+        alpha: the adapter's product is multiplied by alpha / rank.
+        dropout: of the adapter's input, in training; 0 to below 1.
+        targets: which matrices: `in_proj`, `out_proj` (Mamba-2), `linear_qkv`, `linear_proj` (attention), `linear_fc1`,
+            `linear_fc2` (FFN).
+    """
+
+    kind: str = "none"
+    rank: int = 0
+    alpha: float = 0.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass
 class CheckpointSchema:
     """When checkpoints are written and how many of the newest are kept. The last step always writes one.
 
@@ -354,6 +376,7 @@ class RecipeConfig:
     init: InitSchema = field(default_factory=InitSchema)
     minipuzzle: MiniPuzzleSchema | None = None
     preference: PreferenceSchema | None = None
+    adapter: AdapterSchema = field(default_factory=AdapterSchema)
     resume: ResumeSchema = field(default_factory=ResumeSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     log: LogSchema = field(default_factory=LogSchema)

@@ -13,6 +13,8 @@ WORKER = Path(__file__).with_name("worker.py")
 TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2", "dp2", "dp2opt", "tp2spopt")
 PURE = tuple(f"{family}-{layout}" for family in ("transformer", "mamba2") for layout in ("tp2sp", "pp2"))
 PAIRS = ("preference-tp2sp", "preference-pp2", "preference-dp2")
+ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2", "dora-tp2sp", "dora-tp2spopt")
+KINDS = ("transformer", "mamba2", "preference", "lora", "dora")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 
 
@@ -28,8 +30,12 @@ def launch(ranks: int, out: Path, names: tuple[str, ...]) -> dict[str, dict]:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("layouts")
     return {
-        **launch(1, folder / "one.pt", ("one", "oneopt", "transformer-one", "mamba2-one", "preference-one")),
-        **launch(2, folder / "two.pt", (*TWO_RANKS, *PURE, *PAIRS)),
+        **launch(
+            1,
+            folder / "one.pt",
+            ("one", "oneopt", "transformer-one", "mamba2-one", "preference-one", "lora-one", "dora-one"),
+        ),
+        **launch(2, folder / "two.pt", (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED)),
         **launch(4, folder / "four.pt", FOUR_RANKS),
     }
 
@@ -40,7 +46,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *FOUR_RANKS])
+@pytest.mark.parametrize("name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FOUR_RANKS])
 def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
     family = name.partition("-")[0] + "-" if "-" in name else ""
     one, other = results[f"{family}one"], results[name]

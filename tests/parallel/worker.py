@@ -2,7 +2,7 @@
 
 Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
 or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass;
-`preference-tp2` learns from packed pairs of answers.
+`preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
 from nemotron_h.data.preference_module import pair_window  # noqa: E402
+from nemotron_h.model import adapters, init  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.schema import AdapterSchema  # noqa: E402
 from nemotron_h.training.preference_loss import PreferenceLoss  # noqa: E402
 
 #: the hybrid and the pure patterns; 5, 6 and 3 layers, so that two stages are uneven or part a pair
@@ -46,6 +48,8 @@ FAMILIES = {
     "mamba2": {"hybrid_override_pattern": "MMM"},
     "preference": {"hybrid_override_pattern": "M-M*-"},
 }
+ADAPTED = ("lora", "dora")
+TARGETS = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 
@@ -99,6 +103,20 @@ def assemble(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
+def draw_adapters(module: torch.nn.Module) -> None:
+    """Adapters as large as the weights, the same in every layout."""
+    for layer in module.decoder.layers:
+        for name, linear in adapters.adapted(layer):
+            adapter, key = linear.adapter, f"{layer.layer_number}.{name}"
+            rank, size = adapter.group.rank(), adapter.group.size()
+            split = {} if adapter.row_parallel else {"axis": 0, "tp_rank": rank, "tp_size": size}
+            if name.endswith("in_proj"):
+                split["sections"] = layer.mixer.in_proj_sections
+            init.fill(adapter.b, f"{key}.b", init.normal(0.2), 7, **split)
+            if adapter.magnitude is not None:
+                init.fill(adapter.magnitude, f"{key}.magnitude", init.uniform(1.0, 3.0), 7, **split)
+
+
 def loss_of(mask_free_loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Mean over tokens of a micro-batch."""
     loss = mask_free_loss.mean()
@@ -123,6 +141,8 @@ def forward(iterator, model):
 def train(name: str) -> dict[str, object]:
     """Losses of every step, gradients of the first, and final weights."""
     family = name.partition("-")[0] if "-" in name else "nemotron_h"
+    kind = family if family in ADAPTED else "none"
+    family = "nemotron_h" if family in ADAPTED else family
     shape = layout(name)
     parallel_state.initialize_model_parallel(shape["tp"], shape["pp"])
     model_parallel_cuda_manual_seed(1)
@@ -148,9 +168,11 @@ def train(name: str) -> dict[str, object]:
         tensor_model_parallel_size=shape["tp"],
         pipeline_model_parallel_size=shape["pp"],
         sequence_parallel=shape["sp"],
+        adapter=AdapterSchema(kind, 4, 8.0, 0.0, TARGETS) if kind != "none" else None,
         **(RECOMPUTE if name.endswith("again") else {}),
     )
     module = config.configure_model(None)
+    draw_adapters(module)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
     model = DistributedDataParallel(config, ddp, module)
     optimizer = get_megatron_optimizer(
@@ -182,8 +204,10 @@ def train(name: str) -> dict[str, object]:
         if step == 0 and not shape["opt"]:
             weights = {n: p.data.clone() for n, p in module.named_parameters()}
             for p in module.parameters():
-                p.data.copy_(p.main_grad)
+                p.data.copy_(p.main_grad if p.requires_grad else torch.zeros_like(p))
             gradients = assemble(module)
+            if kind != "none":
+                gradients = {key: value for key, value in gradients.items() if ".adapter." in key}
             for n, p in module.named_parameters():
                 p.data.copy_(weights[n])
         _, norm, _ = optimizer.step()

@@ -57,6 +57,7 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
     from nemo.collections import llm
 
     from nemotron_h.data.sft_module import ConversationDataModule
+    from nemotron_h.training.callbacks.adapter_table import AdapterTable
 
     tuned = parsed(factory_of(name), "resume.init_checkpoint=there", "data.too_long=drop", command="finetune")
     base = parsed(name.split("/")[0])
@@ -64,7 +65,9 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
     assert (tuned.resume.init_checkpoint, tuned.data.too_long, tuned.tokenizer) == ("there", "drop", "data")
     assert tuned.model.config.calculate_per_token_loss is True
     assert tuned.model.config.hybrid_override_pattern == base.model.config.hybrid_override_pattern
-    assert [c.__fn_or_cls__ for c in tuned.trainer.callbacks] == [c.__fn_or_cls__ for c in base.trainer.callbacks]
+    shared = [c.__fn_or_cls__ for c in tuned.trainer.callbacks if c.__fn_or_cls__ is not AdapterTable]
+    assert shared == [c.__fn_or_cls__ for c in base.trainer.callbacks]
+    assert (shared == [c.__fn_or_cls__ for c in tuned.trainer.callbacks]) == (tuned.model.config.adapter is None)
     assert tuned.log.explicit_log_dir != base.log.explicit_log_dir
 
 
@@ -81,6 +84,17 @@ def test_a_preference_factory_is_of_the_same_model_and_has_a_name_of_its_own(par
     assert (task.model.beta, task.resume.__fn_or_cls__, task.resume.init_checkpoint) == (0.5, PreferenceResume, "there")
     assert task.model.config.calculate_per_token_loss is True
     assert task.model.config.hybrid_override_pattern == base.model.config.hybrid_override_pattern
+
+
+@pytest.mark.slow
+def test_a_variant_has_a_name_of_its_own(parsed) -> None:
+    from nemotron_h.training.callbacks.adapter_table import AdapterTable
+
+    lora = parsed("nemotron_h_tiny_sft_lora", "model.config.adapter.rank=4", command="finetune")
+    assert (lora.model.config.adapter.kind, lora.model.config.adapter.rank) == ("lora", 4)
+    assert lora.trainer.callbacks[0].__fn_or_cls__ is AdapterTable
+    assert lora.log.explicit_log_dir == "runs/nemotron_h_tiny_sft_lora"
+    assert parsed("nemotron_h_tiny", command="finetune").model.config.adapter is None
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from nemotron_h.compose import compose
 from nemotron_h.errors import UserError
 
 TINY, LARGE, NANO, MAMBA = "nemotron_h_tiny", "nemotron_h_8b", "nano_12b_v2", "mamba2_8b"
-SFT = "nemotron_h_tiny/sft"
+SFT, LORA = "nemotron_h_tiny/sft", "nemotron_h_tiny/sft_lora"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,30 @@ SFT = "nemotron_h_tiny/sft"
         (SFT, ["data.too_long=truncate"], ("data.too_long = 'truncate'", "Known: cut, drop")),
         (SFT, ["data.document_reset=false"], ("data.document_reset = false",)),
         (SFT, ["resume.blend_change=from_step"], ("resume.blend_change is for pretraining",)),
+        # adapters
+        (TINY, ["adapter.kind=lora"], ("adapter.kind = 'lora' is for stage sft", "leave adapter out")),
+        (SFT, ["adapter.kind=lorra"], ("adapter.kind = 'lorra'", "Did you mean lora?")),
+        (SFT, ["adapter.rank=8"], ("adapter.rank is unused: adapter.kind is none",)),
+        (LORA, ["adapter.kind=none"], ("adapter.rank is unused: adapter.kind is none",)),
+        (LORA, ["adapter.rank=0"], ("adapter.rank = 0 is not positive",)),
+        (LORA, ["adapter.rank=-4"], ("adapter.rank = -4 is not positive",)),
+        (LORA, ["adapter.alpha=0"], ("adapter.alpha = 0.0 is not positive",)),
+        (LORA, ["adapter.dropout=1"], ("adapter.dropout = 1.0 is not in [0, 1)",)),
+        (LORA, ["adapter.rank=500"], ("adapter.rank = 500 is above the smaller side of in_proj, 256",)),
+        (LORA, ["adapter.targets=[]"], ("adapter.targets is empty", "in_proj, out_proj, linear_qkv")),
+        (LORA, ["adapter.targets=[in_prj]"], ("has 'in_prj', which matches nothing", "Did you mean in_proj?")),
+        (LORA, ["adapter.targets=[in_proj,in_proj]"], ("names 'in_proj' twice",)),
+        (LORA, ["adapter.dims=[1]"], ("unknown key adapter.dims",)),
+        (
+            "nemotron_t_8b/sft",
+            ["adapter.kind=lora", "adapter.rank=8", "adapter.alpha=8", "adapter.targets=[linear_fc1,in_proj]"],
+            ("has 'in_proj', which matches nothing: nemotron_t_8b has no mamba layers", "it has linear_qkv"),
+        ),
+        (
+            "nemotron_h_8b/sft_lora",
+            ["parallel.pipeline=8", "adapter.targets=[linear_qkv]"],
+            ("are in no layer of pipeline stage 0 of 8",),
+        ),
         # ranges
         (TINY, ["data.global_batch_size=0"], ("data.global_batch_size = 0 is below 1",)),
         (TINY, ["parallel.tensor=0"], ("parallel.tensor = 0 is below 1", "set parallel.tensor to 1")),

@@ -27,6 +27,18 @@ phases:
   - {name: second, weights: {web: 30, math: 70}}
 """
 
+TUNING_STEPS = 6
+
+TALK = """
+name: talk
+tokenizer: {kind: bpe, blend: words}
+chat_template: nemotron_h
+sources:
+  talk: {category: chat, format: jsonl, chat: messages, path: talk.jsonl, licence: ours, validation: 0.1}
+phases:
+  - {name: all, weights: {chat: 100}}
+"""
+
 RECIPE = """
 # @package _global_
 defaults:
@@ -147,3 +159,42 @@ def straight(small: Small) -> dict[int, dict]:
     """What each step of an uninterrupted run did."""
     small.train("straight")
     return small.steps("straight")
+
+
+def sft_recipe(small: Small, name: str) -> Path:
+    """The recipe of `Small` as a fine-tuning from the run `straight`."""
+    text = small.recipe(name).read_text()
+    for before, after in (
+        ("- /base/pretrain", "- /base/sft"),
+        ("tokens: 6144 # 12 steps", f"tokens: {TUNING_STEPS * 512}\ninit: {{checkpoint: {small.run_dir('straight')}}}"),
+        ("words.yaml", "talk.yaml"),
+        ("peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024", "peak_lr: 3e-3, final_lr: 1e-4, warmup_tokens: 512"),
+        ("every_steps: 4", "every_steps: 3"),
+        ("validate_every_steps: 6", "validate_every_steps: 3"),
+    ):
+        assert before in text
+        text = text.replace(before, after)
+    path = small.folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="session")
+def talk(small: Small, straight: dict[int, dict]) -> Small:
+    """With conversations prepared beside the texts that `straight` was trained on."""
+    draw = random.Random(2)
+    words = (small.folder / "low.jsonl").read_text().split()[:400]
+    words = [word for word in words if word.isalpha()]
+
+    def said() -> str:
+        return " ".join(draw.choices(words, k=draw.randint(1, 12)))
+
+    lines = [
+        {"messages": [{"role": role, "content": said()} for role in ("user", "assistant") * draw.randint(1, 2)]}
+        for _ in range(300)
+    ]
+    (small.folder / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (small.folder / "talk.yaml").write_text(TALK)
+    arguments = ["data", "prepare", "--blend", str(small.folder / "talk.yaml"), "--root", str(small.folder / "data")]
+    subprocess.run([sys.executable, "-m", "nemotron_h", *arguments], check=True, capture_output=True, text=True)
+    return small

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from nemotron_h.data.manifest import write_json
+from nemotron_h.export import torch_dist
 from nemotron_h.export.names import Weight, weights
+from nemotron_h.export.torch_dist import Advance
 from nemotron_h.inference.checkpoint import WEIGHTS
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.training import checkpoints
@@ -24,49 +23,33 @@ DEFINITION = "model.yaml"
 TOKENIZER = "tokenizer"
 #: what stands before a weight's name in a training checkpoint
 _PREFIX = "module."
-#: how megatron-core names the format
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
-Advance = Callable[[int], None]
 #: the tensors of a row, under our names
 Read = Callable[[Weight], Mapping[str, Tensor]]
 
 
-class _LazyPlanner(dcp.DefaultSavePlanner):
-    """PyTorch's planner over tensors without memory, whose values are read when they are written."""
+class _Rows:
+    """The checkpoint's tensors in the order of the table of weights, which are read row by row."""
 
-    def __init__(self, read: Read, dtype: torch.dtype, advance: Advance) -> None:
-        super().__init__()
-        self.read, self.dtype, self.advance = read, dtype, advance
+    def __init__(self, definition: ModelDefinition, dtype: torch.dtype, read: Read) -> None:
+        self.empty: dict[str, Tensor] = {}
         self.rows: dict[str, Weight] = {}
+        self._read = read
         self._last: tuple[Weight, Mapping[str, Tensor]] | None = None
-
-    def empty(self, definition: ModelDefinition) -> dict[str, Tensor]:
-        """The checkpoint's tensors, without memory."""
-        state = {}
         for row in weights(definition):
             # the layers of the CPU and those of Transformer Engine look for a norm under different names
             for name in (*row.ours, *([row.fused] if row.fused else [])):
                 shape = row.ours.get(name) or next(iter(row.ours.values()))
-                state[_PREFIX + name] = torch.empty(shape, dtype=row.dtype(self.dtype), device="meta")
+                self.empty[_PREFIX + name] = torch.empty(shape, dtype=row.dtype(dtype), device="meta")
                 self.rows[_PREFIX + name] = row
-        return state
 
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """Called for one tensor after the other."""
-        row = self.rows[index.fqn]
-        name = index.fqn.removeprefix(_PREFIX)
+    def tensor(self, key: str) -> Tensor:
+        """One tensor of the checkpoint."""
+        row = self.rows[key]
         if self._last is None or self._last[0] is not row:  # a row's tensors follow each other
-            self._last = row, self.read(row)
-        tensor = self._last[1].get(name)
-        if tensor is None:  # the norm's other name
-            tensor = next(iter(self._last[1].values()))
-        self.advance(tensor.nbytes)
-        return tensor
+            self._last = row, self._read(row)
+        tensor = self._last[1].get(key.removeprefix(_PREFIX))
+        # the norm's other name
+        return next(iter(self._last[1].values())) if tensor is None else tensor
 
 
 def size(definition: ModelDefinition, dtype: torch.dtype) -> int:
@@ -90,11 +73,8 @@ def write_weights(
         read: gives the tensors of one row after the other, in the dtypes that the row has in a model of `dtype`.
         advance: told the bytes of each written tensor.
     """
-    planner = _LazyPlanner(read, dtype, advance)
-    target = folder / WEIGHTS
-    dcp.save(planner.empty(definition), storage_writer=dcp.FileSystemWriter(target), planner=planner, no_dist=True)
-    torch.save({}, target / "common.pt")
-    (target / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+    rows = _Rows(definition, dtype, read)
+    torch_dist.save(folder / WEIGHTS, rows.empty, rows.tensor, advance)
 
 
 def finish(folder: Path, definition: ModelDefinition, record: Mapping[str, Any], comment: str) -> None:

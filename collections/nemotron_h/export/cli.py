@@ -136,3 +136,27 @@ def import_hf(
         hf_reader.write(source, out, lambda done: bar.advance(task, done))
     parameters = f"{source.definition.parameters:,} parameters"
     typer.echo(f"{out}: {source.definition.name}, {parameters} in {str(source.dtype).removeprefix('torch.')}")
+
+
+def merge_adapter(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write; must not exist.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Where the checkpoint it was trained on is now.", show_default="where it was"),
+    ] = None,
+) -> None:
+    """Write a LoRA or DoRA checkpoint as a whole one: its base's weights with the adapter's changes added.
+
+    Every other weight stays as it is, bit for bit. `generate` and `export` read a checkpoint of an adapter as it is;
+    a new run, or a move to another place without the base, needs a merged one.
+    """
+    from nemotron_h.export import merge
+    from nemotron_h.inference.checkpoint import find_checkpoint
+
+    plan = merge.plan(find_checkpoint(checkpoint), base)
+    with progress() as bar:
+        task = bar.add_task("merging", total=plan.size)
+        merge.write(plan, out, lambda done: bar.advance(task, done))
+    changed = f"{len(plan.weights.adapted)} of {len(plan.weights.shapes)} tensors changed"
+    typer.echo(f"{out}: {plan.size / 1e9:,.2f} GB, {changed}, of {plan.checkpoint} and {plan.weights.base}")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nemotron_h.export.names import Weight, weights
-from nemotron_h.inference.checkpoint import WeightFile, read_definition, read_record
+from nemotron_h.inference.adapted import open_weights
+from nemotron_h.inference.checkpoint import read_definition, read_record
 
 
 class ModelSource:
@@ -29,7 +30,7 @@ class ModelSource:
     def __init__(self, checkpoint: Path) -> None:
         record = read_record(checkpoint)
         self.definition = read_definition(record, f"checkpoint {checkpoint}")
-        self._file = WeightFile(checkpoint)
+        self._file = open_weights(checkpoint)
         self.rows = list(weights(self.definition))
         self.dtype = self._file.dtypes[next(iter(self.rows[0].ours))]
         self.seq_length: int | None = (record.get("data") or {}).get("seq_length")

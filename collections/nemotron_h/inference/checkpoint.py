@@ -25,8 +25,9 @@ from nemotron_h.model.definition import Expect, ModelDefinition
 from nemotron_h.training import checkpoints
 
 WEIGHTS = "weights"
-#: a weight that every checkpoint has; what stands before it in its key is the prefix of all keys
+#: a weight that every whole checkpoint has; what stands before `decoder` in its key is the prefix of all keys
 _LAST_NORM = "decoder.final_norm.weight"
+_FIRST_PART = "decoder."
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -129,16 +130,18 @@ class WeightFile:
     """The weights of one checkpoint, by their names in the model (without the prefix of the training wrapper).
 
     Args:
-        checkpoint: a folder as `find_checkpoint` returns it.
+        checkpoint: a folder as `find_checkpoint` returns it. One of an adapter is read by `adapted.open_weights`.
+        last: end of the name of a weight that the checkpoint has.
     Errors:
         UserError: the index is missing or damaged.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, last: str = _LAST_NORM) -> None:
         self.checkpoint = checkpoint
         try:
             metadata = _Reader(str(checkpoint / WEIGHTS)).read_metadata()
-            prefix = next(k for k in metadata.state_dict_metadata if _is_model_key(k)).removesuffix(_LAST_NORM)
+            key = next(k for k in metadata.state_dict_metadata if k.endswith(last) and not k.startswith("optimizer"))
+            prefix = key[: key.index(_FIRST_PART)]
         except (OSError, pickle.UnpicklingError, EOFError, AttributeError, StopIteration, ValueError) as error:
             raise UserError(f"checkpoint {checkpoint} is damaged: {WEIGHTS}/.metadata: {error!r}") from error
         self.prefix, self._places = prefix, metadata.storage_data
@@ -199,7 +202,3 @@ class WeightFile:
         except (OSError, zipfile.BadZipFile) as error:
             return where, str(error)
         return where, "does not match its checksum" if wrong else ""
-
-
-def _is_model_key(key: str) -> bool:
-    return key.endswith(_LAST_NORM) and not key.startswith("optimizer")

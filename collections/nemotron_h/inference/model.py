@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.inference.adapted import open_weights
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.inference.states import KeyValueCache, MambaState, States
 from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
@@ -253,7 +254,7 @@ def load_model(
     """
     checkpoint = find_checkpoint(Path(checkpoint))
     definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
-    reader = _Reader(WeightFile(checkpoint), definition, dtype, device)
+    reader = _Reader(open_weights(checkpoint), definition, dtype, device)
     ends = [
         reader.vocabulary("embedding.word_embeddings.weight"),
         reader.take("decoder.final_norm.weight", definition.hidden_size),

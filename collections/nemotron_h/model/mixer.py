@@ -261,8 +261,11 @@ class NemotronHMixer(MegatronModule):
             else:
                 shards = sharded_state_dict_default(module, child, sharded_offsets, metadata)
             state.update(shards)
+        in_proj = (self.in_proj_sections, ["z", "x", "B", "C", "dt"])
+        adapter = [key for key in ("b", "magnitude") if f"{prefix}in_proj.adapter.{key}" in state]
         for key, sections, parts in (
-            ("in_proj.weight", self.in_proj_sections, ["z", "x", "B", "C", "dt"]),
+            ("in_proj.weight", *in_proj),
+            *((f"in_proj.adapter.{key}", *in_proj) for key in adapter),
             ("conv1d.weight", self.conv_sections, ["x", "B", "C"]),
             ("conv1d.bias", self.conv_sections, ["x", "B", "C"]),
         ):

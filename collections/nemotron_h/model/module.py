@@ -16,13 +16,15 @@ from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
 
 from nemotron_h.errors import UserError
-from nemotron_h.model import init
+from nemotron_h.model import adapters, init
+from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, plain_stack_spec, stack_spec
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 from nemotron_h.runtime import gpu
+from nemotron_h.schema import AdapterSchema
 
 
 def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
@@ -52,7 +54,14 @@ def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 class NemotronHMegatronModel(MegatronMambaModel):
-    """megatron-core's Mamba model with layout-independent initial weights and document boundaries."""
+    """megatron-core's Mamba model with layout-independent initial weights, document boundaries and adapters.
+
+    Attributes:
+        state_part: which weights `sharded_state_dict` holds, one of `adapters.PARTS`: checkpoints of adapters hold no
+            more than these.
+    """
+
+    state_part = "all"
 
     def __init__(self, config: NemotronHConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -60,20 +69,44 @@ class NemotronHMegatronModel(MegatronMambaModel):
             # megatron-core builds this layer itself; the class adds no state, only how it multiplies
             self.output_layer.__class__ = CpuColumnParallelLinear
         self._register_load_state_dict_pre_hook(self._expect_no_extra_state)
+        self._register_load_state_dict_pre_hook(self._expect_a_part)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """megatron-core's, without Transformer Engine's `_extra_state`.
+        """megatron-core's of `state_part`, without Transformer Engine's `_extra_state`.
 
         The scales of all recipes here come from the tensors at hand, so there is no FP8 state to keep, and a checkpoint
         without it continues in any precision.
         """
         state = super().sharded_state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        if self.state_part == "all":
+            return state
+        wanted = self.state_part == "adapter"
+        return {key: value for key, value in state.items() if adapters.is_adapter_key(key) == wanted}
 
     def _expect_no_extra_state(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         for name, module in self.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 state_dict.setdefault(f"{prefix}{name}._extra_state", None)
+
+    def _expect_a_part(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """What is loaded may be the base alone, or the adapters alone; DoRA's lengths begin at the base's."""
+        tuned = list(adapters.adapted(self))
+        parts = {
+            adapters.is_adapter_key(name)
+            for name in state_dict
+            if name.startswith(prefix) and not name.endswith("_extra_state")
+        }
+        if not tuned or len(parts) != 1:
+            return
+        base = not parts.pop()
+        own = {name: p for name, p in self.named_parameters() if adapters.is_adapter_key(name) == base}
+        state_dict.update({f"{prefix}{name}": p.detach() for name, p in own.items()})
+        if base:
+            for name, layer in tuned:
+                if layer.adapter.magnitude is not None:
+                    lengths = layer.adapter.lengths(state_dict[f"{prefix}{name}.weight"].to(layer.weight))
+                    state_dict[f"{prefix}{name}.adapter.magnitude"] = lengths
 
     def forward(  # type: ignore[override]
         self,
@@ -100,6 +133,9 @@ class NemotronHMegatronModel(MegatronMambaModel):
         if attention_mask is not None:
             raise ValueError("Nemotron-H derives its attention mask from seq_idx; pass attention_mask=None")
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        if embedded is not None and self.config.adapter is not None and self.training and torch.is_grad_enabled():
+            # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
+            embedded.requires_grad_()
         hidden = self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
         if not self.post_process:
             return hidden
@@ -161,6 +197,7 @@ class NemotronHConfig(SSMConfig):
         recompute_mamba, recompute_attention, recompute_ffn: what the backward pass computes again instead of keeping,
             by layer type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (the squared
             ReLU's output is not kept).
+        adapter: what is trained in place of the weights, or None.
     """
 
     definition_name: str = ""
@@ -172,6 +209,7 @@ class NemotronHConfig(SSMConfig):
     recompute_mamba: str = "none"
     recompute_attention: str = "none"
     recompute_ffn: str = "none"
+    adapter: AdapterSchema | None = None
 
     normalization: str = "RMSNorm"
     position_embedding_type: str = "none"
@@ -216,6 +254,10 @@ class NemotronHConfig(SSMConfig):
                 self.num_attention_heads = self.num_query_groups = self.mamba_num_heads
             if FFN not in pattern:
                 self.ffn_hidden_size = self.hidden_size
+        if self.adapter == AdapterSchema():
+            self.adapter = None
+        if self.adapter is not None:
+            self.fuse_weight_gradients = False  # there are none to fuse
         super().__post_init__()
 
     def definition(self) -> ModelDefinition:
@@ -250,7 +292,7 @@ class NemotronHConfig(SSMConfig):
         """Build this rank's part of the model.
 
         Errors:
-            UserError: the tokenizer's vocabulary is larger than the model's.
+            UserError: the tokenizer's vocabulary is larger than the model's; an adapter that cannot be.
         """
         if tokenizer is not None and tokenizer.vocab_size != self.vocab_size:
             raise UserError(
@@ -271,6 +313,14 @@ class NemotronHConfig(SSMConfig):
             post_process=parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
         )
         model.initialize(self.init_seed)
+        if self.adapter is not None:
+            check_adapter(
+                self.adapter,
+                self.definition(),
+                "model.config.adapter",
+                pipeline=self.pipeline_model_parallel_size,
+            )
+            adapters.attach(model, self.adapter, self.init_seed)
         return model
 
 

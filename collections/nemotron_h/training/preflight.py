@@ -9,6 +9,7 @@ from typing import Any
 from nemo.utils.app_state import AppState
 
 from nemotron_h.errors import UserError
+from nemotron_h.model.adapter_targets import check_adapter, trained_parameters
 from nemotron_h.model.definition import ModelDefinition
 
 #: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments
@@ -16,15 +17,20 @@ CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
 def check_layout(trainer: Any, model: Any) -> None:
-    """Check model, parallel layout and disk.
+    """Check model, adapter, parallel layout and disk.
 
     Errors:
-        UserError: the pattern breaks the family's rules, a dimension does not split, the ranks do not divide, or the
-            disk cannot hold the checkpoints; names the key and a value that fits.
+        UserError: the pattern breaks the family's rules, a dimension does not split, the ranks do not divide, the
+            adapter cannot be, or the disk cannot hold the checkpoints; names the key and a value that fits.
     """
     definition = model.config.definition()
     check_split(definition, trainer.strategy, trainer.num_devices * trainer.num_nodes)
-    check_disk(definition.parameters * CHECKPOINT_BYTES_PER_PARAMETER, Path(AppState().log_dir))
+    parameters, adapter = definition.parameters, model.config.adapter
+    if adapter is not None:
+        stages = trainer.strategy.pipeline_model_parallel_size
+        check_adapter(adapter, definition, "model.config.adapter", pipeline=stages)
+        parameters = trained_parameters(adapter, definition)
+    check_disk(parameters * CHECKPOINT_BYTES_PER_PARAMETER, Path(AppState().log_dir))
 
 
 def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from nemo.utils.app_state import AppState
 from nemotron_h.checks import check_blend_change
 from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.errors import UserError
+from nemotron_h.inference.adapted import adapter_record, find_base
 from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import plain, vars_of
@@ -95,9 +97,18 @@ class ResumeRun(nl.AutoResume):
                 raise UserError(f"{AppState().log_dir} has no finished checkpoint and resume.must_exist is set")
             if self.init_checkpoint is not None:
                 self._start_from(find_checkpoint(Path(self.init_checkpoint).expanduser()), trainer, model)
+            elif model.config.adapter is not None:
+                raise UserError(
+                    "an adapter needs the weights that it changes: init.checkpoint is not set",
+                    hint="name a run or a checkpoint: init.checkpoint in the recipe, or resume.init_checkpoint=RUN",
+                )
             return
-        self._check_model(path, model, "restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR")
+        elsewhere = "restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR"
+        self._check_model(path, model, elsewhere)
+        self._check_adapter(path, model, elsewhere)
         self._leave_if_complete(path, trainer)
+        if model.config.adapter is not None:
+            self._freeze(find_base(path, self.init_checkpoint), trainer)
         if self.blend_change is not None:
             trainer.callbacks.append(DeclareBlendChange(self.blend_change))
 
@@ -107,10 +118,37 @@ class ResumeRun(nl.AutoResume):
         if problems:
             raise UserError(f"init.checkpoint: {checkpoint} is damaged: {'; '.join(problems[:3])}")
         self._check_model(checkpoint, model, "name a checkpoint of this model, or take the recipe of the checkpoint's")
+        if adapter_record(checkpoint) is not None:
+            raise UserError(
+                f"init.checkpoint: {checkpoint} holds an adapter alone",
+                hint=f"make a whole checkpoint of it first: nemotron-h merge-adapter {checkpoint} OUT",
+            )
+        if model.config.adapter is not None:
+            self._freeze(checkpoint, trainer)
         trainer.strategy.restore_config = nl.RestoreConfig(path=str(checkpoint), load_optim_state=False)
         trainer.callbacks.append(CheckTokenizer(checkpoint))
         if self._rank == 0:
             print(f"weights from {checkpoint}")
+
+    def _freeze(self, base: Path, trainer: Any) -> None:
+        """Read the frozen weights from this checkpoint."""
+        problems = self._damage(base)
+        if problems:
+            raise UserError(f"the adapter's base {base} is damaged: {'; '.join(problems[:3])}")
+        trainer.strategy.adapter_base = base
+
+    @staticmethod
+    def _check_adapter(path: Path, model: Any, hint: str) -> None:
+        """Refuse to go on with another adapter; its dropout may change, which no weight depends on."""
+        recorded, adapter = adapter_record(path) or {"kind": "none"}, model.config.adapter
+        current = {"kind": "none"} if adapter is None else plain(dataclasses.asdict(adapter))
+        changed = [
+            f"{key}: {recorded.get(key, 'not set')} in the checkpoint, {current.get(key, 'not set')} now"
+            for key in ("kind", "rank", "alpha", "targets")
+            if recorded.get(key) != current.get(key)
+        ]
+        if changed:
+            raise UserError(f"checkpoint {path} is of another adapter: {'; '.join(changed)}", hint=hint)
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         run_dir = Path(AppState().log_dir)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import nemo_run as run
 from nemo.collections import llm
 
 from nemotron_h.data.sft_module import ConversationDataModule
 from nemotron_h.runtime import settings
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema import AdapterSchema, RecipeConfig
+from nemotron_h.training.callbacks.adapter_table import AdapterTable
 from nemotron_h.training.pretrain import assemble
 
 
@@ -22,5 +25,8 @@ def build(recipe: RecipeConfig) -> run.Partial:
     # windows differ in how many tokens they teach: a mean over all of a step's, not of micro-batches' means
     task.model.config.calculate_per_token_loss = True
     task.resume.init_checkpoint = recipe.init.checkpoint
+    if recipe.adapter.kind != "none":
+        task.model.config.adapter = run.Config(AdapterSchema, **dataclasses.asdict(recipe.adapter))
+        task.trainer.callbacks.insert(0, run.Config(AdapterTable))
     settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task

@@ -6,6 +6,8 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
+from nemotron_h.model import adapters
 from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
 
 logger = logging.getLogger(__name__)
@@ -57,7 +60,13 @@ class NemotronHStrategy(nl.MegatronStrategy):
             is called, and the Mamba-2 mixer reads its convolution and norm without calling them.
         pipeline_dtype: dtype between pipeline stages; None takes the precision plugin's.
         kwargs: as `nemo.lightning.MegatronStrategy`.
+
+    Attributes beyond NeMo's:
+        adapter_base: the checkpoint of the frozen weights, where the model has adapters. Checkpoints then hold the
+            adapters and their optimizer alone.
     """
+
+    adapter_base: Path | None = None
 
     def __init__(
         self,
@@ -97,3 +106,22 @@ class NemotronHStrategy(nl.MegatronStrategy):
         overlap = self.overlap_grad_reduce
         several = AppState().data_parallel_size > 1
         self.ddp_config.overlap_grad_reduce = several and torch.cuda.is_available() if overlap is None else overlap
+
+    def _only(self, part: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.adapter_base is None else adapters.only(part, self.megatron_parallel)
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As NeMo does; without the frozen weights of an adapted model."""
+        with self._only("adapter"):
+            super().save_checkpoint(*args, **kwargs)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
+        """As NeMo does; of an adapted model, initial weights are the base's, and resuming reads the base first."""
+        if self.adapter_base is None or selective_restore:
+            with self._only("base"):
+                return super().load_checkpoint(checkpoint_path, selective_restore)
+        base = self.load_checkpoint(self.adapter_base, selective_restore=True)
+        self.load_model_state_dict(base)
+        del base
+        with self._only("adapter"):
+            return super().load_checkpoint(checkpoint_path, selective_restore)

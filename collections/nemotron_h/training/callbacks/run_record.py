@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import nemo_run as run
 import torch
 
+from nemotron_h.inference.adapted import describe_base
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
 from nemotron_h.schema import STAGES
@@ -132,6 +133,7 @@ class RunRecord(pl.Callback):
                 "sequence": strategy.sequence_parallel,
             },
             "model": plain(vars_of(config)),
+            **adapter_of(config, strategy),
             "data": data.record(),
             "metrics": metrics,
             "throughput": next((cb.record() for cb in trainer.callbacks if isinstance(cb, Throughput)), None),
@@ -182,3 +184,10 @@ def note(task: run.Partial, changed: Sequence[str]) -> None:
 def vars_of(config: Any) -> dict[str, Any]:
     """The definition that the built model follows."""
     return dataclasses.asdict(config.definition())
+
+
+def adapter_of(config: Any, strategy: Any) -> dict[str, Any]:
+    """What the checkpoints of an adapted model lack: the adapter's settings, and which checkpoint it changes."""
+    if config.adapter is None or strategy.adapter_base is None:
+        return {}
+    return {"adapter": {**plain(dataclasses.asdict(config.adapter)), "base": describe_base(strategy.adapter_base)}}

@@ -1,0 +1,222 @@
+"""LoRA and DoRA on the layers' matrices, in Megatron's tensor and sequence parallelism.
+
+A matrix W [outputs, inputs] keeps its weights, and its output becomes
+
+    lora   W x + s B A x
+    dora   m / |W + s B A| * (W x + s B A x)        rows of m and of the norm are those of W
+
+with A [rank, inputs], B [outputs, rank] and s = alpha / rank; B begins at 0 and m at |W|, so that an untrained adapter
+changes nothing. The norm is a constant for the gradients (DoRA, arXiv:2402.09353, 4.3).
+
+NeMo's own LoRA is not used: it has no layout of `in_proj` whose parts z, x, B, C, dt are split over ranks one by one,
+its DoRA takes norms over the inputs of one rank, and its recipes refuse this family.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from nemotron_h.model import init
+from nemotron_h.model.adapter_targets import TARGETS
+from nemotron_h.schema import AdapterSchema
+
+#: of an adapted layer's submodule, and so in the names of its weights
+NAME = "adapter"
+PARTS = ("all", "base", "adapter")
+
+
+class Adapter(nn.Module):
+    """The trained part beside one matrix.
+
+    Args:
+        settings: kind, rank, alpha, dropout.
+        weight: this rank's part of the matrix.
+        row_parallel: whether the matrix is split along its inputs over the tensor-parallel ranks (else its outputs).
+        sequence_parallel: whether activations outside the layer are split along the sequence.
+    """
+
+    def __init__(
+        self, settings: AdapterSchema, weight: nn.Parameter, row_parallel: bool, sequence_parallel: bool
+    ) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        self.scale = settings.alpha / settings.rank
+        self.dropout, self.row_parallel, self.sequence_parallel = settings.dropout, row_parallel, sequence_parallel
+        self.group = parallel_state.get_tensor_model_parallel_group()
+        like = {"dtype": weight.dtype, "device": weight.device}
+        self.a = nn.Parameter(torch.empty(settings.rank, inputs, **like))
+        self.b = nn.Parameter(torch.zeros(outputs, settings.rank, **like))
+        self.magnitude = None
+        if settings.kind == "dora":
+            self.magnitude = nn.Parameter(torch.ones(outputs, dtype=torch.float32, device=weight.device))
+        # which are split, and along which axis; of the others a rank sees a part of the sequence, or all of it
+        for name, parameter in self.named_parameters():
+            split = (name == "a") == row_parallel
+            set_tensor_model_parallel_attributes(parameter, split, 1 if name == "a" else 0, 1)
+            parameter.sequence_parallel = sequence_parallel and not split
+
+    def initialize(self, name: str, seed: int) -> None:
+        """Draw A from (seed, the matrix's global name), uniform as `nn.Linear`'s weight: the same in any layout."""
+        ranks = self.group.size() if self.row_parallel else 1
+        bound = 1 / math.sqrt(self.a.shape[1] * ranks)
+        shard = {"axis": 1, "tp_rank": self.group.rank(), "tp_size": ranks} if self.row_parallel else {}
+        init.fill(self.a, f"{name}.{NAME}.a", init.uniform(-bound, bound), seed, **shard)
+
+    @torch.no_grad()
+    def lengths(self, weight: Tensor) -> Tensor:
+        """|W + s B A| of every row of this rank, [outputs], in float32 at least."""
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        rows = torch.addmm(weight.to(exact), self.b.to(exact), self.a.to(exact), alpha=self.scale)
+        squares = rows.square().sum(dim=1)
+        if self.row_parallel:
+            torch.distributed.all_reduce(squares, group=self.group)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def measure(self, weight: Tensor) -> None:
+        """Take the lengths of the rows as they are."""
+        if self.magnitude is not None:
+            self.magnitude.copy_(self.lengths(weight))
+
+    def forward(self, x: Tensor, out: Tensor, weight: Tensor) -> Tensor:
+        """The adapted layer's output.
+
+        Args:
+            x: its input [sequence, batch, inputs], as the layer got it (normalised where it norms its input).
+            out: W x [sequence, batch, outputs], as the layer returns it.
+            weight: W.
+        """
+        h = F.linear(self._dropped(x), self.a)
+        # The narrow activation crosses the ranks, never x
+        if self.row_parallel:
+            across = (
+                reduce_scatter_to_sequence_parallel_region
+                if self.sequence_parallel
+                else reduce_from_tensor_model_parallel_region
+            )
+            h = across(h)
+        else:
+            h = (
+                gather_from_sequence_parallel_region(h)
+                if self.sequence_parallel
+                else copy_to_tensor_model_parallel_region(h)
+            )
+        out = out + F.linear(h, self.b).mul(self.scale)
+        if self.magnitude is None:
+            return out
+        return out * (self.magnitude / self.lengths(weight)).to(out.dtype)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        if not self.dropout or not self.training:
+            return x
+        if self.row_parallel or self.sequence_parallel:  # each rank has a part of x of its own
+            with get_cuda_rng_tracker().fork():
+                return F.dropout(x, self.dropout)
+        return F.dropout(x, self.dropout)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Keep the lengths in float32 when the model is cast to a lower precision (moves still apply)."""
+        kept = None if self.magnitude is None else self.magnitude.data
+        super()._apply(fn, recurse)
+        if kept is not None and self.magnitude.dtype != kept.dtype and self.magnitude.dtype.itemsize < 4:
+            self.magnitude.data = kept.to(self.magnitude.device)
+        return self
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's distributed-checkpoint layout."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        axes = {"a": 1} if self.row_parallel else {"b": 0, "magnitude": 0}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+
+
+class _Adapted:
+    """Put before a parallel linear layer's class: the same layer with an `adapter`. The base's names stay."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        out, bias = super().forward(x, *args, **kwargs)
+        if isinstance(out, tuple):  # Transformer Engine's layer with a norm, asked for the normalised input
+            out, x = out
+        return self.adapter(x, out, self.weight), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        own = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {key: value for key, value in own.items() if not key.startswith(f"{prefix}{NAME}.")}
+        return {**state, **self.adapter.sharded_state_dict(f"{prefix}{NAME}.", sharded_offsets, metadata)}
+
+
+@functools.cache
+def _adapted_class(layer: type) -> type:
+    return type(f"Adapted{layer.__name__}", (_Adapted, layer), {})
+
+
+def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
+    """Freeze a model and put adapters on its targets.
+
+    Args:
+        model: a `NemotronHMegatronModel`, this rank's part.
+        settings: checked by `check_adapter`.
+        seed: of the adapters' initial weights.
+    """
+    model.requires_grad_(False)
+    config = model.config
+    for layer in model.decoder.layers:
+        number = layer.layer_number - 1
+        for name, linear in list(layer.named_modules()):
+            target = name.rpartition(".")[2]
+            if target not in TARGETS or target not in settings.targets:
+                continue
+            row_parallel = target in ("out_proj", "linear_proj", "linear_fc2")
+            if hasattr(linear, "return_layernorm_output"):
+                linear.return_layernorm_output = True
+            linear.adapter = Adapter(settings, linear.weight, row_parallel, config.sequence_parallel)
+            linear.adapter.initialize(f"layers.{number}.{name}", seed)
+            linear.adapter.measure(linear.weight)
+            linear.__class__ = _adapted_class(type(linear))
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every adapted layer of a model with its name."""
+    for name, module in model.named_modules():
+        if isinstance(module, _Adapted):
+            yield name, module
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a name is that of an adapter's weight."""
+    return f".{NAME}." in key
+
+
+@contextmanager
+def only(part: str, models: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, the models' `sharded_state_dict` is that of one part: `base` or `adapter`.
+
+    Args:
+        part: one of `PARTS`.
+        models: modules that hold the Megatron models, at any depth.
+    """
+    found = [m for model in models for m in model.modules() if hasattr(m, "state_part")]
+    before = [m.state_part for m in found]
+    for model in found:
+        model.state_part = part
+    try:
+        yield
+    finally:
+        for model, kept in zip(found, before, strict=True):
+            model.state_part = kept
