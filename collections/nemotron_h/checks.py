@@ -145,6 +145,7 @@ def check_stage(recipe: RecipeConfig, origin: str) -> None:
     """No key of another stage."""
     data = recipe.data
     check_preference(recipe, origin)
+    check_distill(recipe, origin)
     if recipe.adapter.kind != "none" and recipe.stage != "sft":
         raise UserError(
             f"{origin}: adapter.kind = {recipe.adapter.kind!r} is for stage sft; {recipe.stage} trains all weights",
@@ -159,14 +160,10 @@ def check_stage(recipe: RecipeConfig, origin: str) -> None:
                 f"{origin}: resume.blend_change is for pretraining",
                 hint="start a run with other conversations from this one's weights: init.checkpoint",
             )
-    else:
-        if recipe.init.checkpoint is not None:
-            raise UserError(
-                f"{origin}: init.checkpoint is unused: {recipe.stage} starts from init_seed",
-                hint="leave it out, or set stage: sft or preference",
-            )
-        if data.too_long is not None:
-            raise UserError(f"{origin}: data.too_long is unused: {recipe.stage} reads text", hint="leave it out")
+    elif data.too_long is not None:
+        raise UserError(f"{origin}: data.too_long is unused: {recipe.stage} reads text", hint="leave it out")
+    if recipe.stage in PIPELINES and recipe.init.checkpoint is not None:
+        raise UserError(f"{origin}: init.checkpoint is unused: minipuzzle.parent is what is compressed")
 
 
 #: key of `minipuzzle.grid` -> the letter of the layers that it counts, or the key of the model that it narrows
@@ -283,6 +280,42 @@ def check_preference(recipe: RecipeConfig, origin: str) -> None:
                     f"{origin}: preference.{key} is unused: dpo reads no rewards",
                     hint="leave it out, or take preference.loss: rpo_bwd_kl",
                 )
+
+
+def check_distill(recipe: RecipeConfig, origin: str) -> None:
+    """The part `distill`: a teacher (in a compression that is the parent) and a loss; of no other stage."""
+    chosen = recipe.distill
+    if recipe.stage == "minipuzzle" and chosen is not None and chosen.teacher:
+        raise UserError(f"{origin}: distill.teacher is unused: the parent teaches", hint="leave it out")
+    if recipe.stage not in ("distill", "minipuzzle"):
+        if chosen is not None:
+            raise UserError(f"{origin}: distill is unused: stage is {recipe.stage}", hint="leave it out")
+        return
+    if recipe.stage == "distill" and (chosen is None or not chosen.teacher):
+        raise UserError(f"{origin}: distill.teacher is missing", hint="name a run's folder or a checkpoint")
+    if chosen is None:
+        return
+    if not chosen.temperature > 0:
+        raise UserError(
+            f"{origin}: distill.temperature = {chosen.temperature} is not positive", hint="the paper's is 1 (3.4)"
+        )
+    weights = {key: getattr(chosen, key) for key in ("kl_weight", "lm_weight", "hidden_weight")}
+    for key, value in weights.items():
+        if value < 0:
+            raise UserError(f"{origin}: distill.{key} = {value} is negative")
+    if not chosen.kl_weight + chosen.lm_weight > 0:
+        raise UserError(f"{origin}: distill.kl_weight and distill.lm_weight are 0: nothing would be learnt")
+    if chosen.top_k is not None:
+        if not 1 <= chosen.top_k <= recipe.model.vocab_size:
+            raise UserError(
+                f"{origin}: distill.top_k = {chosen.top_k} is not between 1 and the vocabulary of "
+                f"{recipe.model.vocab_size:,}"
+            )
+        if chosen.reverse:
+            raise UserError(
+                f"{origin}: distill.top_k with distill.reverse: that KL is infinite where the teacher has no mass",
+                hint="leave one of them out",
+            )
 
 
 def check_ranges(recipe: RecipeConfig, origin: str) -> None:

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_h.checks import check
 from nemotron_h.errors import UserError
+from nemotron_h.model.stored import is_path, read_model
 from nemotron_h.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema import RecipeConfig
 from nemotron_h.strict import nearest, typed
@@ -75,7 +76,8 @@ def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     Args:
         name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`, or `nemotron_h_tiny` for its pretraining), or the
             path of a YAML file.
-        overrides: `optim.peak_lr=3e-4` sets a value, `model=nemotron_h_8b` exchanges a part by name.
+        overrides: `optim.peak_lr=3e-4` sets a value, `model=nemotron_h_8b` exchanges a part by name. A recipe or an
+            override may also give `model` as a path (see `model.stored`): a pruned child's checkpoint, or a YAML file.
     Returns:
         the recipe with every value set, checked by `check`. Its `sources` are those of the values that stand.
     Errors:
@@ -88,9 +90,23 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
     """`compose`, with where each value comes from."""
     directory, name, origin = locate(name_or_path)
     groups = {folder.name for folder in configs_dir().iterdir() if folder.is_dir()}
+    stored = [override.split("=", 1)[1] for override in overrides if override.startswith("model=")]
+    stored = [path for path in stored if is_path(path)]
+    overrides = [override for override in overrides if override not in [f"model={path}" for path in stored]]
     parts = [override for override in overrides if override.split("=")[0] in groups]
     values = [override for override in overrides if override not in parts]
     composed, layers = _merge(directory, name, parts, origin)
+    if not stored and isinstance(composed.get("model"), str):
+        stored = [composed.model]
+    from_record: list[str] = []
+    if stored:
+        path = Path(stored[-1]).expanduser()
+        OmegaConf.set_struct(composed, False)
+        composed.model = read_model(path, origin)
+        if path.is_file():
+            layers.append(Layer(path, "model"))
+        else:
+            from_record = [f"model.{key}" for key, _ in leaves(OmegaConf.to_container(composed.model))]
     recipe = typed(RecipeConfig, composed, origin)
     try:
         given = OmegaConf.from_dotlist(values)
@@ -102,7 +118,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
         OmegaConf.set_struct(composed, False)  # the schema reports unknown keys, with the nearest known one
         recipe = typed(RecipeConfig, OmegaConf.merge(composed, given), "override")
     check(recipe, origin)
-    found = origins(layers, [key for key, _ in leaves(OmegaConf.to_container(given))])
+    found = origins(layers, [*from_record, *(key for key, _ in leaves(OmegaConf.to_container(given)))])
     sources = current_sources(dataclasses.asdict(recipe), found)
     recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}
     recipe.model.sources = {key[len("model.") :]: text for key, text in sources.items() if key.startswith("model.")}

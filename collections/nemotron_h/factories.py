@@ -11,36 +11,48 @@ from nemo.collections import llm  # noqa: E402
 
 from nemotron_h.compose import compose, factory_of, known_recipes, stage_of  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
+from nemotron_h.model.stored import is_path  # noqa: E402
 from nemotron_h.runtime import cluster_cli, nemo_cli  # noqa: E402
 from nemotron_h.schema import STAGES, command_of  # noqa: E402
-from nemotron_h.training import preference, pretrain, sft  # noqa: E402
+from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks import run_record  # noqa: E402
 
 BUILDERS = {
     "pretrain": (llm.pretrain, pretrain.build),
     "sft": (llm.finetune, sft.build),
     "preference": (llm.finetune, preference.build),
+    "distill": (distill.distill, distill.build),
 }
+run.cli.entrypoint(distill.distill, namespace="llm")  # after NeMo's of that name, whose place it takes
 
 
-def _register(name: str) -> None:
-    target, build = BUILDERS[stage_of(name)]
+def _register(recipe: str) -> None:
+    name, stage = factory_of(recipe), stage_of(recipe)
+    target, build = BUILDERS[stage]
 
     def factory() -> run.Partial:
-        return build(compose(name))
+        return build(compose(recipe))
 
-    factory.__name__ = factory.__qualname__ = factory_of(name)
-    factory.__doc__ = f"The recipe {name}."
-    run.cli.factory(target=target, name=factory_of(name))(factory)
+    def distillation(student: str | None = None, teacher: str | None = None) -> run.Partial:
+        """`--factory "NAME(student=runs/CHILD, teacher=runs/PARENT)"`: checkpoints; the student's model is its own."""
+        changes = [f"distill.teacher={teacher}"] if teacher else []
+        if student:
+            changes += [f"model={student if is_path(student) else f'./{student}'}", f"init.checkpoint={student}"]
+        return build(compose(recipe, changes))
+
+    made = distillation if stage == "distill" else factory
+    made.__name__ = made.__qualname__ = name
+    made.__doc__ = f"The recipe {recipe}. {made.__doc__ or ''}".strip()
+    run.cli.factory(target=target, name=name)(made)
 
 
-for _stage in BUILDERS:
-    for _name in known_recipes(_stage):
-        _register(_name)
+for _recipe in known_recipes():
+    if stage_of(_recipe) in BUILDERS:  # the others are run by commands of `nemotron-h`
+        _register(_recipe)
 
 
 def _register_files(command: str) -> None:
-    target = getattr(llm, command)
+    target = next(entry for stage, (entry, _) in BUILDERS.items() if STAGES[stage] == command)
 
     def nemotron_h_recipe(path: str) -> run.Partial:
         """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
 #: stage -> the command of `nemo llm` that runs it
-STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune"}
+STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "distill": "distill"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
 PIPELINES = {"minipuzzle": "minipuzzle"}
 #: of `minipuzzle`: see `MiniPuzzleSchema`
@@ -222,6 +222,29 @@ class AdapterSchema:
 
 
 @dataclass
+class DistillSchema:
+    """The frozen teacher and the loss: `kl_weight * temperature^2 * KL + lm_weight * cross entropy + hidden_weight *
+    (1 - cosine)`, a mean over tokens; read by stage distill alone.
+
+    Attributes:
+        teacher: a run's folder or one of its checkpoints.
+        temperature: both models' logits are divided by it in the KL.
+        reverse: KL(student || teacher) instead of KL(teacher || student).
+        kl_weight, lm_weight: of the KL, and of the cross entropy with the text.
+        hidden_weight: of the distance between both models' states before the output layer, which are equally wide.
+        top_k: null, or how many of the teacher's likeliest tokens its distribution is cut to.
+    """
+
+    teacher: str | None = None
+    temperature: float = 1.0
+    reverse: bool = False
+    kl_weight: float = 1.0
+    lm_weight: float = 0.0
+    hidden_weight: float = 0.0
+    top_k: int | None = None
+
+
+@dataclass
 class CheckpointSchema:
     """When checkpoints are written and how many of the newest are kept. The last step always writes one.
 
@@ -357,6 +380,7 @@ class RecipeConfig:
         init: other initial weights.
         minipuzzle: stage minipuzzle alone: what is compressed, and how.
         preference: stage preference alone: the loss over pairs of answers.
+        distill: stages distill and minipuzzle alone: the teacher (minipuzzle's is the parent) and the loss.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
             (`trainer.max_steps=20`); a run writes here what its command line changed.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
@@ -377,6 +401,7 @@ class RecipeConfig:
     minipuzzle: MiniPuzzleSchema | None = None
     preference: PreferenceSchema | None = None
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
+    distill: DistillSchema | None = None
     resume: ResumeSchema = field(default_factory=ResumeSchema)
     checkpoint: CheckpointSchema = field(default_factory=CheckpointSchema)
     log: LogSchema = field(default_factory=LogSchema)

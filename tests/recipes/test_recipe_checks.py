@@ -11,6 +11,7 @@ from nemotron_h.errors import UserError
 
 TINY, LARGE, NANO, MAMBA = "nemotron_h_tiny", "nemotron_h_8b", "nano_12b_v2", "mamba2_8b"
 SFT, LORA = "nemotron_h_tiny/sft", "nemotron_h_tiny/sft_lora"
+DISTILL = "nemotron_h_tiny/distill"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,14 @@ SFT, LORA = "nemotron_h_tiny/sft", "nemotron_h_tiny/sft_lora"
         (TINY, ["model.expect.mamba=7"], ("mamba: 6 counted, 7 expected",)),
         (TINY, ["model.pattern=M-M*M-"], ("attention at layer 3",)),
         # keys of another stage
-        (TINY, ["init.checkpoint=runs/x"], ("init.checkpoint is unused: pretrain starts", "stage: sft")),
+        (TINY, ["distill.temperature=2"], ("distill is unused: stage is pretrain",)),
+        (DISTILL, ["distill.teacher=null"], ("distill.teacher is missing", "a run's folder")),
+        (DISTILL, ["distill.temperature=0"], ("distill.temperature = 0.0 is not positive", "the paper's is 1")),
+        (DISTILL, ["distill.lm_weight=-1"], ("distill.lm_weight = -1.0 is negative",)),
+        (DISTILL, ["distill.kl_weight=0"], ("nothing would be learnt",)),
+        (DISTILL, ["distill.top_k=9000"], ("distill.top_k = 9000 is not between 1", "8,192")),
+        (DISTILL, ["distill.top_k=5", "distill.reverse=true"], ("distill.top_k with distill.reverse", "infinite")),
+        (DISTILL, ["model=runs/none"], ("model = runs/none: there is no such file or checkpoint",)),
         (TINY, ["data.too_long=drop"], ("data.too_long is unused",)),
         (
             TINY,

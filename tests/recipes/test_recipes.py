@@ -13,11 +13,11 @@ from nemotron_h import compose
 from nemotron_h.checks import definition_of
 from nemotron_h.compose import known_recipes, recipes_dir
 from nemotron_h.provenance import leaves
-from nemotron_h.schema import STAGES
+from nemotron_h.schema import PIPELINES, STAGES
 
 trace = functools.cache(compose.trace)
 
-MATTERS = ("tokens", "precision.", "data.", "optim.", "parallel.", "adapter.", "model.")
+MATTERS = ("tokens", "precision.", "data.", "optim.", "parallel.", "adapter.", "distill.", "model.")
 #: not choices: names, where data lies, and counts that follow from the pattern
 NO_SOURCE = (
     "model.name",
@@ -46,7 +46,7 @@ def test_the_whole_family_ships() -> None:
     # the study's own models have another vocabulary, and nobody's conversations in it
     assert {name.split("/")[0] for name in known_recipes("sft")} == FAMILY - {"mamba2_8b", "mamba2_hybrid_8b"}
     assert {name.split("/")[0] for name in known_recipes("preference")} <= FAMILY
-    assert {compose.stage_of(name) for name in known_recipes()} == set(STAGES)
+    assert set(STAGES) <= {compose.stage_of(name) for name in known_recipes()} <= {*STAGES, *PIPELINES}
 
 
 @pytest.mark.parametrize("name", known_recipes())

@@ -28,7 +28,7 @@ from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.data.preference_module import PairDataset  # noqa: E402
 from nemotron_h.data.sft_module import PackedDataset  # noqa: E402
 from nemotron_h.errors import UserError  # noqa: E402
-from nemotron_h.training import preference, pretrain, sft  # noqa: E402
+from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 
 READ: list[int] = []
@@ -90,7 +90,13 @@ class Recorder(pl.Callback):
 def main(recipe: str, *options: str) -> None:
     """Build, override, run."""
     composed = compose(recipe)
-    task = {"pretrain": pretrain.build, "sft": sft.build, "preference": preference.build}[composed.stage](composed)
+    builders = {
+        "pretrain": pretrain.build,
+        "sft": sft.build,
+        "preference": preference.build,
+        "distill": distill.build,
+    }
+    task = builders[composed.stage](composed)
     kill = told = None
     changed = []
     for option in options:

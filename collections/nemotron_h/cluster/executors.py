@@ -59,6 +59,8 @@ def _move(task: run.Partial, cluster: Cluster) -> None:
         task.data.root = str(here / "data")
     if task.resume.init_checkpoint is not None:
         task.resume.init_checkpoint = str(here / task.resume.init_checkpoint)
+    if getattr(task.model.config, "teacher", None):
+        task.model.config.teacher = str(here / task.model.config.teacher)
     if task.data.blend.endswith((".yaml", ".yml")):
         task.data.blend = str(Path(task.data.blend).expanduser().resolve())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -132,11 +132,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         """
         if attention_mask is not None:
             raise ValueError("Nemotron-H derives its attention mask from seq_idx; pass attention_mask=None")
-        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        if embedded is not None and self.config.adapter is not None and self.training and torch.is_grad_enabled():
-            # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
-            embedded.requires_grad_()
-        hidden = self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
+        hidden = self.hidden_states(input_ids, position_ids, seq_idx)
         if not self.post_process:
             return hidden
         logits, _ = self.output_layer(hidden)
@@ -146,6 +142,14 @@ class NemotronHMegatronModel(MegatronMambaModel):
             losses = vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
             return losses.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+        """[sequence, batch, hidden] after this stage's layers, on the last stage after the final norm."""
+        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        if embedded is not None and self.config.adapter is not None and self.training and torch.is_grad_enabled():
+            # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
+            embedded.requires_grad_()
+        return self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
 
     def _rotary_angles(self, embedded: Tensor | None) -> Tensor | None:
         """Angles [sequence, 1, 1, channels] of the whole sequence, of which sequence parallelism shows a part."""
@@ -289,28 +293,16 @@ class NemotronHConfig(SSMConfig):
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
     ) -> NemotronHMegatronModel:
-        """Build this rank's part of the model.
+        """Build this rank's part of the model, with its initial weights.
 
         Errors:
             UserError: the tokenizer's vocabulary is larger than the model's; an adapter that cannot be.
         """
-        if tokenizer is not None and tokenizer.vocab_size != self.vocab_size:
-            raise UserError(
-                f"the tokenizer has {tokenizer.vocab_size:,} tokens, {self.definition_name} has a vocabulary of "
-                f"{self.vocab_size:,}",
-                hint="choose a blend that was prepared with the model's tokenizer, or change model.vocab_size",
-            )
-        model = NemotronHMegatronModel(
-            self,
-            mamba_stack_spec=plain_stack_spec() if self.fp8_emulation else self.mamba_stack_spec(),
-            vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
-            max_sequence_length=self.seq_length,
-            hybrid_override_pattern=self.hybrid_override_pattern,
-            position_embedding_type=self.position_embedding_type,
-            rotary_base=self.rotary_base,
-            rotary_percent=self.rotary_percent,
-            pre_process=parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,
-            post_process=parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
+        self.check_tokenizer(tokenizer)
+        model = self.megatron_model(
+            NemotronHMegatronModel,
+            parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process,
+            parallel_state.is_pipeline_last_stage() if post_process is None else post_process,
         )
         model.initialize(self.init_seed)
         if self.adapter is not None:
@@ -322,6 +314,72 @@ class NemotronHConfig(SSMConfig):
             )
             adapters.attach(model, self.adapter, self.init_seed)
         return model
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer of another vocabulary.
+
+        Errors:
+            UserError: names both sizes.
+        """
+        if tokenizer is not None and tokenizer.vocab_size != self.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, {self.definition_name} has a vocabulary of "
+                f"{self.vocab_size:,}",
+                hint="choose a blend that was prepared with the model's tokenizer, or change model.vocab_size",
+            )
+
+    def megatron_model(
+        self, model: type[NemotronHMegatronModel], pre_process: bool, post_process: bool, **options: Any
+    ) -> NemotronHMegatronModel:
+        """This rank's part of a model of this class, its weights not yet set; `options` go to the class."""
+        return model(
+            self,
+            mamba_stack_spec=plain_stack_spec() if self.fp8_emulation else self.mamba_stack_spec(),
+            vocab_size=get_vocab_size(self, self.vocab_size, self.make_vocab_size_divisible_by),
+            max_sequence_length=self.seq_length,
+            hybrid_override_pattern=self.hybrid_override_pattern,
+            position_embedding_type=self.position_embedding_type,
+            rotary_base=self.rotary_base,
+            rotary_percent=self.rotary_percent,
+            pre_process=pre_process,
+            post_process=post_process,
+            **options,
+        )
+
+    def definitions(self) -> dict[str, ModelDefinition]:
+        """Every model whose products a step takes, by what it is called; the trained one first."""
+        return {"model": self.definition()}
+
+    def record(self) -> dict[str, Any]:
+        """What a run's record says beyond the definition."""
+        return {}
+
+    def of_definition(self, definition: ModelDefinition, **changes: Any) -> NemotronHConfig:
+        """The configuration of another model in this one's layout and precision."""
+        values = {f.name: getattr(self, f.name) for f in fields(NemotronHConfig) if f.init}
+        values |= {
+            "definition_name": definition.name,
+            "family": definition.family,
+            "hybrid_override_pattern": definition.pattern,
+            "num_layers": definition.num_layers,
+            "hidden_size": definition.hidden_size,
+            "ffn_hidden_size": definition.ffn_hidden_size,
+            "num_attention_heads": definition.num_attention_heads,
+            "num_query_groups": definition.num_query_groups,
+            "kv_channels": definition.head_dim,
+            "mamba_num_heads": definition.mamba_num_heads,
+            "mamba_head_dim": definition.mamba_head_dim,
+            "mamba_num_groups": definition.mamba_num_groups,
+            "mamba_state_dim": definition.mamba_state_dim,
+            "vocab_size": definition.vocab_size,
+            "conv_kernel": definition.conv_kernel,
+            "position_embedding_type": definition.position_embedding,
+            "rotary_base": definition.rope_base,
+            "rotary_percent": definition.rope_percent,
+            "layernorm_epsilon": definition.norm_epsilon,
+            "init_method_std": definition.init_std,
+        }
+        return NemotronHConfig(**{**values, **changes})
 
 
 class NemotronHModel(MambaModel):

@@ -7,7 +7,7 @@ be [tokens, vocabulary] of both models and several float32 copies: at 8,192 toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -393,12 +393,7 @@ def _add_product(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
         total += linear.product(inputs.t().contiguous(), rows.t()).t()
     elif total.dtype == rows.dtype:
         total.addmm_(rows.t(), inputs)
-    elif (wide := _wide_addmm()) is not None and total.is_cuda:
-        wide(total, rows.t(), inputs, total.dtype, out=total)
+    elif total.is_cuda:
+        torch.addmm(total, rows.t(), inputs, out_dtype=total.dtype, out=total)
     else:
         total += rows.t() @ inputs
-
-
-def _wide_addmm() -> Callable | None:
-    """torch's product that adds bfloat16 operands to a float32 sum; CUDA only, and not in every version."""
-    return getattr(torch.ops.aten.addmm, "dtype_out", None)

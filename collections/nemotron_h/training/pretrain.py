@@ -81,6 +81,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
         document_reset=recipe.data.document_reset,
         horizon_tokens=horizon_of(recipe).tokens,
     )
+    task.resume.init_checkpoint = recipe.init.checkpoint
     settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task
 

@@ -16,9 +16,10 @@ from nemotron_h.precision.plugins import PrecisionPlugin
 logger = logging.getLogger(__name__)
 
 
-def as_table(groups: list[GemmGroup]) -> Table:
-    """The products, those of equal layers in one row."""
-    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title="matrix products on each rank")
+def as_table(groups: list[GemmGroup], whose: str = "") -> Table:
+    """The products, those of equal layers in one row; `whose` ends the title."""
+    title = f"matrix products{whose} on each rank"
+    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=title)
     for heading in ("layers", "type", "product", "tokens x inputs x outputs", "in", "why"):
         table.add_column(heading, no_wrap=True)
     for group in groups:
@@ -40,17 +41,19 @@ class GemmTable(pl.Callback):
         plugin = trainer.precision_plugin
         if not isinstance(plugin, PrecisionPlugin) or plugin.recipe not in FP8_FORMATS:
             return
-        definition, strategy, data = pl_module.config.definition(), trainer.strategy, trainer.datamodule
+        strategy, data = trainer.strategy, trainer.datamodule
         tensor, edges = strategy.tensor_model_parallel_size, plugin.bf16_edge_layers
-        check_gemms(
-            definition,
-            plugin.recipe,
-            seq_length=data.seq_length,
-            micro_batch_size=data.micro_batch_size,
-            tensor_parallel=tensor,
-            sequence_parallel=strategy.sequence_parallel,
-            bf16_edge_layers=edges,
-        )
+        definitions = pl_module.config.definitions()
+        for definition in definitions.values():
+            check_gemms(
+                definition,
+                plugin.recipe,
+                seq_length=data.seq_length,
+                micro_batch_size=data.micro_batch_size,
+                tensor_parallel=tensor,
+                sequence_parallel=strategy.sequence_parallel,
+                bf16_edge_layers=edges,
+            )
         if not plugin.emulated:
             hardware.check_engine(plugin.recipe)
             names = [torch.cuda.get_device_name()] * trainer.world_size
@@ -59,10 +62,11 @@ class GemmTable(pl.Callback):
             hardware.check_one_kind(names)
         if trainer.is_global_zero:
             tokens = data.seq_length * data.micro_batch_size
-            table = gemm_table(definition, plugin.recipe, tensor, tokens=tokens, bf16_edge_layers=edges)
             # a row stays one line, in a log file too
             console = Console(width=max(Console().width, 140))
-            console.print(as_table(fold(table)), highlight=False)
+            for role, definition in definitions.items():
+                table = gemm_table(definition, plugin.recipe, tensor, tokens=tokens, bf16_edge_layers=edges)
+                console.print(as_table(fold(table), "" if role == "model" else f" of the {role}"), highlight=False)
             if plugin.emulated:
                 where = "a GPU, as asked" if torch.cuda.is_available() else "the CPU"
                 logger.info(f"{plugin.recipe} is emulated on {where}: float8 casts, products in float32; slow")

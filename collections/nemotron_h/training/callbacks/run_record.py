@@ -37,6 +37,8 @@ VERSIONED = (
     "causal-conv1d",
 )
 RECIPE = "recipe.yaml"
+#: the last values that a record keeps; the terms of a loss are those of a distillation
+METRICS = ("reduced_train_loss", "val_loss", "kl", "lm", "hidden", "val_kl", "val_lm", "val_hidden")
 
 
 def versions() -> dict[str, str]:
@@ -118,7 +120,7 @@ class RunRecord(pl.Callback):
         metrics = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
-            if key in ("reduced_train_loss", "val_loss") and torch.is_tensor(value)
+            if key in METRICS and torch.is_tensor(value)
         }
         metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics)), {})
         record = {
@@ -134,6 +136,7 @@ class RunRecord(pl.Callback):
             },
             "model": plain(vars_of(config)),
             **adapter_of(config, strategy),
+            **config.record(),
             "data": data.record(),
             "metrics": metrics,
             "throughput": next((cb.record() for cb in trainer.callbacks if isinstance(cb, Throughput)), None),

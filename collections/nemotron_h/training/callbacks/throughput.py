@@ -46,7 +46,9 @@ class Throughput(pl.Callback):
         data, config = trainer.datamodule, pl_module.config
         self.seconds = []
         self.tokens = data.global_batch_size * data.seq_length / trainer.world_size
-        per_token = flops_per_token(config.definition(), data.seq_length, training=True).total
+        trained, *frozen = config.definitions().values()
+        per_token = flops_per_token(trained, data.seq_length, training=True).total
+        per_token += sum(flops_per_token(model, data.seq_length, training=False).total for model in frozen)
         self.flops = per_token * self.tokens
         self.gemm_dtype = gemm_dtype(config)
         self.peaks = peaks_of_gpu()

@@ -1,0 +1,206 @@
+"""A distillation recipe as the object graph that `nemo llm distill` runs.
+
+The command is this project's: NeMo's own `llm.distill` reads checkpoints of NeMo's GPT models with a stored object
+graph, which this family's are not. `nemo llm distill student_model_path=... teacher_model_path=...` still means NeMo's.
+
+From Python: `compose("nemotron_h_tiny/distill", ["model=runs/child", "init.checkpoint=runs/child", "tokens=100_000"])`
+gives a recipe (`model` may be a name, a checkpoint or a YAML file), and `training.launch.train(Run(name, recipe), ...)`
+runs it in a process of its own, continues it where it was interrupted, and raises a `UserError` where it fails.
+Megatron's process groups live as long as a process, so distillations one after the other take one each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import nemo_run as run
+import torch
+from nemo.collections import llm
+from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
+from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
+from nemo.lightning.megatron_parallel import MegatronStep
+from torch import Tensor
+
+from nemotron_h.data.datamodule import BlendDataModule
+from nemotron_h.errors import UserError
+from nemotron_h.inference.checkpoint import WeightFile, read_record
+from nemotron_h.runtime import settings
+from nemotron_h.schema import RecipeConfig
+from nemotron_h.training.distilling_model import TERMS, DistillationConfig, DistillationModel
+from nemotron_h.training.preflight import check_split
+from nemotron_h.training.pretrain import assemble, horizon_of
+from nemotron_h.training.resume import CheckTokenizer, ResumeRun
+
+
+def distill(
+    model: pl.LightningModule | None = None,
+    data: pl.LightningDataModule | None = None,
+    trainer: Trainer | None = None,
+    log: NeMoLogger | None = None,
+    resume: AutoResume | None = None,
+    optim: OptimizerModule | None = None,
+    student_model_path: str | None = None,
+    teacher_model_path: str | None = None,
+    distillation_config_path: str | None = None,
+) -> Path:
+    """Distill a student from a frozen teacher.
+
+    Args:
+        model: a `DistillationModel`, which names its teacher.
+        data, trainer, log, resume, optim: as of `llm.pretrain`.
+        student_model_path, teacher_model_path, distillation_config_path: of NeMo's `llm.distill`, in place of `model`.
+    Returns:
+        the run's folder.
+    """
+    if student_model_path is not None:
+        return llm.distill(
+            student_model_path, teacher_model_path, data, trainer, distillation_config_path, log, resume, optim
+        )
+    return llm.train(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim, tokenizer="data")
+
+
+def build(recipe: RecipeConfig) -> run.Partial:
+    """The recipe as a `nemo_run.Partial` of `distill`; nothing is created yet, every value can be overridden.
+
+    Errors:
+        UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
+    """
+    task = assemble(
+        recipe,
+        distill,
+        BlendDataModule,
+        document_reset=recipe.data.document_reset,
+        horizon_tokens=horizon_of(recipe).tokens,
+    )
+    student = {name: getattr(task.model.config, name) for name in task.model.config.__arguments__}
+    task.model = run.Config(
+        DistillationModel, config=run.Config(DistillationConfig, **student, **dataclasses.asdict(recipe.distill))
+    )
+    task.resume = run.Config(
+        ResumeDistillation, blend_change=recipe.resume.blend_change, init_checkpoint=recipe.init.checkpoint
+    )
+    task.trainer.callbacks.insert(0, run.Config(DistillationTerms))
+    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
+    return task
+
+
+@dataclass(kw_only=True)
+class ResumeDistillation(ResumeRun):
+    """`ResumeRun` that looks at the teacher too, before anything is loaded."""
+
+    def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
+        """Check the teacher, then as `ResumeRun.setup`.
+
+        Errors:
+            UserError: objective out of range; teacher missing, damaged or not what its record says, of another
+                vocabulary, tokenizer, or width where states are compared; another teacher than the run began with.
+        """
+        self._rank, self._ranks = trainer.global_rank, trainer.world_size
+        check_teacher(model.config, trainer)
+        problems = self._damage(model.config.teacher_checkpoint)
+        if problems:
+            raise UserError(f"distill.teacher: {model.config.teacher_checkpoint} is damaged: {'; '.join(problems[:3])}")
+        super().setup(trainer, model)
+        trainer.callbacks.append(CheckTokenizer(model.config.teacher_checkpoint))
+        if trainer.ckpt_path:
+            self._check_same_teacher(Path(str(trainer.ckpt_path)), model.config)
+        if self._rank == 0:
+            print(f"teacher: {model.config.teacher_definition.name} of {model.config.teacher_checkpoint}")
+
+    @staticmethod
+    def _check_same_teacher(checkpoint: Path, config: DistillationConfig) -> None:
+        before, now = read_record(checkpoint).get("teacher"), config.record()["teacher"]
+        if before is not None and before["weights"] != now["weights"]:
+            raise UserError(
+                f"checkpoint {checkpoint} was distilled from {before['checkpoint']}, not from {now['checkpoint']}",
+                hint="restore distill.teacher, or write this run elsewhere: log.explicit_log_dir=DIR",
+            )
+
+
+def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
+    """Student and teacher fit together and the teacher into the layout.
+
+    Errors:
+        UserError: see `ResumeDistillation.setup`.
+    """
+    _ = config.objective
+    if config.hidden_weight < 0:
+        raise UserError(f"distill.hidden_weight = {config.hidden_weight} is negative")
+    if not config.teacher:
+        raise UserError("distill.teacher is missing", hint="name a run's folder or a checkpoint")
+    try:
+        checkpoint = config.teacher_checkpoint
+    except UserError as error:
+        raise UserError(f"distill.teacher: {error.message}", hint=error.hint) from error
+    teacher = config.teacher_definition
+    if teacher.vocab_size != config.vocab_size:
+        raise UserError(
+            f"the teacher {checkpoint} has a vocabulary of {teacher.vocab_size:,}, the student of "
+            f"{config.vocab_size:,}",
+            hint="distillation compares distributions over one vocabulary: take models of the same tokenizer",
+        )
+    if config.hidden_weight and teacher.hidden_size != config.hidden_size:
+        raise UserError(
+            f"distill.hidden_weight compares states that are {teacher.hidden_size:,} wide in the teacher and "
+            f"{config.hidden_size:,} in the student",
+            hint="set it to 0",
+        )
+    held = sum(torch.Size(shape).numel() for shape in WeightFile(checkpoint).shapes.values())
+    padding = 2 * teacher.hidden_size * (_vocabulary_rows(checkpoint) - teacher.vocab_size)
+    if held - padding != teacher.parameters:
+        raise UserError(
+            f"distill.teacher: the weights of {checkpoint} are {held - padding:,} parameters, the model in its "
+            f"run.json ({teacher.name}) has {teacher.parameters:,}",
+            hint="weights and run.json of the folder belong to different runs; restore the folder",
+        )
+    check_split(teacher, trainer.strategy, trainer.num_devices * trainer.num_nodes)
+
+
+def _vocabulary_rows(checkpoint: Path) -> int:
+    """Rows of the embedding, with what pads it."""
+    return WeightFile(checkpoint).shapes["embedding.word_embeddings.weight"][0]
+
+
+class BothModelsStep(MegatronStep):
+    """A step whose pipeline stages send the student's states and the teacher's side by side."""
+
+    @property
+    def adjust_tensor_shapes_fn(self) -> Any:
+        """Widens what is sent and received; None without a pipeline, as Megatron asks."""
+        config = self.pl_module.config
+        if self.trainer.strategy.pipeline_model_parallel_size == 1:
+            return None
+        width = config.hidden_size + config.teacher_definition.hidden_size
+
+        def widened(received: list[tuple], sent: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+            return [(*shape[:-1], width) for shape in received], [(*shape[:-1], width) for shape in sent]
+
+        return widened
+
+
+class DistillationTerms(pl.Callback):
+    """Have pipeline stages send both models' states, and log the loss's terms: `kl`, `lm` and, where it counts,
+    `hidden`, as means per token; `val_kl` and so on in validation.
+    """
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        """The same step, of the class that knows what is sent."""
+        return BothModelsStep(**{f.name: getattr(step, f.name) for f in dataclasses.fields(MegatronStep)})
+
+    def on_megatron_step_end(self, step: MegatronStep, **_: Any) -> None:
+        """Log the means that the reduction kept; the last pipeline stage tells the others."""
+        module = step.pl_module
+        training = not step.forward_only
+        reduction = module.training_loss_reduction if training else module.validation_loss_reduction
+        names = [name for name in TERMS if name in ("kl", "lm") or (name == "hidden" and module.config.hidden_weight)]
+        device = torch.cuda.current_device()
+        means: Tensor = torch.stack(
+            [reduction.means.get(name, torch.zeros((), device=device)).to(torch.float32) for name in names]
+        )
+        _sync_from_last_pipeline_stage(means, broadcast=True)
+        for name, mean in zip(names, means, strict=True):
+            module.log(name if training else f"val_{name}", mean, batch_size=1, on_epoch=not training)

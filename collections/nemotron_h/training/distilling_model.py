@@ -1,0 +1,288 @@
+"""A student and its frozen teacher as one Megatron model, whose output is the loss of distillation.
+
+The teacher is split over ranks as the student is. Both go through the same pipeline stages: what a stage sends is the
+student's states and the teacher's side by side, so each stage holds a part of either. The teacher is no submodule:
+optimizer, gradient buffers, checkpoints and `train()` see the student alone, and a checkpoint is an ordinary one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from torch import Tensor, nn
+
+from nemotron_h.errors import UserError
+from nemotron_h.inference.checkpoint import WEIGHTS, WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
+from nemotron_h.ops.distillation_loss import HiddenTeacher, Objective, distillation_loss
+from nemotron_h.training import checkpoints
+
+#: what the last stage returns of a micro-batch: sums over its tokens
+TERMS = ("loss", "tokens", "kl", "lm", "hidden")
+
+
+def distillation_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """One forward pass: float32 [5], the sums that `TERMS` names, on the last pipeline stage."""
+    return model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        labels=batch.get("labels"),
+        loss_mask=batch.get("loss_mask"),
+        seq_idx=batch.get("seq_idx"),
+    )
+
+
+@dataclass
+class DistillationConfig(NemotronHConfig):
+    """The student's configuration, and what it learns from.
+
+    Attributes beyond the student's:
+        teacher: a run's folder or one of its checkpoints.
+        temperature, reverse, kl_weight, lm_weight, top_k: see `ops.distillation_loss.Objective`.
+        hidden_weight: of 1 - cosine between both models' states before the output layer (after the final norm), which
+            must be equally wide.
+    """
+
+    teacher: str = ""
+    temperature: float = 1.0
+    reverse: bool = False
+    kl_weight: float = 1.0
+    lm_weight: float = 0.0
+    hidden_weight: float = 0.0
+    top_k: int | None = None
+    forward_step_fn: Callable = distillation_step
+
+    @property
+    def objective(self) -> Objective:
+        """The terms of the loss that need logits.
+
+        Errors:
+            UserError: a value out of its range.
+        """
+        try:
+            return Objective(self.temperature, self.reverse, self.kl_weight, self.lm_weight, self.top_k)
+        except ValueError as error:
+            raise UserError(f"distill: {error}") from error
+
+    @cached_property
+    def teacher_checkpoint(self) -> Path:
+        """The checkpoint that `teacher` means now.
+
+        Errors:
+            UserError: there is none, or a file is missing or has another size.
+        """
+        return find_checkpoint(Path(self.teacher).expanduser())
+
+    @cached_property
+    def teacher_definition(self) -> ModelDefinition:
+        """The model that the teacher's record describes."""
+        return read_definition(read_record(self.teacher_checkpoint), f"checkpoint {self.teacher_checkpoint}")
+
+    def definitions(self) -> dict[str, ModelDefinition]:
+        """Student and teacher."""
+        return {"student": self.definition(), "teacher": self.teacher_definition}
+
+    def record(self) -> dict[str, Any]:
+        """The teacher's checkpoint, its model, and one hash over those of its weights' files."""
+        checkpoint = self.teacher_checkpoint
+        listed = json.loads((checkpoint / checkpoints.INTEGRITY).read_text())
+        hashes = sorted((name, digest) for name, (_, digest) in listed.items() if name.startswith(f"{WEIGHTS}/"))
+        return {
+            "teacher": {
+                "checkpoint": str(checkpoint),
+                "model": dataclasses.asdict(self.teacher_definition),
+                "weights": hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
+            }
+        }
+
+    def configure_model(
+        self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
+    ) -> DistillingModel:
+        """Build this rank's part of both models and load the teacher's weights.
+
+        Errors:
+            UserError: the tokenizer has another vocabulary; the teacher's weights are not readable.
+        """
+        self.check_tokenizer(tokenizer)
+        first = parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process
+        last = parallel_state.is_pipeline_last_stage() if post_process is None else post_process
+        model = self.megatron_model(DistillingModel, first, last, teacher=self._teacher_model(first, last))
+        model.initialize(self.init_seed)
+        return model
+
+    def _teacher_model(self, pre_process: bool, post_process: bool) -> NemotronHMegatronModel:
+        config = self.of_definition(
+            self.teacher_definition,
+            perform_initialization=False,
+            fuse_weight_gradients=False,
+            recompute_mamba="none",
+            recompute_attention="none",
+            recompute_ffn="none",
+        )
+        teacher = config.megatron_model(NemotronHMegatronModel, pre_process, post_process)
+        if config.bf16:
+            teacher.bfloat16()  # as Megatron's wrapper does to the student
+        teacher.eval().requires_grad_(False)
+        load_weights(teacher, self.teacher_checkpoint)
+        return teacher
+
+
+def load_weights(model: NemotronHMegatronModel, checkpoint: Path) -> None:
+    """Load a checkpoint of any layout into this rank's part of a model, in the model's dtypes."""
+    prefix = WeightFile(checkpoint).prefix
+    wanted = model.sharded_state_dict(prefix=prefix)
+    names = list(wanted)
+    loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS))  # with what else the checkpoint holds
+    model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in names})
+
+
+class DistillingModel(NemotronHMegatronModel):
+    """The student, with its teacher beside it.
+
+    Args:
+        teacher: this rank's part of it, frozen.
+    """
+
+    def __init__(self, config: DistillationConfig, teacher: NemotronHMegatronModel, **options: Any) -> None:
+        super().__init__(config, **options)
+        self._beside = (teacher,)  # in a tuple, where torch does not look for submodules
+        self.objective = config.objective
+
+    @property
+    def teacher(self) -> NemotronHMegatronModel:
+        """This rank's part of the frozen model."""
+        return self._beside[0]
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
+        """What the stage before sent: both models' states, [sequence, batch, student's width + teacher's]."""
+        (received,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        own = beside = None
+        if received is not None:
+            own, beside = received.split([self.config.hidden_size, self.teacher.config.hidden_size], dim=-1)
+            own, beside = own.contiguous(), beside.detach().contiguous()
+        self.decoder.set_input_tensor(own)
+        self.teacher.decoder.set_input_tensor(beside)
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Both models' layers of this stage, and on the last the loss.
+
+        Args:
+            input_ids, position_ids, labels, seq_idx: as `NemotronHMegatronModel.forward`.
+            loss_mask: float [batch, sequence], the weight of each token.
+        Returns:
+            float32 [5] on the last stage, the sums that `TERMS` names; else both models' states side by side.
+        """
+        with torch.no_grad():
+            beside = self.teacher.hidden_states(input_ids, position_ids, seq_idx)
+        hidden = self.hidden_states(input_ids, position_ids, seq_idx)
+        if not self.post_process:
+            return torch.cat([hidden, beside.to(hidden.dtype)], dim=-1)
+        weights = loss_mask.transpose(0, 1).reshape(-1).float()
+        own, theirs = self._whole(hidden), self._whole(beside)
+        found = distillation_loss(
+            own,
+            self.output_layer.weight,
+            HiddenTeacher(theirs, self.teacher.output_layer.weight),
+            labels.transpose(0, 1).reshape(-1),
+            weights,
+            self.objective,
+            self.pg_collection.tp,
+        )
+        total, apart = found.total, torch.zeros_like(found.total)
+        if self.config.hidden_weight:
+            each = 1 - F.cosine_similarity(own.float(), theirs.float(), dim=-1)
+            apart = (weights * each).sum()
+            # every tensor-parallel rank takes it of the same states, whose gradients are summed over ranks
+            total = total + self.config.hidden_weight * _shared(apart, self.pg_collection.tp.size())
+        kl, lm = (weights * found.kl).sum(), (weights * found.lm).sum()
+        return torch.stack([total, weights.sum(), kl, lm, apart.detach()])
+
+    def _whole(self, hidden: Tensor) -> Tensor:
+        """[tokens, hidden] of the whole sequence; gradients are summed over the ranks that hold the vocabulary."""
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        return hidden.flatten(0, 1)
+
+
+def _shared(value: Tensor, ranks: int) -> Tensor:
+    """The value, of whose gradient each of `ranks` passes on an equal part."""
+    return value if ranks == 1 else value.detach() + (value - value.detach()) / ranks
+
+
+class DistillationReduction(MegatronLossReduction):
+    """The mean loss per token from the sums of micro-batches; keeps the means of the other terms in `means`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: dict[str, Tensor] = {}
+
+    def forward(self, batch: dict[str, Any], forward_out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Loss, tokens, and the sums for `reduce`, of a micro-batch."""
+        sums = forward_out.detach().clone()  # Megatron divides the loss in place
+        return forward_out[0].clone(), sums[1].to(torch.int), {"sums": sums}
+
+    def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Mean over the tokens of all micro-batches and data-parallel ranks."""
+        sums = torch.stack([each["sums"] for each in losses_reduced_per_micro_batch]).sum(0)
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        means = sums / sums[TERMS.index("tokens")]
+        self.means = {name: mean for name, mean in zip(TERMS, means, strict=True) if name not in ("loss", "tokens")}
+        return means[0]
+
+
+class DistillationModel(NemotronHModel):
+    """The Lightning module of a student that is distilled, over `DistillationConfig`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:
+        """As `DistillingModel.forward`."""
+        return self.module(
+            input_ids=input_ids, position_ids=position_ids, labels=labels, loss_mask=loss_mask, seq_idx=seq_idx
+        )
+
+    @property
+    def training_loss_reduction(self) -> DistillationReduction:
+        """Of the sums that the model returns."""
+        if not self._training_loss_reduction:
+            self._training_loss_reduction = DistillationReduction()
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> DistillationReduction:
+        """Of the sums that the model returns."""
+        if not self._validation_loss_reduction:
+            self._validation_loss_reduction = DistillationReduction()
+        return self._validation_loss_reduction

@@ -1,0 +1,154 @@
+"""A student is distilled from a checkpoint: exact resume, any layout, ordinary checkpoints, refusals before work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Small
+
+from nemotron_h.errors import UserError
+
+pytestmark = pytest.mark.slow
+STEPS = 6
+
+
+def distill_recipe(small: Small, name: str, *changes: tuple[str, str]) -> Path:
+    """The recipe of `Small` as a distillation of `straight` into a student of fewer layers and narrower FFNs."""
+    text = small.recipe(name).read_text()
+    for before, after in (
+        ("- /base/pretrain", "- /base/distill"),
+        ("tokens: 6144 # 12 steps", f"tokens: {STEPS * 512}\ndistill: {{teacher: {small.run_dir('straight')}}}"),
+        ("pattern: M-M*-", "pattern: M*-"),
+        ("ffn_hidden_size: 96", "ffn_hidden_size: 64"),
+        ("mamba: 2, attention: 1, ffn: 2, parameters: 163376", "mamba: 1, attention: 1, ffn: 1, parameters: 116568"),
+        ("init_std: 0.1", "init_std: 0.3"),
+        ("warmup_tokens: 1024", "warmup_tokens: 512"),
+        ("every_steps: 4", "every_steps: 3"),
+        ("validate_every_steps: 6", "validate_every_steps: 3"),
+        *changes,
+    ):
+        assert before in text, before
+        text = text.replace(before, after)
+    path = small.folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+def losses(small: Small, name: str) -> list[float]:
+    return [float.fromhex(record["loss"]) for _, record in sorted(small.steps(name).items())]
+
+
+@pytest.fixture(scope="module")
+def distilled(small: Small, straight: dict[int, dict]) -> Small:
+    """With an uninterrupted distillation, `kd`."""
+    small.train("kd", recipe=distill_recipe(small, "kd"))
+    return small
+
+
+def test_straight_equals_killed_and_resumed(distilled: Small) -> None:
+    killed = distilled.train("kd_resumed", "kill=4", check=False, recipe=distill_recipe(distilled, "kd_resumed"))
+    assert killed.returncode < 0
+    out = distilled.train("kd_resumed", recipe=distill_recipe(distilled, "kd_resumed"))
+    assert "resumed at step 3" in out.stdout
+    assert distilled.steps("kd_resumed") == distilled.steps("kd")
+    assert losses(distilled, "kd")[-1] < losses(distilled, "kd")[0]
+
+
+def test_the_checkpoint_is_an_ordinary_one(distilled: Small) -> None:
+    from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+    from nemotron_h.inference.model import load_model
+
+    checkpoint = find_checkpoint(distilled.run_dir("kd"))
+    record = read_record(checkpoint)
+    definition = read_definition(record, "kd")
+    assert definition.pattern == "M*-"
+    assert sum(torch.Size(s).numel() for s in WeightFile(checkpoint).shapes.values()) == definition.parameters
+    load_model(checkpoint)
+    teacher = find_checkpoint(distilled.run_dir("straight"))
+    assert record["teacher"]["checkpoint"] == str(teacher)
+    assert {"kl", "lm", "val_kl", "val_lm", "val_loss"} <= set(record["metrics"])
+    assert record["metrics"]["val_kl"] == pytest.approx(record["metrics"]["val_loss"], rel=1e-5)
+    held = json.loads((checkpoint / "integrity.json").read_text())
+    assert not [name for name in held if "teacher" in name]
+
+
+def test_tensor_parallel(distilled: Small) -> None:
+    """bfloat16 sums in another order, so close and not equal; a teacher that is cut wrongly is far off."""
+    settings = ["trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=true"]
+    settings.append("trainer.devices=2")
+    distilled.train("kd_tensor", *settings, ranks=2, recipe=distill_recipe(distilled, "kd_tensor"))
+    for ours, single in zip(losses(distilled, "kd_tensor"), losses(distilled, "kd"), strict=True):
+        assert ours == pytest.approx(single, rel=0.01)
+
+
+def test_pipeline(distilled: Small) -> None:
+    settings = ["trainer.strategy.pipeline_model_parallel_size=2", "trainer.devices=2"]
+    distilled.train("kd_pipeline", *settings, ranks=2, recipe=distill_recipe(distilled, "kd_pipeline"))
+    assert losses(distilled, "kd_pipeline") == losses(distilled, "kd")
+
+
+def test_a_teacher_teaches_itself_nothing(distilled: Small) -> None:
+    """A student that starts from the teacher's checkpoint has no divergence: every weight of the teacher is in place.
+
+    The model is read from the checkpoint.
+    """
+    teacher = distilled.run_dir("straight")
+    text = distill_recipe(distilled, "kd_self").read_text()
+    before, rest = text.split("model:\n")
+    after = rest[rest.index("data:\n") :]
+    path = distilled.folder / "kd_self.yaml"
+    path.write_text(f"{before}model: {teacher}\ninit: {{checkpoint: {teacher}}}\n{after}")
+    distilled.train("kd_self", "trainer.max_steps=2", "optim.warmup_steps=1", "data.horizon_steps=6", recipe=path)
+    assert losses(distilled, "kd_self")[0] == 0
+    metrics = json.loads((teacher / "run.json").read_text())["metrics"]
+    own = json.loads((distilled.run_dir("kd_self") / "run.json").read_text())["metrics"]
+    assert own["lm"] == pytest.approx(metrics["val_loss"], rel=0.1)  # its cross entropy is the teacher's, not log 512
+
+
+def test_refusals(distilled: Small, tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from nemotron_h.inference.checkpoint import find_checkpoint
+    from nemotron_h.training.distill import ResumeDistillation, check_teacher
+    from nemotron_h.training.distilling_model import DistillationConfig
+
+    teacher = find_checkpoint(distilled.run_dir("straight"))
+    strategy = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1)
+    trainer = SimpleNamespace(strategy=strategy, num_devices=1, num_nodes=1)
+
+    def refused(match: str, **changes: object) -> None:
+        values = {"teacher": str(teacher), "vocab_size": 512, "hidden_size": 32, "hybrid_override_pattern": "M-"}
+        config = DistillationConfig(
+            **{**values, **changes}, num_attention_heads=4, mamba_num_heads=4, mamba_num_groups=2
+        )
+        with pytest.raises(UserError, match=match):
+            check_teacher(config, trainer)
+
+    refused("vocabulary of 512, the student of 1,024", vocab_size=1024)
+    refused("temperature = 0 is not positive", temperature=0)
+    refused("there is no checkpoint folder", teacher=str(tmp_path / "none"))
+    refused("64 wide in the teacher and 32 in the student", hidden_weight=1.0)
+
+    other = tmp_path / "step-000012"
+    shutil.copytree(teacher, other)
+    record = json.loads((other / "run.json").read_text())
+    record["model"]["pattern"] = "M-M-M*-"
+    (other / "run.json").write_text(json.dumps(record, indent=1))
+    listed = json.loads((other / "integrity.json").read_text())
+    listed["run.json"][0] = (other / "run.json").stat().st_size
+    (other / "integrity.json").write_text(json.dumps(listed))
+    refused("belong to different runs|has [0-9,]+", teacher=str(other))
+    (other / "run.json").unlink()
+    refused("damaged: run.json is missing", teacher=str(other))
+
+    config = DistillationConfig(teacher=str(teacher), num_attention_heads=4, mamba_num_heads=4, mamba_num_groups=2)
+    now = config.record()["teacher"]
+    student = find_checkpoint(distilled.run_dir("kd"))
+    ResumeDistillation._check_same_teacher(student, config)
+    config.record = lambda: {"teacher": {**now, "weights": "0" * 64}}
+    with pytest.raises(UserError, match="was distilled from"):
+        ResumeDistillation._check_same_teacher(student, config)
