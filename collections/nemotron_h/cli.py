@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_h.comparison.cli import compare_precision
+from nemotron_h.compression.prune_cli import importance, prune
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
 from nemotron_h.export.cli import export_app, import_app, merge_adapter
@@ -32,6 +33,8 @@ app.add_typer(export_app, name="export", help="Write a checkpoint for other tool
 app.add_typer(import_app, name="import", help="Read a model of other tools.")
 app.command()(plan)
 app.command()(compare_precision)
+app.command()(importance)
+app.command()(prune)
 app.command()(generate)
 app.command()(chat)
 app.command()(merge_adapter)

@@ -1,0 +1,170 @@
+"""`nemotron-h importance` and `nemotron-h prune`: one child of one's own choice, without a search."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nemotron_h.errors import UserError
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
+]
+#: a measurement that was interrupted; beside OUT, which appears when it is complete
+UNFINISHED = ".unfinished.safetensors"
+
+
+def importance(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    blend: Annotated[str, typer.Option(help="Text to measure on: the training text of a prepared blend.")],
+    root: Annotated[
+        Path | None, typer.Option(help="Where blends are prepared.", show_default="$NEMOTRON_H_DATA or ./data")
+    ] = None,
+    seq_length: Annotated[int | None, typer.Option(help="Tokens of a sample.", show_default="as in training")] = None,
+    layer_samples: Annotated[int, typer.Option(help="Samples for layers (paper 3.2: 128).")] = 128,
+    neuron_samples: Annotated[
+        int, typer.Option(help="Samples for neurons and other channels (paper 3.2: 1024).")
+    ] = 1024,
+    metric: Annotated[
+        str, typer.Option(help="What removing a layer changes: mse (activations) or kl (logits).")
+    ] = "mse",
+) -> None:
+    """Measure how much each layer, FFN neuron, Mamba-2 head and channel of a model matters, by forward passes alone.
+
+    Run it again after an interruption and it goes on. With a GPU it computes there in BF16 with one layer's weights at
+    a time, so the model has to fit into host memory only.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already", hint="name another OUT; nothing was measured")
+    if min(layer_samples, neuron_samples) < 1:
+        raise UserError("--layer-samples and --neuron-samples are 1 or more")
+    import torch
+
+    from nemotron_h.compression.importance import Importance, measure, work
+    from nemotron_h.data.blend import load_blend
+    from nemotron_h.data.calibration import calibration_windows, text_record
+    from nemotron_h.data.manifest import check_manifest
+    from nemotron_h.export.folder import new_folder
+    from nemotron_h.hashing import file_sha256
+    from nemotron_h.inference.checkpoint import find_checkpoint, read_record
+    from nemotron_h.inference.model import load_model
+    from nemotron_h.training.checkpoints import INTEGRITY
+
+    checkpoint = find_checkpoint(checkpoint)
+    length = seq_length or (read_record(checkpoint).get("data") or {}).get("seq_length")
+    if not length:
+        raise UserError(f"{checkpoint} does not tell its sequence length", hint="give --seq-length")
+    text = load_blend(blend)
+    manifest = check_manifest(root, text)
+    layer_windows, width_windows = (
+        calibration_windows(text, manifest, samples, length) for samples in (layer_samples, neuron_samples)
+    )
+    on_gpu = torch.cuda.is_available()
+    model = load_model(checkpoint, dtype=torch.bfloat16 if on_gpu else torch.float32)
+    settings = {
+        "checkpoint": str(checkpoint.absolute()),
+        "checkpoint_sha256": file_sha256(checkpoint / INTEGRITY),
+        **text_record(text, manifest),
+    }
+    with _progress() as bar:
+        task = bar.add_task("measuring", total=work(model.definition, layer_samples, neuron_samples))
+        found: Importance = measure(
+            model,
+            layer_windows,
+            width_windows,
+            metric=metric,
+            settings=settings,
+            advance=lambda done: bar.advance(task, done),
+            device="cuda" if on_gpu else None,
+            unfinished=out.with_name(out.name + UNFINISHED),
+        )
+    with new_folder(out, 0) as folder:
+        found.save(folder)
+    least = found.ranks().argsort()[:5].tolist()
+    names = ", ".join(f"{number} ({found.definition.pattern[number]})" for number in least)
+    typer.echo(f"{out}: {layer_samples} and {neuron_samples} samples of {length:,} tokens; least important: {names}")
+
+
+def prune(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write; must not exist.")],
+    importance: Annotated[Path, typer.Option(help="A folder of `nemotron-h importance`.")],
+    attention: Annotated[int | None, typer.Option(help="Attention layers that stay.", show_default="all")] = None,
+    mamba: Annotated[int | None, typer.Option(help="Mamba-2 layers that stay.", show_default="all")] = None,
+    ffn: Annotated[int | None, typer.Option(help="FFN layers that stay.", show_default="all")] = None,
+    ffn_hidden_size: Annotated[int | None, typer.Option(help="Neurons of each FFN.", show_default="all")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Channels between layers.", show_default="all")] = None,
+    mamba_num_heads: Annotated[int | None, typer.Option(help="Heads of each Mamba-2.", show_default="all")] = None,
+    mamba_head_dim: Annotated[int | None, typer.Option(help="Channels of each head.", show_default="all")] = None,
+    aggregation: Annotated[str, typer.Option(help="Of activations: mean, l2, mean_l2 or l2_mean.")] = "mean_l2",
+    order: Annotated[str, typer.Option(help="importance, or a control: random or reversed.")] = "importance",
+    seed: Annotated[int, typer.Option(help="Of a random order.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
+) -> None:
+    """Cut a smaller model out of a checkpoint: the most important layers and channels stay.
+
+    The child is an ordinary checkpoint with a definition of its own (model.yaml): it is fine-tuned, generates and is
+    exported as any other. It is written only if it computes what the parent computes without what was cut.
+    """
+    from nemotron_h.compression import slicing
+    from nemotron_h.compression.candidates import Candidate, Candidates, whole
+    from nemotron_h.compression.importance import RECORD, Importance
+    from nemotron_h.compression.selection import child_of
+    from nemotron_h.export.config import definition_name
+    from nemotron_h.hashing import file_sha256
+    from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
+    from nemotron_h.schema import BudgetSchema, GridSchema
+
+    checkpoint = find_checkpoint(checkpoint)
+    parent = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    found = Importance.load(importance, parent)
+    given = {
+        "attention": attention,
+        "mamba": mamba,
+        "ffn": ffn,
+        "ffn_hidden_size": ffn_hidden_size,
+        "hidden_size": hidden_size,
+        "mamba_num_heads": mamba_num_heads,
+        "mamba_head_dim": mamba_head_dim,
+    }
+    most = whole(parent)
+    for key, value in given.items():
+        least = 0 if key in ("attention", "mamba", "ffn") else 1
+        if value is not None and not least <= value <= getattr(most, key):
+            option = key.replace("_", "-")
+            raise UserError(f"--{option} = {value}; {parent.name} has {getattr(most, key)}", hint="it can only shrink")
+    grid = GridSchema(**{key: [value] for key, value in given.items() if value is not None})
+    (candidate,) = Candidates(parent, grid, BudgetSchema())
+    if candidate == most or not sum(candidate[:3]):
+        raise UserError(
+            "nothing is cut" if candidate == most else "no layer is left",
+            hint=f"give one or more of {', '.join('--' + key.replace('_', '-') for key in Candidate._fields)}",
+        )
+    child = child_of(parent, found.scores(aggregation).ordered(order, seed), candidate)
+    settings = {"importance_sha256": file_sha256(importance / RECORD), "aggregation": aggregation, "order": order}
+    with _progress() as bar:
+        task = bar.add_task("cutting", total=slicing.child_size(checkpoint, child))
+        made = slicing.write_child(
+            checkpoint,
+            child,
+            out,
+            name or definition_name(out.absolute().name),
+            settings,
+            lambda done: bar.advance(task, done),
+        )
+    share = made.parameters / parent.parameters
+    typer.echo(
+        f"{out}: {made.name}, {candidate.counts}, {made.parameters:,} parameters, {share:.1%} of {parent.name}'s"
+    )
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    console = Console(file=sys.stderr)
+    return Progress(*columns, TimeRemainingColumn(), console=console)
