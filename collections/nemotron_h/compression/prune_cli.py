@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nemotron_h.compression.progress import StageProgress
 from nemotron_h.errors import UserError
 
 CheckpointArgument = Annotated[
@@ -72,15 +71,15 @@ def importance(
         "checkpoint_sha256": file_sha256(checkpoint / INTEGRITY),
         **text_record(text, manifest),
     }
-    with _progress() as bar:
-        task = bar.add_task("measuring", total=work(model.definition, layer_samples, neuron_samples))
+    total = work(model.definition, layer_samples, neuron_samples)
+    with StageProgress(Console(stderr=True), "windows through the model", total) as bar:
         found: Importance = measure(
             model,
             layer_windows,
             width_windows,
             metric=metric,
             settings=settings,
-            advance=lambda done: bar.advance(task, done),
+            advance=bar.advance,
             device="cuda" if on_gpu else None,
             unfinished=out.with_name(out.name + UNFINISHED),
         )
@@ -148,23 +147,16 @@ def prune(
         )
     child = child_of(parent, found.scores(aggregation).ordered(order, seed), candidate)
     settings = {"importance_sha256": file_sha256(importance / RECORD), "aggregation": aggregation, "order": order}
-    with _progress() as bar:
-        task = bar.add_task("cutting", total=slicing.child_size(checkpoint, child))
+    with StageProgress(Console(stderr=True), "bytes", slicing.child_size(checkpoint, child)) as bar:
         made = slicing.write_child(
             checkpoint,
             child,
             out,
             name or definition_name(out.absolute().name),
             settings,
-            lambda done: bar.advance(task, done),
+            bar.advance,
         )
     share = made.parameters / parent.parameters
     typer.echo(
         f"{out}: {made.name}, {candidate.counts}, {made.parameters:,} parameters, {share:.1%} of {parent.name}'s"
     )
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    console = Console(file=sys.stderr)
-    return Progress(*columns, TimeRemainingColumn(), console=console)
