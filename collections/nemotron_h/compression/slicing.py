@@ -22,7 +22,8 @@ from nemotron_h.errors import UserError
 from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.names import Weight, weights
-from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.export.source import ModelSource
+from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_record
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition
 
@@ -160,13 +161,11 @@ def write_child(
             computes something else than its masked parent, which leaves nothing behind.
     """
     checkpoint = find_checkpoint(Path(checkpoint))
-    record = read_record(checkpoint)
-    parent = read_definition(record, f"checkpoint {checkpoint}")
+    record, source = read_record(checkpoint), ModelSource(checkpoint)
+    parent, dtype = source.definition, source.dtype
     definition = child_definition(parent, child, name)
-    file = WeightFile(checkpoint)
-    dtype = file.dtypes[next(iter(next(weights(parent)).ours))]
     with new_folder(out, size(definition, dtype)) as folder:
-        write_weights(folder, definition, dtype, _reader(file, parent, child, definition, dtype), advance)
+        write_weights(folder, definition, dtype, _reader(source, child, definition), advance)
         data = dict(record.get("data") or {})
         tokenizer = data.get("tokenizer")
         if tokenizer and not Path(tokenizer).is_absolute():  # an imported checkpoint holds its own
@@ -189,16 +188,13 @@ def write_child(
 
 def child_size(checkpoint: Path, child: Child) -> int:
     """Bytes of the tensors that `write_child` writes."""
-    checkpoint = find_checkpoint(Path(checkpoint))
-    parent = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
-    dtype = WeightFile(checkpoint).dtypes[next(iter(next(weights(parent)).ours))]
-    return size(child_definition(parent, child, "child"), dtype)
+    source = ModelSource(find_checkpoint(Path(checkpoint)))
+    return size(child_definition(source.definition, child, "child"), source.dtype)
 
 
-def _reader(
-    file: WeightFile, parent: ModelDefinition, child: Child, definition: ModelDefinition, dtype: torch.dtype
-) -> Callable[[Weight], Mapping[str, Tensor]]:
+def _reader(source: ModelSource, child: Child, definition: ModelDefinition) -> Callable[[Weight], Mapping[str, Tensor]]:
     """Gives the tensors of each of the child's weights, cut from the parent's."""
+    parent = source.definition
     hidden = _kept(child.hidden, parent.hidden_size)
     of_layers = [kept for layer in cuts(parent, child) for kept in layer]
     every_cut = [(None, hidden), *of_layers, (hidden, None), (None, hidden)]
@@ -206,8 +202,9 @@ def _reader(
 
     def read(row: Weight) -> Mapping[str, Tensor]:
         origin, kept = origins[next(iter(row.ours))]
-        whole = cut(_read_row(file, origin, dtype), kept)
-        parts = whole[: sum(shape[0] for shape in row.ours.values())].split([shape[0] for shape in row.ours.values()])
+        theirs = source.read(set(origin.theirs), source.dtype)
+        whole = torch.cat(list(origin.to_ours(torch.cat([theirs[their] for their in origin.theirs])).values()))
+        parts = cut(whole, kept).split([shape[0] for shape in row.ours.values()])
         return {key: part.contiguous() for key, part in zip(row.ours, parts, strict=True)}
 
     return read
@@ -226,20 +223,6 @@ def _rows_of(parent: ModelDefinition, child: Child) -> list[Weight]:
         return not name.startswith("decoder.layers.") or ".".join(name.split(".")[:3]) + "." in kept
 
     return [row for row in weights(parent) if stays(row)]
-
-
-def _read_row(file: WeightFile, row: Weight, dtype: torch.dtype) -> Tensor:
-    """A weight of the parent, its parts joined, with the vocabulary's padding."""
-    names = row.ours
-    if row.fused in file.shapes:
-        names = {row.fused: next(iter(row.ours.values()))}
-    elif row.padded:
-        ((name, shape),) = row.ours.items()
-        names = {name: (max(shape[0], file.shapes.get(name, (0,))[0]), *shape[1:])}
-    lengths = [shape[0] for shape in names.values()]
-    whole = torch.empty(sum(lengths), *next(iter(names.values()))[1:], dtype=row.dtype(dtype))
-    file.read(dict(zip(names, whole.split(lengths), strict=True)))
-    return whole
 
 
 def check_child(checkpoint: Path, child: Child, written: Path) -> None:
