@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo test test-hf test-gguf bench lint clean
+.PHONY: help install demo test test-hf test-gguf test-eval test-other-readers bench lint clean
 
 help: ## what each target does
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 install: $(STAMP) ## create .venv with the tested versions
 
@@ -37,6 +37,16 @@ test-hf: $(STAMP) ## exported models in Hugging Face transformers, in an environ
 test-gguf: $(STAMP) ## exported models in llama.cpp, in an environment of its own (set up first)
 	@python=$$($(BIN)/python -m nemotron_h.runtime.environments .bench/gguf tests/export/requirements_gguf.txt) && \
 		NEMOTRON_H_GGUF_PYTHON=$$python $(BIN)/python -m pytest tests/export/test_gguf.py tests/export/test_llama_cpp.py
+
+test-eval: $(STAMP) ## tasks of lm-evaluation-harness, in an environment of its own (set up first, 2 GB)
+	@python=$$($(BIN)/python -m nemotron_h.runtime.environments .bench/lm_eval collections/nemotron_h/evaluation/requirements.txt) && \
+		NEMOTRON_H_LM_EVAL_PYTHON=$$python $(BIN)/python -m pytest tests/evaluation
+
+test-other-readers: $(STAMP) ## exported models in mlx-lm and vLLM, in environments of their own (set up first, 4 GB)
+	@$(BIN)/python -m nemotron_h.runtime.environments .bench/mlx tests/export/requirements_mlx.txt
+	@$(BIN)/python -m nemotron_h.runtime.environments .bench/vllm tests/export/requirements_vllm.txt
+	@.bench/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # built for another torch
+	@$(BIN)/python -m pytest tests/export/test_other_readers.py
 
 bench: $(STAMP) ## a training step against Hugging Face transformers; preparation and sampling against datasets and megatron-core
 	@$(BIN)/python tests/benchmarks/bench_train.py

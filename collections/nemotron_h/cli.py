@@ -15,6 +15,7 @@ from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.compression.prune_cli import importance, prune
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
+from nemotron_h.evaluation.cli import evaluate
 from nemotron_h.export.cli import export_app, import_app, merge_adapter
 from nemotron_h.inference.chat_cli import chat
 from nemotron_h.inference.cli import generate
@@ -38,6 +39,7 @@ app.command()(prune)
 app.command()(generate)
 app.command()(chat)
 app.command()(merge_adapter)
+app.command("eval")(evaluate)
 
 _MARKS = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
 

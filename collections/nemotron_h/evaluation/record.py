@@ -1,0 +1,52 @@
+"""`evaluations.json`: every evaluation of a run's checkpoints, beside `run.json`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from nemotron_h.data.manifest import write_json
+from nemotron_h.errors import UserError
+from nemotron_h.training.checkpoints import step_of
+
+FILE = "evaluations.json"
+
+
+def path_of(checkpoint: Path) -> Path:
+    """In the run's folder; a checkpoint that is in no run has its own."""
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    return folder / FILE
+
+
+def read(checkpoint: Path) -> list[dict[str, Any]]:
+    """All evaluations so far, oldest first.
+
+    Errors:
+        UserError: the file is damaged.
+    """
+    path = path_of(checkpoint)
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}", hint="move it away; a new one is written") from error
+    return list(found)
+
+
+def add(checkpoint: Path, entries: list[dict[str, Any]]) -> Path:
+    """Add evaluations of a checkpoint, with the time; those before stay.
+
+    Args:
+        checkpoint: as `find_checkpoint` returns it.
+        entries: `task`, `metrics` (name -> [value, standard error or None]) and what describes how they came out.
+    Returns:
+        the file.
+    """
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    whose = {"time": now, "checkpoint": checkpoint.name, "step": step_of(checkpoint)}
+    path = path_of(checkpoint)
+    write_json(path, {"evaluations": [*read(checkpoint), *({**whose, **entry} for entry in entries)]})
+    return path
