@@ -26,10 +26,11 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
 
     def layer(symbol: str) -> MambaWeights | AttentionWeights | FFNWeights:
         if symbol == MAMBA:
+            conv = matrix(d.conv_channels, d.conv_kernel)
             return MambaWeights(
                 norm(),
                 matrix(d.in_proj_size, d.hidden_size),
-                matrix(d.conv_channels, d.conv_kernel),
+                conv if device != "cpu" else conv.t().contiguous().t(),  # as `load_model` lays it out
                 vector(d.conv_channels, -1, 1),
                 -vector(d.mamba_num_heads, 0.05, 4, exact),
                 vector(d.mamba_num_heads, -1, 1, exact),

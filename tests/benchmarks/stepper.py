@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import sys
 import time
@@ -59,4 +60,27 @@ def serve(answers: Answers, step: Callable[[], float], parameters: int, before_m
             loss=loss,
             peak_mib=peak_mib(),
             added_mib=peak_mib() - before_model_mib,
+        )
+
+
+def serve_generation(answers: Answers, run: Callable[..., list[list[int]]], vocab_size: int) -> None:
+    """Continue random prompts, one order (`{"batch": ..., "prompt": ..., "output": ...}`) after the other.
+
+    Args:
+        run: prompts, number of tokens, and a function to call after each token of the batch -> tokens by row.
+    """
+    answers.send(ready=True)
+    for order in sys.stdin:
+        asked = json.loads(order)
+        draw = random.Random(0)
+        prompts = [[draw.randrange(vocab_size) for _ in range(asked["prompt"])] for _ in range(asked["batch"])]
+        marks: list[float] = []
+        cpu, began = time.process_time(), time.perf_counter()
+        tokens = run(prompts, asked["output"], lambda marks=marks: marks.append(time.perf_counter()))
+        answers.send(
+            prefill_seconds=marks[0] - began,
+            decode_seconds=marks[-1] - marks[0],
+            cpu_seconds=time.process_time() - cpu,
+            tokens=tokens,
+            peak_mib=peak_mib(),
         )

@@ -438,7 +438,7 @@ def ssd_step(
         u = (xf * dt.unsqueeze(-1)).unflatten(1, (groups, -1))  # [b, g, r, p]
         by_group = state.unflatten(1, (groups, -1))  # a view
         by_group.mul_((dt * A.to(dtype)).exp_().unflatten(1, (groups, -1))[..., None, None])
-        by_group.add_(u.unsqueeze(-1) * B.to(dtype)[:, :, None, None])
+        by_group.addcmul_(u.unsqueeze(-1), B.to(dtype)[:, :, None, None])
         y = (by_group @ C.to(dtype)[:, :, None, :, None]).squeeze(-1).flatten(1, 2)
         if D is not None:
             y.addcmul_(xf, D.to(dtype).unsqueeze(-1))
