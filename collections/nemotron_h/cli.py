@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.compression.prune_cli import importance, prune
+from nemotron_h.compression.cli import minipuzzle
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
 from nemotron_h.evaluation.cli import evaluate
@@ -36,6 +37,7 @@ app.command()(plan)
 app.command()(compare_precision)
 app.command()(importance)
 app.command()(prune)
+app.command()(minipuzzle)
 app.command()(generate)
 app.command()(chat)
 app.command()(merge_adapter)

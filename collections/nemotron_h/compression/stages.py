@@ -187,10 +187,11 @@ class Pipeline:
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
         """Everything that the stage depends on, through JSON, so that it compares with what was written."""
-        given = {f"{name}/{file}": value for name in stage.needs for file, value in self._outputs(name).items()}
+        given = {f"{name}/{file}": value for name in stage.needs for file, value in self.outputs(name).items()}
         return json.loads(json.dumps({**stage.inputs(), **given}))
 
-    def _outputs(self, name: str) -> Inputs:
+    def outputs(self, name: str) -> Inputs:
+        """The hashes of a stage's outputs, by file; empty where it is not finished."""
         record = _read(self.path(name) / RECORD)
         return record["outputs"] if record else {}
 

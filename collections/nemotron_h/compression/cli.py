@@ -1,0 +1,57 @@
+"""`nemotron-h minipuzzle`: compress a model, stage by stage."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def minipuzzle(
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe (nemotron_h_tiny), or the path of a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Values to change: minipuzzle.budget.parameters=9M tokens=2M minipuzzle.parent=runs/NAME."),
+    ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="Run this stage alone: importance, candidates, score, short-distil, select, distil, export."),
+    ] = None,
+    status: Annotated[bool, typer.Option("--status", help="Say where each stage stands, and run none.")] = False,
+) -> None:
+    """Compress a parent by pruning and distillation (paper 3): seven stages, one command.
+
+    Run it again and it continues: a finished stage is skipped, an interrupted one goes on where it was, and a changed
+    input (checkpoint, text, key of the recipe) runs again what depends on it. Everything lies in LOG.DIR/NAME; the
+    result is export/report.html.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from nemotron_h.compose import compose, known_recipes
+    from nemotron_h.errors import UserError
+
+    full = f"{name}/minipuzzle"
+    recipe = compose(full if full in known_recipes() else name, overrides or ())
+    if recipe.stage != "minipuzzle":
+        known = ", ".join(known for known in known_recipes() if compose(known).stage == "minipuzzle")
+        raise UserError(f"{name} is a recipe of stage {recipe.stage}", hint=f"recipes of this stage: {known}")
+    from nemotron_h.compression.minipuzzle import MiniPuzzle
+
+    console = Console(highlight=False, soft_wrap=True)
+    made = MiniPuzzle(recipe, console)
+    if not status:
+        made.pipeline.run(stage)
+        return
+    if stage is not None:
+        made.pipeline.stage(stage)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("stage", "state", "seconds", "result"):
+        table.add_column(heading, justify="right" if heading == "seconds" else "left")
+    for title, state in made.pipeline.states().items():
+        if stage in (None, title):
+            seconds = f"{state.seconds:,.0f}" if state.seconds else ""
+            table.add_row(title, state.word, seconds, state.result or state.why)
+    console.print(table)

@@ -1,0 +1,87 @@
+"""The training runs of a compression: each is an ordinary recipe of stage `distill`, started as `nemo llm distill` does.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+from rich.console import Console
+
+from nemotron_h.checks import check, count_of
+from nemotron_h.data.phases import Horizon
+from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.schema import ExpectSchema, ModelSchema, RecipeConfig
+from nemotron_h.training import launch
+from nemotron_h.training.launch import Run
+
+#: what a distillation's result depends on, beside teacher, student and data: parts of the recipe
+MATTERS = ("precision", "init_seed", "data", "optim", "parallel", "precision_options", "recompute", "distill", "overrides")
+#: of those, where data and runs lie, which changes no number
+PLACES = {"data": ("root", "workers")}
+
+
+def counted(definition: ModelDefinition) -> ModelDefinition:
+    """The definition with the counts that come out of it as its `expect`."""
+    d = definition
+    return dataclasses.replace(d, expect=Expect(d.count(MAMBA), d.count(ATTENTION), d.count(FFN), d.parameters))
+
+
+def model_part(definition: ModelDefinition) -> ModelSchema:
+    """The definition as a recipe's part."""
+    values = dataclasses.asdict(counted(definition))
+    return ModelSchema(**{**values, "expect": ExpectSchema(**values["expect"])})
+
+
+def settings(recipe: RecipeConfig) -> dict[str, object]:
+    """The keys that change what a distillation comes to, for a stage's inputs."""
+    found = {}
+    for part in MATTERS:
+        value = getattr(recipe, part)
+        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, dict):
+            found |= {f"{part}.{key}": entry for key, entry in value.items() if key not in PLACES.get(part, ())}
+        else:
+            found[part] = value
+    return found
+
+
+def run_of(
+    recipe: RecipeConfig, name: str, student: ModelDefinition, start: Path, teacher: Path, tokens: str, folder: Path
+) -> Run:
+    """A distillation as a run.
+
+    Args:
+        recipe: of the compression, whose data, optimizer, precision and layout are taken.
+        name: of the run.
+        student: its model.
+        start: checkpoint of the student's initial weights.
+        teacher: checkpoint.
+        tokens: length.
+        folder: the run writes to `<folder>/<name>`.
+    Errors:
+        UserError: the student does not fit the layout or the precision.
+    """
+    made = copy.deepcopy(recipe)
+    made.stage, made.name, made.tokens, made.minipuzzle = "distill", name, str(tokens), None
+    made.model = model_part(student)
+    made.init.checkpoint, made.distill.teacher = str(start), str(teacher)
+    made.log.dir = str(folder)
+    made.sources = {key: text for key, text in made.sources.items() if not key.startswith("minipuzzle")}
+    check(made, f"recipe {recipe.name}, distillation {name}")
+    return Run(name, made)
+
+
+def train(run: Run, title: str, console: Console) -> Path:
+    """Train what is missing of a run; its folder."""
+    data = run.recipe.data
+    tokens = count_of(run.recipe.tokens, "tokens", f"recipe {run.name}")
+    steps = Horizon(tokens, data.seq_length * data.global_batch_size).steps
+    if not launch.is_finished(run, steps):
+        run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
+        run.recipe_file.write_text(launch.text_of(run))
+        launch.train(run, title, steps, console)
+    return run.folder

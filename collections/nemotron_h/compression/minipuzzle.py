@@ -1,0 +1,487 @@
+"""MiniPuzzle (paper 3) as stages over one recipe: importance -> candidates -> score -> short-distil -> select -> distil ->
+export. Each is one function of this file; what a stage computes is in the file that its name promises.
+
+    <log.dir>/<name>/importance/    importance.json, importance.safetensors
+                     candidates/    candidates.json: every architecture of the grid within the budget
+                     score/         scores.jsonl (a line as each is scored), ranking.json
+                     short-distil/  NAME-pruned (checkpoint), NAME (run), for each of the best; results.json
+                     select/        winner.json
+                     distil/        <name> (run): its checkpoint is the child
+                     export/        hf/, model.yaml, report.html, result.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from nemotron_h.checks import count_of, definition_of
+from nemotron_h.compression import candidates, distillations, importance, ranking, slicing
+from nemotron_h.compression.candidates import Candidate
+from nemotron_h.compression.progress import StageProgress
+from nemotron_h.compression.scoring import Predictions, Score, predict
+from nemotron_h.compression.stages import Pipeline, Stage, content_digest
+from nemotron_h.data.blend import load_blend
+from nemotron_h.data.manifest import check_manifest, write_json
+from nemotron_h.data.validation import ValidationText
+from nemotron_h.errors import UserError
+from nemotron_h.export import hf_writer
+from nemotron_h.export.hf_reader import definition_text
+from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
+from nemotron_h.inference.cli import tokenizer_for
+from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.report import minipuzzle as report
+from nemotron_h.schema import RecipeConfig
+from nemotron_h.training.launch import Run
+
+RANKING, RESULTS, WINNER, RESULT = "ranking.json", "results.json", "winner.json", "result.json"
+SCORES, CANDIDATES = "scores.jsonl", "candidates.json"
+REPORT, DEFINITION, HF = "report.html", "model.yaml", "hf"
+#: ours: the largest weight file, the command's default
+SHARD = 5 * 10**9
+#: trains a run to its end and returns its folder: `distillations.train`, or what a test puts in its place
+Train = Callable[[Run, str, Console], Path]
+
+
+class MiniPuzzle:
+    """A compression.
+
+    Args:
+        recipe: of stage minipuzzle.
+        console: where progress goes.
+        train: trains a run to its end.
+    Errors:
+        UserError: the parent is missing, damaged or of another model than the recipe's; its tokenizer is not the
+            data's; the data is not prepared.
+    """
+
+    def __init__(self, recipe: RecipeConfig, console: Console, train: Train = distillations.train) -> None:
+        self.recipe, self.part, self.console, self.train = recipe, recipe.minipuzzle, console, train
+        self.origin = f"recipe {recipe.name}"
+        self.folder = Path(recipe.log.dir) / recipe.name
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.blend = load_blend(recipe.data.blend)
+        self.manifest = check_manifest(recipe.data.root, self.blend)
+        self.parent_checkpoint = find_checkpoint(Path(self.part.parent).expanduser())
+        self.definition = self._check_parent()
+        self.pipeline = Pipeline(
+            self.folder,
+            [
+                Stage(
+                    "importance",
+                    "how much each layer and neuron matters",
+                    (),
+                    importance.FILES,
+                    self._importance_inputs,
+                    self._importance,
+                ),
+                Stage(
+                    "candidates",
+                    "architectures within the budget",
+                    ("importance",),
+                    (CANDIDATES,),
+                    self._candidates_inputs,
+                    self._candidates,
+                ),
+                Stage(
+                    "score",
+                    "every candidate on validation text, untrained",
+                    ("importance", "candidates"),
+                    (RANKING,),
+                    self._score_inputs,
+                    self._score,
+                ),
+                Stage(
+                    "short-distil",
+                    f"the best {self.part.short} for {self.part.short_tokens} tokens each",
+                    ("importance", "score"),
+                    (RESULTS,),
+                    self._short_inputs,
+                    self._short,
+                ),
+                Stage("select", "the best of them", ("short-distil",), (WINNER,), self._select_inputs, self._select),
+                Stage(
+                    "distil",
+                    f"the winner for {recipe.tokens} tokens",
+                    ("short-distil", "select"),
+                    (RESULTS,),
+                    self._distil_inputs,
+                    self._distil,
+                ),
+                Stage(
+                    "export",
+                    "Hugging Face folder, model definition, report",
+                    ("importance", "candidates", "score", "short-distil", "select", "distil"),
+                    (RESULT, DEFINITION),
+                    dict,
+                    self._export,
+                ),
+            ],
+            lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        )
+
+    # what the stages share
+
+    def _check_parent(self) -> Any:
+        checkpoint = self.parent_checkpoint
+        record = read_record(checkpoint)
+        found = distillations.counted(read_definition(record, f"checkpoint {checkpoint}"))
+        wanted = definition_of(self.recipe, self.origin)
+        skip = {"name", "sources", "init_std"}
+        there, asked = dataclasses.asdict(found), dataclasses.asdict(wanted)
+        differs = [f"{k}: {there[k]} in the checkpoint, {asked[k]} in the recipe" for k in asked if there[k] != asked[k]]
+        differs = [line for line in differs if line.split(":")[0] not in skip]
+        if differs:
+            raise UserError(
+                f"{self.origin}: minipuzzle.parent: {checkpoint} is of another model: {'; '.join(differs)}",
+                hint="name a checkpoint of the recipe's model, or take the model of the checkpoint: model=NAME",
+            )
+        tokenizer, trained = self.manifest.tokenizer, (record.get("data") or {}).get("tokenizer_sha256")
+        if tokenizer.vocab_size != wanted.vocab_size:
+            raise UserError(
+                f"{self.origin}: the tokenizer of blend {self.blend.name} has {tokenizer.vocab_size:,} tokens, the parent "
+                f"a vocabulary of {wanted.vocab_size:,}",
+                hint="choose a blend that was prepared with the parent's tokenizer",
+            )
+        if trained is not None and trained != tokenizer.sha256:
+            raise UserError(
+                f"{self.origin}: blend {self.blend.name} was prepared with another tokenizer than {checkpoint} was "
+                "trained with",
+                hint="write tokenizer: {blend: NAME} of the parent's blend, and prepare the data again",
+            )
+        return wanted
+
+    @cached_property
+    def parent(self) -> GenerationModel:
+        """The parent's weights; candidates are made of them."""
+        self.console.print(f"loading {self.parent_checkpoint}", highlight=False, markup=False, soft_wrap=True)
+        return load_model(self.parent_checkpoint, dtype=self.dtype, device=self.device)
+
+    @cached_property
+    def validation(self) -> np.ndarray:
+        """Validation windows [samples, seq_length + 1]."""
+        tokens = count_of(self.part.score_tokens, "minipuzzle.score_tokens", self.origin)
+        length = self.recipe.data.seq_length
+        text = ValidationText.of(self.blend, self.manifest, length)
+        try:
+            return text.read(self.manifest, tokens // length)
+        except UserError as error:
+            raise UserError(f"{self.origin}: minipuzzle.score_tokens: {error.message}", error.hint) from error
+
+    @cached_property
+    def parent_predictions(self) -> Predictions:
+        """The parent's greedy predictions of the validation text; kept in the run's folder."""
+        key = {"parent": content_digest(self.parent_checkpoint), **self._validation_inputs()}
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        path = self.folder / f"parent-{name}.npz"
+        if not path.exists():
+            with StageProgress(self.console, "parent", self.validation[:, 1:].size) as bar:
+                made = predict(self.parent, self.validation, self.recipe.data.micro_batch_size, bar.advance)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp.npz")
+            np.savez_compressed(temporary, greedy=made.greedy, loss=made.loss)
+            temporary.replace(path)
+        with np.load(path) as kept:
+            return Predictions(kept["greedy"], float(kept["loss"]))
+
+    def score(self, model: GenerationModel, advance: Callable[[int], None] = lambda _: None) -> Score:
+        """A model on the validation text."""
+        found = predict(model, self.validation, self.recipe.data.micro_batch_size, advance)
+        return found.score(self.validation, self.parent_predictions.greedy)
+
+    def read(self, stage: str, file: str) -> Any:
+        """A JSON output of a finished stage."""
+        return json.loads((self.pipeline.path(stage) / file).read_text())
+
+    @cached_property
+    def found_importance(self) -> Any:
+        """The result of the first stage."""
+        return importance.load(self.pipeline.path("importance"))
+
+    def child(self, candidate: Candidate) -> GenerationModel:
+        """A candidate over the parent's weights."""
+        return slicing.sliced(self.parent, candidate, self.found_importance)
+
+    def _text_inputs(self, split: str) -> dict[str, Any]:
+        """The text of a split, by content."""
+        sources = {
+            name: source.splits[split].sha256_bin
+            for name, source in self.manifest.sources.items()
+            if name in self.blend.sources and split in source.splits
+        }
+        text = hashlib.sha256(json.dumps([self.blend.hash(), sources], sort_keys=True).encode()).hexdigest()
+        return {f"{split} text": text, "data.seq_length": self.recipe.data.seq_length}
+
+    def _validation_inputs(self) -> dict[str, Any]:
+        return {
+            **self._text_inputs("validation"),
+            "minipuzzle.score_tokens": self.part.score_tokens,
+            "dtype": str(self.dtype),
+        }
+
+    def _parent_inputs(self) -> dict[str, Any]:
+        return {"parent": content_digest(self.parent_checkpoint)}
+
+    # importance
+
+    def _importance_inputs(self) -> dict[str, Any]:
+        return {
+            **self._parent_inputs(),
+            **self._text_inputs("train"),
+            "dtype": str(self.dtype),
+            "data.seed": self.recipe.data.seed,
+            "minipuzzle.layer_samples": self.part.layer_samples,
+            "minipuzzle.neuron_samples": self.part.neuron_samples,
+        }
+
+    # candidates
+
+    def _candidates_inputs(self) -> dict[str, Any]:
+        values = {**dataclasses.asdict(self.part.grid), **dataclasses.asdict(self.part.budget)}
+        return {**self._parent_inputs(), **{f"minipuzzle.{key}": value for key, value in values.items()}}
+
+    # score
+
+    def _score_inputs(self) -> dict[str, Any]:
+        keys = ("rank", "keep", "short", "evaluate")
+        return {
+            **self._parent_inputs(),
+            **self._validation_inputs(),
+            **{f"minipuzzle.{key}": getattr(self.part, key) for key in keys},
+        }
+
+    def _score(self, folder: Path) -> str:
+        rows = self.read("candidates", CANDIDATES)
+        found = [Candidate.from_dict(row) for row in rows]
+        kept = self._scores(folder)
+        missing = [c for c in found if c.name not in kept]
+        self.parent_predictions  # noqa: B018 -- before the clock of the candidates starts
+        with (
+            (folder / SCORES).open("a") as file,
+            StageProgress(self.console, "candidates", len(missing) * self.validation[:, 1:].size) as bar,
+        ):
+            for candidate in missing:
+                score = self.score(self.child(candidate), bar.advance)
+                kept[candidate.name] = dataclasses.asdict(score)
+                file.write(json.dumps({"name": candidate.name, **kept[candidate.name]}) + "\n")
+                file.flush()
+        scores = [Score(**kept[c.name]) for c in found]
+        order = ranking.order(scores, self.part.rank)
+        best = order[: self.part.keep]
+        evaluated = {}
+        if self.part.evaluate:
+            evaluated = self._evaluate_pruned(folder, [found[n] for n in best])
+            best = sorted(best, key=lambda n: (-evaluated[found[n].name]["mean"], order.index(n)))
+        table = [
+            {**rows[n], **dataclasses.asdict(scores[n]), "place": place, "evaluated": evaluated.get(found[n].name)}
+            for place, n in enumerate(order, 1)
+        ]
+        parent = self.parent_predictions.score(self.validation, self.parent_predictions.greedy)
+        chosen = [found[n].name for n in best[: self.part.short]]
+        write_json(
+            folder / RANKING, {"parent": dataclasses.asdict(parent), "candidates": table, "chosen": chosen}
+        )
+        first = scores[best[0]]
+        return (
+            f"{len(found)} scored on {self.validation[:, 1:].size:,} tokens; first {chosen[0]}: accuracy "
+            f"{first.accuracy:.3f} (parent {parent.accuracy:.3f}), agreement {first.agreement:.3f}"
+        )
+
+    def _scores(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Scores that are known, by candidate, out of this attempt or of one with other candidates."""
+        key = {**self._parent_inputs(), **self._validation_inputs(), "importance": self.pipeline.outputs("importance")}
+        head = json.dumps({"of": key}, sort_keys=True)
+        path = folder / SCORES
+        before = folder.with_name(folder.name + ".before") / SCORES
+        for source in (path, before):
+            lines = source.read_text().splitlines() if source.exists() else []
+            if lines and lines[0] == head:
+                whole = [line for line in lines if line.endswith("}")]  # a killed process leaves half a line
+                path.write_text("\n".join(whole) + "\n")
+                rows = [json.loads(line) for line in whole[1:]]
+                return {row.pop("name"): row for row in rows}
+        path.write_text(head + "\n")
+        return {}
+
+    def _evaluate_pruned(self, folder: Path, chosen: list[Candidate]) -> dict[str, dict[str, float]]:
+        path = folder / "evaluated.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        with StageProgress(self.console, "evaluating", len(chosen)) as bar:
+            for candidate in chosen:
+                if candidate.name not in kept:
+                    checkpoint = self._pruned(folder, candidate)
+                    kept[candidate.name] = self.evaluate(checkpoint)
+                    shutil.rmtree(checkpoint)
+                    write_json(path, kept)
+                bar.advance()
+        return {c.name: kept[c.name] for c in chosen}
+
+    def evaluate(self, checkpoint: Path) -> dict[str, float]:
+        """Task scores of a checkpoint by the recipe's command, and their `mean`.
+
+        Errors:
+            UserError: the command fails, or its last line is no JSON object of numbers.
+        """
+        command = [word.replace("{checkpoint}", str(checkpoint)) for word in shlex.split(self.part.evaluate)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        try:
+            tasks = {str(name): float(value) for name, value in json.loads(lines[-1]).items()}
+            if done.returncode or not tasks:
+                raise ValueError(f"exit code {done.returncode}")
+        except (ValueError, IndexError, AttributeError, TypeError) as error:
+            said = (done.stderr.strip().splitlines() or lines or ["it printed nothing"])[-1]
+            raise UserError(
+                f"{self.origin}: minipuzzle.evaluate: {shlex.join(command)}: {error}: {said}",
+                hint="it has to print a JSON object of task scores in its last line",
+            ) from error
+        return {**tasks, "mean": sum(tasks.values()) / len(tasks)}
+
+    # short distillation
+
+    def _distillation_inputs(self) -> dict[str, Any]:
+        return {**self._parent_inputs(), **self._text_inputs("train"), **distillations.settings(self.recipe)}
+
+    def _short_inputs(self) -> dict[str, Any]:
+        return {
+            **self._distillation_inputs(),
+            **self._validation_inputs(),
+            "minipuzzle.short_tokens": self.part.short_tokens,
+            "minipuzzle.evaluate": self.part.evaluate,
+        }
+
+    def _chosen(self) -> list[Candidate]:
+        made = self.read("score", RANKING)
+        rows = {row["name"]: row for row in made["candidates"]}
+        return [Candidate.from_dict(rows[name]) for name in made["chosen"]]
+
+    def _pruned(self, folder: Path, candidate: Candidate) -> Path:
+        """The candidate's checkpoint before any training."""
+        path = folder / f"{candidate.name}-pruned"
+        if not (path / "integrity.json").is_file():
+            shutil.rmtree(path, ignore_errors=True)
+            slicing.write(self.parent_checkpoint, candidate, self.found_importance, path)
+        return path
+
+    def _short(self, folder: Path) -> str:
+        chosen = self._chosen()
+        path = folder / "measured.json"
+        kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        runs = {
+            c.name: distillations.run_of(
+                self.recipe,
+                c.name,
+                c.definition,
+                folder / f"{c.name}-pruned",
+                self.parent_checkpoint,
+                self.part.short_tokens,
+                folder,
+            )
+            for c in chosen
+        }
+        for number, candidate in enumerate(chosen, 1):
+            if candidate.name in kept:
+                continue
+            pruned = self._pruned(folder, candidate)
+            run = self.train(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}", self.console)
+            kept[candidate.name] = {"pruned": self.measure(pruned), "short": self.measure(run)}
+            write_json(path, kept)
+        results = {c.name: {**kept[c.name], "candidate": c.to_dict()} for c in chosen}
+        write_json(folder / RESULTS, results)
+        return "; ".join(
+            f"{name}: loss {r['pruned']['loss']:.3f} -> {r['short']['loss']:.3f}" for name, r in results.items()
+        )
+
+    def measure(self, checkpoint: Path) -> dict[str, Any]:
+        """A trained model on the validation text, and on the recipe's evaluation."""
+        checkpoint = find_checkpoint(checkpoint)
+        model = load_model(checkpoint, dtype=self.dtype, device=self.device)
+        made: dict[str, Any] = {"checkpoint": str(checkpoint), "weights": content_digest(checkpoint)}
+        made |= dataclasses.asdict(self.score(model))
+        if self.part.evaluate:
+            made["evaluated"] = self.evaluate(checkpoint)
+        return made
+
+    # select
+
+    def _select_inputs(self) -> Mapping[str, Any]:
+        return {"minipuzzle.evaluate": self.part.evaluate}
+
+    def _select(self, folder: Path) -> str:
+        results = self.read("short-distil", RESULTS)
+        by = "evaluation" if self.part.evaluate else "accuracy"
+
+        def value(name: str) -> float:
+            short = results[name]["short"]
+            return short["evaluated"]["mean"] if self.part.evaluate else short["accuracy"]
+
+        order = sorted(results, key=lambda name: (-value(name), results[name]["short"]["loss"]))
+        winner = {"name": order[0], "by": by, "order": order, **results[order[0]]}
+        write_json(folder / WINNER, winner)
+        return f"{order[0]} by {by}: {value(order[0]):.4f}"
+
+    # distil
+
+    def _distil_inputs(self) -> dict[str, Any]:
+        return {**self._distillation_inputs(), "tokens": self.recipe.tokens, "minipuzzle.start": self.part.start}
+
+    def _distil(self, folder: Path) -> str:
+        winner = self.read("select", WINNER)
+        candidate = Candidate.from_dict(winner["candidate"])
+        start = Path(winner[self.part.start]["checkpoint"])
+        run = distillations.run_of(
+            self.recipe, self.recipe.name, candidate.definition, start, self.parent_checkpoint, self.recipe.tokens, folder
+        )
+        measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
+        parent = self.parent_predictions.loss
+        gap = winner["pruned"]["loss"] - parent
+        recovered = (winner["pruned"]["loss"] - measured["loss"]) / gap if gap > 0 else float("nan")
+        write_json(folder / RESULTS, {"child": measured, "recovered": recovered})
+        return (
+            f"loss {winner['pruned']['loss']:.3f} pruned -> {measured['loss']:.3f}, parent {parent:.3f}: "
+            f"{recovered:.1%} of the gap recovered"
+        )
+
+    # export
+
+    def _export(self, folder: Path) -> str:
+        winner, made = self.read("select", WINNER), self.read("distil", RESULTS)
+        checkpoint = Path(made["child"]["checkpoint"])
+        record = read_record(checkpoint)
+        definition = distillations.counted(read_definition(record, f"checkpoint {checkpoint}"))
+        tokenizer = tokenizer_for(record, checkpoint, None, definition.vocab_size)
+        plan = hf_writer.plan(checkpoint, tokenizer, None, SHARD)
+        shutil.rmtree(folder / HF, ignore_errors=True)  # an attempt that was interrupted
+        hf_writer.write(plan, folder / HF, tokenizer)
+        (folder / DEFINITION).write_text(definition_text(definition), encoding="utf-8")
+        score = self.read("score", RANKING)
+        write_json(
+            folder / RESULT,
+            {
+                "recipe": self.recipe.name,
+                "child": {"name": winner["name"], "checkpoint": str(checkpoint), "pattern": definition.pattern},
+                "parameters": {"parent": self.definition.parameters, "child": definition.parameters},
+                "validation": {
+                    "parent": score["parent"],
+                    **{word: {k: winner[word][k] for k in score["parent"]} for word in ("pruned", "short")},
+                    "child": {k: made["child"][k] for k in score["parent"]},
+                },
+                "recovered": made["recovered"],
+                "seconds": {name: state.seconds for name, state in self.pipeline.states().items()},
+            },
+        )
+        report.write(self, folder / REPORT)
+        return f"{checkpoint}; {folder / HF}; {folder / REPORT}"
