@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,18 @@ import torch
 from rich.console import Console
 
 from nemotron_h.checks import count_of, definition_of
-from nemotron_h.compression import candidates, distillations, importance, ranking, slicing
-from nemotron_h.compression.candidates import Candidate
+from nemotron_h.compression import distillations, importance, ranking
+from nemotron_h.compression.candidates import Candidate, Candidates
+from nemotron_h.compression.child import Child, child_definition
+from nemotron_h.compression.importance import Importance
 from nemotron_h.compression.progress import StageProgress
 from nemotron_h.compression.scoring import Predictions, Score, predict
+from nemotron_h.compression.selection import child_of
+from nemotron_h.compression.slicing import slice_model, write_child
+from nemotron_h.compression.speed import generation_speed
 from nemotron_h.compression.stages import Pipeline, Stage, content_digest
 from nemotron_h.data.blend import load_blend
+from nemotron_h.data.calibration import calibration_windows, text_record
 from nemotron_h.data.manifest import check_manifest, write_json
 from nemotron_h.data.validation import ValidationText
 from nemotron_h.errors import UserError
@@ -42,6 +48,8 @@ from nemotron_h.export.hf_reader import definition_text
 from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
 from nemotron_h.inference.cli import tokenizer_for
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.planning.memory import GIB
 from nemotron_h.report import minipuzzle as report
 from nemotron_h.schema import RecipeConfig
 from nemotron_h.training.launch import Run
@@ -53,6 +61,11 @@ REPORT, DEFINITION, HF = "report.html", "model.yaml", "hf"
 SHARD = 5 * 10**9
 #: trains a run to its end and returns its folder: `distillations.train`, or what a test puts in its place
 Train = Callable[[Run, str, Console], Path]
+
+
+def candidate_of(row: Mapping[str, Any]) -> Candidate:
+    """The candidate of a row of `candidates.json`."""
+    return Candidate(*(row[key] for key in Candidate._fields))
 
 
 class MiniPuzzle:
@@ -207,13 +220,25 @@ class MiniPuzzle:
         return json.loads((self.pipeline.path(stage) / file).read_text())
 
     @cached_property
-    def found_importance(self) -> Any:
+    def importance(self) -> Importance:
         """The result of the first stage."""
-        return importance.load(self.pipeline.path("importance"))
+        return Importance.load(self.pipeline.path("importance"), self.definition)
 
-    def child(self, candidate: Candidate) -> GenerationModel:
+    def child(self, candidate: Candidate) -> Child:
+        """What of the parent a candidate keeps."""
+        return child_of(self.definition, self.importance.scores(), candidate)
+
+    def name_of(self, candidate: Candidate) -> str:
+        """The name of a candidate's model definition."""
+        return f"{self.definition.name}-{candidate.name}"
+
+    def realised(self, candidate: Candidate) -> GenerationModel:
         """A candidate over the parent's weights."""
-        return slicing.sliced(self.parent, candidate, self.found_importance)
+        return slice_model(self.parent, self.child(candidate), self.name_of(candidate))
+
+    def definition_of(self, candidate: Candidate) -> ModelDefinition:
+        """A candidate's definition."""
+        return child_definition(self.definition, self.child(candidate), self.name_of(candidate))
 
     def _text_inputs(self, split: str) -> dict[str, Any]:
         """The text of a split, by content."""
@@ -242,16 +267,88 @@ class MiniPuzzle:
             **self._parent_inputs(),
             **self._text_inputs("train"),
             "dtype": str(self.dtype),
-            "data.seed": self.recipe.data.seed,
             "minipuzzle.layer_samples": self.part.layer_samples,
             "minipuzzle.neuron_samples": self.part.neuron_samples,
         }
+
+    def _importance(self, folder: Path) -> str:
+        length, part = self.recipe.data.seq_length, self.part
+        try:
+            windows = calibration_windows(
+                self.blend, self.manifest, max(part.layer_samples, part.neuron_samples), length
+            )
+        except UserError as error:
+            raise UserError(f"{self.origin}: minipuzzle samples: {error.message}", error.hint) from error
+        total = importance.work(self.definition, part.layer_samples, part.neuron_samples)
+        with StageProgress(self.console, "windows through the model", total) as bar:
+            made = importance.measure(
+                self.parent,
+                windows[: part.layer_samples],
+                windows[: part.neuron_samples],
+                settings={**self._parent_inputs(), "text": text_record(self.blend, self.manifest)},
+                advance=bar.advance,
+                unfinished=folder / "unfinished",
+            )
+        made.save(folder)
+        least = [int(n) for n in made.scores().layers.argsort()[:4]]
+        named = ", ".join(f"{n} ({self.definition.pattern[n]})" for n in least)
+        return f"least important layers: {named}"
 
     # candidates
 
     def _candidates_inputs(self) -> dict[str, Any]:
         values = {**dataclasses.asdict(self.part.grid), **dataclasses.asdict(self.part.budget)}
         return {**self._parent_inputs(), **{f"minipuzzle.{key}": value for key, value in values.items()}}
+
+    def _candidates(self, folder: Path) -> str:
+        try:
+            found = Candidates(self.definition, self.part.grid, self.part.budget)
+        except UserError as error:
+            raise UserError(f"{self.origin}: minipuzzle: {error.message}", error.hint) from error
+        rows = []
+        for candidate in found:
+            definition, cost = self.definition_of(candidate), found.cost(candidate)
+            rows.append(
+                {
+                    "name": candidate.name,
+                    **candidate._asdict(),
+                    "pattern": definition.pattern,
+                    "layers": list(self.child(candidate).layers),
+                    "parameters": cost.parameters,
+                    "memory_gib": cost.memory.total / GIB,
+                    "read_gib": cost.read / GIB,
+                }
+            )
+        if self.part.budget.speedup is not None and self.part.budget.speedup_by == "measured":
+            rows = self._fast_enough(rows, folder)
+        write_json(folder / CANDIDATES, rows)
+        return f"{len(rows):,} of {len(found):,} combinations are within the budget"
+
+    def _fast_enough(self, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+        """Those that generate as fast as the budget asks; the speeds are kept as they are measured."""
+        path = folder / "speeds.json"
+        speeds = json.loads(path.read_text()) if path.exists() else {}
+        budget = self.part.budget
+        with StageProgress(self.console, "speeds", len(rows)) as bar:
+            for name, model in (("", lambda: self.parent), *((r["name"], partial(self._of_row, r)) for r in rows)):
+                if name not in speeds:
+                    speeds[name] = generation_speed(model(), budget.sequences)
+                    write_json(path, speeds)
+                bar.advance(int(bool(name)))
+        for row in rows:
+            row["speedup"] = speeds[row["name"]] / speeds[""]
+        kept = [row for row in rows if row["speedup"] >= budget.speedup]
+        if not kept:
+            fastest = max(rows, key=lambda row: row["speedup"])
+            raise UserError(
+                f"{self.origin}: minipuzzle.budget.speedup = {budget.speedup:g}: no candidate generates as fast here; the "
+                f"fastest is {fastest['name']}, {fastest['speedup']:.3f} times the parent",
+                hint=f"lower it to {fastest['speedup']:.3f} or less, or widen the grid",
+            )
+        return kept
+
+    def _of_row(self, row: Mapping[str, Any]) -> GenerationModel:
+        return self.realised(candidate_of(row))
 
     # score
 
@@ -265,7 +362,7 @@ class MiniPuzzle:
 
     def _score(self, folder: Path) -> str:
         rows = self.read("candidates", CANDIDATES)
-        found = [Candidate.from_dict(row) for row in rows]
+        found = [candidate_of(row) for row in rows]
         kept = self._scores(folder)
         missing = [c for c in found if c.name not in kept]
         self.parent_predictions  # noqa: B018 -- before the clock of the candidates starts
@@ -274,7 +371,7 @@ class MiniPuzzle:
             StageProgress(self.console, "candidates", len(missing) * self.validation[:, 1:].size) as bar,
         ):
             for candidate in missing:
-                score = self.score(self.child(candidate), bar.advance)
+                score = self.score(self.realised(candidate), bar.advance)
                 kept[candidate.name] = dataclasses.asdict(score)
                 file.write(json.dumps({"name": candidate.name, **kept[candidate.name]}) + "\n")
                 file.flush()
@@ -366,14 +463,14 @@ class MiniPuzzle:
     def _chosen(self) -> list[Candidate]:
         made = self.read("score", RANKING)
         rows = {row["name"]: row for row in made["candidates"]}
-        return [Candidate.from_dict(rows[name]) for name in made["chosen"]]
+        return [candidate_of(rows[name]) for name in made["chosen"]]
 
     def _pruned(self, folder: Path, candidate: Candidate) -> Path:
         """The candidate's checkpoint before any training."""
         path = folder / f"{candidate.name}-pruned"
         if not (path / "integrity.json").is_file():
             shutil.rmtree(path, ignore_errors=True)
-            slicing.write(self.parent_checkpoint, candidate, self.found_importance, path)
+            write_child(self.parent_checkpoint, self.child(candidate), path, self.name_of(candidate))
         return path
 
     def _short(self, folder: Path) -> str:
@@ -384,7 +481,7 @@ class MiniPuzzle:
             c.name: distillations.run_of(
                 self.recipe,
                 c.name,
-                c.definition,
+                self.definition_of(c),
                 folder / f"{c.name}-pruned",
                 self.parent_checkpoint,
                 self.part.short_tokens,
@@ -399,7 +496,7 @@ class MiniPuzzle:
             run = self.train(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}", self.console)
             kept[candidate.name] = {"pruned": self.measure(pruned), "short": self.measure(run)}
             write_json(path, kept)
-        results = {c.name: {**kept[c.name], "candidate": c.to_dict()} for c in chosen}
+        results = {c.name: {**kept[c.name], "candidate": c._asdict()} for c in chosen}
         write_json(folder / RESULTS, results)
         return "; ".join(
             f"{name}: loss {r['pruned']['loss']:.3f} -> {r['short']['loss']:.3f}" for name, r in results.items()
@@ -440,10 +537,10 @@ class MiniPuzzle:
 
     def _distil(self, folder: Path) -> str:
         winner = self.read("select", WINNER)
-        candidate = Candidate.from_dict(winner["candidate"])
+        candidate = candidate_of(winner["candidate"])
         start = Path(winner[self.part.start]["checkpoint"])
         run = distillations.run_of(
-            self.recipe, self.recipe.name, candidate.definition, start, self.parent_checkpoint, self.recipe.tokens, folder
+            self.recipe, self.recipe.name, self.definition_of(candidate), start, self.parent_checkpoint, self.recipe.tokens, folder
         )
         measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
         parent = self.parent_predictions.loss
@@ -483,5 +580,5 @@ class MiniPuzzle:
                 "seconds": {name: state.seconds for name, state in self.pipeline.states().items()},
             },
         )
-        report.write(self, folder / REPORT)
+        report.write(self.folder, self.recipe, self.definition, folder / REPORT)
         return f"{checkpoint}; {folder / HF}; {folder / REPORT}"
