@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_h.comparison.cli import compare_precision
-from nemotron_h.compression.prune_cli import importance, prune
 from nemotron_h.compression.cli import minipuzzle
+from nemotron_h.compression.prune_cli import importance, prune
 from nemotron_h.data.cli import app as data_app
 from nemotron_h.errors import UserError, report
 from nemotron_h.evaluation.cli import evaluate

@@ -1,4 +1,4 @@
-"""The training runs of a compression: each is an ordinary recipe of stage `distill`, started as `nemo llm distill` does.
+"""The training runs of a compression: each is an ordinary recipe of stage `distill`, run by `nemo llm`.
 
 Imports no torch.
 """
@@ -14,12 +14,14 @@ from rich.console import Console
 from nemotron_h.checks import check, count_of
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
-from nemotron_h.schema import ExpectSchema, ModelSchema, RecipeConfig
+from nemotron_h.schema import DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
 from nemotron_h.training import launch
 from nemotron_h.training.launch import Run
 
 #: what a distillation's result depends on, beside teacher, student and data: parts of the recipe
-MATTERS = ("precision", "init_seed", "data", "optim", "parallel", "precision_options", "recompute", "distill", "overrides")
+MATTERS = (
+    *("precision", "init_seed", "data", "optim", "parallel", "precision_options", "recompute", "distill", "overrides"),
+)
 #: of those, where data and runs lie, which changes no number
 PLACES = {"data": ("root", "workers")}
 
@@ -68,18 +70,24 @@ def run_of(
     made = copy.deepcopy(recipe)
     made.stage, made.name, made.tokens, made.minipuzzle = "distill", name, str(tokens), None
     made.model = model_part(student)
-    made.init.checkpoint, made.distill.teacher = str(start), str(teacher)
+    made.init.checkpoint = str(start)
+    made.distill = dataclasses.replace(made.distill or DistillSchema(), teacher=str(teacher))
     made.log.dir = str(folder)
     made.sources = {key: text for key, text in made.sources.items() if not key.startswith("minipuzzle")}
     check(made, f"recipe {recipe.name}, distillation {name}")
     return Run(name, made)
 
 
-def train(run: Run, title: str, console: Console) -> Path:
-    """Train what is missing of a run; its folder."""
+def steps_of(run: Run) -> int:
+    """Steps of a run."""
     data = run.recipe.data
     tokens = count_of(run.recipe.tokens, "tokens", f"recipe {run.name}")
-    steps = Horizon(tokens, data.seq_length * data.global_batch_size).steps
+    return Horizon(tokens, data.seq_length * data.global_batch_size).steps
+
+
+def train(run: Run, title: str, console: Console) -> Path:
+    """Train what is missing of a run; its folder."""
+    steps = steps_of(run)
     if not launch.is_finished(run, steps):
         run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
         run.recipe_file.write_text(launch.text_of(run))

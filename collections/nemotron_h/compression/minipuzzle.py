@@ -1,5 +1,5 @@
-"""MiniPuzzle (paper 3) as stages over one recipe: importance -> candidates -> score -> short-distil -> select -> distil ->
-export. Each is one function of this file; what a stage computes is in the file that its name promises.
+"""MiniPuzzle (paper 3) as stages over one recipe: importance -> candidates -> score -> short-distil -> select -> distil
+-> export. Each is one function of this file; what a stage computes is in the file that its name promises.
 
     <log.dir>/<name>/importance/    importance.json, importance.safetensors
                      candidates/    candidates.json: every architecture of the grid within the budget
@@ -31,7 +31,7 @@ from nemotron_h.checks import count_of, definition_of
 from nemotron_h.compression import distillations, importance, ranking
 from nemotron_h.compression.candidates import Candidate, Candidates
 from nemotron_h.compression.child import Child, child_definition
-from nemotron_h.compression.importance import Importance
+from nemotron_h.compression.importance import Importance, Scores
 from nemotron_h.compression.progress import StageProgress
 from nemotron_h.compression.scoring import Predictions, Score, predict
 from nemotron_h.compression.selection import child_of
@@ -44,10 +44,10 @@ from nemotron_h.data.manifest import check_manifest, write_json
 from nemotron_h.data.validation import ValidationText
 from nemotron_h.errors import UserError
 from nemotron_h.export import hf_writer
-from nemotron_h.export.hf_reader import definition_text
+from nemotron_h.export.checkpoint_writer import definition_text
 from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
-from nemotron_h.inference.cli import tokenizer_for
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.opening import tokenizer_for
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.memory import GIB
 from nemotron_h.report import minipuzzle as report
@@ -57,6 +57,8 @@ from nemotron_h.training.launch import Run
 RANKING, RESULTS, WINNER, RESULT = "ranking.json", "results.json", "winner.json", "result.json"
 SCORES, CANDIDATES = "scores.jsonl", "candidates.json"
 REPORT, DEFINITION, HF = "report.html", "model.yaml", "hf"
+#: ours: validation windows that the orders of the report are compared on
+ORDER_WINDOWS = 8
 #: ours: the largest weight file, the command's default
 SHARD = 5 * 10**9
 #: trains a run to its end and returns its folder: `distillations.train`, or what a test puts in its place
@@ -155,8 +157,8 @@ class MiniPuzzle:
         wanted = definition_of(self.recipe, self.origin)
         skip = {"name", "sources", "init_std"}
         there, asked = dataclasses.asdict(found), dataclasses.asdict(wanted)
-        differs = [f"{k}: {there[k]} in the checkpoint, {asked[k]} in the recipe" for k in asked if there[k] != asked[k]]
-        differs = [line for line in differs if line.split(":")[0] not in skip]
+        changed = [key for key in asked if key not in skip and there[key] != asked[key]]
+        differs = [f"{key}: {there[key]} in the checkpoint, {asked[key]} in the recipe" for key in changed]
         if differs:
             raise UserError(
                 f"{self.origin}: minipuzzle.parent: {checkpoint} is of another model: {'; '.join(differs)}",
@@ -165,8 +167,8 @@ class MiniPuzzle:
         tokenizer, trained = self.manifest.tokenizer, (record.get("data") or {}).get("tokenizer_sha256")
         if tokenizer.vocab_size != wanted.vocab_size:
             raise UserError(
-                f"{self.origin}: the tokenizer of blend {self.blend.name} has {tokenizer.vocab_size:,} tokens, the parent "
-                f"a vocabulary of {wanted.vocab_size:,}",
+                f"{self.origin}: the tokenizer of blend {self.blend.name} has {tokenizer.vocab_size:,} tokens, the "
+                f"parent a vocabulary of {wanted.vocab_size:,}",
                 hint="choose a blend that was prepared with the parent's tokenizer",
             )
         if trained is not None and trained != tokenizer.sha256:
@@ -226,7 +228,15 @@ class MiniPuzzle:
 
     def child(self, candidate: Candidate) -> Child:
         """What of the parent a candidate keeps."""
-        return child_of(self.definition, self.importance.scores(), candidate)
+        return child_of(self.definition, self.scores, candidate)
+
+    @cached_property
+    def scores(self) -> Scores:
+        """The order in which layers and channels stay; a control has another."""
+        found = self.importance.scores(self.part.aggregation)
+        if self.part.order == "random":
+            return found.shuffle(self.recipe.init_seed)
+        return found.reverse() if self.part.order == "reversed" else found
 
     def name_of(self, candidate: Candidate) -> str:
         """The name of a candidate's model definition."""
@@ -269,6 +279,7 @@ class MiniPuzzle:
             "dtype": str(self.dtype),
             "minipuzzle.layer_samples": self.part.layer_samples,
             "minipuzzle.neuron_samples": self.part.neuron_samples,
+            "minipuzzle.layer_metric": self.part.layer_metric,
         }
 
     def _importance(self, folder: Path) -> str:
@@ -285,6 +296,7 @@ class MiniPuzzle:
                 self.parent,
                 windows[: part.layer_samples],
                 windows[: part.neuron_samples],
+                metric=part.layer_metric,
                 settings={**self._parent_inputs(), "text": text_record(self.blend, self.manifest)},
                 advance=bar.advance,
                 unfinished=folder / "unfinished",
@@ -298,11 +310,13 @@ class MiniPuzzle:
 
     def _candidates_inputs(self) -> dict[str, Any]:
         values = {**dataclasses.asdict(self.part.grid), **dataclasses.asdict(self.part.budget)}
+        values |= {"aggregation": self.part.aggregation, "order": self.part.order, "init_seed": self.recipe.init_seed}
         return {**self._parent_inputs(), **{f"minipuzzle.{key}": value for key, value in values.items()}}
 
     def _candidates(self, folder: Path) -> str:
         try:
-            found = Candidates(self.definition, self.part.grid, self.part.budget)
+            scores = self.scores.layers
+            found = Candidates(self.definition, self.part.grid, self.part.budget, scores)
         except UserError as error:
             raise UserError(f"{self.origin}: minipuzzle: {error.message}", error.hint) from error
         rows = []
@@ -341,8 +355,8 @@ class MiniPuzzle:
         if not kept:
             fastest = max(rows, key=lambda row: row["speedup"])
             raise UserError(
-                f"{self.origin}: minipuzzle.budget.speedup = {budget.speedup:g}: no candidate generates as fast here; the "
-                f"fastest is {fastest['name']}, {fastest['speedup']:.3f} times the parent",
+                f"{self.origin}: minipuzzle.budget.speedup = {budget.speedup:g}: no candidate generates as fast here; "
+                f"the fastest is {fastest['name']}, {fastest['speedup']:.3f} times the parent",
                 hint=f"lower it to {fastest['speedup']:.3f} or less, or widen the grid",
             )
         return kept
@@ -388,9 +402,7 @@ class MiniPuzzle:
         ]
         parent = self.parent_predictions.score(self.validation, self.parent_predictions.greedy)
         chosen = [found[n].name for n in best[: self.part.short]]
-        write_json(
-            folder / RANKING, {"parent": dataclasses.asdict(parent), "candidates": table, "chosen": chosen}
-        )
+        write_json(folder / RANKING, {"parent": dataclasses.asdict(parent), "candidates": table, "chosen": chosen})
         first = scores[best[0]]
         return (
             f"{len(found)} scored on {self.validation[:, 1:].size:,} tokens; first {chosen[0]}: accuracy "
@@ -399,7 +411,12 @@ class MiniPuzzle:
 
     def _scores(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Scores that are known, by candidate, out of this attempt or of one with other candidates."""
-        key = {**self._parent_inputs(), **self._validation_inputs(), "importance": self.pipeline.outputs("importance")}
+        key = {
+            **self._parent_inputs(),
+            **self._validation_inputs(),
+            **self.pipeline.outputs("importance"),
+            "order": [self.part.order, self.part.aggregation, self.recipe.init_seed],
+        }
         head = json.dumps({"of": key}, sort_keys=True)
         path = folder / SCORES
         before = folder.with_name(folder.name + ".before") / SCORES
@@ -540,7 +557,13 @@ class MiniPuzzle:
         candidate = candidate_of(winner["candidate"])
         start = Path(winner[self.part.start]["checkpoint"])
         run = distillations.run_of(
-            self.recipe, self.recipe.name, self.definition_of(candidate), start, self.parent_checkpoint, self.recipe.tokens, folder
+            self.recipe,
+            self.recipe.name,
+            self.definition_of(candidate),
+            start,
+            self.parent_checkpoint,
+            self.recipe.tokens,
+            folder,
         )
         measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
         parent = self.parent_predictions.loss
@@ -563,22 +586,52 @@ class MiniPuzzle:
         plan = hf_writer.plan(checkpoint, tokenizer, None, SHARD)
         shutil.rmtree(folder / HF, ignore_errors=True)  # an attempt that was interrupted
         hf_writer.write(plan, folder / HF, tokenizer)
-        (folder / DEFINITION).write_text(definition_text(definition), encoding="utf-8")
-        score = self.read("score", RANKING)
-        write_json(
-            folder / RESULT,
-            {
-                "recipe": self.recipe.name,
-                "child": {"name": winner["name"], "checkpoint": str(checkpoint), "pattern": definition.pattern},
-                "parameters": {"parent": self.definition.parameters, "child": definition.parameters},
-                "validation": {
-                    "parent": score["parent"],
-                    **{word: {k: winner[word][k] for k in score["parent"]} for word in ("pruned", "short")},
-                    "child": {k: made["child"][k] for k in score["parent"]},
-                },
-                "recovered": made["recovered"],
-                "seconds": {name: state.seconds for name, state in self.pipeline.states().items()},
-            },
+        (folder / DEFINITION).write_text(
+            definition_text(definition, f"Compressed by {self.recipe.name}."), encoding="utf-8"
         )
-        report.write(self.folder, self.recipe, self.definition, folder / REPORT)
+        score = self.read("score", RANKING)
+        words = {"pruned": winner["pruned"], "short": winner["short"], "child": made["child"]}
+        result = {
+            "recipe": self.recipe.name,
+            "child": {"name": winner["name"], "checkpoint": str(checkpoint), "pattern": definition.pattern},
+            "parameters": {"parent": self.definition.parameters, "child": definition.parameters},
+            "validation": {
+                "parent": score["parent"],
+                **{word: {key: found[key] for key in score["parent"]} for word, found in words.items()},
+            },
+            "recovered": made["recovered"],
+            "orders": self.orders(folder / "orders.json"),
+            "order_tokens": self.validation[:ORDER_WINDOWS, 1:].size,
+        }
+        write_json(folder / RESULT, result)
+        report.write(self.folder, self.recipe, self.definition, result, folder / REPORT)
         return f"{checkpoint}; {folder / HF}; {folder / REPORT}"
+
+    def orders(self, path: Path) -> dict[str, list[float]]:
+        """Loss without 0, 1, 2, ... layers, dropped in the order of importance, in random orders (the mean of three)
+        and in the reversed one; half of the layers at most. Kept in `path`.
+        """
+        if path.exists():
+            return json.loads(path.read_text())
+        found, depth = self.importance.scores(self.part.aggregation), self.definition.num_layers // 2
+        text = self.validation[:ORDER_WINDOWS]
+        controls = {
+            "importance": [found],
+            "random": [found.shuffle(n) for n in range(3)],
+            "reversed": [found.reverse()],
+        }
+        losses: dict[str, list[float]] = {}
+        with StageProgress(self.console, "orders", 5 * (depth + 1)) as bar:
+            for name, scores in controls.items():
+                curves = []
+                for each in scores:
+                    order = each.layers.argsort(kind="stable")
+                    curve = []
+                    for count in range(depth + 1):
+                        child = Child.whole(self.definition, tuple(sorted(int(n) for n in order[count:])))
+                        curve.append(predict(slice_model(self.parent, child), text, len(text)).loss)
+                        bar.advance()
+                    curves.append(curve)
+                losses[name] = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+        write_json(path, losses)
+        return losses

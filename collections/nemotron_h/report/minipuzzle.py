@@ -1,0 +1,174 @@
+"""The report of a compression: one HTML page with its pictures inside, made of what the stages left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from rich.console import Console
+
+from nemotron_h.comparison.gap import read_losses
+from nemotron_h.compression.importance import Importance
+from nemotron_h.compression.ranking import pareto
+from nemotron_h.data.blend import parse_count
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.report import figures
+from nemotron_h.schema import RecipeConfig
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
+h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } img { max-width: 100% }
+table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .9em; border-bottom: 1px solid #ddd }
+th { text-align: left; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
+code { font-size: .92em; overflow-wrap: anywhere } p.note { color: #555 }
+</style></head><body>
+<h1>{{ name }}: {{ parent.name }} compressed</h1>
+<p>{{ "{:,}".format(parent.parameters) }} parameters became {{ "{:,}".format(child.parameters) }}
+({{ "{:.1%}".format(child.parameters / parent.parameters) }}). The distillation recovered
+<b>{{ "{:.1%}".format(recovered) }}</b> of the loss that pruning cost.</p>
+<p>Parent <code>{{ parent.pattern }}</code>, FFN {{ parent.ffn }}<br>
+Child <code>{{ child.pattern }}</code>, FFN {{ child.ffn }}<br>
+Checkpoint <code>{{ checkpoint }}</code></p>
+<h2>Before and after</h2>
+<table><tr><th>model</th>{% for column in columns %}<th class="n">{{ column }}</th>{% endfor %}</tr>
+{% for title, values in rows %}<tr><td>{{ title }}</td>
+{% for value in values %}<td class="n">{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
+<p class="note">On {{ "{:,}".format(tokens) }} validation tokens: next-token accuracy, agreement with the parent's
+greedy prediction, cross-entropy in nats{% if tasks %}, and the recipe's evaluation{% endif %}. An arrow goes from the
+pruned candidate to its short distillation (as the paper's table 6).</p>
+{% for title, text, image in pictures %}<h2>{{ title }}</h2><p class="note">{{ text }}</p>
+<img alt="{{ title }}" src="{{ image }}">
+{% endfor %}
+<h2>Stages</h2><table><tr><th>stage</th><th>result</th><th class="n">seconds</th></tr>
+{% for stage, result, seconds in stages %}<tr><td>{{ stage }}</td><td>{{ result }}</td>
+<td class="n">{{ "{:,.0f}".format(seconds) }}</td></tr>{% endfor %}</table>
+</body></html>
+"""
+
+
+def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: dict[str, Any], out: Path) -> None:
+    """Write the page.
+
+    Args:
+        folder: of the compression; its stages but the last are finished.
+        recipe: of the compression.
+        parent: its model.
+        result: what the last stage found; see `MiniPuzzle._export`.
+        out: the page.
+    """
+
+    def read(*path: str) -> Any:
+        return json.loads(folder.joinpath(*path).read_text())
+
+    ranking, short = read("score", "ranking.json"), read("short-distil", "results.json")
+    winner, made = read("select", "winner.json"), read("distil", "results.json")
+    found, chosen = ranking["candidates"], ranking["chosen"]
+    row = next(r for r in found if r["name"] == winner["name"])
+    importance = Importance.load(folder / "importance")
+    child = made["child"]
+    tasks = sorted(child.get("evaluated", {}))
+    rows = [("parent", [*_cells(ranking["parent"]), *[""] * len(tasks)])]
+    for name in chosen:
+        before, after = short[name]["pruned"], short[name]["short"]
+        pairs = [f"{a} → {b}" for a, b in zip(_cells(before), _cells(after), strict=True)]
+        rows.append((name, pairs + [f"{before['evaluated'][t]:.3f} → {after['evaluated'][t]:.3f}" for t in tasks]))
+    rows.append(("child", _cells(child) + [f"{child['evaluated'][t]:.3f}" for t in tasks]))
+    html = Environment(autoescape=True).from_string(PAGE)
+    stages = ((path.parent.name, json.loads(path.read_text())) for path in folder.glob("*/stage.json"))
+    out.write_text(
+        html.render(
+            name=recipe.name,
+            parent={
+                "name": parent.name,
+                "parameters": parent.parameters,
+                "pattern": parent.pattern,
+                "ffn": parent.ffn_hidden_size,
+            },
+            child={"parameters": row["parameters"], "pattern": row["pattern"], "ffn": row["ffn_hidden_size"]},
+            checkpoint=child["checkpoint"],
+            recovered=made["recovered"],
+            columns=["accuracy", "agreement", "loss", *tasks],
+            tasks=tasks,
+            rows=rows,
+            tokens=ranking["parent"]["tokens"],
+            pictures=list(_pictures(recipe, parent, importance, ranking, winner, child, result)),
+            stages=[
+                (name, stage["result"], stage["seconds"])
+                for name, stage in sorted(stages, key=lambda item: item[1]["finished"])
+                if not name.endswith(".before")
+            ],
+        ),
+        encoding="utf-8",
+    )
+
+
+def _cells(score: dict[str, Any]) -> list[str]:
+    return [f"{score['accuracy']:.4f}", f"{score['agreement']:.4f}", f"{score['loss']:.4f}"]
+
+
+def _pictures(
+    recipe: RecipeConfig,
+    parent: ModelDefinition,
+    importance: Importance,
+    ranking: dict[str, Any],
+    winner: dict[str, Any],
+    child: dict[str, Any],
+    result: dict[str, Any],
+) -> Any:
+    image, part, found = figures.as_image, recipe.minipuzzle, ranking["candidates"]
+    values = importance.layers.mean(0).tolist()
+    yield (
+        "Importance of the layers",
+        f"What removing each layer changes, the mean over {len(importance.layers)} samples (paper, figure 9).",
+        image(figures.importance(parent.pattern, values, importance.metric.upper())),
+    )
+    by_memory = part.budget.memory_gib is not None
+    cost, label = ("memory_gib", "memory of inference, GiB") if by_memory else ("parameters", "parameters")
+    limit = part.budget.memory_gib if by_memory else parse_count(part.budget.parameters)
+    front = pareto([r[cost] for r in found], [r["accuracy"] for r in found])
+    yield (
+        "Candidates",
+        f"{len(found)} within the budget; the circled ones were distilled (paper, figure 10).",
+        image(figures.candidates(found, cost, label, limit, ranking["chosen"], front)),
+    )
+    rows = {r["name"]: r for r in found}
+    dropped = {name: sorted(set(range(parent.num_layers)) - set(rows[name]["layers"])) for name in ranking["chosen"]}
+    yield (
+        "Layers that the chosen candidates drop",
+        "Dotted lines are the parent's layers: red Mamba-2, blue FFN, green attention (paper, figure 11).",
+        image(figures.patterns(parent.pattern, dropped)),
+    )
+    yield (
+        "Does the order mean anything?",
+        "Whole layers dropped one after the other, the least important first, in a random order (the mean of three), "
+        f"and the most important first; on {result['order_tokens']:,} validation tokens.",
+        image(figures.orders(result["orders"], result["orders"]["importance"][0])),
+    )
+    curve = recovery_curve(Path(child["checkpoint"]).parents[1], recipe)
+    if curve:
+        tokens, losses = zip(*curve, strict=True)
+        yield (
+            "Recovery",
+            "The child's validation loss over the distillation, on the run's own validation batches; the dotted lines "
+            "are from the scoring text.",
+            image(
+                figures.recovery(
+                    tokens, losses, ranking["parent"]["loss"], winner["pruned"]["loss"], "cross-entropy, nats"
+                )
+            ),
+        )
+
+
+def recovery_curve(run: Path, recipe: RecipeConfig) -> list[tuple[int, float]]:
+    """(tokens, validation loss) of a run; empty where it kept no events."""
+    per_step = recipe.data.seq_length * recipe.data.global_batch_size
+    try:
+        found = read_losses(run, parse_count(recipe.tokens) // per_step).validation
+    except UserError as error:
+        Console(stderr=True).print(f"no recovery curve: {error.message}", markup=False)
+        return []
+    return [(step * per_step, loss) for step, loss in found.items()]

@@ -1,0 +1,185 @@
+"""A compression against its controls: what does the child owe to the parent, and what to its importance?
+
+    python tests/benchmarks/bench_compress.py PARENT --jobs 8 --out runs/bench_compress
+
+PARENT is a run or checkpoint of `nemotron_h_tiny` (nemo llm pretrain --factory nemotron_h_tiny --yes; the longer it was
+trained, the more pruning hurts), and the data of blend `sample_small` is prepared (`$NEMOTRON_H_DATA`, or ./data; the
+folders sample_small/*/ and manifest.json are all that is read). No network is needed.
+
+Jobs, each a run of its own with `--threads` threads, `--jobs` at a time, for each of `--seeds` seeds of the data's
+order (and of the initial weights, where there are any):
+
+    child     the winner of the pipeline, distilled from the parent
+    random    a child of the same counts and widths, its layers and channels drawn by the seed, distilled as the child
+    scratch   the child's architecture from new weights, pretrained on the same tokens
+
+The pipeline chooses the winner first, and its own distillation is a fourth child. Killed or run again, everything goes
+on where it was: with `--until SECONDS` it ends itself in time for a machine that ends commands, with exit code 75.
+Writes results.json and prints a table: loss per seed, mean and spread, and the share of the gap that pruning opened
+which was recovered: (loss_pruned - loss) / (loss_pruned - loss_parent).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nemotron_h.compose import compose
+from nemotron_h.training import launch
+
+TARGET = 0.88  # ours: what the distillation should recover
+
+
+def main() -> int:
+    """Run the pipeline and what is missing of the controls; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parent", type=Path)
+    parser.add_argument("--recipe", default="nemotron_h_tiny/minipuzzle")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_compress"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="of each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--until", type=float, default=float("inf"), help="seconds; runs then write a checkpoint")
+    parser.add_argument("overrides", nargs="*", help="values of the recipe: tokens=1M")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    end = time.monotonic() + options.until
+    overrides = [f"minipuzzle.parent={options.parent.resolve()}", f"log.dir={options.out.resolve()}"]
+    recipe = compose(options.recipe, [*overrides, *options.overrides])
+    import torch
+
+    torch.set_num_threads(options.threads * options.jobs)
+    from nemotron_h.compression.minipuzzle import MiniPuzzle
+
+    console = Console(highlight=False, soft_wrap=True)
+    made = MiniPuzzle(recipe, console)
+    for stage in ("importance", "candidates", "score", "short-distil", "select"):
+        if time.monotonic() > end:
+            return launch.LEFT_EARLY
+        made.pipeline.run(stage)
+    runs = jobs(made, options.seeds)
+    if not train(runs, options.jobs, end, console):
+        console.print("left early; run the same command again to continue")
+        return launch.LEFT_EARLY
+    made.pipeline.run()
+    report(made, runs, options.out / "results.json", console)
+    return 0
+
+
+def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
+    """The runs, by kind and seed; pruned checkpoints are written."""
+    from nemotron_h.compression import distillations
+    from nemotron_h.compression.child import child_definition
+    from nemotron_h.compression.minipuzzle import WINNER, candidate_of
+    from nemotron_h.compression.selection import child_of
+    from nemotron_h.compression.slicing import write_child
+
+    winner = made.read("select", WINNER)
+    candidate = candidate_of(winner["candidate"])
+    scores, folder, found = made.importance.scores(made.part.aggregation), made.folder / "controls", {}
+    for seed in range(seeds):
+        drawn = child_of(made.definition, scores.shuffle(seed), candidate)
+        start = folder / f"pruned-random-{seed}"
+        if not (start / "integrity.json").exists():
+            write_child(made.parent_checkpoint, drawn, start, f"random-{seed}")
+        given = dataclasses.replace(made.recipe, data=dataclasses.replace(made.recipe.data, seed=1000 + seed))
+        given.init_seed = 1000 + seed
+        students = {
+            "child": (made.definition_of(candidate), Path(winner["pruned"]["checkpoint"])),
+            "random": (child_definition(made.definition, drawn, f"random-{seed}"), start),
+        }
+        for kind, (definition, checkpoint) in students.items():
+            name = f"{kind}-{seed}"
+            found[kind, seed] = distillations.run_of(
+                given, name, definition, checkpoint, made.parent_checkpoint, given.tokens, folder
+            )
+        scratch = distillations.run_of(
+            given, f"scratch-{seed}", made.definition_of(candidate), start, made.parent_checkpoint, given.tokens, folder
+        )
+        scratch.recipe.stage, scratch.recipe.init.checkpoint, scratch.recipe.distill = "pretrain", None, None
+        # as the tiny model is pretrained: a higher peak than a distillation's
+        scratch.recipe.optim.peak_lr, scratch.recipe.optim.final_lr = 3e-3, 3e-5
+        found["scratch", seed] = scratch
+    return found
+
+
+def train(runs: dict, at_once: int, end: float, console: Console) -> bool:
+    """Train what is missing, some at a time; whether all are finished."""
+    from nemotron_h.compression.distillations import steps_of
+
+    waiting = [run for run in runs.values() if not launch.is_finished(run, steps_of(run))]
+    total, running = len(waiting), {}
+    started = time.monotonic()
+    while (waiting or running) and time.monotonic() < end:
+        while waiting and len(running) < at_once:
+            run = waiting.pop(0)
+            run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
+            run.recipe_file.write_text(launch.text_of(run))
+            log = run.recipe_file.with_suffix(".log").open("a")
+            command = launch.command_of(run)
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            running[run.name] = (run, process)
+        for run, process in list(running.values()):
+            if process.poll() is None:
+                continue
+            del running[run.name]
+            if process.returncode or not launch.is_finished(run, steps_of(run)):
+                for _, other in running.values():
+                    other.terminate()
+                raise SystemExit(f"{run.name} failed: see {run.recipe_file.with_suffix('.log')}")
+            done = total - len(waiting) - len(running)
+            left = (time.monotonic() - started) / done * (total - done)
+            console.print(f"{run.name} finished, {done} of {total}; about {left:.0f} s left")
+        time.sleep(1)
+    for _, process in running.values():
+        process.terminate()  # writes a checkpoint first
+    for _, process in running.values():
+        process.wait()
+    return not waiting and not running
+
+
+def report(made, runs: dict, out: Path, console: Console) -> None:
+    """Measure every run on the validation text, and print."""
+    from nemotron_h.compression.minipuzzle import RESULTS, WINNER
+
+    winner, parent = made.read("select", WINNER), made.parent_predictions.loss
+    pruned = winner["pruned"]["loss"]
+    losses: dict[str, dict[int, float]] = {}
+    for (kind, seed), run in runs.items():
+        losses.setdefault(kind, {})[seed] = made.measure(run.folder)["loss"]
+    random = {
+        seed: made.measure(made.folder / "controls" / f"pruned-random-{seed}")["loss"] for seed in losses["random"]
+    }
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("model", "loss", "spread", "of the gap recovered"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    table.add_row("parent", f"{parent:.4f}", "", "")
+    table.add_row("pruned", f"{pruned:.4f}", "", "")
+    row = statistics.mean(random.values())
+    table.add_row("pruned at random", f"{row:.4f}", f"{max(random.values()) - min(random.values()):.4f}", "")
+    found = {"parent": parent, "pruned": pruned, "pruned at random": random, "losses": losses, "recovered": {}}
+    for kind, values in losses.items():
+        share = {seed: (pruned - loss) / (pruned - parent) for seed, loss in values.items()}
+        found["recovered"][kind] = share
+        mean, spread = statistics.mean(values.values()), max(values.values()) - min(values.values())
+        table.add_row(kind, f"{mean:.4f}", f"{spread:.4f}", f"{statistics.mean(share.values()):.1%}")
+    found["pipeline"] = made.read("distil", RESULTS)
+    found["parameters"] = {"parent": made.definition.parameters, "winner": winner["name"]}
+    out.write_text(json.dumps(found, indent=1))
+    console.print(table)
+    least = min(found["recovered"]["child"].values())
+    console.print(f"least recovery of a child {least:.1%}, target {TARGET:.0%}; written: {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
