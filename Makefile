@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-compress test test-hf test-gguf test-eval test-other-readers bench lint clean
+.PHONY: help install demo demo-sft demo-compress test test-hf test-gguf test-eval test-other-readers bench lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -31,6 +31,9 @@ demo-compress: $(STAMP) ## pretrain a parent, compress it to five sixths (MiniPu
 	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes trainer.max_steps=200 data.horizon_tokens=1638400 log.explicit_log_dir=runs/nemotron_h_tiny_parent
 	@$(BIN)/nemotron-h minipuzzle nemotron_h_tiny minipuzzle.parent=runs/nemotron_h_tiny_parent
 	@echo "report: runs/nemotron_h_tiny_minipuzzle/export/report.html"
+
+demo-sft: $(STAMP) ## fine-tune the model of `make demo` on real instructions, talk with it before and after, check its export
+	@$(BIN)/python demos/sft.py
 
 test: $(STAMP) ## run the test suite
 	@$(BIN)/ruff check .

@@ -178,6 +178,47 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
             assert abs(value - expected) < 2e-2 * abs(expected), losses
 
 
+def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
+    """Its layers with a norm hand the normalised input to the adapter, and frozen weights get no gradient."""
+    start()
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from nemotron_h.model import adapters, init, layers
+    from nemotron_h.model.adapter_targets import TARGETS
+    from nemotron_h.schema import AdapterSchema
+
+    def plain() -> Any:
+        return layers._stack(
+            ColumnParallelLinear, RowParallelLinear, layers.ScaledDotProductAttention, norm=layers.RMSNorm
+        )
+
+    tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
+    for kind in ("lora", "dora"):
+        found = {}
+        for name, spec, dtype in (
+            ("engine", layers.stack_spec, torch.bfloat16),
+            ("plain", plain, torch.bfloat16),
+            ("exact", plain, torch.float32),
+        ):
+            built = model(spec, dtype, adapter=AdapterSchema(kind, 8, 16.0, 0.0, list(TARGETS))).train()
+            for place, layer in adapters.adapted(built):
+                # the same numbers under both wrappers, and in both dtypes
+                init.fill(layer.adapter.b, place.removeprefix("module."), init.normal(0.06), 7)
+            losses = built(
+                input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
+            )
+            losses.mean().backward()
+            trained = [p for p in built.parameters() if p.requires_grad]
+            assert all(p.grad is None for p in built.parameters() if not p.requires_grad)
+            assert len(trained) == (2 if kind == "lora" else 3) * len(list(adapters.adapted(built)))
+            norm = sum(float(p.grad.float().square().sum()) for p in trained) ** 0.5
+            found[name] = (float(losses.mean()), norm)
+            print(f"{kind} {name}: loss {found[name][0]:.5f}, gradient norm {norm:.5f}", flush=True)
+        for name in ("engine", "plain"):
+            for value, expected in zip(found[name], found["exact"], strict=True):
+                assert abs(value - expected) < 2e-2 * abs(expected), found
+
+
 def loss_and_gradients(built: torch.nn.Module, fused: bool, documents: bool) -> tuple[float, dict[str, torch.Tensor]]:
     """Of one batch of two rows, with the fused mixer or the separate kernels."""
     from nemotron_h.model.mixer import NemotronHMixer
@@ -257,6 +298,7 @@ def test_squared_relu_equals_torch() -> None:
 if __name__ == "__main__":
     test_kernels_equal_plain_operations()
     test_transformer_engine_layers_equal_plain_layers()
+    test_adapters_on_transformer_engine_equal_plain_layers()
     test_fused_mixer_equals_separate_kernels()
     test_weight_gradient_is_added_to_the_float32_buffer()
     test_squared_relu_equals_torch()

@@ -116,11 +116,11 @@ def recorded_template(opened: Opened) -> str | None:
         a file's path, or None where there is none.
     """
     from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.manifest import TEMPLATE
+    from nemotron_h.data.manifest import TEMPLATE, data_root
 
     places = [Path(opened.tokenizer.path) / TEMPLATE]
     data = (opened.record.get("recipe") or {}).get("data") or {}
     if "root" in data and "blend" in data:
         with contextlib.suppress(UserError):  # the blend may not be on this machine
-            places.insert(0, Path(data["root"]) / load_blend(data["blend"]).name / TEMPLATE)
+            places.insert(0, data_root(data["root"]) / load_blend(data["blend"]).name / TEMPLATE)
     return next((str(place) for place in places if place.is_file()), None)

@@ -1,0 +1,111 @@
+"""`make demo-sft`: fine-tune the model of `make demo`, talk with it before and after, export it and check the export.
+
+Every step is a command of the project, printed before it runs. What an earlier run has finished is not done again; a
+run that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from nemotron_h.errors import UserError, report
+from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.training import checkpoints
+
+BASE, TUNED = Path("runs/nemotron_h_tiny"), Path("runs/nemotron_h_tiny_sft")
+EXPORTED, IMPORTED = Path("runs/nemotron_h_tiny_sft_hf"), Path("runs/nemotron_h_tiny_sft_from_hf")
+LOSSES = Path("runs/nemotron_h_tiny_sft_losses.json")
+TURNS = ("Give three tips for staying healthy.", "Which of them is the most important?")
+PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def run(*command: object, said: str | None = None) -> str:
+    """Run a command of this environment, its errors and progress shown; its standard output comes back."""
+    program, *arguments = (str(part) for part in command)
+    print(f"\n$ {' '.join((program, *arguments))}", flush=True)
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run([path, *arguments], input=said, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        print(done.stdout, end="")
+        raise SystemExit(done.returncode)
+    return done.stdout
+
+
+def talk(checkpoint: Path) -> None:
+    """The same two turns, the most probable answers."""
+    options = ("--template", "nemotron_h", "--temperature", 0, "--max-tokens", 60)
+    said = "".join(f"{turn}\n" for turn in TURNS)
+    print("\n".join(f"> {turn}" for turn in TURNS))
+    print(run("nemotron-h", "chat", checkpoint, *options, said=said).strip())
+
+
+def fine_tune() -> tuple[str, str]:
+    """Run it, its progress shown; the loss on held-out answers before the first step and after the last."""
+    command = ("nemo", "llm", "finetune", "--factory", "nemotron_h_tiny", "--yes")
+    print(f"\n$ {' '.join(command)}", flush=True)
+    path = Path(sys.executable).with_name(command[0])
+    with subprocess.Popen([path, *command[1:]], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            if found := re.match(r"validation loss\s+(\S+) first, (\S+) last", line):
+                LOSSES.write_text(json.dumps(found.groups()))  # a run that is complete says it no more
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    if not LOSSES.is_file():  # fine-tuned by hand, before this
+        return "unknown", f"{json.loads((TUNED / checkpoints.RECORD).read_text())['metrics']['val_loss']:.4f}"
+    before, after = json.loads(LOSSES.read_text())
+    return before, after
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in its stored dtype, without the vocabulary's padding."""
+    file = WeightFile(checkpoint)
+    found = {name: torch.empty(shape, dtype=file.dtypes[name]) for name, shape in file.shapes.items()}
+    file.read(found)
+    rows = read_definition(read_record(checkpoint), str(checkpoint)).vocab_size
+    return {name: tensor[:rows] if name in PADDED else tensor for name, tensor in found.items()}
+
+
+def main() -> None:
+    """All of it."""
+    if not checkpoints.finished(BASE):
+        raise UserError(f"{BASE} has no checkpoint to start from", hint="train one first: make demo")
+    print(run("nemotron-h", "data", "prepare", "--blend", "sft_sample").strip())
+
+    print("\nBefore fine-tuning")
+    talk(BASE)
+    before_loss, after_loss = fine_tune()
+    print("\nAfter fine-tuning")
+    talk(TUNED)
+    print(f"\nLoss on held-out answers: {before_loss} before, {after_loss} after")
+
+    for folder in (EXPORTED, IMPORTED):
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
+    print(run("nemotron-h", "export", "hf", TUNED, EXPORTED).strip())
+    print(run("nemotron-h", "import", "hf", EXPORTED, IMPORTED).strip())
+    before, after = weights_of(find_checkpoint(TUNED)), weights_of(IMPORTED)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    if changed:
+        raise SystemExit(f"the export changed {len(changed)} tensors: {', '.join(changed[:5])}")
+    print(f"{len(before)} tensors came back from {EXPORTED}, bit for bit")
+    greedy = ("The capital of", "--temperature", 0, "--max-tokens", 30)
+    texts = [run("nemotron-h", "generate", checkpoint, *greedy) for checkpoint in (TUNED, IMPORTED)]
+    print(texts[1].strip())
+    if texts[0] != texts[1]:
+        raise SystemExit(f"the export writes another text than {TUNED}: {json.dumps(texts)}")
+    print("the export writes the same text as the run that it came from")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        report(error)
+        sys.exit(error.EXIT_CODE)
