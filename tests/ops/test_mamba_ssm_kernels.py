@@ -55,15 +55,20 @@ def fetch_source() -> Path:
     return root / "mamba_ssm"
 
 
+def run(script: str) -> dict:
+    """What a script of this folder prints, under Triton's interpreter."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(fetch_source())]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "MAMBA_DETERMINISTIC": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def differences() -> dict[str, dict[str, float]]:
     pytest.importorskip("triton", reason="triton is installed on Linux only")
     pytest.importorskip("einops")
-    command = [sys.executable, str(Path(__file__).with_name("run_mamba_ssm_kernels.py")), str(fetch_source())]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "MAMBA_DETERMINISTIC": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout)
+    return run("run_mamba_ssm_kernels.py")
 
 
 @pytest.mark.slow
@@ -77,3 +82,14 @@ def test_kernels_agree(differences, case):
 @pytest.mark.slow
 def test_every_case_is_looked_at(differences):
     assert sorted(differences) == sorted(CASES)
+
+
+@pytest.mark.slow
+def test_packed_pairs_of_answers_are_separate_ones_with_the_kernels():
+    """Losses of DPO and RPO and the gradients at weights of scale 1; float32, through a whole small model."""
+    pytest.importorskip("triton", reason="triton is installed on Linux only")
+    pytest.importorskip("einops")
+    errors = run("run_packed_pairs.py")
+    for found in (errors["apart"], errors["plain"]):
+        assert {"dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq", "decoder.layers.0.mixer.A_log"} < found.keys()
+        assert max(found.values()) < 1e-4, found

@@ -12,6 +12,7 @@ from nemotron_h.errors import UserError
 TINY, LARGE, NANO, MAMBA = "nemotron_h_tiny", "nemotron_h_8b", "nano_12b_v2", "mamba2_8b"
 SFT, LORA = "nemotron_h_tiny/sft", "nemotron_h_tiny/sft_lora"
 DISTILL = "nemotron_h_tiny/distill"
+DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
 
 
 @pytest.mark.parametrize(
@@ -90,6 +91,16 @@ DISTILL = "nemotron_h_tiny/distill"
         (TINY, ["tokens=1.5"], ("tokens: '1.5' is not a token count",)),
         (NANO, ["optim.decay_tokens=null"], ("optim.decay_tokens is missing", "3.6T")),
         (NANO, ["optim.decay_tokens=20T"], ("are longer than the run", "decay for 19,975,000,000,000 tokens or less")),
+        # preferences and long conversations
+        (DPO, ["preference.loss=rpo_bwd"], ("preference.loss = 'rpo_bwd'", "Did you mean rpo_bwd_kl?")),
+        (DPO, ["preference.beta=0"], ("preference.beta = 0", "is not positive")),
+        (DPO, ["preference.reward_gap=1"], ("preference.reward_gap is unused: dpo reads no rewards", "rpo_bwd_kl")),
+        (RPO, ["preference.gt_reward_scal=2"], ("unknown key preference.gt_reward_scal", "gt_reward_scale?")),
+        (DPO, ["data.too_long=null"], ("data.too_long = ''", "Known: cut, drop")),
+        (DPO, ["data.blend=sft_sample"], ("holds conversations, and stage preference reads pairs of answers",)),
+        (SFT, ["data.blend=preference_sample"], ("holds pairs of answers, and stage sft reads conversations",)),
+        (SFT, ["preference.loss=dpo"], ("preference is unused: stage is sft", "leave it out")),
+        ("nemotron_h_8b/sft_512k", ["data.seq_length=8192"], ("shorter than the samples of source code_and_math",)),
         # layouts
         (LARGE, ["parallel.tensor=16"], ("parallel.tensor = 16", "mamba_num_groups = 8", "nearest: 8")),
         (LARGE, ["parallel.pipeline=64"], ("parallel.pipeline = 64", "the 52 layers", "nearest: 52")),
