@@ -146,9 +146,10 @@ def check_stage(recipe: RecipeConfig, origin: str) -> None:
     data = recipe.data
     check_preference(recipe, origin)
     check_distill(recipe, origin)
-    if recipe.adapter.kind != "none" and recipe.stage != "sft":
+    if recipe.adapter.kind != "none" and recipe.stage not in ("sft", "preference"):
         raise UserError(
-            f"{origin}: adapter.kind = {recipe.adapter.kind!r} is for stage sft; {recipe.stage} trains all weights",
+            f"{origin}: adapter.kind = {recipe.adapter.kind!r} is for stages sft and preference; {recipe.stage} trains "
+            "all weights",
             hint="leave adapter out",
         )
     if recipe.stage in ("sft", "preference"):

@@ -202,7 +202,7 @@ class PreferenceSchema:
 
 @dataclass
 class AdapterSchema:
-    """Low-rank adapters in place of training the weights; `sft` only.
+    """Low-rank adapters in place of training the weights; `sft` and `preference` only.
 
     Attributes:
         kind: `none` (all weights are trained), `lora` (W + alpha/rank B A), or `dora` (its rows also have a trained

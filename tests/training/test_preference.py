@@ -137,7 +137,8 @@ def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Sma
         arrays = {name: content[name] for name in content.files}
     np.savez(file, **{**arrays, "train/pairs": arrays["train/pairs"] + 1})
     layout = "trainer.devices=2", "trainer.strategy.pipeline_model_parallel_size=2"
-    out = paired.train("rpo_pp2", *fp32, *layout, ranks=2, recipe=preference_recipe(paired, "rpo_pp2", "rpo_bwd_kl"))
+    recipe = preference_recipe(paired, "rpo_pp2", "rpo_bwd_kl")
+    out = paired.train("rpo_pp2", *fp32, *layout, ranks=2, recipe=recipe)
     assert "changed since it was written; computing them anew" in " ".join(out.stdout.split())
     with np.load(file) as content:
         for split in ("train/pairs", "validation/pairs"):
@@ -147,5 +148,6 @@ def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Sma
         for key in ("loss", "margin", "grad_norm"):
             expected = pytest.approx(float.fromhex(one[step][key]), rel=1e-4, abs=1e-5)
             assert float.fromhex(two[step][key]) == expected, (step, key)
+    assert float.fromhex(one[1]["margin"]) == 0
     assert float.fromhex(one[3]["margin"]) > 0.05
     assert float.fromhex(one[3]["loss"]) < float.fromhex(one[1]["loss"])

@@ -25,6 +25,7 @@ from nemotron_h.training.preference_loss import PreferenceLoss
 from nemotron_h.training.pretrain import assemble
 from nemotron_h.training.reference import ReferenceLogprobs
 from nemotron_h.training.resume import ResumeRun
+from nemotron_h.training.sft import adapt
 
 
 class PreferenceModel(NemotronHModel):
@@ -118,5 +119,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
     task.model.config.calculate_per_token_loss = True
     task.trainer.callbacks.insert(0, run.Config(PreferenceMetrics))  # before the progress line, which shows them
     task.resume = run.Config(PreferenceResume, init_checkpoint=recipe.init.checkpoint)
+    adapt(task, recipe)
     settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task

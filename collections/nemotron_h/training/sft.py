@@ -25,8 +25,13 @@ def build(recipe: RecipeConfig) -> run.Partial:
     # windows differ in how many tokens they teach: a mean over all of a step's, not of micro-batches' means
     task.model.config.calculate_per_token_loss = True
     task.resume.init_checkpoint = recipe.init.checkpoint
+    adapt(task, recipe)
+    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
+    return task
+
+
+def adapt(task: run.Partial, recipe: RecipeConfig) -> None:
+    """Train the recipe's adapter in place of the weights, where it has one."""
     if recipe.adapter.kind != "none":
         task.model.config.adapter = run.Config(AdapterSchema, **dataclasses.asdict(recipe.adapter))
         task.trainer.callbacks.insert(0, run.Config(AdapterTable))
-    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
-    return task
