@@ -26,7 +26,7 @@ demo: $(STAMP) ## fetch real text, pretrain nemotron_h_tiny on the CPU, print a 
 	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes
 	@$(BIN)/nemotron-h generate runs/nemotron_h_tiny "The capital of" --max-tokens 60
 
-demo-compress: $(STAMP) ## pretrain a parent, compress it to five sixths (MiniPuzzle), write a report
+demo-compress: $(STAMP) ## pretrain a parent, compress it to two thirds (MiniPuzzle), write a report
 	@$(BIN)/nemotron-h data prepare --blend sample_small
 	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes trainer.max_steps=200 data.horizon_tokens=1638400 log.explicit_log_dir=runs/nemotron_h_tiny_parent
 	@$(BIN)/nemotron-h minipuzzle nemotron_h_tiny minipuzzle.parent=runs/nemotron_h_tiny_parent

@@ -255,6 +255,10 @@ def _check_distillations(recipe: RecipeConfig, origin: str) -> None:
             f"step ({step:,})",
             hint="distil for longer, or warm up for less",
         )
+    try:
+        phase_spans(load_blend(recipe.data.blend).phases, Horizon(short, step))
+    except UserError as error:
+        raise UserError(f"{origin}: minipuzzle.short_tokens: {error.message}", hint=error.hint) from error
     if count_of(part.score_tokens, "minipuzzle.score_tokens", origin) < recipe.data.seq_length:
         raise UserError(
             f"{origin}: minipuzzle.score_tokens ({part.score_tokens}) is less than one sequence",

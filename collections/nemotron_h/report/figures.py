@@ -94,12 +94,9 @@ def orders(found: Mapping[str, Sequence[float]], parent: float) -> Figure:
     return figure
 
 
-def recovery(tokens: Sequence[float], losses: Sequence[float], parent: float, pruned: float, label: str) -> Figure:
-    """The child's validation loss over the distillation."""
+def recovery(tokens: Sequence[float], divergences: Sequence[float]) -> Figure:
+    """The child's divergence from the parent over the distillation."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
-    axis.plot(tokens, losses, marker="o", markersize=4, color="#1f77b4", label="child")
-    axis.axhline(parent, color="#2ca02c", linestyle=":", label="parent")
-    axis.axhline(pruned, color="#d62728", linestyle=":", label="pruned")
-    axis.set(xlabel="tokens of distillation", ylabel=label)
-    axis.legend(frameon=False)
+    axis.plot(tokens, divergences, marker="o", markersize=4, color="#1f77b4")
+    axis.set(xlabel="tokens of distillation", ylabel="validation divergence, nats", ylim=(0, None))
     return figure

@@ -95,7 +95,7 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
             tasks=tasks,
             rows=rows,
             tokens=ranking["parent"]["tokens"],
-            pictures=list(_pictures(recipe, parent, importance, ranking, winner, child, result)),
+            pictures=list(_pictures(recipe, parent, importance, ranking, child, result)),
             stages=[
                 (name, stage["result"], stage["seconds"])
                 for name, stage in sorted(stages, key=lambda item: item[1]["finished"])
@@ -115,7 +115,6 @@ def _pictures(
     parent: ModelDefinition,
     importance: Importance,
     ranking: dict[str, Any],
-    winner: dict[str, Any],
     child: dict[str, Any],
     result: dict[str, Any],
 ) -> Any:
@@ -150,21 +149,15 @@ def _pictures(
     )
     curve = recovery_curve(Path(child["checkpoint"]).parents[1], recipe)
     if curve:
-        tokens, losses = zip(*curve, strict=True)
         yield (
             "Recovery",
-            "The child's validation loss over the distillation, on the run's own validation batches; the dotted lines "
-            "are from the scoring text.",
-            image(
-                figures.recovery(
-                    tokens, losses, ranking["parent"]["loss"], winner["pruned"]["loss"], "cross-entropy, nats"
-                )
-            ),
+            "What the distillation minimises (forward KL from the parent), on its validation batches.",
+            image(figures.recovery(*zip(*curve, strict=True))),
         )
 
 
 def recovery_curve(run: Path, recipe: RecipeConfig) -> list[tuple[int, float]]:
-    """(tokens, validation loss) of a run; empty where it kept no events."""
+    """(tokens, validation loss of the distillation) of a run; empty where it kept no events."""
     per_step = recipe.data.seq_length * recipe.data.global_batch_size
     try:
         found = read_losses(run, parse_count(recipe.tokens) // per_step).validation
