@@ -4,7 +4,11 @@
 
 PARENT is a run or checkpoint of `nemotron_h_tiny` (nemo llm pretrain --factory nemotron_h_tiny --yes; the longer it was
 trained, the more pruning hurts), and the data of blend `sample_small` is prepared (`$NEMOTRON_H_DATA`, or ./data; the
-folders sample_small/*/ and manifest.json are all that is read). No network is needed.
+folders sample_small/*/ and manifest.json are all that is read). No network is needed. To carry PARENT elsewhere without
+its optimizer: nemotron-h export hf PARENT a --dtype bf16; nemotron-h import hf a parent (23 MB).
+
+Time of the tiny recipe: ten runs of 819,200 tokens, at 2,000 tokens/s on one thread of an old core 7 minutes each, and
+before them about 6 minutes for the choice of the winner.
 
 Jobs, each a run of its own with `--threads` threads, `--jobs` at a time, for each of `--seeds` seeds of the data's
 order (and of the initial weights, where there are any):
@@ -87,6 +91,7 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
     winner = made.read("select", WINNER)
     candidate = candidate_of(winner["candidate"])
     scores, folder, found = made.importance.scores(made.part.aggregation), made.folder / "controls", {}
+    folder.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         drawn = child_of(made.definition, scores.shuffle(seed), candidate)
         start = folder / f"pruned-random-{seed}"
@@ -107,6 +112,7 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
             given, f"scratch-{seed}", made.definition_of(candidate), start, made.parent_checkpoint, given.tokens, folder
         )
         scratch.recipe.stage, scratch.recipe.init.checkpoint, scratch.recipe.distill = "pretrain", None, None
+        scratch.recipe.sources = {}  # they speak of a distillation
         # as the tiny model is pretrained: a higher peak than a distillation's
         scratch.recipe.optim.peak_lr, scratch.recipe.optim.final_lr = 3e-3, 3e-5
         found["scratch", seed] = scratch
