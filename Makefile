@@ -57,10 +57,11 @@ test-other-readers: $(STAMP) ## exported models in mlx-lm and vLLM, in environme
 	@.bench/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # built for another torch
 	@$(BIN)/python -m pytest tests/export/test_other_readers.py
 
-bench: $(STAMP) ## a training step and generation against Hugging Face transformers; preparation and sampling against datasets and megatron-core
+bench: $(STAMP) ## a training step and generation against Hugging Face transformers; preparation and sampling against datasets and megatron-core; distillation against full logits
 	@$(BIN)/python tests/benchmarks/bench_train.py
 	@$(BIN)/python tests/benchmarks/bench_generation.py
 	@$(BIN)/python tests/benchmarks/bench_data.py
+	@$(BIN)/python tests/benchmarks/bench_distill.py
 
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check .
