@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_h.ops import linear
 
 #: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the products to be efficient
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: ours: logits whose float32 values are held at once. Smaller ones stay in a CPU's cache and are no faster where other
 #: processes keep a thread waiting at the end of each operation
 BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -155,7 +155,7 @@ class _DistillationLoss(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         token_weights = token_weights.to(wide)
         dhidden = torch.empty_like(hidden) if differentiate and hidden.requires_grad else None
-        dweight = torch.zeros_like(weight, dtype=wide) if differentiate and weight.requires_grad else None
+        dweight = _zeros(hidden, weight, wide) if differentiate and weight.requires_grad else None
         kl, lm = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -386,6 +386,13 @@ def top_logits(logits: Tensor, k: int, group: torch.distributed.ProcessGroup | N
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T, in oneDNN where that is faster."""
     return linear.product(a.contiguous(), b) if linear.takes(a, b) else a @ b.t()
+
+
+def _zeros(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where the weight's gradient is summed, with the strides that `_add_product` adds at."""
+    if linear.takes(hidden, weight):
+        return torch.zeros(weight.shape[::-1], dtype=dtype, device=weight.device).t()
+    return torch.zeros_like(weight, dtype=dtype)
 
 
 def _add_product(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
