@@ -132,7 +132,8 @@ def shown(value: Any) -> str:
 def document() -> str:
     """The whole of `docs/fidelity.md`."""
     papers, parts = published(), [HEADER]
-    names = known_recipes("pretrain")
+    # a variant, such as a correction of the teacher, is another run than the published one
+    names = [name for name in known_recipes("pretrain") if name.endswith("/pretrain")]
     order = [*papers, *sorted({name.split("/")[0] for name in names} - set(papers))]
     for name in sorted(names, key=lambda name: order.index(name.split("/")[0])):
         model = name.split("/")[0]

@@ -89,7 +89,9 @@ def start(precision: str, backend: str = "auto", seq_length: int = 64, rank: int
         world_size=1,
         is_global_zero=rank == 0,
     )
-    GemmTable().setup(trainer, SimpleNamespace(config=SimpleNamespace(definition=lambda: definition)), "fit")
+    GemmTable().setup(
+        trainer, SimpleNamespace(config=SimpleNamespace(definitions=lambda: {"model": definition})), "fit"
+    )
 
 
 def test_the_table_is_printed_once_and_for_fp8_only(capsys: pytest.CaptureFixture) -> None:
