@@ -593,9 +593,6 @@ def arguments() -> argparse.Namespace:
         metavar="FIELD=VALUE",
         help="fields of our configuration, such as recompute_ffn=activation",
     )
-    parser.add_argument(
-        "--bf16-moments", action="store_true", help="both moments of Adam in bfloat16: a deeper model fits"
-    )
     parser.add_argument("--micro-batches", type=int, help="sequences per step (default 4)")
     parser.add_argument("--rounds", type=int, default=2, help="times that each side is built and timed (default 2)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps of a round (default 3)")
@@ -608,7 +605,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run the sections; each is guarded."""
     args = arguments()
-    for key in ("pattern", "vocab_size", "micro_batches", "bf16_moments"):
+    for key in ("pattern", "vocab_size", "micro_batches"):
         if getattr(args, key) is not None:
             CHOSEN[key] = getattr(args, key)
     report = Report(args.out)

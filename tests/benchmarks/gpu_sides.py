@@ -48,11 +48,6 @@ from nemotron_h.precision.plugins import plugin  # noqa: E402
 from nemotron_h.runtime import megatron_fixes  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-BF16_MOMENTS = {
-    "use_precision_aware_optimizer": True,
-    "exp_avg_dtype": torch.bfloat16,
-    "exp_avg_sq_dtype": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,6 @@ class Shape:
         vocab_size: of embedding and output matrix.
         seq_length: tokens per sequence; a micro-batch is one sequence.
         micro_batches: sequences per step and data-parallel rank.
-        bf16_moments: both moments of Adam in bfloat16 (Megatron's precision-aware optimizer).
     """
 
     pattern: str
@@ -73,7 +67,6 @@ class Shape:
     vocab_size: int
     seq_length: int
     micro_batches: int
-    bf16_moments: bool = False
 
     @property
     def tokens(self) -> int:
@@ -222,7 +215,6 @@ class Side:
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
             **({"fp8_recipe": config.fp8_recipe} if fp8_gather else {}),
-            **(BF16_MOMENTS if shape.bf16_moments else {}),
         )
         self.optimizer = get_megatron_optimizer(optimizer, [self.model])
         self.data = batches(shape.vocab_size, shape.seq_length)
