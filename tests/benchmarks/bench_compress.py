@@ -30,7 +30,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -63,6 +62,7 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(options.threads * options.jobs)
+    from nemotron_h.compression.distillations import steps_of
     from nemotron_h.compression.minipuzzle import MiniPuzzle
 
     console = Console(highlight=False, soft_wrap=True)
@@ -72,7 +72,7 @@ def main() -> int:
             return launch.LEFT_EARLY
         made.pipeline.run(stage)
     runs = jobs(made, options.seeds)
-    if not train(runs, options.jobs, end, console):
+    if not launch.train_several([(run, steps_of(run)) for run in runs.values()], options.jobs, console, end):
         console.print("left early; run the same command again to continue")
         return launch.LEFT_EARLY
     made.pipeline.run()
@@ -117,41 +117,6 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
         scratch.recipe.optim.peak_lr, scratch.recipe.optim.final_lr = 3e-3, 3e-5
         found["scratch", seed] = scratch
     return found
-
-
-def train(runs: dict, at_once: int, end: float, console: Console) -> bool:
-    """Train what is missing, some at a time; whether all are finished."""
-    from nemotron_h.compression.distillations import steps_of
-
-    waiting = [run for run in runs.values() if not launch.is_finished(run, steps_of(run))]
-    total, running = len(waiting), {}
-    started = time.monotonic()
-    while (waiting or running) and time.monotonic() < end:
-        while waiting and len(running) < at_once:
-            run = waiting.pop(0)
-            run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
-            run.recipe_file.write_text(launch.text_of(run))
-            log = run.recipe_file.with_suffix(".log").open("a")
-            command = launch.command_of(run)
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-            running[run.name] = (run, process)
-        for run, process in list(running.values()):
-            if process.poll() is None:
-                continue
-            del running[run.name]
-            if process.returncode or not launch.is_finished(run, steps_of(run)):
-                for _, other in running.values():
-                    other.terminate()
-                raise SystemExit(f"{run.name} failed: see {run.recipe_file.with_suffix('.log')}")
-            done = total - len(waiting) - len(running)
-            left = (time.monotonic() - started) / done * (total - done)
-            console.print(f"{run.name} finished, {done} of {total}; about {left:.0f} s left")
-        time.sleep(1)
-    for _, process in running.values():
-        process.terminate()  # writes a checkpoint first
-    for _, process in running.values():
-        process.wait()
-    return not waiting and not running
 
 
 def report(made, runs: dict, out: Path, console: Console) -> None:

@@ -37,6 +37,7 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 os.environ.setdefault("NVSHMEM_DISABLE_NVLS", "1")
 
+PRECISIONS = ("bf16", "fp8_current_scaling")
 SECTIONS = ("gemm", "speed", "profile", "checkpoint", "recompute")
 #: tokens per chunk of the scan, tried by the section `scan`
 CHUNKS = (64, 128, 256)
@@ -226,7 +227,7 @@ def sides_of(args: argparse.Namespace) -> dict[str, tuple[Callable, str, dict[st
     import torch
 
     found: dict[str, tuple[Callable, str, dict[str, Any]]] = {}
-    for precision in ("bf16", "fp8_current_scaling"):
+    for precision in args.precisions:
         found[f"ours {precision}"] = (gpu_sides.ours, precision, dict(args.set))
         if torch.cuda.is_available():  # NeMo's layers run on GPUs alone
             found[f"stock {precision}"] = (gpu_sides.stock, precision, {})
@@ -261,6 +262,7 @@ def speed(report: Report, args: argparse.Namespace) -> None:
                 report.add(
                     "round",
                     turn=turn + 1,
+                    shape=name_of(shape),
                     parameters=side.parameters,
                     build_s=round(side.build_seconds, 1),
                     first_step_s=round(side.seconds[0], 1),
@@ -273,15 +275,30 @@ def speed(report: Report, args: argparse.Namespace) -> None:
         report.add(
             "speed", parameters=result.parameters, **summary(shape, definition, name, result.seconds, result.peak_gib)
         )
+    ratios(report, shape)
+    print(table(done, shape, definition), flush=True)
+
+
+def name_of(shape) -> str:
+    """What two rounds have in common that can be compared."""
+    return f"{shape.pattern} {shape.micro_batches} x {shape.seq_length}"
+
+
+def ratios(report: Report, shape) -> None:
+    """Of the medians of all rounds of this shape in OUT, an earlier process's too."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for line in (report.out / "results.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        if found["section"] == "round" and found.get("shape") == name_of(shape):
+            seconds[found["name"]] += found["steps_s"]
     for a, b in (
         ("ours bf16", "stock bf16"),
         ("ours fp8_current_scaling", "stock fp8_current_scaling"),
         ("ours fp8_current_scaling", "ours bf16"),
         ("stock fp8_current_scaling", "stock bf16"),
     ):
-        if a in done and b in done:
-            report.add("ratio", faster=a, than=b, by=round(median(done[b].seconds) / median(done[a].seconds), 3))
-    print(table(done, shape, definition), flush=True)
+        if a in seconds and b in seconds:
+            report.add("ratio", faster=a, than=b, by=round(median(seconds[b]) / median(seconds[a]), 3))
 
 
 def table(done: dict, shape, definition) -> str:
@@ -583,6 +600,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="a dry run: tiny widths, numbers mean nothing")
     parser.add_argument("--sides", nargs="+", choices=("ours", "stock"), help="leave the other side out")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=PRECISIONS,
+        default=PRECISIONS,
+        help="one alone where the GPU has no room for what the other leaves; ratios are of all that OUT has",
+    )
     parser.add_argument("--pattern", help=f"other layers than {PATTERN}, where the GPU has room for them")
     parser.add_argument("--vocab-size", type=int, help="of the output matrix, always BF16")
     parser.add_argument(

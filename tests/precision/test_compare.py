@@ -20,7 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from nemotron_h.comparison import gap, launch
-from nemotron_h.comparison.results import read_casts
+from nemotron_h.comparison.results import read_casts, results
 from nemotron_h.comparison.runs import comparison
 from nemotron_h.errors import UserError
 from nemotron_h.precision import statistics
@@ -285,6 +285,35 @@ def test_runs_differ_in_precision_or_initial_weights_alone(recipe: Path) -> None
     assert fp8.data == bf16.data == seeds[0].data == seeds[1].data
     assert fp8.optim == bf16.optim == seeds[0].optim
     assert fp8.model == bf16.model
+
+
+def test_several_pairs_share_their_initial_weights(recipe: Path) -> None:
+    edges = ["precision_options.bf16_edge_layers=1"]
+    made = comparison(str(recipe), 8, pairs=2, overrides=edges)
+    assert [(a.name, b.name) for a, b in made.paired] == [
+        ("bf16", "fp8_current_scaling"),
+        ("bf16-seed-1235", "fp8_current_scaling-seed-1235"),
+    ]
+    assert [run.name for run in made.others] == ["bf16-seed-1235"]
+    for a, b in made.paired:
+        assert a.recipe.init_seed == b.recipe.init_seed
+        assert (a.recipe.precision, b.recipe.precision) == ("bf16", "fp8_current_scaling")
+
+
+def test_the_mean_of_several_pairs_comes_with_its_error(recipe: Path, tmp_path: Path) -> None:
+    edges = ["precision_options.bf16_edge_layers=1"]
+    made = comparison(str(recipe), 8, pairs=3, out=tmp_path, overrides=edges)
+    last = {"bf16": 1.0, "bf16-seed-1235": 2.0, "bf16-seed-1236": 4.0}
+    last |= {"fp8_current_scaling": 1.01, "fp8_current_scaling-seed-1235": 1.98, "fp8_current_scaling-seed-1236": 4.08}
+    for run in made.runs:
+        write_events(run.folder, 1, [3.0] * 7 + [last[run.name]], 100.0)
+    found = results(made, window=1)
+    gaps = [-0.01, 0.01, -0.02]
+    assert [c.summary()["last"] for c in (found.train, *found.more_train)] == pytest.approx(gaps, rel=1e-5)
+    mean = found.as_dict()["mean"]["train"]
+    assert mean["last"] == pytest.approx(-0.02 / 3, rel=1e-4)
+    assert mean["standard_error"] == pytest.approx(0.0152753 / 3**0.5, rel=1e-4)
+    assert [c.summary()["last"] for c in found.noise_train] == pytest.approx([-1.0, -3.0])
 
 
 def test_an_override_that_fits_the_steps_need_not_fit_the_recipe(recipe: Path) -> None:

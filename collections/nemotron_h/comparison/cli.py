@@ -21,6 +21,10 @@ def compare_precision(
     seeds: Annotated[
         int, typer.Option(help="Initial weights that the reference is trained from; from 2 on they show the noise.")
     ] = 1,
+    pairs: Annotated[
+        int, typer.Option(help="Of those, from so many the FP8 run is trained too; several give a mean and its error.")
+    ] = 1,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, where the machine has room for them.", min=1)] = 1,
     window: Annotated[
         int | None,
         typer.Option(help="Steps that training losses are averaged over.", show_default="a twentieth of the run"),
@@ -31,9 +35,8 @@ def compare_precision(
 ) -> None:
     """Train a recipe twice, on the same batches from the same weights, and compare the losses (paper 2.3, figure 5).
 
-    The runs go one after the other, each in its folder under OUT; run the command again and a finished one is not
-    repeated, a killed one continues. Writes gap.png, casts-RUN.png and
-    comparison.json there.
+    Each run has its folder under OUT; run the command again and a finished one is not repeated, a killed one
+    continues. Writes gap.png, casts-RUN.png and comparison.json there.
     """
     import json
 
@@ -44,13 +47,13 @@ def compare_precision(
     from nemotron_h.comparison.runs import comparison
     from nemotron_h.errors import UserError
 
-    made = comparison(name, steps, precision, against, seeds, out, overrides or ())
+    made = comparison(name, steps, precision, against, seeds, out, overrides or (), pairs)
     window = max(1, steps // 20) if window is None else window
     if not 1 <= window <= steps:
         raise UserError(f"--window {window} is not between 1 and the {steps} steps of the run")
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 110)  # the table's rows stay whole
-    train(made, console)
+    train(made, console, jobs)
     found = results(made, window)
     from nemotron_h.comparison.figure import draw_casts, draw_gap
 

@@ -27,15 +27,18 @@ def draw_gap(found: Results, path: Path) -> None:
         (
             "training loss" + (f", mean of {found.window} steps" if found.window > 1 else ""),
             found.train,
+            found.more_train,
             found.noise_train,
         ),
-        ("validation loss", found.validation, found.noise_validation),
+        ("validation loss", found.validation, found.more_validation, found.noise_validation),
     )
-    for axis, (title, curve, noise) in zip(axes, parts, strict=True):
+    for axis, (title, curve, more, noise) in zip(axes, parts, strict=True):
         marker = "o" if curve is not None and len(curve.tokens) < 60 else None
         for number, other in enumerate(noise):
             label = f"{made.against} from other initial weights" if number == 0 else None
             axis.plot(other.tokens, 100 * other.gap, color="0.6", linewidth=1, marker=marker, markersize=3, label=label)
+        for other in more:
+            axis.plot(other.tokens, 100 * other.gap, color="tab:green", alpha=0.4, linewidth=1)
         if curve is not None:
             axis.plot(
                 curve.tokens, 100 * curve.gap, color="tab:green", marker=marker, markersize=4, label=made.precision

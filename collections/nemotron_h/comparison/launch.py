@@ -1,4 +1,4 @@
-"""Start the runs of a comparison, one after the other, through `nemo llm pretrain`. A finished one is not repeated, one
+"""Start the runs of a comparison through `nemo llm pretrain`. A finished one is not repeated, one
 that was killed continues from its checkpoint. Imports no torch.
 """
 
@@ -18,21 +18,25 @@ from nemotron_h.training import launch
 from nemotron_h.training.launch import Run
 
 
-def train(comparison: Comparison, console: Console) -> None:
+def train(comparison: Comparison, console: Console, at_once: int = 1) -> None:
     """Train what is not finished yet.
 
+    Args:
+        at_once: runs at a time; of several no steps are shown.
     Errors:
         UserError: the folder holds runs of another comparison, or a run fails.
     """
     for run in comparison.runs:
         check_same(run)
+    if at_once > 1:
+        launch.train_several([(run, comparison.steps) for run in comparison.runs], at_once, console)
+        return
     for number, run in enumerate(comparison.runs, 1):
         title = f"run {number} of {len(comparison.runs)}: {run.name}"
         if launch.is_finished(run, comparison.steps):
             console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True)
             continue
-        run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
-        run.recipe_file.write_text(launch.text_of(run))
+        launch.write_recipe(run)
         launch.train(run, title, comparison.steps, console)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -14,6 +16,19 @@ from nemotron_h.comparison.gap import Curve, read_losses, train_curve, validatio
 from nemotron_h.comparison.runs import Comparison
 from nemotron_h.data.show import short_count
 from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
+
+
+class Mean(NamedTuple):
+    """Of the last gaps of several pairs; the error is the standard one of the mean."""
+
+    last: float
+    standard_error: float
+
+
+def mean_and_error(curves: Sequence[Curve]) -> Mean:
+    """Over two pairs or more."""
+    last = [curve.summary()["last"] for curve in curves]
+    return Mean(statistics.mean(last), statistics.stdev(last) / len(last) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class Results:
         comparison: the runs.
         window: steps that training losses are smoothed over.
         train, validation: of the pair; no validation curve where nothing was validated.
+        more_train, more_validation: of the pairs from other initial weights.
         noise_train, noise_validation: the same of the reference against itself from other initial weights.
         missing: run -> steps whose training loss is not known, left out of the curves; see `gap.Losses`.
         casts: FP8 run of the pair -> rows of what its casts did; see `training.callbacks.cast_statistics`.
@@ -33,6 +49,8 @@ class Results:
     window: int
     train: Curve
     validation: Curve | None
+    more_train: list[Curve]
+    more_validation: list[Curve]
     noise_train: list[Curve]
     noise_validation: list[Curve]
     casts: dict[str, list[dict[str, Any]]]
@@ -41,7 +59,10 @@ class Results:
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain containers."""
         made = self.comparison
-        curves = {"train": [self.train], "validation": [self.validation] if self.validation else []}
+        curves = {
+            "train": [self.train, *self.more_train],
+            "validation": [self.validation, *self.more_validation] if self.validation else [],
+        }
         noise = {"train": self.noise_train, "validation": self.noise_validation}
         return {
             "recipe": made.recipe,
@@ -53,6 +74,7 @@ class Results:
             "smoothing_steps": self.window,
             "runs": {run.name: str(run.folder) for run in made.runs},
             "pair": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in curves.items()},
+            "mean": {kind: mean_and_error(found)._asdict() for kind, found in curves.items() if len(found) > 1},
             "noise": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in noise.items()},
             "missing_steps": {run: list(steps) for run, steps in self.missing.items()},
             "casts": self.casts,
@@ -71,18 +93,22 @@ class Results:
         table.add_column("(first - second) / first", no_wrap=True)
         for heading in ("loss", "last", "at tokens", "largest", "at tokens"):
             table.add_column(heading, justify="right", no_wrap=True)
-        pair = f"{made.against}, {made.precision}"
-        noise = [(f"{made.against}, {run.name} (noise)", n) for n, run in enumerate(made.runs[2:])]
+        names = [f"{made.against}, {made.precision}", *(f"{a.name}, {b.name}" for a, b in made.paired[1:])]
+        noise = [f"{made.against}, {run.name} (noise)" for run in made.others]
         smooth = f"train, mean of {self.window}" if self.window > 1 else "train"
-        for loss, curve, others in (
-            (smooth, self.train, self.noise_train),
-            ("validation", self.validation, self.noise_validation),
+        for loss, curve, more, others in (
+            (smooth, self.train, self.more_train, self.noise_train),
+            ("validation", self.validation, self.more_validation, self.noise_validation),
         ):
-            for title, found in ((pair, curve), *((title, others[n]) for title, n in noise if n < len(others))):
-                if found is not None:
-                    s = found.summary()
-                    last, largest = short_count(s["last_at_tokens"]), short_count(s["largest_at_tokens"])
-                    table.add_row(title, loss, f"{s['last']:+.4%}", last, f"{s['largest']:+.4%}", largest)
+            pairs = [curve, *more] if curve is not None else []
+            for title, found in (*zip(names, pairs, strict=False), *zip(noise, others, strict=False)):
+                s = found.summary()
+                last, largest = short_count(s["last_at_tokens"]), short_count(s["largest_at_tokens"])
+                table.add_row(title, loss, f"{s['last']:+.4%}", last, f"{s['largest']:+.4%}", largest)
+            if more:
+                mean = mean_and_error(pairs)
+                last = f"{mean.last:+.4%} ± {mean.standard_error:.4%}"
+                table.add_row(f"mean of {len(pairs)} pairs, its standard error", loss, last, "", "", "")
         return table
 
     def missing_lines(self) -> list[str]:
@@ -129,17 +155,23 @@ def results(comparison: Comparison, window: int) -> Results:
         UserError: losses are missing.
     """
     read = {run.name: read_losses(run.folder, comparison.steps) for run in comparison.runs}
-    pair, against, *others = read.values()
     size = comparison.tokens_per_step
-    validations = [validation_curve(against, other, size) for other in others]
+
+    def validation(first: str, second: str) -> Curve | None:
+        return validation_curve(read[first], read[second], size)
+
+    (against, pair), *more = [(a.name, b.name) for a, b in comparison.paired]
+    others = [run.name for run in comparison.others]
     casts = {run.name: read_casts(run.folder) for run in comparison.runs[:2]}
     return Results(
         comparison,
         window,
-        train_curve(against, pair, size, window),
-        validation_curve(against, pair, size),
-        [train_curve(against, other, size, window) for other in others],
-        [curve for curve in validations if curve is not None],
+        train_curve(read[against], read[pair], size, window),
+        validation(against, pair),
+        [train_curve(read[a], read[b], size, window) for a, b in more],
+        [curve for a, b in more if (curve := validation(a, b)) is not None],
+        [train_curve(read[against], read[other], size, window) for other in others],
+        [curve for other in others if (curve := validation(against, other)) is not None],
         {name: rows for name, rows in casts.items() if rows},
         {name: losses.missing for name, losses in read.items() if losses.missing},
     )

@@ -35,7 +35,9 @@ class Comparison:
         precision, against: the two precisions.
         steps, tokens_per_step: of every run.
         out: folder of the runs and the results.
-        runs: `precision`, `against`, and `against` with other initial weights.
+        runs: `precision`, `against`, `against` with other initial weights, and `precision` with some of those.
+        seeds: initial weights that `against` is trained from.
+        pairs: the first of them that `precision` is trained from too.
     """
 
     recipe: str
@@ -45,6 +47,19 @@ class Comparison:
     tokens_per_step: int
     out: Path
     runs: tuple[Run, ...]
+    seeds: int = 1
+    pairs: int = 1
+
+    @property
+    def paired(self) -> list[tuple[Run, Run]]:
+        """(`against`, `precision`) of the same initial weights."""
+        first, against, more = self.runs[0], self.runs[1 : 1 + self.seeds], self.runs[1 + self.seeds :]
+        return list(zip(against[: self.pairs], (first, *more), strict=True))
+
+    @property
+    def others(self) -> tuple[Run, ...]:
+        """`against` from other initial weights."""
+        return self.runs[2 : 1 + self.seeds]
 
 
 def comparison(
@@ -55,6 +70,7 @@ def comparison(
     seeds: int = 1,
     out: Path | None = None,
     overrides: Sequence[str] = (),
+    pairs: int = 1,
 ) -> Comparison:
     """The runs, checked as far as that goes without starting them.
 
@@ -66,6 +82,7 @@ def comparison(
         seeds: initial weights that `against` is trained from, the pair's included; every run reads the same batches.
         out: None is `<log.dir>/<name of the recipe>-precision`.
         overrides: of the recipe.
+        pairs: initial weights that both precisions are trained from; at least so many are `seeds`.
     Errors:
         UserError: unknown or equal precisions, a run too short for its schedule or phases, data that is not prepared.
     """
@@ -80,8 +97,9 @@ def comparison(
         check_one_of(option, value, PRECISIONS, "")
     if precision == against:
         raise UserError(f"--precision and --against are both {precision}", hint="compare two different ones")
-    if steps < 1 or seeds < 1:
-        raise UserError(f"--steps {steps} --seeds {seeds}: both have to be 1 or more")
+    if steps < 1 or seeds < 1 or pairs < 1:
+        raise UserError(f"--steps {steps} --seeds {seeds} --pairs {pairs}: all have to be 1 or more")
+    seeds = max(seeds, pairs)
     fp8 = precision if precision in FP8_FORMATS else against  # may have `precision_options`
     # overrides are made for a run of `steps`, which is known with them: any would fit into this one
     whole = compose(name, [*overrides, f"precision={fp8}", f"tokens={10**18}"])
@@ -89,13 +107,14 @@ def comparison(
     out = out or Path(whole.log.dir) / f"{whole.name}-precision"
     common = _common(whole, name, steps, tokens_per_step, out, overrides)
     runs = [(precision, common.init_seed), *((against, common.init_seed + n) for n in range(seeds))]
+    runs += [(precision, common.init_seed + n) for n in range(1, pairs)]
     made = []
     for chosen, seed in runs:
         run_name = chosen if seed == common.init_seed else f"{chosen}-seed-{seed}"
         made.append(Run(run_name, _variant(common, run_name, chosen, seed, steps, name)))
     check_manifest(whole.data.root, load_blend(whole.data.blend))
     check_vocabulary(whole, load_blend(whole.data.blend), name)
-    return Comparison(whole.name, precision, against, steps, tokens_per_step, out, tuple(made))
+    return Comparison(whole.name, precision, against, steps, tokens_per_step, out, tuple(made), seeds, pairs)
 
 
 def _common(

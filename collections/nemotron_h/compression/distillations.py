@@ -89,7 +89,6 @@ def train(run: Run, title: str, console: Console) -> Path:
     """Train what is missing of a run; its folder."""
     steps = steps_of(run)
     if not launch.is_finished(run, steps):
-        run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
-        run.recipe_file.write_text(launch.text_of(run))
+        launch.write_recipe(run)
         launch.train(run, title, steps, console)
     return run.folder

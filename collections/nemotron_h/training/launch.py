@@ -10,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,61 @@ def train(run: Run, title: str, steps: int, console: Console) -> None:
             found = _STEP.search(text)
             if found:
                 line.step(int(found.group(1)), text.strip())
-    if process.returncode == LEFT_EARLY:
+    _check_ended(run, steps, process.returncode)
+
+
+def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Console, end: float = float("inf")) -> bool:
+    """Train what is not finished, some runs at a time, each line of output in `<recipe file>.log`.
+
+    Args:
+        runs: each with its steps.
+        end: of `time.monotonic()`; runs that are not over then write a checkpoint and end.
+    Returns:
+        Whether all are finished.
+    Errors:
+        UserError: a run failed, naming what it said; the others write a checkpoint and end.
+    """
+    waiting = [(run, steps) for run, steps in runs if not is_finished(run, steps)]
+    total, running, started = len(waiting), [], time.monotonic()
+    with _leave_on_signals():
+        try:
+            while (waiting or running) and time.monotonic() < end:
+                while waiting and len(running) < at_once:
+                    run, steps = waiting.pop(0)
+                    write_recipe(run)
+                    with run.recipe_file.with_suffix(".log").open("a") as log:
+                        process = subprocess.Popen(
+                            command_of(run), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                        )
+                    running.append((run, steps, process))
+                for each in list(running):
+                    run, steps, process = each
+                    if process.poll() is None:
+                        continue
+                    running.remove(each)
+                    _check_ended(run, steps, process.returncode)
+                    done = total - len(waiting) - len(running)
+                    left = (time.monotonic() - started) / done * (total - done)
+                    console.print(f"{run.name} finished, {done} of {total}; about {left:.0f} s left", highlight=False)
+                time.sleep(1)
+        finally:
+            _end([process for *_, process in running], console)
+    return not waiting and not running
+
+
+def write_recipe(run: Run) -> None:
+    """The file that a run is started from."""
+    run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
+    run.recipe_file.write_text(text_of(run))
+
+
+def _check_ended(run: Run, steps: int, code: int) -> None:
+    """Refuse a run that is not whole."""
+    log = run.recipe_file.with_suffix(".log")
+    if code == LEFT_EARLY:
         raise UserError(f"{run.name} left early, with a checkpoint", hint="run the same command again to continue")
-    if process.returncode != 0 or not is_finished(run, steps):
-        raise UserError(f"{run.name} ended with exit code {process.returncode}: {_reason(log)}", hint=f"see {log}")
+    if code != 0 or not is_finished(run, steps):
+        raise UserError(f"{run.name} ended with exit code {code}: {_reason(log)}", hint=f"see {log}")
 
 
 def _reason(log: Path) -> str:
@@ -114,8 +166,8 @@ def _reason(log: Path) -> str:
 
 
 @contextmanager
-def _ended_with_us(process: subprocess.Popen, console: Console) -> Iterator[None]:
-    """What ends this command ends the run, which writes a checkpoint first."""
+def _leave_on_signals() -> Iterator[None]:
+    """What tells this command to end raises, so that runs can write a checkpoint first."""
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
@@ -123,18 +175,35 @@ def _ended_with_us(process: subprocess.Popen, console: Console) -> Iterator[None
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
-        process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if process.poll() is None:
-            console.print("stopping: the run writes a checkpoint first")
-            process.terminate()
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+
+
+def _end(processes: Sequence[subprocess.Popen], console: Console) -> None:
+    """End runs that go on; each writes a checkpoint first."""
+    alive = [process for process in processes if process.poll() is None]
+    if alive:
+        console.print(f"stopping: {'the run writes' if len(alive) == 1 else 'the runs write'} a checkpoint first")
+    for process in alive:
+        process.terminate()
+    for process in alive:
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _ended_with_us(process: subprocess.Popen, console: Console) -> Iterator[None]:
+    """What ends this command ends the run."""
+    with _leave_on_signals():
+        try:
+            yield
+            process.wait()
+        finally:
+            _end([process], console)
 
 
 class _Line:
