@@ -84,12 +84,26 @@ def test_every_case_is_looked_at(differences):
     assert sorted(differences) == sorted(CASES)
 
 
-@pytest.mark.slow
-def test_packed_pairs_of_answers_are_separate_ones_with_the_kernels():
-    """Losses of DPO and RPO and the gradients at weights of scale 1; float32, through a whole small model."""
+@pytest.fixture(scope="module")
+def packed() -> dict[str, dict]:
     pytest.importorskip("triton", reason="triton is installed on Linux only")
     pytest.importorskip("einops")
-    errors = run("run_packed_pairs.py")
-    for found in (errors["apart"], errors["plain"]):
-        assert {"dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq", "decoder.layers.0.mixer.A_log"} < found.keys()
-        assert max(found.values()) < 1e-4, found
+    return run("run_packed_models.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["whole", "whole, fused", "lora", "dora"])
+def test_packed_conversations_are_separate_ones_with_the_kernels(packed, model: str) -> None:
+    """Losses of SFT, DPO and RPO, and the gradients of SFT's and DPO's in all that is trained, at weights of scale 1;
+    float32, through a whole small model.
+    """
+    found = packed[model]
+    adapted = model in ("lora", "dora")
+    parts = {"lora": 2, "dora": 3}.get(model)
+    assert all((".adapter." in name) is adapted for name in found["trained"])
+    assert len(found["trained"]) == parts * 6 if adapted else "decoder.layers.0.mixer.A_log" in found["trained"]
+    expected = {"sft", "dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq"}
+    expected |= {f"{loss} {name}" for loss in ("sft", "dpo") for name in found["trained"]}
+    for errors in (found["alone"], found["plain"]):
+        assert errors.keys() == expected
+        assert max(errors.values()) < 1e-4, sorted(errors.items(), key=lambda e: -e[1])[:5]
