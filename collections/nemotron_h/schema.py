@@ -338,7 +338,7 @@ class MiniPuzzleSchema:
             sequence, l2 over the samples) or `l2_mean`.
         order: what stays: the most important (`importance`), or the control of a report, `random` or `reversed`.
         grid, budget: which candidates there are.
-        score_tokens: validation tokens that every candidate is scored on.
+        score_tokens: held-out tokens that every candidate is scored on, and as many others that the report is of.
         rank: how the ranks by accuracy and by agreement with the parent combine: their `sum`, the `worst` of them, or
             one of them alone (`accuracy`, `agreement`).
         keep: how many of the best by that rank are looked at further.

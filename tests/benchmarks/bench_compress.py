@@ -20,7 +20,8 @@ order (and of the initial weights, where there are any):
 The pipeline chooses the winner first, and its own distillation is a fourth child. Killed or run again, everything goes
 on where it was: with `--until SECONDS` it ends itself in time for a machine that ends commands, with exit code 75.
 Writes results.json and prints a table: loss per seed, mean and spread, and the share of the gap that pruning opened
-which was recovered: (loss_pruned - loss) / (loss_pruned - loss_parent).
+which was recovered: (loss_pruned - loss) / (loss_pruned - loss_parent). All losses are of held-out text that no choice
+has seen.
 """
 
 from __future__ import annotations
@@ -120,10 +121,10 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
 
 
 def report(made, runs: dict, out: Path, console: Console) -> None:
-    """Measure every run on the validation text, and print."""
-    from nemotron_h.compression.minipuzzle import RESULTS, WINNER
+    """Measure every run on the held-out text that no choice has seen, and print."""
+    from nemotron_h.compression.minipuzzle import HALVES, REPORTED, RESULTS, WINNER
 
-    winner, parent = made.read("select", WINNER), made.parent_predictions.loss
+    winner, parent = made.read("select", WINNER), made.parent_score(REPORTED).loss
     pruned = winner["pruned"]["loss"]
     losses: dict[str, dict[int, float]] = {}
     for (kind, seed), run in runs.items():
@@ -138,7 +139,14 @@ def report(made, runs: dict, out: Path, console: Console) -> None:
     table.add_row("pruned", f"{pruned:.4f}", "", "")
     row = statistics.mean(random.values())
     table.add_row("pruned at random", f"{row:.4f}", f"{max(random.values()) - min(random.values()):.4f}", "")
-    found = {"parent": parent, "pruned": pruned, "pruned at random": random, "losses": losses, "recovered": {}}
+    found = {
+        "text": HALVES[REPORTED],
+        "parent": parent,
+        "pruned": pruned,
+        "pruned at random": random,
+        "losses": losses,
+        "recovered": {},
+    }
     for kind, values in losses.items():
         share = {seed: (pruned - loss) / (pruned - parent) for seed, loss in values.items()}
         found["recovered"][kind] = share

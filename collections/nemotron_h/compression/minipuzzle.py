@@ -54,6 +54,11 @@ from nemotron_h.report import minipuzzle as report
 from nemotron_h.schema import RecipeConfig
 from nemotron_h.training.launch import Run
 
+#: candidates and winner are chosen on one half of the held-out text; the other, which no choice has seen, is reported
+CHOICE, REPORTED = "choice", "report"
+HALVES = {
+    half: f"the {nth} half of each source's validation text" for half, nth in ((CHOICE, "first"), (REPORTED, "second"))
+}
 RANKING, RESULTS, WINNER, RESULT = "ranking.json", "results.json", "winner.json", "result.json"
 SCORES, CANDIDATES = "scores.jsonl", "candidates.json"
 REPORT, DEFINITION, HF = "report.html", "model.yaml", "hf"
@@ -85,6 +90,7 @@ class MiniPuzzle:
     def __init__(self, recipe: RecipeConfig, console: Console, train: Train = distillations.train) -> None:
         self.recipe, self.part, self.console, self.train = recipe, recipe.minipuzzle, console, train
         self.origin = f"recipe {recipe.name}"
+        self._predicted: dict[str, Predictions] = {}
         self.folder = Path(recipe.log.dir) / recipe.name
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
@@ -113,7 +119,7 @@ class MiniPuzzle:
                 ),
                 Stage(
                     "score",
-                    "every candidate on validation text, untrained",
+                    "every candidate on held-out text, untrained",
                     ("importance", "candidates"),
                     (RANKING,),
                     self._score_inputs,
@@ -186,36 +192,49 @@ class MiniPuzzle:
         return load_model(self.parent_checkpoint, dtype=self.dtype, device=self.device)
 
     @cached_property
-    def validation(self) -> np.ndarray:
-        """Validation windows [samples, seq_length + 1]."""
+    def text(self) -> dict[str, np.ndarray]:
+        """Held-out windows [samples, seq_length + 1] by half: `CHOICE`, `REPORTED`."""
         tokens = count_of(self.part.score_tokens, "minipuzzle.score_tokens", self.origin)
         length = self.recipe.data.seq_length
-        text = ValidationText.of(self.blend, self.manifest, length)
         try:
-            return text.read(self.manifest, tokens // length)
+            halves = ValidationText.halves(self.blend, self.manifest, length)
+            return {
+                name: half.read(self.manifest, tokens // length)
+                for name, half in zip((CHOICE, REPORTED), halves, strict=True)
+            }
         except UserError as error:
-            raise UserError(f"{self.origin}: minipuzzle.score_tokens: {error.message}", error.hint) from error
+            raise UserError(
+                f"{self.origin}: minipuzzle.score_tokens: {error.message} (half of it is for choosing, half for the "
+                "report)",
+                error.hint,
+            ) from error
 
-    @cached_property
-    def parent_predictions(self) -> Predictions:
-        """The parent's greedy predictions of the validation text; kept in the run's folder."""
-        key = {"parent": content_digest(self.parent_checkpoint), **self._validation_inputs()}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path = self.folder / f"parent-{name}.npz"
-        if not path.exists():
-            with StageProgress(self.console, "parent", self.validation[:, 1:].size) as bar:
-                made = predict(self.parent, self.validation, self.recipe.data.micro_batch_size, bar.advance)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp.npz")
-            np.savez_compressed(temporary, greedy=made.greedy, loss=made.loss)
-            temporary.replace(path)
-        with np.load(path) as kept:
-            return Predictions(kept["greedy"], float(kept["loss"]))
+    def parent_predictions(self, half: str) -> Predictions:
+        """The parent's greedy predictions of a half of the held-out text; kept in the run's folder."""
+        if half not in self._predicted:
+            key = {"parent": content_digest(self.parent_checkpoint), **self._held_out_inputs(half)}
+            name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+            path = self.folder / f"parent-{name}.npz"
+            if not path.exists():
+                with StageProgress(self.console, "parent", self.text[half][:, 1:].size) as bar:
+                    made = predict(self.parent, self.text[half], self.recipe.data.micro_batch_size, bar.advance)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_suffix(".tmp.npz")
+                np.savez_compressed(temporary, greedy=made.greedy, loss=made.loss)
+                temporary.replace(path)
+            with np.load(path) as kept:
+                self._predicted[half] = Predictions(kept["greedy"], float(kept["loss"]))
+        return self._predicted[half]
 
-    def score(self, model: GenerationModel, advance: Callable[[int], None] = lambda _: None) -> Score:
-        """A model on the validation text."""
-        found = predict(model, self.validation, self.recipe.data.micro_batch_size, advance)
-        return found.score(self.validation, self.parent_predictions.greedy)
+    def parent_score(self, half: str) -> Score:
+        """The parent on a half of the held-out text."""
+        found = self.parent_predictions(half)
+        return found.score(self.text[half], found.greedy)
+
+    def score(self, model: GenerationModel, half: str, advance: Callable[[int], None] = lambda _: None) -> Score:
+        """A model on a half of the held-out text."""
+        found = predict(model, self.text[half], self.recipe.data.micro_batch_size, advance)
+        return found.score(self.text[half], self.parent_predictions(half).greedy)
 
     def read(self, stage: str, file: str) -> Any:
         """A JSON output of a finished stage."""
@@ -260,9 +279,10 @@ class MiniPuzzle:
         text = hashlib.sha256(json.dumps([self.blend.hash(), sources], sort_keys=True).encode()).hexdigest()
         return {f"{split} text": text, "data.seq_length": self.recipe.data.seq_length}
 
-    def _validation_inputs(self) -> dict[str, Any]:
+    def _held_out_inputs(self, *halves: str) -> dict[str, Any]:
         return {
             **self._text_inputs("validation"),
+            "held-out text": [HALVES[half] for half in halves],
             "minipuzzle.score_tokens": self.part.score_tokens,
             "dtype": str(self.dtype),
         }
@@ -370,7 +390,7 @@ class MiniPuzzle:
         keys = ("rank", "keep", "short", "evaluate")
         return {
             **self._parent_inputs(),
-            **self._validation_inputs(),
+            **self._held_out_inputs(CHOICE),
             **{f"minipuzzle.{key}": getattr(self.part, key) for key in keys},
         }
 
@@ -379,13 +399,13 @@ class MiniPuzzle:
         found = [candidate_of(row) for row in rows]
         kept = self._scores(folder)
         missing = [c for c in found if c.name not in kept]
-        self.parent_predictions  # noqa: B018 -- before the clock of the candidates starts
+        parent = self.parent_score(CHOICE)  # before the clock of the candidates starts
         with (
             (folder / SCORES).open("a") as file,
-            StageProgress(self.console, "candidates", len(missing) * self.validation[:, 1:].size) as bar,
+            StageProgress(self.console, "candidates", len(missing) * parent.tokens) as bar,
         ):
             for candidate in missing:
-                score = self.score(self.realised(candidate), bar.advance)
+                score = self.score(self.realised(candidate), CHOICE, bar.advance)
                 kept[candidate.name] = dataclasses.asdict(score)
                 file.write(json.dumps({"name": candidate.name, **kept[candidate.name]}) + "\n")
                 file.flush()
@@ -400,12 +420,11 @@ class MiniPuzzle:
             {**rows[n], **dataclasses.asdict(scores[n]), "place": place, "evaluated": evaluated.get(found[n].name)}
             for place, n in enumerate(order, 1)
         ]
-        parent = self.parent_predictions.score(self.validation, self.parent_predictions.greedy)
         chosen = [found[n].name for n in best[: self.part.short]]
         write_json(folder / RANKING, {"parent": dataclasses.asdict(parent), "candidates": table, "chosen": chosen})
         first = scores[best[0]]
         return (
-            f"{len(found)} scored on {self.validation[:, 1:].size:,} tokens; first {chosen[0]}: accuracy "
+            f"{len(found)} scored on {parent.tokens:,} tokens; first {chosen[0]}: accuracy "
             f"{first.accuracy:.3f} (parent {parent.accuracy:.3f}), agreement {first.agreement:.3f}"
         )
 
@@ -413,7 +432,7 @@ class MiniPuzzle:
         """Scores that are known, by candidate, out of this attempt or of one with other candidates."""
         key = {
             **self._parent_inputs(),
-            **self._validation_inputs(),
+            **self._held_out_inputs(CHOICE),
             **self.pipeline.outputs("importance"),
             "order": [self.part.order, self.part.aggregation, self.recipe.init_seed],
         }
@@ -472,7 +491,7 @@ class MiniPuzzle:
     def _short_inputs(self) -> dict[str, Any]:
         return {
             **self._distillation_inputs(),
-            **self._validation_inputs(),
+            **self._held_out_inputs(CHOICE, REPORTED),
             "minipuzzle.short_tokens": self.part.short_tokens,
             "minipuzzle.evaluate": self.part.evaluate,
         }
@@ -520,11 +539,14 @@ class MiniPuzzle:
         )
 
     def measure(self, checkpoint: Path) -> dict[str, Any]:
-        """A trained model on the validation text, and on the recipe's evaluation."""
+        """A trained model on the text of the report, under `choice` on that of the choices, and on the recipe's
+        evaluation.
+        """
         checkpoint = find_checkpoint(checkpoint)
         model = load_model(checkpoint, dtype=self.dtype, device=self.device)
         made: dict[str, Any] = {"checkpoint": str(checkpoint), "weights": content_digest(checkpoint)}
-        made |= dataclasses.asdict(self.score(model))
+        made |= dataclasses.asdict(self.score(model, REPORTED))
+        made[CHOICE] = dataclasses.asdict(self.score(model, CHOICE))
         if self.part.evaluate:
             made["evaluated"] = self.evaluate(checkpoint)
         return made
@@ -540,9 +562,9 @@ class MiniPuzzle:
 
         def value(name: str) -> float:
             short = results[name]["short"]
-            return short["evaluated"]["mean"] if self.part.evaluate else short["accuracy"]
+            return short["evaluated"]["mean"] if self.part.evaluate else short[CHOICE]["accuracy"]
 
-        order = sorted(results, key=lambda name: (-value(name), results[name]["short"]["loss"]))
+        order = sorted(results, key=lambda name: (-value(name), results[name]["short"][CHOICE]["loss"]))
         winner = {"name": order[0], "by": by, "order": order, **results[order[0]]}
         write_json(folder / WINNER, winner)
         return f"{order[0]} by {by}: {value(order[0]):.4f}"
@@ -550,7 +572,12 @@ class MiniPuzzle:
     # distil
 
     def _distil_inputs(self) -> dict[str, Any]:
-        return {**self._distillation_inputs(), "tokens": self.recipe.tokens, "minipuzzle.start": self.part.start}
+        return {
+            **self._distillation_inputs(),
+            **self._held_out_inputs(REPORTED),
+            "tokens": self.recipe.tokens,
+            "minipuzzle.start": self.part.start,
+        }
 
     def _distil(self, folder: Path) -> str:
         winner = self.read("select", WINNER)
@@ -566,12 +593,12 @@ class MiniPuzzle:
             folder,
         )
         measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
-        parent = self.parent_predictions.loss
-        gap = winner["pruned"]["loss"] - parent
+        parent = self.parent_score(REPORTED)
+        gap = winner["pruned"]["loss"] - parent.loss
         recovered = (winner["pruned"]["loss"] - measured["loss"]) / gap if gap > 0 else float("nan")
-        write_json(folder / RESULTS, {"child": measured, "recovered": recovered})
+        write_json(folder / RESULTS, {"parent": dataclasses.asdict(parent), "child": measured, "recovered": recovered})
         return (
-            f"loss {winner['pruned']['loss']:.3f} pruned -> {measured['loss']:.3f}, parent {parent:.3f}: "
+            f"loss {winner['pruned']['loss']:.3f} pruned -> {measured['loss']:.3f}, parent {parent.loss:.3f}: "
             f"{recovered:.1%} of the gap recovered"
         )
 
@@ -589,19 +616,19 @@ class MiniPuzzle:
         (folder / DEFINITION).write_text(
             definition_text(definition, f"Compressed by {self.recipe.name}."), encoding="utf-8"
         )
-        score = self.read("score", RANKING)
         words = {"pruned": winner["pruned"], "short": winner["short"], "child": made["child"]}
         result = {
             "recipe": self.recipe.name,
             "child": {"name": winner["name"], "checkpoint": str(checkpoint), "pattern": definition.pattern},
             "parameters": {"parent": self.definition.parameters, "child": definition.parameters},
+            "text": HALVES,
             "validation": {
-                "parent": score["parent"],
-                **{word: {key: found[key] for key in score["parent"]} for word, found in words.items()},
+                "parent": made["parent"],
+                **{word: {key: found[key] for key in made["parent"]} for word, found in words.items()},
             },
             "recovered": made["recovered"],
             "orders": self.orders(folder / "orders.json"),
-            "order_tokens": self.validation[:ORDER_WINDOWS, 1:].size,
+            "order_tokens": self.text[REPORTED][:ORDER_WINDOWS, 1:].size,
         }
         write_json(folder / RESULT, result)
         report.write(self.folder, self.recipe, self.definition, result, folder / REPORT)
@@ -614,7 +641,7 @@ class MiniPuzzle:
         if path.exists():
             return json.loads(path.read_text())
         found, depth = self.importance.scores(self.part.aggregation), self.definition.num_layers // 2
-        text = self.validation[:ORDER_WINDOWS]
+        text = self.text[REPORTED][:ORDER_WINDOWS]
         controls = {
             "importance": [found],
             "random": [found.shuffle(n) for n in range(3)],

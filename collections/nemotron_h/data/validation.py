@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class ValidationText:
         windows: how many windows the text has without repeating any.
         tokens: source -> tokens.
         seq_length: tokens of a window.
+        first: source -> where its text begins in its stream; 0 where it is not named.
     """
 
     shares: dict[str, float]
@@ -34,6 +35,7 @@ class ValidationText:
     windows: int
     tokens: dict[str, int]
     seq_length: int
+    first: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, blend: Blend, manifest: Manifest, seq_length: int) -> ValidationText:
@@ -42,15 +44,31 @@ class ValidationText:
         Errors:
             UserError: no source has held-out text of a window.
         """
+        return cls._of(blend, manifest.tokens("validation"), seq_length, "one window")
+
+    @classmethod
+    def halves(cls, blend: Blend, manifest: Manifest, seq_length: int) -> tuple[ValidationText, ValidationText]:
+        """What the prepared blend holds out, each source's text cut in two: no token is in both.
+
+        Errors:
+            UserError: no source has held-out text of two windows.
+        """
+        tokens = manifest.tokens("validation")
+        half = {name: count // 2 for name, count in tokens.items()}
+        first = cls._of(blend, half, seq_length, "two windows")
+        return first, replace(first, first={name: count - half[name] for name, count in tokens.items()})
+
+    @classmethod
+    def _of(cls, blend: Blend, tokens: dict[str, int], seq_length: int, wanted: str) -> ValidationText:
         phases = [blend.source_shares(n) for n in range(len(blend.phases))]
         shares = {name: math.fsum(phase[name] for phase in phases) / len(phases) for name in blend.sources}
-        tokens = manifest.tokens("validation")
         left_out = sorted(name for name, share in shares.items() if share > 0 and tokens[name] < seq_length)
         used = {name: share for name, share in shares.items() if share > 0 and name not in left_out}
         if not used:
             raise UserError(
-                f"no source of blend {blend.name!r} has validation text of one window ({seq_length:,} tokens)",
-                "Hold out more (`validation` of the sources), shorten seq_length, or set trainer.limit_val_batches=0.",
+                f"no source of blend {blend.name!r} has validation text of {wanted} of {seq_length:,} tokens",
+                "Hold out more (`validation` of the sources) or shorten seq_length; a run can also do without: "
+                "trainer.limit_val_batches=0.",
             )
         windows = sum(tokens[name] // seq_length for name in used)
         return cls(used, left_out, windows, tokens, seq_length)
@@ -74,5 +92,12 @@ class ValidationText:
             )
         sampler = self.sampler(samples)
         streams = {name: TokenStream(manifest.prefix(name, "validation")) for name in sampler.names}
+
+        def window(source: str, start: int) -> np.ndarray:
+            first, count = self.first.get(source, 0), self.seq_length + 1
+            rest = count - (self.tokens[source] - start)  # what runs over the end goes on at the beginning
+            pieces = [(first + start, count)] if rest <= 0 else [(first + start, count - rest), (first, rest)]
+            return np.concatenate([streams[source].read(*piece) for piece in pieces])
+
         chosen = (sampler[number] for number in range(samples))
-        return np.stack([streams[s.source].read(s.start, self.seq_length + 1) for s in chosen])
+        return np.stack([window(sample.source, sample.start) for sample in chosen])

@@ -37,8 +37,9 @@ Checkpoint <code>{{ checkpoint }}</code></p>
 <table><tr><th>model</th>{% for column in columns %}<th class="n">{{ column }}</th>{% endfor %}</tr>
 {% for title, values in rows %}<tr><td>{{ title }}</td>
 {% for value in values %}<td class="n">{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
-<p class="note">On {{ "{:,}".format(tokens) }} validation tokens: next-token accuracy, agreement with the parent's
-greedy prediction, cross-entropy in nats{% if tasks %}, and the recipe's evaluation{% endif %}. An arrow goes from the
+<p class="note">On {{ "{:,}".format(tokens) }} tokens that no choice has seen ({{ text.report }}; candidates and winner
+were chosen on the first half): next-token accuracy, agreement with the parent's greedy prediction, cross-entropy in
+nats{% if tasks %}, and the recipe's evaluation, by which the winner was chosen{% endif %}. An arrow goes from the
 pruned candidate to its short distillation (as the paper's table 6).</p>
 {% for title, text, image in pictures %}<h2>{{ title }}</h2><p class="note">{{ text }}</p>
 <img alt="{{ title }}" src="{{ image }}">
@@ -71,7 +72,7 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
     importance = Importance.load(folder / "importance")
     child = made["child"]
     tasks = sorted(child.get("evaluated", {}))
-    rows = [("parent", [*_cells(ranking["parent"]), *[""] * len(tasks)])]
+    rows = [("parent", [*_cells(made["parent"]), *[""] * len(tasks)])]
     for name in chosen:
         before, after = short[name]["pruned"], short[name]["short"]
         pairs = [f"{a} → {b}" for a, b in zip(_cells(before), _cells(after), strict=True)]
@@ -94,7 +95,8 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
             columns=["accuracy", "agreement", "loss", *tasks],
             tasks=tasks,
             rows=rows,
-            tokens=ranking["parent"]["tokens"],
+            tokens=made["parent"]["tokens"],
+            text=result["text"],
             pictures=list(_pictures(recipe, parent, importance, ranking, child, result)),
             stages=[
                 (name, stage["result"], stage["seconds"])
@@ -131,7 +133,8 @@ def _pictures(
     front = pareto([r[cost] for r in found], [r["accuracy"] for r in found])
     yield (
         "Candidates",
-        f"{len(found)} within the budget; the circled ones were distilled (paper, figure 10).",
+        f"{len(found)} within the budget, scored on {result['text']['choice']}; the circled ones were distilled "
+        "(paper, figure 10).",
         image(figures.candidates(found, cost, label, limit, ranking["chosen"], front)),
     )
     rows = {r["name"]: r for r in found}
