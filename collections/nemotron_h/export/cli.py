@@ -26,6 +26,9 @@ CheckpointArgument = Annotated[
 TokenizerOption = Annotated[
     Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
 ]
+BaseOption = Annotated[
+    Path | None, typer.Option(help="Where the checkpoint it was trained on is now.", show_default="where it was")
+]
 NoTokenizerOption = Annotated[bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out.")]
 
 
@@ -90,6 +93,32 @@ def export_gguf(
     typer.echo(f"{out}: {len(plan.weights)} tensors, {plan.size / 1e9:,.2f} GB, of {checkpoint}")
 
 
+@export_app.command("peft")
+def export_peft(
+    checkpoint: CheckpointArgument,
+    out: Annotated[Path, typer.Argument(help="The folder to write; must not exist.")],
+    base: BaseOption = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The exported base (a folder or a hub's name), for adapter_config.json.", show_default=False),
+    ] = None,
+) -> None:
+    """Write a LoRA or DoRA checkpoint as an adapter of Hugging Face's PEFT, over the base as `export hf` writes it.
+
+    PEFT puts no adapter on out_proj of Mamba-2 layers: their merged matrices are in the file whole.
+    """
+    from nemotron_h.export import peft_writer
+    from nemotron_h.inference.checkpoint import find_checkpoint
+
+    plan = peft_writer.plan(find_checkpoint(checkpoint), base, base_model)
+    with progress() as bar:
+        task = bar.add_task("exporting", total=plan.size)
+        peft_writer.write(plan, out, lambda done: bar.advance(task, done))
+    adapters = f"adapters of {', '.join(plan.config['target_modules'])}"
+    whole = f", {plan.whole} whole matrices of {peft_writer.WHOLE}" if plan.whole else ""
+    typer.echo(f"{out}: {adapters}{whole}, {plan.size / 1e9:,.2f} GB, of {plan.weights.adapter.checkpoint}")
+
+
 def _check_dtype(dtype: str | None, known: Iterable[str]) -> None:
     if dtype is not None and dtype not in known:
         raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(known)}")
@@ -141,10 +170,7 @@ def import_hf(
 def merge_adapter(
     checkpoint: CheckpointArgument,
     out: Annotated[Path, typer.Argument(help="The checkpoint folder to write; must not exist.")],
-    base: Annotated[
-        Path | None,
-        typer.Option(help="Where the checkpoint it was trained on is now.", show_default="where it was"),
-    ] = None,
+    base: BaseOption = None,
 ) -> None:
     """Write a LoRA or DoRA checkpoint as a whole one: its base's weights with the adapter's changes added.
 

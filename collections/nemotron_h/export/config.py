@@ -56,6 +56,20 @@ _LAYER_TYPES = {
 }
 
 
+def check_expressible(definition: ModelDefinition) -> None:
+    """Refuse a model that the type `nemotron_h` cannot express.
+
+    Errors:
+        UserError: the model has rotary positions.
+    """
+    if definition.position_embedding != "none":
+        raise UserError(
+            f"model {definition.name} has {definition.position_embedding} positions; "
+            f"Hugging Face's {MODEL_TYPE} has none, so it would compute something else",
+            hint="only models with position_embedding: none can be exported",
+        )
+
+
 def to_config(
     definition: ModelDefinition, *, dtype: str, max_positions: int, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
@@ -70,12 +84,7 @@ def to_config(
     Errors:
         UserError: the model has rotary positions, which the type cannot express.
     """
-    if definition.position_embedding != "none":
-        raise UserError(
-            f"model {definition.name} has {definition.position_embedding} positions; "
-            f"Hugging Face's {MODEL_TYPE} has none, so it would compute something else",
-            hint="only models with position_embedding: none can be exported",
-        )
+    check_expressible(definition)
     widths = {theirs: getattr(definition, ours) or _UNUSED_WIDTH for ours, theirs in KEYS.items()}
     return {
         "architectures": ["NemotronHForCausalLM"],

@@ -54,7 +54,10 @@ def find_base(checkpoint: Path, named: str | Path | None = None) -> Path:
         if describe_base(found[-1])["integrity_sha256"] == recorded["integrity_sha256"]:
             return found[-1]
     was = f"the adapter of {checkpoint} was trained on {recorded['checkpoint']}"
-    hint = "restore that folder; or, where it was moved, name it: merge-adapter --base DIR, resume.init_checkpoint=DIR"
+    hint = (
+        "restore that folder; or, where it was moved, name it: --base DIR of merge-adapter and export peft, "
+        "resume.init_checkpoint=DIR of a run"
+    )
     if found:
         raise UserError(f"{was}; {found[-1]} is another checkpoint", hint=hint)
     raise UserError(f"{was}, which is not there any more", hint=hint)
@@ -91,7 +94,7 @@ class AdaptedWeights(WeightFile):
         super().__init__(self.base)
         self.adapter = WeightFile(checkpoint, last=f"{ADAPTER}a")
         self.scale, self.dora = record["alpha"] / record["rank"], record["kind"] == "dora"
-        self.adapted = {name for name in self.shapes if self._names(name)["b"] in self.adapter.shapes}
+        self.adapted = {name for name in self.shapes if self.adapter_names(name)["b"] in self.adapter.shapes}
         stray = {name.partition(ADAPTER)[0] for name in self.adapter.shapes} - {_matrix(name) for name in self.adapted}
         if stray:
             raise UserError(
@@ -99,7 +102,7 @@ class AdaptedWeights(WeightFile):
             )
 
     @staticmethod
-    def _names(name: str) -> dict[str, str]:
+    def adapter_names(name: str) -> dict[str, str]:
         """The names of a weight's adapter. `in_proj.weight.z` has rows of its own, and A with the other parts."""
         matrix, _, part = name.partition(".weight")
         return {
@@ -119,7 +122,7 @@ class AdaptedWeights(WeightFile):
                 targets[name].copy_(self._merged(name, weight))
 
     def _merged(self, name: str, weight: Tensor) -> Tensor:
-        names = self._names(name)
+        names = self.adapter_names(name)
         if not self.dora:
             del names["magnitude"]
         parts = {part: torch.empty(self.adapter.shapes[key], dtype=weight.dtype) for part, key in names.items()}

@@ -1,0 +1,168 @@
+"""Write an adapter's checkpoint as a folder that Hugging Face's PEFT loads over the exported base.
+
+PEFT's formulas are ours (`nemotron_h.model.adapters`): W + alpha/rank B A, and with DoRA the rows brought to trained
+lengths. What differs are the matrices. Queries, keys and values are three there: each has the A of all three and its
+rows of B. `out_proj` of a Mamba-2 layer can have no adapter there: transformers' fused kernel reads its weights past
+the layer, so PEFT refuses it. Its merged matrix is written whole, as one of `modules_to_save`, which computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemotron_h.errors import UserError
+from nemotron_h.export.config import check_expressible
+from nemotron_h.export.folder import new_folder
+from nemotron_h.export.hf_writer import write_json
+from nemotron_h.export.names import Weight, weights
+from nemotron_h.inference.adapted import AdaptedWeights, adapter_record
+from nemotron_h.inference.checkpoint import read_definition, read_record
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: modules that PEFT puts no adapter on
+WHOLE = "out_proj"
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an export will write.
+
+    Attributes:
+        weights: the adapter's checkpoint and its base.
+        rows: the adapted matrices.
+        config: the content of `adapter_config.json`.
+        size: bytes of all tensors.
+        whole: how many matrices are written whole.
+    """
+
+    weights: AdaptedWeights
+    rows: list[Weight]
+    config: dict[str, Any]
+    size: int
+    whole: int
+
+
+def plan(checkpoint: Path, base: Path | None = None, base_model: str | None = None) -> Plan:
+    """Look at an adapter's checkpoint and its base; reads no weights.
+
+    Args:
+        checkpoint: as `find_checkpoint` returns it.
+        base: where its base is, if it was moved.
+        base_model: the exported base, a folder or a name on the hub, for those who load the adapter alone.
+    Errors:
+        UserError: it holds no adapter, or one that PEFT cannot express; the base is not found; one of the two is
+            damaged.
+    """
+    settings = adapter_record(checkpoint)
+    if settings is None:
+        raise UserError(f"{checkpoint} holds no adapter", hint="export the whole model: nemotron-h export hf")
+    definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    check_expressible(definition)
+    file = AdaptedWeights(checkpoint, base)
+    rows = [row for row in weights(definition) if not file.adapted.isdisjoint(row.ours)]
+    modules = list(dict.fromkeys(_module(name).rpartition(".")[2] for row in rows for name in row.theirs))
+    if modules == [WHOLE]:
+        raise UserError(
+            f"{checkpoint} adapts {WHOLE} alone, which PEFT puts no adapter on",
+            hint="export the merged model: nemotron-h export hf",
+        )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": settings["rank"],
+        "lora_alpha": settings["alpha"],
+        "lora_dropout": settings["dropout"],
+        "use_dora": settings["kind"] == "dora",
+        "target_modules": [name for name in modules if name != WHOLE],
+        "modules_to_save": [WHOLE] if WHOLE in modules else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    tensors = [tensor for row in rows for tensor in _empty(file, row)]
+    whole = sum(_is_whole(row) for row in rows)
+    return Plan(file, rows, config, sum(tensor.nbytes for tensor in tensors), whole)
+
+
+def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
+    """Write the folder: tensors in the checkpoint's dtypes, so that an adapter's numbers are bit for bit the trained.
+
+    Args:
+        plan: what to write. All tensors are in memory at once: PEFT reads one file.
+        out: the folder; must not exist.
+        advance: told the bytes of each matrix's tensors.
+    Errors:
+        UserError: `out` exists, the disk is full, or a checkpoint's weights are damaged.
+    """
+    with new_folder(out, plan.size) as folder:
+        write_json(folder / CONFIG, plan.config)
+        tensors: dict[str, Tensor] = {}
+        for row in plan.rows:
+            found = _whole(plan.weights, row) if _is_whole(row) else _adapter(plan.weights, row)
+            tensors |= found
+            advance(sum(tensor.nbytes for tensor in found.values()))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets the owner alone read
+
+
+def _module(theirs: str) -> str:
+    """The module of transformers' model that a weight of an exported folder is loaded into, as PEFT names it."""
+    return f"base_model.model.model.{theirs.removeprefix('backbone.').removesuffix('.weight')}"
+
+
+def _is_whole(row: Weight) -> bool:
+    return any(_module(name).endswith(f".{WHOLE}") for name in row.theirs)
+
+
+def _parts(file: AdaptedWeights, row: Weight) -> dict[str, list[str]]:
+    """Part of the adapter -> the names of the tensors that join to it; A has one."""
+    names = [file.adapter_names(name) for name in row.ours]
+    parts = {part: list(dict.fromkeys(each[part] for each in names)) for part in names[0]}
+    return parts if file.dora else {part: parts[part] for part in ("a", "b")}
+
+
+def _empty(file: AdaptedWeights, row: Weight) -> list[Tensor]:
+    """Tensors without memory, of the sizes that will be written."""
+    if _is_whole(row):
+        return [torch.empty(file.shapes[name], dtype=file.dtypes[name], device="meta") for name in row.ours]
+    times = {"a": len(row.theirs)}
+    return [
+        torch.empty(file.adapter.shapes[name], dtype=file.adapter.dtypes[name], device="meta")
+        for part, names in _parts(file, row).items()
+        for name in names * times.get(part, 1)
+    ]
+
+
+def _whole(file: AdaptedWeights, row: Weight) -> dict[str, Tensor]:
+    """The merged matrix."""
+    ((ours, shape), (theirs, _)) = *row.ours.items(), *row.theirs.items()
+    tensor = torch.empty(shape, dtype=file.dtypes[ours])
+    file.read({ours: tensor})
+    return {f"{_module(theirs)}.weight": tensor}
+
+
+def _adapter(file: AdaptedWeights, row: Weight) -> dict[str, Tensor]:
+    """The adapters of a row's matrices."""
+    joined = {}
+    for part, names in _parts(file, row).items():
+        tensors = {n: torch.empty(file.adapter.shapes[n], dtype=file.adapter.dtypes[n]) for n in names}
+        file.adapter.read(tensors)
+        joined[part] = torch.cat(list(tensors.values()))
+    written = {}
+    for theirs, rows in row.to_theirs(joined["b"]).items():
+        # tensors of one memory cannot be saved
+        written[f"{_module(theirs)}.lora_A.weight"] = joined["a"].clone()
+        written[f"{_module(theirs)}.lora_B.weight"] = rows.clone()
+    if file.dora:
+        for theirs, lengths in row.to_theirs(joined["magnitude"]).items():
+            written[f"{_module(theirs)}.lora_magnitude_vector"] = lengths.clone()
+    return written
