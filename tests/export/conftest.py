@@ -1,6 +1,5 @@
 """The small model of `tests/model`, checkpoints of `tests/inference`, and megatron-core in this process."""
 
-import random
 import sys
 from pathlib import Path
 
@@ -10,16 +9,27 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 
 from megatron_on_one_rank import megatron  # noqa: F401
-from small_model import VOCABULARY
+from save_checkpoint import save
+from small_model import small_config, small_model
+from small_tokenizer import train_small
 
-from nemotron_h.data.tokenizer import train_bpe
+from nemotron_h.data.tokenizer import fingerprint
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer as large as the small model's vocabulary, with the chat tokens."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghöß日本🙂", k=4)) for _ in range(50)]
-    train_bpe([" ".join(draw.choices(words, k=500))], VOCABULARY, folder)
+    return train_small(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def run(
+    megatron: None,  # noqa: F811
+    tokenizer: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A run of the small model with one checkpoint, which names its tokenizer and its hash."""
+    folder = tmp_path_factory.mktemp("run")
+    data = {"tokenizer": str(tokenizer), "tokenizer_sha256": fingerprint(tokenizer), "seq_length": 128}
+    save(small_model(small_config()), folder / "checkpoints" / "step-000001", data=data)
     return folder

@@ -9,29 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_command import invoke
 from safetensors.torch import load_file, save_file
-from save_checkpoint import save
-from small_model import pure_config, small_config, small_model
-from typer.testing import CliRunner
+from save_checkpoint import finish, save
+from small_model import VOCABULARY, pure_config, small_model
+from small_tokenizer import train_small
 
-from nemotron_h.cli import app
 from nemotron_h.errors import UserError
 from nemotron_h.export import hf_writer
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-
-def invoke(*arguments: object) -> str:
-    """Run the command; its errors are raised."""
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
-
-
-@pytest.fixture(scope="module")
-def run(megatron: None, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    data = {"tokenizer": str(tokenizer), "seq_length": 128}
-    save(small_model(small_config()), folder / "checkpoints" / "step-000001", data=data)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +102,40 @@ def test_export_refuses(run: Path, exported: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"has 0\.0 GB free, 0\.1 GB are needed"):
         invoke("export", "hf", run, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_another_tokenizer(run: Path, tokenizer: Path, tmp_path: Path, form: str) -> None:
+    """Of another size, or of the same size with other tokens; a copy under other file names is the same one."""
+    train_small(tmp_path / "small", VOCABULARY - 20)
+    train_small(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"small has 280 tokens, the model of .*step-000001 has a vocabulary of 300"):
+        invoke("export", form, run, tmp_path / "out", "--tokenizer", tmp_path / "small")
+    with pytest.raises(UserError, match=rf"other gives tokens other ids than {tokenizer}") as error:
+        invoke("export", form, run, tmp_path / "out", "--tokenizer", tmp_path / "other")
+    assert "leave --tokenizer out" in error.value.hint
+    assert not (tmp_path / "out").exists()
+    copy = Path(shutil.copytree(tokenizer, tmp_path / "copy"))
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    invoke("export", form, run, tmp_path / "out", "--tokenizer", copy)
+
+
+def test_a_tokenizer_that_changed_since_the_training(run: Path, tokenizer: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(run, tmp_path / "run"))
+    record = next(moved.rglob("run.json"))
+    content = json.loads(record.read_text())
+    content["data"]["tokenizer_sha256"] = "0" * 64
+    record.write_text(json.dumps(content))
+    finish(record.parent)
+    with pytest.raises(UserError, match=rf"files of {tokenizer} have changed") as error:
+        invoke("export", "hf", moved, tmp_path / "out")
+    assert "--tokenizer DIR" in error.value.hint
+    invoke("export", "hf", moved, tmp_path / "out", "--tokenizer", tokenizer)
+    content["data"]["tokenizer"] = str(tmp_path / "gone")
+    record.write_text(json.dumps(content))
+    finish(record.parent)
+    with pytest.raises(UserError, match=r"is not at .*gone any more"):
+        invoke("export", "hf", moved, tmp_path / "again")
 
 
 def test_rotary_model_is_refused(tmp_path: Path) -> None:

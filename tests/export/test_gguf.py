@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from export_command import invoke
 from save_checkpoint import save
 from small_model import VOCABULARY, pure_config, small_config, small_model
-from typer.testing import CliRunner
 
-from nemotron_h.cli import app
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, write_meta
 from nemotron_h.errors import UserError
 from nemotron_h.export import gguf_tokenizer, gguf_writer
@@ -75,19 +74,6 @@ class Gguf:
         if kind == 30:
             return (found.astype("<u4") << 16).view("<f4")
         return found.astype(np.float32)
-
-
-def invoke(*arguments: object) -> str:
-    """Run the command; its errors are raised."""
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
-
-
-@pytest.fixture(scope="module")
-def run(megatron: None, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gguf_run")
-    data = {"tokenizer": str(tokenizer), "seq_length": 128}
-    save(small_model(small_config()), folder / "checkpoints" / "step-000001", data=data)
-    return folder
 
 
 def test_values_and_tensors(run: Path, tmp_path: Path) -> None:

@@ -10,25 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from adapted_model import ALL, KINDS, adapted_config, adapted_model, draw_adapters
+from export_command import invoke
 from safetensors.torch import load_file, save_file
 from save_checkpoint import save
 from small_model import pure_config, relative_error, small_model, tokens
 from test_hf_round_trip import export, theirs
 from test_merge import save_adapter, trained_logits
 from test_transformers import PYTHON
-from typer.testing import CliRunner
 
-from nemotron_h.cli import app
 from nemotron_h.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
 MODULES = {"in_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"}
-
-
-def invoke(*arguments: object) -> str:
-    """Run the command; its errors are raised."""
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False).stdout
 
 
 class Adapted:

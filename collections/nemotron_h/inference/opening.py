@@ -74,7 +74,8 @@ def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, 
     """The tokenizer that was named, else the one that the run record tells of.
 
     Errors:
-        UserError: it is not there, or its size is not the model's vocabulary.
+        UserError: it is not there; its size is not the model's vocabulary; or, where the record has a hash, its files
+            have changed since the training, or the named one gives tokens other ids than the recorded one.
     """
     from nemotron_h.data.tokenizer import load_tokenizer
 
@@ -86,7 +87,33 @@ def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, 
             f"{vocab_size:,}",
             hint="name the tokenizer that the model was trained with: --tokenizer DIR",
         )
+    trained = (record.get("data") or {}).get("tokenizer_sha256")
+    if trained is None or found.fingerprint() == trained:
+        return found
+    if named is None:
+        raise UserError(
+            f"the files of {folder} have changed: they are not the tokenizer that {checkpoint} was trained with",
+            hint="restore them; or, if its tokens still have the ids of the training, name it: --tokenizer DIR",
+        )
+    original = _unchanged_tokenizer(record, checkpoint, trained)
+    if original is not None and original.vocab != found.vocab:
+        raise UserError(
+            f"the tokenizer in {named} gives tokens other ids than {original.path}, with which {checkpoint} was "
+            "trained",
+            hint="leave --tokenizer out, or name a copy of that tokenizer",
+        )
     return found
+
+
+def _unchanged_tokenizer(record: dict[str, Any], checkpoint: Path, trained: str) -> Tokenizer | None:
+    """The recorded tokenizer, if it is still where it was and what it was."""
+    from nemotron_h.data.tokenizer import fingerprint, load_tokenizer
+
+    with contextlib.suppress(UserError):
+        folder = _recorded_tokenizer(record, checkpoint)
+        if fingerprint(folder) == trained:
+            return load_tokenizer(folder)
+    return None
 
 
 def _recorded_tokenizer(record: dict[str, Any], checkpoint: Path) -> Path:
