@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_h.inference.model import AttentionWeights, FFNWeights, GenerationModel, MambaWeights
+from nemotron_h.inference.model import (
+    AttentionWeights,
+    FFNWeights,
+    GenerationModel,
+    MambaWeights,
+    column_major,
+    lay_out,
+)
 from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
 
 
@@ -26,11 +33,10 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
 
     def layer(symbol: str) -> MambaWeights | AttentionWeights | FFNWeights:
         if symbol == MAMBA:
-            conv = matrix(d.conv_channels, d.conv_kernel)
             return MambaWeights(
                 norm(),
                 matrix(d.in_proj_size, d.hidden_size),
-                conv if device != "cpu" else conv.t().contiguous().t(),  # as `load_model` lays it out
+                matrix(d.conv_channels, d.conv_kernel),
                 vector(d.conv_channels, -1, 1),
                 -vector(d.mamba_num_heads, 0.05, 4, exact),
                 vector(d.mamba_num_heads, -1, 1, exact),
@@ -49,4 +55,6 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
 
     embedding = torch.empty(d.vocab_size, d.hidden_size, dtype=dtype, device=device).normal_(generator=draw)
     layers = [layer(symbol) for symbol in d.pattern]
-    return GenerationModel(d, embedding, layers, norm(), matrix(d.vocab_size, d.hidden_size))
+    for weights in layers:
+        lay_out(weights)
+    return GenerationModel(d, embedding, layers, norm(), column_major(matrix(d.vocab_size, d.hidden_size)))

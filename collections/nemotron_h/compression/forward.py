@@ -117,8 +117,8 @@ class Forward:
 
     def _attention(self, h: Tensor, w: AttentionWeights) -> Tensor:
         # positions count from the window's start; the layout of queries, keys and values is the model's own
-        rotary = self.model._rotary(torch.arange(h.shape[1], device=self.device))
-        q, k, v = self.model._qkv(h, w, rotary)
+        rotary = self.model.rotary(torch.arange(h.shape[1], device=self.device))
+        q, k, v = self.model.split_qkv(F.linear(h, w.qkv), rotary)
         out = F.scaled_dot_product_attention(
             q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )

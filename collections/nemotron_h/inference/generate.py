@@ -14,7 +14,7 @@ from nemotron_h.inference.states import States
 
 #: ours: tokens of a prefill pass, of all its sequences together. It bounds the memory of activations, and is long
 #: enough for full-speed products
-PASS_TOKENS = 2048
+PASS_TOKENS = 1024
 PASS_TOKENS_GPU = 8192
 
 
@@ -65,7 +65,7 @@ def extend_in_passes(
     """
     chunk = max(1, (limit or pass_tokens(model)) // len(tokens))
     for part in tokens.split(chunk, dim=1):
-        hidden = model.extend(part, states)
+        hidden = model.extend(part, states, last_only=True)
     return hidden[:, -1]
 
 
@@ -78,7 +78,7 @@ def _prefill_together(
     while rows:
         count = min(chunk, lengths[rows - 1] - done)
         tokens = torch.tensor([list(prompt[done : done + count]) for prompt in prompts[:rows]])
-        hidden = model.extend(tokens, states.rows(0, rows))
+        hidden = model.extend(tokens, states.rows(0, rows), last_only=True)
         done += count
         while rows and lengths[rows - 1] == done:
             rows -= 1

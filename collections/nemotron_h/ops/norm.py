@@ -105,21 +105,22 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     return _GroupRMSNorm.apply(x, None, weight, 1, eps)
 
 
-def rms_norm_step(x: Tensor, weight: Tensor, z: Tensor | None = None, *, group_size: int, eps: float) -> Tensor:
-    """`gated_rms_norm` (`rms_norm` without `z`) of a few tokens: not differentiable, as few operations as there can be.
+def rms_norm_inference(x: Tensor, weight: Tensor, z: Tensor | None = None, *, group_size: int, eps: float) -> Tensor:
+    """`gated_rms_norm` (`rms_norm` without `z`): not differentiable, as few operations as there can be.
 
     Args:
-        x, z: [batch, d].
+        x, z: [..., d].
         weight: [d].
 
     Returns:
-        [batch, d] in ``x``'s dtype; float32 inside (float64 for float64).
+        [..., d] in ``x``'s dtype; float32 inside (float64 for float64).
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     h = x.to(dtype) if z is None else F.silu(z.to(dtype)).mul_(x)
     h = h.unflatten(-1, (-1, group_size))
     rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().mul_(1 / group_size).add_(eps).rsqrt_()
-    return (h * rstd).flatten(-2).mul_(weight).to(x.dtype)
+    h = h * rstd if z is None else h.mul_(rstd)
+    return h.flatten(-2).mul_(weight).to(x.dtype)
 
 
 def _check(name: str, y: Tensor, weight: Tensor, group_size: int) -> None:
