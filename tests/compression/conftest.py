@@ -1,10 +1,52 @@
-"""The small model of `tests/model`, checkpoints of `tests/inference`, text of `tests/data`, and megatron-core here."""
+"""The small model of `tests/model`, checkpoints of `tests/inference`, text of `tests/data`, runs of `tests/training`,
+and megatron-core here.
+"""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner, Result
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
+import tiny_pipeline
+from forks import Forks
 from megatron_on_one_rank import megatron  # noqa: F401
+
+from nemotron_h.training import launch
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tiny_pipeline.Tiny]:
+    """Text, a trained parent and the recipe of its compression; nothing of that has run yet."""
+    forks = Forks()
+    yield tiny_pipeline.write(tmp_path_factory.mktemp("tiny"), forks)
+    forks.process.kill()  # leaving by itself takes it seconds
+    forks.process.wait()
+
+
+@pytest.fixture
+def launched(tiny: tiny_pipeline.Tiny, monkeypatch: pytest.MonkeyPatch) -> tiny_pipeline.Tiny:
+    """`tiny`, whose runs are the real ones in forks."""
+    monkeypatch.setattr(launch, "train", tiny.launch)
+    tiny.started.clear()
+    tiny.options.clear()
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def compressed(tiny: tiny_pipeline.Tiny) -> tuple[tiny_pipeline.Tiny, Result]:
+    """`tiny` after `nemotron-h minipuzzle RECIPE`, and what the command said."""
+    from nemotron_h.cli import app
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "train", tiny.launch)
+        said = CliRunner().invoke(app, ["minipuzzle", str(tiny.recipe_file)], catch_exceptions=False)
+    return tiny, said

@@ -221,9 +221,10 @@ def digest(path: Path) -> str:
 
 
 def content_digest(checkpoint: Path) -> str:
-    """What stands for a checkpoint's weights: sha256 of the part of its integrity file that lists them.
+    """What stands for a checkpoint's weights: sha256 of the part of its integrity file that lists the tensors' files.
 
-    The other files of a checkpoint hold dates and paths, which differ between two runs to the same weights.
+    The other files of a checkpoint hold dates, paths, a number drawn for each write and the trainer's counters, which
+    differ between two runs to the same weights.
     """
     from nemotron_h.training import checkpoints
 
@@ -231,7 +232,7 @@ def content_digest(checkpoint: Path) -> str:
         listed = json.loads((checkpoint / checkpoints.INTEGRITY).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint} is not a finished checkpoint: {error}") from error
-    weights = {name: entry for name, entry in listed.items() if name.startswith("weights/")}
+    weights = {name: entry for name, entry in listed.items() if name.endswith(".distcp")}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,0 +1,148 @@
+"""Runs programs as forks of a process that has imported everything: importing NeMo takes longer than a small run.
+
+`Forks()` starts the process; `run` runs a script or module as `python` would, or as `torchrun` would on so many ranks:
+each rank is a process, which ends in its own way; where one fails the others are killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class Forks:
+    """The process to fork from, until `close`."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+
+    def run(self, program: str, *arguments: str, folder: Path, name: str, ranks: int = 1, seconds: float = 300) -> int:
+        """Run a script (its path) or a module (its name) and wait for it.
+
+        Args:
+            folder: where it runs, and where NAME.out and NAME.err go: files, because a killed run leaves a helper
+                process of the checkpoint writer.
+            ranks: processes, as torchrun starts them.
+            seconds: after which it is killed.
+        Returns:
+            its exit code, negative where a signal ended it; of several ranks that of the first that failed.
+        """
+        if self.process is None:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+        out, err = (str(folder / f"{name}.{end}") for end in ("out", "err"))
+        order = {"program": program, "arguments": arguments, "folder": str(folder), "out": out, "err": err}
+        self.process.stdin.write(json.dumps({**order, "ranks": ranks, "seconds": seconds}) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.stdin.close()
+            self.process.wait()
+
+
+def _environments(ranks: int) -> list[dict[str, str]]:
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "GROUP_RANK": "0",
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def _become(order: dict, environment: dict[str, str]) -> None:
+    """Turn this fork into the program."""
+    os.setsid()
+    for descriptor, path in ((1, order["out"]), (2, order["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(order["folder"])
+    os.environ.update(environment)
+    sys.argv = [order["program"], *order["arguments"]]
+
+
+def _wait(pids: list[int], seconds: float) -> int:
+    """The exit code of all; where one fails the others, and what they started, are killed."""
+    left, code, end = set(pids), 0, time.monotonic() + seconds
+    while left:
+        for pid in list(left):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                left.remove(pid)
+                code = code or os.waitstatus_to_exitcode(status)
+        if (code or time.monotonic() > end) and left:
+            grace = time.monotonic() + 20  # torchrun's ranks get the time to end by themselves too
+            while left and time.monotonic() < min(grace, end):
+                left -= {pid for pid in list(left) if os.waitpid(pid, os.WNOHANG)[0]}
+                time.sleep(0.02)
+            code = code or -signal.SIGKILL
+            for pid in left:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            left = set()
+        time.sleep(0.02)
+    for pid in pids:
+        try:
+            os.killpg(pid, signal.SIGKILL)  # helpers of the checkpoint writer
+        except ProcessLookupError:
+            continue
+    return code
+
+
+def serve() -> None:
+    """Take orders from the standard input until it is closed; a fork returns from here and runs its program."""
+    from nemotron_h.runtime import quiet
+
+    quiet.hush()
+    import nemotron_h.training.distill
+    import nemotron_h.training.preference
+    import nemotron_h.training.sft  # noqa: F401
+
+    replies = os.dup(1)
+    for line in iter(sys.stdin.readline, ""):
+        order = json.loads(line)
+        for path in (order["out"], order["err"]):
+            Path(path).write_text("")
+        pids = []
+        for environment in _environments(order["ranks"]):
+            pid = os.fork()
+            if not pid:
+                os.close(replies)
+                _become(order, environment)
+                program = order["program"]
+                if program.endswith(".py"):
+                    sys.path.insert(0, str(Path(program).parent))
+                    runpy.run_path(program, run_name="__main__")
+                else:
+                    runpy.run_module(program, run_name="__main__", alter_sys=True)
+                return
+            pids.append(pid)
+        os.write(replies, f"{_wait(pids, order['seconds'])}\n".encode())
+
+
+if __name__ == "__main__":
+    serve()
