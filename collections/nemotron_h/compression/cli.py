@@ -30,7 +30,7 @@ def minipuzzle(
     from rich.console import Console
     from rich.table import Table
 
-    from nemotron_h.compose import compose, known_recipes
+    from nemotron_h.compose import compose, known_recipes, locate
     from nemotron_h.errors import UserError
 
     full = f"{name}/minipuzzle"
@@ -41,7 +41,7 @@ def minipuzzle(
     from nemotron_h.compression.minipuzzle import MiniPuzzle
 
     console = Console(highlight=False, soft_wrap=True)
-    made = MiniPuzzle(recipe, console)
+    made = MiniPuzzle(recipe, console, origin=locate(full if full in known_recipes() else name)[2])
     if not status:
         made.pipeline.run(stage)
         return

@@ -18,7 +18,8 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from nemotron_h.compression.slicing import slice_model, write_child
 from nemotron_h.compression.speed import generation_speed
 from nemotron_h.compression.stages import Pipeline, Stage, content_digest
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.calibration import calibration_windows, text_record
+from nemotron_h.data.calibration import calibration_sampler, calibration_windows, text_record
 from nemotron_h.data.manifest import check_manifest, write_json
 from nemotron_h.data.validation import ValidationText
 from nemotron_h.errors import UserError
@@ -82,22 +83,31 @@ class MiniPuzzle:
         recipe: of stage minipuzzle.
         console: where progress goes.
         train: trains a run to its end.
+        origin: what errors call the recipe: its file.
     Errors:
         UserError: the parent is missing, damaged or of another model than the recipe's; its tokenizer is not the
-            data's; the data is not prepared.
+            data's; the data is not prepared, or has fewer samples than are asked for; no candidate fits the budget
+            (where the grid gives a depth, the stage that makes them says so).
     """
 
-    def __init__(self, recipe: RecipeConfig, console: Console, train: Train = distillations.train) -> None:
+    def __init__(
+        self, recipe: RecipeConfig, console: Console, train: Train = distillations.train, origin: str | None = None
+    ) -> None:
         self.recipe, self.part, self.console, self.train = recipe, recipe.minipuzzle, console, train
-        self.origin = f"recipe {recipe.name}"
+        self.origin = origin or f"recipe {recipe.name}"
         self._predicted: dict[str, Predictions] = {}
         self.folder = Path(recipe.log.dir) / recipe.name
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         self.blend = load_blend(recipe.data.blend)
-        self.manifest = check_manifest(recipe.data.root, self.blend)
-        self.parent_checkpoint = find_checkpoint(Path(self.part.parent).expanduser())
+        with self._named("data"):
+            self.manifest = check_manifest(recipe.data.root, self.blend)
+        with self._named("minipuzzle.parent", hint="train it first, or name another: minipuzzle.parent=runs/NAME"):
+            self.parent_checkpoint = find_checkpoint(Path(self.part.parent).expanduser())
         self.definition = self._check_parent()
+        self._check_text()
+        if not self.part.grid.depth:  # which layers fill a depth is known when their importance is
+            self._candidates_within(None)
         self.pipeline = Pipeline(
             self.folder,
             [
@@ -156,12 +166,39 @@ class MiniPuzzle:
 
     # what the stages share
 
+    @contextmanager
+    def _named(self, key: str, hint: str = "") -> Iterator[None]:
+        """Errors say which key of the recipe they are of, and what to do."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.origin}: {key}: {error.message}", error.hint or hint) from error
+
+    def _check_text(self) -> None:
+        for key in ("layer_samples", "neuron_samples"):
+            with self._named(f"minipuzzle.{key} = {getattr(self.part, key):,}"):
+                calibration_sampler(self.blend, self.manifest, getattr(self.part, key), self.recipe.data.seq_length)
+        with self._named(f"minipuzzle.score_tokens = {self.part.score_tokens}, of each half of the validation text"):
+            for half in self._halves.values():
+                half.check(self._windows)
+
+    @cached_property
+    def _halves(self) -> dict[str, ValidationText]:
+        halves = ValidationText.halves(self.blend, self.manifest, self.recipe.data.seq_length)
+        return dict(zip((CHOICE, REPORTED), halves, strict=True))
+
+    @property
+    def _windows(self) -> int:
+        """Of each half."""
+        tokens = count_of(self.part.score_tokens, "minipuzzle.score_tokens", self.origin)
+        return tokens // self.recipe.data.seq_length
+
     def _check_parent(self) -> Any:
         checkpoint = self.parent_checkpoint
         record = read_record(checkpoint)
         found = distillations.counted(read_definition(record, f"checkpoint {checkpoint}"))
         wanted = definition_of(self.recipe, self.origin)
-        skip = {"name", "sources", "init_std"}
+        skip = {"name", "sources", "init_std", "expect"}
         there, asked = dataclasses.asdict(found), dataclasses.asdict(wanted)
         changed = [key for key in asked if key not in skip and there[key] != asked[key]]
         differs = [f"{key}: {there[key]} in the checkpoint, {asked[key]} in the recipe" for key in changed]
@@ -194,20 +231,7 @@ class MiniPuzzle:
     @cached_property
     def text(self) -> dict[str, np.ndarray]:
         """Held-out windows [samples, seq_length + 1] by half: `CHOICE`, `REPORTED`."""
-        tokens = count_of(self.part.score_tokens, "minipuzzle.score_tokens", self.origin)
-        length = self.recipe.data.seq_length
-        try:
-            halves = ValidationText.halves(self.blend, self.manifest, length)
-            return {
-                name: half.read(self.manifest, tokens // length)
-                for name, half in zip((CHOICE, REPORTED), halves, strict=True)
-            }
-        except UserError as error:
-            raise UserError(
-                f"{self.origin}: minipuzzle.score_tokens: {error.message} (half of it is for choosing, half for the "
-                "report)",
-                error.hint,
-            ) from error
+        return {name: half.read(self.manifest, self._windows) for name, half in self._halves.items()}
 
     def parent_predictions(self, half: str) -> Predictions:
         """The parent's greedy predictions of a half of the held-out text; kept in the run's folder."""
@@ -252,10 +276,7 @@ class MiniPuzzle:
     @cached_property
     def scores(self) -> Scores:
         """The order in which layers and channels stay; a control has another."""
-        found = self.importance.scores(self.part.aggregation)
-        if self.part.order == "random":
-            return found.shuffle(self.recipe.init_seed)
-        return found.reverse() if self.part.order == "reversed" else found
+        return self.importance.scores(self.part.aggregation).ordered(self.part.order, self.recipe.init_seed)
 
     def name_of(self, candidate: Candidate) -> str:
         """The name of a candidate's model definition."""
@@ -304,12 +325,7 @@ class MiniPuzzle:
 
     def _importance(self, folder: Path) -> str:
         length, part = self.recipe.data.seq_length, self.part
-        try:
-            windows = calibration_windows(
-                self.blend, self.manifest, max(part.layer_samples, part.neuron_samples), length
-            )
-        except UserError as error:
-            raise UserError(f"{self.origin}: minipuzzle samples: {error.message}", error.hint) from error
+        windows = calibration_windows(self.blend, self.manifest, max(part.layer_samples, part.neuron_samples), length)
         total = importance.work(self.definition, part.layer_samples, part.neuron_samples)
         with StageProgress(self.console, "windows through the model", total) as bar:
             made = importance.measure(
@@ -333,12 +349,12 @@ class MiniPuzzle:
         values |= {"aggregation": self.part.aggregation, "order": self.part.order, "init_seed": self.recipe.init_seed}
         return {**self._parent_inputs(), **{f"minipuzzle.{key}": value for key, value in values.items()}}
 
+    def _candidates_within(self, layer_scores: np.ndarray | None) -> Candidates:
+        with self._named("minipuzzle"):
+            return Candidates(self.definition, self.part.grid, self.part.budget, layer_scores)
+
     def _candidates(self, folder: Path) -> str:
-        try:
-            scores = self.scores.layers
-            found = Candidates(self.definition, self.part.grid, self.part.budget, scores)
-        except UserError as error:
-            raise UserError(f"{self.origin}: minipuzzle: {error.message}", error.hint) from error
+        found = self._candidates_within(self.scores.layers)
         rows = []
         for candidate in found:
             definition, cost = self.definition_of(candidate), found.cost(candidate)
@@ -472,10 +488,13 @@ class MiniPuzzle:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         try:
-            tasks = {str(name): float(value) for name, value in json.loads(lines[-1]).items()}
-            if done.returncode or not tasks:
+            if done.returncode:
                 raise ValueError(f"exit code {done.returncode}")
-        except (ValueError, IndexError, AttributeError, TypeError) as error:
+            found = json.loads(lines[-1]) if lines else None
+            if not isinstance(found, dict) or not found:
+                raise ValueError("no scores")
+            tasks = {str(name): float(value) for name, value in found.items()}
+        except (ValueError, TypeError) as error:
             said = (done.stderr.strip().splitlines() or lines or ["it printed nothing"])[-1]
             raise UserError(
                 f"{self.origin}: minipuzzle.evaluate: {shlex.join(command)}: {error}: {said}",

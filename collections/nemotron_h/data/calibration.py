@@ -30,6 +30,16 @@ def calibration_windows(
     Errors:
         UserError: a source has fewer windows than its share of the samples.
     """
+    sampler = calibration_sampler(blend, manifest, samples, seq_length, seed)
+    streams = {name: TokenStream(manifest.prefix(name, "train")) for name in sampler.names}
+    chosen = (sampler[number] for number in range(samples))
+    return np.stack([streams[s.source].read(s.start, seq_length) for s in chosen])
+
+
+def calibration_sampler(
+    blend: Blend, manifest: Manifest, samples: int, seq_length: int, seed: int = CALIBRATION_SEED
+) -> BlendSampler:
+    """Which windows `calibration_windows` reads; nothing is read yet, and the errors are the same."""
     phases = [blend.source_shares(n) for n in range(len(blend.phases))]
     shares = {name: math.fsum(phase[name] for phase in phases) / len(phases) for name in blend.sources}
     sampler = BlendSampler([Segment("calibration", 0, samples, shares)], manifest.tokens("train"), seq_length, seed)
@@ -45,9 +55,7 @@ def calibration_windows(
             + ", ".join(few),
             "Ask for fewer samples or a shorter seq_length, or give the source more text and prepare the blend again.",
         )
-    streams = {name: TokenStream(manifest.prefix(name, "train")) for name in sampler.names}
-    chosen = (sampler[number] for number in range(samples))
-    return np.stack([streams[s.source].read(s.start, seq_length) for s in chosen])
+    return sampler
 
 
 def text_record(blend: Blend, manifest: Manifest) -> dict[str, Any]:

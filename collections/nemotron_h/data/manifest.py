@@ -162,14 +162,17 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-def load_manifest(root: str | Path | None, blend_name: str) -> Manifest:
+def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = None) -> Manifest:
     """Read `<root>/<blend_name>/manifest.json`.
+
+    Args:
+        blend: what `data prepare` would be given, where it is not the name.
 
     Raises:
         UserError: when it is absent, unreadable or of another format version.
     """
     path = data_root(root) / blend_name / "manifest.json"
-    again = f"Run: nemotron-h data prepare --blend {blend_name} --root {data_root(root)}"
+    again = f"Run: nemotron-h data prepare --blend {blend or blend_name} --root {data_root(root)}"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
@@ -199,7 +202,7 @@ def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
     Raises:
         UserError: naming the file and what to do.
     """
-    manifest = load_manifest(root, blend.name)
+    manifest = load_manifest(root, blend.name, blend.path)
     path = Path(manifest.folder) / "manifest.json"
     again = f"Run: nemotron-h data prepare --blend {blend.path or blend.name} --root {data_root(root)}"
     missing = [name for name in blend.sources if name not in manifest.sources]

@@ -78,11 +78,11 @@ class ValidationText:
         segments = [Segment("validation", 0, samples, self.shares)]
         return BlendSampler(segments, self.tokens, self.seq_length, VALIDATION_SEED)
 
-    def read(self, manifest: Manifest, samples: int) -> np.ndarray:
-        """The first windows with the label of their last token: int64 [samples, seq_length + 1].
+    def check(self, samples: int) -> None:
+        """There are so many windows.
 
         Errors:
-            UserError: the held-out text has fewer windows.
+            UserError: the held-out text has fewer.
         """
         if samples > self.windows:
             raise UserError(
@@ -90,6 +90,14 @@ class ValidationText:
                 f"{self.windows * self.seq_length:,} in whole windows of {self.seq_length:,}",
                 "Ask for fewer, or hold out more (`validation` of the sources) and prepare the blend again.",
             )
+
+    def read(self, manifest: Manifest, samples: int) -> np.ndarray:
+        """The first windows with the label of their last token: int64 [samples, seq_length + 1].
+
+        Errors:
+            UserError: see `check`.
+        """
+        self.check(samples)
         sampler = self.sampler(samples)
         streams = {name: TokenStream(manifest.prefix(name, "validation")) for name in sampler.names}
 
