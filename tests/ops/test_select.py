@@ -77,6 +77,11 @@ def test_kernels_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("gpu")
+def test_tensors_on_the_cpu_beside_a_gpu_have_no_kernels(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert select.select_ops(torch.device("cpu")) == select.Ops(origin="torch (on the CPU)")
+
+
 def test_forced_torch(monkeypatch):
     monkeypatch.setenv(select.VARIABLE, "torch")
     monkeypatch.setattr(select, "_mamba_ssm_kernels", lambda: "kernels")

@@ -42,3 +42,14 @@ def test_what_is_asked_of_cuda_happens_on_the_cpu() -> None:
         torch.cuda.set_rng_state(state)
         assert torch.equal(torch.rand(3), drawn)
         assert not torch.cuda.is_available(), "the patches must not pretend that there is a GPU"
+
+
+def test_a_pytorch_built_for_cuda_sees_no_gpu_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers `is_available` by counting devices, and `device_count` is one of the patched names."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: torch.cuda.device_count() > 0)
+    with cpu.megatron_on_cpu():
+        assert torch.cuda.device_count() == 1
+        assert not torch.cuda.is_available()
+        assert not cpu.gpu_visible()
+    assert not torch.cuda.is_available()

@@ -48,7 +48,7 @@ class Forward:
         self.model, self.definition = model, model.definition
         self.device = torch.device(device) if device else model.device
         self.hidden = None if hidden is None else hidden.to(self.device)
-        self.ops = select_ops()
+        self.ops = select_ops(self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream before the first layer, [rows, length, hidden] of int64 [rows, length]."""

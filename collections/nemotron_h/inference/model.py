@@ -83,7 +83,7 @@ class GenerationModel:
     ) -> None:
         self.definition = definition
         self.embedding, self.layers, self.final_norm, self.output = embedding, layers, final_norm, output
-        self.ops = select_ops()
+        self.ops = select_ops(self.device)
         self._cpu_step: CpuStep | None = None
         width = definition.rotary_dim
         # in float32 whatever the model's dtype, as training computes it

@@ -150,6 +150,8 @@ class _Adapted:
     """Put before a parallel linear layer's class: the same layer with an `adapter`. The base's names stay."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        if hasattr(self, "activation_dtype"):  # Transformer Engine refuses a float32 parameter, such as DoRA's lengths
+            self.activation_dtype = x.dtype
         out, bias = super().forward(x, *args, **kwargs)
         if isinstance(out, tuple):  # Transformer Engine's layer with a norm, asked for the normalised input
             out, x = out

@@ -50,11 +50,13 @@ class Ops:
     origin: str = "torch"
 
 
-def select_ops() -> Ops:
+def select_ops(device: torch.device | None = None) -> Ops:
     """The ops for this process; logged once, by rank 0.
 
     ``NEMOTRON_H_OPS=torch`` or ``=mamba_ssm`` forces one.
 
+    Args:
+        device: of the tensors; None is the GPU where one is visible. Tensors on the CPU have no kernels.
     Raises:
         ValueError: the variable holds something else.
         RuntimeError: kernels are asked for that cannot run here.
@@ -62,6 +64,8 @@ def select_ops() -> Ops:
     forced = os.environ.get(VARIABLE, "").strip() or None
     if forced not in (None, *CHOICES):
         raise ValueError(f"{VARIABLE}={forced!r} is not one of {', '.join(CHOICES)}; unset it to choose by machine")
+    if device is not None and device.type == "cpu" and torch.cuda.is_available():
+        return Ops(origin="torch (on the CPU)")
     return _select(forced)
 
 

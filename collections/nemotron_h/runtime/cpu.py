@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from nemotron_h.runtime import imports
 from nemotron_h.runtime.adamw import CheckpointableAdamW
 
 CPU = torch.device("cpu")
@@ -138,6 +139,8 @@ PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "current_device", _constant(CPU), "megatron-core creates parameters on the current device"),
     Patch("torch.cuda", "set_device", _constant(None), "NeMo init_model_parallel"),
     Patch("torch.cuda", "synchronize", _constant(None), "megatron-core timers and checkpointing"),
+    # before device_count: a PyTorch built for CUDA answers it by counting
+    Patch("torch.cuda", "is_available", _constant(False), "Lightning asks before it takes the CPU"),
     Patch("torch.cuda", "device_count", _constant(1), "megatron-core derives local ranks"),
     Patch("torch.cuda", "Stream", _value(CpuStream), "NeMo MegatronParallel wraps DDP on a side stream"),
     Patch("torch.cuda", "stream", lambda original: lambda stream: nullcontext(), "as above"),
@@ -173,7 +176,8 @@ def _resolve(owner: str) -> Any:
     parts = owner.split(".")
     for cut in range(len(parts), 0, -1):
         try:
-            target: Any = import_module(".".join(parts[:cut]))
+            with imports.without_gpu_builds():
+                target: Any = import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:
             continue
         for part in parts[cut:]:
@@ -183,7 +187,7 @@ def _resolve(owner: str) -> Any:
 
 
 def gpu_visible() -> bool:
-    """Whether PyTorch sees a GPU. Asked of the driver, so the patches below do not change the answer."""
+    """Whether PyTorch sees a GPU; the patches do not change the answer."""
     return torch.cuda.is_available()
 
 

@@ -9,6 +9,8 @@ import os
 import sys
 import warnings
 
+from nemotron_h.runtime import imports
+
 #: loggers that report optional packages that are absent, or what the progress line and the summary say better
 NOISY = (
     "DistributedDataParallel",
@@ -49,6 +51,8 @@ def hush() -> None:
     """
     speak()
     if verbose():
+        with imports.without_gpu_builds():
+            import nemo.collections.llm
         return
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # data workers and ranks
@@ -56,7 +60,8 @@ def hush() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # megatron-core and NeMo print about optional packages while they are imported
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with imports.without_gpu_builds(), silent[0], silent[1]:
             import nemo.collections.llm  # noqa: F401
     except Exception:
         from nemotron_h.precision.hardware import check_engine_does_not_break_imports

@@ -1,0 +1,37 @@
+"""megatron-core imports where no GPU is visible, whatever the PyTorch and the CUDA toolkit are."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import pytest
+from torch.utils import cpp_extension
+
+from nemotron_h.runtime import imports
+
+MODULE = "megatron.core.inference.unified_memory"
+
+
+def test_the_allocator_of_megatron_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_architecture(*_: object, **__: object) -> None:
+        raise IndexError("list index out of range")
+
+    module = importlib.import_module(MODULE)
+    monkeypatch.setattr(cpp_extension, "load_inline", no_architecture)
+    monkeypatch.delitem(sys.modules, MODULE)
+    try:
+        with imports.without_gpu_builds():
+            again = importlib.import_module(MODULE)
+        assert again is not module
+        assert not again.has_unified_memory
+        assert cpp_extension.load_inline is no_architecture
+    finally:
+        importlib.import_module("megatron.core.inference").unified_memory = module
+
+
+def test_a_visible_gpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports.torch.cuda, "is_available", lambda: True)
+    before = cpp_extension.load_inline
+    with imports.without_gpu_builds():
+        assert cpp_extension.load_inline is before
