@@ -40,6 +40,7 @@ def main() -> None:
     model = build(definition, 128).eval()
     model.load_state_dict(load_file(args.weights), strict=True)
     model.config.use_cache = True
+    model.generation_config.eos_token_id = None  # no token ends a row, as on our side
     model.to(getattr(torch, args.dtype))
 
     @torch.inference_mode()
@@ -49,7 +50,6 @@ def main() -> None:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
-            min_new_tokens=count,
             do_sample=False,
             use_cache=True,
             pad_token_id=0,

@@ -66,6 +66,8 @@ def serve(answers: Answers, step: Callable[[], float], parameters: int, before_m
 def serve_generation(answers: Answers, run: Callable[..., list[list[int]]], vocab_size: int) -> None:
     """Continue random prompts, one order (`{"batch": ..., "prompt": ..., "output": ...}`) after the other.
 
+    Reports seconds and CPU seconds up to the first token (prefill) and from there to the last (decode).
+
     Args:
         run: prompts, number of tokens, and a function to call after each token of the batch -> tokens by row.
     """
@@ -74,13 +76,19 @@ def serve_generation(answers: Answers, run: Callable[..., list[list[int]]], voca
         asked = json.loads(order)
         draw = random.Random(0)
         prompts = [[draw.randrange(vocab_size) for _ in range(asked["prompt"])] for _ in range(asked["batch"])]
-        marks: list[float] = []
-        cpu, began = time.process_time(), time.perf_counter()
-        tokens = run(prompts, asked["output"], lambda marks=marks: marks.append(time.perf_counter()))
+        marks: list[tuple[float, float]] = []
+
+        def mark(marks: list[tuple[float, float]] = marks) -> None:
+            marks.append((time.perf_counter(), time.process_time()))
+
+        mark()
+        tokens = run(prompts, asked["output"], mark)
+        (began, began_cpu), (first, first_cpu), (last, last_cpu) = marks[0], marks[1], marks[-1]
         answers.send(
-            prefill_seconds=marks[0] - began,
-            decode_seconds=marks[-1] - marks[0],
-            cpu_seconds=time.process_time() - cpu,
+            prefill_seconds=first - began,
+            decode_seconds=last - first,
+            prefill_cpu_seconds=first_cpu - began_cpu,
+            decode_cpu_seconds=last_cpu - first_cpu,
             tokens=tokens,
             peak_mib=peak_mib(),
         )
