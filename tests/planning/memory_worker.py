@@ -35,13 +35,17 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.runtime import megatron_fixes  # noqa: E402
+from nemotron_h.schema import AdapterSchema  # noqa: E402
 
 STEPS = 2  # the first allocates the optimizer's state, the second is as all that follow
 
 
 @dataclasses.dataclass
 class Case:
-    """A model (the keyword arguments of `NemotronHConfig`), its layout and its batch on this rank."""
+    """A model (the keyword arguments of `NemotronHConfig`), its layout, its batch on this rank, and its adapters (the
+    keyword arguments of `AdapterSchema`).
+    """
 
     name: str
     model: dict[str, Any]
@@ -53,6 +57,7 @@ class Case:
     sequence: bool = False
     distributed_optimizer: bool = True
     precision: str = "fp32"
+    adapter: dict[str, Any] | None = None
 
 
 def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -64,9 +69,12 @@ def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tenso
 def training_step(case: Case) -> Callable[[], None]:
     """Build the case's model and optimizer; a step of it."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[case.precision]
+    model_settings = dict(case.model)
+    if case.adapter:
+        model_settings["adapter"] = AdapterSchema(**case.adapter)
     config = NemotronHConfig(
         definition_name=case.name,
-        **case.model,
+        **model_settings,
         seq_length=case.seq_length,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -138,6 +146,7 @@ def main(out: Path, cases: list[Case]) -> None:
     """Measure every case in turn."""
     torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
+    megatron_fixes.install()
     results = {case.name: measure(case) for case in cases}
     gathered: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, results)

@@ -11,8 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_h.compose import compose
+from nemotron_h.model.adapter_targets import TARGETS
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token, ssd_flops
+from nemotron_h.schema import AdapterSchema
 
 GIGA = 1e9
 
@@ -89,6 +91,39 @@ def test_against_torch_s_counter(name: str) -> None:
     assert backward.get_total_flops() / (batch * length) == pytest.approx(2 * expected + again, rel=0.01)
 
 
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("targets", [list(TARGETS), ["in_proj", "linear_fc2"]], ids=["all", "two"])
+def test_adapters_against_torch_s_counter(kind: str, targets: list[str]) -> None:
+    """The same with frozen weights, by parts that the counter names alike: exactly, with our scan's recomputation."""
+    from nemotron_h.model.module import NemotronHConfig
+
+    length, batch, chunk = 96, 2, 32
+    adapter = AdapterSchema(kind=kind, rank=8, alpha=8.0, targets=targets)
+    model = {**MODELS["hybrid"], "vocab_size": 512}
+    config = NemotronHConfig(
+        definition_name="adapted",
+        **model,
+        adapter=adapter,
+        seq_length=length,
+        params_dtype=torch.float64,
+        bf16=False,
+    )
+    built, d = config.configure_model(None).double(), as_definition(model)
+    tokens = torch.randint(config.vocab_size, (batch, length))
+    with FlopCounterMode(display=False) as counted, sdpa_kernel(SDPBackend.MATH):
+        built(input_ids=tokens, labels=tokens).mean().backward()
+    planned = flops_per_token(d, length, chunk=chunk, adapter=adapter, micro_batch=batch)
+    core = planned.attention_core * (2 * length / (length + 1) - 1)
+    again = d.count("M") * (2 * chunk * d.mamba_num_groups * d.mamba_state_dim + 4 * d.mamba_state_dim * d.d_inner)
+    expected = planned.total - planned.convolution + core + again
+    assert counted.get_total_flops() / (batch * length) == pytest.approx(expected, rel=1e-3)
+    whole = flops_per_token(d, length, chunk=chunk)
+    assert planned.adapters > 0.01 * planned.total
+    assert planned.total < 0.8 * whole.total
+    assert (planned.ssd, planned.attention_core) == (whole.ssd, whole.attention_core)
+
+
 @pytest.mark.parametrize("chunk", [16, 64, 128])
 def test_scan_against_torch_s_counter(chunk: int) -> None:
     """The scan alone, exactly: where it is a small share of a model, 1 % of the model would hide it."""
@@ -110,6 +145,11 @@ def test_recomputed_layers_are_their_forward() -> None:
     everything = recomputed_per_token(d, 512, {"mamba": True, "attention": True, "ffn": True})
     assert everything == pytest.approx(forward.total - forward.head)
     assert recomputed_per_token(d, 512, {"mamba": False, "attention": False, "ffn": True}) == forward.ffn
+    adapter = AdapterSchema(kind="lora", rank=8, alpha=8.0, targets=["linear_fc1"])
+    adapted = flops_per_token(d, 512, training=False, adapter=adapter)
+    assert recomputed_per_token(d, 512, {"mamba": False, "attention": False, "ffn": True}, adapter) == pytest.approx(
+        adapted.ffn + adapted.adapters
+    )
 
 
 def test_only_the_core_grows_with_the_sequence() -> None:

@@ -73,6 +73,20 @@ def test_default_utilisation_is_the_published_run_s() -> None:
     assert "dgxc-benchmarking" in schedule["mfu_source"]
 
 
+# adapters
+
+
+def test_a_plan_of_adapters_counts_what_is_trained() -> None:
+    lora, whole = run("nemotron_h_8b/sft_lora"), run("nemotron_h_8b/sft")
+    assert lora["trained_parameters"] < 0.02 * lora["parameters"] == 0.02 * whole["trained_parameters"]
+    assert lora["flops_per_token"]["adapters"] > 0 == whole["flops_per_token"]["adapters"]
+    assert 0.6 < lora["flops_per_token"]["total"] / whole["flops_per_token"]["total"] < 0.75
+    assert lora["checkpoint_bytes"]["weights"] == 2 * lora["trained_parameters"]
+    result = CliRunner().invoke(app, ["plan", "nemotron_h_8b/sft_lora"])
+    assert "lora of rank 32 on in_proj, out_proj" in result.output
+    assert "its adapters alone" in result.output
+
+
 # inference
 
 

@@ -19,6 +19,8 @@ TARGETS = {
     "linear_fc1": FFN,
     "linear_fc2": FFN,
 }
+#: those whose inputs, not outputs, are split over the tensor-parallel ranks
+ROW_PARALLEL = ("out_proj", "linear_proj", "linear_fc2")
 
 
 def shape_of(target: str, definition: ModelDefinition) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from nemotron_h.model import init
-from nemotron_h.model.adapter_targets import TARGETS
+from nemotron_h.model.adapter_targets import ROW_PARALLEL, TARGETS
 from nemotron_h.schema import AdapterSchema
 
 #: of an adapted layer's submodule, and so in the names of its weights
@@ -184,7 +184,7 @@ def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
             target = name.rpartition(".")[2]
             if target not in TARGETS or target not in settings.targets:
                 continue
-            row_parallel = target in ("out_proj", "linear_proj", "linear_fc2")
+            row_parallel = target in ROW_PARALLEL
             if hasattr(linear, "return_layernorm_output"):
                 linear.return_layernorm_output = True
             linear.adapter = Adapter(settings, linear.weight, row_parallel, config.sequence_parallel)

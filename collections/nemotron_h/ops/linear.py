@@ -33,7 +33,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight asks for no x
         return product(x, weight)
 
     @staticmethod
@@ -43,7 +43,7 @@ class _Linear(torch.autograd.Function):
         dx = dweight = None
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
-            dx = product(rows, weight.t()).view(x.shape)
+            dx = product(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             inputs = x.reshape(-1, x.shape[-1])
             # Of the two transposes the narrower is the first operand, the one that is copied.

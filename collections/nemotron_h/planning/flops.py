@@ -6,13 +6,19 @@ kernel has to do, the triangle with its diagonal: (L + 1) / 2 keys per query on 
 in its chunked form (Dao and Gu 2024) with whole [chunk, chunk] matrices, as the kernels multiply them. A backward pass
 is two products for every one of the forward, so training is three times the forward. What a backward computes again is
 no work of the model and not counted, here or in an MFU; `recomputed_per_token` has it.
+
+With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one product, the
+gradient of its input (also that of the first layer's, as training computes it); where activations multiply, in scan and
+attention core, it stays two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition
+from nemotron_h.model.adapter_targets import shape_of
+from nemotron_h.model.definition import ATTENTION, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.schema import AdapterSchema
 
 #: tokens of a chunk of the scan on a GPU (`nemotron_h.ops.select.KERNEL_CHUNK`)
 CHUNK = 128
@@ -30,6 +36,7 @@ class FlopsByPart:
         attention_core: scores and weighted values.
         ffn: both matrices of every FFN.
         head: the output matrix. The embedding is a lookup and costs nothing.
+        adapters: LoRA's or DoRA's own products.
     """
 
     mamba_projections: float = 0.0
@@ -39,6 +46,7 @@ class FlopsByPart:
     attention_core: float = 0.0
     ffn: float = 0.0
     head: float = 0.0
+    adapters: float = 0.0
 
     @property
     def total(self) -> float:
@@ -54,9 +62,6 @@ class FlopsByPart:
     def rest(self) -> float:
         """All but `linear`: BF16 products, convolution and scan."""
         return self.total - self.linear
-
-    def __mul__(self, factor: float) -> FlopsByPart:
-        return FlopsByPart(*(getattr(self, f.name) * factor for f in fields(self)))
 
     def shares(self) -> dict[str, float]:
         """Part -> share of the total."""
@@ -74,8 +79,54 @@ def ssd_flops(definition: ModelDefinition, chunk: int = CHUNK) -> float:
     return within + 4 * d.mamba_state_dim * d.d_inner
 
 
+@dataclass(frozen=True)
+class _Step:
+    """One operation of a layer's forward.
+
+    Attributes:
+        part: of `FlopsByPart`.
+        forward: operations per token.
+        matrix: name of the weight that adapters can be put on, or "".
+        of_activations: whether both factors are activations, not one of them a weight.
+    """
+
+    part: str
+    forward: float
+    matrix: str = ""
+    of_activations: bool = False
+
+
+def _steps(d: ModelDefinition, symbol: str, seq_length: int, chunk: int) -> list[_Step]:
+    """What a layer does, in order."""
+
+    def matrix(part: str, name: str) -> _Step:
+        outputs, inputs = shape_of(name, d)
+        return _Step(part, 2 * outputs * inputs, name)
+
+    if symbol == MAMBA:
+        return [
+            matrix("mamba_projections", "in_proj"),
+            _Step("convolution", 2 * d.conv_channels * d.conv_kernel),
+            _Step("ssd", ssd_flops(d, min(chunk, seq_length)), of_activations=True),
+            matrix("mamba_projections", "out_proj"),
+        ]
+    if symbol == ATTENTION:
+        core = 4 * d.num_attention_heads * d.head_dim * (seq_length + 1) / 2
+        return [
+            matrix("attention_projections", "linear_qkv"),
+            _Step("attention_core", core, of_activations=True),
+            matrix("attention_projections", "linear_proj"),
+        ]
+    return [matrix("ffn", "linear_fc1"), matrix("ffn", "linear_fc2")]
+
+
 def flops_per_token(
-    definition: ModelDefinition, seq_length: int, training: bool = True, chunk: int = CHUNK
+    definition: ModelDefinition,
+    seq_length: int,
+    training: bool = True,
+    chunk: int = CHUNK,
+    adapter: AdapterSchema | None = None,
+    micro_batch: int = 1,
 ) -> FlopsByPart:
     """Operations per token of a sequence.
 
@@ -84,34 +135,37 @@ def flops_per_token(
         seq_length: tokens per sequence; the attention core grows with it.
         training: forward and backward; else the forward.
         chunk: tokens per chunk of the scan.
+        adapter: what is trained, of a run with frozen weights; None or of kind `none` trains all.
+        micro_batch: sequences per forward pass, over which DoRA's norms of the matrices are spread.
     """
-    d = definition
-    mamba, attention, ffn = (d.count(symbol) for symbol in (MAMBA, ATTENTION, FFN))
-    parts = {"head": 2 * d.hidden_size * d.vocab_size}
-    if mamba:
-        parts["mamba_projections"] = mamba * 2 * d.hidden_size * (d.in_proj_size + d.d_inner)
-        parts["convolution"] = mamba * 2 * d.conv_channels * d.conv_kernel
-        parts["ssd"] = mamba * ssd_flops(d, min(chunk, seq_length))
-    if attention:
-        query, key_value = d.num_attention_heads * d.head_dim, 2 * d.num_query_groups * d.head_dim
-        parts["attention_projections"] = attention * 2 * d.hidden_size * (2 * query + key_value)
-        parts["attention_core"] = attention * 4 * query * (seq_length + 1) / 2
-    if ffn:
-        parts["ffn"] = ffn * 4 * d.hidden_size * d.ffn_hidden_size
-    forward = FlopsByPart(**parts)
-    return forward * 3 if training else forward
+    adapter = adapter or AdapterSchema()
+    frozen = adapter.kind != "none"
+    d, parts = definition, dict.fromkeys((f.name for f in fields(FlopsByPart)), 0.0)
+    steps = [(d.count(symbol), step) for symbol in set(d.pattern) for step in _steps(d, symbol, seq_length, chunk)]
+    for count, step in (*steps, (1, _Step("head", 2 * d.hidden_size * d.vocab_size))):
+        backward = 2 if step.of_activations or not frozen else 1
+        parts[step.part] += count * step.forward * (1 + backward * training)
+        if frozen and step.matrix in adapter.targets:
+            outputs, inputs = shape_of(step.matrix, d)
+            parts["adapters"] += count * 2 * adapter.rank * (inputs + outputs) * (1 + 2 * training)
+            if adapter.kind == "dora":  # B A, once for all tokens of a forward
+                parts["adapters"] += count * 2 * adapter.rank * inputs * outputs / (micro_batch * seq_length)
+    return FlopsByPart(**parts)
 
 
-def recomputed_per_token(definition: ModelDefinition, seq_length: int, layers: dict[str, bool]) -> float:
+def recomputed_per_token(
+    definition: ModelDefinition, seq_length: int, layers: dict[str, bool], adapter: AdapterSchema | None = None
+) -> float:
     """Operations per token that a backward pass does again.
 
     Args:
         layers: layer type (`mamba`, `attention`, `ffn`) -> whether its layers keep their input only.
+        adapter: as in `flops_per_token`; DoRA's norms are left out.
     """
-    forward = flops_per_token(definition, seq_length, training=False)
-    by_type = {
-        "mamba": forward.mamba_projections + forward.convolution + forward.ssd,
-        "attention": forward.attention_projections + forward.attention_core,
-        "ffn": forward.ffn,
-    }
-    return sum(by_type[name] for name, again in layers.items() if again)
+    d, total = definition, 0.0
+    for symbol in set(d.pattern):
+        for step in _steps(d, symbol, seq_length, CHUNK) if layers[LAYER_NAMES[symbol]] else ():
+            total += d.count(symbol) * step.forward
+            if adapter and adapter.kind != "none" and step.matrix in adapter.targets:
+                total += d.count(symbol) * 2 * adapter.rank * sum(shape_of(step.matrix, d))
+    return total

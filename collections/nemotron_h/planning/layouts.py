@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nemotron_h.errors import UserError
+from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
@@ -46,6 +47,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         recompute_mamba=again.mamba,
         recompute_ffn=again.ffn,
         recompute_attention=again.attention,
+        adapter=recipe.adapter,
     )
 
 
@@ -59,8 +61,9 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     tensor = 1 - TENSOR_COST * math.log2(layout.tensor)
     context = 1 - CONTEXT_COST * math.log2(layout.context)
     again = {name: getattr(layout, f"recompute_{name}") == "layer" for name in ("mamba", "attention", "ffn")}
-    model = flops_per_token(definition, layout.seq_length).total
-    recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again))
+    adapted = {"adapter": layout.adapter, "micro_batch": layout.micro_batch}
+    model = flops_per_token(definition, layout.seq_length, **adapted).total
+    recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again, layout.adapter))
     return pipeline * tensor * context * recompute
 
 
@@ -154,6 +157,10 @@ def refusal(definition: ModelDefinition, layout: Layout) -> str:
         return "planned only: training refuses context parallel"
     if layout.sequence and layout.seq_length % layout.tensor:
         return f"{layout.seq_length} tokens do not split over {layout.tensor} ranks"
+    try:
+        check_adapter(layout.adapter, definition, "adapter", pipeline=layout.pipeline)
+    except UserError:
+        return "a pipeline stage has no layer with an adapter"
     try:
         check_gemms(
             definition,

@@ -16,11 +16,13 @@ largest counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from nemotron_h.model.adapter_targets import ROW_PARALLEL, TARGETS, shape_of, trained_parameters
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
 from nemotron_h.precision.gemms import gemm_table
+from nemotron_h.schema import AdapterSchema
 
 GIB = 2**30
 BACKENDS = ("gpu", "cpu")
@@ -54,6 +56,7 @@ class Layout:
         precision: as the recipe's.
         bf16_edge_layers: with FP8, layers at each end that stay in BF16.
         recompute_mamba, recompute_ffn, recompute_attention: as the recipe's `recompute`.
+        adapter: what is trained in place of the weights; of kind `none`, the weights.
         backend: `gpu` or `cpu`.
     """
 
@@ -71,6 +74,7 @@ class Layout:
     recompute_mamba: str = "none"
     recompute_ffn: str = "none"
     recompute_attention: str = "none"
+    adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
 
     @property
@@ -87,6 +91,15 @@ class Layout:
     def fp8(self) -> bool:
         """Whether the GEMMs keep their inputs in FP8. On the CPU FP8 is emulated, in bfloat16's sizes."""
         return self.precision.startswith("fp8") and self.backend == "gpu"
+
+    @property
+    def frozen(self) -> bool:
+        """Whether adapters are trained and the weights are not."""
+        return self.adapter.kind != "none"
+
+    def adapted(self, matrix: str) -> bool:
+        """Whether a matrix has an adapter."""
+        return self.frozen and matrix in self.adapter.targets
 
     def recompute(self, symbol: str) -> str:
         """The recompute setting of a layer type."""
@@ -174,6 +187,26 @@ def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> 
     return total, in_float32
 
 
+def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
+    """Adapters' numbers of one rank of a stage: all of them, and how many of these stay in float32 in any precision."""
+    total = in_float32 = 0
+    for index in pipeline_layers(definition.num_layers, layout.pipeline)[stage]:
+        for matrix, symbol in TARGETS.items():
+            if symbol != definition.pattern[index] or not layout.adapted(matrix):
+                continue
+            outputs, inputs = _rank_shape(definition, layout, matrix)
+            lengths = outputs if layout.adapter.kind == "dora" else 0
+            total += layout.adapter.rank * (outputs + inputs) + lengths
+            in_float32 += lengths
+    return total, in_float32
+
+
+def _rank_shape(definition: ModelDefinition, layout: Layout, matrix: str) -> tuple[int, int]:
+    """Outputs and inputs of a rank's part of a matrix."""
+    outputs, inputs = shape_of(matrix, definition)
+    return (outputs, inputs // layout.tensor) if matrix in ROW_PARALLEL else (outputs // layout.tensor, inputs)
+
+
 def _fp8_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
     """Weights of one rank of a stage whose products FP8 takes."""
     table = gemm_table(definition, layout.precision, layout.tensor, tokens=1, bf16_edge_layers=layout.bf16_edge_layers)
@@ -203,20 +236,54 @@ class _Rank:
         """An activation [tokens, width / tensor]."""
         return self.tokens * width // self.layout.tensor * self.e
 
-    def weight(self, rows: int, columns: int) -> int:
-        """The gradient of a layer's weight [rows, columns / tensor] before it is summed; on a GPU the product sums it
-        itself (runtime/gpu.py: fuse_weight_gradients).
+    def weight(self, matrix: str) -> int:
+        """What the backward of a layer's product allocates beside the gradient of its input: the gradient of the weight
+        before it is summed (on a GPU the product sums it itself, runtime/gpu.py: fuse_weight_gradients), and the copy
+        of oneDNN's float32 products (ops/linear.py), the narrower factor. A frozen weight has neither; its adapter has
+        a gradient of the input of its own, which is added, and DoRA's lengths have those of the output.
         """
-        return rows * columns // self.layout.tensor * self.e if self.cpu else 0
+        outputs, inputs = shape_of(matrix, self.d)
+        if self.layout.frozen:
+            return self.adapter_backward(matrix)
+        if not self.cpu:
+            return 0
+        plain = self.float32 and self.layout.tensor == 1
+        copy = self.tokens * min(outputs, inputs) * 4 if plain else 0
+        return outputs * inputs // self.layout.tensor * self.e + copy
 
-    def transposed(self, outputs: int, inputs: int) -> int:
-        """Copies of oneDNN's float32 products (ops/linear.py): the narrower factor of the weight's gradient."""
-        plain = self.cpu and self.float32 and self.layout.tensor == 1
-        return self.tokens * min(outputs, inputs) * 4 if plain else 0
-
-    def saved_input(self, size: int, layer_in_fp8: bool) -> int:
-        """A GEMM's input as it is kept: one byte a value where it is quantised."""
+    def saved_input(self, matrix: str, size: int, layer_in_fp8: bool) -> int:
+        """A GEMM's input as it is kept: one byte a value where it is quantised. For a frozen weight it is not kept, for
+        its adapter it is, in the activations' precision, with what the adapter keeps beside.
+        """
+        if self.layout.frozen:
+            return size + self.adapter_kept(matrix, size) if self.layout.adapted(matrix) else 0
         return size // self.e if layer_in_fp8 else size
+
+    def outputs(self, matrix: str) -> int:
+        """The output of a product."""
+        return self.residual if matrix in ROW_PARALLEL else self.act(shape_of(matrix, self.d)[0])
+
+    def adapter_kept(self, matrix: str, size: int) -> int:
+        """Beside its input: A x; dropout's mask; of DoRA the output before it is scaled."""
+        adapter = self.layout.adapter
+        kept = self.tokens * adapter.rank * self.e
+        if adapter.dropout:
+            kept += size // (1 if self.cpu else self.e)
+        return kept + (self.outputs(matrix) if adapter.kind == "dora" else 0)
+
+    def lengths(self, matrices: Iterable[str]) -> int:
+        """What DoRA allocates in a forward for the lengths of the largest matrix: its rows and their squares."""
+        if self.layout.adapter.kind != "dora":
+            return 0
+        shapes = [_rank_shape(self.d, self.layout, matrix) for matrix in matrices if self.layout.adapted(matrix)]
+        return 2 * 4 * max((outputs * inputs for outputs, inputs in shapes), default=0)
+
+    def adapter_backward(self, matrix: str) -> int:
+        """The adapter's gradient of the input, beside the frozen weight's; DoRA's two of the output."""
+        if not self.layout.adapted(matrix):
+            return 0
+        size = self.act(shape_of(matrix, self.d)[1]) if matrix in ROW_PARALLEL else self.residual
+        return size + (2 * self.outputs(matrix) if self.layout.adapter.kind == "dora" else 0)
 
     def layer(self, index: int) -> _Layer:
         """A layer under the recompute settings."""
@@ -234,22 +301,20 @@ class _Rank:
             return _Layer(kept=self.residual, backward=full.kept + full.backward)
         return full
 
-    def _input(self, fp8: bool) -> int:
-        """What any layer keeps first: its input, the normalised input, and the norm's rows."""
-        return self.residual + self.saved_input(self.residual, fp8) + self.norm_rows
+    def _input(self, matrix: str, fp8: bool) -> int:
+        """What any layer keeps first: its input, the normalised input of its first matrix, and the norm's rows."""
+        return self.residual + self.saved_input(matrix, self.residual, fp8) + self.norm_rows
 
     def _ffn(self, fp8: bool) -> _Layer:
         d = self.d
         inner = self.act(d.ffn_hidden_size)
-        fc2 = self.saved_input(inner, fp8)
-        product = (
-            inner + self.weight(d.hidden_size, d.ffn_hidden_size) + self.transposed(d.hidden_size, d.ffn_hidden_size)
-        )
-        kept = self._input(fp8) + inner + fc2  # relu(x), and relu(x)^2, the second product's input
+        fc2 = self.saved_input("linear_fc2", inner, fp8)
+        product = inner + self.weight("linear_fc2")
+        kept = self._input("linear_fc1", fp8) + inner + fc2  # relu(x), and relu(x)^2, the second product's input
         backward = self.residual + self.gathered + product
         if self.layout.recompute_ffn == "activation":
             # the first product's output is kept; relu(x) and relu(x)^2 come again before the second's backward
-            return _Layer(kept=self._input(fp8) + inner, backward=backward + inner + fc2)
+            return _Layer(kept=self._input("linear_fc1", fp8) + inner, backward=backward + inner + fc2)
         return _Layer(kept, backward)
 
     def _attention(self, fp8: bool) -> _Layer:
@@ -257,17 +322,19 @@ class _Rank:
         query, key = d.num_attention_heads * d.head_dim, d.num_query_groups * d.head_dim
         q, kv, out = self.act(query), self.act(2 * key), self.act(query)
         rows = self.tokens * d.num_attention_heads // t * 4  # log-sum-exp
-        kept = self._input(fp8) + out + rows
-        if fp8:
-            kept += self.saved_input(out, True)
+        kept = self._input("linear_qkv", fp8) + out + rows
+        if self.layout.frozen:
+            given = out if self.layout.adapted("linear_proj") and not self.layout.adapter.dropout else 0
+            kept += self.saved_input("linear_proj", out, fp8) - given  # the output is kept anyway
+        elif fp8:
+            kept += self.saved_input("linear_proj", out, True)
         if self.cpu:
             # keys and values are views of the projection's output; queries are copied unless there is one group
             kept += q + kv + (q if d.num_query_groups // t > 1 or d.rotary_dim else 0)
             kept += kv // 2 if d.rotary_dim else 0
         else:
             kept += q + kv
-        weight = self.weight(d.hidden_size, query) + self.transposed(d.hidden_size, query)
-        project = self.gathered + out + weight
+        project = self.gathered + out + self.weight("linear_proj")
         attend = out + q + kv  # gradients of the output, queries, keys and values
         split = attend + (q + kv) - 2 * q
         if not self.cpu:
@@ -278,11 +345,11 @@ class _Rank:
         d = self.d
         projected, conv, inner = self.act(d.in_proj_size), self.act(d.conv_channels), self.act(d.d_inner)
         rows = self.tokens * d.mamba_num_groups // self.layout.tensor * 4
-        out = self.saved_input(inner, fp8)
-        weight = self.weight(d.hidden_size, d.d_inner) + self.transposed(d.hidden_size, d.d_inner)
-        out_weight = self.gathered + inner + weight
-        in_weight = self.weight(d.in_proj_size, d.hidden_size) + self.transposed(d.in_proj_size, d.hidden_size)
-        base = self._input(fp8) + projected + inner + out + rows  # projected, the scan's output, the norm's output
+        out = self.saved_input("out_proj", inner, fp8)
+        out_weight = self.gathered + inner + self.weight("out_proj")
+        in_weight = self.weight("in_proj")
+        # projected, the scan's output, the norm's output
+        base = self._input("in_proj", fp8) + projected + inner + out + rows
         if self.fused:
             kept = base
             states = self.chunk_states()
@@ -346,8 +413,13 @@ class _Rank:
         rows = padded_vocabulary(d, self.layout.tensor)
         small = self.tokens * 32  # labels' positions, sums and losses
         entry = 2 * self.residual + self.norm_rows
-        weight = rows // self.layout.tensor * d.hidden_size * self.e
-        product = self.residual + self.gathered + weight + self.transposed(rows, d.hidden_size)
+        product = self.residual + self.gathered
+        if self.layout.frozen:
+            entry -= self.residual  # the output matrix asks for its input no more
+        else:
+            copied = self.cpu and self.float32 and self.layout.tensor == 1  # as in `weight`
+            product += rows // self.layout.tensor * d.hidden_size * self.e
+            product += self.tokens * min(rows, d.hidden_size) * 4 if copied else 0
         # The loss is computed in the logits' memory, by ours on the CPU, by Transformer Engine's on a GPU. On the
         # CPU torch's scatter copies 16-bit logits to float32.
         loss = 2 * self.logits if self.cpu and not self.float32 else 0
@@ -363,27 +435,35 @@ class _Rank:
         table = gemm_table(self.d, self.layout.precision, self.layout.tensor, tokens=1)
         shapes = {(gemm.n, gemm.k) for gemm in table if gemm.layer in layers}
         last = stage == self.layout.pipeline - 1
+        if self.layout.frozen:
+            shapes = set()
         return GPU_WORKSPACE + sum(n * k for n, k in shapes) * self.e + (self.gathered if last else 0)
 
 
 def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> StageMemory:
     """Memory of one rank of a pipeline stage."""
     rank = _Rank(definition, layout)
-    total, in_float32 = rank_parameters(definition, layout, stage)
-    base = layout.base_precision
-    low = total - in_float32 if base == "bf16" else 0
+    base = rank_parameters(definition, layout, stage)
+    adapters = rank_adapters(definition, layout, stage)
+    trained = adapters if layout.frozen else base
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
-    weights = low * WEIGHT_BYTES["bf16"] + (total - low) * 4
+    weights = _sized(layout, base, WEIGHT_BYTES) + _sized(layout, adapters, WEIGHT_BYTES)
     if layout.fp8:
         weights += 2 * _fp8_weights(definition, layout, stage)  # as stored and transposed
     states = StageMemory(
         stage=stage,
         weights=weights,
-        gradients=total * GRADIENT_BYTES,
-        optimizer=math.ceil((low * OPTIMIZER_BYTES["bf16"] + (total - low) * OPTIMIZER_BYTES["fp32"]) / shards),
+        gradients=trained[0] * GRADIENT_BYTES,
+        optimizer=math.ceil(_sized(layout, trained, OPTIMIZER_BYTES) / shards),
         buffers=rank.buffers(stage),
     )
     return max(_moments(definition, layout, states, rank), key=lambda moment: moment.peak)
+
+
+def _sized(layout: Layout, parameters: tuple[int, int], by_precision: dict[str, int]) -> int:
+    """Bytes of parameters, (all, of these in float32)."""
+    total, in_float32 = parameters
+    return (total - in_float32) * by_precision[layout.base_precision] + in_float32 * by_precision["fp32"]
 
 
 def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, rank: _Rank) -> Iterator[StageMemory]:
@@ -402,6 +482,9 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
     if last:
         head = rank.head()
         yield replace(states, activations={**kept, "head": head.kept}, working=head.backward + received, at="head")
+    for symbol in {definition.pattern[index] for index in layers}:
+        lengths = rank.lengths(matrix for matrix, owner in TARGETS.items() if owner == symbol)
+        yield replace(states, activations=dict(kept), working=lengths + received, at=LAYER_NAMES[symbol])
     for name, layer in reversed(made):
         yield replace(states, activations=dict(kept), working=layer.backward + received, at=name)
         kept[name] -= layer.kept
@@ -411,6 +494,9 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
 def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMemory) -> int:
     """Clipping copies the largest gradient; gloo scatters the sums of gradients through a copy of all of them."""
     largest = padded_vocabulary(definition, layout.tensor) // layout.tensor * definition.hidden_size * 4
+    if layout.frozen:
+        sides = [max(_rank_shape(definition, layout, matrix)) for matrix in layout.adapter.targets]
+        largest = layout.adapter.rank * max(sides) * 4
     shards = layout.data if layout.distributed_optimizer else 1
     if layout.backend == "cpu" and layout.distributed_optimizer:
         return max(states.gradients, largest // shards)
@@ -427,7 +513,12 @@ def largest_stage(definition: ModelDefinition, layout: Layout) -> StageMemory:
     return max(plan_memory(definition, layout), key=lambda stage: stage.peak)
 
 
-def checkpoint_bytes(definition: ModelDefinition, precision: str) -> dict[str, int]:
-    """Bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32)."""
+def checkpoint_bytes(
+    definition: ModelDefinition, precision: str, adapter: AdapterSchema | None = None
+) -> dict[str, int]:
+    """Bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32). Of a run
+    with adapters it holds those alone.
+    """
     base = "fp32" if precision == "fp32" else "bf16"
-    return {"weights": definition.parameters * WEIGHT_BYTES[base], "optimizer": definition.parameters * 12}
+    trained = trained_parameters(adapter or AdapterSchema(), definition)
+    return {"weights": trained * WEIGHT_BYTES[base], "optimizer": trained * 12}

@@ -10,6 +10,7 @@ from typing import Any
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.errors import UserError
+from nemotron_h.model.adapter_targets import trained_parameters
 from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition
 from nemotron_h.planning.flops import FlopsByPart, flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
@@ -67,6 +68,11 @@ class Plan:
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
+    def trained(self) -> int:
+        """Parameters that are trained: the adapters', or all."""
+        return trained_parameters(self.layout.adapter, self.definition)
+
+    @property
     def fits(self) -> bool:
         """Whether the largest stage fits the GPU."""
         return self.largest.peak <= self.gpu.memory
@@ -92,6 +98,7 @@ class Plan:
             "model": self.definition.name,
             "pattern": self.definition.pattern,
             "parameters": self.definition.parameters,
+            "trained_parameters": self.trained,
             "layers": self.layers(),
             "flops_per_token": {**asdict(self.flops), "total": self.flops.total, "linear": self.flops.linear},
             "layout": {**asdict(self.layout), "ranks": self.layout.ranks},
@@ -159,7 +166,9 @@ def make_plan(
     context = recipe.data.seq_length if context is None else context
     if context < 1:
         raise UserError(f"--context = {context}", hint="give the tokens of a sequence, 1 or more")
-    flops = flops_per_token(definition, recipe.data.seq_length)
+    flops = flops_per_token(
+        definition, recipe.data.seq_length, adapter=recipe.adapter, micro_batch=recipe.data.micro_batch_size
+    )
     stages = plan_memory(definition, layout)
     fits = max(stage.peak for stage in stages) <= device.memory
     tokens_per_step = recipe.data.seq_length * recipe.data.global_batch_size
@@ -190,7 +199,7 @@ def make_plan(
             checkpoint_every=recipe.checkpoint.every_steps,
             start=start,
         ),
-        checkpoint=checkpoint_bytes(definition, recipe.precision),
+        checkpoint=checkpoint_bytes(definition, recipe.precision, recipe.adapter),
         keep=recipe.checkpoint.keep,
         context=context,
         inference=inference_memory(definition, context),

@@ -37,6 +37,13 @@ def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     d, schedule = plan.definition, plan.schedule
     console.print(f"[bold]{plan.name}[/bold]: {d.name}, {d.parameters:,} parameters, {d.num_layers} layers")
+    adapter = plan.layout.adapter
+    if plan.layout.frozen:
+        console.print(
+            f"{adapter.kind} of rank {adapter.rank} on {', '.join(adapter.targets)}: {plan.trained:,} parameters are "
+            f"trained, the model's are frozen",
+            soft_wrap=True,
+        )
     console.print(f"{d.pattern}\n", markup=False)
     _show_model(plan, console)
     if plan.layout.precision.startswith("fp8"):
@@ -47,7 +54,7 @@ def show(plan: Plan, console: Console) -> None:
     kept = "all stay" if plan.keep < 0 else f"{plan.keep} stay: {gib(total * plan.keep)}"
     table = _table(console, "On disk", "", "size")
     table.add_row("checkpoint to resume from", gib(total))
-    table.add_row("its weights alone", gib(plan.checkpoint["weights"]))
+    table.add_row("its adapters alone" if plan.layout.frozen else "its weights alone", gib(plan.checkpoint["weights"]))
     console.print(table)
     console.print(f"{schedule.checkpoints:,} checkpoints are written, {kept}\n")
     table = _table(console, f"Inference, one sequence of {plan.context:,} tokens", "", "BF16", "FP4")

@@ -15,6 +15,7 @@ def install() -> None:
     """Apply each correction once."""
     _order_mixed_precision_groups()
     _accumulate_weight_gradients_without_apex()
+    _flatten_products_of_frozen_weights()
 
 
 def _accumulate_weight_gradients_without_apex() -> None:
@@ -32,6 +33,31 @@ def _accumulate_weight_gradients_without_apex() -> None:
 
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
     layers._grad_accum_fusion_available = True
+
+
+def _flatten_products_of_frozen_weights() -> None:
+    """Multiply by a frozen weight what has two axes, forward and backward.
+
+    Where the axes of [sequence, batch, channels] do not lie in memory in that order (as with one sequence behind the
+    mixer), `matmul` by a weight without a gradient takes the batched product, for which the CPU copies the weight once
+    for every position: gigabytes.
+    """
+    product = layers.LinearWithFrozenWeight
+    if getattr(product.backward, "nemotron_h", False):
+        return
+
+    def flat(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(ctx: Any, x: torch.Tensor, *args: Any) -> Any:
+            found = original(ctx, x.flatten(0, -2), *args)
+            if isinstance(found, tuple):
+                return found[0].unflatten(0, x.shape[:-1]), *found[1:]
+            return found.unflatten(0, x.shape[:-1])
+
+        call.nemotron_h = True  # type: ignore[attr-defined]
+        return staticmethod(call)
+
+    product.forward, product.backward = flat(product.forward), flat(product.backward)
 
 
 def _order_mixed_precision_groups() -> None:

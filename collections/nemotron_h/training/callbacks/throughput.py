@@ -28,7 +28,8 @@ DEVICES = {
 class Throughput(pl.Callback):
     """Measure each step from its batch to its end; validation and checkpoints are not counted.
 
-    Operations are those of the model (`nemotron_h.planning.flops`), nothing for what a backward pass computes again.
+    Operations are those of the model (`nemotron_h.planning.flops`): nothing for what a backward pass computes again,
+    and with adapters no gradients of frozen weights.
     MFU is given against the data-sheet peak of the GPU in the dtype of the products (FP8 where the run uses it) and in
     BF16, where the GPU is known; a CPU has neither.
 
@@ -47,7 +48,8 @@ class Throughput(pl.Callback):
         self.seconds = []
         self.tokens = data.global_batch_size * data.seq_length / trainer.world_size
         trained, *frozen = config.definitions().values()
-        per_token = flops_per_token(trained, data.seq_length, training=True).total
+        adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size}
+        per_token = flops_per_token(trained, data.seq_length, training=True, **adapter).total
         per_token += sum(flops_per_token(model, data.seq_length, training=False).total for model in frozen)
         self.flops = per_token * self.tokens
         self.gemm_dtype = gemm_dtype(config)
