@@ -167,6 +167,18 @@ def check_stage(recipe: RecipeConfig, origin: str) -> None:
         raise UserError(f"{origin}: init.checkpoint is unused: minipuzzle.parent is what is compressed")
 
 
+def has_own_part(recipe: RecipeConfig, stage: str, origin: str) -> bool:
+    """Whether the recipe is of a stage whose part has its name; other stages must not have the part, this one must."""
+    given = getattr(recipe, stage) is not None
+    if recipe.stage != stage:
+        if given:
+            raise UserError(f"{origin}: {stage} is unused: stage is {recipe.stage}", hint="leave it out")
+        return False
+    if not given:
+        raise UserError(f"{origin}: {stage} is missing", hint=f"defaults: [/base/{stage}] has most of it")
+    return True
+
+
 #: key of `minipuzzle.grid` -> the letter of the layers that it counts, or the key of the model that it narrows
 GRID = {
     "attention": ATTENTION,
@@ -183,12 +195,8 @@ GRID = {
 def check_minipuzzle(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """The part `minipuzzle`, of that stage and of no other."""
     part = recipe.minipuzzle
-    if recipe.stage != "minipuzzle":
-        if part is not None:
-            raise UserError(f"{origin}: minipuzzle is unused: stage is {recipe.stage}", hint="leave it out")
+    if not has_own_part(recipe, "minipuzzle", origin):
         return
-    if part is None:
-        raise UserError(f"{origin}: minipuzzle is missing", hint="defaults: [/base/minipuzzle] has most of it")
     where = f"{origin}: "
     check_one_of("minipuzzle.rank", part.rank, RANKS, where)
     check_one_of("minipuzzle.layer_metric", part.layer_metric, METRICS, where)
@@ -269,12 +277,8 @@ def _check_distillations(recipe: RecipeConfig, origin: str) -> None:
 def check_preference(recipe: RecipeConfig, origin: str) -> None:
     """The part `preference`, of that stage and of no other: a known loss with what it reads."""
     chosen = recipe.preference
-    if recipe.stage != "preference":
-        if chosen is not None:
-            raise UserError(f"{origin}: preference is unused: stage is {recipe.stage}", hint="leave it out")
+    if not has_own_part(recipe, "preference", origin):
         return
-    if chosen is None:
-        raise UserError(f"{origin}: preference is missing", hint="defaults: [/base/preference] has it")
     check_one_of("preference.loss", chosen.loss, PREFERENCE_LOSSES, f"{origin}: ")
     if chosen.beta <= 0:
         raise UserError(f"{origin}: preference.beta = {chosen.beta} is not positive", hint="NeMo-Aligner's is 0.2")

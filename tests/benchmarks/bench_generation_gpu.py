@@ -48,7 +48,7 @@ from nemotron_h.inference.sampling import Sampling, choose  # noqa: E402
 from nemotron_h.inference.states import States  # noqa: E402
 from nemotron_h.model.definition import Expect, ModelDefinition  # noqa: E402
 from nemotron_h.planning.flops import flops_per_token  # noqa: E402
-from nemotron_h.planning.inference import inference_memory  # noqa: E402
+from nemotron_h.planning.inference import Serving, inference_memory  # noqa: E402
 
 SIDES = {"hybrid": "nemotron_h_8b", "transformer": "nemotron_t_8b"}
 GREEDY = Sampling(temperature=0)
@@ -134,7 +134,7 @@ class Side:
         before = allocated()
         seconds = timed(lambda: setattr(self, "model", random_model(self.definition, self.dtype, DEVICE)))
         model: GenerationModel = self.model
-        planned = inference_memory(self.definition, 0, 1).weights
+        planned = inference_memory(self.definition, Serving(0, 1)).weights
         self.add(
             "build",
             ops=model.ops.origin,
@@ -182,7 +182,7 @@ class Side:
         workspace = torch.cuda.max_memory_allocated() - base if ON_GPU else 0
         del states
         free()
-        memory = inference_memory(self.definition, self.capacity, 1)
+        memory = inference_memory(self.definition, Serving(self.capacity, 1))
         room = self.free_bytes - memory.weights - workspace - SPARE
         batch = self.args.batch or (max(1, int(room // memory.cache)) if ON_GPU else 3)
         planned = batch
@@ -270,7 +270,7 @@ class Side:
         times = self._steps(stepper, first, self.args.output - 1)
         seconds = time.perf_counter() - began
         produced = self.batch * self.args.output
-        memory = inference_memory(self.definition, self.args.prompt + self.args.output // 2, self.batch)
+        memory = inference_memory(self.definition, Serving(self.args.prompt + self.args.output // 2, self.batch))
         # weights but for the embedding (a row per token), keys and values once; states are read and written
         moved = memory.weights - 2 * self.definition.vocab_size * self.definition.hidden_size
         moved += memory.kv_cache + 2 * (memory.ssm_states + memory.conv_states)

@@ -17,7 +17,7 @@ from nemotron_h.compose import compose, configs_dir
 from nemotron_h.compression.candidates import Candidate, Candidates, Cost, whole
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
-from nemotron_h.planning.inference import BYTES, inference_memory
+from nemotron_h.planning.inference import BYTES, Serving, inference_memory
 from nemotron_h.schema import BudgetSchema, GridSchema
 
 GIB = 2**30
@@ -66,7 +66,7 @@ def test_costs_are_the_model_s_own(parent: ModelDefinition, name: str) -> None:
     definition, found = shipped(name), Candidates(parent, GridSchema(), budget)
     cost = found.cost(of(definition))
     assert cost.parameters == definition.parameters
-    expected = inference_memory(definition, MILLION, 3, BYTES["fp4"], BYTES["fp4"])
+    expected = inference_memory(definition, Serving(MILLION, 3, BYTES["fp4"], BYTES["fp4"]))
     for key in ("weights", "kv_cache", "ssm_states", "conv_states", "total"):
         assert getattr(cost.memory, key) == pytest.approx(getattr(expected, key), rel=1e-12)
     embedding = 131072 * 8192 * BYTES["fp4"]
@@ -101,8 +101,10 @@ def test_enumeration_is_the_filtered_product(parent: ModelDefinition) -> None:
         pattern = "M" * m + "*-" * a + "-" * (f - a)
         keys = ("ffn_hidden_size", "hidden_size", "mamba_num_heads", "mamba_head_dim")
         d = replace(parent, pattern=pattern, **dict(zip(keys, counts[3:], strict=True)))
-        memory = inference_memory(d, MILLION, 1, BYTES["fp4"], BYTES["fp4"])
-        whole_read = inference_memory(parent, MILLION, 1, BYTES["fp4"], BYTES["fp4"]).total - 131072 * 8192 * 0.5625
+        memory = inference_memory(d, Serving(MILLION, 1, BYTES["fp4"], BYTES["fp4"]))
+        whole_read = (
+            inference_memory(parent, Serving(MILLION, 1, BYTES["fp4"], BYTES["fp4"])).total - 131072 * 8192 * 0.5625
+        )
         read = memory.total - 131072 * d.hidden_size * 0.5625
         if memory.total <= 27 * GIB and d.parameters <= 38e9 and whole_read / read >= 1.5:
             mine.add(Candidate(*counts))

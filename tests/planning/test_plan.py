@@ -19,7 +19,7 @@ from nemotron_h.compose import compose, known_recipes
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import definition_from_dict
 from nemotron_h.planning.gpus import gpu
-from nemotron_h.planning.inference import BYTES, inference_memory
+from nemotron_h.planning.inference import BYTES, Serving, inference_memory
 from nemotron_h.planning.layouts import best, layout_of, relative_speed
 from nemotron_h.planning.plan import make_plan
 
@@ -92,7 +92,7 @@ def test_a_plan_of_adapters_counts_what_is_trained() -> None:
 
 def test_paper_s_memory_of_the_56b_in_fp4() -> None:
     """Paper 3: 29.5 GiB for the weights of the 56B in FP4."""
-    memory = inference_memory(definition("nemotron_h_56b"), MILLION_TOKENS, weight_bytes=BYTES["fp4"])
+    memory = inference_memory(definition("nemotron_h_56b"), Serving(MILLION_TOKENS, weight_bytes=BYTES["fp4"]))
     assert memory.weights / 2**30 == pytest.approx(29.5, abs=0.05)
 
 
@@ -100,7 +100,7 @@ def test_the_47b_fits_the_paper_s_budget_only_with_fp4_keys_and_values() -> None
     """Paper 3: below 31.7 GiB at a context of a million tokens; the 56B is not."""
     four, eight = (
         inference_memory(
-            definition("nemotron_h_47b"), MILLION_TOKENS, weight_bytes=BYTES["fp4"], kv_bytes=BYTES[kind]
+            definition("nemotron_h_47b"), Serving(MILLION_TOKENS, weight_bytes=BYTES["fp4"], kv_bytes=BYTES[kind])
         ).total
         / 2**30
         for kind in ("fp4", "fp8")
@@ -108,7 +108,7 @@ def test_the_47b_fits_the_paper_s_budget_only_with_fp4_keys_and_values() -> None
     assert four == pytest.approx(30.8, abs=0.1)
     assert four < 31.7 < eight
     parent = inference_memory(
-        definition("nemotron_h_56b"), MILLION_TOKENS, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"]
+        definition("nemotron_h_56b"), Serving(MILLION_TOKENS, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"])
     )
     assert parent.total / 2**30 > 31.7
 
@@ -125,7 +125,7 @@ def test_the_47b_fits_the_paper_s_budget_only_with_fp4_keys_and_values() -> None
     ],
 )
 def test_states_per_sequence(name: str, ssm_mib: int, kv_kib: int) -> None:
-    memory = inference_memory(definition(name), 1000)
+    memory = inference_memory(definition(name), Serving(1000))
     assert memory.ssm_states / 2**20 == ssm_mib
     assert memory.kv_cache / 1000 / 2**10 == kv_kib
 
@@ -138,7 +138,7 @@ def test_states_are_those_that_generation_allocates() -> None:
     d = definition("nemotron_h_tiny")
     states = States.empty(d, 3, 200, torch.bfloat16, torch.device("meta"))
     mamba = [layer for layer in states.layers if isinstance(layer, MambaState)]
-    memory = inference_memory(d, 200, sequences=3)
+    memory = inference_memory(d, Serving(200, sequences=3))
     assert memory.ssm_states == sum(layer.ssm.nbytes for layer in mamba)
     assert memory.conv_states == sum(layer.conv.nbytes for layer in mamba)
     caches = [layer for layer in states.layers if layer is not None and not isinstance(layer, MambaState)]

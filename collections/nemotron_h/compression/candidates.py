@@ -17,7 +17,7 @@ import numpy as np
 from nemotron_h.data.blend import parse_count
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
-from nemotron_h.planning.inference import BYTES, InferenceMemory, memory_by_layer
+from nemotron_h.planning.inference import BYTES, InferenceMemory, Serving, memory_by_layer
 from nemotron_h.planning.memory import GIB
 from nemotron_h.schema import BudgetSchema, GridSchema
 
@@ -195,11 +195,13 @@ class Candidates:
         budget = self.budget
         return memory_by_layer(
             shape,
-            budget.context or 1,
-            budget.sequences,
-            weight_bytes=BYTES[budget.weights],
-            kv_bytes=BYTES[budget.kv_cache],
-            ssm_bytes=BYTES[budget.states],
+            Serving(
+                budget.context or 1,
+                budget.sequences,
+                weight_bytes=BYTES[budget.weights],
+                kv_bytes=BYTES[budget.kv_cache],
+                ssm_bytes=BYTES[budget.states],
+            ),
         )
 
     def _embedding(self, shape: ModelDefinition) -> float:

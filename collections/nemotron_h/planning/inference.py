@@ -37,57 +37,46 @@ class InferenceMemory:
         return self.weights + self.cache
 
 
-def kv_bytes_per_token(definition: ModelDefinition, kv_bytes: float = BYTES["bf16"]) -> float:
-    """Keys and values that one token adds."""
-    d = definition
-    return d.count(ATTENTION) * 2 * d.num_query_groups * d.head_dim * kv_bytes
+@dataclass(frozen=True)
+class Serving:
+    """What is held besides the model, and at how many bytes a value; see `BYTES`.
 
-
-def inference_memory(
-    definition: ModelDefinition,
-    context: int,
-    sequences: int = 1,
-    weight_bytes: float = BYTES["bf16"],
-    kv_bytes: float = BYTES["bf16"],
-    ssm_bytes: float = BYTES["fp32"],
-    conv_bytes: float = BYTES["bf16"],
-) -> InferenceMemory:
-    """Memory of a model and its sequences.
-
-    Args:
+    Attributes:
         context: tokens of each sequence, prompt and answer.
         sequences: sequences that are held at once.
-        weight_bytes, kv_bytes, ssm_bytes, conv_bytes: bytes per value; see `BYTES`.
+        weight_bytes, kv_bytes, ssm_bytes, conv_bytes: bytes per value.
     """
-    parts = memory_by_layer(definition, context, sequences, weight_bytes, kv_bytes, ssm_bytes, conv_bytes)
+
+    context: int
+    sequences: int = 1
+    weight_bytes: float = BYTES["bf16"]
+    kv_bytes: float = BYTES["bf16"]
+    ssm_bytes: float = BYTES["fp32"]
+    conv_bytes: float = BYTES["bf16"]
+
+
+def inference_memory(definition: ModelDefinition, serving: Serving) -> InferenceMemory:
+    """Memory of a model and its sequences."""
+    parts = memory_by_layer(definition, serving)
     of_layers = [parts[symbol] for symbol in definition.pattern]
     return InferenceMemory(
-        weights=definition.parameters * weight_bytes,
+        weights=definition.parameters * serving.weight_bytes,
         **{key: sum(getattr(part, key) for part in of_layers) for key in ("kv_cache", "ssm_states", "conv_states")},
     )
 
 
-def memory_by_layer(
-    definition: ModelDefinition,
-    context: int,
-    sequences: int = 1,
-    weight_bytes: float = BYTES["bf16"],
-    kv_bytes: float = BYTES["bf16"],
-    ssm_bytes: float = BYTES["fp32"],
-    conv_bytes: float = BYTES["bf16"],
-) -> dict[str, InferenceMemory]:
+def memory_by_layer(definition: ModelDefinition, serving: Serving) -> dict[str, InferenceMemory]:
     """Memory of one layer of each type, by its letter, and under "" of what is outside of the layers.
 
     The model's memory is the sum over its layers, so that of another number of layers is a matter of arithmetic.
-    Arguments as of `inference_memory`.
     """
-    d = definition
-    keys = sequences * context * 2 * d.num_query_groups * d.head_dim * kv_bytes
-    ssm = sequences * d.d_inner * d.mamba_state_dim * ssm_bytes
-    conv = sequences * max(d.conv_kernel - 1, 0) * d.conv_channels * conv_bytes
+    d, s = definition, serving
+    keys = s.sequences * s.context * 2 * d.num_query_groups * d.head_dim * s.kv_bytes
+    ssm = s.sequences * d.d_inner * d.mamba_state_dim * s.ssm_bytes
+    conv = s.sequences * max(d.conv_kernel - 1, 0) * d.conv_channels * s.conv_bytes
     return {
-        "": InferenceMemory(d.other_parameters * weight_bytes, 0, 0, 0),
-        ATTENTION: InferenceMemory(d.layer_parameters(ATTENTION) * weight_bytes, keys, 0, 0),
-        MAMBA: InferenceMemory(d.layer_parameters(MAMBA) * weight_bytes, 0, ssm, conv),
-        FFN: InferenceMemory(d.layer_parameters(FFN) * weight_bytes, 0, 0, 0),
+        "": InferenceMemory(d.other_parameters * s.weight_bytes, 0, 0, 0),
+        ATTENTION: InferenceMemory(d.layer_parameters(ATTENTION) * s.weight_bytes, keys, 0, 0),
+        MAMBA: InferenceMemory(d.layer_parameters(MAMBA) * s.weight_bytes, 0, ssm, conv),
+        FFN: InferenceMemory(d.layer_parameters(FFN) * s.weight_bytes, 0, 0, 0),
     }

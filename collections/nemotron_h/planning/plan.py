@@ -14,7 +14,7 @@ from nemotron_h.model.adapter_targets import trained_parameters
 from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition
 from nemotron_h.planning.flops import FlopsByPart, flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
-from nemotron_h.planning.inference import BYTES, InferenceMemory, inference_memory
+from nemotron_h.planning.inference import BYTES, InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, sweep
 from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, plan_memory
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
@@ -202,8 +202,8 @@ def make_plan(
         checkpoint=checkpoint_bytes(definition, recipe.precision, recipe.adapter),
         keep=recipe.checkpoint.keep,
         context=context,
-        inference=inference_memory(definition, context),
-        inference_fp4=inference_memory(definition, context, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"]),
+        inference=inference_memory(definition, Serving(context)),
+        inference_fp4=inference_memory(definition, Serving(context, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"])),
         gemms=fold(table),
     )
 
