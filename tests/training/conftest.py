@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import json
-import os
 import random
-import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -27,7 +25,7 @@ phases:
   - {name: second, weights: {web: 30, math: 70}}
 """
 
-TUNING_STEPS = 6
+TUNING_STEPS = DISTILL_STEPS = 6
 
 TALK = """
 name: talk
@@ -76,6 +74,10 @@ log: {{dir: {runs}, validate_every_steps: 6, validation_batches: 1}}
 """
 
 
+FORKS = Forks()
+atexit.register(FORKS.close)
+
+
 @dataclass
 class Small:
     """Where the prepared blend is; writes recipes and runs them."""
@@ -97,25 +99,19 @@ class Small:
     def train(
         self, name: str, *options: str, ranks: int = 1, check: bool = True, recipe: Path | None = None
     ) -> subprocess.CompletedProcess:
-        """Run the recipe in a process of its own (torchrun with more ranks); see `worker.py` for the options."""
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += [str(WORKER), str(recipe or self.recipe(name)), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        out, err = self.folder / f"{name}.out", self.folder / f"{name}.err"
-        # Files, not pipes, and a session of its own: a killed run leaves a helper process of the checkpoint writer.
-        with out.open("w") as stdout, err.open("w") as stderr:
-            process = subprocess.Popen(
-                command, stdout=stdout, stderr=stderr, cwd=self.folder, env=environment, start_new_session=True
-            )
-            try:
-                process.wait(timeout=300)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        done = subprocess.CompletedProcess(command, process.returncode, out.read_text(), err.read_text())
+        """Run the recipe in a process of its own, or one for each rank; see `worker.py` for the options."""
+        code = FORKS.run(
+            str(WORKER), str(recipe or self.recipe(name)), *options, folder=self.folder, name=name, ranks=ranks
+        )
+        return self._done(name, code, check)
+
+    def command(self, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+        """`nemotron-h ARGUMENTS` in a process of its own."""
+        return self._done(name, FORKS.run("nemotron_h", *arguments, folder=self.folder, name=name), check)
+
+    def _done(self, name: str, code: int, check: bool) -> subprocess.CompletedProcess:
+        out, err = ((self.folder / f"{name}.{end}").read_text() for end in ("out", "err"))
+        done = subprocess.CompletedProcess([name], code, out, err)
         if check:
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done
@@ -135,23 +131,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         documents = [" ".join(draw.choices(words, k=draw.randint(5, 120))) for _ in range(300)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     (folder / "words.yaml").write_text(BLEND)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "nemotron_h",
-            "data",
-            "prepare",
-            "--blend",
-            str(folder / "words.yaml"),
-            "--root",
-            str(folder / "data"),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return Small(folder)
+    made = Small(folder)
+    made.command("prepare", "data", "prepare", "--blend", str(folder / "words.yaml"), "--root", str(folder / "data"))
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -195,6 +177,42 @@ def talk(small: Small, straight: dict[int, dict]) -> Small:
     ]
     (small.folder / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (small.folder / "talk.yaml").write_text(TALK)
-    arguments = ["data", "prepare", "--blend", str(small.folder / "talk.yaml"), "--root", str(small.folder / "data")]
-    subprocess.run([sys.executable, "-m", "nemotron_h", *arguments], check=True, capture_output=True, text=True)
+    blend, root = str(small.folder / "talk.yaml"), str(small.folder / "data")
+    small.command("prepare_talk", "data", "prepare", "--blend", blend, "--root", root)
+    return small
+
+
+def distill_recipe(small: Small, name: str, *changes: tuple[str, str]) -> Path:
+    """The recipe of `Small` as a distillation of `straight` into a student of fewer layers and narrower FFNs."""
+    text = small.recipe(name).read_text()
+    for before, after in (
+        ("- /base/pretrain", "- /base/distill"),
+        (
+            "tokens: 6144 # 12 steps",
+            f"tokens: {DISTILL_STEPS * 512}\ndistill: {{teacher: {small.run_dir('straight')}}}",
+        ),
+        ("pattern: M-M*-", "pattern: M*-"),
+        ("ffn_hidden_size: 96", "ffn_hidden_size: 64"),
+        ("mamba: 2, attention: 1, ffn: 2, parameters: 163376", "mamba: 1, attention: 1, ffn: 1, parameters: 116568"),
+        ("init_std: 0.1", "init_std: 0.3"),
+        ("warmup_tokens: 1024", "warmup_tokens: 512"),
+        ("every_steps: 4", "every_steps: 3"),
+        ("validate_every_steps: 6", "validate_every_steps: 3"),
+        *changes,
+    ):
+        assert before in text, before
+        text = text.replace(before, after)
+    path = small.folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+def losses(small: Small, name: str) -> list[float]:
+    return [float.fromhex(record["loss"]) for _, record in sorted(small.steps(name).items())]
+
+
+@pytest.fixture(scope="session")
+def distilled(small: Small, straight: dict[int, dict]) -> Small:
+    """With an uninterrupted distillation, `kd`."""
+    small.train("kd", recipe=distill_recipe(small, "kd"))
     return small

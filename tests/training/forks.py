@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 
@@ -136,7 +137,10 @@ def serve() -> None:
                 program = order["program"]
                 if program.endswith(".py"):
                     sys.path.insert(0, str(Path(program).parent))
-                    runpy.run_path(program, run_name="__main__")
+                    # without `__file__`: Megatron's checkpoint writer spawns a helper, which would run the file's
+                    # imports again
+                    main = sys.modules["__main__"] = types.ModuleType("__main__")
+                    exec(compile(Path(program).read_text(), program, "exec"), vars(main))
                 else:
                     runpy.run_module(program, run_name="__main__", alter_sys=True)
                 return

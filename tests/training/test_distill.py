@@ -9,45 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Small
+from conftest import Small, distill_recipe, losses
 
 from nemotron_h.errors import UserError
 
 pytestmark = pytest.mark.slow
-STEPS = 6
-
-
-def distill_recipe(small: Small, name: str, *changes: tuple[str, str]) -> Path:
-    """The recipe of `Small` as a distillation of `straight` into a student of fewer layers and narrower FFNs."""
-    text = small.recipe(name).read_text()
-    for before, after in (
-        ("- /base/pretrain", "- /base/distill"),
-        ("tokens: 6144 # 12 steps", f"tokens: {STEPS * 512}\ndistill: {{teacher: {small.run_dir('straight')}}}"),
-        ("pattern: M-M*-", "pattern: M*-"),
-        ("ffn_hidden_size: 96", "ffn_hidden_size: 64"),
-        ("mamba: 2, attention: 1, ffn: 2, parameters: 163376", "mamba: 1, attention: 1, ffn: 1, parameters: 116568"),
-        ("init_std: 0.1", "init_std: 0.3"),
-        ("warmup_tokens: 1024", "warmup_tokens: 512"),
-        ("every_steps: 4", "every_steps: 3"),
-        ("validate_every_steps: 6", "validate_every_steps: 3"),
-        *changes,
-    ):
-        assert before in text, before
-        text = text.replace(before, after)
-    path = small.folder / f"{name}.yaml"
-    path.write_text(text)
-    return path
-
-
-def losses(small: Small, name: str) -> list[float]:
-    return [float.fromhex(record["loss"]) for _, record in sorted(small.steps(name).items())]
-
-
-@pytest.fixture(scope="module")
-def distilled(small: Small, straight: dict[int, dict]) -> Small:
-    """With an uninterrupted distillation, `kd`."""
-    small.train("kd", recipe=distill_recipe(small, "kd"))
-    return small
 
 
 def test_straight_equals_killed_and_resumed(distilled: Small) -> None:

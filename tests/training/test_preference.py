@@ -6,7 +6,6 @@ import json
 import math
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,8 +71,8 @@ def paired(small: Small, straight: dict[int, dict]) -> Small:
     ]
     (small.folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (small.folder / "pairs.yaml").write_text(BLEND)
-    arguments = ["data", "prepare", "--blend", str(small.folder / "pairs.yaml"), "--root", str(small.folder / "data")]
-    subprocess.run([sys.executable, "-m", "nemotron_h", *arguments], check=True, capture_output=True, text=True)
+    blend, root = str(small.folder / "pairs.yaml"), str(small.folder / "data")
+    small.command("prepare_pairs", "data", "prepare", "--blend", blend, "--root", root)
     return small
 
 
