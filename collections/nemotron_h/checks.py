@@ -300,10 +300,21 @@ def check_distill(recipe: RecipeConfig, origin: str) -> None:
         if chosen is not None:
             raise UserError(f"{origin}: distill is unused: stage is {recipe.stage}", hint="leave it out")
         return
-    if recipe.stage == "distill" and (chosen is None or not chosen.teacher):
+    if recipe.stage == "distill" and (chosen is None or not (chosen.teacher or chosen.teacher_logits)):
         raise UserError(f"{origin}: distill.teacher is missing", hint="name a run's folder or a checkpoint")
     if chosen is None:
         return
+    if recipe.stage == "minipuzzle" and chosen.teacher_logits:
+        raise UserError(
+            f"{origin}: distill.teacher_logits is unused: the distillations of a compression have several lengths, and "
+            "a cache is of one",
+            hint="leave it out",
+        )
+    if chosen.teacher_logits and chosen.hidden_weight:
+        raise UserError(
+            f"{origin}: distill.hidden_weight with distill.teacher_logits: the cache holds logits, no states",
+            hint="leave one of them out",
+        )
     if not chosen.temperature > 0:
         raise UserError(
             f"{origin}: distill.temperature = {chosen.temperature} is not positive", hint="the paper's is 1 (3.4)"

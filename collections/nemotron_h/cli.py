@@ -22,6 +22,7 @@ from nemotron_h.inference.chat_cli import chat
 from nemotron_h.inference.cli import generate
 from nemotron_h.planning.cli import plan
 from nemotron_h.recipe.cli import app as recipe_app
+from nemotron_h.training.cache_cli import distill_cache
 
 app = typer.Typer(
     name="nemotron-h",
@@ -38,6 +39,7 @@ app.command()(compare_precision)
 app.command()(importance)
 app.command()(prune)
 app.command()(minipuzzle)
+app.command()(distill_cache)
 app.command()(generate)
 app.command()(chat)
 app.command()(merge_adapter)

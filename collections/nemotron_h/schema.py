@@ -233,6 +233,8 @@ class DistillSchema:
         kl_weight, lm_weight: of the KL, and of the cross entropy with the text.
         hidden_weight: of the distance between both models' states before the output layer, which are equally wide.
         top_k: null, or how many of the teacher's likeliest tokens its distribution is cut to.
+        teacher_logits: null, or the folder of a cache of the teacher's logits, which `nemotron-h distill-cache` writes:
+            training reads it and loads no teacher.
     """
 
     teacher: str | None = None
@@ -242,6 +244,7 @@ class DistillSchema:
     lm_weight: float = 0.0
     hidden_weight: float = 0.0
     top_k: int | None = None
+    teacher_logits: str | None = None
 
 
 @dataclass

@@ -197,6 +197,8 @@ class BlendDataModule(PreparedDataModule):
         self.seed, self.horizon_steps, self.horizon_tokens = seed, horizon_steps, horizon_tokens
         self.document_reset = document_reset
         self.blend_change: str | None = None  # `ResumeRun` sets it: how to resume is not a setting of the data
+        #: adds to the windows of a split; a distillation from stored logits sets it
+        self.beside: Callable[[WindowDataset, str], Dataset] | None = None
         self.num_workers, self.persistent_workers = num_workers, persistent_workers
         self.data_sampler = BlendDataSampler(self)
         self.order: DataOrder | None = None
@@ -236,16 +238,19 @@ class BlendDataModule(PreparedDataModule):
             self._check_restored()
             self._announce_start()
             self._opened = True
-        prefixes = {name: self.manifest.prefix(name, "train") for name in self.order.sampler.names}
-        return self._loader(
-            WindowDataset(self.order.sampler, prefixes, self.seq_length, ENDLESS, True, self.document_reset)
-        )
+        return self._loader(self.windows("train"))
 
     def val_dataloader(self) -> DataLoader:
         """The fixed validation list."""
-        sampler, samples = self._validation
-        prefixes = {name: self.manifest.prefix(name, "validation") for name in sampler.names}
-        return self._loader(WindowDataset(sampler, prefixes, self.seq_length, samples, False, self.document_reset))
+        return self._loader(self.windows("validation"))
+
+    def windows(self, split: str) -> Dataset:
+        """The samples of `train`, without end, or of `validation`, by number."""
+        training = split == "train"
+        sampler, samples = (self.order.sampler, ENDLESS) if training else self._validation
+        prefixes = {name: self.manifest.prefix(name, split) for name in sampler.names}
+        windows = WindowDataset(sampler, prefixes, self.seq_length, samples, training, self.document_reset)
+        return windows if self.beside is None else self.beside(windows, split)
 
     def state_dict(self) -> dict[str, Any]:
         """The data plan and what of it was consumed, for the checkpoint."""

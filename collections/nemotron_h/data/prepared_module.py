@@ -115,6 +115,11 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
     def next_sample(self) -> int:
         """The sample that the trainer's next step begins with."""
 
+    @property
+    def validation_samples(self) -> int:
+        """How many windows a validation reads."""
+        return self._validation[1] if self.trainer.limit_val_batches else 0
+
     @cached_property
     def manifest(self) -> Manifest:
         """The prepared data, checked."""

@@ -36,7 +36,9 @@ def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
     if parallel_state.is_pipeline_first_stage():
         needed |= {"tokens", "position_ids"}
     if parallel_state.is_pipeline_last_stage():
-        needed |= {"labels", "loss_mask", "pairs", "reference", "reward_gap"}  # the last three: preferences
+        needed |= {"labels", "loss_mask"}
+        needed |= {"pairs", "reference", "reward_gap"}  # preferences
+        needed |= {"teacher_values", "teacher_ids"}  # a distillation from stored logits
     moved = {key: value.cuda(non_blocking=True) if key in needed else None for key, value in batch.items()}
     moved["sample_ids"] = batch.get("sample_ids")  # for callbacks, on the CPU
     return get_batch_on_this_cp_rank(moved)

@@ -73,7 +73,7 @@ class TeacherLogits(NamedTuple):
 
 
 class TopLogits(NamedTuple):
-    """A teacher's k largest logits: `logits` [tokens, k], `ids` [tokens, k] in the whole vocabulary."""
+    """A teacher's k largest logits: `logits` [tokens, k], `ids` int64 [tokens, k] in the whole vocabulary."""
 
     logits: Tensor
     ids: Tensor
@@ -134,7 +134,7 @@ def distillation_loss(
     if objective.reverse and isinstance(teacher, TopLogits):
         raise ValueError("distillation_loss: the reverse divergence needs all of the teacher's logits")
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_ELEMENTS["cuda" if hidden.is_cuda else "cpu"] // vocabulary)
+        chunk_tokens = tokens_of_a_chunk(weight)
     total, kl, lm = _DistillationLoss.apply(
         hidden,
         weight,
@@ -149,6 +149,11 @@ def distillation_loss(
     return DistillationLoss(total, kl, lm)
 
 
+def tokens_of_a_chunk(weight: Tensor) -> int:
+    """How many tokens' logits exist at once, by the output layer's rows [vocabulary of this rank, width]."""
+    return max(1, CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // weight.shape[0])
+
+
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, teacher, labels, token_weights, objective, group, chunk_tokens, differentiate):
@@ -160,7 +165,7 @@ class _DistillationLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = _product(hidden[rows], weight)
-            chunk = _Chunk(logits, _logits_of(teacher, rows, objective, group), labels[rows], objective, group)
+            chunk = _Chunk(logits, logits_of(teacher, rows, objective, group), labels[rows], objective, group)
             kl[rows], lm[rows] = chunk.measure()
             if not differentiate:
                 continue
@@ -334,16 +339,17 @@ class _Chunk:
         return local.clamp(0, width - 1), (local >= 0) & (local < width)
 
     def _reduced(self, values: Tensor, op: torch.distributed.ReduceOp) -> Tensor:
-        return _all_reduce(values, op, self.group)
+        return all_reduce(values, op, self.group)
 
 
-def _all_reduce(values: Tensor, op: torch.distributed.ReduceOp, group: torch.distributed.ProcessGroup | None) -> Tensor:
+def all_reduce(values: Tensor, op: torch.distributed.ReduceOp, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """Reduced over the ranks that hold the vocabulary, in place."""
     if group is not None and group.size() > 1:
         torch.distributed.all_reduce(values, op, group=group)
     return values
 
 
-def _logits_of(
+def logits_of(
     teacher: HiddenTeacher | TeacherLogits | TopLogits,
     rows: slice,
     objective: Objective,
@@ -377,7 +383,7 @@ def top_logits(logits: Tensor, k: int, group: torch.distributed.ProcessGroup | N
     all_ids = ids.new_zeros(size, *ids.shape)
     all_values[group.rank()], all_ids[group.rank()] = values.float(), ids + group.rank() * width
     for part in (all_values, all_ids):  # a sum with zeros gathers
-        _all_reduce(part, torch.distributed.ReduceOp.SUM, group)
+        all_reduce(part, torch.distributed.ReduceOp.SUM, group)
     values, ids = (part.transpose(0, 1).flatten(1) for part in (all_values, all_ids))
     values, order = values.topk(min(k, values.shape[1]), dim=1)
     return TopLogits(values.to(logits.dtype), ids.gather(1, order))

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import logging
 import re
+import sys
 import types
 from collections.abc import Sequence
 from typing import Any, Union
@@ -47,6 +48,8 @@ def read_annotations() -> None:
 
 def evaluated(owner: Any, name: str, annotation: Any) -> Any:
     """An annotation as the type that it names, unions in `typing`'s form."""
+    if isinstance(annotation, str) and dataclasses.is_dataclass(owner):
+        annotation = _field_type(owner, name, annotation)
     if isinstance(annotation, str):
         target = owner.__init__ if inspect.isclass(owner) else owner
         with contextlib.suppress(NameError, TypeError):
@@ -55,6 +58,19 @@ def evaluated(owner: Any, name: str, annotation: Any) -> Any:
     if isinstance(annotation, types.UnionType):
         annotation = Union[annotation.__args__]  # noqa: UP007 - nemo-run knows typing.Union alone
     return annotation
+
+
+def _field_type(owner: type, name: str, annotation: str) -> Any:
+    """The type of a dataclass's field, by the names of the module that defines it: a signature has fields of several
+    modules, and one name that it cannot resolve spoils them all.
+    """
+    defined = next((c for c in inspect.getmro(owner) if name in inspect.get_annotations(c)), None)
+    if defined is None:
+        return annotation
+    try:
+        return eval(annotation, vars(sys.modules[defined.__module__]))
+    except (NameError, TypeError):
+        return annotation
 
 
 def apply(task: nemo_run.Partial, settings: Sequence[str], where: str) -> None:

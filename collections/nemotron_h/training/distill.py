@@ -34,6 +34,7 @@ from nemotron_h.training.distilling_model import TERMS, DistillationConfig, Dist
 from nemotron_h.training.preflight import check_split
 from nemotron_h.training.pretrain import assemble, horizon_of
 from nemotron_h.training.resume import CheckTokenizer, ResumeRun
+from nemotron_h.training.teacher_shards import ReadTeacher
 
 
 def distill(
@@ -100,16 +101,28 @@ class ResumeDistillation(ResumeRun):
                 vocabulary, tokenizer, or width where states are compared; another teacher than the run began with.
         """
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
-        check_teacher(model.config, trainer)
-        problems = self._damage(model.config.teacher_checkpoint)
-        if problems:
-            raise UserError(f"distill.teacher: {model.config.teacher_checkpoint} is damaged: {'; '.join(problems[:3])}")
+        config = model.config
+        check_teacher(config, trainer)
+        if config.stored is None:
+            self._check_undamaged(config.teacher_checkpoint)
+        elif self.blend_change is not None:
+            raise UserError(
+                "resume.blend_change with distill.teacher_logits: the cache holds the windows of one order",
+                hint="leave out distill.teacher_logits: the teacher is loaded",
+            )
         super().setup(trainer, model)
-        trainer.callbacks.append(CheckTokenizer(model.config.teacher_checkpoint))
+        trainer.callbacks.append(ReadTeacher() if config.stored else CheckTokenizer(config.teacher_checkpoint))
         if trainer.ckpt_path:
-            self._check_same_teacher(Path(str(trainer.ckpt_path)), model.config)
+            self._check_same_teacher(Path(str(trainer.ckpt_path)), config)
         if self._rank == 0:
-            print(f"teacher: {model.config.teacher_definition.name} of {model.config.teacher_checkpoint}")
+            teacher = config.record()["teacher"]
+            stored = f", its logits from {config.teacher_logits}" if config.stored else ""
+            print(f"teacher: {config.teacher_definition.name} of {teacher['checkpoint']}{stored}")
+
+    def _check_undamaged(self, checkpoint: Path) -> None:
+        problems = self._damage(checkpoint)
+        if problems:
+            raise UserError(f"distill.teacher: {checkpoint} is damaged: {'; '.join(problems[:3])}")
 
     @staticmethod
     def _check_same_teacher(checkpoint: Path, config: DistillationConfig) -> None:
@@ -130,19 +143,22 @@ def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
     _ = config.objective
     if config.hidden_weight < 0:
         raise UserError(f"distill.hidden_weight = {config.hidden_weight} is negative")
+    if config.stored is not None:
+        if config.hidden_weight:
+            raise UserError(
+                "distill.hidden_weight with distill.teacher_logits: the cache holds logits, no states",
+                hint="leave one of them out",
+            )
+        _check_vocabulary(config, f"cache {config.teacher_logits}")
+        return
     if not config.teacher:
         raise UserError("distill.teacher is missing", hint="name a run's folder or a checkpoint")
     try:
         checkpoint = config.teacher_checkpoint
     except UserError as error:
         raise UserError(f"distill.teacher: {error.message}", hint=error.hint) from error
+    _check_vocabulary(config, f"{checkpoint}")
     teacher = config.teacher_definition
-    if teacher.vocab_size != config.vocab_size:
-        raise UserError(
-            f"the teacher {checkpoint} has a vocabulary of {teacher.vocab_size:,}, the student of "
-            f"{config.vocab_size:,}",
-            hint="distillation compares distributions over one vocabulary: take models of the same tokenizer",
-        )
     if config.hidden_weight and teacher.hidden_size != config.hidden_size:
         raise UserError(
             f"distill.hidden_weight compares states that are {teacher.hidden_size:,} wide in the teacher and "
@@ -160,6 +176,15 @@ def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
     check_split(teacher, trainer.strategy, trainer.num_devices * trainer.num_nodes)
 
 
+def _check_vocabulary(config: DistillationConfig, where: str) -> None:
+    size = config.teacher_definition.vocab_size
+    if size != config.vocab_size:
+        raise UserError(
+            f"the teacher {where} has a vocabulary of {size:,}, the student of {config.vocab_size:,}",
+            hint="distillation compares distributions over one vocabulary: take models of the same tokenizer",
+        )
+
+
 def _vocabulary_rows(checkpoint: Path) -> int:
     """Rows of the embedding, with what pads it."""
     return WeightFile(checkpoint).shapes["embedding.word_embeddings.weight"][0]
@@ -172,7 +197,7 @@ class BothModelsStep(MegatronStep):
     def adjust_tensor_shapes_fn(self) -> Any:
         """Widens what is sent and received; None without a pipeline, as Megatron asks."""
         config = self.pl_module.config
-        if self.trainer.strategy.pipeline_model_parallel_size == 1:
+        if self.trainer.strategy.pipeline_model_parallel_size == 1 or config.stored:
             return None
         width = config.hidden_size + config.teacher_definition.hidden_size
 

@@ -30,22 +30,27 @@ from nemotron_h.errors import UserError
 from nemotron_h.inference.checkpoint import WEIGHTS, WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
-from nemotron_h.ops.distillation_loss import HiddenTeacher, Objective, distillation_loss
+from nemotron_h.ops.distillation_loss import (
+    HiddenTeacher,
+    Objective,
+    TeacherLogits,
+    TopLogits,
+    distillation_loss,
+)
 from nemotron_h.training import checkpoints
+from nemotron_h.training.teacher_cache import Header, read_header
 
 #: what the last stage returns of a micro-batch: sums over its tokens
 TERMS = ("loss", "tokens", "kl", "lm", "hidden")
 
 
+#: of a batch, beside its tokens
+GIVEN = ("position_ids", "labels", "loss_mask", "seq_idx", "teacher_values", "teacher_ids")
+
+
 def distillation_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """One forward pass: float32 [5], the sums that `TERMS` names, on the last pipeline stage."""
-    return model(
-        input_ids=batch["tokens"],
-        position_ids=batch["position_ids"],
-        labels=batch.get("labels"),
-        loss_mask=batch.get("loss_mask"),
-        seq_idx=batch.get("seq_idx"),
-    )
+    return model(input_ids=batch["tokens"], **{name: batch.get(name) for name in GIVEN})
 
 
 @dataclass
@@ -57,15 +62,17 @@ class DistillationConfig(NemotronHConfig):
         temperature, reverse, kl_weight, lm_weight, top_k: see `ops.distillation_loss.Objective`.
         hidden_weight: of 1 - cosine between both models' states before the output layer (after the final norm), which
             must be equally wide.
+        teacher_logits: the folder of a cache of the teacher's logits; no teacher is loaded.
     """
 
-    teacher: str = ""
+    teacher: str | None = None
     temperature: float = 1.0
     reverse: bool = False
     kl_weight: float = 1.0
     lm_weight: float = 0.0
     hidden_weight: float = 0.0
     top_k: int | None = None
+    teacher_logits: str | None = None
     forward_step_fn: Callable = distillation_step
 
     @property
@@ -81,40 +88,59 @@ class DistillationConfig(NemotronHConfig):
             raise UserError(f"distill: {error}") from error
 
     @cached_property
+    def stored(self) -> Header | None:
+        """What the cache `teacher_logits` was written for; None without one.
+
+        Errors:
+            UserError: there is none, or it is not readable.
+        """
+        return None if self.teacher_logits is None else read_header(Path(self.teacher_logits).expanduser())
+
+    @cached_property
     def teacher_checkpoint(self) -> Path:
         """The checkpoint that `teacher` means now.
 
         Errors:
             UserError: there is none, or a file is missing or has another size.
         """
-        return find_checkpoint(Path(self.teacher).expanduser())
+        return find_checkpoint(Path(self.teacher or "").expanduser())
 
     @cached_property
     def teacher_definition(self) -> ModelDefinition:
         """The model that the teacher's record describes."""
+        if self.stored is not None:
+            return read_definition(self.stored.teacher, f"cache {self.teacher_logits}")
         return read_definition(read_record(self.teacher_checkpoint), f"checkpoint {self.teacher_checkpoint}")
 
     def definitions(self) -> dict[str, ModelDefinition]:
-        """Student and teacher."""
-        return {"student": self.definition(), "teacher": self.teacher_definition}
+        """Student and teacher; a teacher whose logits are stored takes no products."""
+        teacher = {} if self.stored else {"teacher": self.teacher_definition}
+        return {"student": self.definition(), **teacher}
 
     def record(self) -> dict[str, Any]:
         """The teacher's checkpoint, its model, and one hash over those of its weights' files."""
+        if self.stored is not None:
+            return {"teacher": {**self.stored.teacher, "logits": self.teacher_logits}}
+        return {"teacher": self.known_teacher()}
+
+    def known_teacher(self) -> dict[str, Any]:
+        """As `record` has it, of `teacher`; empty where its logits are stored and it is not on this machine."""
+        if self.stored is not None and not (self.teacher and Path(self.teacher).expanduser().exists()):
+            return {}
         checkpoint = self.teacher_checkpoint
         listed = json.loads((checkpoint / checkpoints.INTEGRITY).read_text())
         hashes = sorted((name, digest) for name, (_, digest) in listed.items() if name.startswith(f"{WEIGHTS}/"))
+        definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
         return {
-            "teacher": {
-                "checkpoint": str(checkpoint),
-                "model": dataclasses.asdict(self.teacher_definition),
-                "weights": hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
-            }
+            "checkpoint": str(checkpoint),
+            "model": dataclasses.asdict(definition),
+            "weights": hashlib.sha256(json.dumps(hashes).encode()).hexdigest(),
         }
 
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
     ) -> DistillingModel:
-        """Build this rank's part of both models and load the teacher's weights.
+        """Build this rank's part of both models and load the teacher's weights, unless its logits are stored.
 
         Errors:
             UserError: the tokenizer has another vocabulary; the teacher's weights are not readable.
@@ -122,11 +148,13 @@ class DistillationConfig(NemotronHConfig):
         self.check_tokenizer(tokenizer)
         first = parallel_state.is_pipeline_first_stage() if pre_process is None else pre_process
         last = parallel_state.is_pipeline_last_stage() if post_process is None else post_process
-        model = self.megatron_model(DistillingModel, first, last, teacher=self._teacher_model(first, last))
+        teacher = None if self.stored else self.teacher_model(first, last)
+        model = self.megatron_model(DistillingModel, first, last, teacher=teacher)
         model.initialize(self.init_seed)
         return model
 
-    def _teacher_model(self, pre_process: bool, post_process: bool) -> NemotronHMegatronModel:
+    def teacher_model(self, pre_process: bool, post_process: bool) -> NemotronHMegatronModel:
+        """This rank's part of the teacher, frozen, with its weights."""
         config = self.of_definition(
             self.teacher_definition,
             perform_initialization=False,
@@ -156,22 +184,27 @@ class DistillingModel(NemotronHMegatronModel):
     """The student, with its teacher beside it.
 
     Args:
-        teacher: this rank's part of it, frozen.
+        teacher: this rank's part of it, frozen; None where its logits come with the batches.
     """
 
-    def __init__(self, config: DistillationConfig, teacher: NemotronHMegatronModel, **options: Any) -> None:
+    def __init__(
+        self, config: DistillationConfig, teacher: NemotronHMegatronModel | None = None, **options: Any
+    ) -> None:
         super().__init__(config, **options)
         self._beside = (teacher,)  # in a tuple, where torch does not look for submodules
         self.objective = config.objective
 
     @property
-    def teacher(self) -> NemotronHMegatronModel:
+    def teacher(self) -> NemotronHMegatronModel | None:
         """This rank's part of the frozen model."""
         return self._beside[0]
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
         """What the stage before sent: both models' states, [sequence, batch, student's width + teacher's]."""
         (received,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        if self.teacher is None:
+            self.decoder.set_input_tensor(received)
+            return
         own = beside = None
         if received is not None:
             own, beside = received.split([self.config.hidden_size, self.teacher.config.hidden_size], dim=-1)
@@ -186,6 +219,8 @@ class DistillingModel(NemotronHMegatronModel):
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        teacher_values: Tensor | None = None,
+        teacher_ids: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """Both models' layers of this stage, and on the last the loss.
@@ -193,20 +228,29 @@ class DistillingModel(NemotronHMegatronModel):
         Args:
             input_ids, position_ids, labels, seq_idx: as `NemotronHMegatronModel.forward`.
             loss_mask: float [batch, sequence], the weight of each token.
+            teacher_values, teacher_ids: of a teacher that is stored, [batch, sequence, k]: its k largest logits and
+                their tokens; without tokens the logits of the whole vocabulary, of all ranks.
         Returns:
             float32 [5] on the last stage, the sums that `TERMS` names; else both models' states side by side.
         """
-        with torch.no_grad():
-            beside = self.teacher.hidden_states(input_ids, position_ids, seq_idx)
+        beside = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                beside = self.teacher.hidden_states(input_ids, position_ids, seq_idx)
         hidden = self.hidden_states(input_ids, position_ids, seq_idx)
         if not self.post_process:
-            return torch.cat([hidden, beside.to(hidden.dtype)], dim=-1)
+            return hidden if beside is None else torch.cat([hidden, beside.to(hidden.dtype)], dim=-1)
         weights = loss_mask.transpose(0, 1).reshape(-1).float()
-        own, theirs = self._whole(hidden), self._whole(beside)
+        own = self._whole(hidden)
+        if beside is None:
+            theirs, teacher = None, self._stored_teacher(teacher_values, teacher_ids)
+        else:
+            theirs = self._whole(beside)
+            teacher = HiddenTeacher(theirs, self.teacher.output_layer.weight)
         found = distillation_loss(
             own,
             self.output_layer.weight,
-            HiddenTeacher(theirs, self.teacher.output_layer.weight),
+            teacher,
             labels.transpose(0, 1).reshape(-1),
             weights,
             self.objective,
@@ -220,6 +264,15 @@ class DistillingModel(NemotronHMegatronModel):
             total = total + self.config.hidden_weight * _shared(apart, self.pg_collection.tp.size())
         kl, lm = (weights * found.kl).sum(), (weights * found.lm).sum()
         return torch.stack([total, weights.sum(), kl, lm, apart.detach()])
+
+    def _stored_teacher(self, values: Tensor, ids: Tensor | None) -> TeacherLogits | TopLogits:
+        """What the loss takes of a batch's logits: [tokens, k], or [tokens, this rank's part of the vocabulary]."""
+        values = values.transpose(0, 1).flatten(0, 1)
+        if ids is not None:
+            return TopLogits(values, ids.transpose(0, 1).flatten(0, 1).long())
+        width = self.output_layer.weight.shape[0]
+        first = self.pg_collection.tp.rank() * width
+        return TeacherLogits(values[:, first : first + width])
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """[tokens, hidden] of the whole sequence; gradients are summed over the ranks that hold the vocabulary."""
@@ -260,18 +313,9 @@ class DistillationReduction(MegatronLossReduction):
 class DistillationModel(NemotronHModel):
     """The Lightning module of a student that is distilled, over `DistillationConfig`."""
 
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, **batch: Tensor | None) -> Tensor:  # type: ignore[override]
         """As `DistillingModel.forward`."""
-        return self.module(
-            input_ids=input_ids, position_ids=position_ids, labels=labels, loss_mask=loss_mask, seq_idx=seq_idx
-        )
+        return self.module(**batch)
 
     @property
     def training_loss_reduction(self) -> DistillationReduction:

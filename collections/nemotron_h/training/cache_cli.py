@@ -1,0 +1,57 @@
+"""`nemotron-h distill-cache`: a teacher's logits on disk, so that distillations need not load the teacher."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def distill_cache(
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A shipped recipe (nemotron_h_tiny), or the path of a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Values to change: distill.teacher_logits=runs/logits distill.top_k=64 parallel.devices=8."
+        ),
+    ] = None,
+) -> None:
+    """Write the teacher's logits for every window of a distillation, so that training loads no teacher.
+
+    The recipe's distill.teacher_logits names the folder, distill.top_k how many logits of each token are kept. Run it
+    again after an interruption and it goes on. With parallel.devices above 1 it starts that many processes, on this
+    machine alone.
+    """
+    import dataclasses
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from nemotron_h.compose import compose, known_recipes
+    from nemotron_h.errors import UserError
+    from nemotron_h.recipe.text import to_yaml
+
+    full = f"{name}/distill"
+    recipe = compose(full if full in known_recipes() else name, overrides or ())
+    if recipe.stage != "distill":
+        raise UserError(f"{name} is a recipe of stage {recipe.stage}", hint="name a recipe of stage distill")
+    if not recipe.distill.teacher_logits:
+        raise UserError(
+            f"{name}: distill.teacher_logits is not set: where would the cache be?",
+            hint="add distill.teacher_logits=DIR here, and the same to the recipe that trains",
+        )
+    if recipe.parallel.devices == 1:
+        from nemotron_h.training.cache_teacher import write
+
+        write(recipe, Console(highlight=False, soft_wrap=True))
+        return
+    file = Path(recipe.distill.teacher_logits).expanduser() / "recipe.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(to_yaml(dataclasses.asdict(recipe)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={recipe.parallel.devices}", "-m", "nemotron_h.training.cache_teacher", str(file)]
+    raise typer.Exit(subprocess.run(command).returncode)
