@@ -24,12 +24,19 @@ from nemotron_h.training import launch
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tiny_pipeline.Tiny]:
+def forks() -> Iterator[Forks]:
+    """Runs programs of one rank or more, without importing NeMo for each."""
+    made = Forks()
+    yield made
+    if made.process is not None:
+        made.process.kill()  # leaving by itself takes it seconds
+        made.process.wait()
+
+
+@pytest.fixture(scope="session")
+def tiny(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tiny_pipeline.Tiny:
     """Text, a trained parent and the recipe of its compression; nothing of that has run yet."""
-    forks = Forks()
-    yield tiny_pipeline.write(tmp_path_factory.mktemp("tiny"), forks)
-    forks.process.kill()  # leaving by itself takes it seconds
-    forks.process.wait()
+    return tiny_pipeline.write(tmp_path_factory.mktemp("tiny"), forks)
 
 
 @pytest.fixture

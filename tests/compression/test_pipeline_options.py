@@ -33,11 +33,14 @@ class Played:
         return run.folder
 
 
-def compress(tiny: Tiny, folder: Path, *overrides: str) -> tuple[Any, Played]:
-    """Run the pipeline in a folder of its own."""
+def compress(tiny: Tiny, folder: Path, *overrides: str, last: str = "export") -> tuple[Any, Played]:
+    """Run the pipeline in a folder of its own, up to a stage."""
     played = Played()
     made = tiny.made(f"log.dir={folder}", *overrides, train=played)
-    made.pipeline.run()
+    for stage in made.pipeline.stages:
+        made.pipeline.run(stage.name)
+        if stage.name == last:
+            break
     return made, played
 
 
@@ -98,14 +101,14 @@ def test_a_command_that_fails(tiny: Tiny, tmp_path: Path, body: str, message: st
 def test_a_measured_speed(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Anything is a hundredth as fast as the parent, and nothing a thousand times."""
     measured = ("minipuzzle.budget.speedup_by=measured", "minipuzzle.budget.speedup=0.01")
-    made, _ = compress(tiny, tmp_path, *measured)
+    made, _ = compress(tiny, tmp_path, *measured, last="score")
     rows = made.read("candidates", "candidates.json")
     assert len(rows) == 4
     assert all(0.1 < row["speedup"] < 10 for row in rows)
     # what was measured is kept, and decides: only the two of five layers stay
     speeds = {row["name"]: 2.0 if row["mamba"] + row["ffn"] == 4 else 1.0 for row in rows}
     monkeypatch.setattr(minipuzzle, "generation_speed", lambda model, _: speeds.get(model.definition.name[5:], 1.0))
-    made, _ = compress(tiny, tmp_path, measured[0], "minipuzzle.budget.speedup=1.5", "minipuzzle.short=1")
+    made, _ = compress(tiny, tmp_path, measured[0], "minipuzzle.budget.speedup=1.5", last="score")
     assert set(kept(made)) == {name for name, speed in speeds.items() if speed == 2}
     with pytest.raises(UserError, match=r"minipuzzle.budget.speedup = 1000: no candidate generates as fast") as raised:
         compress(tiny, tmp_path, measured[0], "minipuzzle.budget.speedup=1000")
@@ -114,11 +117,11 @@ def test_a_measured_speed(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_where_the_long_distillation_starts(tiny: Tiny, tmp_path: Path) -> None:
-    made, played = compress(tiny, tmp_path)
+    made, played = compress(tiny, tmp_path, last="distil")
     winner = made.read("select", "winner.json")
     assert played.runs["small"].recipe.init.checkpoint == winner["pruned"]["checkpoint"]
     assert winner["pruned"]["checkpoint"].endswith("-pruned")
-    made, again = compress(tiny, tmp_path, "minipuzzle.start=short")
+    made, again = compress(tiny, tmp_path, "minipuzzle.start=short", last="distil")
     assert list(again.runs) == ["small"]  # the stages before do not depend on it
     assert again.runs["small"].recipe.init.checkpoint == winner["short"]["checkpoint"]
     assert winner["short"]["checkpoint"] == str(played.runs[winner["name"]].folder / "checkpoints" / "step-000001")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import plain_model
 import pytest
 import torch
 import yaml
+from forks import Forks
 from small_model import relative_error, small_config, small_model
 
 from nemotron_h.compression import slicing
@@ -208,11 +206,10 @@ def test_child_goes_on_as_any_other_model(parent: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_parent_of_two_tensor_parallel_ranks(tmp_path: Path, megatron: None) -> None:
-    worker = Path(__file__).parents[1] / "inference" / "save_checkpoint.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path), "tp2"], check=True, timeout=300, env=environment)
+def test_parent_of_two_tensor_parallel_ranks(tmp_path: Path, forks: Forks, megatron: None) -> None:
+    worker = str(Path(__file__).parents[1] / "inference" / "save_checkpoint.py")
+    code = forks.run(worker, str(tmp_path), "tp2", folder=tmp_path, name="save", ranks=2)
+    assert not code, (tmp_path / "save.err").read_text()[-3000:]
     child = child_of(tmp_path / "tp2")
     slicing.write_child(tmp_path / "tp2", child, tmp_path / "child", "half")
     expected = slicing.slice_model(load_model(tmp_path / "tp2"), child)
