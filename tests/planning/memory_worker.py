@@ -33,18 +33,21 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from small_models import as_definition  # noqa: E402
 
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.runtime import megatron_fixes  # noqa: E402
 from nemotron_h.schema import AdapterSchema  # noqa: E402
+from nemotron_h.training import distilling_model  # noqa: E402
+from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402
 
 STEPS = 2  # the first allocates the optimizer's state, the second is as all that follow
 
 
 @dataclasses.dataclass
 class Case:
-    """A model (the keyword arguments of `NemotronHConfig`), its layout, its batch on this rank, and its adapters (the
-    keyword arguments of `AdapterSchema`).
+    """A model (the keyword arguments of `NemotronHConfig`), its layout, its batch on this rank, its adapters (those of
+    `AdapterSchema`), and a teacher (as the model), which makes it a distillation.
     """
 
     name: str
@@ -58,6 +61,24 @@ class Case:
     distributed_optimizer: bool = True
     precision: str = "fp32"
     adapter: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None
+
+
+def mean_distillation(sums: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean over the tokens, of the sums that a distilling model returns."""
+    loss = sums[0] / sums[1]
+    return loss, {"loss": loss.detach().clone()}
+
+
+def distillation(config: NemotronHConfig, teacher: dict[str, Any]) -> DistillationConfig:
+    """The configuration of a student, with a teacher whose weights are drawn, not read."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    values.pop("forward_step_fn")
+    made = DistillationConfig(**values)
+    made.__dict__["teacher_definition"] = as_definition(teacher)
+    made.__dict__["teacher_checkpoint"] = None
+    distilling_model.load_weights = lambda model, _: model.initialize(2)
+    return made
 
 
 def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -83,6 +104,8 @@ def training_step(case: Case) -> Callable[[], None]:
         pipeline_model_parallel_size=case.pipeline,
         sequence_parallel=case.sequence,
     )
+    if case.teacher:
+        config = distillation(config, case.teacher)
     module = config.configure_model(None)
     if config.bf16:
         module = Float16Module(config, module)
@@ -105,6 +128,10 @@ def training_step(case: Case) -> Callable[[], None]:
 
     def forward(iterator: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         tokens = next(iterator)
+        if case.teacher:
+            mask = torch.ones(tokens.shape[0], tokens.shape[1] - 1)
+            labels = tokens[:, 1:].contiguous()
+            return model(input_ids=tokens[:, :-1], labels=labels, loss_mask=mask), mean_distillation
         return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:].contiguous()), mean_loss
 
     def step() -> None:

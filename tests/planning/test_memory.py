@@ -21,6 +21,7 @@ from nemotron_h.schema import AdapterSchema
 WORKER = Path(__file__).with_name("memory_worker.py")
 #: a small vocabulary moves the peak from the logits into the layers
 HYBRID = {**MODELS["hybrid"], "vocab_size": 512}
+TEACHER = {**MODELS["hybrid"], "hidden_size": 384, "hybrid_override_pattern": "M-M-M*-M-M-M-M-"}
 EVERYTHING = {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_attention": "layer"}
 
 
@@ -69,6 +70,14 @@ ONE_RANK: dict[str, dict[str, Any]] = {
         "seq_length": 1000,
         "adapter": adapter("lora"),
     },
+    "teacher": {
+        "model": {**HYBRID, "ffn_hidden_size": 512},
+        "seq_length": 1024,
+        "teacher": HYBRID,
+        "precision": "bf16",
+    },
+    "teacher, many logits": {"model": MODELS["hybrid"], "seq_length": 512, "micro_batch": 2, "teacher": TEACHER},
+    "teacher, chunks": {"model": MODELS["hybrid"], "seq_length": 6144, "teacher": TEACHER, "precision": "bf16"},
     "100M": {"model": proxy_100m(), "seq_length": 512},
 }
 TWO_RANKS: dict[str, dict[str, Any]] = {
@@ -108,8 +117,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
 
 def planned(case: dict[str, Any], ranks: int) -> tuple[ModelDefinition, Layout]:
     """What to plan for a case: the same model and layout, on the CPU."""
-    settings = {key: value for key, value in case.items() if key not in ("model", "adapter")}
+    settings = {key: value for key, value in case.items() if key not in ("model", "adapter", "teacher")}
     settings["adapter"] = AdapterSchema(**case.get("adapter", {}))
+    if "teacher" in case:
+        settings["teacher"] = as_definition(case["teacher"])
     settings |= {key: value for key, value in case["model"].items() if key.startswith("recompute_")}
     data = ranks // (case.get("tensor", 1) * case.get("pipeline", 1))
     layout = Layout(**{"precision": "fp32", **settings}, data=data, backend="cpu")
@@ -181,12 +192,14 @@ def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
 
 
 def test_constants_are_the_code_s() -> None:
-    from nemotron_h.ops import select, ssd
+    from nemotron_h.ops import distillation_loss, select, ssd
     from nemotron_h.planning import flops, memory
 
     assert memory.KERNEL_CHUNK == flops.CHUNK == select.KERNEL_CHUNK
     assert memory.CPU_CHUNK == ssd.CPU_CHUNK
     assert memory.CPU_SEGMENT_ELEMENTS == ssd.SEGMENT_ELEMENTS
+    assert memory.LOSS_CHUNK == distillation_loss.CHUNK_ELEMENTS
+    assert memory.LOSS_BLOCK == distillation_loss.BLOCK_ELEMENTS
 
 
 def test_states_on_a_gpu() -> None:

@@ -18,6 +18,7 @@ from nemotron_h.cli import app
 from nemotron_h.compose import compose, known_recipes
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import definition_from_dict
+from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import gpu
 from nemotron_h.planning.inference import BYTES, Serving, inference_memory
 from nemotron_h.planning.layouts import best, layout_of, relative_speed
@@ -258,3 +259,30 @@ def test_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 1, seconds
+
+
+# distillation
+
+
+def test_a_teacher_counts() -> None:
+    """The 56B beside the 47B: its weights on each of 8 ranks, a third of its step's operations, none from a cache."""
+    made = make_plan(compose("nemotron_h_47b/distill"))
+    alone = make_plan(compose("nemotron_h_47b/distill", ["distill.teacher_logits=runs/x", "distill.top_k=64"]))
+    assert made.layout.teacher == definition("nemotron_h_56b")
+    assert made.as_dict()["teacher"]["parameters"] == 56_324_350_464
+    assert made.teacher_flops.total == pytest.approx(flops_per_token(made.layout.teacher, 8192).total / 3)
+    longer = made.schedule.seconds / alone.schedule.seconds
+    assert longer == pytest.approx(1 + made.teacher_flops.total / made.flops.total)
+    # 2 bytes a weight, and a byte more where its product is in FP8
+    assert 2 <= made.largest.teacher / (56_324_350_464 / 8) <= 3
+    assert alone.layout.teacher is None
+    assert alone.largest.teacher == 0
+    # 10,014 steps and 8 validation batches of 768 windows, 388 bytes a token
+    assert alone.teacher_logits == (10_014 + 8) * 768 * 8192 * 388
+    assert made.teacher_logits == 0
+
+
+def test_a_teacher_of_unknown_size_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"distill\.teacher: runs/elsewhere is not on this machine") as error:
+        make_plan(compose("nemotron_h_47b/distill", ["distill.teacher=runs/elsewhere"]))
+    assert "distill.teacher=runs/nemotron_h_56b" in error.value.hint

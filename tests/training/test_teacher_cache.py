@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemotron_h.errors import UserError
+from nemotron_h.planning.teacher_logits import token_bytes
 from nemotron_h.training import teacher_cache as cache
 from nemotron_h.training.teacher_cache import Header
 from nemotron_h.training.teacher_shards import WithTeacher, kept_probability, text_digest, write_shard
@@ -100,9 +101,9 @@ def test_the_announced_size_is_that_of_the_files(tmp_path: Path, top_k: int | No
 
 def test_a_published_run_in_bytes() -> None:
     """By hand: 64 values of 2 bytes, ids of 4 (131,072 words), and 4 of the log-sum-exp."""
-    assert cache.token_bytes(64, 131_072, "bf16") == 64 * 6 + 4
-    assert cache.token_bytes(64, 65_536, "fp32") == 64 * 6 + 4
-    assert cache.token_bytes(None, 131_072, "fp8_current_scaling") == 2 * 131_072 + 4
+    assert token_bytes(64, 131_072, "bf16") == 64 * 6 + 4
+    assert token_bytes(64, 65_536, "fp32") == 64 * 6 + 4
+    assert token_bytes(None, 131_072, "fp8_current_scaling") == 2 * 131_072 + 4
 
 
 def test_files_that_are_missing_or_cut_off(folder: Path) -> None:

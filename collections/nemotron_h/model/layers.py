@@ -70,6 +70,10 @@ class _CpuProduct:
         plain = not args and all(kwargs[name] is None or kwargs[name] is False for name in extras)
         if plain and linear.takes(input, weight):
             return linear.linear(input, weight)
+        if not weight.requires_grad:
+            # torch multiplies each row with a copy of the weight unless its strides say that they follow on each other,
+            # which those of a transposed [1, sequence] do not
+            input = input.flatten().view(input.shape)
         return super()._forward_impl(input, weight, *args, **kwargs)
 
     def _fp8_product(

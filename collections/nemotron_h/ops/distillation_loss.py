@@ -167,13 +167,12 @@ class _DistillationLoss(torch.autograd.Function):
             logits = _product(hidden[rows], weight)
             chunk = _Chunk(logits, logits_of(teacher, rows, objective, group), labels[rows], objective, group)
             kl[rows], lm[rows] = chunk.measure()
-            if not differentiate:
-                continue
-            dlogits = chunk.gradient(token_weights[rows])
+            dlogits = chunk.gradient(token_weights[rows]) if differentiate else None
             if dhidden is not None:
                 dhidden[rows] = _product(dlogits, weight.t())
             if dweight is not None:
                 _add_product(dweight, dlogits, hidden[rows])
+            del logits, chunk, dlogits  # before the next chunk's are made
         ctx.dhidden, ctx.dweight = dhidden, dweight
         ctx.weight = weight if dweight is not None else None
         ctx.mark_non_differentiable(kl, lm)

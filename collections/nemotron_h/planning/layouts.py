@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter
-from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.model.definition import ModelDefinition, definition_from_dict
+from nemotron_h.model.stored import read_model
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import Layout, largest_stage
 from nemotron_h.precision.gemms import check_gemms
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema import ModelSchema, RecipeConfig
 
 #: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and products
 #: that get smaller)
@@ -48,7 +53,37 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         recompute_ffn=again.ffn,
         recompute_attention=again.attention,
         adapter=recipe.adapter,
+        teacher=teacher_of(recipe),
     )
+
+
+def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
+    """The model that a distillation loads beside its student: of the checkpoint that the recipe names, or, where that
+    is not on this machine, the shipped model of the run's name. None where none is loaded.
+
+    Errors:
+        UserError: the checkpoint is not here, and no shipped model has its name.
+    """
+    if recipe.stage != "distill" or recipe.distill.teacher_logits:
+        return None
+    path, origin = Path(recipe.distill.teacher).expanduser(), f"recipe {recipe.name}: distill.teacher"
+    shipped = Path(str(files("nemotron_h.configs"))) / "model" / f"{path.name}.yaml"
+    if not path.exists() and not shipped.is_file():
+        raise UserError(
+            f"{origin}: {path} is not on this machine, and no shipped model is called {path.name!r}: its size is "
+            "not known",
+            hint="name the teacher's checkpoint, or a run named as its model: distill.teacher=runs/nemotron_h_56b",
+        )
+    read = read_model(path if path.exists() else shipped, origin)
+    typed = OmegaConf.merge(OmegaConf.structured(ModelSchema), read)  # YAML takes 1e-5 for text
+    return definition_from_dict(OmegaConf.to_container(typed), origin)
+
+
+def step_flops(definition: ModelDefinition, layout: Layout) -> float:
+    """Operations of a step per token: forward and backward, and of a teacher the forward."""
+    adapted = {"adapter": layout.adapter, "micro_batch": layout.micro_batch}
+    own = flops_per_token(definition, layout.seq_length, **adapted).total
+    return own if layout.teacher is None else own + flops_per_token(layout.teacher, layout.seq_length, False).total
 
 
 def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
@@ -61,8 +96,7 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     tensor = 1 - TENSOR_COST * math.log2(layout.tensor)
     context = 1 - CONTEXT_COST * math.log2(layout.context)
     again = {name: getattr(layout, f"recompute_{name}") == "layer" for name in ("mamba", "attention", "ffn")}
-    adapted = {"adapter": layout.adapter, "micro_batch": layout.micro_batch}
-    model = flops_per_token(definition, layout.seq_length, **adapted).total
+    model = step_flops(definition, layout)
     recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again, layout.adapter))
     return pipeline * tensor * context * recompute
 
@@ -161,18 +195,19 @@ def refusal(definition: ModelDefinition, layout: Layout) -> str:
         check_adapter(layout.adapter, definition, "adapter", pipeline=layout.pipeline)
     except UserError:
         return "a pipeline stage has no layer with an adapter"
-    try:
-        check_gemms(
-            definition,
-            layout.precision,
-            seq_length=layout.seq_length,
-            micro_batch_size=layout.micro_batch,
-            tensor_parallel=layout.tensor,
-            sequence_parallel=layout.sequence,
-            bf16_edge_layers=layout.bf16_edge_layers,
-        )
-    except UserError:
-        return "FP8 does not take the widths of one rank"
+    for model in (definition, *([] if layout.teacher is None else [layout.teacher])):
+        try:
+            check_gemms(
+                model,
+                layout.precision,
+                seq_length=layout.seq_length,
+                micro_batch_size=layout.micro_batch,
+                tensor_parallel=layout.tensor,
+                sequence_parallel=layout.sequence,
+                bf16_edge_layers=layout.bf16_edge_layers,
+            )
+        except UserError:
+            return "FP8 does not take the widths of one rank"
     return ""
 
 
@@ -234,8 +269,10 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
     own = relative_speed(definition, layout)
     tokens = layout.seq_length * layout.micro_batch * layout.micro_batches * layout.data
     rows = []
-    for tensor in tensor_sizes(definition, gpu.per_node):
-        for pipeline in (n for n in (1, 2, 4, 8) if n <= definition.num_layers):
+    models = [definition, *([] if layout.teacher is None else [layout.teacher])]
+    sizes = set.intersection(*(set(tensor_sizes(model, gpu.per_node)) for model in models))
+    for tensor in sorted(sizes):
+        for pipeline in (n for n in (1, 2, 4, 8) if n <= min(model.num_layers for model in models)):
             for context in (1, 2):
                 replicas = layout.ranks // (tensor * pipeline * context)
                 shape = replace(layout, tensor=tensor, pipeline=pipeline, context=context, sequence=tensor > 1)

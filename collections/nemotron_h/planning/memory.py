@@ -38,6 +38,10 @@ VOCABULARY_MULTIPLE = 128
 KERNEL_CHUNK, CPU_CHUNK, CPU_SEGMENT_ELEMENTS = 128, 32, 1 << 18
 #: widths of one rank that the fused kernel takes are multiples of this (model/mixer.py)
 FUSED_ALIGNMENT = 8
+#: logits of one model that the loss of a distillation holds at once, and those of them in float32
+#: (ops/distillation_loss.py: CHUNK_ELEMENTS, BLOCK_ELEMENTS)
+LOSS_CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
+LOSS_BLOCK = {"cpu": 1 << 21, "cuda": 1 << 26}
 #: ours: workspaces of cuBLAS that Transformer Engine and torch allocate once
 GPU_WORKSPACE = 96 * 2**20
 
@@ -58,6 +62,7 @@ class Layout:
         recompute_mamba, recompute_ffn, recompute_attention: as the recipe's `recompute`.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
         backend: `gpu` or `cpu`.
+        teacher: of a distillation that loads it: a model that is split as the trained one, and only runs forward.
     """
 
     seq_length: int
@@ -76,6 +81,7 @@ class Layout:
     recompute_attention: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
+    teacher: ModelDefinition | None = None
 
     @property
     def ranks(self) -> int:
@@ -116,10 +122,11 @@ class StageMemory:
         gradients: float32 sums.
         optimizer: main weights and moments of this rank's share.
         buffers: what is allocated once and stays: communication and GEMM workspaces.
+        teacher: weights of a distillation's teacher, as `weights`.
         activations: kept for the backward pass at the peak, by layer type and for the `head` (logits and loss), of all
             micro-batches in flight.
         working: what the operation at the peak allocates.
-        at: where the peak lies: `head`, a layer type, or `optimizer`.
+        at: where the peak lies: `head`, a layer type, `teacher` (its forward), or `optimizer`.
     """
 
     stage: int
@@ -127,6 +134,7 @@ class StageMemory:
     gradients: int
     optimizer: int
     buffers: int
+    teacher: int = 0
     activations: dict[str, int] = field(default_factory=dict)
     working: int = 0
     at: str = ""
@@ -134,7 +142,7 @@ class StageMemory:
     @property
     def states(self) -> int:
         """What is there between steps."""
-        return self.weights + self.gradients + self.optimizer + self.buffers
+        return self.weights + self.gradients + self.optimizer + self.buffers + self.teacher
 
     @property
     def peak(self) -> int:
@@ -147,6 +155,7 @@ class StageMemory:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
+            "teacher": self.teacher,
             **{f"activations: {name}": size for name, size in self.activations.items()},
             "working": self.working,
             "buffers": self.buffers,
@@ -229,6 +238,7 @@ class _Rank:
         #: the residual stream, and the same gathered from all tensor-parallel ranks
         self.residual = whole // t if layout.sequence else whole
         self.gathered = whole if layout.sequence and t > 1 else 0
+        self.whole = whole
         self.norm_rows = self.tokens // (t if layout.sequence else 1) * 4
         self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
 
@@ -425,6 +435,31 @@ class _Rank:
         loss = 2 * self.logits if self.cpu and not self.float32 else 0
         return _Layer(entry + self.logits + small, max(product, loss))
 
+    def distilling_head(self, teacher_states: int) -> _Layer:
+        """The same of a distillation: the loss takes its gradients in the forward, chunk by chunk of tokens, and keeps
+        those of the states and of the output matrix (ops/distillation_loss.py).
+
+        Args:
+            teacher_states: bytes of the teacher's, gathered.
+        """
+        d = self.d
+        rows, where = padded_vocabulary(d, self.layout.tensor) // self.layout.tensor, "cpu" if self.cpu else "cuda"
+        chunk = min(self.tokens, max(1, LOSS_CHUNK[where] // rows))
+        block = 3 * 4 * min(LOSS_BLOCK[where], chunk * rows)  # both models' logits and their gap in float32
+        matrix = rows * d.hidden_size
+        entry = 2 * self.residual + self.norm_rows + self.gathered + teacher_states
+        product = chunk * d.hidden_size * self.e
+        if self.cpu:  # the gradient of the output matrix is summed through a copy
+            product = max(product, matrix * self.e + (product if self.float32 else 0))
+        kept = entry + self.whole + 4 * matrix + self.tokens * 32
+        return _Layer(kept, max(2 * chunk * rows * self.e + max(block, product), matrix * self.e))
+
+    def forward_peak(self, layers: range) -> int:
+        """The most that a pass without gradients holds in one of these layers, from its input to its output."""
+        again = replace(self.layout, recompute_mamba="none", recompute_ffn="none", recompute_attention="none")
+        rank = _Rank(self.d, again)
+        return max((rank.layer(index).kept + rank.residual for index in layers), default=0)
+
     def buffers(self, stage: int) -> int:
         """Allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs' workspaces and the stand-ins for
         weight gradients, one of each shape, that Transformer Engine returns where the product has summed them.
@@ -448,6 +483,10 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     trained = adapters if layout.frozen else base
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
     weights = _sized(layout, base, WEIGHT_BYTES) + _sized(layout, adapters, WEIGHT_BYTES)
+    beside = 0
+    if layout.teacher is not None:
+        beside = _sized(layout, rank_parameters(layout.teacher, layout, stage), WEIGHT_BYTES)
+        beside += _fp8_weights(layout.teacher, layout, stage) if layout.fp8 else 0  # as stored: no backward
     if layout.fp8:
         weights += 2 * _fp8_weights(definition, layout, stage)  # as stored and transposed
     states = StageMemory(
@@ -456,6 +495,7 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
         gradients=trained[0] * GRADIENT_BYTES,
         optimizer=math.ceil(_sized(layout, trained, OPTIMIZER_BYTES) / shards),
         buffers=rank.buffers(stage),
+        teacher=beside,
     )
     return max(_moments(definition, layout, states, rank), key=lambda moment: moment.peak)
 
@@ -471,16 +511,23 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
     stage, last = states.stage, states.stage == layout.pipeline - 1
     layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
     in_flight = min(layout.micro_batches, layout.pipeline - stage)  # one forward, one backward (1F1B)
+    teacher = None if layout.teacher is None else _Rank(layout.teacher, layout)
+    sent = rank.residual + (0 if teacher is None else teacher.residual)
     kept: dict[str, int] = {}
     made = [(LAYER_NAMES[definition.pattern[index]], rank.layer(index)) for index in layers]
     for name, layer in made:
         kept[name] = kept.get(name, 0) + layer.kept * in_flight
     if not last and rank.cpu:  # on a GPU its memory is freed once it is sent (runtime/gpu.py)
-        kept["stage output"] = rank.residual * in_flight
+        kept["stage output"] = sent * in_flight
     # between stages the next input is received before it is needed
-    received = rank.residual if layout.pipeline > 1 else 0
+    received = sent if layout.pipeline > 1 else 0
+    if teacher is not None:
+        # before the student's forward of the last micro-batch in flight
+        held = {name: size // in_flight * (in_flight - 1) for name, size in kept.items()}
+        theirs = teacher.forward_peak(pipeline_layers(teacher.d.num_layers, layout.pipeline)[stage])
+        yield replace(states, activations=held, working=theirs + received, at="teacher")
     if last:
-        head = rank.head()
+        head = rank.head() if teacher is None else rank.distilling_head(teacher.whole)
         yield replace(states, activations={**kept, "head": head.kept}, working=head.backward + received, at="head")
     for symbol in {definition.pattern[index] for index in layers}:
         lengths = rank.lengths(matrix for matrix, owner in TARGETS.items() if owner == symbol)

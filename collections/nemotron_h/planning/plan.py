@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.data.blend import load_blend
+from nemotron_h.data.phases import Horizon
 from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import trained_parameters
 from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition
 from nemotron_h.planning.flops import FlopsByPart, flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import BYTES, InferenceMemory, Serving, inference_memory
-from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, sweep
-from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, plan_memory
+from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_flops, sweep
+from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, padded_vocabulary, plan_memory
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
+from nemotron_h.planning.teacher_logits import token_bytes
 from nemotron_h.precision.gemms import GemmGroup, fold, gemm_table
 from nemotron_h.schema import RecipeConfig
 
@@ -34,6 +36,8 @@ class Plan:
         mfu: model FLOPs utilisation assumed, of the peak of the recipe's precision.
         mfu_source: where that is from.
         flops: per token, forward and backward.
+        teacher_flops: of a distillation's teacher per token, forward alone; None where none is loaded.
+        teacher_logits: bytes of the cache of a teacher's logits that the recipe names; 0 where it names none.
         stages: memory of one rank of every pipeline stage.
         remedies: settings that make it fit; empty where it does, or nothing tried helps.
         schedule: steps, phases, time.
@@ -52,6 +56,8 @@ class Plan:
     mfu: float
     mfu_source: str
     flops: FlopsByPart
+    teacher_flops: FlopsByPart | None
+    teacher_logits: int
     stages: list[StageMemory]
     remedies: list[Remedy]
     schedule: Schedule
@@ -90,6 +96,12 @@ class Plan:
         """Other layouts of the same batch on the same GPUs, fastest first."""
         return sweep(self.definition, self.layout, self.gpu, self.schedule.tokens_per_second)
 
+    def _teacher(self) -> dict[str, Any] | None:
+        model = self.layout.teacher
+        if model is None:
+            return None
+        return {"model": model.name, "parameters": model.parameters, "flops_per_token": self.teacher_flops.total}
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values; bytes, seconds and operations are numbers."""
         schedule = self.schedule
@@ -101,7 +113,8 @@ class Plan:
             "trained_parameters": self.trained,
             "layers": self.layers(),
             "flops_per_token": {**asdict(self.flops), "total": self.flops.total, "linear": self.flops.linear},
-            "layout": {**asdict(self.layout), "ranks": self.layout.ranks},
+            "teacher": self._teacher(),
+            "layout": {**asdict(replace(self.layout, teacher=None)), "ranks": self.layout.ranks},
             "gpu": asdict(self.gpu),
             "memory": {
                 "stages": [{**asdict(stage), "peak": stage.peak} for stage in self.stages],
@@ -125,6 +138,7 @@ class Plan:
                 "checkpoints": schedule.checkpoints,
             },
             "checkpoint_bytes": self.checkpoint,
+            "teacher_logits_bytes": self.teacher_logits,
             "inference": {
                 "context": self.context,
                 "bf16": {**asdict(self.inference), "total": self.inference.total},
@@ -169,7 +183,7 @@ def make_plan(
     flops = flops_per_token(
         definition, recipe.data.seq_length, adapter=recipe.adapter, micro_batch=recipe.data.micro_batch_size
     )
-    stages = plan_memory(definition, layout)
+    stages, teacher = plan_memory(definition, layout), layout.teacher
     fits = max(stage.peak for stage in stages) <= device.memory
     tokens_per_step = recipe.data.seq_length * recipe.data.global_batch_size
     table = gemm_table(
@@ -187,6 +201,8 @@ def make_plan(
         mfu=assumed,
         mfu_source=source,
         flops=flops,
+        teacher_flops=None if teacher is None else flops_per_token(teacher, recipe.data.seq_length, training=False),
+        teacher_logits=_cache_bytes(recipe, definition, layout, origin),
         stages=stages,
         remedies=[] if fits else remedies(definition, layout, device),
         schedule=plan_schedule(
@@ -194,7 +210,7 @@ def make_plan(
             tokens_per_step=tokens_per_step,
             warmup_tokens=count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin),
             phases=load_blend(recipe.data.blend).phases,
-            tokens_per_second=layout.ranks * device.peak(recipe.precision) * assumed / flops.total,
+            tokens_per_second=layout.ranks * device.peak(recipe.precision) * assumed / step_flops(definition, layout),
             gpus=layout.ranks,
             checkpoint_every=recipe.checkpoint.every_steps,
             start=start,
@@ -206,6 +222,17 @@ def make_plan(
         inference_fp4=inference_memory(definition, Serving(context, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"])),
         gemms=fold(table),
     )
+
+
+def _cache_bytes(recipe: RecipeConfig, definition: ModelDefinition, layout: Layout, origin: str) -> int:
+    """Bytes of the teacher's logits on disk, where the recipe reads them from there."""
+    if recipe.stage != "distill" or not recipe.distill.teacher_logits:
+        return 0
+    data = recipe.data
+    steps = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size).steps
+    windows = (steps + recipe.log.validation_batches) * data.global_batch_size
+    vocabulary = padded_vocabulary(definition, layout.tensor)
+    return windows * data.seq_length * token_bytes(recipe.distill.top_k, vocabulary, recipe.precision)
 
 
 def parts_by_stage(stages: Sequence[StageMemory]) -> list[str]:

@@ -55,6 +55,8 @@ def show(plan: Plan, console: Console) -> None:
     table = _table(console, "On disk", "", "size")
     table.add_row("checkpoint to resume from", gib(total))
     table.add_row("its adapters alone" if plan.layout.frozen else "its weights alone", gib(plan.checkpoint["weights"]))
+    if plan.teacher_logits:
+        table.add_row("the teacher's logits", gib(plan.teacher_logits))
     console.print(table)
     console.print(f"{schedule.checkpoints:,} checkpoints are written, {kept}\n")
     table = _table(console, f"Inference, one sequence of {plan.context:,} tokens", "", "BF16", "FP4")
@@ -86,7 +88,15 @@ def _show_model(plan: Plan, console: Console) -> None:
             table.add_row(name.replace("_", " "), f"{getattr(plan.flops, name) / 1e9:,.3f}", f"{share:.1%}")
     table.add_row("all", f"{plan.flops.total / 1e9:,.3f}", "")
     table.add_row("  in the layers' linear projections", f"{plan.flops.linear / 1e9:,.3f}", "")
-    console.print(table, "")
+    console.print(table)
+    teacher = plan.layout.teacher
+    if teacher is not None:
+        console.print(
+            f"and {plan.teacher_flops.total / 1e9:,.3f} GFLOP in the forward of the teacher {teacher.name}, "
+            f"{teacher.parameters:,} parameters",
+            soft_wrap=True,
+        )
+    console.print()
 
 
 def _show_gemms(plan: Plan, console: Console) -> None:

@@ -38,6 +38,7 @@ from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
 from nemotron_h.ops.distillation_loss import HiddenTeacher  # noqa: E402
 from nemotron_h.ops.teacher_logits import kept_logits  # noqa: E402
 from nemotron_h.planning.show import gib  # noqa: E402
+from nemotron_h.planning.teacher_logits import ids_dtype  # noqa: E402
 from nemotron_h.runtime import cpu, megatron_fixes  # noqa: E402
 from nemotron_h.schema import RecipeConfig  # noqa: E402
 from nemotron_h.training import checkpoints, distill, teacher_cache  # noqa: E402
@@ -210,7 +211,7 @@ def _of(teacher: NemotronHMegatronModel, items: list[dict[str, Any]], header: He
             # [tokens, k] are [sequence, batch, k]
             value = value.unflatten(0, hidden.shape[:2]).transpose(0, 1)
             if name == "ids":
-                value = value.to(getattr(torch, teacher_cache.ids_dtype(header.vocabulary)))
+                value = value.to(getattr(torch, ids_dtype(header.vocabulary)))
             yield name, value.cpu().contiguous()
     yield "text", torch.tensor([text_digest(item["tokens"]) for item in items])
 

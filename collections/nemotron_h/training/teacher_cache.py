@@ -20,33 +20,15 @@ from typing import Any
 from nemotron_h.data.manifest import write_json
 from nemotron_h.data.plan import DataPlan, compare
 from nemotron_h.errors import UserError
+from nemotron_h.planning.teacher_logits import ids_dtype, token_bytes, value_dtype
 
 FORMAT = 1
 HEADER = "cache.json"
 SPLITS = ("train", "validation")
-VALUE_BYTES = {"float32": 4, "bfloat16": 2}
 #: of the number that tells a window's text from others
 TEXT_BYTES = 8
 #: ours: a file is at most about so large, and at most this part of the run: what an interruption may lose
 SHARD_BYTES, SHARDS = 128 << 20, 20
-
-
-def ids_dtype(vocabulary: int) -> str:
-    """The integers that token numbers are kept in."""
-    return "uint16" if vocabulary <= 1 << 16 else "int32"
-
-
-def value_dtype(precision: str) -> str:
-    """The dtype of a run's logits: kept as they are, so that a run from the cache is the run without it."""
-    return "float32" if precision == "fp32" else "bfloat16"
-
-
-def token_bytes(top_k: int | None, vocabulary: int, precision: str) -> int:
-    """Bytes on disk of one token: logits, which tokens, and their log-sum-exp in float32."""
-    value = VALUE_BYTES[value_dtype(precision)]
-    if top_k is None:
-        return vocabulary * value + 4
-    return top_k * (value + (2 if ids_dtype(vocabulary) == "uint16" else 4)) + 4
 
 
 @dataclass(frozen=True)
