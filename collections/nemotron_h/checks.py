@@ -310,6 +310,11 @@ def check_distill(recipe: RecipeConfig, origin: str) -> None:
             "a cache is of one",
             hint="leave it out",
         )
+    if recipe.stage == "minipuzzle" and chosen.hidden_layers:
+        raise UserError(
+            f"{origin}: distill.hidden_layers is unused: the students of a compression have different layers",
+            hint="leave it out: with distill.hidden_weight the states before the output layer are compared",
+        )
     if chosen.teacher_logits and chosen.hidden_weight:
         raise UserError(
             f"{origin}: distill.hidden_weight with distill.teacher_logits: the cache holds logits, no states",
@@ -323,6 +328,7 @@ def check_distill(recipe: RecipeConfig, origin: str) -> None:
     for key, value in weights.items():
         if value < 0:
             raise UserError(f"{origin}: distill.{key} = {value} is negative")
+    _check_hidden_layers(recipe, origin)
     if not chosen.kl_weight + chosen.lm_weight > 0:
         raise UserError(f"{origin}: distill.kl_weight and distill.lm_weight are 0: nothing would be learnt")
     if chosen.top_k is not None:
@@ -335,6 +341,29 @@ def check_distill(recipe: RecipeConfig, origin: str) -> None:
             raise UserError(
                 f"{origin}: distill.top_k with distill.reverse: that KL is infinite where the teacher has no mass",
                 hint="leave one of them out",
+            )
+
+
+def _check_hidden_layers(recipe: RecipeConfig, origin: str) -> None:
+    """Pairs of layers, of which the student has the first."""
+    chosen, layers = recipe.distill, len(recipe.model.pattern)
+    if chosen.hidden_layers and not chosen.hidden_weight:
+        raise UserError(f"{origin}: distill.hidden_layers is unused: distill.hidden_weight is 0", hint="leave it out")
+    if chosen.hidden_layers and recipe.parallel.pipeline > 1:
+        raise UserError(
+            f"{origin}: distill.hidden_layers with parallel.pipeline = {recipe.parallel.pipeline}: a pair's layers are "
+            "on different stages",
+            hint="split the models over tensor-parallel ranks, or leave distill.hidden_layers out",
+        )
+    for pair in chosen.hidden_layers:
+        if len(pair) != 2:
+            raise UserError(
+                f"{origin}: distill.hidden_layers has {pair}", hint="a pair is [layer of the student, of the teacher]"
+            )
+        if not 0 <= pair[0] < layers:
+            raise UserError(
+                f"{origin}: distill.hidden_layers has {pair}: {recipe.model.name} has layers 0 to {layers - 1}",
+                hint="the first number of a pair is the student's layer",
             )
 
 

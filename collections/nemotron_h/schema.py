@@ -231,7 +231,10 @@ class DistillSchema:
         temperature: both models' logits are divided by it in the KL.
         reverse: KL(student || teacher) instead of KL(teacher || student).
         kl_weight, lm_weight: of the KL, and of the cross entropy with the text.
-        hidden_weight: of the distance between both models' states before the output layer, which are equally wide.
+        hidden_weight: of the distance between both models' states. A student of another width learns a projection of
+            its states to the teacher's width, which is no part of the child.
+        hidden_layers: whose outputs are compared: pairs of a student's layer and a teacher's, numbered from 0. Empty
+            compares the states before the output layer.
         top_k: null, or how many of the teacher's likeliest tokens its distribution is cut to.
         teacher_logits: null, or the folder of a cache of the teacher's logits, which `nemotron-h distill-cache` writes:
             training reads it and loads no teacher.
@@ -243,6 +246,7 @@ class DistillSchema:
     kl_weight: float = 1.0
     lm_weight: float = 0.0
     hidden_weight: float = 0.0
+    hidden_layers: list[list[int]] = field(default_factory=list)
     top_k: int | None = None
     teacher_logits: str | None = None
 

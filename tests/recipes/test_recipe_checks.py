@@ -44,6 +44,32 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (DISTILL, ["distill.lm_weight=-1"], ("distill.lm_weight = -1.0 is negative",)),
         (DISTILL, ["distill.kl_weight=0"], ("nothing would be learnt",)),
         (DISTILL, ["distill.top_k=9000"], ("distill.top_k = 9000 is not between 1", "8,192")),
+        (
+            DISTILL,
+            ["distill.teacher_logits=runs/x", "distill.hidden_weight=1"],
+            ("distill.hidden_weight with distill.teacher_logits", "leave one of them out"),
+        ),
+        (
+            "nemotron_h_tiny/minipuzzle",
+            ["distill.teacher_logits=runs/x"],
+            ("distill.teacher_logits is unused", "leave it out"),
+        ),
+        (DISTILL, ["distill.hidden_layers=[[0,1]]"], ("distill.hidden_layers is unused", "hidden_weight is 0")),
+        (
+            DISTILL,
+            ["distill.hidden_weight=1", "distill.hidden_layers=[[99,1]]"],
+            ("distill.hidden_layers has [99, 1]", "has layers 0 to", "the student's layer"),
+        ),
+        (
+            DISTILL,
+            ["distill.hidden_weight=1", "distill.hidden_layers=[[1]]"],
+            ("distill.hidden_layers has [1]", "[layer of the student, of the teacher]"),
+        ),
+        (
+            DISTILL,
+            ["distill.hidden_weight=1", "distill.hidden_layers=[[0,1]]", "parallel.devices=2", "parallel.pipeline=2"],
+            ("distill.hidden_layers with parallel.pipeline = 2", "tensor-parallel"),
+        ),
         (DISTILL, ["distill.top_k=5", "distill.reverse=true"], ("distill.top_k with distill.reverse", "infinite")),
         (DISTILL, ["model=runs/none"], ("model = runs/none: there is no such file or checkpoint",)),
         (TINY, ["data.too_long=drop"], ("data.too_long is unused",)),

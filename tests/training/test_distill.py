@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,47 @@ def test_a_teacher_teaches_itself_nothing(distilled: Small) -> None:
     assert own["lm"] < math.log(512) - 0.5  # what twelve steps of training reached
 
 
+HIDDEN = ["model.config.hidden_weight=0.5", "model.config.hidden_layers=[[0,2],[2,4]]"]
+NARROW = (("hidden_size: 64", "hidden_size: 32"), ("parameters: 116568", "parameters: 56792"))
+
+
+def test_states_through_a_projection(distilled: Small) -> None:
+    """Of a narrower student: killed and resumed it is the straight run; the projection is not in what others read."""
+    from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+    from nemotron_h.inference.model import load_model
+    from nemotron_h.training.distill import ResumeDistillation
+    from nemotron_h.training.distilling_model import DistillationConfig
+
+    def train(name: str, *options: str, **how: Any) -> subprocess.CompletedProcess:
+        return distilled.train(name, *HIDDEN, *options, recipe=distill_recipe(distilled, name, *NARROW), **how)
+
+    train("kd_states")
+    assert train("kd_states_resumed", "kill=4", check=False).returncode < 0
+    assert "resumed at step 3" in train("kd_states_resumed").stdout
+    assert distilled.steps("kd_states_resumed") == distilled.steps("kd_states")
+    checkpoint = find_checkpoint(distilled.run_dir("kd_states"))
+    record = read_record(checkpoint)
+    assert record["hidden_projection"] == [64, 32]
+    first, last = (
+        json.loads((at / "run.json").read_text())["metrics"] for at in (checkpoint.parent / "step-000003", checkpoint)
+    )
+    assert last["hidden"] < first["hidden"] < 1
+    definition = read_definition(record, "kd_states")
+    assert sum(torch.Size(s).numel() for s in WeightFile(checkpoint).shapes.values()) == definition.parameters
+    load_model(checkpoint)
+    config = DistillationConfig(teacher=str(distilled.run_dir("straight")), num_attention_heads=4, mamba_num_heads=4)
+    with pytest.raises(UserError, match=r"with a projection of states \[64, 32\], now it would be none"):
+        ResumeDistillation._check_same_projection(checkpoint, config)
+
+    # the projection is whole on each of two tensor-parallel ranks
+    settings = ["trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=true"]
+    settings += ["trainer.devices=2", "trainer.max_steps=2", "optim.warmup_steps=1", "data.horizon_steps=6"]
+    train("kd_states_tensor", *settings, ranks=2)
+    split, whole = (distilled.steps(name)[1] for name in ("kd_states_tensor", "kd_states"))
+    for key in ("loss", "grad_norm"):
+        assert float.fromhex(split[key]) == pytest.approx(float.fromhex(whole[key]), rel=0.02)
+
+
 def test_refusals(distilled: Small, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
@@ -97,7 +140,9 @@ def test_refusals(distilled: Small, tmp_path: Path) -> None:
     refused("vocabulary of 512, the student of 1,024", vocab_size=1024)
     refused("temperature = 0 is not positive", temperature=0)
     refused("there is no checkpoint folder", teacher=str(tmp_path / "none"))
-    refused("64 wide in the teacher and 32 in the student", hidden_weight=1.0)
+    layers = {"hidden_weight": 1.0, "hidden_layers": [[0, 5]]}
+    refused(r"hidden_layers has \[0, 5\]: the teacher \(small\) has layers 0 to 4", **layers)
+    refused(r"hidden_layers has \[2, 0\]: the student .* has layers 0 to 1", **{**layers, "hidden_layers": [[2, 0]]})
 
     other = tmp_path / "step-000012"
     shutil.copytree(teacher, other)

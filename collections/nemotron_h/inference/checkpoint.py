@@ -25,6 +25,9 @@ from nemotron_h.model.definition import Expect, ModelDefinition
 from nemotron_h.training import checkpoints
 
 WEIGHTS = "weights"
+#: in the name of the one weight of a distillation that is no part of its student: it is kept to resume, and read by no
+#: other command
+PROJECTION = "hidden_projection"
 #: a weight that every whole checkpoint has; what stands before `decoder` in its key is the prefix of all keys
 _LAST_NORM = "decoder.final_norm.weight"
 _FIRST_PART = "decoder."
@@ -148,7 +151,7 @@ class WeightFile:
         tensors = {
             key.removeprefix(prefix): entry
             for key, entry in metadata.state_dict_metadata.items()
-            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata) and PROJECTION not in key
         }
         self.shapes = {name: tuple(entry.size) for name, entry in tensors.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}

@@ -158,6 +158,9 @@ class NemotronHStack(MambaStack):
     """megatron-core's hybrid stack with own weights' initialisation, uneven pipeline stages and `seq_idx`.
 
     megatron-core 0.15 gives every stage `num_layers // stages` layers, and so drops the remainder.
+
+    Attributes:
+        taps: number of a layer -> its output [sequence, batch, hidden] of the last pass, of layers that are in it.
     """
 
     def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **kwargs: object) -> None:
@@ -168,6 +171,7 @@ class NemotronHStack(MambaStack):
         super().__init__(config, submodules, **{**kwargs, "post_layer_norm": False})
         config.gradient_accumulation_fusion = before
         self.post_layer_norm = True
+        self.taps: dict[int, Tensor | None] = {}
         offset = pipeline_layers(config.num_layers, self.pp_group.size())[self.pp_group.rank()].start
         for index, layer in enumerate(self.layers):
             # Transformer layers derive their number from an even split
@@ -237,6 +241,8 @@ class NemotronHStack(MambaStack):
         mask = None if seq_idx is None else document_mask(seq_idx)
         for layer in self.layers:
             hidden_states = self._run_layer(layer, hidden_states, mask, seq_idx, rotary_pos_emb)
+            if layer.layer_number - 1 in self.taps:
+                self.taps[layer.layer_number - 1] = hidden_states
         if self.post_process:
             hidden_states = self.final_norm(hidden_states)
         return make_viewless_tensor(inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)

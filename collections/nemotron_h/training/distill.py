@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.errors import UserError
-from nemotron_h.inference.checkpoint import WeightFile, read_record
+from nemotron_h.inference.checkpoint import PROJECTION, WeightFile, read_record
 from nemotron_h.runtime import settings
 from nemotron_h.schema import RecipeConfig
 from nemotron_h.training.distilling_model import TERMS, DistillationConfig, DistillationModel
@@ -114,6 +114,7 @@ class ResumeDistillation(ResumeRun):
         trainer.callbacks.append(ReadTeacher() if config.stored else CheckTokenizer(config.teacher_checkpoint))
         if trainer.ckpt_path:
             self._check_same_teacher(Path(str(trainer.ckpt_path)), config)
+            self._check_same_projection(Path(str(trainer.ckpt_path)), config)
         if self._rank == 0:
             teacher = config.record()["teacher"]
             stored = f", its logits from {config.teacher_logits}" if config.stored else ""
@@ -133,6 +134,17 @@ class ResumeDistillation(ResumeRun):
                 hint="restore distill.teacher, or write this run elsewhere: log.explicit_log_dir=DIR",
             )
 
+    @staticmethod
+    def _check_same_projection(checkpoint: Path, config: DistillationConfig) -> None:
+        """Its optimizer's state belongs to the checkpoint."""
+        before, now = read_record(checkpoint).get(PROJECTION), config.record().get(PROJECTION)
+        if before != now:
+            raise UserError(
+                f"checkpoint {checkpoint} was distilled with a projection of states {before or 'of no size'}, now it "
+                f"would be {now or 'none'}",
+                hint="restore distill.hidden_weight, or write this run elsewhere: log.explicit_log_dir=DIR",
+            )
+
 
 def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
     """Student and teacher fit together and the teacher into the layout.
@@ -143,6 +155,8 @@ def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
     _ = config.objective
     if config.hidden_weight < 0:
         raise UserError(f"distill.hidden_weight = {config.hidden_weight} is negative")
+    if config.hidden_layers and trainer.strategy.pipeline_model_parallel_size > 1:
+        raise UserError("distill.hidden_layers with pipeline stages: a pair's layers are on different ones")
     if config.stored is not None:
         if config.hidden_weight:
             raise UserError(
@@ -159,12 +173,14 @@ def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
         raise UserError(f"distill.teacher: {error.message}", hint=error.hint) from error
     _check_vocabulary(config, f"{checkpoint}")
     teacher = config.teacher_definition
-    if config.hidden_weight and teacher.hidden_size != config.hidden_size:
-        raise UserError(
-            f"distill.hidden_weight compares states that are {teacher.hidden_size:,} wide in the teacher and "
-            f"{config.hidden_size:,} in the student",
-            hint="set it to 0",
-        )
+    for own, theirs in config.hidden_layers:
+        for whose, number, model in (("student", own, config.definition()), ("teacher", theirs, teacher)):
+            if not 0 <= number < model.num_layers:
+                raise UserError(
+                    f"distill.hidden_layers has [{own}, {theirs}]: the {whose} ({model.name}) has layers 0 to "
+                    f"{model.num_layers - 1}",
+                    hint="a pair is [layer of the student, layer of the teacher]",
+                )
     held = sum(torch.Size(shape).numel() for shape in WeightFile(checkpoint).shapes.values())
     padding = 2 * teacher.hidden_size * (_vocabulary_rows(checkpoint) - teacher.vocab_size)
     if held - padding != teacher.parameters:

@@ -11,13 +11,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -27,7 +26,15 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor, nn
 
 from nemotron_h.errors import UserError
-from nemotron_h.inference.checkpoint import WEIGHTS, WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.inference.checkpoint import (
+    PROJECTION,
+    WEIGHTS,
+    WeightFile,
+    find_checkpoint,
+    read_definition,
+    read_record,
+)
+from nemotron_h.model import init
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
 from nemotron_h.ops.distillation_loss import (
@@ -37,6 +44,7 @@ from nemotron_h.ops.distillation_loss import (
     TopLogits,
     distillation_loss,
 )
+from nemotron_h.ops.hidden_distance import hidden_distance
 from nemotron_h.training import checkpoints
 from nemotron_h.training.teacher_cache import Header, read_header
 
@@ -60,8 +68,10 @@ class DistillationConfig(NemotronHConfig):
     Attributes beyond the student's:
         teacher: a run's folder or one of its checkpoints.
         temperature, reverse, kl_weight, lm_weight, top_k: see `ops.distillation_loss.Objective`.
-        hidden_weight: of 1 - cosine between both models' states before the output layer (after the final norm), which
-            must be equally wide.
+        hidden_weight: of 1 - cosine between both models' states before the output layer (after the final norm). A
+            student of another width learns a projection to the teacher's.
+        hidden_layers: pairs of layers, student's and teacher's from 0, whose outputs are compared instead; the distance
+            is the mean over the pairs.
         teacher_logits: the folder of a cache of the teacher's logits; no teacher is loaded.
     """
 
@@ -71,6 +81,7 @@ class DistillationConfig(NemotronHConfig):
     kl_weight: float = 1.0
     lm_weight: float = 0.0
     hidden_weight: float = 0.0
+    hidden_layers: list[list[int]] = field(default_factory=list)
     top_k: int | None = None
     teacher_logits: str | None = None
     forward_step_fn: Callable = distillation_step
@@ -118,10 +129,18 @@ class DistillationConfig(NemotronHConfig):
         return {"student": self.definition(), **teacher}
 
     def record(self) -> dict[str, Any]:
-        """The teacher's checkpoint, its model, and one hash over those of its weights' files."""
+        """The teacher's checkpoint, its model, one hash over those of its weights' files; a projection's widths."""
         if self.stored is not None:
             return {"teacher": {**self.stored.teacher, "logits": self.teacher_logits}}
-        return {"teacher": self.known_teacher()}
+        projection = {} if self.projection is None else {PROJECTION: self.projection}
+        return {"teacher": self.known_teacher(), **projection}
+
+    @property
+    def projection(self) -> list[int] | None:
+        """Rows and columns of what brings the student's states to the teacher's width; None where nothing does."""
+        if not self.hidden_weight or self.teacher_definition.hidden_size == self.hidden_size:
+            return None
+        return [self.teacher_definition.hidden_size, self.hidden_size]
 
     def known_teacher(self) -> dict[str, Any]:
         """As `record` has it, of `teacher`; empty where its logits are stored and it is not on this machine."""
@@ -193,6 +212,37 @@ class DistillingModel(NemotronHMegatronModel):
         super().__init__(config, **options)
         self._beside = (teacher,)  # in a tuple, where torch does not look for submodules
         self.objective = config.objective
+        if teacher is not None:
+            self.decoder.taps = {own: None for own, _ in config.hidden_layers}
+            teacher.decoder.taps = {theirs: None for _, theirs in config.hidden_layers}
+        if self.post_process and config.projection is not None:
+            device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+            rows, columns = config.projection
+            self.hidden_projection = nn.Linear(columns, rows, bias=False, dtype=config.params_dtype, device=device)
+            self._register_load_state_dict_pre_hook(self._expect_no_projection)
+
+    def initialize(self, seed: int) -> None:
+        """As the plain model's; the projection keeps the size of states."""
+        super().initialize(seed)
+        if self.projection is not None:
+            init.fill(self.projection, PROJECTION, init.normal(self.config.hidden_size**-0.5), seed)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The student's, with the projection unless only the model's weights are asked for."""
+        state = super().sharded_state_dict(*args, **kwargs)
+        if self.state_part == "all":
+            return state
+        return {key: value for key, value in state.items() if PROJECTION not in key}
+
+    def _expect_no_projection(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Initial weights have none."""
+        state_dict.setdefault(f"{prefix}{PROJECTION}.weight", self.projection.detach())
+
+    @property
+    def projection(self) -> Tensor | None:
+        """[teacher's width, student's], on the last stage."""
+        layer = getattr(self, PROJECTION, None)
+        return None if layer is None else layer.weight
 
     @property
     def teacher(self) -> NemotronHMegatronModel | None:
@@ -258,12 +308,26 @@ class DistillingModel(NemotronHMegatronModel):
         )
         total, apart = found.total, torch.zeros_like(found.total)
         if self.config.hidden_weight:
-            each = 1 - F.cosine_similarity(own.float(), theirs.float(), dim=-1)
-            apart = (weights * each).sum()
-            # every tensor-parallel rank takes it of the same states, whose gradients are summed over ranks
-            total = total + self.config.hidden_weight * _shared(apart, self.pg_collection.tp.size())
+            apart = (weights * self._distance(own, theirs)).sum()
+            total = total + self.config.hidden_weight * apart
         kl, lm = (weights * found.kl).sum(), (weights * found.lm).sum()
         return torch.stack([total, weights.sum(), kl, lm, apart.detach()])
+
+    def _distance(self, own: Tensor, theirs: Tensor) -> Tensor:
+        """Between the final states [tokens, width], or those of the pairs of layers, [tokens]."""
+        pairs = [(own, theirs)]
+        if self.config.hidden_layers:
+            taps = (self.decoder.taps, self.teacher.decoder.taps)
+            pairs = [
+                [self._whole(tap[n]) for tap, n in zip(taps, pair, strict=True)] for pair in self.config.hidden_layers
+            ]
+            for tap in taps:
+                tap.update(dict.fromkeys(tap))  # lets go of the states
+        # every tensor-parallel rank takes it of the same states, whose gradients are summed over ranks; the projection
+        # is whole on each, and its gradient is not
+        ranks = self.pg_collection.tp.size()
+        found = [hidden_distance(_shared(ours, ranks), other, self.projection) for ours, other in pairs]
+        return torch.stack(found).mean(0)
 
     def _stored_teacher(self, values: Tensor, ids: Tensor | None) -> TeacherLogits | TopLogits:
         """What the loss takes of a batch's logits: [tokens, k], or [tokens, this rank's part of the vocabulary]."""

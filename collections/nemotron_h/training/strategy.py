@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +106,21 @@ class NemotronHStrategy(nl.MegatronStrategy):
         several = AppState().data_parallel_size > 1
         self.ddp_config.overlap_grad_reduce = several and torch.cuda.is_available() if overlap is None else overlap
 
-    def _only(self, part: str) -> AbstractContextManager[None]:
-        return nullcontext() if self.adapter_base is None else adapters.only(part, self.megatron_parallel)
-
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As NeMo does; without the frozen weights of an adapted model."""
-        with self._only("adapter"):
+        part = "all" if self.adapter_base is None else "adapter"
+        with adapters.only(part, self.megatron_parallel):
             super().save_checkpoint(*args, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
-        """As NeMo does; of an adapted model, initial weights are the base's, and resuming reads the base first."""
-        if self.adapter_base is None or selective_restore:
-            with self._only("base"):
+        """As NeMo does. Initial weights are the model's alone, and resuming an adapted model reads its base first."""
+        if selective_restore:
+            with adapters.only("base", self.megatron_parallel):
                 return super().load_checkpoint(checkpoint_path, selective_restore)
+        if self.adapter_base is None:
+            return super().load_checkpoint(checkpoint_path, selective_restore)
         base = self.load_checkpoint(self.adapter_base, selective_restore=True)
         self.load_model_state_dict(base)
         del base
-        with self._only("adapter"):
+        with adapters.only("adapter", self.megatron_parallel):
             return super().load_checkpoint(checkpoint_path, selective_restore)
