@@ -23,6 +23,7 @@ from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.attention import attention_chunk
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.select import select_ops
+from nemotron_h.runtime.memory import check_weights_fit
 
 #: cosines and sines of rotary positions
 Rotary = tuple[Tensor, Tensor]
@@ -283,10 +284,12 @@ def load_model(
         dtype: of weights and activations; Mamba's A, D and dt_bias stay in float32 at least.
         lazy: read a layer each time that it is used, and keep none.
     Errors:
-        UserError: no checkpoint, a damaged one, or weights that do not fit its record.
+        UserError: no checkpoint, a damaged one, weights that do not fit its record, or more of them than memory.
     """
     checkpoint = find_checkpoint(Path(checkpoint))
     definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    if not lazy:
+        check_weights_fit(definition, dtype.itemsize, device)
     reader = _Reader(open_weights(checkpoint), definition, dtype, device)
     ends = [
         reader.vocabulary("embedding.word_embeddings.weight"),

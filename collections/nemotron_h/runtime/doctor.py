@@ -14,6 +14,8 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from nemotron_h.runtime import memory
+
 DISTRIBUTION = "nemotron-h-recipes"
 GPU_EXTRAS = {
     "transformer-engine": "transformer_engine.pytorch",
@@ -124,24 +126,14 @@ def _room(folder: Path) -> Iterator[Finding]:
         f"{free:.1f} GiB free in {existing}",
         "" if free >= MIN_FREE_DISK_GIB else f"free space: the demo needs {MIN_FREE_DISK_GIB:.0f} GiB",
     )
-    available = _available_memory()
-    if available is not None:
-        enough = available >= MIN_FREE_MEMORY_GIB
-        yield Finding(
-            "ok" if enough else "warn",
-            "memory",
-            f"{available:.1f} GiB available",
-            "" if enough else f"the demo wants {MIN_FREE_MEMORY_GIB:.0f} GiB: set data.micro_batch_size=4",
-        )
-
-
-def _available_memory() -> float | None:
-    """GiB that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemAvailable")), None)
+    available = memory.available() / memory.GIB
+    enough = available >= MIN_FREE_MEMORY_GIB
+    yield Finding(
+        "ok" if enough else "warn",
+        "memory",
+        f"{available:.1f} GiB available",
+        "" if enough else f"the demo wants {MIN_FREE_MEMORY_GIB:.0f} GiB: set data.micro_batch_size=4",
+    )
 
 
 def _imports() -> Finding:

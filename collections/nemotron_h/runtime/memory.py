@@ -1,0 +1,45 @@
+"""Memory that is there, and an early word where a model does not fit into it."""
+
+from __future__ import annotations
+
+import psutil
+
+from nemotron_h.errors import UserError
+from nemotron_h.model.definition import ModelDefinition
+
+GIB = 2**30
+
+
+def available(device: str = "cpu") -> int:
+    """Bytes that can be had now: of a GPU, or of this machine without swapping.
+
+    Args:
+        device: `cpu`, or `cuda`, maybe with a number.
+    """
+    if not device.startswith("cuda"):
+        return psutil.virtual_memory().available
+    import torch
+
+    return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
+def check_weights_fit(definition: ModelDefinition, value_bytes: int, device: str) -> None:
+    """Refuse to load a whole model where its weights alone are larger than what is there.
+
+    Args:
+        value_bytes: of a weight: 2 in bfloat16, 4 in float32.
+        device: see `available`.
+    Errors:
+        UserError: names what is needed and what is there.
+    """
+    need, there = definition.parameters * value_bytes, available(device)
+    if need <= there:
+        return
+    where = "this machine" if device == "cpu" else f"GPU memory of {device}"
+    dtype = {2: "bfloat16", 4: "float32"}.get(value_bytes, f"{value_bytes} bytes each")
+    less = "" if value_bytes <= 2 else f" bfloat16 takes {definition.parameters * 2 / GIB:,.1f} GiB."
+    raise UserError(
+        f"the weights of {definition.name} take {need / GIB:,.1f} GiB in {dtype}, {where} has {there / GIB:,.1f} GiB "
+        "free",
+        hint=f"the whole model is held by one process: free memory, or take a larger machine or GPU.{less}",
+    )
