@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Small, distill_recipe, losses
+from conftest import FORKS, Small, distill_recipe, losses
 
 from nemotron_h.errors import UserError
 
@@ -75,6 +76,29 @@ def test_a_teacher_teaches_itself_nothing(distilled: Small) -> None:
     assert losses(distilled, "kd_self")[0] == 0
     own = json.loads((distilled.run_dir("kd_self") / "run.json").read_text())["metrics"]
     assert own["lm"] < math.log(512) - 0.5  # what twelve steps of training reached
+
+
+WIDE = (("mamba_num_heads: 8", "mamba_num_heads: 16"), ("parameters: 116568", "parameters: 142448"))
+FP8 = ("precision: bf16", "precision: fp8_current_scaling\nprecision_options: {bf16_edge_layers: 1}")
+
+
+def test_fp8(distilled: Small) -> None:
+    """Both models but for their first and last layer; the first loss is that of their full logits."""
+    few = ["trainer.max_steps=2", "optim.warmup_steps=1", "data.horizon_steps=6"]
+    distilled.train("wide", "model.config.mamba_num_heads=16", *few)  # 592 values of the input projection, 16 * 37
+    teacher = (str(distilled.run_dir("straight")), str(distilled.run_dir("wide")))
+    recipe = distill_recipe(distilled, "kd_fp8", *WIDE, FP8, teacher)
+    said = distilled.train("kd_fp8", *few, recipe=recipe).stdout
+    student, taught = (said.index(f"matrix products of the {who} on each rank") for who in ("student", "teacher"))
+    for table, rows in ((said[student:taught], 2), (said[taught:], 6)):
+        # attention alone; FFN, Mamba-2 and attention: two products each
+        assert table.count("E4M3 weights and activations, E5M2 gradients") == rows
+        assert "first layer" in table or "first 1 layer" in table
+    arguments = [str(Path(__file__).with_name("plain_loss.py")), str(recipe), str(distilled.folder / "kd_fp8/start.pt")]
+    assert FORKS.run(*arguments, folder=distilled.folder, name="plain") == 0
+    plain = re.search(r"^loss (\S+)$", (distilled.folder / "plain.out").read_text(), re.M).group(1)
+    assert losses(distilled, "kd_fp8")[0] == pytest.approx(float(plain), rel=1e-5)
+    assert losses(distilled, "kd_fp8")[1] < losses(distilled, "kd_fp8")[0]
 
 
 HIDDEN = ["model.config.hidden_weight=0.5", "model.config.hidden_layers=[[0,2],[2,4]]"]
