@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -10,13 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from local_corpus import Corpus
+from rich.console import Console
 from save_checkpoint import finish, save
 from small_model import small_config, small_model
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
+from nemotron_h.data.blend import load_blend
+from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import Manifest, load_manifest
+from nemotron_h.data.prepare import prepare
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
@@ -99,6 +105,74 @@ def test_categories_against_the_uncached_forward(run: Path, manifest: Manifest) 
         0.6 * found["perplexity/web"]["metrics"]["loss"][0] + 0.2 * found["perplexity/code"]["metrics"]["loss"][0]
     ) / 0.8
     assert found["perplexity/all"]["metrics"]["loss"][0] == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def talk(corpus: Corpus) -> Path:
+    """A blend of conversations with the corpus's tokenizer, prepared: some have several answers, some are too long."""
+    draw = np.random.default_rng(0)
+    words = (corpus.folder / "wiki.txt").read_text().split()[:300]
+    lines = []
+    for number in range(60):
+        turns = [(role, draw.integers(1, 6)) for role in ("user", "assistant") * (1 + number % 2)]
+        turns = [(role, 40 if number % 10 == 9 and role == "assistant" else size) for role, size in turns]
+        content = [{"role": role, "content": " ".join(draw.choice(words, size))} for role, size in turns]
+        lines.append(json.dumps({"messages": content}) + "\n")
+    (corpus.folder / "talk.jsonl").write_text("".join(lines), encoding="utf-8")
+    blend = {
+        "name": "talk",
+        "tokenizer": {"kind": "bpe", "blend": "local"},
+        "chat_template": "nemotron_h",
+        "sources": {
+            "talk": {
+                "category": "chat",
+                "format": "jsonl",
+                "chat": "messages",
+                "path": "talk.jsonl",
+                "validation": 0.5,
+            }
+        },
+        "phases": [{"name": "all", "weights": {"chat": 100}}],
+    }
+    path = corpus.folder / "talk.yaml"
+    path.write_text(yaml.safe_dump(blend), encoding="utf-8")
+    prepare(load_blend(path), root=corpus.root, workers=1, console=Console(file=io.StringIO()))
+    return path
+
+
+def test_of_conversations_the_answers_alone_count(run: Path, corpus: Corpus, talk: Path) -> None:
+    """Against the training model over each conversation by itself, cut where a window ends."""
+    prefix = load_manifest(corpus.root, "talk").prefix("talk", "validation")
+    lengths = np.asarray(read_lengths(prefix + ".idx"))
+    learnt = np.fromfile(prefix + ".loss", dtype=np.uint8)
+    stream, model = TokenStream(prefix), small_model(small_config(vocab_size=400)).eval()
+    assert lengths.max() > LENGTH + 1 > lengths.min()
+    nats, count, everything = 0.0, 0, 0.0
+    for start, length in zip(np.cumsum(lengths) - lengths, lengths.tolist(), strict=True):
+        read = min(length, LENGTH + 1)
+        ids = torch.from_numpy(stream.read(int(start), read))[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids[:, :-1])[0, :, :400]
+        losses = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double().numpy()
+        counted = learnt[start + 1 : start + read] == 1
+        nats, count, everything = nats + losses[counted].sum(), count + counted.sum(), everything + losses.sum()
+    assert 0 < count < 0.9 * np.minimum(lengths - 1, LENGTH).sum()
+    invoke("eval", run, "--blend", talk, "--tokens", 0)
+    entry = [e for e in record.read(run / "checkpoints" / "step-000007") if e["task"] == "perplexity/chat"][-1]
+    assert entry["samples"] == count
+    assert entry["metrics"]["loss"][0] == pytest.approx(nats / count, rel=1e-5)
+    assert entry["metrics"]["loss"][0] != pytest.approx(everything / np.minimum(lengths - 1, LENGTH).sum(), rel=1e-3)
+
+
+def test_pairs_of_answers_are_refused(run: Path, talk: Path, tmp_path: Path) -> None:
+    """A rejected answer is nothing to be predicted."""
+    blend = yaml.safe_load(talk.read_text())
+    blend["sources"]["talk"]["chat"] = "preference"
+    path = tmp_path / "pairs.yaml"
+    path.write_text(yaml.safe_dump(blend), encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds pairs.*: held-out loss is of text or conversations") as error:
+        invoke("eval", run, "--blend", path)
+    assert "--blend NAME" in error.value.hint
 
 
 def test_results_are_added_to_the_run(run: Path) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nemotron_h.data.blend import Blend, load_blend
+from nemotron_h.data.blend import PAIRS, Blend, load_blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.errors import UserError
 from nemotron_h.evaluation import harness, heldout, record
@@ -186,6 +186,11 @@ def _prepared(subject: Subject, blend_name: str | None, root: Path | None) -> tu
     if not (seq_length := data.get("seq_length") or written.get("seq_length")):
         raise UserError(f"{record_file} does not tell the run's sequence length")
     blend = load_blend(named)
+    if blend.holds() == PAIRS:
+        raise UserError(
+            f"blend {blend.name!r} holds {PAIRS}: held-out loss is of text or conversations",
+            hint="name such a blend: --blend NAME; how well pairs are told apart is in the run's own validations",
+        )
     manifest = check_manifest(root or data.get("root") or written.get("root"), blend)
     if subject.tokenizer.fingerprint() != manifest.tokenizer.sha256:
         raise UserError(
