@@ -7,14 +7,13 @@ micro-batch and no rank has one without the other. Order, packing, resuming and 
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from nemotron_h.data.blend import PAIRS, Blend, load_blend
+from nemotron_h.data.blend import PAIRS
 from nemotron_h.data.indexed import read_index_header, read_lengths
 from nemotron_h.data.packing import PackedOrder
 from nemotron_h.data.pairs import REJECTED
@@ -185,26 +184,9 @@ class PreferenceDataModule(ConversationDataModule):
         self.reference_record: dict[str, Any] = {}
 
     unit = "pairs"
-
-    @cached_property
-    def blend_spec(self) -> Blend:
-        """The blend as written.
-
-        Raises:
-            UserError: its sources are no pairs.
-        """
-        blend = load_blend(self.blend)
-        if blend.holds() != PAIRS:
-            raise UserError(
-                f"data.blend = {self.blend} holds {blend.holds()}: preference training reads {PAIRS}",
-                "Name a blend whose sources have `chat: preference`, such as preference_sample.",
-            )
-        return blend
-
-    def _conversations(self, split: str) -> dict[str, Pairs]:
-        shares = self.blend_spec.source_shares(0)
-        prefixes = {name: self.manifest.prefix(name, split) for name, share in shares.items() if share > 0}
-        return {name: Pairs(p, self.seq_length, self.too_long) for name, p in prefixes.items() if p}
+    source_type = Pairs
+    holds, reader = PAIRS, "preference training"
+    example = "whose sources have `chat: preference`, such as preference_sample"
 
     def splits(self) -> dict[str, dict[str, Pairs]]:
         """The pairs of every split that is read: `train`, and `validation` where validations are made."""

@@ -251,19 +251,22 @@ class ConversationDataModule(PreparedDataModule):
         self._opened = False
 
     unit = "conversations"  # what is packed, as messages call it
+    source_type: type = Conversations
+    holds, reader = CONVERSATIONS, "fine-tuning"
+    example = "whose sources have `chat`, such as sft_sample"
 
     @cached_property
     def blend_spec(self) -> Blend:
         """The blend as written.
 
         Raises:
-            UserError: its sources are no conversations.
+            UserError: its sources are something else than `holds`.
         """
         blend = load_blend(self.blend)
-        if blend.holds() != CONVERSATIONS:
+        if blend.holds() != self.holds:
             raise UserError(
-                f"data.blend = {self.blend} holds {blend.holds()}: fine-tuning reads {CONVERSATIONS}",
-                "Name a blend whose sources have `chat`, such as sft_sample.",
+                f"data.blend = {self.blend} holds {blend.holds()}: {self.reader} reads {self.holds}",
+                f"Name a blend {self.example}.",
             )
         return blend
 
@@ -291,7 +294,7 @@ class ConversationDataModule(PreparedDataModule):
     def _conversations(self, split: str) -> dict[str, Conversations]:
         shares = self.blend_spec.source_shares(0)
         prefixes = {name: self.manifest.prefix(name, split) for name, share in shares.items() if share > 0}
-        return {name: Conversations(p, self.seq_length, self.too_long) for name, p in prefixes.items() if p}
+        return {name: self.source_type(p, self.seq_length, self.too_long) for name, p in prefixes.items() if p}
 
     # Lightning
 
