@@ -1,125 +1,12 @@
-"""A small recipe over a small prepared blend, and a way to run it in a process of its own."""
+"""Prepared blends, and the runs that others start from."""
 
 from __future__ import annotations
 
-import atexit
 import json
 import random
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from forks import Forks
-
-WORKER = Path(__file__).with_name("worker.py")
-
-BLEND = """
-name: words
-tokenizer: {kind: bpe, vocab_size: 512}
-sources:
-  low: {category: web, format: jsonl, path: low.jsonl, licence: ours, validation: 0.2}
-  high: {category: math, format: jsonl, path: high.jsonl, licence: ours, validation: 0.2}
-phases:
-  - {name: first, weights: {web: 80, math: 20}, until: {fraction: 0.5}}
-  - {name: second, weights: {web: 30, math: 70}}
-"""
-
-TUNING_STEPS = DISTILL_STEPS = 6
-
-TALK = """
-name: talk
-tokenizer: {kind: bpe, blend: words}
-chat_template: nemotron_h
-sources:
-  talk: {category: chat, format: jsonl, chat: messages, path: talk.jsonl, licence: ours, validation: 0.1}
-phases:
-  - {name: all, weights: {chat: 100}}
-"""
-
-RECIPE = """
-# @package _global_
-defaults:
-  - /base/pretrain
-  - _self_
-name: small
-tokens: 6144 # 12 steps
-precision: bf16
-model:
-  name: small
-  family: nemotron_h
-  pattern: M-M*-
-  hidden_size: 64
-  ffn_hidden_size: 96
-  num_attention_heads: 4
-  num_query_groups: 2
-  head_dim: 16
-  mamba_num_heads: 8
-  mamba_head_dim: 16
-  mamba_num_groups: 2
-  mamba_state_dim: 16
-  vocab_size: 512
-  conv_kernel: 4
-  init_std: 0.1
-  expect: {{mamba: 2, attention: 1, ffn: 2, parameters: 163376}}
-data:
-  blend: {blend}
-  root: {root}
-  seq_length: 64
-  global_batch_size: 8
-  micro_batch_size: 2
-optim: {{peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024}}
-checkpoint: {{every_steps: 4}}
-log: {{dir: {runs}, validate_every_steps: 6, validation_batches: 1}}
-"""
-
-
-FORKS = Forks()
-atexit.register(FORKS.close)
-
-
-@dataclass
-class Small:
-    """Where the prepared blend is; writes recipes and runs them."""
-
-    folder: Path
-
-    def recipe(self, name: str) -> Path:
-        """A recipe whose run goes to `<name>/small`."""
-        path = self.folder / f"{name}.yaml"
-        path.write_text(
-            RECIPE.format(blend=self.folder / "words.yaml", root=self.folder / "data", runs=self.folder / name)
-        )
-        return path
-
-    def run_dir(self, name: str) -> Path:
-        """Where that run writes."""
-        return self.folder / name / "small"
-
-    def train(
-        self, name: str, *options: str, ranks: int = 1, check: bool = True, recipe: Path | None = None
-    ) -> subprocess.CompletedProcess:
-        """Run the recipe in a process of its own, or one for each rank; see `worker.py` for the options."""
-        code = FORKS.run(
-            str(WORKER), str(recipe or self.recipe(name)), *options, folder=self.folder, name=name, ranks=ranks
-        )
-        return self._done(name, code, check)
-
-    def command(self, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-        """`nemotron-h ARGUMENTS` in a process of its own."""
-        return self._done(name, FORKS.run("nemotron_h", *arguments, folder=self.folder, name=name), check)
-
-    def _done(self, name: str, code: int, check: bool) -> subprocess.CompletedProcess:
-        out, err = ((self.folder / f"{name}.{end}").read_text() for end in ("out", "err"))
-        done = subprocess.CompletedProcess([name], code, out, err)
-        if check:
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        return done
-
-    def steps(self, name: str) -> dict[int, dict]:
-        """Step -> what the worker recorded; a repeated step keeps its last record."""
-        lines = (self.folder / name / "steps.jsonl").read_text().splitlines()
-        return {record["step"]: record for record in map(json.loads, lines)}
+from small_run import BLEND, TALK, Small, distill_recipe
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +19,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     (folder / "words.yaml").write_text(BLEND)
     made = Small(folder)
-    made.command("prepare", "data", "prepare", "--blend", str(folder / "words.yaml"), "--root", str(folder / "data"))
+    made.prepare("words.yaml")
     return made
 
 
@@ -141,24 +28,6 @@ def straight(small: Small) -> dict[int, dict]:
     """What each step of an uninterrupted run did."""
     small.train("straight")
     return small.steps("straight")
-
-
-def sft_recipe(small: Small, name: str) -> Path:
-    """The recipe of `Small` as a fine-tuning from the run `straight`."""
-    text = small.recipe(name).read_text()
-    for before, after in (
-        ("- /base/pretrain", "- /base/sft"),
-        ("tokens: 6144 # 12 steps", f"tokens: {TUNING_STEPS * 512}\ninit: {{checkpoint: {small.run_dir('straight')}}}"),
-        ("words.yaml", "talk.yaml"),
-        ("peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024", "peak_lr: 3e-3, final_lr: 1e-4, warmup_tokens: 512"),
-        ("every_steps: 4", "every_steps: 3"),
-        ("validate_every_steps: 6", "validate_every_steps: 3"),
-    ):
-        assert before in text
-        text = text.replace(before, after)
-    path = small.folder / f"{name}.yaml"
-    path.write_text(text)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -177,38 +46,8 @@ def talk(small: Small, straight: dict[int, dict]) -> Small:
     ]
     (small.folder / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (small.folder / "talk.yaml").write_text(TALK)
-    blend, root = str(small.folder / "talk.yaml"), str(small.folder / "data")
-    small.command("prepare_talk", "data", "prepare", "--blend", blend, "--root", root)
+    small.prepare("talk.yaml")
     return small
-
-
-def distill_recipe(small: Small, name: str, *changes: tuple[str, str]) -> Path:
-    """The recipe of `Small` as a distillation of `straight` into a student of fewer layers and narrower FFNs."""
-    text = small.recipe(name).read_text()
-    for before, after in (
-        ("- /base/pretrain", "- /base/distill"),
-        (
-            "tokens: 6144 # 12 steps",
-            f"tokens: {DISTILL_STEPS * 512}\ndistill: {{teacher: {small.run_dir('straight')}}}",
-        ),
-        ("pattern: M-M*-", "pattern: M*-"),
-        ("ffn_hidden_size: 96", "ffn_hidden_size: 64"),
-        ("mamba: 2, attention: 1, ffn: 2, parameters: 163376", "mamba: 1, attention: 1, ffn: 1, parameters: 116568"),
-        ("init_std: 0.1", "init_std: 0.3"),
-        ("warmup_tokens: 1024", "warmup_tokens: 512"),
-        ("every_steps: 4", "every_steps: 3"),
-        ("validate_every_steps: 6", "validate_every_steps: 3"),
-        *changes,
-    ):
-        assert before in text, before
-        text = text.replace(before, after)
-    path = small.folder / f"{name}.yaml"
-    path.write_text(text)
-    return path
-
-
-def losses(small: Small, name: str) -> list[float]:
-    return [float.fromhex(record["loss"]) for _, record in sorted(small.steps(name).items())]
 
 
 @pytest.fixture(scope="session")

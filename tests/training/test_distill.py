@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FORKS, Small, distill_recipe, losses
+from small_run import FORKS, Small, distill_recipe, losses
 
 from nemotron_h.errors import UserError
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORKS, Small, distill_recipe, losses
 from safetensors.torch import load_file
+from small_run import FORKS, Small, distill_recipe, losses
 
 from nemotron_h.training import teacher_cache
 

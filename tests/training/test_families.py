@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import Small
+from small_run import Small
 
 from nemotron_h.inference.generate import generate
 from nemotron_h.inference.model import load_model

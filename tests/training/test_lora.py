@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TUNING_STEPS, Small, sft_recipe
+from small_run import TUNING_STEPS, Small, sft_recipe
 
 from nemotron_h.errors import UserError
 from nemotron_h.export import merge

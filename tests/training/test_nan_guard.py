@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import FORKS, Small
+from small_run import FORKS, Small
 
 from nemotron_h.training import checkpoints
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Small
+from small_run import Small
 from torch.distributed.checkpoint import FileSystemReader
 
 MODEL = ("model.config.mamba_num_heads=16",)  # 592 values of the input projection, a multiple of 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Small
+from small_run import Small
 
 from nemotron_h.training import checkpoints
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Small
+from small_run import Small
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -29,8 +29,8 @@ phases:
 
 def preference_recipe(small: Small, name: str, loss: str = "dpo") -> Path:
     """The recipe of `Small` as a preference training from the run `straight`."""
-    text = small.recipe(name).read_text()
-    for before, after in (
+    return small.variant(
+        name,
         ("- /base/pretrain", "- /base/preference"),
         (
             "tokens: 6144 # 12 steps",
@@ -41,12 +41,7 @@ def preference_recipe(small: Small, name: str, loss: str = "dpo") -> Path:
         ("peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024", "peak_lr: 3e-3, final_lr: 3e-4, warmup_tokens: 1024"),
         ("every_steps: 4", "every_steps: 3"),
         ("validate_every_steps: 6", "validate_every_steps: 3"),
-    ):
-        assert before in text
-        text = text.replace(before, after)
-    path = small.folder / f"{name}.yaml"
-    path.write_text(text)
-    return path
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +66,7 @@ def paired(small: Small, straight: dict[int, dict]) -> Small:
     ]
     (small.folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (small.folder / "pairs.yaml").write_text(BLEND)
-    blend, root = str(small.folder / "pairs.yaml"), str(small.folder / "data")
-    small.command("prepare_pairs", "data", "prepare", "--blend", blend, "--root", root)
+    small.prepare("pairs.yaml")
     return small
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Small
+from small_run import Small
 
 from nemotron_h.training import checkpoints
 

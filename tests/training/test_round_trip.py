@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import Small
+from small_run import Small
 
 from nemotron_h.compose import compose
 
