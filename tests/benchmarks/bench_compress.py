@@ -17,7 +17,7 @@ order (and of the initial weights, where there are any):
     random    a child of the same counts and widths, its layers and channels drawn by the seed, distilled as the child
     scratch   the child's architecture from new weights, pretrained on the same tokens
 
-The pipeline chooses the winner first, and its own distillation is a fourth child. Killed or run again, everything goes
+The pipeline chooses the winner first. Killed or run again, everything goes
 on where it was: with `--until SECONDS` it ends itself in time for a machine that ends commands, with exit code 75.
 Writes results.json and prints a table: loss per seed, mean and spread, and the share of the gap that pruning opened
 which was recovered: (loss_pruned - loss) / (loss_pruned - loss_parent). All losses are of held-out text that no choice
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds; runs then write a checkpoint")
     parser.add_argument("overrides", nargs="*", help="values of the recipe: tokens=1M")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     end = time.monotonic() + options.until
     overrides = [f"minipuzzle.parent={options.parent.resolve()}", f"log.dir={options.out.resolve()}"]
@@ -76,7 +76,6 @@ def main() -> int:
     if not launch.train_several([(run, steps_of(run)) for run in runs.values()], options.jobs, console, end):
         console.print("left early; run the same command again to continue")
         return launch.LEFT_EARLY
-    made.pipeline.run()
     report(made, runs, options.out / "results.json", console)
     return 0
 
@@ -122,7 +121,7 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
 
 def report(made, runs: dict, out: Path, console: Console) -> None:
     """Measure every run on the held-out text that no choice has seen, and print."""
-    from nemotron_h.compression.minipuzzle import HALVES, REPORTED, RESULTS, WINNER
+    from nemotron_h.compression.minipuzzle import HALVES, REPORTED, WINNER
 
     winner, parent = made.read("select", WINNER), made.parent_score(REPORTED).loss
     pruned = winner["pruned"]["loss"]
@@ -152,7 +151,6 @@ def report(made, runs: dict, out: Path, console: Console) -> None:
         found["recovered"][kind] = share
         mean, spread = statistics.mean(values.values()), max(values.values()) - min(values.values())
         table.add_row(kind, f"{mean:.4f}", f"{spread:.4f}", f"{statistics.mean(share.values()):.1%}")
-    found["pipeline"] = made.read("distil", RESULTS)
     found["parameters"] = {"parent": made.definition.parameters, "winner": winner["name"]}
     out.write_text(json.dumps(found, indent=1))
     console.print(table)
