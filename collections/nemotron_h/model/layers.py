@@ -34,6 +34,7 @@ from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops import linear
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.emulation import fp8_linear
+from nemotron_h.runtime.gpu import has_kernels
 
 
 class RMSNorm(nn.Module):
@@ -184,7 +185,7 @@ class NemotronHStack(MambaStack):
                 # megatron-core's layer builds no MLP but its own; the class adds no state
                 layer.mlp.__class__ = RecomputingMLP
         if post_process:
-            norm = te.TENorm if te.HAVE_TE else RMSNorm
+            norm = te.TENorm if has_kernels() else RMSNorm
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def _select_layers_for_pipeline_parallel(self, layer_type_list: list[str]) -> tuple[int, list[str]]:
@@ -292,7 +293,7 @@ def _stack(column: type, row: type, attention: type, norm: type | None) -> Modul
 
 def stack_spec() -> ModuleSpec:
     """The stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
-    if te.HAVE_TE and torch.cuda.is_available():
+    if has_kernels():
         return _stack(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention, norm=None)
     return plain_stack_spec()
 
