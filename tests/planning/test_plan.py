@@ -228,6 +228,7 @@ def test_every_recipe_has_a_plan(name: str) -> None:
         + (2 * plan.definition.vocab_size + 1) * plan.definition.hidden_size
     )
     assert plan.as_dict()["memory"]["peak"] == plan.largest.peak
+    assert plan.fits, f"{plan.largest.peak / 2**30:.1f} GiB"
 
 
 def test_tables_and_picture(tmp_path: Path) -> None:
