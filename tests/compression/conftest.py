@@ -55,5 +55,7 @@ def compressed(tiny: tiny_pipeline.Tiny) -> tuple[tiny_pipeline.Tiny, Result]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "train", tiny.launch)
+        tiny.started.clear()
         said = CliRunner().invoke(app, ["minipuzzle", str(tiny.recipe_file)], catch_exceptions=False)
+    tiny.of_the_whole = tuple(tiny.started)
     return tiny, said

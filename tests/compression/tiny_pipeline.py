@@ -114,12 +114,14 @@ class Tiny:
     Attributes:
         options: of `worker.py`, for the runs that `launch` starts from now on, by the run's name.
         started: names of the runs that it started.
+        of_the_whole: those of the whole pipeline, in which nothing was done yet.
     """
 
     folder: Path
     forks: Forks
     options: dict[str, list[str]] = field(default_factory=dict)
     started: list[str] = field(default_factory=list)
+    of_the_whole: tuple[str, ...] = ()
 
     @property
     def recipe_file(self) -> Path:

@@ -66,5 +66,6 @@ def main(out: Path, layouts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
+    # not `__file__`: a fork that runs this has none
+    sys.path.insert(0, str(Path(sys.path[0]).parent / "model"))
     main(Path(sys.argv[1]), sys.argv[2:])
