@@ -12,12 +12,11 @@ from pathlib import Path
 
 from forks import Forks
 from rich.console import Console
+from small_run import TALK, WORKER
 
 from nemotron_h.compose import compose
 from nemotron_h.errors import UserError
-from nemotron_h.training.launch import Run
-
-WORKER = Path(__file__).parents[1] / "training" / "worker.py"
+from nemotron_h.training.launch import Run, write_recipe
 
 BLEND = """
 name: words
@@ -27,16 +26,6 @@ sources:
   high: {category: math, format: jsonl, path: high.jsonl, licence: ours, validation: 0.3}
 phases:
   - {name: all, weights: {web: 60, math: 40}}
-"""
-
-TALK = """
-name: talk
-tokenizer: {kind: bpe, blend: words}
-chat_template: nemotron_h
-sources:
-  talk: {category: chat, format: jsonl, chat: messages, path: talk.jsonl, licence: ours, validation: 0.1}
-phases:
-  - {name: all, weights: {chat: 100}}
 """
 
 MODEL = """
@@ -161,6 +150,7 @@ class Tiny:
     def launch(self, run: Run, title: str, steps: int, console: Console) -> None:
         """In place of `training.launch.train`, which pays half a minute of imports."""
         self.started.append(run.name)
+        write_recipe(run)
         self.train(run.recipe_file, *self.options.get(run.name, []))
 
 

@@ -36,7 +36,6 @@ def train(comparison: Comparison, console: Console, at_once: int = 1) -> None:
         if launch.is_finished(run, comparison.steps):
             console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True)
             continue
-        launch.write_recipe(run)
         launch.train(run, title, comparison.steps, console)
 
 

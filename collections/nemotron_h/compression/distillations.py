@@ -89,6 +89,5 @@ def train(run: Run, title: str, console: Console) -> Path:
     """Train what is missing of a run; its folder."""
     steps = steps_of(run)
     if not launch.is_finished(run, steps):
-        launch.write_recipe(run)
         launch.train(run, title, steps, console)
     return run.folder

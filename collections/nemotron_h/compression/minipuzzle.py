@@ -292,11 +292,7 @@ class MiniPuzzle:
 
     def _text_inputs(self, split: str) -> dict[str, Any]:
         """The text of a split, by content."""
-        sources = {
-            name: source.splits[split].sha256_bin
-            for name, source in self.manifest.sources.items()
-            if name in self.blend.sources and split in source.splits
-        }
+        sources = {name: text for name, text in self.manifest.texts(split).items() if name in self.blend.sources}
         text = hashlib.sha256(json.dumps([self.blend.hash(), sources], sort_keys=True).encode()).hexdigest()
         return {f"{split} text": text, "data.seq_length": self.recipe.data.seq_length}
 

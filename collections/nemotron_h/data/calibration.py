@@ -64,5 +64,5 @@ def text_record(blend: Blend, manifest: Manifest) -> dict[str, Any]:
         "blend": blend.name,
         "blend_hash": blend.hash(),
         "tokenizer_sha256": manifest.tokenizer.sha256,
-        "sources": {name: s.splits["train"].sha256_bin for name, s in manifest.sources.items() if "train" in s.splits},
+        "sources": manifest.texts("train"),
     }

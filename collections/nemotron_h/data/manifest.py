@@ -135,6 +135,10 @@ class Manifest:
         """Source -> number of tokens of a split (0 where it has none)."""
         return {name: s.splits[split].tokens if split in s.splits else 0 for name, s in self.sources.items()}
 
+    def texts(self, split: str) -> dict[str, str]:
+        """Source -> sha256 of its text of a split; those that have one."""
+        return {name: s.splits[split].sha256_bin for name, s in self.sources.items() if split in s.splits}
+
     def tokenizer_path(self) -> str:
         """Absolute path of the tokenizer's folder."""
         return str(Path(self.folder) / self.tokenizer.path)

@@ -85,6 +85,7 @@ def train(run: Run, title: str, steps: int, console: Console) -> None:
     Errors:
         UserError: the run failed, naming what it said, or left early.
     """
+    write_recipe(run)
     log = run.recipe_file.with_suffix(".log")
     process = subprocess.Popen(
         command_of(run),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,12 +198,3 @@ def check_complete(folder: Path, held: Header, wanted: Header) -> None:
             f"distill.teacher_logits: the cache in {folder} is not complete: {'; '.join(problems)}",
             hint="nemotron-h distill-cache RECIPE goes on where it was interrupted",
         )
-
-
-def validation_texts(manifest: Any) -> Mapping[str, str]:
-    """Source -> sha256 of its validation text."""
-    return {
-        name: source.splits["validation"].sha256_bin
-        for name, source in manifest.sources.items()
-        if "validation" in source.splits
-    }

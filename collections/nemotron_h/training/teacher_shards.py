@@ -24,7 +24,6 @@ from nemotron_h.training.teacher_cache import (
     check_complete,
     check_fits,
     shard_path,
-    validation_texts,
 )
 
 OPEN_FILES = 16
@@ -115,7 +114,7 @@ def wanted_header(config: Any, data: BlendDataModule, steps: int, precision: str
     return Header(
         teacher=config.known_teacher(),
         plan=dataclasses.asdict(data.order.plan),
-        validation=dict(validation_texts(data.manifest)),
+        validation=data.manifest.texts("validation"),
         document_reset=data.document_reset,
         top_k=config.top_k,
         vocabulary=padded_vocabulary(student, config.tensor_model_parallel_size),
