@@ -44,7 +44,7 @@ def floors(
         peaks: `bf16` and `fp8` in operations per second, `bandwidth` in bytes per second.
     """
     d, tokens = definition, seq_length * micro_batches
-    flops = flops_per_token(d, seq_length, training=True) * tokens
+    flops = flops_per_token(d, seq_length, training=True)
     mamba, ffn = d.count(MAMBA), d.count(FFN)
     layers, states = d.num_layers, 2 * d.mamba_num_groups * d.mamba_state_dim
     linear = flops.linear
@@ -58,10 +58,10 @@ def floors(
         return values_per_token * size * tokens / peaks["bandwidth"]
 
     return {
-        "GEMM": (linear - edge) / fast + (edge + flops.head) / peaks["bf16"],
-        "SSD scan": max(flops.ssd / peaks["bf16"], bytes_at(mamba * (5 * d.d_inner + 3 * states))),
+        "GEMM": tokens * ((linear - edge) / fast + (edge + flops.head) / peaks["bf16"]),
+        "SSD scan": max(tokens * flops.ssd / peaks["bf16"], bytes_at(mamba * (5 * d.d_inner + 3 * states))),
         "convolution": bytes_at(mamba * 5 * d.conv_channels),
-        "attention": flops.attention_core / peaks["bf16"],
+        "attention": tokens * flops.attention_core / peaks["bf16"],
         "norms": bytes_at((layers + 1) * 5 * d.hidden_size + mamba * 8 * d.d_inner),
         "squared ReLU": bytes_at(ffn * 5 * d.ffn_hidden_size),
         "cross entropy": bytes_at(2 * d.vocab_size),

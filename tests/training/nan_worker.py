@@ -1,4 +1,4 @@
-"""Run a recipe whose layer 3 gets a weight that is not a number at the start of a step: `nan_worker.py RECIPE STEP`."""
+"""Run a recipe whose layer 3 gets a weight, or a gradient, that is not a number: `nan_worker.py RECIPE STEP weight`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ from nemotron_h.training.pretrain import build  # noqa: E402
 
 
 class Poison(pl.Callback):
-    """Set one weight of the attention layer to NaN before this step (from 1)."""
+    """Set one weight of the attention layer to NaN before this step (from 1), or let its gradient become infinite."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, part: str) -> None:
+        self.step, self.part = step, part
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step + 1 == self.step:
             model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
-            model.decoder.layers[3].self_attention.linear_proj.weight[0, 0] = torch.nan
+            weight = model.decoder.layers[3].self_attention.linear_proj.weight
+            if self.part == "weight":
+                weight[0, 0] = torch.nan
+            else:
+                weight.register_hook(lambda gradient: gradient * torch.inf)
 
 
-def main(recipe: str, step: str) -> None:
+def main(recipe: str, step: str, part: str) -> None:
     """Build, poison, run."""
     task = build(compose(recipe))
-    task.trainer.callbacks.append(run.Config(Poison, step=int(step)))
+    task.trainer.callbacks.append(run.Config(Poison, step=int(step), part=part))
     try:
         fdl.build(task)()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""A loss that is not finite stops the run where it happens, says where it came from, and leaves checkpoints alone."""
+"""A loss or a gradient that is not finite stops the run where it happens, says where it came from, and leaves checkpoints alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemotron_h.training import checkpoints
 def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> None:
     recipe = small.recipe("poisoned")
     worker = Path(__file__).with_name("nan_worker.py")
-    code = FORKS.run(str(worker), str(recipe), "6", folder=small.folder, name="poisoned", seconds=200)
+    code = FORKS.run(str(worker), str(recipe), "6", "weight", folder=small.folder, name="poisoned", seconds=200)
     said = (small.folder / "poisoned.err").read_text()
     assert code == 2, said[-4000:]
     # 8 samples a step in micro-batches of 2: the sixth step begins with sample 40
@@ -32,3 +32,18 @@ def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> 
         rates["flops_per_step_and_rank"] / rates["seconds_per_step"] / 1e12
     )
     assert "mfu" not in rates, "a CPU has no stated peak"
+
+
+@pytest.mark.slow
+def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
+    recipe = small.recipe("overflown")
+    worker = Path(__file__).with_name("nan_worker.py")
+    code = FORKS.run(str(worker), str(recipe), "6", "gradient", folder=small.folder, name="overflown", seconds=200)
+    said = (small.folder / "overflown.err").read_text()
+    assert code == 2, said[-4000:]
+    assert "a gradient of step 6 is not finite, though its loss is (rank 0, samples 40, 41, " in said
+    assert "Of 1 of " in said
+    assert "first in the backward pass: decoder.layers.3.self_attention.linear_proj.weight." in said
+    found = checkpoints.finished(small.run_dir("overflown"))
+    assert [checkpoints.step_of(path) for path in found] == [4]
+    assert str(found[0]) in said

@@ -19,6 +19,7 @@ from nemotron_h.errors import UserError
 from nemotron_h.model import adapters, init
 from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.model.embedding import AccumulatingEmbedding
 from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, plain_stack_spec, stack_spec
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops.activation import squared_relu
@@ -70,6 +71,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
         if self.post_process and config.use_cpu_initialization:
             # megatron-core builds this layer itself; the class adds no state, only how it multiplies
             self.output_layer.__class__ = CpuColumnParallelLinear
+        if self.pre_process and config.gradient_accumulation_fusion:
+            self.embedding.word_embeddings.__class__ = AccumulatingEmbedding
         self._register_load_state_dict_pre_hook(self._expect_no_extra_state)
         self._register_load_state_dict_pre_hook(self._expect_a_part)
 

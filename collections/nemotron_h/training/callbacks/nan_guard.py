@@ -1,4 +1,4 @@
-"""Stop on a loss that is not finite, before it reaches a weight, and say where it came from."""
+"""Stop on a loss or a gradient that is not finite, before it reaches a weight, and say where it came from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class NanGuard(pl.Callback):
 
     Losses are looked at once per step, after the last micro-batch and before gradients are reduced, all ranks
     together, so all stop, no weight has changed and no checkpoint is written. The layer is found by running the
-    forward pass of that micro-batch again.
+    forward pass of that micro-batch again. A finite loss whose gradient is not finite is found by Megatron's check of
+    its gradient buffers, on the rank where it happens; here the weights are named.
     """
 
     def __init__(self) -> None:
@@ -62,15 +63,30 @@ class NanGuard(pl.Callback):
             raise self._error(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """With overlapped reduction Megatron's own check of the gradients comes first: say what it cannot."""
-        if not isinstance(exception, UserError) and any(not flag for _, flag in self.batches):
+        """Megatron's own check of the gradients, which with overlapped reduction comes first: say what it cannot."""
+        if isinstance(exception, UserError):
+            return
+        if any(not flag for _, flag in self.batches):
             raise self._error(trainer, pl_module) from exception
+        if "local grad norm" in str(exception):
+            numbers = [batch.get("sample_ids") for batch, _ in self.batches]
+            seen = [int(i) for ids in numbers if ids is not None for i in ids]
+            samples = f" (rank {trainer.global_rank}, samples {', '.join(map(str, seen))})" if seen else ""
+            raise UserError(
+                f"a gradient of step {trainer.global_step + 1:,} is not finite, though its loss is{samples}. "
+                f"{gradients_not_finite(pl_module)}",
+                self._hint(trainer),
+            ) from exception
+
+    @staticmethod
+    def _hint(trainer: pl.Trainer) -> str:
+        kept = str(trainer.checkpoint_callback.best_model_path or "").removesuffix(".ckpt")
+        return f"No weight was changed and nothing was written. Last good checkpoint: {kept or 'none yet'}."
 
     def _error(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> UserError:
         number = next((n for n, (_, flag) in enumerate(self.batches) if not flag), None)
         step = f"the loss of step {trainer.global_step + 1:,} is not finite"
-        kept = str(trainer.checkpoint_callback.best_model_path or "").removesuffix(".ckpt")
-        hint = f"No weight was changed and nothing was written. Last good checkpoint: {kept or 'none yet'}."
+        hint = self._hint(trainer)
         if number is None:
             return UserError(f"{step} (on another rank, which says where)", hint)
         batch = self.batches[number][0]
@@ -104,6 +120,18 @@ def _named_parts(model: nn.Module) -> dict[str, nn.Module]:
         parts["the final norm"] = model.decoder.final_norm
         parts["the output layer"] = model.output_layer
     return parts
+
+
+@torch.no_grad()
+def gradients_not_finite(pl_module: pl.LightningModule) -> str:
+    """Which weights' gradients are not finite, as a sentence; those that a backward pass reaches first come first."""
+    model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
+    largest = {n: p.main_grad.abs().amax() for n, p in model.named_parameters() if hasattr(p, "main_grad")}
+    bad = [name for name, value in largest.items() if not bool(torch.isfinite(value))][::-1]
+    if bad:
+        return f"Of {len(bad)} of {len(largest)} weights, first in the backward pass: {', '.join(bad[:3])}."
+    name = max(largest, key=lambda name: float(largest[name]))
+    return f"Each value is finite, their norm is not: the largest is {float(largest[name]):.1e}, of {name}."
 
 
 def _holds_only_finite(value: Any) -> bool:
