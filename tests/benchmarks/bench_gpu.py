@@ -214,6 +214,22 @@ def scan(report: Report, args: argparse.Namespace) -> None:
         report.add("scan", chunk=chunk, relative_difference=[f"{gap:.1e}" for gap in gaps])
 
 
+def replaced(report: Report, args: argparse.Namespace) -> None:
+    """Our launch of the gated norm's backward and our embedding gradient, each against the library's own."""
+    from gpu_replaced import embedding_gradient, gated_norm_backward
+
+    from nemotron_h.ops.select import select_ops
+
+    shape = shape_of(args.small)
+    if select_ops().fused_mixer is None:
+        report.add("replaced", left_out="gated norm: there are no kernels here")
+    else:
+        for found in gated_norm_backward(shape):
+            report.add("replaced", **found)
+    for found in embedding_gradient(shape):
+        report.add("replaced", **found)
+
+
 def sync_device() -> None:
     """Wait for the device."""
     from gpu_sides import sync
@@ -594,7 +610,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=(*SECTIONS, "scan", "parallel", "parallel-worker"),
+        choices=(*SECTIONS, "scan", "replaced", "parallel", "parallel-worker"),
         default=SECTIONS,
         help="sections, in this order (default: all of one GPU's)",
     )
@@ -651,6 +667,7 @@ def main() -> None:
     sections = {
         "gemm": gemm,
         "scan": scan,
+        "replaced": replaced,
         "speed": speed,
         "profile": profile,
         "recompute": recompute,

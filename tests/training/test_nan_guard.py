@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not finite stops the run where it happens, says where it came from, and leaves checkpoints alone."""
+"""A loss or gradient that is not finite stops the run where it happens, says where, and leaves checkpoints alone."""
 
 from __future__ import annotations
 
