@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-#: ours, measured on an H200 (docs/performance.md): warps of the gated norm's backward per multiprocessor
+#: ours, measured on an H100 (docs/performance.md): warps of the gated norm's backward per multiprocessor
 WARPS = 32
 
 
