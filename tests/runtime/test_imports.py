@@ -1,8 +1,9 @@
-"""megatron-core imports where no GPU is visible, whatever the PyTorch and the CUDA toolkit are."""
+"""megatron-core imports where no GPU is visible, whatever PyTorch and CUDA toolkit are; tuned kernels are kept."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import pytest
@@ -35,3 +36,14 @@ def test_a_visible_gpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = cpp_extension.load_inline
     with imports.without_gpu_builds():
         assert cpp_extension.load_inline is before
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+def test_tuned_kernels_are_kept_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_AUTOTUNING", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", before)
+    imports.keep_tuned_kernels()
+    assert os.environ["TRITON_CACHE_AUTOTUNING"] == after

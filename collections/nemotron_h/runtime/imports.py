@@ -1,13 +1,23 @@
-"""Import megatron-core where no GPU is visible, also with a PyTorch that was built for CUDA."""
+"""What importing megatron-core needs: no GPU, also with a PyTorch that was built for CUDA, and tuned kernels kept."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils import cpp_extension
+
+
+def keep_tuned_kernels() -> None:
+    """Let Triton store which variant of a kernel was the fastest, so that a resumed run takes the same one, at once.
+
+    mamba-ssm's kernels, which megatron-core imports, come in many variants; every process would time them again.
+    `TRITON_CACHE_AUTOTUNING=0` switches it off.
+    """
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ def hush() -> None:
         UserError: NeMo does not import because Transformer Engine fails.
     """
     speak()
+    imports.keep_tuned_kernels()
     if verbose():
         with imports.without_gpu_builds():
             import nemo.collections.llm
