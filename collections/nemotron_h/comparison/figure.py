@@ -27,22 +27,19 @@ def draw_gap(found: Results, path: Path) -> None:
         (
             "training loss" + (f", mean of {found.window} steps" if found.window > 1 else ""),
             found.train,
-            found.more_train,
             found.noise_train,
         ),
-        ("validation loss", found.validation, found.more_validation, found.noise_validation),
+        ("validation loss", found.validation, found.noise_validation),
     )
-    for axis, (title, curve, more, noise) in zip(axes, parts, strict=True):
-        marker = "o" if curve is not None and len(curve.tokens) < 60 else None
+    for axis, (title, pairs, noise) in zip(axes, parts, strict=True):
+        marker = "o" if pairs and len(pairs[0].tokens) < 60 else None
         for number, other in enumerate(noise):
             label = f"{made.against} from other initial weights" if number == 0 else None
             axis.plot(other.tokens, 100 * other.gap, color="0.6", linewidth=1, marker=marker, markersize=3, label=label)
-        for other in more:
+        for other in pairs[1:]:
             axis.plot(other.tokens, 100 * other.gap, color="tab:green", alpha=0.4, linewidth=1)
-        if curve is not None:
-            axis.plot(
-                curve.tokens, 100 * curve.gap, color="tab:green", marker=marker, markersize=4, label=made.precision
-            )
+        for own in pairs[:1]:
+            axis.plot(own.tokens, 100 * own.gap, color="tab:green", marker=marker, markersize=4, label=made.precision)
         for bound in (-PAPER_GAP, PAPER_GAP):
             label = "0.1 % (paper 2.3)" if bound > 0 else None
             axis.axhline(100 * bound, color="black", linestyle=":", linewidth=1, label=label)

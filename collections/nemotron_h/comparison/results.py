@@ -38,8 +38,8 @@ class Results:
     Attributes:
         comparison: the runs.
         window: steps that training losses are smoothed over.
-        train, validation: of the pair; no validation curve where nothing was validated.
-        more_train, more_validation: of the pairs from other initial weights.
+        train, validation: of each pair, that from the recipe's initial weights first; empty where nothing was
+            validated.
         noise_train, noise_validation: the same of the reference against itself from other initial weights.
         missing: run -> steps whose training loss is not known, left out of the curves; see `gap.Losses`.
         casts: FP8 run of the pair -> rows of what its casts did; see `training.callbacks.cast_statistics`.
@@ -47,10 +47,8 @@ class Results:
 
     comparison: Comparison
     window: int
-    train: Curve
-    validation: Curve | None
-    more_train: list[Curve]
-    more_validation: list[Curve]
+    train: list[Curve]
+    validation: list[Curve]
     noise_train: list[Curve]
     noise_validation: list[Curve]
     casts: dict[str, list[dict[str, Any]]]
@@ -59,10 +57,7 @@ class Results:
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain containers."""
         made = self.comparison
-        curves = {
-            "train": [self.train, *self.more_train],
-            "validation": [self.validation, *self.more_validation] if self.validation else [],
-        }
+        curves = {"train": self.train, "validation": self.validation}
         noise = {"train": self.noise_train, "validation": self.noise_validation}
         return {
             "recipe": made.recipe,
@@ -96,16 +91,15 @@ class Results:
         names = [f"{made.against}, {made.precision}", *(f"{a.name}, {b.name}" for a, b in made.paired[1:])]
         noise = [f"{made.against}, {run.name} (noise)" for run in made.others]
         smooth = f"train, mean of {self.window}" if self.window > 1 else "train"
-        for loss, curve, more, others in (
-            (smooth, self.train, self.more_train, self.noise_train),
-            ("validation", self.validation, self.more_validation, self.noise_validation),
+        for loss, pairs, others in (
+            (smooth, self.train, self.noise_train),
+            ("validation", self.validation, self.noise_validation),
         ):
-            pairs = [curve, *more] if curve is not None else []
             for title, found in (*zip(names, pairs, strict=False), *zip(noise, others, strict=False)):
                 s = found.summary()
                 last, largest = short_count(s["last_at_tokens"]), short_count(s["largest_at_tokens"])
                 table.add_row(title, loss, f"{s['last']:+.4%}", last, f"{s['largest']:+.4%}", largest)
-            if more:
+            if len(pairs) > 1:
                 mean = mean_and_error(pairs)
                 last = f"{mean.last:+.4%} ± {mean.standard_error:.4%}"
                 table.add_row(f"mean of {len(pairs)} pairs, its standard error", loss, last, "", "", "")
@@ -157,21 +151,22 @@ def results(comparison: Comparison, window: int) -> Results:
     read = {run.name: read_losses(run.folder, comparison.steps) for run in comparison.runs}
     size = comparison.tokens_per_step
 
-    def validation(first: str, second: str) -> Curve | None:
-        return validation_curve(read[first], read[second], size)
+    def train(pairs: list[tuple[str, str]]) -> list[Curve]:
+        return [train_curve(read[a], read[b], size, window) for a, b in pairs]
 
-    (against, pair), *more = [(a.name, b.name) for a, b in comparison.paired]
-    others = [run.name for run in comparison.others]
+    def validation(pairs: list[tuple[str, str]]) -> list[Curve]:
+        return [curve for a, b in pairs if (curve := validation_curve(read[a], read[b], size)) is not None]
+
+    paired = [(a.name, b.name) for a, b in comparison.paired]
+    others = [(paired[0][0], run.name) for run in comparison.others]
     casts = {run.name: read_casts(run.folder) for run in comparison.runs[:2]}
     return Results(
         comparison,
         window,
-        train_curve(read[against], read[pair], size, window),
-        validation(against, pair),
-        [train_curve(read[a], read[b], size, window) for a, b in more],
-        [curve for a, b in more if (curve := validation(a, b)) is not None],
-        [train_curve(read[against], read[other], size, window) for other in others],
-        [curve for other in others if (curve := validation(against, other)) is not None],
+        train(paired),
+        validation(paired),
+        train(others),
+        validation(others),
         {name: rows for name, rows in casts.items() if rows},
         {name: losses.missing for name, losses in read.items() if losses.missing},
     )
