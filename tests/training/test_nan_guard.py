@@ -11,13 +11,18 @@ from small_run import FORKS, Small
 from nemotron_h.training import checkpoints
 
 
+def stopped(small: Small, name: str, part: str) -> str:
+    """What a run says whose weight or gradient is poisoned at step 6, and which ends as a user's error does."""
+    recipe, worker = small.recipe(name), Path(__file__).with_name("nan_worker.py")
+    code = FORKS.run(str(worker), str(recipe), "6", part, folder=small.folder, name=name, seconds=200)
+    said = (small.folder / f"{name}.err").read_text()
+    assert code == 2, said[-4000:]
+    return said
+
+
 @pytest.mark.slow
 def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> None:
-    recipe = small.recipe("poisoned")
-    worker = Path(__file__).with_name("nan_worker.py")
-    code = FORKS.run(str(worker), str(recipe), "6", "weight", folder=small.folder, name="poisoned", seconds=200)
-    said = (small.folder / "poisoned.err").read_text()
-    assert code == 2, said[-4000:]
+    said = stopped(small, "poisoned", "weight")
     # 8 samples a step in micro-batches of 2: the sixth step begins with sample 40
     assert "the loss of step 6 is not finite (micro-batch 1 of 4 on rank 0, samples 40 (" in said
     assert "It first appears in the output of layer 3 (attention)." in said
@@ -36,11 +41,7 @@ def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> 
 
 @pytest.mark.slow
 def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
-    recipe = small.recipe("overflown")
-    worker = Path(__file__).with_name("nan_worker.py")
-    code = FORKS.run(str(worker), str(recipe), "6", "gradient", folder=small.folder, name="overflown", seconds=200)
-    said = (small.folder / "overflown.err").read_text()
-    assert code == 2, said[-4000:]
+    said = stopped(small, "overflown", "gradient")
     assert "a gradient of step 6 is not finite, though its loss is (rank 0, samples 40, 41, " in said
     assert "Of 1 of " in said
     assert "first in the backward pass: decoder.layers.3.self_attention.linear_proj.weight." in said

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_h.ops import linear
+from nemotron_h.ops.main_grad import handed_over
 
 #: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the products to be efficient
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
@@ -188,17 +189,12 @@ class _DistillationLoss(torch.autograd.Function):
             dhidden.mul_(dtotal)
         if dweight is not None:
             dweight.mul_(dtotal)
-            dweight = _to_main_grad(weight, dweight) if hasattr(weight, "main_grad") else dweight.to(weight.dtype)
+            if hasattr(weight, "main_grad"):
+                weight.main_grad.add_(dweight)
+                dweight = handed_over(weight)
+            else:
+                dweight = dweight.to(weight.dtype)
         return dhidden, dweight, *(None,) * 7
-
-
-def _to_main_grad(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Add to Megatron's gradient buffer and tell its hook, which wants a gradient of any content, that this is done."""
-    weight.main_grad.add_(gradient)
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return torch.zeros_like(weight)
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
 
 
 class _Chunk:

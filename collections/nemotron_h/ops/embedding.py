@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron_h.ops.main_grad import handed_over
+
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
@@ -22,8 +24,7 @@ class _Lookup(torch.autograd.Function):
         buffer = weight.main_grad
         # sorts the ids and adds in their order: as reproducible as the dense gradient
         buffer.index_put_((ids,), dout.to(buffer.dtype), accumulate=True)
-        weight.grad_added_to_main_grad = True
-        return None, torch.empty_like(weight)  # Megatron's hook wants a gradient of any content
+        return None, handed_over(weight)
 
 
 def lookup(ids: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,17 @@
+"""Gradients that are added to Megatron's gradient buffer (`weight.main_grad`) by the op that computes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def handed_over(weight: Tensor) -> Tensor:
+    """Tell Megatron's hook that the buffer has the gradient; what autograd is given in its place, shaped as `weight`.
+
+    The hook wants a gradient of any content; a weight without the hook's flag gets zeros.
+    """
+    if not hasattr(weight, "grad_added_to_main_grad"):
+        return torch.zeros_like(weight)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
