@@ -310,9 +310,10 @@ def test_the_mean_of_several_pairs_comes_with_its_error(recipe: Path, tmp_path: 
     found = results(made, window=1)
     gaps = [-0.01, 0.01, -0.02]
     assert [c.summary()["last"] for c in found.train] == pytest.approx(gaps, rel=1e-5)
-    mean = found.as_dict()["mean"]["train"]
-    assert mean["last"] == pytest.approx(-0.02 / 3, rel=1e-4)
-    assert mean["standard_error"] == pytest.approx(0.0152753 / 3**0.5, rel=1e-4)
+    over = found.as_dict()["over_pairs"]["train"]
+    assert over["mean"] == pytest.approx(-0.02 / 3, rel=1e-4)
+    assert over["standard_error"] == pytest.approx(0.0152753 / 3**0.5, rel=1e-4)
+    assert over["median"] == pytest.approx(-0.01, rel=1e-4)
     assert [c.summary()["last"] for c in found.noise_train] == pytest.approx([-1.0, -3.0])
 
 

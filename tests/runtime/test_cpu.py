@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any, NoReturn
+
 import pytest
 import torch
 
@@ -10,13 +13,24 @@ from nemotron_h.runtime import cpu
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runtime is off where a GPU is visible")
 
 
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core's optimizers where Transformer Engine is installed, whose kernels refuse tensors of a CPU."""
+
+    def kernel(*args: Any) -> NoReturn:
+        raise RuntimeError("no CUDA-capable device is detected")
+
+    cpu.uninstall()
+    for module, name, _ in cpu._MULTI_TENSOR:
+        monkeypatch.setattr(import_module(f"megatron.core.optimizer.{module}"), name, kernel)
+
+
 def snapshot() -> list[tuple[str, str, object]]:
     """What every patched name is now."""
     return [(p.owner, p.name, getattr(cpu._resolve(p.owner), p.name)) for p in cpu.PATCHES]
 
 
-def test_everything_is_undone() -> None:
-    cpu.uninstall()
+def test_everything_is_undone(engine: None) -> None:
     before = snapshot()
     with cpu.megatron_on_cpu():
         changed = [b[:2] for b, now in zip(before, snapshot(), strict=True) if b[2] is not now[2]]
@@ -53,3 +67,17 @@ def test_a_pytorch_built_for_cuda_sees_no_gpu_either(monkeypatch: pytest.MonkeyP
         assert not torch.cuda.is_available()
         assert not cpu.gpu_visible()
     assert not torch.cuda.is_available()
+
+
+def test_gradients_are_clipped_where_transformer_engine_is_installed(engine: None) -> None:
+    from megatron.core.optimizer import clip_grads
+
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    with pytest.raises(RuntimeError, match="no CUDA-capable device"):
+        clip_grads.l2_norm_impl(2048 * 32, torch.zeros(1), [[weight.grad]], False)
+    with cpu.megatron_on_cpu():
+        norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1), [[weight.grad]], False)
+        clip_grads.clip_grad_by_total_norm_fp32([weight], max_norm=1.0, total_norm=norm.item())
+    assert norm.item() == pytest.approx(5.0)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]))

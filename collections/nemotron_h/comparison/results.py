@@ -18,17 +18,21 @@ from nemotron_h.data.show import short_count
 from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
 
 
-class Mean(NamedTuple):
-    """Of the last gaps of several pairs; the error is the standard one of the mean."""
+class OverPairs(NamedTuple):
+    """Of the last gaps of several pairs; the error is the standard one of the mean.
 
-    last: float
+    The median is there because one pair whose runs learn something at different times moves the mean by more than FP8.
+    """
+
+    mean: float
     standard_error: float
+    median: float
 
 
-def mean_and_error(curves: Sequence[Curve]) -> Mean:
+def over_pairs(curves: Sequence[Curve]) -> OverPairs:
     """Over two pairs or more."""
     last = [curve.summary()["last"] for curve in curves]
-    return Mean(statistics.mean(last), statistics.stdev(last) / len(last) ** 0.5)
+    return OverPairs(statistics.mean(last), statistics.stdev(last) / len(last) ** 0.5, statistics.median(last))
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Results:
             "smoothing_steps": self.window,
             "runs": {run.name: str(run.folder) for run in made.runs},
             "pair": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in curves.items()},
-            "mean": {kind: mean_and_error(found)._asdict() for kind, found in curves.items() if len(found) > 1},
+            "over_pairs": {kind: over_pairs(found)._asdict() for kind, found in curves.items() if len(found) > 1},
             "noise": {kind: [{**c.summary(), **c.as_dict()} for c in found] for kind, found in noise.items()},
             "missing_steps": {run: list(steps) for run, steps in self.missing.items()},
             "casts": self.casts,
@@ -100,9 +104,10 @@ class Results:
                 last, largest = short_count(s["last_at_tokens"]), short_count(s["largest_at_tokens"])
                 table.add_row(title, loss, f"{s['last']:+.4%}", last, f"{s['largest']:+.4%}", largest)
             if len(pairs) > 1:
-                mean = mean_and_error(pairs)
-                last = f"{mean.last:+.4%} ± {mean.standard_error:.4%}"
+                over = over_pairs(pairs)
+                last = f"{over.mean:+.4%} ± {over.standard_error:.4%}"
                 table.add_row(f"mean of {len(pairs)} pairs, its standard error", loss, last, "", "", "")
+                table.add_row(f"median of {len(pairs)} pairs", loss, f"{over.median:+.4%}", "", "", "")
         return table
 
     def missing_lines(self) -> list[str]:

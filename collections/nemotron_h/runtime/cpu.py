@@ -86,6 +86,11 @@ def _identity(original: Any) -> Callable:
     return lambda self, *args, **kwargs: self
 
 
+def _megatrons(name: str) -> Callable[[Any], Any]:
+    """megatron-core's own function, which it takes where neither Transformer Engine nor Apex is installed."""
+    return lambda original: getattr(import_module("megatron.core.utils"), name)
+
+
 class CpuStream:
     """Work on the CPU is done in program order: a stream has nothing to order."""
 
@@ -130,6 +135,15 @@ _FACTORIES = (
     "zeros_like",
 )
 
+#: of optimizers, bound at import to Transformer Engine's kernels where it is installed
+_MULTI_TENSOR = (
+    ("clip_grads", "multi_tensor_applier", "local_multi_tensor_applier"),
+    ("clip_grads", "l2_norm_impl", "local_multi_tensor_l2_norm"),
+    ("clip_grads", "multi_tensor_scale_impl", "local_multi_tensor_scale"),
+    ("optimizer", "multi_tensor_applier", "local_multi_tensor_applier"),
+    ("optimizer", "multi_tensor_scale_impl", "local_multi_tensor_scale"),
+)
+
 PATCHES: tuple[Patch, ...] = (
     *(Patch("torch", name, _factory, "megatron-core and NeMo ask for device='cuda'") for name in _FACTORIES),
     Patch("torch.Tensor", "to", _to, "NeMo MegatronStrategy logs scalars through .to('cuda')"),
@@ -162,6 +176,10 @@ PATCHES: tuple[Patch, ...] = (
         "_fix_tensors_device",
         lambda original: lambda checkpoint: checkpoint,
         "asserts CUDA before it moves restored tensors between GPUs",
+    ),
+    *(
+        Patch(f"megatron.core.optimizer.{module}", name, _megatrons(own), "gradient norm, clipping, weight copies")
+        for module, name, own in _MULTI_TENSOR
     ),
     # torch's own AdamW keeps `step` per parameter, which the distributed optimizer refuses to checkpoint.
     Patch("megatron.core.optimizer", "Adam", _value(CheckpointableAdamW), "get_megatron_optimizer"),

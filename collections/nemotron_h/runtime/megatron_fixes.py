@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
+import multiprocessing
+import sys
+from queue import Queue
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers
 
@@ -16,6 +20,7 @@ def install() -> None:
     _order_mixed_precision_groups()
     _accumulate_weight_gradients_without_apex()
     _flatten_products_of_frozen_weights()
+    _start_the_writers_queue_without_the_command()
 
 
 def _accumulate_weight_gradients_without_apex() -> None:
@@ -82,3 +87,23 @@ def _order_mixed_precision_groups() -> None:
 
     build.nemotron_h = True  # type: ignore[attr-defined]
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(build)
+
+
+def _start_the_writers_queue_without_the_command() -> None:
+    """Start the process that holds the queue of a checkpoint's writers without the command's own imports.
+
+    A spawned process imports the module that the run started from, here all of NeMo, before the first save goes on;
+    this one needs nothing of it.
+    """
+
+    def queue() -> Queue:
+        if filesystem_async._results_queue is None:
+            command = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")
+            try:
+                filesystem_async._results_queue = multiprocessing.get_context("spawn").Manager().Queue()
+            finally:
+                sys.modules["__main__"] = command
+        return filesystem_async._results_queue
+
+    filesystem_async._get_write_results_queue = queue
