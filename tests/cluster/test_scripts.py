@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -126,6 +128,45 @@ def test_local_command(dry_run) -> None:
     code, printed = dry_run("nemotron_h_tiny", "executor=local", "trainer.devices=2")
     assert code == 0, printed
     assert re.search(r"^torchrun .*--nproc-per-node 2 ", printed, re.M)
+
+
+def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemotron_h.cluster import executors
+    from nemotron_h.cluster.schema import LocalCluster
+
+    def root() -> str:
+        none = SimpleNamespace(init_checkpoint=None)
+        task = SimpleNamespace(
+            log=SimpleNamespace(explicit_log_dir="runs/x"),
+            data=SimpleNamespace(root=None, blend="sample_small"),
+            resume=none,
+            model=SimpleNamespace(config=SimpleNamespace(teacher=None)),
+        )
+        executors._move(task, LocalCluster(kind="local", work_dir=".", env={}))
+        return task.data.root
+
+    monkeypatch.delenv("NEMOTRON_H_DATA", raising=False)
+    assert root() == str(Path.cwd() / "data")
+    monkeypatch.setenv("NEMOTRON_H_DATA", "/elsewhere")
+    assert root() == "/elsewhere"
+
+
+def test_torchrun_is_this_pythons_also_in_an_environment_that_is_not_activated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemotron_h.cluster import executors
+
+    other = tmp_path / "torchrun"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    beside = Path(sys.executable).parent
+    for path in ("/nowhere", str(tmp_path)):
+        monkeypatch.setenv("PATH", path)
+        found = executors._path_of_torchrun()["PATH"]
+        assert found == f"{beside}{os.pathsep}{path}"
+        assert shutil.which("torchrun", path=found) == str(beside / "torchrun")
+    monkeypatch.setenv("PATH", str(beside))
+    assert executors._path_of_torchrun() == {}
 
 
 @pytest.mark.parametrize(

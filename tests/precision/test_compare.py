@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from rich.console import Console
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -26,7 +28,8 @@ from nemotron_h.errors import UserError
 from nemotron_h.precision import statistics
 from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
-from nemotron_h.training.launch import text_of
+from nemotron_h.training.launch import is_finished, text_of, train_several
+from nemotron_h.training.launch import train as start_run
 
 BLEND = """
 name: words
@@ -403,6 +406,31 @@ def test_a_whole_comparison_and_nothing_twice(recipe: Path) -> None:
     assert again.count("finished already") == 2
     assert [record.stat().st_mtime_ns for record in records] == before
     assert json.loads((out / "comparison.json").read_text()) == found
+
+
+def test_a_run_on_two_ranks_in_an_environment_that_is_not_activated(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    made = comparison(str(recipe), 2, out=tmp_path, overrides=["parallel.devices=2"])
+    run = next(run for run in made.runs if run.name == "bf16")
+    log = run.recipe_file.with_suffix(".log")
+    log.write_text("error: of an earlier try\n")
+    start_run(run, "two ranks", 2, Console(file=io.StringIO()))
+    assert "2 steps of 512 tokens, 2 ranks" in log.read_text()
+    assert is_finished(run, 2)
+
+
+def test_the_reason_of_a_failure_is_of_this_try(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = comparison(str(recipe), 2, out=tmp_path).runs[0]
+    log = run.recipe_file.with_suffix(".log")
+    log.write_text("error: of an earlier try\n")
+    command = [sys.executable, "-c", "print('killed'); raise SystemExit(3)"]
+    monkeypatch.setattr("nemotron_h.training.launch.command_of", lambda _: command)
+    with pytest.raises(UserError, match="ended with exit code 3: killed"):
+        start_run(run, "fails", 2, Console(file=io.StringIO()))
+    with pytest.raises(UserError, match="ended with exit code 3: killed"):
+        train_several([(run, 2)], 1, Console(file=io.StringIO()))
 
 
 def read_scalars(folder: Path) -> dict[tuple[str, int], float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import nemo_run as run
@@ -10,6 +13,7 @@ from nemo_run.core.packaging.base import Packager
 
 from nemotron_h.cluster.kubernetes import KubernetesExecutor
 from nemotron_h.cluster.schema import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
+from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
 from nemotron_h.errors import UserError
 
 # Ends a chain early. A run that is complete exits with 0, a mistake of the user with 2: the next job would do the same.
@@ -46,7 +50,16 @@ def executor(cluster: Cluster, task: run.Partial, recipe: str) -> run.Config:
     if nodes != 1:
         raise UserError(f"executor=local has one node, trainer.num_nodes = {nodes}", hint="set trainer.num_nodes=1")
     launcher = "torchrun" if devices > 1 else None
-    return run.Config(run.LocalExecutor, ntasks_per_node=devices, launcher=launcher, env_vars=dict(cluster.env))
+    env = {**_path_of_torchrun(), **cluster.env} if launcher else dict(cluster.env)
+    return run.Config(run.LocalExecutor, ntasks_per_node=devices, launcher=launcher, env_vars=env)
+
+
+def _path_of_torchrun() -> dict[str, str]:
+    """PATH with this Python's own torchrun first; nothing where it is, as in an activated environment."""
+    beside, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
+    if not (beside / "torchrun").is_file() or shutil.which("torchrun") == str(beside / "torchrun"):
+        return {}
+    return {"PATH": f"{beside}{os.pathsep}{path}"}
 
 
 def _move(task: run.Partial, cluster: Cluster) -> None:
@@ -55,8 +68,8 @@ def _move(task: run.Partial, cluster: Cluster) -> None:
     task.log.explicit_log_dir = str(here / task.log.explicit_log_dir)
     if task.data.root is not None:
         task.data.root = str(here / task.data.root)
-    elif "NEMOTRON_H_DATA" not in cluster.env:
-        task.data.root = str(here / "data")
+    elif ROOT_VARIABLE not in cluster.env:
+        task.data.root = str(here / (data_root() if cluster.kind == "local" else "data"))
     if task.resume.init_checkpoint is not None:
         task.resume.init_checkpoint = str(here / task.resume.init_checkpoint)
     if getattr(task.model.config, "teacher", None):

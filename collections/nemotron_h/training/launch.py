@@ -72,8 +72,7 @@ def command_of(run: Run) -> list[str]:
     if nemo is None:
         raise UserError(f"there is no `nemo` command beside {sys.executable}", hint="install nemo_run")
     entry = STAGES[run.recipe.stage]
-    command = [nemo, "llm", entry, "--factory", f"nemotron_h_recipe(path={run.recipe_file})", "--yes"]
-    return [*command, "executor=local"] if run.recipe.parallel.devices > 1 else command
+    return [nemo, "llm", entry, "--factory", f"nemotron_h_recipe(path={run.recipe_file})", "--yes"]
 
 
 def train(run: Run, title: str, steps: int, console: Console) -> None:
@@ -96,13 +95,14 @@ def train(run: Run, title: str, steps: int, console: Console) -> None:
         start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way
     )
     with _ended_with_us(process, console), log.open("a") as file, _Line(console, title, steps) as line:
+        begin = file.tell()
         for text in process.stdout:
             file.write(text)
             file.flush()
             found = _STEP.search(text)
             if found:
                 line.step(int(found.group(1)), text.strip())
-    _check_ended(run, steps, process.returncode)
+    _check_ended(run, steps, process.returncode, begin)
 
 
 def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Console, end: float = float("inf")) -> bool:
@@ -125,22 +125,23 @@ def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Consol
                     run, steps = waiting.pop(0)
                     write_recipe(run)
                     with run.recipe_file.with_suffix(".log").open("a") as log:
+                        begin = log.tell()
                         process = subprocess.Popen(
                             command_of(run), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                         )
-                    running.append((run, steps, process))
+                    running.append((run, steps, process, begin))
                 for each in list(running):
-                    run, steps, process = each
+                    run, steps, process, begin = each
                     if process.poll() is None:
                         continue
                     running.remove(each)
-                    _check_ended(run, steps, process.returncode)
+                    _check_ended(run, steps, process.returncode, begin)
                     done = total - len(waiting) - len(running)
                     left = (time.monotonic() - started) / done * (total - done)
                     console.print(f"{run.name} finished, {done} of {total}; about {left:.0f} s left", highlight=False)
                 time.sleep(1)
         finally:
-            _end([process for *_, process in running], console)
+            _end([process for _, _, process, _ in running], console)
     return not waiting and not running
 
 
@@ -150,18 +151,19 @@ def write_recipe(run: Run) -> None:
     run.recipe_file.write_text(text_of(run))
 
 
-def _check_ended(run: Run, steps: int, code: int) -> None:
-    """Refuse a run that is not whole."""
+def _check_ended(run: Run, steps: int, code: int, begin: int) -> None:
+    """Refuse a run that is not whole; `begin` is where its log starts, behind those of earlier tries."""
     log = run.recipe_file.with_suffix(".log")
     if code == LEFT_EARLY:
         raise UserError(f"{run.name} left early, with a checkpoint", hint="run the same command again to continue")
     if code != 0 or not is_finished(run, steps):
-        raise UserError(f"{run.name} ended with exit code {code}: {_reason(log)}", hint=f"see {log}")
+        raise UserError(f"{run.name} ended with exit code {code}: {_reason(log, begin)}", hint=f"see {log}")
 
 
-def _reason(log: Path) -> str:
-    """The error's line in a log, or its last line."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def _reason(log: Path, begin: int) -> str:
+    """The error's line in a log from a byte on, or its last line."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(error: |\w*(Error|Exception)\b)", line)]
     return (errors or lines or ["it printed nothing"])[-1]
 
