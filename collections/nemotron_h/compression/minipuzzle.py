@@ -34,6 +34,7 @@ from nemotron_h.compression.candidates import Candidate, Candidates
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.compression.importance import Importance, Scores
 from nemotron_h.compression.progress import StageProgress
+from nemotron_h.compression.recovery import recovered, sentence
 from nemotron_h.compression.scoring import Predictions, Score, predict
 from nemotron_h.compression.selection import child_of
 from nemotron_h.compression.slicing import slice_model, write_child
@@ -609,12 +610,12 @@ class MiniPuzzle:
         )
         measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
         parent = self.parent_score(REPORTED)
-        gap = winner["pruned"]["loss"] - parent.loss
-        recovered = (winner["pruned"]["loss"] - measured["loss"]) / gap if gap > 0 else float("nan")
-        write_json(folder / RESULTS, {"parent": dataclasses.asdict(parent), "child": measured, "recovered": recovered})
+        losses = parent.loss, winner["pruned"]["loss"], measured["loss"]
+        found = {"parent": dataclasses.asdict(parent), "child": measured, "recovered": recovered(*losses)}
+        write_json(folder / RESULTS, found)
         return (
             f"loss {winner['pruned']['loss']:.3f} pruned -> {measured['loss']:.3f}, parent {parent.loss:.3f}: "
-            f"{recovered:.1%} of the gap recovered"
+            f"{sentence(*losses)}"
         )
 
     # export

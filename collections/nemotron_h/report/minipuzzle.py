@@ -12,6 +12,7 @@ from rich.console import Console
 from nemotron_h.comparison.gap import read_losses
 from nemotron_h.compression.importance import Importance
 from nemotron_h.compression.ranking import pareto
+from nemotron_h.compression.recovery import sentence
 from nemotron_h.data.blend import parse_count
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
@@ -28,8 +29,7 @@ code { font-size: .92em; overflow-wrap: anywhere } p.note { color: #555 }
 </style></head><body>
 <h1>{{ name }}: {{ parent.name }} compressed</h1>
 <p>{{ "{:,}".format(parent.parameters) }} parameters became {{ "{:,}".format(child.parameters) }}
-({{ "{:.1%}".format(child.parameters / parent.parameters) }}). The distillation recovered
-<b>{{ "{:.1%}".format(recovered) }}</b> of the loss that pruning cost.</p>
+({{ "{:.1%}".format(child.parameters / parent.parameters) }}). Distillation: <b>{{ recovery }}</b>.</p>
 <p>Parent <code>{{ parent.pattern }}</code>, FFN {{ parent.ffn }}<br>
 Child <code>{{ child.pattern }}</code>, FFN {{ child.ffn }}<br>
 Checkpoint <code>{{ checkpoint }}</code></p>
@@ -91,7 +91,7 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
             },
             child={"parameters": row["parameters"], "pattern": row["pattern"], "ffn": row["ffn_hidden_size"]},
             checkpoint=child["checkpoint"],
-            recovered=made["recovered"],
+            recovery=sentence(made["parent"]["loss"], result["validation"]["pruned"]["loss"], made["child"]["loss"]),
             columns=["accuracy", "agreement", "loss", *tasks],
             tasks=tasks,
             rows=rows,
