@@ -244,22 +244,26 @@ def test_tables_and_picture(tmp_path: Path) -> None:
 
 
 def test_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
-    """Seconds of the processor, which is what an idle machine's clock shows: this machine may be busy."""
-    check = (
+    """In the processor's time, which is what an idle machine's clock shows. A second is five times what importing the
+    libraries of every command takes on the machine of the documents; others are faster or slower.
+    """
+    plan = (
         "import sys; from nemotron_h.cli import app\n"
         "try: app(['plan', 'nemotron_h_8b', '--gpus', '64'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'nemo', 'megatron', 'numpy', 'matplotlib', 'transformer_engine', 'nemo_run'}\n"
         "found = heavy & set(sys.modules); assert not found, found\n"
     )
+    libraries = "import typer, rich.table, hydra, yaml"
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
-    seconds = []
+    seconds: dict[str, list[float]] = {plan: [], libraries: []}
     for _ in range(3):  # the first may compile bytecode
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, env=environment, cwd=tmp_path)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 1, seconds
+        for code, taken in seconds.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment, cwd=tmp_path)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds[plan]) < 5 * min(seconds[libraries]), list(seconds.values())
 
 
 # distillation
