@@ -135,11 +135,10 @@ def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: p
     from nemotron_h.cluster.schema import LocalCluster
 
     def root() -> str:
-        none = SimpleNamespace(init_checkpoint=None)
         task = SimpleNamespace(
             log=SimpleNamespace(explicit_log_dir="runs/x"),
             data=SimpleNamespace(root=None, blend="sample_small"),
-            resume=none,
+            resume=SimpleNamespace(init_checkpoint=None),
             model=SimpleNamespace(config=SimpleNamespace(teacher=None)),
         )
         executors._move(task, LocalCluster(kind="local", work_dir=".", env={}))

@@ -609,14 +609,12 @@ class MiniPuzzle:
             folder,
         )
         measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
-        parent = self.parent_score(REPORTED)
-        losses = parent.loss, winner["pruned"]["loss"], measured["loss"]
-        found = {"parent": dataclasses.asdict(parent), "child": measured, "recovered": recovered(*losses)}
-        write_json(folder / RESULTS, found)
-        return (
-            f"loss {winner['pruned']['loss']:.3f} pruned -> {measured['loss']:.3f}, parent {parent.loss:.3f}: "
-            f"{sentence(*losses)}"
-        )
+        score = self.parent_score(REPORTED)
+        parent, pruned, child = score.loss, winner["pruned"]["loss"], measured["loss"]
+        share = recovered(parent, pruned, child)
+        write_json(folder / RESULTS, {"parent": dataclasses.asdict(score), "child": measured, "recovered": share})
+        said = sentence(parent, pruned, child)
+        return f"loss {pruned:.3f} pruned -> {child:.3f}, parent {parent:.3f}: {said}"
 
     # export
 

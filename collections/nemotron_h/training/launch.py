@@ -129,9 +129,9 @@ def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Consol
                         process = subprocess.Popen(
                             command_of(run), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                         )
-                    running.append((run, steps, process, begin))
+                    running.append((run, steps, begin, process))
                 for each in list(running):
-                    run, steps, process, begin = each
+                    run, steps, begin, process = each
                     if process.poll() is None:
                         continue
                     running.remove(each)
@@ -141,7 +141,7 @@ def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Consol
                     console.print(f"{run.name} finished, {done} of {total}; about {left:.0f} s left", highlight=False)
                 time.sleep(1)
         finally:
-            _end([process for _, _, process, _ in running], console)
+            _end([process for *_, process in running], console)
     return not waiting and not running
 
 
