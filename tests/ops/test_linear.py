@@ -1,16 +1,29 @@
-"""The CPU's float32 product against float64, gradients included."""
+"""The CPU's float32 product, and the bfloat16 one through it, against float64, gradients included."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from nemotron_h.ops import linear as module
 from nemotron_h.ops.linear import linear, takes
+
+WIDE = (torch.float32, 1e-5)
+
+
+@pytest.fixture
+def widened(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, float]:
+    """As on a processor without bfloat16 units; blocks of a few rows."""
+    monkeypatch.setattr(module, "widens_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 16)
+    return torch.bfloat16, 2.0**-8  # half of its last digit
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 3), (7, 64, 40), (300, 40, 64), (2, 5, 33, 17), (513, 256, 1296)])
 @pytest.mark.parametrize("strided", [False, True])
-def test_against_float64(shape: tuple[int, ...], strided: bool) -> None:
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_against_float64(shape: tuple[int, ...], strided: bool, kind: str, widened: tuple[torch.dtype, float]) -> None:
+    dtype, tolerance = WIDE if kind == "float32" else widened
     *rows, inputs, outputs = shape
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*rows, inputs, generator=generator)
@@ -18,6 +31,7 @@ def test_against_float64(shape: tuple[int, ...], strided: bool) -> None:
         x = torch.randn(*rows[::-1], inputs, generator=generator).permute(*range(len(rows) - 1, -1, -1), len(rows))
     weight = torch.randn(outputs, inputs, generator=generator)
     dy = torch.randn(*rows, outputs, generator=generator)
+    x, weight, dy = (t.to(dtype) for t in (x, weight, dy))
     x.requires_grad_()
     weight.requires_grad_()
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
@@ -29,8 +43,21 @@ def test_against_float64(shape: tuple[int, ...], strided: bool) -> None:
         strict=True,
     ):
         assert ours.shape == oracle.shape
-        assert ours.dtype == torch.float32
-        assert (ours.double() - oracle).abs().max() < 1e-5 * oracle.abs().max()
+        assert ours.dtype == dtype
+        assert (ours.double() - oracle).abs().max() < tolerance * oracle.abs().max()
+        if kind == "bfloat16":  # each is rounded once, from a float32 sum
+            off = (ours.double() - oracle).abs() > tolerance * oracle.abs() + 1e-5 * oracle.abs().max()
+            assert not off.any()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
+def test_widened_is_torchs_own_product(widened: tuple[torch.dtype, float]) -> None:
+    x, weight = (
+        torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16() for size in ((300, 40), (64, 40))
+    )
+    ours, torchs = linear(x, weight), torch.nn.functional.linear(x, weight)
+    assert (ours != torchs).float().mean() < 0.01  # sums of another order round elsewhere now and then
+    torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=1e-4)
 
 
 def test_gradient_of_one_operand_only() -> None:
@@ -39,7 +66,8 @@ def test_gradient_of_one_operand_only() -> None:
     torch.testing.assert_close(weight.grad, x.sum(0).expand(6, 8))
 
 
-def test_refuses_what_it_cannot_multiply() -> None:
+def test_refuses_what_it_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "widens_bfloat16", lambda: False)
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
     assert takes(x, weight)
     for dtype in (torch.float64, torch.bfloat16):

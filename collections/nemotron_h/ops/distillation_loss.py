@@ -398,8 +398,8 @@ def _zeros(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _add_product(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
     """total += rows.T @ inputs, where `total` may be wider than the product's operands."""
-    if linear.takes(rows, inputs):
-        total += linear.product(inputs.t().contiguous(), rows.t()).t()
+    if linear.takes(rows, inputs) and total.dtype == torch.float32:
+        linear.add_transposed_product(total, rows, inputs)
     elif total.dtype == rows.dtype:
         total.addmm_(rows.t(), inputs)
     elif total.is_cuda:

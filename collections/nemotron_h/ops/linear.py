@@ -1,20 +1,43 @@
-"""`x @ weight.T` in float32 on the CPU through oneDNN, with its backward.
+"""`x @ weight.T` on the CPU through oneDNN's float32 products, with its backward.
 
 torch multiplies float32 matrices with MKL, which keeps to AVX2 on processors that are not Intel's: half of what their
 AVX-512 units can do. oneDNN (torch's own, where bfloat16 goes too) uses them; it stays in float32 throughout.
+
+A processor without bfloat16 units multiplies bfloat16 matrices at a fifth of its float32 speed. There the operands are
+widened, which is exact, multiplied and summed in float32, and the result is rounded, as in the slow product.
 """
 
 from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: widened operands and results at a time, so that they stay in the cache and add little to the peak
+BLOCK_BYTES = 4 << 20
+
+
+@functools.cache
+def widens_bfloat16() -> bool:
+    """Whether bfloat16 products of this processor go through float32: an x86 that has no unit for them.
+
+    Of other processors torch does not say what they have.
+    """
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` multiplies these: float32 on the CPU, outside autocast, in a torch that has oneDNN."""
+    """Whether `linear` multiplies these: on the CPU, outside autocast, in a torch that has oneDNN, and float32, or
+    bfloat16 where that is widened.
+    """
     return (
-        x.dtype == weight.dtype == torch.float32
+        x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and widens_bfloat16()))
         and x.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -22,12 +45,49 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of both that are together worth a block of float32."""
+    rows = max(1, BLOCK_BYTES // (4 * (a.shape[1] + b.shape[1])))
+    return zip(a.split(rows), b.split(rows), strict=True)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T over the last axes, of tensors that `takes` accepts.
 
     oneDNN wants `a` dense and copies it otherwise; `b` may be strided.
     """
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    if a.dtype == torch.float32:
+        return _multiply(a, b)
+    wide = b.float()
+    out = a.new_empty(*a.shape[:-1], b.shape[0])
+    for rows, target in _blocks(a.reshape(-1, a.shape[-1]), out.view(-1, b.shape[0])):
+        target.copy_(_multiply(rows.float(), wide))
+    return out
+
+
+def add_transposed_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a.T @ b, of matrices that `takes` accepts; bfloat16 ones need a float32 `total`."""
+    if a.dtype == torch.float32:
+        total += _multiply(b.t().contiguous(), a.t()).t()
+        return
+    for rows, others in _blocks(a, b):
+        total.addmm_(rows.float().t(), others.float())
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a.T @ b of matrices that `takes` accepts, summed in float32."""
+    # Of the two transposes the narrower is the first operand, the one that is copied.
+    if a.shape[1] > b.shape[1]:
+        return _transposed_product(b, a).t()
+    if a.dtype == torch.float32:
+        return _multiply(a.t(), b.t())
+    total = torch.zeros(a.shape[1], b.shape[1])
+    add_transposed_product(total, a, b)
+    return total.to(a.dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -45,12 +105,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = product(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
-            inputs = x.reshape(-1, x.shape[-1])
-            # Of the two transposes the narrower is the first operand, the one that is copied.
-            if rows.shape[1] <= inputs.shape[1]:
-                dweight = product(rows.t(), inputs.t())
-            else:
-                dweight = product(inputs.t(), rows.t()).t()
+            dweight = _transposed_product(rows, x.reshape(-1, x.shape[-1]))
         return dx, dweight
 
 
@@ -58,15 +113,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T`, differentiable once.
 
     Args:
-        x: float32 [..., inputs], any strides.
-        weight: float32 [outputs, inputs].
+        x: float32 [..., inputs], any strides; bfloat16 where `widens_bfloat16`.
+        weight: [outputs, inputs], of the same dtype.
 
     Returns:
-        float32 [..., outputs].
+        [..., outputs] of that dtype.
 
     Raises:
         ValueError: tensors that `takes` refuses.
     """
     if not takes(x, weight):
-        raise ValueError(f"linear: needs float32 on the CPU, got {x.dtype} and {weight.dtype} on {x.device}")
+        kinds = "float32 or bfloat16" if widens_bfloat16() else "float32"
+        raise ValueError(f"linear: needs {kinds} on the CPU, got {x.dtype} and {weight.dtype} on {x.device}")
     return _Linear.apply(x, weight)
