@@ -30,6 +30,7 @@ from nemotron_h.schema import (
     SPEEDS,
     STAGES,
     STARTS,
+    STATE_DTYPES,
     TOO_LONG,
     BudgetSchema,
     GridSchema,
@@ -81,6 +82,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     check_adapter(recipe.adapter, definition, f"{origin}: adapter", pipeline=recipe.parallel.pipeline)
     check_schedule(recipe, origin)
     check_measured_steps(recipe, origin)
+    check_optimizer_state(recipe, origin)
     check_layout(recipe, definition, origin)
     check_gemms(
         definition,
@@ -116,6 +118,21 @@ def check_one_of(key: str, value: str, allowed: Iterable[str], where: str) -> No
         raise UserError(f"{where}{key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
 
 
+def check_optimizer_state(recipe: RecipeConfig, origin: str) -> None:
+    """bfloat16 in the optimizer: only beside bfloat16 weights, moments only in the distributed optimizer."""
+    for key, value in (("moments", recipe.optim.moments), ("gradients", recipe.optim.gradients)):
+        if value == "bf16" and recipe.precision == "fp32":
+            raise UserError(
+                f"{origin}: optim.{key} = 'bf16' with precision = 'fp32'",
+                hint=f"leave optim.{key} out, or set precision to one with bfloat16 weights, such as bf16",
+            )
+    if recipe.optim.moments == "bf16" and not recipe.parallel.distributed_optimizer:
+        raise UserError(
+            f"{origin}: optim.moments = 'bf16' without the distributed optimizer",
+            hint="leave out parallel.distributed_optimizer=false, or optim.moments",
+        )
+
+
 def check_blend_change(value: str | None, where: str = "") -> None:
     """Refuse an unknown `resume.blend_change`, naming the nearest known one; `where` stands before the key."""
     if value is not None:
@@ -128,6 +145,8 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
         ("stage", recipe.stage, [*STAGES, *PIPELINES]),
         ("precision", recipe.precision, PRECISIONS),
         ("precision_options.fp8_backend", recipe.precision_options.fp8_backend, FP8_BACKENDS),
+        ("optim.moments", recipe.optim.moments, STATE_DTYPES),
+        ("optim.gradients", recipe.optim.gradients, STATE_DTYPES),
         ("optim.schedule", recipe.optim.schedule, SCHEDULES),
     ):
         check_one_of(key, value, allowed, f"{origin}: ")

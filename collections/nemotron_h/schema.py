@@ -8,6 +8,8 @@ from omegaconf import MISSING
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
+#: of what the optimizer keeps
+STATE_DTYPES = ("fp32", "bf16")
 #: stage -> the command of `nemo llm` that runs it
 STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "distill": "distill"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
@@ -102,6 +104,8 @@ class OptimSchema:
         decay_tokens: length of the decay at the end of the run; wsd only.
         beta1, beta2, eps, weight_decay: AdamW.
         clip_grad: largest global gradient norm; 0 is no clipping.
+        moments: `fp32`, or `bf16`: Adam's two moments, half as large; on GPUs only.
+        gradients: `fp32`, or `bf16`: sums of gradients over micro-batches and data-parallel ranks, half as large.
     """
 
     peak_lr: float = MISSING
@@ -114,6 +118,8 @@ class OptimSchema:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0
+    moments: str = "fp32"
+    gradients: str = "fp32"
 
 
 @dataclass

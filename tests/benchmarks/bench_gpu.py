@@ -244,7 +244,8 @@ def sides_of(args: argparse.Namespace) -> dict[str, tuple[Callable, str, dict[st
 
     found: dict[str, tuple[Callable, str, dict[str, Any]]] = {}
     for precision in args.precisions:
-        found[f"ours {precision}"] = (gpu_sides.ours, precision, dict(args.set))
+        memory = {"moments": args.moments, "gradients": args.gradients}
+        found[f"ours {precision}"] = (gpu_sides.ours, precision, memory | dict(args.set))
         if torch.cuda.is_available():  # NeMo's layers run on GPUs alone
             found[f"stock {precision}"] = (gpu_sides.stock, precision, {})
     return {name: side for name, side in found.items() if not args.sides or name.split()[0] in args.sides}
@@ -633,6 +634,8 @@ def arguments() -> argparse.Namespace:
         metavar="FIELD=VALUE",
         help="fields of our configuration, such as recompute_ffn=activation",
     )
+    for key, what in (("moments", "Adam's moments"), ("gradients", "gradient sums")):
+        parser.add_argument(f"--{key}", choices=("fp32", "bf16"), default="fp32", help=f"of {what}, our sides alone")
     parser.add_argument("--micro-batches", type=int, help="sequences per step (default 4)")
     parser.add_argument("--rounds", type=int, default=2, help="times that each side is built and timed (default 2)")
     parser.add_argument("--warmup", type=int, default=3, help="untimed steps of a round (default 3)")

@@ -46,6 +46,7 @@ from nemotron_h.model.definition import ModelDefinition  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.precision.plugins import plugin  # noqa: E402
 from nemotron_h.runtime import megatron_fixes  # noqa: E402
+from nemotron_h.training.optimizer import adam_of, state_dtypes  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 
@@ -176,11 +177,19 @@ class Side:
     Args:
         make: `ours` or `stock`.
         precision: name of the precision plugin.
+        moments, gradients: dtypes of Adam's moments and of gradient sums, as a recipe's `optim`.
         changes: further fields of the configuration.
     """
 
     def __init__(
-        self, make: Callable[..., Any], shape: Shape, precision: str, layout: Layout = ONE, **changes: Any
+        self,
+        make: Callable[..., Any],
+        shape: Shape,
+        precision: str,
+        layout: Layout = ONE,
+        moments: str = "fp32",
+        gradients: str = "fp32",
+        **changes: Any,
     ) -> None:
         began = time.perf_counter()
         start(layout)
@@ -195,7 +204,7 @@ class Side:
         fp8_gather = bool(getattr(config, "fp8_param", False))
         ddp = DistributedDataParallelConfig(
             check_for_nan_in_grad=True,
-            grad_reduce_in_fp32=True,
+            grad_reduce_in_fp32=gradients == "fp32",
             use_distributed_optimizer=True,
             overlap_grad_reduce=layout.overlap,
             fp8_param_gather=fp8_gather,
@@ -214,9 +223,11 @@ class Side:
             bf16=config.bf16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=True,
+            **state_dtypes(moments),
             **({"fp8_recipe": config.fp8_recipe} if fp8_gather else {}),
         )
-        self.optimizer = get_megatron_optimizer(optimizer, [self.model])
+        with adam_of(optimizer):
+            self.optimizer = get_megatron_optimizer(optimizer, [self.model])
         self.data = batches(shape.vocab_size, shape.seq_length)
         self.positions = torch.arange(shape.seq_length, device="cuda" if ON_GPU else "cpu")[None]
         self.seconds: list[float] = []

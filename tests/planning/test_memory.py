@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from small_models import MODELS, as_definition
 from nemotron_h.compose import compose
 from nemotron_h.model.adapter_targets import TARGETS, trained_parameters
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
+from nemotron_h.ops.linear import widens_bfloat16
 from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_adapters, rank_parameters
 from nemotron_h.schema import AdapterSchema
 
@@ -123,7 +124,7 @@ def planned(case: dict[str, Any], ranks: int) -> tuple[ModelDefinition, Layout]:
         settings["teacher"] = as_definition(case["teacher"])
     settings |= {key: value for key, value in case["model"].items() if key.startswith("recompute_")}
     data = ranks // (case.get("tensor", 1) * case.get("pipeline", 1))
-    layout = Layout(**{"precision": "fp32", **settings}, data=data, backend="cpu")
+    layout = Layout(**{"precision": "fp32", **settings}, data=data, backend="cpu", widened=widens_bfloat16())
     return as_definition(case["model"]), layout
 
 
@@ -192,12 +193,15 @@ def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
 
 
 def test_constants_are_the_code_s() -> None:
-    from nemotron_h.ops import distillation_loss, select, ssd
+    from nemotron_h.ops import distillation_loss, linear, select, ssd
     from nemotron_h.planning import flops, memory
+    from nemotron_h.runtime import lean_adam
 
+    assert memory.LEAN_PIECE == lean_adam.PIECE
     assert memory.KERNEL_CHUNK == flops.CHUNK == select.KERNEL_CHUNK
     assert memory.CPU_CHUNK == ssd.CPU_CHUNK
     assert memory.CPU_SEGMENT_ELEMENTS == ssd.SEGMENT_ELEMENTS
+    assert memory.WIDE_BLOCK == linear.BLOCK_BYTES
     assert memory.LOSS_CHUNK == distillation_loss.CHUNK_ELEMENTS
     assert memory.LOSS_BLOCK == distillation_loss.BLOCK_ELEMENTS
 
@@ -211,6 +215,42 @@ def test_states_on_a_gpu() -> None:
     shared = largest_stage(d, paper)
     parameters, _ = rank_parameters(d, paper, 0)
     assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(parameters * (6 + 12 / 768), rel=1e-4)
+
+
+#: peaks of bench_gpu.py on an H100, GiB (docs/performance.md): repeats of the 8B's 13 layers, as measured
+LEAN = {
+    ("M-M-M-M*-M-M-", "bf16", "bf16", "fp32", ""): 44.45,
+    ("M-M-M-M*-M-M-M-M-M*-M-M-M-", "bf16", "bf16", "fp32", ""): 73.00,
+    ("M-M-M-M*-M-M-M-M-M*-M-M-M-", "fp8_current_scaling", "bf16", "fp32", ""): 75.53,
+    ("M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-", "bf16", "bf16", "bf16", "mamba"): 67.82,
+    ("M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-", "bf16", "bf16", "bf16", "mamba ffn"): 66.07,
+    ("M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-", "fp8_current_scaling", "bf16", "bf16", "mamba ffn"): 74.73,
+}
+
+
+@pytest.mark.parametrize("case", LEAN, ids=lambda case: f"{len(case[0])} layers, {case[1]}, {case[3]} gradients")
+def test_bfloat16_in_the_optimizer(case: tuple[str, ...]) -> None:
+    pattern, precision, moments, gradients, again = case
+    d = replace(definition_from_dict(asdict(compose("nemotron_h_8b").model), "nemotron_h_8b"), pattern=pattern)
+    recompute = {f"recompute_{name}": "layer" for name in again.split()}
+    layout = Layout(seq_length=8192, precision=precision, moments=moments, gradients=gradients, **recompute)
+    assert largest_stage(d, layout).peak / 2**30 == pytest.approx(LEAN[case], rel=0.005)
+
+
+def test_the_optimizer_s_own_peak() -> None:
+    """By hand, of the 8B: moments of a part of the weights in float32, or all gradients."""
+    from nemotron_h.planning import memory
+
+    d = definition_from_dict(asdict(compose("nemotron_h_8b").model), "nemotron_h_8b")
+    embedding = d.vocab_size * d.hidden_size
+
+    def step(**kinds: str) -> int:
+        layout = Layout(seq_length=8192, **kinds)
+        return memory._optimizer_step(d, layout, largest_stage(d, layout))
+
+    assert step(moments="bf16") == step(moments="bf16", gradients="bf16") == 8 * embedding > 8 * memory.LEAN_PIECE
+    assert step(gradients="bf16") == pytest.approx(4 * d.parameters, rel=1e-3)
+    assert step() == 4 * embedding
 
 
 def test_fp8_keeps_inputs_in_a_byte_and_caches_weights() -> None:

@@ -51,6 +51,19 @@ def test_emulation_is_a_bf16_model_to_megatron() -> None:
     }
 
 
+def test_gradient_sums() -> None:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
+
+    for name in PRECISIONS:
+        for gradients in ("fp32", "bf16"):
+            made = plugin(name, gradients=gradients)
+            ddp = update_config_with_dtype_overrides(made.dtype_config, DistributedDataParallelConfig())
+            assert ddp.grad_reduce_in_fp32 is (gradients == "fp32" or name == "fp32"), (name, gradients)
+    with pytest.raises(UserError, match="gradients 'bf61'\nDid you mean bf16"):
+        plugin("bf16", gradients="bf61")
+
+
 def test_auto_emulates_without_a_gpu_and_never_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for gpu in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)

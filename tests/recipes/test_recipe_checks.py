@@ -25,6 +25,14 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["resume.blend_change=from_steps"], ("resume.blend_change = 'from_steps'", "Did you mean from_step?")),
         (TINY, ["recompute.ffn=activations"], ("recompute.ffn = 'activations'", "Did you mean activation?")),
         (TINY, ["recompute.mamba=activation"], ("recompute.mamba = 'activation'", "Known: none, layer")),
+        (TINY, ["optim.moments=fp16"], ("optim.moments = 'fp16'", "Known: fp32, bf16")),
+        (TINY, ["optim.gradients=bf61"], ("optim.gradients = 'bf61'", "Did you mean bf16?")),
+        (TINY, ["precision=fp32", "optim.gradients=bf16"], ("optim.gradients = 'bf16' with precision = 'fp32'",)),
+        (
+            TINY,
+            ["optim.moments=bf16", "parallel.distributed_optimizer=false"],
+            ("optim.moments = 'bf16' without the distributed optimizer", "leave out"),
+        ),
         (NANO, ["precision_options.fp8_backend=emulated"], ("fp8_backend = 'emulated'", "Did you mean emulate?")),
         # unknown and unused keys
         (TINY, ["optim.peak_lrr=1"], ("unknown key optim.peak_lrr", "Did you mean peak_lr?")),

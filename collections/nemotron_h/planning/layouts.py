@@ -49,6 +49,8 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         distributed_optimizer=parallel.distributed_optimizer,
         precision=recipe.precision,
         bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
+        moments=recipe.optim.moments,
+        gradients=recipe.optim.gradients,
         recompute_mamba=again.mamba,
         recompute_ffn=again.ffn,
         recompute_attention=again.attention,

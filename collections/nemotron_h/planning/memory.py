@@ -30,7 +30,15 @@ BACKENDS = ("gpu", "cpu")
 #: bytes of a weight, and of what the optimizer keeps for it (float32 main weight where the weight is not, two moments)
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
-GRADIENT_BYTES = 4  # gradients are summed in float32 (training/strategy.py)
+#: the same with moments in bfloat16: of a bfloat16 weight's main weight the 16 bits that it lacks; a float32 weight is
+#: its own, and Transformer Engine's Adam keeps a copy of it all the same (runtime/lean_adam.py)
+LEAN_OPTIMIZER_BYTES = {"fp32": 8, "bf16": 6}
+#: of a bfloat16 weight's sum of gradients
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+#: elements whose moments the lean optimizer has in float32 at a time (runtime/lean_adam.py: PIECE)
+LEAN_PIECE = 1 << 28
+#: operands and results that a widened product has in float32 at a time (ops/linear.py: BLOCK_BYTES)
+WIDE_BLOCK = 4 << 20
 
 #: as `make_vocab_size_divisible_by`, NeMo's and Megatron's default: per tensor-parallel rank
 VOCABULARY_MULTIPLE = 128
@@ -59,9 +67,11 @@ class Layout:
         micro_batches: forward passes per step of one rank.
         precision: as the recipe's.
         bf16_edge_layers: with FP8, layers at each end that stay in BF16.
+        moments, gradients: dtypes of Adam's moments and of gradient sums, as the recipe's `optim`.
         recompute_mamba, recompute_ffn, recompute_attention: as the recipe's `recompute`.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
         backend: `gpu` or `cpu`.
+        widened: on the CPU bfloat16 products go through float32 (ops/linear.py: widens_bfloat16).
         teacher: of a distillation that loads it: a model that is split as the trained one, and only runs forward.
     """
 
@@ -76,11 +86,14 @@ class Layout:
     distributed_optimizer: bool = True
     precision: str = "bf16"
     bf16_edge_layers: int = 2
+    moments: str = "fp32"
+    gradients: str = "fp32"
     recompute_mamba: str = "none"
     recompute_ffn: str = "none"
     recompute_attention: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
+    widened: bool = False
     teacher: ModelDefinition | None = None
 
     @property
@@ -119,7 +132,7 @@ class StageMemory:
     Attributes:
         stage: number of the stage, from 0.
         weights: with the vocabulary's padding, and with FP8 the copies that Transformer Engine caches.
-        gradients: float32 sums.
+        gradients: their sums.
         optimizer: main weights and moments of this rank's share.
         buffers: what is allocated once and stays: communication and GEMM workspaces.
         teacher: weights of a distillation's teacher, as `weights`.
@@ -259,7 +272,12 @@ class _Rank:
             return 0
         plain = self.float32 and self.layout.tensor == 1
         copy = self.tokens * min(outputs, inputs) * 4 if plain else 0
-        return outputs * inputs // self.layout.tensor * self.e + copy
+        return outputs * inputs // self.layout.tensor * self.e + copy + self.wide(outputs * inputs)
+
+    def wide(self, elements: int) -> int:
+        """In float32 during a widened product with a matrix of so many elements: the matrix, and a block of rows."""
+        through = self.layout.widened and self.cpu and not self.float32 and self.layout.tensor == 1
+        return 4 * elements + WIDE_BLOCK if through else 0
 
     def saved_input(self, matrix: str, size: int, layer_in_fp8: bool) -> int:
         """A GEMM's input as it is kept: one byte a value where it is quantised. For a frozen weight it is not kept, for
@@ -430,6 +448,7 @@ class _Rank:
             copied = self.cpu and self.float32 and self.layout.tensor == 1  # as in `weight`
             product += rows // self.layout.tensor * d.hidden_size * self.e
             product += self.tokens * min(rows, d.hidden_size) * 4 if copied else 0
+            product += self.wide(rows * d.hidden_size)
         # The loss is computed in the logits' memory, by ours on the CPU, by Transformer Engine's on a GPU. On the
         # CPU torch's scatter copies 16-bit logits to float32.
         loss = 2 * self.logits if self.cpu and not self.float32 else 0
@@ -449,7 +468,9 @@ class _Rank:
         matrix = rows * d.hidden_size
         entry = 2 * self.residual + self.norm_rows + self.gathered + teacher_states
         product = chunk * d.hidden_size * self.e
-        if self.cpu:  # the gradient of the output matrix is summed through a copy
+        if self.wide(matrix):
+            product += self.wide(matrix)
+        elif self.cpu:  # the gradient of the output matrix is summed through a copy
             product = max(product, matrix * self.e + (product if self.float32 else 0))
         kept = entry + self.whole + 4 * matrix + self.tokens * 32
         return _Layer(kept, max(2 * chunk * rows * self.e + max(block, product), matrix * self.e))
@@ -492,8 +513,10 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     states = StageMemory(
         stage=stage,
         weights=weights,
-        gradients=trained[0] * GRADIENT_BYTES,
-        optimizer=math.ceil(_sized(layout, trained, OPTIMIZER_BYTES) / shards),
+        gradients=_sized(layout, trained, {"fp32": 4, "bf16": GRADIENT_BYTES[layout.gradients]}),
+        optimizer=math.ceil(
+            _sized(layout, trained, LEAN_OPTIMIZER_BYTES if layout.moments == "bf16" else OPTIMIZER_BYTES) / shards
+        ),
         buffers=rank.buffers(stage),
         teacher=beside,
     )
@@ -539,7 +562,11 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
 
 
 def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMemory) -> int:
-    """Clipping copies the largest gradient; gloo scatters the sums of gradients through a copy of all of them."""
+    """Clipping copies the largest gradient; gloo scatters the sums of gradients through a copy of all of them.
+
+    Moments in bfloat16 are float32 for a part of the weights at a time. Beside float32 moments, gradient sums in
+    bfloat16 are float32 for all.
+    """
     largest = padded_vocabulary(definition, layout.tensor) // layout.tensor * definition.hidden_size * 4
     if layout.frozen:
         sides = [max(_rank_shape(definition, layout, matrix)) for matrix in layout.adapter.targets]
@@ -547,6 +574,11 @@ def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMe
     shards = layout.data if layout.distributed_optimizer else 1
     if layout.backend == "cpu" and layout.distributed_optimizer:
         return max(states.gradients, largest // shards)
+    trained = states.gradients // GRADIENT_BYTES[layout.gradients]
+    if layout.moments == "bf16":
+        return 8 * min(trained, max(LEAN_PIECE, largest // 4)) // shards
+    if layout.gradients == "bf16":
+        return 4 * trained // shards
     return largest // shards
 
 

@@ -66,25 +66,33 @@ def check_one_kind(names: Sequence[str]) -> None:
         )
 
 
-def check_import(precision: str, least: str) -> None:
-    """Transformer Engine is there, imports, and is new enough."""
+def check_import(wanted: str, least: str, otherwise: str = ELSE) -> None:
+    """Transformer Engine is there, imports, and is new enough.
+
+    Args:
+        wanted: what needs it.
+        least: its oldest release that has that.
+        otherwise: what to do without it.
+    """
     try:
         version = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError as error:
         raise UserError(
-            f"{precision} needs Transformer Engine, which is not installed", hint=f"{INSTALL}; {ELSE}"
+            f"{wanted} needs Transformer Engine, which is not installed", hint=f"{INSTALL}; {otherwise}"
         ) from error
     if Version(version) < Version(least):
         raise UserError(
-            f"{precision} needs Transformer Engine {least} or newer; {version} is installed", hint=f"{INSTALL}; {ELSE}"
+            f"{wanted} needs Transformer Engine {least} or newer; {version} is installed",
+            hint=f"{INSTALL}; {otherwise}",
         )
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a library built for another torch or CUDA fails in many ways; the reason is reported
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{precision} needs Transformer Engine; {version} is installed and does not import: {reason[:200]}",
-            hint=f"it is built for one torch and CUDA, here {torch.__version__}: {INSTALL} --force-reinstall; {ELSE}",
+            f"{wanted} needs Transformer Engine; {version} is installed and does not import: {reason[:200]}",
+            hint=f"it is built for one torch and CUDA, here {torch.__version__}: {INSTALL} --force-reinstall; "
+            f"{otherwise}",
         ) from error
     if version != TESTED:
         logger.warning(f"Transformer Engine {version}: this release was tested with {TESTED}")

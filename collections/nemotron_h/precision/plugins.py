@@ -9,7 +9,7 @@ from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.plugins.mixed_precision import DtypeConfig
 
 from nemotron_h.errors import UserError
-from nemotron_h.schema import FP8_BACKENDS, PRECISIONS
+from nemotron_h.schema import FP8_BACKENDS, PRECISIONS, STATE_DTYPES
 from nemotron_h.strict import nearest
 
 
@@ -79,17 +79,23 @@ def fp8(name: str, bf16_edge_layers: int, emulate: bool) -> PrecisionPlugin:
     return made
 
 
-def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto") -> PrecisionPlugin:
+def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto", gradients: str = "fp32") -> PrecisionPlugin:
     """The plugin of this name.
 
     Args:
         name: one of `fp32`, `bf16`, `fp8_current_scaling`, `fp8_blockwise`.
         bf16_edge_layers: layers of the pattern at each end that stay in BF16; FP8 only.
         fp8_backend: `te`, `emulate`, or `auto` (Transformer Engine where a GPU is visible).
+        gradients: dtype of their sums over micro-batches and data-parallel ranks, `fp32` or `bf16`; `fp32` weights
+            have theirs in float32.
     Errors:
-        UserError: there is no plugin or backend of this name; names the nearest.
+        UserError: there is no plugin, backend or dtype of this name; names the nearest.
     """
-    for value, known, key in ((name, PRECISIONS, "precision"), (fp8_backend, FP8_BACKENDS, "fp8_backend")):
+    for value, known, key in (
+        (name, PRECISIONS, "precision"),
+        (fp8_backend, FP8_BACKENDS, "fp8_backend"),
+        (gradients, STATE_DTYPES, "gradients"),
+    ):
         if value not in known:
             raise UserError(f"{key} {value!r}", hint=f"{nearest(value, known)}Known: {', '.join(known)}.")
     if name in FP8:
@@ -98,4 +104,5 @@ def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto") -> P
     else:
         made = bf16() if name == "bf16" else fp32()
     made.recipe = name
+    made.dtype_config.grad_reduce_in_fp32 = gradients == "fp32" or name == "fp32"
     return made

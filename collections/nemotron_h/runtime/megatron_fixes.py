@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers
 
@@ -21,6 +22,7 @@ def install() -> None:
     _accumulate_weight_gradients_without_apex()
     _flatten_products_of_frozen_weights()
     _start_the_writers_queue_without_the_command()
+    _norm_and_clip_gradients_of_each_dtype()
 
 
 def _accumulate_weight_gradients_without_apex() -> None:
@@ -36,7 +38,12 @@ def _accumulate_weight_gradients_without_apex() -> None:
         else:
             torch.addmm(main_grad, grad_output.t(), total_input, out_dtype=torch.float32, out=main_grad)
 
-    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32)
+    def wgrad_gemm_accum_fp16(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        main_grad.addmm_(grad_output.t(), total_input)
+
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
+        wgrad_gemm_accum_fp32=wgrad_gemm_accum_fp32, wgrad_gemm_accum_fp16=wgrad_gemm_accum_fp16
+    )
     layers._grad_accum_fusion_available = True
 
 
@@ -107,3 +114,41 @@ def _start_the_writers_queue_without_the_command() -> None:
         return filesystem_async._results_queue
 
     filesystem_async._get_write_results_queue = queue
+
+
+def _norm_and_clip_gradients_of_each_dtype() -> None:
+    """Give the kernels of the gradients' norm and of clipping lists of one dtype each.
+
+    They read a whole list as its first tensor's dtype. With gradients in bfloat16 (`optim.gradients`), those of float32
+    weights (Mamba's A_log, D and dt_bias) are in the same list: the norm is NaN and nothing is clipped.
+    """
+
+    def apart(lists: list[list[torch.Tensor]]) -> list[list[list[torch.Tensor]]]:
+        dtypes = dict.fromkeys(tensor.dtype for tensor in lists[0])
+        return [
+            [[t for t, first in zip(of, lists[0], strict=True) if first.dtype == d] for of in lists] for d in dtypes
+        ]
+
+    def norm(kernel: Any) -> Any:
+        def call(chunk: int, flag: torch.Tensor, lists: list[list[torch.Tensor]], *args: Any) -> Any:
+            groups = apart(lists)
+            if len(groups) < 2:
+                return kernel(chunk, flag, lists, *args)
+            found = [kernel(chunk, flag, group, *args)[0] for group in groups]
+            return torch.stack(found).square().sum(dim=0).sqrt(), None
+
+        return call
+
+    def scale(kernel: Any) -> Any:
+        def call(chunk: int, flag: torch.Tensor, lists: list[list[torch.Tensor]], *args: Any) -> None:
+            for group in apart(lists):
+                kernel(chunk, flag, group, *args)
+
+        return call
+
+    for name, wrap in (("l2_norm_impl", norm), ("multi_tensor_scale_impl", scale)):
+        original = getattr(clip_grads, name)
+        if not getattr(original, "nemotron_h", False):
+            wrapped = functools.wraps(original)(wrap(original))
+            wrapped.nemotron_h = True  # type: ignore[attr-defined]
+            setattr(clip_grads, name, wrapped)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from megatron.core.optimizer import OptimizerConfig
 from nemo.core.optim.lr_scheduler import WarmupHoldAnnealLinear
 from nemo.lightning.megatron_parallel import MegatronParallel
@@ -11,6 +13,7 @@ from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, LRSchedulerMo
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
 from nemotron_h.errors import UserError
+from nemotron_h.runtime import lean_adam
 
 
 class WarmupStableDecay(LRSchedulerModule):
@@ -68,7 +71,28 @@ class ScheduledAdamW(MegatronOptimizerModule):
                 f"the run has {schedule.max_steps} steps, its warm-up {schedule.warmup_steps}",
                 hint="raise trainer.max_steps, or set a shorter optim.warmup_steps",
             )
-        return super().optimizers(model)
+        with adam_of(self.config):
+            return super().optimizers(model)
+
+
+def state_dtypes(moments: str) -> dict[str, Any]:
+    """Fields of Megatron's `OptimizerConfig` for Adam's moments in `fp32` or `bf16`.
+
+    With `bf16` main weights are kept as the bfloat16 weights and the 16 bits that these lack: exact, in half the room.
+    """
+    if moments == "fp32":
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+        "store_param_remainders": True,
+    }
+
+
+def adam_of(config: OptimizerConfig) -> AbstractContextManager[None]:
+    """Inside it Megatron's optimizers are made of the Adam that keeps what `state_dtypes` chose."""
+    return lean_adam.chosen() if config.use_precision_aware_optimizer else nullcontext()
 
 
 def scheduled_adamw(
@@ -82,6 +106,7 @@ def scheduled_adamw(
     weight_decay: float = 0.1,
     clip_grad: float = 1.0,
     distributed_optimizer: bool = True,
+    moments: str = "fp32",
 ) -> ScheduledAdamW:
     """AdamW with linear warm-up and cosine decay, or a constant rate and linear decay.
 
@@ -92,7 +117,12 @@ def scheduled_adamw(
         beta1, beta2, eps, weight_decay: AdamW; norms and biases are not decayed.
         clip_grad: largest global gradient norm; 0 is no clipping.
         distributed_optimizer: shard the optimizer's state over data-parallel ranks.
+        moments: dtype of Adam's moments, `fp32` or `bf16`.
+    Errors:
+        UserError: there is no such dtype, or `bf16` without what it needs: a GPU, Transformer Engine, the distributed
+            optimizer.
     """
+    lean_adam.check(moments, distributed_optimizer)
     if decay_steps is None:
         schedule = CosineAnnealingScheduler(warmup_steps=warmup_steps, constant_steps=0, min_lr=final_lr)
     else:
@@ -109,6 +139,7 @@ def scheduled_adamw(
             weight_decay=weight_decay,
             clip_grad=clip_grad,
             use_distributed_optimizer=distributed_optimizer,
+            **state_dtypes(moments),
         ),
         lr_scheduler=schedule,
     )

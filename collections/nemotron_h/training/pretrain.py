@@ -138,6 +138,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 name=recipe.precision,
                 bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
                 fp8_backend=recipe.precision_options.fp8_backend,
+                gradients=optim.gradients,
             ),
             callbacks=[
                 run.Config(GemmTable),
@@ -179,6 +180,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             eps=optim.eps,
             weight_decay=optim.weight_decay,
             clip_grad=optim.clip_grad,
+            moments=optim.moments,
             distributed_optimizer=parallel.distributed_optimizer,
         ),
     )
