@@ -26,6 +26,8 @@ def test_equals_torch_adamw_and_survives_a_checkpoint() -> None:
             saved = mine.state_dict()
             assert saved["param_groups"][0]["step"] == 3
             assert set(saved["state"][0]) == {"exp_avg", "exp_avg_sq"}
+            # all that Transformer Engine's Adam reads of a group: a run may go on on a GPU
+            assert {"lr", "bias_correction", "betas", "eps", "weight_decay"} <= set(saved["param_groups"][0])
             mine = CheckpointableAdamW(ours, **options)
             mine.load_state_dict(saved)
         theirs.step()

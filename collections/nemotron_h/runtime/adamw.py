@@ -42,7 +42,9 @@ class CheckpointableAdamW(torch.optim.Optimizer):
             raise ValueError(f"CheckpointableAdamW: unknown arguments {sorted(kwargs)}")
         if not (bias_correction and adam_w_mode) or capturable:
             raise ValueError("CheckpointableAdamW: only AdamW with bias correction, not capturable")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        # A group is loaded as it was saved, and Transformer Engine's Adam reads `bias_correction` from its own.
+        kept = {"lr": lr, "bias_correction": True, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, kept)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
