@@ -384,22 +384,27 @@ def top_logits(logits: Tensor, k: int, group: torch.distributed.ProcessGroup | N
     return TopLogits(values.to(logits.dtype), ids.gather(1, order))
 
 
+def _takes(a: Tensor, b: Tensor) -> bool:
+    """float32 alone: with widened bfloat16 products a distillation on two ranks was not equal to one on one rank."""
+    return a.dtype == torch.float32 and linear.takes(a, b)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b.T, in oneDNN where that is faster."""
-    return linear.product(a.contiguous(), b) if linear.takes(a, b) else a @ b.t()
+    return linear.product(a.contiguous(), b) if _takes(a, b) else a @ b.t()
 
 
 def _zeros(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Where the weight's gradient is summed, with the strides that `_add_product` adds at."""
-    if linear.takes(hidden, weight):
+    if _takes(hidden, weight):
         return torch.zeros(weight.shape[::-1], dtype=dtype, device=weight.device).t()
     return torch.zeros_like(weight, dtype=dtype)
 
 
 def _add_product(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
     """total += rows.T @ inputs, where `total` may be wider than the product's operands."""
-    if linear.takes(rows, inputs) and total.dtype == torch.float32:
-        linear.add_transposed_product(total, rows, inputs)
+    if _takes(rows, inputs):
+        total += linear.product(inputs.t().contiguous(), rows.t()).t()
     elif total.dtype == rows.dtype:
         total.addmm_(rows.t(), inputs)
     elif total.is_cuda:

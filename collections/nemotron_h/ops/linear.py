@@ -69,15 +69,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def add_transposed_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a.T @ b, of matrices that `takes` accepts; bfloat16 ones need a float32 `total`."""
-    if a.dtype == torch.float32:
-        total += _multiply(b.t().contiguous(), a.t()).t()
-        return
-    for rows, others in _blocks(a, b):
-        total.addmm_(rows.float().t(), others.float())
-
-
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """a.T @ b of matrices that `takes` accepts, summed in float32."""
     # Of the two transposes the narrower is the first operand, the one that is copied.
@@ -86,7 +77,8 @@ def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return _multiply(a.t(), b.t())
     total = torch.zeros(a.shape[1], b.shape[1])
-    add_transposed_product(total, a, b)
+    for rows, others in _blocks(a, b):
+        total.addmm_(rows.float().t(), others.float())
     return total.to(a.dtype)
 
 

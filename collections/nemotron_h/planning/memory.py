@@ -468,9 +468,7 @@ class _Rank:
         matrix = rows * d.hidden_size
         entry = 2 * self.residual + self.norm_rows + self.gathered + teacher_states
         product = chunk * d.hidden_size * self.e
-        if self.wide(matrix):
-            product += self.wide(matrix)
-        elif self.cpu:  # the gradient of the output matrix is summed through a copy
+        if self.cpu:  # the gradient of the output matrix is summed through a copy
             product = max(product, matrix * self.e + (product if self.float32 else 0))
         kept = entry + self.whole + 4 * matrix + self.tokens * 32
         return _Layer(kept, max(2 * chunk * rows * self.e + max(block, product), matrix * self.e))
