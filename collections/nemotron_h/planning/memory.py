@@ -470,6 +470,8 @@ class _Rank:
         product = chunk * d.hidden_size * self.e
         if self.cpu:  # the gradient of the output matrix is summed through a copy
             product = max(product, matrix * self.e + (product if self.float32 else 0))
+            if self.layout.widened and not self.float32:  # torch's own product copies the logits there
+                product = max(product, 4 * chunk * rows)
         kept = entry + self.whole + 4 * matrix + self.tokens * 32
         return _Layer(kept, max(2 * chunk * rows * self.e + max(block, product), matrix * self.e))
 
