@@ -89,11 +89,11 @@ class _CpuProduct:
 
 
 class CpuColumnParallelLinear(_CpuProduct, ColumnParallelLinear):
-    """megatron-core's, faster in float32 on the CPU."""
+    """megatron-core's, faster on the CPU."""
 
 
 class CpuRowParallelLinear(_CpuProduct, RowParallelLinear):
-    """megatron-core's, faster in float32 on the CPU."""
+    """megatron-core's, faster on the CPU."""
 
 
 class ScaledDotProductAttention(MegatronModule):

@@ -50,11 +50,13 @@ def check(moments: str, distributed_optimizer: bool) -> None:
 def pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:
     """Parameters in their order, as many at a time as have `PIECE` elements."""
     piece: list[Tensor] = []
+    elements = 0
     for p in params:
-        if piece and sum(q.numel() for q in piece) + p.numel() > PIECE:
+        if piece and elements + p.numel() > PIECE:
             yield piece
-            piece = []
+            piece, elements = [], 0
         piece.append(p)
+        elements += p.numel()
     if piece:
         yield piece
 
@@ -71,8 +73,7 @@ def joined(param: Tensor, remainder: Tensor) -> Tensor:
 def parted(main: Tensor) -> tuple[Tensor, Tensor]:
     """The bfloat16 weight and the remainder of a float32 main weight: `joined` gives it back, bit for bit."""
     bits = main.detach().contiguous().view(torch.int32)
-    remainder = (bits & 0xFFFF).to(torch.int32)
-    remainder = torch.where(remainder >= 1 << 15, remainder - (1 << 16), remainder).to(torch.int16)
+    remainder = bits.to(torch.int16)  # the lower half
     upper = (bits >> 16) + (remainder < 0).int()
     return upper.to(torch.int16).view(torch.bfloat16), remainder
 
