@@ -13,7 +13,7 @@ WIDE = (torch.float32, 1e-5)
 
 @pytest.fixture
 def widened(monkeypatch: pytest.MonkeyPatch) -> tuple[torch.dtype, float]:
-    """As on a processor without bfloat16 units; blocks of a few rows."""
+    """As on a processor that is slower in bfloat16; blocks of a few rows."""
     monkeypatch.setattr(module, "widens_bfloat16", lambda: True)
     monkeypatch.setattr(module, "BLOCK_BYTES", 1 << 16)
     return torch.bfloat16, 2.0**-8  # half of its last digit
@@ -74,3 +74,28 @@ def test_refuses_what_it_cannot_multiply(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not takes(x.to(dtype), weight.to(dtype))
     with pytest.raises(ValueError, match="float32"):
         linear(x.double(), weight.double())
+
+
+@pytest.mark.parametrize(
+    ("machine", "amx", "avx512_bf16", "name", "widens"),
+    [
+        ("x86_64", False, False, "Intel Core i7", True),
+        ("AMD64", False, False, "AMD Ryzen 5", True),
+        ("x86_64", False, True, "Intel Xeon", True),
+        ("x86_64", True, True, "Intel Xeon", False),
+        ("x86_64", False, True, "AMD EPYC", False),
+        ("x86_64", False, True, None, False),  # a torch that does not know the name
+        ("arm64", False, False, "Apple M3", False),
+    ],
+)
+def test_which_processors_widen(
+    machine: str, amx: bool, avx512_bf16: bool, name: str | None, widens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    if name is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    assert module.widens_bfloat16.__wrapped__() is widens
