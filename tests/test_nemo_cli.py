@@ -51,6 +51,12 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         ("nemotron_h_tiny", ("optim.peak_lrr=3",), ("optim.peak_lrr", "Did you mean peak_lr?")),
         (
             "nemotron_h_tiny",
+            ("optim.peak_lr=1e-3", "trainer.max_steps=ten"),
+            ("trainer.max_steps=ten: 'ten' cannot be read as int",),
+        ),
+        ("nemotron_h_tiny", ("trainer.precision=bf16",), ("trainer.precision=bf16: nemo-run cannot read the type",)),
+        (
+            "nemotron_h_tiny",
             ("model.config.hybrid_override_pattern=M-M*M-",),
             ("attention at layer 3 that is not followed by an FFN", "write *-"),
         ),

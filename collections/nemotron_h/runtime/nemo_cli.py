@@ -105,10 +105,9 @@ def explain(error: Exception, fn: Any, args: list[str], factory: str | None) -> 
         return None
     task = parse_factory(fn, "factory", nemo_run.Partial[fn], factory)
     for argument in args:
-        key, operator = settings.parts(argument)
-        problem = settings.unknown_key(task, key) if operator else None
+        problem = settings.applied(task, argument) if settings.parts(argument)[1] else None
         if problem:
             return problem
     if isinstance(error, CLIException):
-        return UserError(settings.first_line(error), hint="`--dryrun` shows every key and value")
+        return UserError(settings.reason(error), hint="`--dryrun` shows every key and value")
     return None

@@ -19,7 +19,7 @@ from typing import Any, Union
 import fiddle as fdl
 import nemo_run
 from nemo_run.cli import cli_parser
-from nemo_run.cli.cli_parser import CLIException, parse_cli_args
+from nemo_run.cli.cli_parser import CLIException, ParseError, parse_cli_args
 
 from nemotron_h.errors import UserError
 from nemotron_h.strict import nearest
@@ -85,16 +85,41 @@ def apply(task: nemo_run.Partial, settings: Sequence[str], where: str) -> None:
     """
     read_annotations()
     for setting in settings:
-        key, operator = parts(setting)
-        if not operator:
-            raise UserError(f"{where}: {setting!r} is not a setting", hint="write key=value: trainer.max_steps=20")
-        problem = unknown_key(task, key)
+        problem = applied(task, setting)
         if problem:
-            raise UserError(f"{where}: {problem.message}", hint=problem.hint)
-        try:
-            parse_cli_args(task, [setting])
-        except (CLIException, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"{where}: {setting}: {first_line(error)}", hint="`--dryrun` shows every value") from error
+            raise UserError(f"{where}: {problem.message}", hint=problem.hint) from problem.__cause__
+
+
+def applied(task: nemo_run.Partial, setting: str) -> UserError | None:
+    """Set one value of a built task; what is wrong with it, or None."""
+    key, operator = parts(setting)
+    if not operator:
+        return UserError(f"{setting!r} is not a setting", hint="write key=value: trainer.max_steps=20")
+    problem = unknown_key(task, key)
+    if problem:
+        return problem
+    try:
+        parse_cli_args(task, [setting])
+    except (CLIException, ValueError, AttributeError, TypeError) as error:
+        problem = UserError(f"{setting}: {reason(error)}", hint="`--dryrun` shows every key and value")
+        problem.__cause__ = error
+        return problem
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line, without nemo-run's wrappers: the value and the type that it is not."""
+    while (cause := error.__cause__) is not None and isinstance(error, CLIException):
+        if isinstance(error, ParseError) and not isinstance(cause, ParseError):
+            break
+        error = cause
+    if isinstance(error, ParseError):
+        expected = getattr(error.expected_type, "__name__", "") or str(error.expected_type)
+        return f"{error.value!r} cannot be read as {expected}"
+    if isinstance(error, RecursionError):  # nested unions
+        return "nemo-run cannot read the type of this key, so it has no value on the command line"
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def merged(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
@@ -106,12 +131,6 @@ def merged(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
             kept = [other for other in kept if parts(other)[0] != key]
         kept.append(setting)
     return kept
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, on one line."""
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def unknown_key(task: nemo_run.Partial, dotted: str) -> UserError | None:
