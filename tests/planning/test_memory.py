@@ -15,7 +15,7 @@ from small_models import MODELS, as_definition
 from nemotron_h.compose import compose
 from nemotron_h.model.adapter_targets import TARGETS, trained_parameters
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
-from nemotron_h.ops.linear import widens_bfloat16
+from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
 from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_adapters, rank_parameters
 from nemotron_h.schema import AdapterSchema
 
@@ -124,8 +124,8 @@ def planned(case: dict[str, Any], ranks: int) -> tuple[ModelDefinition, Layout]:
         settings["teacher"] = as_definition(case["teacher"])
     settings |= {key: value for key, value in case["model"].items() if key.startswith("recompute_")}
     data = ranks // (case.get("tensor", 1) * case.get("pipeline", 1))
-    layout = Layout(**{"precision": "fp32", **settings}, data=data, backend="cpu", widened=widens_bfloat16())
-    return as_definition(case["model"]), layout
+    here = {"backend": "cpu", "widened": widens_bfloat16(), "copied": lacks_bfloat16_units()}
+    return as_definition(case["model"]), Layout(**{"precision": "fp32", **settings, **here}, data=data)
 
 
 @pytest.mark.slow

@@ -22,18 +22,27 @@ from torch.autograd.function import once_differentiable
 BLOCK_BYTES = 4 << 20
 
 
+def _is_x86() -> bool:
+    """Of other processors torch does not say what they have."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
+def lacks_bfloat16_units() -> bool:
+    """Whether this processor is an x86 without AVX512-BF16 and AMX."""
+    return _is_x86() and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 @functools.cache
 def widens_bfloat16() -> bool:
     """Whether bfloat16 products of this processor go through float32: an x86 that is slower in bfloat16.
 
-    That is one without AVX512-BF16 or AMX, or Intel's without AMX (a virtual machine may hide it), whose AVX512-BF16
-    multiplies no more numbers a cycle than float32; AMD's twice as many. Of other processors torch does not say what
-    they have.
+    That is one without bfloat16 units, or Intel's with AVX512-BF16 and without AMX (a virtual machine may hide it):
+    it multiplies no more numbers a cycle than in float32, AMD's twice as many.
     """
-    if platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_amx_tile_supported():
-        return False
+    if lacks_bfloat16_units():
+        return True
     known = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.8
-    return not torch.cpu._is_avx512_bf16_supported() or known.get("cpu_name", "").startswith("Intel")
+    return _is_x86() and not torch.cpu._is_amx_tile_supported() and known.get("cpu_name", "").startswith("Intel")
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

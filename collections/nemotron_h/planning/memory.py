@@ -72,6 +72,7 @@ class Layout:
         adapter: what is trained in place of the weights; of kind `none`, the weights.
         backend: `gpu` or `cpu`.
         widened: on the CPU bfloat16 products go through float32 (ops/linear.py: widens_bfloat16).
+        copied: on the CPU torch's own have their results in float32 first (ops/linear.py: lacks_bfloat16_units).
         teacher: of a distillation that loads it: a model that is split as the trained one, and only runs forward.
     """
 
@@ -94,6 +95,7 @@ class Layout:
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
     widened: bool = False
+    copied: bool = False
     teacher: ModelDefinition | None = None
 
     @property
@@ -470,7 +472,7 @@ class _Rank:
         product = chunk * d.hidden_size * self.e
         if self.cpu:  # the gradient of the output matrix is summed through a copy
             product = max(product, matrix * self.e + (product if self.float32 else 0))
-            if self.layout.widened and not self.float32:  # torch's own product copies the logits there
+            if self.layout.copied and not self.float32:  # the logits
                 product = max(product, 4 * chunk * rows)
         kept = entry + self.whole + 4 * matrix + self.tokens * 32
         return _Layer(kept, max(2 * chunk * rows * self.e + max(block, product), matrix * self.e))
