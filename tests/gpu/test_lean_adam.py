@@ -124,6 +124,14 @@ def test_near_the_plain_optimizer() -> None:
         assert ((found - plain).abs() < 2e-3 * plain).all(), (kinds, found, plain)
 
 
+def main_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Those of a checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    held = dist_checkpointing.load_plain_tensors(str(folder))
+    return {name: value for name, value in held.items() if name.startswith("optimizer.state.param.")}
+
+
 @pytest.mark.parametrize("resumed", [("bf16", "bf16"), ("fp32", "fp32")])
 @pytest.mark.parametrize("saved", [("bf16", "bf16"), ("fp32", "fp32")])
 def test_resume_from_either(saved: tuple[str, str], resumed: tuple[str, str], tmp_path: Path) -> None:
@@ -135,6 +143,11 @@ def test_resume_from_either(saved: tuple[str, str], resumed: tuple[str, str], tm
         straight.step()
     again = side(*resumed, init_seed=7)
     again.load(tmp_path / "checkpoint")
+    again.save(tmp_path / "again")
+    held, written = main_weights(tmp_path / "checkpoint"), main_weights(tmp_path / "again")
+    assert held
+    assert held.keys() == written.keys()
+    assert all(torch.equal(held[name], written[name]) for name in held)
     for _ in range(3):  # the batches of the first three steps
         next(again.data)
     for _ in range(3):
@@ -144,6 +157,7 @@ def test_resume_from_either(saved: tuple[str, str], resumed: tuple[str, str], tm
         assert torch.equal(found, expected)
     else:
         assert ((found - expected).abs() < 2e-3 * expected).all()
-        assert found[0] == expected[0]
+        # a main weight half-way between two bfloat16 is rounded to even in one and up in the other
+        assert (found[0] - expected[0]).abs() < 1e-4 * expected[0]
     straight.close()
     again.close()

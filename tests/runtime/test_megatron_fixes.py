@@ -61,3 +61,15 @@ def test_gradients_of_two_dtypes_have_a_norm_and_are_clipped(monkeypatch: pytest
     assert all(torch.equal(g, 0.5 * old) for g, old in zip(gradients, before, strict=True))
     same = [g for g in gradients if g.dtype == torch.bfloat16]
     assert clip_grads.l2_norm_impl(1, None, [same], False)[0] == torch.cat(same).double().norm()
+
+
+def test_a_checkpoint_of_several_ranks_is_written_with_numpy_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy
+    from megatron.core.dist_checkpointing import ShardedTensor, exchange_utils
+
+    from nemotron_h.runtime import megatron_fixes
+
+    monkeypatch.delattr(numpy, "product", raising=False)  # as there
+    megatron_fixes.install()
+    shard = ShardedTensor.from_rank_offsets("weight", torch.zeros(2, 3))
+    assert exchange_utils._shard_size(shard) == 24

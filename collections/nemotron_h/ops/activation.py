@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: what Transformer Engine's kernels take
+ENGINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class _SquaredReLU(torch.autograd.Function):
     """One pass each way, and one saved tensor; autograd of the two operations takes four passes more."""
@@ -55,6 +58,6 @@ def _engine() -> ModuleType | None:
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2 of any shape. Named, so that configurations can be saved."""
-    if x.is_cuda and _engine() is not None:
+    if x.is_cuda and x.dtype in ENGINE_DTYPES and _engine() is not None:
         return _EngineSquaredReLU.apply(x)
     return _SquaredReLU.apply(x)

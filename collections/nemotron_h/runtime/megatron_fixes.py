@@ -9,6 +9,7 @@ from queue import Queue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import clip_grads
@@ -23,6 +24,15 @@ def install() -> None:
     _flatten_products_of_frozen_weights()
     _start_the_writers_queue_without_the_command()
     _norm_and_clip_gradients_of_each_dtype()
+    _multiply_shapes_with_numpy_2()
+
+
+def _multiply_shapes_with_numpy_2() -> None:
+    """Give numpy 2 the `product` of numpy 1, which saving a checkpoint on several ranks calls: without it a run on a
+    machine whose numpy is 2 ends at its first checkpoint.
+    """
+    if not hasattr(numpy, "product"):
+        numpy.product = numpy.prod
 
 
 def _accumulate_weight_gradients_without_apex() -> None:
