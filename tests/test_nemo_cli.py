@@ -73,7 +73,7 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         ("nemotron_h_tiny", (), ("data prepare",)),  # nothing is prepared in this folder
         ("nemotron_h_tiny", ("data.blend=sample_smal",), ("no blend named 'sample_smal'", "sample_small")),
         ("nemotron_h_tiny", ("data.micro_batch_size=3",), ("micro_batch_size 3",)),
-        ("nemotron_h_tiny", ("trainer.plugins.name=fp61",), ("precision 'fp61'",)),
+        ("nemotron_h_tiny", ("trainer.plugins.name=fp61",), ("precision = 'fp61'",)),
         ("nemotron_h_recipe(path=no.yaml)", (), ("no recipe file no.yaml",)),
         (
             "nemotron_h_recipe(path=wrong.yaml)",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 from omegaconf import OmegaConf
 
@@ -37,7 +36,7 @@ from nemotron_h.schema import (
     PrecisionOptionsSchema,
     RecipeConfig,
 )
-from nemotron_h.strict import nearest
+from nemotron_h.strict import check_one_of, nearest
 
 #: at least this; the others may be anything that their type allows
 MINIMUM = {
@@ -109,13 +108,6 @@ def count_of(value: str, key: str, origin: str) -> int:
         return parse_count(value)
     except ValueError as error:
         raise UserError(f"{origin}: {key}: {error}") from error
-
-
-def check_one_of(key: str, value: str, allowed: Iterable[str], where: str) -> None:
-    """Refuse a value that is not among the allowed, naming the nearest."""
-    allowed = list(allowed)
-    if value not in allowed:
-        raise UserError(f"{where}{key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
 
 
 def check_optimizer_state(recipe: RecipeConfig, origin: str) -> None:

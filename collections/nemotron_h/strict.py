@@ -1,9 +1,10 @@
-"""Typed, strict reading of YAML into a dataclass: an unknown key is an error that suggests the nearest known one."""
+"""Typed, strict reading of YAML: an unknown key or name is an error that suggests the nearest known one."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +19,17 @@ def nearest(word: str, known: Any) -> str:
     """`Did you mean X? ` for the nearest of the known words, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"Did you mean {found[0]}? " if found else ""
+
+
+def check_one_of(key: str, value: str, allowed: Iterable[str], where: str = "") -> None:
+    """Refuse a value that is not among the allowed, naming the nearest.
+
+    Errors:
+        UserError: names key and value after `where`.
+    """
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(f"{where}{key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
 
 
 def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) -> T:

@@ -60,7 +60,7 @@ def test_gradient_sums() -> None:
             made = plugin(name, gradients=gradients)
             ddp = update_config_with_dtype_overrides(made.dtype_config, DistributedDataParallelConfig())
             assert ddp.grad_reduce_in_fp32 is (gradients == "fp32" or name == "fp32"), (name, gradients)
-    with pytest.raises(UserError, match="gradients 'bf61'\nDid you mean bf16"):
+    with pytest.raises(UserError, match="gradients = 'bf61'\nDid you mean bf16"):
         plugin("bf16", gradients="bf61")
 
 
@@ -73,7 +73,7 @@ def test_auto_emulates_without_a_gpu_and_never_with_one(monkeypatch: pytest.Monk
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(UserError, match="fp8_block'\nDid you mean fp8_blockwise"):
         plugin("fp8_block")
-    with pytest.raises(UserError, match="fp8_backend 'emulated'\nDid you mean emulate"):
+    with pytest.raises(UserError, match="fp8_backend = 'emulated'\nDid you mean emulate"):
         plugin("fp8_blockwise", fp8_backend="emulated")
 
 

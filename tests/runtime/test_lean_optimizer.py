@@ -49,7 +49,7 @@ def test_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"moments": "bf61"}, "moments 'bf61'"),
+        ({"moments": "bf61"}, "moments = 'bf61'"),
         ({"moments": "bf16", "distributed_optimizer": False}, "without the distributed optimizer"),
         ({"moments": "bf16"}, "Transformer Engine"),
     ],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemotron_h.checks import check, check_one_of
+from nemotron_h.checks import check
 from nemotron_h.compose import compose
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.manifest import check_manifest
@@ -18,6 +18,7 @@ from nemotron_h.errors import UserError
 from nemotron_h.precision.gemms import FP8_FORMATS
 from nemotron_h.recipe.check import check_vocabulary
 from nemotron_h.schema import PRECISIONS, PrecisionOptionsSchema, RecipeConfig
+from nemotron_h.strict import check_one_of
 from nemotron_h.training.launch import Run
 
 #: overrides of a recipe that an option of the command gives
@@ -94,7 +95,7 @@ def comparison(
     if precision is None:
         precision = own if own in FP8_FORMATS and own != against else "fp8_current_scaling"
     for option, value in (("--precision", precision), ("--against", against)):
-        check_one_of(option, value, PRECISIONS, "")
+        check_one_of(option, value, PRECISIONS)
     if precision == against:
         raise UserError(f"--precision and --against are both {precision}", hint="compare two different ones")
     if steps < 1 or seeds < 1 or pairs < 1:

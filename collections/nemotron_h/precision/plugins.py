@@ -8,9 +8,8 @@ import torch
 from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.plugins.mixed_precision import DtypeConfig
 
-from nemotron_h.errors import UserError
 from nemotron_h.schema import FP8_BACKENDS, PRECISIONS, STATE_DTYPES
-from nemotron_h.strict import nearest
+from nemotron_h.strict import check_one_of
 
 
 @dataclass
@@ -96,8 +95,7 @@ def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto", grad
         (fp8_backend, FP8_BACKENDS, "fp8_backend"),
         (gradients, STATE_DTYPES, "gradients"),
     ):
-        if value not in known:
-            raise UserError(f"{key} {value!r}", hint=f"{nearest(value, known)}Known: {', '.join(known)}.")
+        check_one_of(key, value, known)
     if name in FP8:
         emulate = fp8_backend == "emulate" or (fp8_backend == "auto" and not torch.cuda.is_available())
         made = fp8(name, bf16_edge_layers, emulate)

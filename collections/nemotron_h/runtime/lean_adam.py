@@ -16,7 +16,7 @@ from torch import Tensor
 from nemotron_h.errors import UserError
 from nemotron_h.precision import hardware
 from nemotron_h.schema import STATE_DTYPES
-from nemotron_h.strict import nearest
+from nemotron_h.strict import check_one_of
 
 #: the release of Transformer Engine whose Adam this one changes; older ones were not tried
 LEAST = hardware.TESTED
@@ -30,10 +30,7 @@ def check(moments: str, distributed_optimizer: bool) -> None:
     Errors:
         UserError: an unknown dtype, or `bf16` without a GPU, Transformer Engine or the distributed optimizer.
     """
-    if moments not in STATE_DTYPES:
-        raise UserError(
-            f"moments {moments!r}", hint=f"{nearest(moments, STATE_DTYPES)}Known: {', '.join(STATE_DTYPES)}."
-        )
+    check_one_of("moments", moments, STATE_DTYPES)
     if moments == "fp32":
         return
     without = "or leave out optim.moments=bf16 (a checkpoint goes on with either)"

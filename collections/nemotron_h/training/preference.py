@@ -11,7 +11,6 @@ import nemo_run as run
 from nemo.collections import llm
 from torch import nn
 
-from nemotron_h.checks import check_one_of
 from nemotron_h.data.preference_module import PreferenceDataModule
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
@@ -19,6 +18,7 @@ from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.runtime import settings
 from nemotron_h.schema import PREFERENCE_LOSSES, RecipeConfig
+from nemotron_h.strict import check_one_of
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.checkpoints import INTEGRITY
 from nemotron_h.training.preference_loss import PreferenceLoss
@@ -49,7 +49,7 @@ class PreferenceModel(NemotronHModel):
         gt_reward_scale: float = 1.0,
     ) -> None:
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
-        check_one_of("preference.loss", loss, PREFERENCE_LOSSES, "")
+        check_one_of("preference.loss", loss, PREFERENCE_LOSSES)
         self.loss, self.beta, self.gt_reward_scale = loss, beta, gt_reward_scale
 
     @property
