@@ -22,14 +22,14 @@ from torch.autograd.function import once_differentiable
 BLOCK_BYTES = 4 << 20
 
 
-def _is_x86() -> bool:
-    """Of other processors torch does not say what they have."""
-    return platform.machine().lower() in ("x86_64", "amd64")
+def _is_x86_without_amx() -> bool:
+    """Of other processors than x86 torch does not say what they have."""
+    return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
 
 
 def lacks_bfloat16_units() -> bool:
     """Whether this processor is an x86 without AVX512-BF16 and AMX."""
-    return _is_x86() and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return _is_x86_without_amx() and not torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
@@ -39,10 +39,8 @@ def widens_bfloat16() -> bool:
     That is one without bfloat16 units, or Intel's with AVX512-BF16 and without AMX (a virtual machine may hide it):
     it multiplies no more numbers a cycle than in float32, AMD's twice as many.
     """
-    if lacks_bfloat16_units():
-        return True
     known = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.8
-    return _is_x86() and not torch.cpu._is_amx_tile_supported() and known.get("cpu_name", "").startswith("Intel")
+    return lacks_bfloat16_units() or (_is_x86_without_amx() and known.get("cpu_name", "").startswith("Intel"))
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

@@ -104,10 +104,10 @@ def explain(error: Exception, fn: Any, args: list[str], factory: str | None) -> 
     if not factory:
         return None
     task = parse_factory(fn, "factory", nemo_run.Partial[fn], factory)
-    for argument in args:
-        problem = settings.applied(task, argument) if settings.parts(argument)[1] else None
-        if problem:
-            return problem
+    try:
+        settings.apply(task, [argument for argument in args if settings.parts(argument)[1]])
+    except UserError as problem:
+        return problem
     if isinstance(error, CLIException):
         return UserError(settings.reason(error), hint="`--dryrun` shows every key and value")
     return None

@@ -73,7 +73,7 @@ def _field_type(owner: type, name: str, annotation: str) -> Any:
         return annotation
 
 
-def apply(task: nemo_run.Partial, settings: Sequence[str], where: str) -> None:
+def apply(task: nemo_run.Partial, settings: Sequence[str], where: str = "") -> None:
     """Set values of a built task, in order.
 
     Args:
@@ -84,27 +84,19 @@ def apply(task: nemo_run.Partial, settings: Sequence[str], where: str) -> None:
         UserError: not a setting, an unknown key (with the nearest known one), or a value of another type.
     """
     read_annotations()
+    place = f"{where}: " if where else ""
     for setting in settings:
-        problem = applied(task, setting)
+        key, operator = parts(setting)
+        if not operator:
+            raise UserError(f"{place}{setting!r} is not a setting", hint="write key=value: trainer.max_steps=20")
+        problem = unknown_key(task, key)
         if problem:
-            raise UserError(f"{where}: {problem.message}", hint=problem.hint) from problem.__cause__
-
-
-def applied(task: nemo_run.Partial, setting: str) -> UserError | None:
-    """Set one value of a built task; what is wrong with it, or None."""
-    key, operator = parts(setting)
-    if not operator:
-        return UserError(f"{setting!r} is not a setting", hint="write key=value: trainer.max_steps=20")
-    problem = unknown_key(task, key)
-    if problem:
-        return problem
-    try:
-        parse_cli_args(task, [setting])
-    except (CLIException, ValueError, AttributeError, TypeError) as error:
-        problem = UserError(f"{setting}: {reason(error)}", hint="`--dryrun` shows every key and value")
-        problem.__cause__ = error
-        return problem
-    return None
+            raise UserError(f"{place}{problem.message}", hint=problem.hint)
+        try:
+            parse_cli_args(task, [setting])
+        except (CLIException, ValueError, AttributeError, TypeError) as error:
+            hint = "`--dryrun` shows every key and value"
+            raise UserError(f"{place}{setting}: {reason(error)}", hint=hint) from error
 
 
 def reason(error: BaseException) -> str:
