@@ -35,6 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8192, all layers recomputed": {"seq_length": 8192, **LAYERS},
     "4096": {"seq_length": 4096},
     "2 x 4096": {"seq_length": 4096, "micro_batch": 2},
+    "8192, documents": {"seq_length": 8192, "documents": True},
+    "2 x 4096, documents": {"seq_length": 4096, "micro_batch": 2, "documents": True},
 }
 WIDTHS = (
     "hidden_size",
@@ -130,7 +132,10 @@ def training_step(model: Any, setting: dict[str, Any]) -> Callable[[], float]:
 
     def forward(iterator: Iterator[torch.Tensor], net: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         tokens = next(iterator)
-        return net(input_ids=tokens[:, :-1], labels=tokens[:, 1:].contiguous()), mean
+        documents = None
+        if setting.get("documents"):  # of 700 tokens and the rest
+            documents = (torch.arange(length, device=device) // 700).int().repeat(batch, 1)
+        return net(input_ids=tokens[:, :-1], labels=tokens[:, 1:].contiguous(), seq_idx=documents), mean
 
     def step() -> float:
         parallel.zero_grad_buffer()

@@ -151,13 +151,12 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from nemotron_h.model import layers
+    from nemotron_h.model.attention import ScaledDotProductAttention
 
     assert te.HAVE_TE, "Transformer Engine does not import"
 
     def plain() -> Any:
-        return layers._stack(
-            ColumnParallelLinear, RowParallelLinear, layers.ScaledDotProductAttention, norm=layers.RMSNorm
-        )
+        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
     losses = {}
@@ -185,12 +184,11 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
 
     from nemotron_h.model import adapters, init, layers
     from nemotron_h.model.adapter_targets import TARGETS
+    from nemotron_h.model.attention import ScaledDotProductAttention
     from nemotron_h.schema import AdapterSchema
 
     def plain() -> Any:
-        return layers._stack(
-            ColumnParallelLinear, RowParallelLinear, layers.ScaledDotProductAttention, norm=layers.RMSNorm
-        )
+        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
     for kind in ("lora", "dora"):
@@ -246,11 +244,10 @@ def test_fused_mixer_equals_separate_kernels() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from nemotron_h.model import layers
+    from nemotron_h.model.attention import ScaledDotProductAttention
 
     def plain() -> Any:
-        return layers._stack(
-            ColumnParallelLinear, RowParallelLinear, layers.ScaledDotProductAttention, norm=layers.RMSNorm
-        )
+        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
 
     for documents in (False, True):
         (loss, gradients), (loss_apart, apart) = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 import torch.nn.functional as F
-from small_model import pure_config, relative_error, small_config, small_model, tokens
+from small_model import VOCABULARY, pure_config, relative_error, small_config, small_model, tokens
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -62,6 +64,37 @@ def test_packed_is_separate(make, tolerance: float) -> None:
         F.cross_entropy(alone.flatten(0, 1), labels[row, span], reduction="sum").backward()
     errors = {name: relative_error(packed_gradients[name], g) for name, g in gradients(model).items()}
     assert max(errors.values()) < tolerance, sorted(errors.items(), key=lambda e: -e[1])[:5]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", [1, 31, 32, 45])
+def test_no_bit_of_a_document_depends_on_another(first: int, dtype: torch.dtype) -> None:
+    """Logits, losses and gradients, when the last token of the document before changes."""
+    model = small_model(small_config(dtype=dtype, bf16=dtype == torch.bfloat16))
+    ids, documents = tokens(2, 81), seq_idx()
+    documents[0] = (torch.arange(80) >= first).int()
+    outcomes = []
+    for change in (0, 1):
+        given = ids.clone()
+        given[0, first - 1] = (given[0, first - 1] + change) % VOCABULARY
+        logits = model(input_ids=given[:, :-1], seq_idx=documents)
+        losses = F.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+        learnt = torch.cat([losses[0, first:], losses[1]])
+        learnt.sum().backward()
+        outcomes.append({"logits": logits[0, first:].detach(), "losses": learnt.detach(), **gradients(model)})
+    assert all(torch.equal(value, outcomes[1][name]) for name, value in outcomes[0].items())
+
+
+def test_long_rows_form_no_mask() -> None:
+    """A mask of 131,072 positions alone would take 16 GiB."""
+    model = small_model(small_config(pattern="*", hidden_size=16, kv_channels=4, dtype=torch.bfloat16, bf16=True))
+    length = 131_072
+    ids, documents = tokens(1, length), (torch.arange(length) // 256).int()[None]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.no_grad():
+        hidden = model.hidden_states(ids, None, documents)
+    assert hidden.shape == (length, 1, 16)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
 
 
 def test_boundaries_matter() -> None:

@@ -65,6 +65,24 @@ def differences(ours, kernel, inputs: dict[str, torch.Tensor], **options) -> dic
     return {k: ((a[k] - b[k]).abs().max() / b[k].abs().max()).item() for k in b}
 
 
+def moved(function, name: str, inputs: dict[str, torch.Tensor], end: int, **options) -> dict[str, float]:
+    """What a change of `inputs[name]` before position `end` of row 0 moves: the largest difference of the outputs and
+    gradients of everything from there on, whose sum is learnt.
+    """
+    results = []
+    for change in (0.0, 1.0):
+        leaves = {k: v.clone() for k, v in inputs.items()}
+        leaves[name][0, :end] += change
+        leaves = {k: v.requires_grad_() for k, v in leaves.items()}
+        out = function(**leaves, **options)
+        learnt = torch.cat([out[0, end:].flatten(), out[1:].flatten()])
+        generator = torch.Generator().manual_seed(1)
+        grads = torch.autograd.grad((learnt * torch.randn(learnt.shape, generator=generator)).sum(), leaves.values())
+        results.append({"out": learnt.detach()} | {f"d{k}": g for k, g in zip(leaves, grads, strict=True)})
+    assert all(value.abs().max() > 0 for value in results[0].values())
+    return {k: (results[1][k] - value).abs().max().item() for k, value in results[0].items()}
+
+
 def cases(kernels):
     from nemotron_h.ops import select
     from nemotron_h.ops.conv1d import causal_conv1d
@@ -94,6 +112,10 @@ def cases(kernels):
     options = {"chunk_size": chunk, "seq_idx": seq_idx, "return_final_state": True}
     name = "scan with documents and states"
     yield name, differences(ssd_chunk_scan, kernel_scan, {**scan, "initial_state": state}, **options)
+
+    # row 0: documents [0, 5) and [5, 16)
+    apart = {"chunk_size": chunk, "seq_idx": seq_idx}
+    yield "scan, another document changed", moved(kernel_scan, "dt", scan, 5, **apart)
 
     for optional in ((), ("D", "dt_bias")):
         token = [scan[k][:, 0] for k in ("x", "dt")] + [scan["A"]] + [scan[k][:, 0] for k in ("B", "C")]
@@ -134,6 +156,7 @@ def cases(kernels):
         return gated_rms_norm(y.flatten(2), z, norm_weight, group_size=inner // groups)
 
     yield "fused mixer with documents", differences(our_mixer, kernel_mixer, mixer, seq_idx=seq_idx)
+    yield "fused mixer, another document changed", moved(kernel_mixer, "zxbcdt", mixer, 5, seq_idx=seq_idx)
 
 
 def main() -> None:

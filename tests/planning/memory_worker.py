@@ -54,6 +54,7 @@ class Case:
     model: dict[str, Any]
     seq_length: int
     micro_batch: int = 1
+    documents: bool = False
     micro_batches: int = 1
     tensor: int = 1
     pipeline: int = 1
@@ -132,7 +133,11 @@ def training_step(case: Case) -> Callable[[], None]:
             mask = torch.ones(tokens.shape[0], tokens.shape[1] - 1)
             labels = tokens[:, 1:].contiguous()
             return model(input_ids=tokens[:, :-1], labels=labels, loss_mask=mask), mean_distillation
-        return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:].contiguous()), mean_loss
+        documents = None
+        if case.documents:  # of 60 tokens and the rest
+            documents = (torch.arange(case.seq_length) // 60).int().expand(case.micro_batch, -1)
+        labels = tokens[:, 1:].contiguous()
+        return model(input_ids=tokens[:, :-1], labels=labels, seq_idx=documents), mean_loss
 
     def step() -> None:
         tokens = torch.randint(config.vocab_size, (case.micro_batches, case.micro_batch, case.seq_length + 1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from nemotron_h.model.attention import Documents, ScaledDotProductAttention, engine_attention
 from nemotron_h.model.definition import pipeline_layers
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops import linear
@@ -94,39 +94,6 @@ class CpuColumnParallelLinear(_CpuProduct, ColumnParallelLinear):
 
 class CpuRowParallelLinear(_CpuProduct, RowParallelLinear):
     """megatron-core's, faster on the CPU."""
-
-
-class ScaledDotProductAttention(MegatronModule):
-    """Causal grouped-query attention by torch's fused kernel, which never forms the [sequence, sequence] scores.
-
-    megatron-core's own `DotProductAttention` does form them; Transformer Engine's needs a GPU.
-    """
-
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: object) -> None:
-        super().__init__(config)
-        self.layer_number = layer_number
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object) -> Tensor:
-        """Attend within each sequence.
-
-        Args:
-            query: [sequence, batch, heads, head_dim].
-            key, value: [sequence, batch, query_groups, head_dim].
-            attention_mask: bool [batch, 1, sequence, sequence], True where attention is allowed; None for plain causal.
-        Returns:
-            [sequence, batch, heads * head_dim].
-        """
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
-
-
-def document_mask(seq_idx: Tensor) -> Tensor:
-    """Where attention is allowed, bool [batch, 1, sequence, sequence], from documents, int [batch, sequence]."""
-    same = seq_idx[:, :, None] == seq_idx[:, None, :]
-    return same.tril().unsqueeze(1)
 
 
 class NemotronHMambaLayer(MambaLayer):
@@ -203,7 +170,7 @@ class NemotronHStack(MambaStack):
         self,
         layer: MegatronModule,
         hidden_states: Tensor,
-        mask: Tensor | None,
+        documents: Documents | None,
         seq_idx: Tensor | None,
         rotary: Tensor | None,
     ) -> Tensor:
@@ -215,7 +182,7 @@ class NemotronHStack(MambaStack):
             with get_fp8_context(self.config, layer.layer_number - 1):  # none where the layer is BF16
                 if isinstance(layer, NemotronHMambaLayer):
                     return layer(hidden, seq_idx=seq_idx)
-                return layer(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=rotary)[0]
+                return layer(hidden_states=hidden, attention_mask=documents, rotary_pos_emb=rotary)[0]
 
         if self.training and torch.is_grad_enabled() and self._recomputed(layer):
             return checkpoint(run, False, hidden_states)
@@ -239,9 +206,9 @@ class NemotronHStack(MambaStack):
         """
         if not self.pre_process:
             hidden_states = self.input_tensor
-        mask = None if seq_idx is None else document_mask(seq_idx)
+        documents = None if seq_idx is None else Documents.of(seq_idx)
         for layer in self.layers:
-            hidden_states = self._run_layer(layer, hidden_states, mask, seq_idx, rotary_pos_emb)
+            hidden_states = self._run_layer(layer, hidden_states, documents, seq_idx, rotary_pos_emb)
             if layer.layer_number - 1 in self.taps:
                 self.taps[layer.layer_number - 1] = hidden_states
         if self.post_process:
@@ -294,7 +261,7 @@ def _stack(column: type, row: type, attention: type, norm: type | None) -> Modul
 def stack_spec() -> ModuleSpec:
     """The stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
     if has_kernels():
-        return _stack(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TEDotProductAttention, norm=None)
+        return _stack(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, engine_attention(), norm=None)
     return plain_stack_spec()
 
 

@@ -49,6 +49,7 @@ class _Segment:
     x: Tensor  # wide, [s, g, b, c, r, p]; a view of the input where its dtype allows
     raw: Tensor  # dt before softplus, [s, g, b, r, c]
     dt: Tensor  # [s, g, b, r, c]
+    sums: Tensor | None  # [s, 1, b, c, c], 1 where token i adds up what token j <= i has: [j, i]; None is all
     decay_in: Tensor  # exp(cum_i), 0 where the chunk's incoming state is of another document
     decay_out: Tensor  # exp(cum_end - cum_j), 0 where token j's document has ended before the chunk's end
     decay_chunk: Tensor  # exp(cum_end) [s, g, b, r], 0 where a document begins in the chunk
@@ -144,20 +145,27 @@ def _prepare(
         raw = raw + dt_bias.view(per_head)
     dts = (F.softplus(raw) if dt_softplus else raw).contiguous()
     # In units of log 2: exp2 is several times faster than exp, most of all where it underflows or is given -inf.
-    cum = (dts * A.view(per_head)).mul_(1 / math.log(2)).cumsum(-1)
-    end = cum[..., -1:]
+    exponent = (dts * A.view(per_head)).mul_(1 / math.log(2))
 
-    below = torch.ones(c, c, dtype=torch.bool, device=x.device).tril_(-1)
-    decay_in, decay_out, decay_chunk = cum.exp2(), (end - cum).exp2_(), end.squeeze(-1).exp2()
-    if seq_idx is not None:
+    below, sums = torch.ones(c, c, dtype=torch.bool, device=x.device).tril_(-1), None
+    if seq_idx is None:
+        cum = exponent.cumsum(-1)
+        end = cum[..., -1:]
+        decay_in, decay_out, decay_chunk = cum.exp2(), (end - cum).exp2_(), end.squeeze(-1).exp2()
+    else:
         doc = seq_idx[rows, t0:t1].unflatten(1, (-1, c)).transpose(0, 1)[:, None, :, None]  # [s, 1, b, 1, c]
         last = doc[..., -1:]
         first = seq_idx[rows, max(t0 - 1, 0)][None, None, :, None, None]
         before = torch.cat([first, last[:-1]])
-        decay_in = decay_in.mul_(doc == before)
-        decay_out = decay_out.mul_(doc == last)
-        decay_chunk = decay_chunk.mul_((last == before).squeeze(-1))
-        below = below & (doc.unsqueeze(-1) == doc.unsqueeze(-2))
+        same = doc.unsqueeze(-1) == doc.unsqueeze(-2)
+        # The sums begin anew with each document: what stands before it would show in how they are rounded
+        sums = (same & ~below).squeeze(3).to(dtype)
+        cum = exponent @ sums
+        end = cum[..., -1:]
+        decay_in = cum.exp2().mul_(doc == before)
+        decay_out = (end - cum).masked_fill_(doc != last, -torch.inf).exp2_()
+        decay_chunk = end.squeeze(-1).exp2().mul_((last == before).squeeze(-1))
+        below = below & same
     mask = torch.zeros(below.shape, dtype=dtype, device=x.device).masked_fill_(~below, -torch.inf)
     decay = torch.sub(cum.unsqueeze(-1), cum.unsqueeze(-2), out=scratch("decay", s, g, b, r, c, c)).add_(mask).exp2_()
 
@@ -165,7 +173,7 @@ def _prepare(
     skip = dts * gram.diagonal(dim1=-2, dim2=-1).unsqueeze(3)
     if D is not None:
         skip += D.view(per_head)
-    return _Segment(xw, raw, dts, decay_in, decay_out, decay_chunk, Bk, Ck, gram, decay, skip)
+    return _Segment(xw, raw, dts, sums, decay_in, decay_out, decay_chunk, Bk, Ck, gram, decay, skip)
 
 
 def _states(seg: _Segment, start: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
@@ -338,7 +346,8 @@ def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, 
 
     direct = torch.mul(seg.x, du, out=product).sum(-1).transpose(3, 4)  # u = dt x
     before = column_state.cumsum(-1).sub_(column_state)
-    da = row.flip(-1).cumsum(-1).flip(-1).add_(before).add_(passed.unsqueeze(-1))
+    after = row.flip(-1).cumsum(-1).flip(-1) if seg.sums is None else row @ seg.sums.transpose(-1, -2)
+    da = after.add_(before).add_(passed.unsqueeze(-1))
     ddt = direct + dskip * seg.gram.diagonal(dim1=-2, dim2=-1).unsqueeze(3) + da * A
     dx = _scale(du, seg.dt.transpose(3, 4), du).addcmul_(dy, seg.skip.transpose(3, 4).unsqueeze(-1))
     return (dx, ddt, dB, dC, da * seg.dt, dskip), dedges[0].clone()

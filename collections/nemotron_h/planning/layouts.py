@@ -41,6 +41,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
     return Layout(
         seq_length=data.seq_length,
         micro_batch=data.micro_batch_size,
+        documents=data.document_reset,
         micro_batches=data.global_batch_size // (replicas * data.micro_batch_size),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,

@@ -64,6 +64,7 @@ class Layout:
         sequence: sequence parallelism over the tensor-parallel ranks.
         distributed_optimizer: the optimizer's state is sharded over `data`.
         seq_length, micro_batch: tokens per sequence, sequences per forward pass of one rank.
+        documents: rows hold several documents that attention keeps apart.
         micro_batches: forward passes per step of one rank.
         precision: as the recipe's.
         bf16_edge_layers: with FP8, layers at each end that stay in BF16.
@@ -78,6 +79,7 @@ class Layout:
 
     seq_length: int
     micro_batch: int = 1
+    documents: bool = False
     micro_batches: int = 1
     tensor: int = 1
     pipeline: int = 1
@@ -358,12 +360,15 @@ class _Rank:
             kept += self.saved_input("linear_proj", out, fp8) - given  # the output is kept anyway
         elif fp8:
             kept += self.saved_input("linear_proj", out, True)
-        if self.cpu:
+        documents, rows_copied = self.layout.documents, self.layout.documents and self.layout.micro_batch > 1
+        if self.cpu and not rows_copied:
             # keys and values are views of the projection's output; queries are copied unless there is one group
             kept += q + kv + (q if d.num_query_groups // t > 1 or d.rotary_dim else 0)
             kept += kv // 2 if d.rotary_dim else 0
         else:
             kept += q + kv
+        if rows_copied or (self.cpu and documents):
+            kept += out  # of all documents, beside what the kernel keeps: joined, or back in the order of the rows
         project = self.gathered + out + self.weight("linear_proj")
         attend = out + q + kv  # gradients of the output, queries, keys and values
         split = attend + (q + kv) - 2 * q

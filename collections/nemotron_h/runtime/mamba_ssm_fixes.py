@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,52 @@ WARPS = 32
 def install() -> None:
     """Apply each correction once."""
     _spread_gated_norm_backward()
+    _restart_sums_with_documents()
+
+
+def _restart_sums_with_documents() -> None:
+    """Begin the running sums of the decays' exponents anew with each document.
+
+    mamba-ssm adds them up over a chunk and gives other documents no weight, but what these hold shows in how the sums
+    are rounded: the last bits of a document moved with the text before it. What the backward adds up is zero across
+    documents, so it needs the forward's sums alone.
+    """
+    from mamba_ssm.ops.triton import ssd_combined
+
+    original = ssd_combined._chunk_cumsum_fwd
+    if getattr(original, "nemotron_h", False):
+        return
+    now = threading.local()  # autograd runs the backward in a thread of its own
+
+    def noting_documents(scan: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(scan)
+        def run(*args: Any, seq_idx: Tensor | None = None, **options: Any) -> Any:
+            now.seq_idx = seq_idx
+            try:
+                return scan(*args, seq_idx=seq_idx, **options)
+            finally:
+                now.seq_idx = None
+
+        return run
+
+    @functools.wraps(original)
+    def sums(dt: Tensor, A: Tensor, chunk_size: int, **options: Any) -> tuple[Tensor, Tensor]:
+        """Sums and step sizes, float32 [batch, heads, chunks, chunk_size]."""
+        total, steps = original(dt, A, chunk_size, **options)
+        seq_idx = getattr(now, "seq_idx", None)
+        if seq_idx is None:
+            return total, steps
+        tail = seq_idx[:, -1:].expand(-1, -seq_idx.shape[1] % chunk_size)  # the last chunk ends with its document's sum
+        documents = torch.cat([seq_idx, tail], dim=1).unflatten(1, (-1, chunk_size))
+        # [batch, chunks, j, i]: token i adds up token j <= i of its document. float64, as float32 may run as TF32
+        adds = (documents.unsqueeze(-1) == documents.unsqueeze(-2)).triu().double()
+        exponents = (steps * A.float()[:, None, None]).transpose(1, 2)  # [batch, chunks, heads, chunk_size]
+        return (exponents.double() @ adds).transpose(1, 2).float().contiguous(), steps
+
+    sums.nemotron_h = True  # type: ignore[attr-defined]
+    ssd_combined._chunk_cumsum_fwd = sums
+    for name in ("_mamba_chunk_scan_combined_fwd", "_mamba_chunk_scan_combined_bwd"):
+        setattr(ssd_combined, name, noting_documents(getattr(ssd_combined, name)))
 
 
 def _spread_gated_norm_backward() -> None:
