@@ -28,7 +28,8 @@ class Documents:
 
     Attributes:
         lengths: tokens of each, on the host.
-        offsets: int32 [documents + 1], the first token of each and the end, on the device.
+        offsets: int32, the first token of each on the device, and the end until their number is a power of two and
+            one: kernels are chosen, and built, by it.
     """
 
     lengths: tuple[int, ...]
@@ -39,8 +40,11 @@ class Documents:
         """Find where `seq_idx` [b, s] changes; a row's start begins a document too. Waits for the device once."""
         first = torch.ones_like(seq_idx, dtype=torch.bool)
         first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        offsets = F.pad(first.flatten().cpu().nonzero().flatten(), (0, 1), value=seq_idx.numel())
-        return cls(tuple(offsets.diff().tolist()), offsets.int().to(seq_idx.device, non_blocking=True))
+        starts = first.flatten().cpu().nonzero().flatten()
+        ends = F.pad(starts[1:], (0, 1), value=seq_idx.numel())
+        empty = (1 << (len(starts) - 1).bit_length()) - len(starts)
+        offsets = F.pad(starts, (0, 1 + empty), value=seq_idx.numel()).int()
+        return cls(tuple((ends - starts).tolist()), offsets.to(seq_idx.device, non_blocking=True))
 
 
 def _rows_joined(x: Tensor) -> Tensor:
