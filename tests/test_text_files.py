@@ -21,14 +21,14 @@ def test_a_leading_mark_is_no_text_and_files_have_plain_line_ends(tmp_path):
     ("call", "words"),
     [
         (lambda: decode(b"ab\ncaf\xe9", "p.txt"), "p.txt: byte 6 (0xe9, line 2)"),
-        (lambda: decode(MARK + b"\xff", "p.txt"), "p.txt: byte 3 (0xff, line 1)"),
-        (lambda: decode("a".encode("utf-16"), "p.txt"), "p.txt is UTF-16"),
-        (lambda: decode("a".encode("utf-32"), "p.txt"), "p.txt is UTF-32"),
+        (lambda: decode(MARK + b"\xff", "p.txt"), "p.txt: byte 3 (0xff)"),
+        (lambda: decode("a".encode("utf-16"), "p.txt"), "p.txt: UTF-16"),
+        (lambda: decode("a".encode("utf-32"), "p.txt"), "p.txt: UTF-32"),
         (lambda: read_text("/no/such/file"), "/no/such/file: No such file"),
         (lambda: check_unicode(b"caf\xe9".decode("utf-8", "surrogateescape"), "PROMPT"), "byte 0xe9 at character 3"),
         (lambda: check_unicode("a\ud800", "turn 2"), "turn 2: lone surrogate U+D800"),
-        (lambda: parse_json(b"[1", "c.json"), "c.json is not JSON"),
-        (lambda: parse_json("[" * 200_000, "c.json"), "c.json: the JSON is nested too deep"),
+        (lambda: parse_json(b"[1", "c.json"), "c.json: not JSON"),
+        (lambda: parse_json("[" * 200_000, "c.json"), "c.json: not JSON that can be read: nested too deep"),
     ],
 )
 def test_an_error_names_the_origin_and_the_place(call, words):

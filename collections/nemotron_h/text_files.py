@@ -36,14 +36,15 @@ def decode(data: bytes, origin: str) -> str:
     """
     for mark, encoding in _ENCODINGS:
         if data.startswith(mark):
-            raise UserError(f"{origin} is {encoding} text, not UTF-8", f"Convert it: iconv -f {encoding} -t UTF-8")
+            raise UserError(f"{origin}: {encoding} text, not UTF-8", f"Convert it: iconv -f {encoding} -t UTF-8")
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         start = error.start + len(data) - len(error.object)
-        line = data.count(b"\n", 0, start) + 1
+        lines = data.count(b"\n", 0, start)
+        place = f"0x{data[start]:02x}" + (f", line {lines + 1:,}" if lines else "")
         raise UserError(
-            f"{origin}: byte {start:,} (0x{data[start]:02x}, line {line:,}) is not UTF-8",
+            f"{origin}: byte {start:,} ({place}) is not UTF-8",
             "Save it as UTF-8; from Latin-1: iconv -f LATIN1 -t UTF-8",
         ) from error
 
@@ -75,9 +76,9 @@ def parse_json(data: bytes | str, origin: str) -> Any:
     try:
         return json.loads(decode(data, origin) if isinstance(data, bytes) else data)
     except ValueError as error:
-        raise UserError(f"{origin} is not JSON: {error}") from error
+        raise UserError(f"{origin}: not JSON: {error}") from error
     except RecursionError as error:
-        raise UserError(f"{origin}: the JSON is nested too deep to read") from error
+        raise UserError(f"{origin}: not JSON that can be read: nested too deep") from error
 
 
 def read_json(path: str | Path) -> Any:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from local_corpus import sentences, snapshot, write_jsonl
 
@@ -223,6 +224,15 @@ def test_missing_paths_are_all_named_before_any_work(corpus):
     corpus.content["sources"]["code"]["path"] = "nothing"
     with pytest.raises(UserError, match=r"sources.web.path: no file(.|\n)*sources.code.path: no file"):
         corpus.prepare()
+
+
+def test_a_source_without_rows_is_named_before_any_work(corpus):
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.ParquetWriter(corpus.folder / "empty.parquet", schema).close()
+    corpus.content["sources"]["more"] |= {"format": "parquet", "path": "empty.parquet"}
+    with pytest.raises(UserError, match=r"sources.more: no document to train on in 1 files, such as .*empty.parquet"):
+        corpus.prepare()
+    assert not (corpus.prepared / "web").exists()
 
 
 def test_two_preparations_of_one_folder(corpus):

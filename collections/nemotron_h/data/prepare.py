@@ -34,6 +34,7 @@ from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.fetch import fetch
 from nemotron_h.data.indexed import token_dtype
+from nemotron_h.data.inputs import Input, compression, find_inputs, resolve_path
 from nemotron_h.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -69,13 +70,10 @@ from nemotron_h.data.tokenizer import (
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
 
-PIPELINE_VERSION = 1  # part of every source's hash: raise it when the same inputs would give other tokens
-_COMPRESSED = {
-    ".gz": 4,
-    ".bz2": 5,
-    ".xz": 5,
-    ".parquet": 3,
-}  # ours: how much text a byte of such a file holds, for the space check
+PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
+#: how much text a byte of such a file holds, for the space check. Ours
+_COMPRESSED = {".gz": 4, ".bz2": 5, ".xz": 5, ".zst": 5}
+_PARQUET = 3
 
 
 def prepare(
@@ -137,14 +135,15 @@ class _Plan:
 
     name: str
     source: Source
-    inputs: list[reading.Input]
+    inputs: list[Input]
     scans: list[reading.Scan]
     key: str = ""
     shards: list[list[reading.Piece]] = field(default_factory=list)
 
     def text_bytes(self) -> int:
         """About how many bytes of text the files hold."""
-        factors = [_COMPRESSED.get(os.path.splitext(i.path)[1], 1) for i in self.inputs]
+        parquet = self.source.format == "parquet"
+        factors = [_PARQUET if parquet else _COMPRESSED.get(compression(i.path), 1) for i in self.inputs]
         return sum(factor * s.size for factor, s in zip(factors, self.scans, strict=True))
 
     def text_key(self) -> dict[str, Any]:
@@ -162,7 +161,7 @@ class _Preparation:
         self.template = ""
         if blend.is_chat():
             named = blend.chat_template
-            self.template = template_source(named if named == FAMILY_TEMPLATE else reading.resolve_path(blend, named))
+            self.template = template_source(named if named == FAMILY_TEMPLATE else resolve_path(blend, named))
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -273,9 +272,11 @@ class _Preparation:
                 content = fresh[item.path]["scan"]
                 plan.scans.append(reading.Scan(content["size"], content["sha256"], tuple(map(tuple, content["cuts"]))))
             plan.shards = reading.plan_shards(plan.source, plan.inputs, plan.scans)
+            if not plan.shards:
+                raise _no_document(plan)
         return plans
 
-    def _find_inputs(self) -> dict[str, list[reading.Input]]:
+    def _find_inputs(self) -> dict[str, list[Input]]:
         """The files of every source: local ones first, so that all missing paths are named before anything is
         downloaded.
         """
@@ -286,7 +287,7 @@ class _Preparation:
                     break
                 self.say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
             try:
-                found[name] = reading.find_inputs(self.blend, name, lambda text, name=name: self.say(f"{name}: {text}"))
+                found[name] = find_inputs(self.blend, name, lambda text, name=name: self.say(f"{name}: {text}"))
             except UserError as error:
                 if source.fetch:
                     raise
@@ -367,7 +368,7 @@ class _Preparation:
             if kind != spec.kind:
                 raise UserError(f"tokenizer.kind: {spec.kind}, but the tokenizer of blend {spec.blend} is {kind}")
             return [(p.name, p) for p in sorted(path.iterdir()) if p.is_file()]
-        path = Path(reading.resolve_path(self.blend, spec.path))
+        path = Path(resolve_path(self.blend, spec.path))
         if path.is_file():
             return [(path.name, path)]
         weights = (".safetensors", ".bin", ".pt", ".gguf", ".h5")
@@ -460,7 +461,7 @@ class _Preparation:
         """Rename the joined files into place; the source's record goes first and comes back last."""
         folder = self.folder / plan.name
         if "train" not in merged["splits"]:
-            raise UserError(f"sources.{plan.name}: no document to train on in {len(plan.inputs)} files")
+            raise _no_document(plan)
         (folder / "source.json").unlink(missing_ok=True)
         suffixes = [".bin", ".idx", *[".loss"] * bool(plan.source.chat)]
         suffixes += [".rewards"] * (plan.source.chat == PREFERENCE)
@@ -493,7 +494,7 @@ class _Preparation:
         splits = {}
         for split, path in written.items():
             if path:
-                prefix = reading.resolve_path(self.blend, path)
+                prefix = resolve_path(self.blend, path)
                 self.say(f"{plan.name}: checking {prefix}.bin")
                 splits[split] = adopt_split(f"sources.{plan.name}", prefix, tokenizer)
         entry = SourceManifest(source.category, source.licence, plan.key, splits, settings_hash=source.settings_hash())
@@ -543,6 +544,13 @@ def _stamp(path: str) -> reading.Scan:
     except FileNotFoundError as error:
         raise UserError(f"there is no {path}", "A ready .bin/.idx is named by its path without the suffix.") from error
     return reading.Scan(status.st_size, f"{path}:{status.st_size}:{status.st_mtime_ns}", ())
+
+
+def _no_document(plan: _Plan) -> UserError:
+    return UserError(
+        f"sources.{plan.name}: no document to train on in {len(plan.inputs):,} files, such as {plan.inputs[0].path}",
+        "Give the source other files in its path, or take it out of the blend.",
+    )
 
 
 def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> None:
