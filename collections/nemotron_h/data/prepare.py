@@ -15,12 +15,10 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from rich.console import Console
 from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import PREFERENCE, Blend, Source, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
-from nemotron_h.data.chat import FAMILY_TEMPLATE, ChatTemplate, template_source
+from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.fetch import fetch
 from nemotron_h.data.indexed import token_dtype
 from nemotron_h.data.inputs import Input, compression, find_inputs, resolve_path
@@ -47,6 +45,7 @@ from nemotron_h.data.manifest import (
     split_problem,
     write_json,
 )
+from nemotron_h.data.pool import worker_pool
 from nemotron_h.data.progress import ProgressLine
 from nemotron_h.data.ready import adopt_split
 from nemotron_h.data.shards import (
@@ -56,7 +55,6 @@ from nemotron_h.data.shards import (
     build_shard,
     finished_shard,
     merge_shards,
-    start_worker,
 )
 from nemotron_h.data.tokenizer import (
     META_FILE,
@@ -106,16 +104,17 @@ def prepare(
                 force
             )
     except OSError as error:
-        raise _disk_error(error, folder) from error
+        raise _system_error(error, folder) from error
 
 
-def _disk_error(error: OSError, folder: Path) -> UserError:
-    if error.errno == errno.ENOSPC:
+def _system_error(error: OSError, folder: Path) -> UserError:
+    """Name the file that the error is of; an error of writing has none, and all that is written is in the folder."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"the disk of {folder} is full",
+            f"the disk of {error.filename or folder} is full",
             "Free space and run the same command again: finished shards are kept, half-written ones redone.",
         )
-    return UserError(f"{error.filename or folder}: {error.strerror or error}")
+    return UserError(f"{error.filename or f'preparing {folder}'}: {error.strerror or error}")
 
 
 @contextlib.contextmanager
@@ -159,7 +158,7 @@ class _Preparation:
     def __init__(self, blend: Blend, folder: Path, workers: int, console: Console) -> None:
         self.blend, self.folder, self.workers, self.console = blend, folder, workers, console
         self.template = ""
-        if blend.is_chat():
+        if blend.is_chat() and blend.chat_template != TOKENIZER_TEMPLATE:
             named = blend.chat_template
             self.template = template_source(named if named == FAMILY_TEMPLATE else resolve_path(blend, named))
 
@@ -226,8 +225,17 @@ class _Preparation:
 
     def _check_template(self, tokenizer: Tokenizer) -> None:
         """Say where the template's markers are no single tokens; a text that is no template ends here."""
-        if not self.template:
+        if not self.blend.is_chat():
             return
+        if self.blend.chat_template == TOKENIZER_TEMPLATE:
+            from nemotron_h.export.tokenizer import template_of
+
+            self.template = template_of(self.folder / "tokenizer") or ""
+            if not self.template:
+                raise UserError(
+                    "chat_template: tokenizer, but the blend's tokenizer has no chat template",
+                    f"Name {FAMILY_TEMPLATE} (the family's), or the path of a Jinja file.",
+                )
         plain = ChatTemplate(self.template, tokenizer).plain_markers
         if plain:
             self.say(f"Warning: the tokenizer has no {', '.join(plain)}: these markers are encoded as plain text")
@@ -411,12 +419,6 @@ class _Preparation:
         records: dict[str, dict[int, ShardRecord]] = {name: {} for name in plans}
         pending: dict[Future, tuple[str, int | None]] = {}  # None: the joining of a source
         queue = iter([(name, number) for name in plans for number in range(len(jobs[name]))])
-        pool = ProcessPoolExecutor(
-            self.workers,
-            multiprocessing.get_context("spawn"),
-            start_worker,
-            (str(self.folder / "tokenizer"), self.template),
-        )
         sizes = {name: sum(s.size for s in plan.scans) / max(1, len(jobs[name])) for name, plan in plans.items()}
 
         def shard_done(name: str, number: int, record: ShardRecord) -> None:
@@ -430,32 +432,30 @@ class _Preparation:
                 job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, **has)
                 pending[pool.submit(merge_shards, job)] = (name, None)
 
-        with ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress:
-            try:
-                while True:
-                    while len(pending) < 2 * self.workers and (item := next(queue, None)):
-                        name, number = item
-                        record = finished_shard(jobs[name][number].prefix)
-                        if record is None:
-                            pending[pool.submit(build_shard, jobs[name][number])] = item
-                        else:
-                            shard_done(name, number, record)
-                    if not pending:
-                        return entries
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        name, number = pending.pop(future)
-                        if number is not None:
-                            shard_done(name, number, future.result())
-                        else:
-                            entries[name] = self._finish_source(plans[name], future.result())
-                            progress.say(_summary(name, entries[name]))
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "a worker process died, most likely killed for want of memory",
-                    "Run again with fewer --workers; finished shards are kept.",
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with (
+            ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress,
+            worker_pool(self.workers, str(self.folder / "tokenizer"), self.template) as pool,
+        ):
+            while True:
+                while len(pending) < 2 * self.workers and (item := next(queue, None)):
+                    name, number = item
+                    record = finished_shard(jobs[name][number].prefix)
+                    if record is None:
+                        pending[pool.submit(build_shard, jobs[name][number])] = item
+                    else:
+                        shard_done(name, number, record)
+                if not pending:
+                    return entries
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    name, number = pending.pop(future)
+                    if number is not None:
+                        shard_done(name, number, future.result())
+                        continue
+                    merged = future.result()
+                    entries[name] = self._finish_source(plans[name], merged)
+                    progress.say(_summary(name, entries[name]))
+                    if merged["unread"]:
+                        progress.say(f"{name}: {_unread(merged['unread'])}")
 
     def _finish_source(self, plan: _Plan, merged: dict[str, Any]) -> SourceManifest:
         """Rename the joined files into place; the source's record goes first and comes back last."""
@@ -553,6 +553,11 @@ def _no_document(plan: _Plan) -> UserError:
     )
 
 
+def _unread(fields: dict[str, int]) -> str:
+    counts = ", ".join(f"{key} ({count:,} messages)" for key, count in sorted(fields.items(), key=lambda f: -f[1]))
+    return f"fields of messages that are not read: {counts}"
+
+
 def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> None:
     """Stop when more of a source is unreadable than its `max_bad` allows: most often a wrong field or format."""
     bad = sum(r.bad for r in records)
@@ -561,10 +566,13 @@ def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> 
         return
     quarantined = (line for prefix in prefixes for line in Path(prefix + ".bad").read_bytes().splitlines())
     first = reading.Bad(**json.loads(next(quarantined)))
+    hint = f"Check format and {'chat' if plan.source.chat else 'text_fields'}, or raise max_bad."
+    if "the template" in first.reason:
+        hint = "Name a chat_template that writes such conversations, or take them out of the files."
     raise UserError(
         f"sources.{plan.name}: {bad:,} of {total:,} records cannot be read (max_bad is {plan.source.max_bad:.2%})\n"
         f"  the first: {first.file}, {first.position}: {first.reason}",
-        f"Check format and {'chat' if plan.source.chat else 'text_fields'}, or raise max_bad.",
+        hint,
     )
 
 

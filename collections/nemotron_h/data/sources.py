@@ -8,15 +8,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import html.parser
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from nemotron_h.data.blend import PREFERENCE, Source, parse_count
-from nemotron_h.data.chat import ChatError, Conversation, read_conversation
 from nemotron_h.data.inputs import DAMAGE, Input, compression, open_input
+from nemotron_h.data.messages import ChatError, Conversation, Turn, read_conversation, text_of
 from nemotron_h.data.pairs import Pair, read_pair
 from nemotron_h.errors import UserError
 from nemotron_h.text_files import decode, parse_json
@@ -67,11 +66,17 @@ class Document:
     pair: Pair | None = None
     held_out: bool | None = None  # None: its hash decides
 
+    def turns(self) -> tuple[Turn, ...]:
+        """Return the turns of its conversation, or of both of its pair, each once."""
+        if self.pair is not None:
+            return (*self.pair.chosen, self.pair.rejected[-1])
+        return self.conversation or ()
+
     def parts(self) -> list[str]:
         """Its text, or the texts of its turns."""
-        if self.pair is not None:
-            return [turn.content for turn in (*self.pair.chosen, self.pair.rejected[-1])]
-        return [self.text] if self.conversation is None else [turn.content for turn in self.conversation]
+        if self.conversation is None and self.pair is None:
+            return [self.text]
+        return [text for turn in self.turns() for text in (turn.reasoning, turn.content) if text]
 
 
 @dataclass(frozen=True)
@@ -382,7 +387,7 @@ def _conversation(source: Source, record: Any, file: str, where: str) -> Documen
             text = pair.text()
         else:
             turns = read_conversation(record, source.chat)
-            text = json.dumps([[t.role, t.content, t.trained] for t in turns], ensure_ascii=False)
+            text = text_of(turns)
         text.encode("utf-8")
     except ChatError as error:
         return Bad(file, where, str(error), _excerpt(str(record)))
