@@ -262,5 +262,5 @@ def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: st
 
 def test_template_that_cannot_chat(run: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no system') if messages[0]['role'] == 'system' }}x")
-    with pytest.raises(UserError, match="the chat template cannot be used"):
+    with pytest.raises(UserError, match="chat_template: the template writes a turn in another way"):
         invoke(run, "--template", tmp_path / "t.jinja", said="wort\n")

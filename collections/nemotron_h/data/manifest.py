@@ -24,6 +24,7 @@ from typing import Any
 
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.indexed import read_index_header
+from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 
 FORMAT_VERSION = 1
@@ -130,6 +131,10 @@ class Manifest:
         """Absolute prefix of a source's `.bin/.idx`, or None when the source has no such split."""
         entry = self.sources[source].splits.get(split)
         return None if entry is None else str(Path(self.folder) / entry.prefix)
+
+    def stream(self, source: str, split: str) -> TokenStream:
+        """Return the tokens of a source's split, to be read; ids that the tokenizer lacks are refused."""
+        return TokenStream(self.prefix(source, split), self.tokenizer.vocab_size)
 
     def tokens(self, split: str = "train") -> dict[str, int]:
         """Source -> number of tokens of a split (0 where it has none)."""
