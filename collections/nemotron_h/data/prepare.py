@@ -67,6 +67,7 @@ from nemotron_h.data.tokenizer import (
 )
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
+from nemotron_h.text_files import read_json
 
 PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
 #: how much text a byte of such a file holds, for the space check. Ours
@@ -245,10 +246,7 @@ class _Preparation:
     def _scan(self) -> list[_Plan]:
         """Find and hash the inputs; files whose size and time did not change since the last run are not read again."""
         cache_file = self.folder / ".scans.json"
-        try:
-            cache = json.loads(cache_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            cache = {}
+        cache = _kept(cache_file)
         inputs = self._find_inputs()
         plans = [_Plan(name, source, inputs[name], []) for name, source in self.blend.sources.items()]
         jobs = [
@@ -263,7 +261,7 @@ class _Preparation:
             status = os.stat(path)
             stamp = [status.st_size, status.st_mtime_ns, line_based]
             known = cache.get(path)
-            if known and known["stamp"] == stamp:
+            if isinstance(known, dict) and known.get("stamp") == stamp:
                 fresh[path] = known
             else:
                 todo.append((path, line_based, stamp))
@@ -306,11 +304,11 @@ class _Preparation:
 
     def _finished(self, plan: _Plan) -> SourceManifest | None:
         """The source's entry when it was prepared from just these inputs and its files are still in place."""
+        content = _kept(self.folder / plan.name / "source.json")
+        content.pop("inputs", None)
         try:
-            content = json.loads((self.folder / plan.name / "source.json").read_text(encoding="utf-8"))
-            content.pop("inputs")
             entry = SourceManifest.from_dict(content)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError):
             return None
         probe = Manifest(FORMAT_VERSION, "", "", None, {plan.name: entry}, folder=str(self.folder))
         if entry.hash_of_inputs != plan.key or any(split_problem(probe, plan.name, split) for split in entry.splits):
@@ -338,12 +336,9 @@ class _Preparation:
             content |= {"special": spec.num_special_tokens, "pattern": spec.pattern}
         key = _hash({"version": PIPELINE_VERSION, "kind": spec.kind, **content})
         mark = self.folder / ".tokenizer.json"
-        try:
-            known = json.loads(mark.read_text(encoding="utf-8"))
-            if not force and known["key"] == key and fingerprint(final) == known["sha256"]:
-                return load_tokenizer(final), False
-        except (OSError, ValueError, KeyError):
-            pass
+        known = _kept(mark)
+        if not force and known.get("key") == key and fingerprint(final) == known.get("sha256"):
+            return load_tokenizer(final), False
         staged = self.folder / ".tokenizer.tmp"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
@@ -531,6 +526,15 @@ class _Preparation:
         for path in sorted(p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
             if path.name != "tokenizer" and path.name not in manifest.sources:
                 self.say(f"Note: {path} belongs to no source of this blend; delete it if it is not needed.")
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """Return what an earlier preparation left in a file; nothing where that is not there or damaged."""
+    try:
+        content = read_json(path)
+    except UserError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _hash(content: Any) -> str:
