@@ -232,7 +232,18 @@ def test_a_source_without_rows_is_named_before_any_work(corpus):
     corpus.content["sources"]["more"] |= {"format": "parquet", "path": "empty.parquet"}
     with pytest.raises(UserError, match=r"sources.more: no document to train on in 1 files, such as .*empty.parquet"):
         corpus.prepare()
+    (corpus.folder / "more.jsonl").write_text("")
+    corpus.content["sources"]["more"] |= {"format": "jsonl", "path": "more.jsonl"}
+    with pytest.raises(UserError, match=r"sources.more: no document to train on in 1 files"):
+        corpus.prepare()
     assert not (corpus.prepared / "web").exists()
+
+
+def test_two_sources_of_one_file_are_told(corpus):
+    (corpus.folder / "again.jsonl").symlink_to("more.jsonl")
+    corpus.content["sources"]["more2"] = {**corpus.content["sources"]["more"], "path": "again.jsonl"}
+    corpus.prepare()
+    assert f"Note: sources more and more2 both read {corpus.folder}/again.jsonl" in corpus.log
 
 
 def test_two_preparations_of_one_folder(corpus):

@@ -130,8 +130,8 @@ def _matching(pattern: str) -> list[str]:
     rest = parts[first:]
     if "**" in rest and os.path.isdir(folder):  # glob follows a link to its own folder 40 times
         return [f for f in _walk(folder) if _fits(os.path.relpath(f, folder).split(os.sep), rest)]
-    found = glob.glob(os.path.join(glob.escape(folder), *rest))
-    return sorted(f for f in found if os.path.isfile(f))
+    matches = glob.glob(os.path.join(glob.escape(folder), *rest))
+    return sorted(match for match in matches if os.path.isfile(match))
 
 
 def _fits(parts: list[str], pattern: list[str]) -> bool:

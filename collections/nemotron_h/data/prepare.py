@@ -19,7 +19,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ import numpy as np
 from rich.console import Console
 
 from nemotron_h.data import sources as reading
-from nemotron_h.data.blend import PREFERENCE, Blend, Source, parse_count
+from nemotron_h.data.blend import PREFERENCE, Blend, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.fetch import fetch
 from nemotron_h.data.indexed import token_dtype
-from nemotron_h.data.inputs import Input, compression, find_inputs, resolve_path
+from nemotron_h.data.inputs import resolve_path
 from nemotron_h.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -56,6 +55,7 @@ from nemotron_h.data.shards import (
     finished_shard,
     merge_shards,
 )
+from nemotron_h.data.source_plan import SourcePlan, no_document, plan_sources, saved_state
 from nemotron_h.data.tokenizer import (
     META_FILE,
     Tokenizer,
@@ -67,12 +67,8 @@ from nemotron_h.data.tokenizer import (
 )
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
-from nemotron_h.text_files import read_json
 
 PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
-#: how much text a byte of such a file holds, for the space check. Ours
-_COMPRESSED = {".gz": 4, ".bz2": 5, ".xz": 5, ".zst": 5}
-_PARQUET = 3
 
 
 def prepare(
@@ -129,32 +125,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Plan:
-    """A source as it is now: its files, their scans, and the hash that decides whether it is up to date."""
-
-    name: str
-    source: Source
-    inputs: list[Input]
-    scans: list[reading.Scan]
-    key: str = ""
-    shards: list[list[reading.Piece]] = field(default_factory=list)
-
-    def text_bytes(self) -> int:
-        """About how many bytes of text the files hold."""
-        parquet = self.source.format == "parquet"
-        factors = [_PARQUET if parquet else _COMPRESSED.get(compression(i.path), 1) for i in self.inputs]
-        return sum(factor * s.size for factor, s in zip(factors, self.scans, strict=True))
-
-    def text_key(self) -> dict[str, Any]:
-        """What decides the documents of the source, before any tokenizer."""
-        source = self.source
-        settings = {k: getattr(source, k) for k in ("format", "text_fields", "join", "split_on")}
-        if source.chat:
-            settings["chat"] = source.chat
-        return {"inputs": [(i.name, s.sha256) for i, s in zip(self.inputs, self.scans, strict=True)], **settings}
-
-
 class _Preparation:
     def __init__(self, blend: Blend, folder: Path, workers: int, console: Console) -> None:
         self.blend, self.folder, self.workers, self.console = blend, folder, workers, console
@@ -167,7 +137,7 @@ class _Preparation:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def run(self, force: bool) -> Manifest:
-        plans = self._scan()
+        plans = plan_sources(self.blend, self.folder / ".scans.json", self.say)
         tokenizer, trained = self._tokenizer(plans, force)
         self._check_template(tokenizer)
         sha256 = tokenizer.fingerprint()
@@ -241,70 +211,9 @@ class _Preparation:
         if plain:
             self.say(f"Warning: the tokenizer has no {', '.join(plain)}: these markers are encoded as plain text")
 
-    # ---- what is there
-
-    def _scan(self) -> list[_Plan]:
-        """Find and hash the inputs; files whose size and time did not change since the last run are not read again."""
-        cache_file = self.folder / ".scans.json"
-        cache = _kept(cache_file)
-        inputs = self._find_inputs()
-        plans = [_Plan(name, source, inputs[name], []) for name, source in self.blend.sources.items()]
-        jobs = [
-            (item.path, reading.is_line_based(plan.source, item.path))
-            for plan in plans
-            for item in plan.inputs
-            if plan.source.format != "megatron"
-        ]
-        fresh: dict[str, Any] = {}
-        todo = []
-        for path, line_based in jobs:
-            status = os.stat(path)
-            stamp = [status.st_size, status.st_mtime_ns, line_based]
-            known = cache.get(path)
-            if isinstance(known, dict) and known.get("stamp") == stamp:
-                fresh[path] = known
-            else:
-                todo.append((path, line_based, stamp))
-        for path, line_based, stamp in todo:
-            found = reading.scan(path, line_based)
-            fresh[path] = {"stamp": stamp, "scan": dataclasses.asdict(found)}
-        if todo:
-            write_json(cache_file, fresh)
-        for plan in plans:
-            if plan.source.format == "megatron":
-                plan.scans = [_stamp(i.path) for i in plan.inputs]
-                continue
-            for item in plan.inputs:
-                content = fresh[item.path]["scan"]
-                plan.scans.append(reading.Scan(content["size"], content["sha256"], tuple(map(tuple, content["cuts"]))))
-            plan.shards = reading.plan_shards(plan.source, plan.inputs, plan.scans)
-            if not plan.shards:
-                raise _no_document(plan)
-        return plans
-
-    def _find_inputs(self) -> dict[str, list[Input]]:
-        """The files of every source: local ones first, so that all missing paths are named before anything is
-        downloaded.
-        """
-        found, problems = {}, []
-        for name, source in sorted(self.blend.sources.items(), key=lambda item: item[1].fetch is not None):
-            if source.fetch:
-                if problems:
-                    break
-                self.say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
-            try:
-                found[name] = find_inputs(self.blend, name, lambda text, name=name: self.say(f"{name}: {text}"))
-            except UserError as error:
-                if source.fetch:
-                    raise
-                problems.append(error)
-        if problems:
-            raise UserError("\n".join(p.message for p in problems), problems[0].hint)
-        return found
-
-    def _finished(self, plan: _Plan) -> SourceManifest | None:
+    def _finished(self, plan: SourcePlan) -> SourceManifest | None:
         """The source's entry when it was prepared from just these inputs and its files are still in place."""
-        content = _kept(self.folder / plan.name / "source.json")
+        content = saved_state(self.folder / plan.name / "source.json")
         content.pop("inputs", None)
         try:
             entry = SourceManifest.from_dict(content)
@@ -317,7 +226,7 @@ class _Preparation:
 
     # ---- the tokenizer
 
-    def _tokenizer(self, plans: list[_Plan], force: bool) -> tuple[Tokenizer, bool]:
+    def _tokenizer(self, plans: list[SourcePlan], force: bool) -> tuple[Tokenizer, bool]:
         """The blend's tokenizer, made or copied when absent or out of date, and whether that was needed."""
         spec, final = self.blend.tokenizer, self.folder / "tokenizer"
         if spec.is_trained():
@@ -336,7 +245,7 @@ class _Preparation:
             content |= {"special": spec.num_special_tokens, "pattern": spec.pattern}
         key = _hash({"version": PIPELINE_VERSION, "kind": spec.kind, **content})
         mark = self.folder / ".tokenizer.json"
-        known = _kept(mark)
+        known = saved_state(mark)
         if not force and known.get("key") == key and fingerprint(final) == known.get("sha256"):
             return load_tokenizer(final), False
         staged = self.folder / ".tokenizer.tmp"
@@ -382,7 +291,7 @@ class _Preparation:
 
     # ---- building
 
-    def _build(self, stale: list[_Plan], tokenizer: Tokenizer, force: bool) -> dict[str, SourceManifest]:
+    def _build(self, stale: list[SourcePlan], tokenizer: Tokenizer, force: bool) -> dict[str, SourceManifest]:
         entries = {}
         for plan in stale:
             if plan.source.format == "megatron":
@@ -405,10 +314,10 @@ class _Preparation:
             ]
         return entries | self._run_jobs({plan.name: plan for plan in plans}, jobs)
 
-    def _work_folder(self, plan: _Plan) -> Path:
+    def _work_folder(self, plan: SourcePlan) -> Path:
         return self.folder / plan.name / f".build-{plan.key[:16]}"
 
-    def _run_jobs(self, plans: dict[str, _Plan], jobs: dict[str, list[ShardJob]]) -> dict[str, SourceManifest]:
+    def _run_jobs(self, plans: dict[str, SourcePlan], jobs: dict[str, list[ShardJob]]) -> dict[str, SourceManifest]:
         """All shards of all sources through one pool; a source is joined as soon as its last shard is done."""
         entries: dict[str, SourceManifest] = {}
         records: dict[str, dict[int, ShardRecord]] = {name: {} for name in plans}
@@ -452,11 +361,11 @@ class _Preparation:
                     if merged["unread"]:
                         progress.say(f"{name}: {_unread(merged['unread'])}")
 
-    def _finish_source(self, plan: _Plan, merged: dict[str, Any]) -> SourceManifest:
+    def _finish_source(self, plan: SourcePlan, merged: dict[str, Any]) -> SourceManifest:
         """Rename the joined files into place; the source's record goes first and comes back last."""
         folder = self.folder / plan.name
         if "train" not in merged["splits"]:
-            raise _no_document(plan)
+            raise no_document(plan)
         (folder / "source.json").unlink(missing_ok=True)
         suffixes = [".bin", ".idx", *[".loss"] * bool(plan.source.chat)]
         suffixes += [".rewards"] * (plan.source.chat == PREFERENCE)
@@ -482,7 +391,7 @@ class _Preparation:
         shutil.rmtree(self._work_folder(plan))
         return entry
 
-    def _adopt(self, plan: _Plan, tokenizer: Tokenizer) -> SourceManifest:
+    def _adopt(self, plan: SourcePlan, tokenizer: Tokenizer) -> SourceManifest:
         """Take a ready `.bin/.idx` as it is."""
         source = plan.source
         written = {"train": source.paths()[0], "validation": source.validation_path}
@@ -505,7 +414,7 @@ class _Preparation:
         for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _check_space(self, plans: list[_Plan], dtype: np.dtype) -> None:
+    def _check_space(self, plans: list[SourcePlan], dtype: np.dtype) -> None:
         # ours: 3 bytes of text per token; the shards and the joined files of one source exist at the same time
         sizes = [plan.text_bytes() for plan in plans]
         needed = int((sum(sizes) + max(sizes)) / 3 * dtype.itemsize)
@@ -528,33 +437,8 @@ class _Preparation:
                 self.say(f"Note: {path} belongs to no source of this blend; delete it if it is not needed.")
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """Return what an earlier preparation left in a file; nothing where that is not there or damaged."""
-    try:
-        content = read_json(path)
-    except UserError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _stamp(path: str) -> reading.Scan:
-    """Size and time in place of a hash, for ready files too large to read at every start."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}", "A ready .bin/.idx is named by its path without the suffix.") from error
-    return reading.Scan(status.st_size, f"{path}:{status.st_size}:{status.st_mtime_ns}", ())
-
-
-def _no_document(plan: _Plan) -> UserError:
-    return UserError(
-        f"sources.{plan.name}: no document to train on in {len(plan.inputs):,} files, such as {plan.inputs[0].path}",
-        "Give the source other files in its path, or take it out of the blend.",
-    )
 
 
 def _unread(fields: dict[str, int]) -> str:
@@ -562,7 +446,7 @@ def _unread(fields: dict[str, int]) -> str:
     return f"fields of messages that are not read: {counts}"
 
 
-def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> None:
+def _check_bad(plan: SourcePlan, records: list[ShardRecord], prefixes: list[str]) -> None:
     """Stop when more of a source is unreadable than its `max_bad` allows: most often a wrong field or format."""
     bad = sum(r.bad for r in records)
     total = bad + sum(r.empty + r.joined + sum(r.documents.values()) for r in records)
@@ -580,7 +464,7 @@ def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> 
     )
 
 
-def _training_texts(plans: list[_Plan], limit: int) -> Iterator[str]:
+def _training_texts(plans: list[SourcePlan], limit: int) -> Iterator[str]:
     """The first `limit` bytes of text of each source, in order."""
     for plan in plans:
         left = limit
