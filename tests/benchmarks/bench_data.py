@@ -40,7 +40,7 @@ from nemotron_h.data.sampler import BlendSampler, Segment
 from nemotron_h.data.tokenizer import train_bpe
 
 WORK = Path(__file__).resolve().parents[2] / ".bench"
-EOD, SEQ = 0, 512
+EOD, SEQ, VOCABULARY = 0, 512, 8192
 DOCUMENT = 4000  # ours: characters, about a web page
 console = Console()
 
@@ -175,7 +175,7 @@ def write_sources(folder: Path, count: int, tokens: int) -> dict[str, str]:
     for number in range(count):
         prefix = folder / f"source{number}"
         lengths = rng.integers(100, 1000, tokens // 550).astype(np.int32)
-        content = rng.integers(1, 8192, int(lengths.sum())).astype(np.uint16)
+        content = rng.integers(1, VOCABULARY, int(lengths.sum())).astype(np.uint16)
         content[np.cumsum(lengths) - 1] = EOD
         content.tofile(f"{prefix}.bin")
         write_index(f"{prefix}.idx", lengths, content.dtype)
@@ -215,9 +215,10 @@ def our_dataset(prefixes: dict[str, str], samples: int):
     from nemotron_h.data.datamodule import WindowDataset
     from nemotron_h.data.windows import TokenStream
 
-    tokens = {name: TokenStream(prefix).tokens for name, prefix in prefixes.items()}
+    streams = {name: TokenStream(prefix, VOCABULARY) for name, prefix in prefixes.items()}
+    tokens = {name: stream.tokens for name, stream in streams.items()}
     sampler = BlendSampler([Segment("all", 0, samples, shares_of(list(prefixes)))], tokens, SEQ, seed=1)
-    return WindowDataset(sampler, prefixes, SEQ, samples, True)
+    return WindowDataset(sampler, streams, SEQ, samples, True)
 
 
 def serve(side: str, prefixes: dict[str, str], samples: int, reads: int, cache: str) -> dict:

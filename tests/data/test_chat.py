@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatError, ChatTemplate, Turn, read_conversation, template_source
+from nemotron_h.data import chat
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, template_source
+from nemotron_h.data.messages import REASONING_FIELDS, ChatError, Turn, read_conversation
 from nemotron_h.data.tokenizer import BPETokenizer, train_bpe, write_meta
 from nemotron_h.errors import UserError
 
@@ -198,6 +202,12 @@ USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "
         ("messages", {"messages": [USER, {**BOT, "weight": 0.5}]}, "weight 0.5"),
         ("messages", {"messages": [USER, {**BOT, "weight": 0}]}, "every assistant turn has weight 0"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}, BOT]}, "neither text nor"),
+        ("messages", {"messages": [USER, {**BOT, "train": "no"}]}, "train 'no'"),
+        ("messages", {"messages": [USER, {**BOT, "reasoning": {"effort": 1}}]}, "reasoning that is dict, not text"),
+        ("messages", {"messages": [USER, {**BOT, "reasoning": "x", "thinking": "y"}]}, "which differ"),
+        ("messages", {"messages": [{**USER, "thinking": "x"}, BOT]}, "only an assistant's can have"),
+        ("messages", {"messages": [USER, {**BOT, "role": ["user"]}]}, "unknown role ['user']"),
+        ("messages", {"messages": [USER, BOT], "system": 3}, "field 'system' is int, not text"),
         ("sharegpt", {"conversations": [{"from": "humam", "value": "a"}]}, "Did you mean human?"),
         ("alpaca", {"instruction": "a"}, "no field 'output'; the record has instruction"),
         ("alpaca", {"instruction": "a", "output": 3}, "field 'output' is int, not text"),
@@ -220,7 +230,91 @@ def test_template_errors(tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ChatError, match="the template: no system"):
         ChatTemplate("{{ raise_exception('no system') }}", tokenizer).encode(turns)
     rewriting = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}"
-    with pytest.raises(ChatError, match="generation"):
-        ChatTemplate(rewriting, tokenizer).encode((*turns, *turns))
-    with pytest.raises(ChatError, match="marks 0 assistant turns of 1"):
-        ChatTemplate("{% if false %}{% generation %}{% endgeneration %}{% endif %}", tokenizer).encode(turns)
+    with pytest.raises(UserError, match="generation"):
+        ChatTemplate(rewriting, tokenizer)
+    with pytest.raises(UserError, match="marks 0 assistant turns of 1"):
+        ChatTemplate("{% if false %}{% generation %}{% endgeneration %}{% endif %}", tokenizer)
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.jinja").write_bytes(mark + b"{{ x }}\r\n")
+        assert template_source(str(tmp_path / "a.jinja")) == "{{ x }}\n"
+    (tmp_path / "a.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"chat_template: .*a.jinja: byte 3 \(0xe9\) is not UTF-8"):
+        template_source(str(tmp_path / "a.jinja"))
+
+
+ANSWER = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("", "no generation prompt"),
+        ("{{ 'x' * 10 ** 10 }}", "needs more than"),
+        ("{{ 'x' * messages | length * 10 ** 10 }}", "needs more than"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "computes for more than"),
+        ("{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{{ 10 ** (messages | length + 10 ** 9) }}", "OverflowError: a number of more than"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("(" * 9 + "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+        ("{% set today = strftime_now('%Y') %}" + ANSWER, "Templates are not given today's date"),
+        ("{{ messages[7].content.nothing }}" + ANSWER, "no element 7"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_a_template_that_no_conversation_can_cure_is_refused_in_bounded_time(tokenizer, monkeypatch, source, reason):
+    monkeypatch.setattr(chat, "_TEMPLATE_SECONDS", 0.3)
+    with pytest.raises(UserError) as caught:
+        ChatTemplate(source, tokenizer)
+    assert caught.value.message.startswith("chat_template: ")
+    assert reason in str(caught.value)
+
+
+def test_bounds_of_a_template_leave_nothing_behind(tokenizer) -> None:
+    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    template = ChatTemplate(
+        "{% if messages | length > 2 %}{{ 'x' * 10 ** 10 }}{% endif %}"
+        "{% for m in messages if m.role == 'assistant' %}{% generation %}x{% endgeneration %}{% endfor %}",
+        tokenizer,
+    )
+    with pytest.raises(ChatError, match="the template needs more than 1,024 MiB"):
+        template.encode((Turn("user", "a"), Turn("assistant", "b")) * 2)
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert signal.getsignal(signal.SIGVTALRM) == handler
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_one_reader_reads_the_messages_of_all_shapes(tokenizer) -> None:
+    said = {"content": "b", "reasoning_content": "why", "weight": 1, "name": "Ada", "id": 3, "score": None}
+    openai = [{"role": "developer", "content": "Be brief."}, USER, {"role": "assistant", **said}]
+    openai += [USER, {"role": "assistant", "content": "c", "train": False}]
+    rename = {"role": "from", "content": "value", "reasoning_content": "thinking"}
+    sharegpt = [{rename.get(key, key): value for key, value in message.items()} for message in openai]
+    expected = (
+        Turn("system", "Be brief."),
+        Turn("user", "a"),
+        Turn("assistant", "b", reasoning="why"),
+        Turn("user", "a"),
+        Turn("assistant", "c", trained=False),
+    )
+    for record, shape in (({"messages": openai}, "messages"), ({"conversations": sharegpt}, "sharegpt")):
+        turns = read_conversation(record, shape)
+        assert turns == expected
+        assert turns[2].unread == ("name", "id")
+
+
+@pytest.mark.parametrize("field", REASONING_FIELDS)
+def test_reasoning_is_learnt_where_the_template_writes_it(tokenizer, field: str) -> None:
+    thinking = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q{{ m.content }}{% else %}A{% generation %}"
+        "{% if m.FIELD %}<think>{{ m.FIELD }}</think>{% endif %}{{ m.content }}{% endgeneration %}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    )
+    turns = read_conversation({"messages": [USER, {**BOT, "reasoning": "so <SPECIAL_11>"}]}, "messages")
+    template = ChatTemplate(thinking.replace("FIELD", field), tokenizer)
+    encoded = template.encode(turns)
+    learnt = [i for i, wanted in zip(encoded.ids, encoded.loss, strict=True) if wanted]
+    assert tokenizer.ids_to_text(learnt) == "<think>so <SPECIAL_11></think>b"
+    assert TURN not in encoded.ids
+    with pytest.raises(ChatError, match="has reasoning_content, which the template does not write"):
+        ChatTemplate(FAMILY_SOURCE, tokenizer).encode(turns)

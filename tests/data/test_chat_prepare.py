@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, read_conversation
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import check_manifest
+from nemotron_h.data.messages import read_conversation
 from nemotron_h.data.prepare import prepare
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.verify import verify
@@ -138,3 +141,31 @@ def test_mistakes_in_a_blend_of_conversations(tmp_path: Path, before: str, after
     with pytest.raises(UserError) as caught:
         load_blend(tmp_path / "talk.yaml")
     assert expected in str(caught.value)
+
+
+def test_the_tokenizer_s_own_template_is_taken_and_unread_fields_are_said(talk: Path, tmp_path: Path) -> None:
+    own = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    folder = tmp_path / "hf"
+    shutil.copytree(talk / "data/talk/tokenizer", folder)
+    record = messages(1)
+    record["messages"][1] |= {"name": "Ada", "citations": ["x"], "weight": 1}
+    write(tmp_path, [json.dumps(record)] * 3)
+    blend = tmp_path / "talk.yaml"
+    text = BLEND.replace("chat_template: nemotron_h", "chat_template: tokenizer").replace(", validation: 0.2", "")
+    text = text.replace("{kind: bpe, vocab_size: 270}", "{kind: bpe, path: hf}").replace("b.json", "a.jsonl")
+    blend.write_text(text.replace("format: json, chat: alpaca", "format: jsonl, chat: messages"))
+    with pytest.raises(UserError, match="the blend's tokenizer has no chat template"):
+        prepare(load_blend(blend), tmp_path / "data", workers=1, console=Console(quiet=True))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": own}))
+    said = io.StringIO()
+    prepare(load_blend(blend), tmp_path / "data", workers=1, console=Console(file=said, width=200))
+    prepared = tmp_path / "data/talk"
+    assert (prepared / "chat_template.jinja").read_text() == own
+    ids = np.fromfile(prepared / "b/train.bin", dtype=np.uint16)
+    begin = load_tokenizer(prepared / "tokenizer").ids_to_text(ids)
+    assert begin.startswith("user: What is 1?assistant: It is 1.<|endoftext|>user: Sure?")
+    assert "b: fields of messages that are not read: name (3 messages), citations (3 messages)" in said.getvalue()

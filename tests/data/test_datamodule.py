@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import random
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ def write_pair(prefix: Path, documents: int, seed: int) -> SplitManifest:
     rng = np.random.default_rng(seed)
     builder, tokens = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16), 0
     for _ in range(documents):
-        text = rng.integers(1, 500, rng.integers(1, 60))
+        text = rng.integers(1, 270, rng.integers(1, 60))
         builder.add_document(torch.from_numpy(np.append(text, EOD)), [len(text) + 1])
         tokens += len(text) + 1
     builder.finalize(f"{prefix}.idx")
@@ -134,7 +135,7 @@ def test_a_window_may_be_longer_than_its_stream(tmp_path: Path) -> None:
     stream = TokenStream(str(tmp_path / "tiny"))
     tokens = stream.read(0, stream.tokens)
     assert stream.read(1, 3 * stream.tokens).tolist() == np.roll(np.tile(tokens, 3), -1).tolist()
-    with pytest.raises(UserError, match=r"none\.bin"):
+    with pytest.raises(UserError, match=r"none\.idx"):
         TokenStream(str(tmp_path / "none"))
 
 
@@ -333,8 +334,6 @@ def test_bad_settings_are_errors_before_anything_starts(prepared: Path) -> None:
 
 
 def test_damaged_data_is_an_error_before_training(prepared: Path, tmp_path: Path) -> None:
-    import shutil
-
     root = tmp_path / "root"
     shutil.copytree(prepared, root)
     manifest = root / "three" / "manifest.json"
@@ -353,6 +352,33 @@ def test_damaged_data_is_an_error_before_training(prepared: Path, tmp_path: Path
     file.unlink()
     with pytest.raises(UserError, match="missing"):
         started(module(root))
+
+
+def test_data_that_changes_under_a_run_is_named_with_file_and_sample(prepared: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(prepared, root)
+    manifest = root / "three" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(prepared), str(root)))
+    windows = started(module(root)).windows("train")
+    number = next(n for n in range(99) if windows.sampler[n].source == "web" and windows.sampler[n].start > 40)
+    start = windows.sampler[number].start
+    whole = windows[number]["tokens"]
+    file = root / "three/web/train.bin"
+    content = np.fromfile(file, dtype=np.uint16)
+    assert whole[7] == content[start + 7]
+    for place, value, words in (
+        (start + 7, 270, f"sample {number}: {file}: token {start + 7:,} has the id 270, the tokenizer has 270 ids"),
+        (None, None, f"sample {number}: {file} ends at byte {2 * start + 9:,}: it was truncated"),
+    ):
+        with open(file, "r+b") as opened:
+            if place is None:
+                opened.truncate(2 * start + 9)
+            else:
+                opened.seek(2 * place)
+                opened.write(np.uint16(value).tobytes())
+        with pytest.raises(UserError) as caught:
+            _ = windows[number]
+        assert caught.value.message.startswith(words)
 
 
 # inside Lightning

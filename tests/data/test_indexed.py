@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+
 import numpy as np
 import pytest
 import torch
 
-from nemotron_h.data import indexed
+from nemotron_h.data import indexed, windows
+from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
 
 
@@ -55,3 +59,31 @@ def test_token_type_holds_every_id():
         "int32",
         "int32",
     ]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_a_stream_reads_what_lies_there_and_tells_what_does_not(tmp_path, monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 4, 5000).astype(np.int32)  # some documents are empty
+    ids = rng.integers(0, 300, lengths.sum()).astype(dtype)
+    ids.tofile(tmp_path / "a.bin")
+    indexed.write_index(tmp_path / "a.idx", lengths, np.dtype(dtype))
+    stream = pickle.loads(pickle.dumps(windows.TokenStream(str(tmp_path / "a"), 300)))
+    begins = np.cumsum(lengths) - lengths
+    monkeypatch.setattr(windows, "_BLOCK", 7)
+    for start, count in ((0, 10), (4000, 100), (len(ids) - 20, 50), (3, 2 * len(ids))):
+        places = np.arange(start, start + count) % len(ids)
+        assert np.array_equal(stream.read(start, count), ids[places])
+        assert np.array_equal(stream.document_starts(start, count), np.flatnonzero(np.isin(places, begins)))
+    for wrong in (300, 65_535 if dtype == np.uint16 else -1):
+        changed = ids.copy()
+        changed[[70, 90]] = np.array(wrong).astype(dtype)
+        changed.tofile(tmp_path / "a.bin")
+        with pytest.raises(UserError, match=rf"a.bin: token 70 has the id {wrong:,}, the tokenizer has 300 ids"):
+            stream.read(60, 40)
+    for suffix, size, read in ((".bin", 100, stream.read), (".idx", 4000, stream.document_starts)):
+        os.truncate(f"{tmp_path}/a{suffix}", size)
+        with pytest.raises(UserError, match=rf"a{suffix} ends at byte {size:,}: it was truncated since"):
+            read(3000, 40)
+    with pytest.raises(ValueError, match="truncated: 991 of 5,000 lengths"):
+        indexed.read_lengths(tmp_path / "a.idx")

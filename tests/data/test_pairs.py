@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatError, ChatTemplate, Turn
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.messages import ChatError, Turn
 from nemotron_h.data.pairs import REJECTED, encode_pair, read_pair
 from nemotron_h.data.prepare import prepare
 from nemotron_h.data.tokenizer import BPETokenizer, load_tokenizer, train_bpe
@@ -118,7 +119,16 @@ def test_rewards_are_read(names: tuple[str, str]) -> None:
         ({"prompt": [USER, GOOD], "chosen": "b", "rejected": "c"}, "does not end with the user's turn"),
         ({"prompt": "a", "chosen": [USER, GOOD], "rejected": "c"}, "'chosen' begins with a user turn"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "x"}, BAD]}, "different prompts"),
-        ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "another prompt than the record's own"),
+        ({"prompt": "other", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "than the record's 'prompt'"),
+        (
+            {"messages": [{**USER, "content": "x"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+            "than the record's 'messages'",
+        ),
+        ({"prompt": "a", "question": "a", "chosen": "b", "rejected": "c"}, "one prompt is needed"),
+        (
+            {"prompt": "a", "chosen": {**GOOD, "thinking": "x"}, "rejected": {**GOOD, "thinking": "x "}},
+            "answer are equal",
+        ),
         ({"prompt": "a", "chosen": {"role": "robot", "content": "b"}, "rejected": "c"}, "unknown role 'robot'"),
         ({"prompt": "a", "chosen": 3, "rejected": "c"}, "'chosen' is int, neither text nor messages"),
         ({"prompt": "a", "chosen": {**GOOD, "tool_calls": [1]}, "rejected": "c"}, "calls a tool"),

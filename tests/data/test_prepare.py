@@ -14,14 +14,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from local_corpus import sentences, snapshot, write_jsonl
 
+from nemotron_h.data import pool, shards
 from nemotron_h.data import prepare as preparing
-from nemotron_h.data import shards
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import load_manifest
-from nemotron_h.data.tokenizer import load_tokenizer
+from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
 from nemotron_h.errors import UserError
 
 SCRIPT = Path(__file__).with_name("prepare_local.py")
@@ -225,6 +226,26 @@ def test_missing_paths_are_all_named_before_any_work(corpus):
         corpus.prepare()
 
 
+def test_a_source_without_rows_is_named_before_any_work(corpus):
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.ParquetWriter(corpus.folder / "empty.parquet", schema).close()
+    corpus.content["sources"]["more"] |= {"format": "parquet", "path": "empty.parquet"}
+    with pytest.raises(UserError, match=r"sources.more: no document to train on in 1 files, such as .*empty.parquet"):
+        corpus.prepare()
+    (corpus.folder / "more.jsonl").write_text("")
+    corpus.content["sources"]["more"] |= {"format": "jsonl", "path": "more.jsonl"}
+    with pytest.raises(UserError, match=r"sources.more: no document to train on in 1 files"):
+        corpus.prepare()
+    assert not (corpus.prepared / "web").exists()
+
+
+def test_two_sources_of_one_file_are_told(corpus):
+    (corpus.folder / "again.jsonl").symlink_to("more.jsonl")
+    corpus.content["sources"]["more2"] = {**corpus.content["sources"]["more"], "path": "again.jsonl"}
+    corpus.prepare()
+    assert f"Note: sources more and more2 both read {corpus.folder}/again.jsonl" in corpus.log
+
+
 def test_two_preparations_of_one_folder(corpus):
     corpus.prepared.mkdir(parents=True)
     with preparing._locked(corpus.prepared), pytest.raises(UserError, match="being prepared by another process"):
@@ -275,9 +296,41 @@ runpy.run_path('{SCRIPT}', run_name='__main__')"
     assert snapshot(corpus.folder / "copied") == snapshot(corpus.folder / "straight" / "local")
 
 
-def test_out_of_space_error_names_the_disk(corpus):
-    error = preparing._disk_error(OSError(errno.ENOSPC, "No space left on device"), corpus.folder)
-    assert "is full" in error.message
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk of FOLDER is full"),
+        (OSError(errno.ENOSPC, "No space left on device", "/cache/x"), "the disk of /cache/x is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/a.jsonl"), "/data/a.jsonl: Permission denied"),
+        (OSError(errno.EIO, "Input/output error"), "preparing FOLDER: Input/output error"),
+    ],
+)
+def test_an_error_of_the_system_names_its_own_file(corpus, error, message):
+    assert preparing._system_error(error, corpus.folder).message == message.replace("FOLDER", str(corpus.folder))
+
+
+@pytest.mark.parametrize(
+    ("end", "argument", "message"),
+    [
+        (os._exit, 3, "ended with exit code 3"),
+        (signal.raise_signal, signal.SIGKILL, "was killed (SIGKILL), as the system does when memory runs out"),
+        (signal.raise_signal, signal.SIGSEGV, "was ended by SIGSEGV"),
+    ],
+)
+def test_the_cause_of_a_worker_s_death_is_read_off_its_exit_code(tmp_path, end, argument, message):
+    train_bpe(["some text " * 20], 261, tmp_path)
+    with pytest.raises(UserError) as caught, pool.worker_pool(2, str(tmp_path), "") as processes:
+        processes.submit(end, argument).result()
+    assert message in caught.value.message
+
+
+def test_shared_memory_without_room_is_named(tmp_path, monkeypatch):
+    def no_room(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as sem_open: without a file
+
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", no_room)
+    with pytest.raises(UserError, match=r"no semaphore(.|\n)*/dev/shm"), pool.worker_pool(1, str(tmp_path), ""):
+        pass
 
 
 def test_ready_made_pairs_are_used_in_place(corpus):

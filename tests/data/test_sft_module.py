@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, read_conversation
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.messages import read_conversation
 from nemotron_h.data.prepare import prepare
 from nemotron_h.data.sft_module import ConversationDataModule
 from nemotron_h.data.tokenizer import load_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -30,9 +31,45 @@ def test_jsonl_plain_and_compressed(tmp_path):
     expected = sentences(1, 50)
     write_jsonl(tmp_path / "a.jsonl", expected)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    plain = (tmp_path / "a.jsonl").read_bytes()
+    with pa.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as file:
+        file.write(plain)
+    frame = (tmp_path / "c.jsonl.zst").read_bytes()
+    (tmp_path / "d.txt").write_bytes(frame + frame)  # two frames, and a name that does not tell
+    (tmp_path / "e.gz").write_bytes(plain)
     source = Source(format="jsonl")
-    assert texts(read(source, tmp_path / "a.jsonl")) == expected
-    assert texts(read(source, tmp_path / "b.jsonl.gz")) == expected
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "e.gz"):
+        assert texts(read(source, tmp_path / name)) == expected
+    assert texts(read(source, tmp_path / "d.txt")) == expected * 2
+
+
+def test_an_archive_of_files_is_refused_by_name(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.jsonl", "w") as file:
+        file.writestr("a.jsonl", '{"text": "x"}')
+    with pytest.raises(UserError, match=r"a.jsonl is a ZIP archive(.|\n)*Unpack it"):
+        read(Source(format="jsonl"), tmp_path / "a.jsonl")
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "expected"),
+    [
+        (Source(format="jsonl"), b'{"text": "a"}\r\n{"text": "b"}', ["a", "b"]),
+        (Source(format="json"), b'[{"text": "a"}]', ["a"]),
+        (Source(format="text"), b"a\r\nb", ["a\r\nb"]),
+        (Source(format="text", split_on="\n"), b"a\r\nb\r\n", ["a", "b"]),
+        (Source(format="text", split_on="\n\n"), b"a\r\n\r\nb\r\nc", ["a", "b\nc"]),
+        (Source(format="python"), b"x = 1\n", ["x = 1\n"]),
+        (Source(format="html"), b"<p>a</p>", ["a"]),
+    ],
+    ids=lambda value: getattr(value, "format", None),
+)
+def test_a_byte_order_mark_and_foreign_line_ends_are_no_text(tmp_path, source, content, expected):
+    for mark in (b"", MARK):
+        (tmp_path / "a").write_bytes(mark + content)
+        assert texts(read(source, tmp_path / "a")) == expected
 
 
 @pytest.mark.parametrize("end", ["\n", ""])
@@ -100,7 +137,7 @@ def test_docstrings_and_html(tmp_path):
     ("line", "reason"),
     [
         (b'{"text": "cut', "not JSON"),
-        (b'{"text": "\xff"}', "not JSON: 'utf-8'"),
+        (b'{"text": "\xff"}', "byte 10 (0xff) is not UTF-8"),
         (b'{"txt": "x"}', "no field 'text'; the record has txt"),
         (b'{"text": 3}', "field 'text' is int, not text"),
         (b'{"text": null}', "field 'text' is NoneType, not text"),
@@ -115,6 +152,18 @@ def test_bad_records_are_named(tmp_path, line, reason):
     assert (good.text, also_good.text) == ("good", "also good")
     assert bad.position == "line 2"
     assert reason in bad.reason
+
+
+def test_a_whole_file_that_cannot_be_read_is_one_bad_record(tmp_path):
+    for name, content, reason in (
+        ("deep.json", b"[" * 100_000, "nested too deep"),
+        ("wide.json", '[{"text": "x"}]'.encode("utf-16"), "UTF-16 text, not UTF-8"),
+        ("old.json", '["é"]'.encode("latin-1"), "byte 2 (0xe9) is not UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        [bad] = read(Source(format="json"), tmp_path / name)
+        assert (bad.file, bad.position) == (name, "whole file")
+        assert reason in bad.reason
 
 
 def test_a_damaged_archive_stops(tmp_path):

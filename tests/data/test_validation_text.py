@@ -10,6 +10,7 @@ import pytest
 
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.validation import ValidationText
+from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 
 LENGTHS = {"web": 1001, "code": 100, "tiny": 31}  # tokens; tiny has less than two windows
@@ -24,7 +25,7 @@ def held_out(tmp_path: Path) -> tuple[SimpleNamespace, SimpleNamespace]:
         write_index(tmp_path / f"{name}.idx", np.array([length]), np.dtype(np.uint16))
     shares = {"web": 0.5, "code": 0.4, "tiny": 0.1}
     blend = SimpleNamespace(name="b", sources=LENGTHS, phases=[0], source_shares=lambda _: shares)
-    manifest = SimpleNamespace(tokens=lambda _: LENGTHS, prefix=lambda name, _: str(tmp_path / name))
+    manifest = SimpleNamespace(tokens=lambda _: LENGTHS, stream=lambda name, _: TokenStream(str(tmp_path / name)))
     return blend, manifest
 
 

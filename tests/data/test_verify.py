@@ -167,3 +167,41 @@ def test_command_line(corpus):
     assert result.exit_code == 0, result.output
     assert "web, train: ok" in result.output
     assert json.loads((corpus.prepared / "manifest.json").read_text())["blend"] == "local"
+
+
+def test_a_manifest_of_other_types_is_damaged_not_a_traceback(prepared):
+    file = prepared.prepared / "manifest.json"
+    written = file.read_text(encoding="utf-8")
+    content = json.loads(written)
+
+    def changed(*path: str, value: object) -> str:
+        copy = json.loads(written)
+        at = copy
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = value
+        return json.dumps(copy)
+
+    for text, words in (
+        (changed("sources", "web", "splits", "train", "tokens", value="many"), "tokens is 'many', not int"),
+        (changed("sources", "web", "splits", "train", "documents", value=True), "documents is True, not int"),
+        (changed("sources", value=[]), "is damaged"),
+        (changed("sources", "web", value=None), "is damaged"),
+        (changed("tokenizer", "path", value=3), "path is 3, not str"),
+        (changed("tokenizer", value={}), "missing"),
+        (changed("blend_hash", value=None), "blend_hash is None, not str"),
+        (json.dumps([content]), "is damaged"),
+        ("[" * 100_000, "nested too deep"),
+        (written[:99], "not JSON"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        for command in (check, full):
+            with pytest.raises(UserError) as caught:
+                command(prepared)
+            assert words in caught.value.message
+            assert str(file) in caught.value.message
+    # what preparation keeps for itself is made anew
+    for name in ("web/source.json", ".scans.json", ".tokenizer.json", "manifest.json"):
+        (prepared.prepared / name).write_text("[" * 100_000, encoding="utf-8")
+    prepared.prepare()
+    full(prepared)

@@ -19,7 +19,8 @@ from run_transformers import CONVERSATION
 from save_checkpoint import save
 from small_model import VOCABULARY, pure_config, small_config, small_model, tokens
 
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, Turn
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.messages import Turn
 from nemotron_h.data.tokenizer import PROBES, TiktokenTokenizer, Tokenizer, load_tokenizer, train_bpe, write_meta
 from nemotron_h.export import gguf_writer
 from nemotron_h.inference.generate import generate

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from save_checkpoint import save
 from small_model import pure_config, small_config, small_model, tokens
 
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, Turn
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.messages import Turn
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.export import hf_writer
 from nemotron_h.inference.generate import generate

@@ -14,7 +14,8 @@ from save_checkpoint import finish, save
 from small_model import VOCABULARY, relative_error, small_config, small_model
 from typer.testing import CliRunner
 
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatError, ChatTemplate, Turn
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.messages import ChatError, Turn
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nemotron_h.errors import UserError
 from nemotron_h.inference import generate as generating
@@ -261,5 +262,5 @@ def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: st
 
 def test_template_that_cannot_chat(run: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no system') if messages[0]['role'] == 'system' }}x")
-    with pytest.raises(UserError, match="the chat template cannot be used"):
+    with pytest.raises(UserError, match="chat_template: the template writes a turn in another way"):
         invoke(run, "--template", tmp_path / "t.jinja", said="wort\n")

@@ -251,8 +251,8 @@ class Blend:
     """A data blend as written in `data_blends/NAME.yaml`.
 
     Args:
-        chat_template: of conversations: `nemotron_h` (the family's), or the path of a Jinja file, relative to the
-            blend's file.
+        chat_template: of conversations: `nemotron_h` (the family's), `tokenizer` (the one that came with the blend's
+            tokenizer), or the path of a Jinja file, relative to the blend's file.
     """
 
     name: str = ""
@@ -389,7 +389,7 @@ def _chat_problems(blend: Blend) -> Iterator[str]:
             yield "chat_template: no source has `chat`, so nothing would use it"
         return
     if not blend.chat_template:
-        yield "chat_template: missing; nemotron_h is the family's"
+        yield "chat_template: missing; nemotron_h is the family's, tokenizer is the tokenizer's own"
     if len(blend.phases) > 1:
         yield "phases: a blend of conversations has one phase"
     kinds = {source.chat == PREFERENCE for source in blend.sources.values()}

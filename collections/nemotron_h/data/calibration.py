@@ -10,7 +10,6 @@ import numpy as np
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.sampler import BlendSampler, Segment
-from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 
 CALIBRATION_SEED = 0  # ours: not the run's, so that models of runs with different seeds are measured on the same text
@@ -31,7 +30,7 @@ def calibration_windows(
         UserError: a source has fewer windows than its share of the samples.
     """
     sampler = calibration_sampler(blend, manifest, samples, seq_length, seed)
-    streams = {name: TokenStream(manifest.prefix(name, "train")) for name in sampler.names}
+    streams = {name: manifest.stream(name, "train") for name in sampler.names}
     chosen = (sampler[number] for number in range(samples))
     return np.stack([streams[s.source].read(s.start, seq_length) for s in chosen])
 

@@ -1,17 +1,21 @@
-"""Conversations: the common record shapes, the family's chat template, and tokens with their loss mask.
+"""Chat templates: the family's and any other, from conversations to tokens with their loss mask.
 
-A record becomes a tuple of `Turn`s; a `ChatTemplate` turns those into token ids and marks the ones that an assistant
-writes, its end marker included. Each stretch of text is tokenised on its own where the mask changes, as in generation:
+A `ChatTemplate` turns `Turn`s (see `data.messages`) into token ids and marks the ones that an assistant writes, its end
+marker included. Each stretch of text is tokenised on its own where the mask changes, as in generation:
 the prompt is tokens before the first token of the answer exists.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import resource
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -20,11 +24,13 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemotron_h.data.messages import ASSISTANT, REASONING_FIELDS, USER, ChatError, Conversation, Refused, Turn
 from nemotron_h.data.tokenizer import CHAT_TOKENS, Tokenizer
 from nemotron_h.errors import UserError
-from nemotron_h.strict import nearest
+from nemotron_h.text_files import read_text
 
 FAMILY_TEMPLATE = "nemotron_h"
+TOKENIZER_TEMPLATE = "tokenizer"  # the template that came with the blend's tokenizer
 #: as Megatron-LM's `nemotron-h-aligned` prompt format. `<SPECIAL_11>` ends an assistant turn; where a user turn
 #: follows, the same token begins it. A conversation without a system message has no system block.
 FAMILY_SOURCE = (
@@ -40,186 +46,13 @@ FAMILY_SOURCE = (
     "{% if not messages or messages[-1]['role'] != 'assistant' %}{{ '<SPECIAL_11>' }}{% endif %}"
     "{{ 'Assistant\n' }}{% endif %}"
 )
-SYSTEM, USER, ASSISTANT = ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"system": SYSTEM, "human": USER, "user": USER, "gpt": ASSISTANT, "assistant": ASSISTANT}
 #: characters of Unicode's private area, which stand in a rendered text where a `{% generation %}` block begins and
 #: ends, and inside of a special token's name that a message holds
 _BEGIN, _END, _ESCAPE = _RESERVED = "\ue0fd\ue0fe\ue0ff"
 _EXAMPLE = "\ue0fc"  # an answer that no template holds
+#: what a template may take for a conversation, in processor time and in memory; and the size of a power. Ours
+_TEMPLATE_SECONDS, _TEMPLATE_BYTES, _POWER_BITS = 10, 1 << 30, 1 << 16
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-class ChatError(ValueError):
-    """Why one conversation cannot be used; whoever reads it adds file and position."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A message.
-
-    Args:
-        role: `system`, `user` or `assistant`.
-        content: its text.
-        trained: assistant turns only: whether it is in the loss (`weight: 0` in OpenAI's shape takes it out).
-    """
-
-    role: str
-    content: str
-    trained: bool = True
-
-
-Conversation = tuple[Turn, ...]
-
-
-def read_conversation(record: Any, shape: str) -> Conversation:
-    """A record as a conversation.
-
-    Args:
-        record: as parsed from JSON or Parquet.
-        shape: one of `SHAPES`.
-    Raises:
-        ChatError: fields are missing or of another type, a role is unknown, turns do not alternate, or one is empty.
-    """
-    if not isinstance(record, dict):
-        raise ChatError(f"the record is {type(record).__name__}, not an object")
-    turns = tuple(turn for turn in SHAPES[shape](record) if turn.role != SYSTEM or turn.content.strip())
-    check_turns(turns)
-    return turns
-
-
-def check_turns(turns: Conversation) -> None:
-    """Turns alternate, none is empty, and the last is an answer.
-
-    Raises:
-        ChatError: naming the turn.
-    """
-    spoken = turns[1:] if turns and turns[0].role == SYSTEM else turns
-    if not spoken:
-        raise ChatError("there are no turns")
-    for number, turn in enumerate(spoken, len(turns) - len(spoken) + 1):
-        expected = (USER, ASSISTANT)[(number - 1 - (len(turns) - len(spoken))) % 2]
-        if turn.role == SYSTEM:
-            raise ChatError(f"turn {number} is a system message; only the first can be")
-        if turn.role != expected:
-            raise ChatError(f"turn {number} is the {turn.role}'s, where the {expected}'s belongs: they alternate")
-        if not turn.content.strip():
-            raise ChatError(f"turn {number} ({turn.role}) is empty")
-    if spoken[-1].role != ASSISTANT:
-        raise ChatError("the last turn is the user's: there is no answer to learn")
-    if not any(turn.trained for turn in spoken if turn.role == ASSISTANT):
-        raise ChatError("every assistant turn has weight 0: there is no answer to learn")
-
-
-def text_field(record: dict[str, Any], *names: str, default: str | None = None) -> str:
-    """The text of the first of these fields that the record has.
-
-    Raises:
-        ChatError: it is no text, or there is none and no default.
-    """
-    for name in names:
-        value = record.get(name)
-        if value is not None:
-            if not isinstance(value, str):
-                raise ChatError(f"field {name!r} is {type(value).__name__}, not text")
-            return value
-    if default is None:
-        raise ChatError(f"no field {' or '.join(map(repr, names))}; the record has {', '.join(map(str, record))}"[:300])
-    return default
-
-
-def _list(record: dict[str, Any], name: str) -> list[Any]:
-    value = record.get(name)
-    if value is None:
-        raise ChatError(f"no field {name!r}; the record has {', '.join(map(str, record))}"[:300])
-    if not isinstance(value, list):
-        raise ChatError(f"field {name!r} is {type(value).__name__}, not a list")
-    return value
-
-
-def role_of(name: Any, known: dict[str, str], number: int) -> str:
-    """The role that turn `number` names.
-
-    Raises:
-        ChatError: it is unknown.
-    """
-    if name not in known:
-        hint = f"{nearest(str(name), known)}Known: {', '.join(known)}"
-        raise ChatError(f"turn {number} has the unknown role {name!r}. {hint}")
-    return known[name]
-
-
-def _messages(record: dict[str, Any]) -> Iterator[Turn]:
-    """OpenAI: `{"messages": [{"role": ..., "content": ...}]}`; content is text, or a list of text parts."""
-    if record.get("tools") or record.get("functions"):
-        raise ChatError("the record offers tools, which the template does not write")
-    for number, message in enumerate(_list(record, "messages"), 1):
-        if not isinstance(message, dict):
-            raise ChatError(f"turn {number} is {type(message).__name__}, not an object")
-        role = role_of(message.get("role"), {role: role for role in ROLES}, number)
-        if message.get("tool_calls") or message.get("function_call"):
-            raise ChatError(f"turn {number} calls a tool, which the template does not write")
-        weight = message.get("weight", 1)
-        if weight not in (None, 0, 1):
-            raise ChatError(f"turn {number} has weight {weight!r}; 0 and 1 are known")
-        yield Turn(role, message_content(message.get("content"), number), trained=weight != 0)
-
-
-def message_content(value: Any, number: int) -> str:
-    """A message's text, or that of its text parts.
-
-    Raises:
-        ChatError: it is neither.
-    """
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        parts = [part.get("text") for part in value]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-    if value is None:
-        return ""
-    raise ChatError(f"turn {number} has content that is neither text nor a list of text parts")
-
-
-def _sharegpt(record: dict[str, Any]) -> Iterator[Turn]:
-    """ShareGPT: `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`, and maybe `system`."""
-    if record.get("tools"):
-        raise ChatError("the record offers tools, which the template does not write")
-    yield Turn(SYSTEM, text_field(record, "system", default=""))
-    for number, message in enumerate(_list(record, "conversations"), 1):
-        if not isinstance(message, dict):
-            raise ChatError(f"turn {number} is {type(message).__name__}, not an object")
-        role = role_of(message.get("from"), SHAREGPT_ROLES, number)
-        yield Turn(role, message_content(message.get("value"), number))
-
-
-def _alpaca(record: dict[str, Any]) -> Iterator[Turn]:
-    """Alpaca: `instruction`, `output`, and maybe `input` (put under the instruction after an empty line), `system`, and
-    `history` (pairs of earlier turns).
-    """
-    yield Turn(SYSTEM, text_field(record, "system", default=""))
-    for pair in record.get("history") or []:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
-            raise ChatError("field 'history' is not a list of pairs of texts")
-        yield from (Turn(USER, pair[0]), Turn(ASSISTANT, pair[1]))
-    asked = [text_field(record, "instruction"), text_field(record, "input", default="")]
-    yield Turn(USER, "\n\n".join(part for part in asked if part.strip()))
-    yield Turn(ASSISTANT, text_field(record, "output"))
-
-
-def _prompt_response(record: dict[str, Any]) -> Iterator[Turn]:
-    """`prompt` and `response` (or `completion`), and maybe `system`."""
-    yield Turn(SYSTEM, text_field(record, "system", default=""))
-    yield Turn(USER, text_field(record, "prompt"))
-    yield Turn(ASSISTANT, text_field(record, "response", "completion"))
-
-
-SHAPES: dict[str, Callable[[dict[str, Any]], Iterator[Turn]]] = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "prompt_response": _prompt_response,
-}
 
 
 @dataclass(frozen=True)
@@ -242,17 +75,15 @@ def template_source(name_or_path: str) -> str:
     """The Jinja text of a template: `nemotron_h`, or a file.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or it is no text.
     """
     if name_or_path == FAMILY_TEMPLATE:
         return FAMILY_SOURCE
     try:
-        return Path(name_or_path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"chat_template: {name_or_path}: {getattr(error, 'strerror', None) or error}",
-            f"Name {FAMILY_TEMPLATE} (the family's), or the path of a Jinja file.",
-        ) from error
+        return read_text(name_or_path)
+    except UserError as error:
+        hint = error.hint or f"Name {FAMILY_TEMPLATE} (the family's), or the path of a Jinja file."
+        raise UserError(f"chat_template: {error.message}", hint) from error
 
 
 class _Generation(Extension):
@@ -270,20 +101,79 @@ class _Generation(Extension):
         return _BEGIN + caller() + _END
 
 
+class _Refusal(jinja2.TemplateError):
+    """A template's own `raise_exception`: it is about the conversation."""
+
+
 def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+    raise _Refusal(message)
 
 
-def _compiled(source: str) -> jinja2.Template:
-    """With what Hugging Face's tokenizers offer a template, but for the date of today: the same data gives the same
-    tokens.
+class _OutOfTime(BaseException):  # passes by every `except Exception` of a filter
+    pass
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Limit the processor time and the memory of a template, which may be from anywhere and compute without end.
+
+    Raises:
+        ChatError: it took more.
     """
-    environment = ImmutableSandboxedEnvironment(
+    if threading.current_thread() is not threading.main_thread():  # no other gets signals
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _OutOfTime
+
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    before = signal.signal(signal.SIGVTALRM, stop)
+    try:
+        if sys.platform == "linux":
+            with open("/proc/self/statm", "rb") as file:
+                used = int(file.read().split()[0]) * resource.getpagesize()
+            soft = used + _TEMPLATE_BYTES
+            if limits[0] == resource.RLIM_INFINITY or soft < limits[0]:
+                resource.setrlimit(resource.RLIMIT_AS, (soft, limits[1]))
+        signal.setitimer(signal.ITIMER_VIRTUAL, _TEMPLATE_SECONDS, 1.0)
+        yield
+    except _OutOfTime:
+        raise ChatError(f"the template computes for more than {_TEMPLATE_SECONDS} s") from None
+    except MemoryError:
+        raise ChatError(f"the template needs more than {_TEMPLATE_BYTES >> 20:,} MiB") from None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox of templates, where a power stays a number of readable size: no signal interrupts a longer one."""
+
+    intercepted_binops = frozenset({"**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Called by jinja2 for `**`."""
+        if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _POWER_BITS:
+            raise OverflowError(f"a number of more than {_POWER_BITS:,} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+def _compiled(source: str) -> tuple[jinja2.Template, frozenset[str]]:
+    """A template with what Hugging Face's tokenizers offer it, but for the date of today: the same data gives the same
+    tokens. Beside it, the names of all fields that it asks for.
+    """
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     environment.globals["raise_exception"] = _raise_exception
-    return environment.from_string(source)
+    tree = environment.parse(source)
+    names = {node.attr for node in tree.find_all(nodes.Getattr)} | {
+        node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)
+    }
+    return environment.from_string(source), frozenset(names)
 
 
 class ChatTemplate:
@@ -300,7 +190,7 @@ class ChatTemplate:
     Attributes:
         plain_markers: the family's markers that the template writes and the tokenizer lacks; they are encoded as text.
     Raises:
-        UserError: the text is not a template.
+        UserError: the text is not a template, or it cannot write a question and its answer.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
@@ -313,9 +203,26 @@ class ChatTemplate:
         tokens = tokenizer.ids_to_tokens([tokenizer.bos_id, tokenizer.eod_id])
         self._names = {"bos_token": tokens[0], "eos_token": tokens[1]}
         try:
-            self._template = _compiled(source)
+            with _bounded():
+                self._template, names = _compiled(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat_template: no Jinja template: line {error.lineno}: {error.message}") from error
+        except (ChatError, RecursionError) as error:
+            raise UserError(f"chat_template: {error}") from error
+        self._reasoning = sorted(names & set(REASONING_FIELDS))
+        self._check()
+
+    def _check(self) -> None:
+        """Write one exchange, so that what no conversation can cure is told before the first one."""
+        try:
+            self.segments((Turn(USER, "question"), Turn(ASSISTANT, _EXAMPLE)))
+        except Refused:
+            return  # it may want a system message: the conversations tell
+        except ChatError as error:
+            hint = "Edit the template, or name another one."
+            if "strftime_now" in self.source:
+                hint = "Templates are not given today's date: the same data must give the same tokens. Write a date."
+            raise UserError(f"chat_template: {error}", hint) from error
 
     def encode(self, turns: Conversation) -> Encoded:
         """Tokens and loss mask.
@@ -365,7 +272,8 @@ class ChatTemplate:
         """
         messages = self._escaped(turns)
         find = self._tagged_spans if self._tagged else self._prefix_spans
-        text, spans = find(messages, add_generation_prompt)
+        with _bounded():
+            text, spans = find(messages, add_generation_prompt)
         answers = [turn for turn in turns if turn.role == ASSISTANT]
         if len(spans) != len(answers):
             raise ChatError(f"the template marks {len(spans)} assistant turns of {len(answers)}")
@@ -378,13 +286,22 @@ class ChatTemplate:
     def _escaped(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
         """Messages in which no special token can be found: a private character is put behind its first letter."""
         for turn in turns:
-            reserved = next((letter for letter in _RESERVED if letter in turn.content), None)
+            text = turn.content + turn.reasoning
+            reserved = next((letter for letter in _RESERVED if letter in text), None)
             if reserved:
                 raise ChatError(f"a {turn.role} turn holds the character U+{ord(reserved):04X}, which is reserved here")
-            marker = next((name for name in self.plain_markers if name in turn.content), None)
+            marker = next((name for name in self.plain_markers if name in text), None)
             if marker:
                 raise ChatError(f"a {turn.role} turn holds {marker}, which the tokenizer cannot tell from the marker")
-        return [{"role": t.role, "content": self._special.sub(_escape, t.content)} for t in turns]
+            if turn.reasoning and not self._reasoning:
+                raise ChatError(f"an {turn.role} turn has {REASONING_FIELDS[0]}, which the template does not write")
+        return [self._message(turn) for turn in turns]
+
+    def _message(self, turn: Turn) -> dict[str, str]:
+        message = {"role": turn.role, "content": self._special.sub(_escape, turn.content)}
+        if turn.reasoning:
+            message |= dict.fromkeys(self._reasoning, self._special.sub(_escape, turn.reasoning))
+        return message
 
     def tokens(self, text: str) -> list[int]:
         """Tokens of text as the template writes it: names of special tokens become single ids."""
@@ -400,9 +317,13 @@ class ChatTemplate:
         try:
             variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._names}
             return self._template.render(tools=None, documents=None, **variables)
+        except _Refusal as error:
+            raise Refused(f"the template: {error}") from error
         except jinja2.TemplateError as error:
             raise ChatError(f"the template: {error}") from error
-        except (TypeError, ValueError, KeyError) as error:  # what a template's own code raises
+        except MemoryError:
+            raise
+        except Exception as error:  # a template's own code can raise any
             raise ChatError(f"the template: {type(error).__name__}: {error}") from error
 
     def _tagged_spans(

@@ -27,6 +27,7 @@ from nemotron_h.data.prepared_module import (
     PreparedDataModule,
     PreparedDataSampler,
     check_sizes,
+    named_sample,
     say,
 )
 from nemotron_h.data.sampler import BlendSampler
@@ -40,7 +41,7 @@ class WindowDataset(Dataset):
 
     Args:
         sampler: says which window feeds a sample.
-        prefixes: source -> `.bin/.idx` prefix.
+        streams: source -> its tokens.
         seq_length: tokens of a sample.
         samples: how many there are.
         training: whether reading starts at the trainer's position; else always at sample 0.
@@ -54,7 +55,7 @@ class WindowDataset(Dataset):
     def __init__(
         self,
         sampler: BlendSampler,
-        prefixes: dict[str, str],
+        streams: dict[str, TokenStream],
         seq_length: int,
         samples: int,
         training: bool,
@@ -62,7 +63,7 @@ class WindowDataset(Dataset):
     ) -> None:
         self.sampler, self.seq_length, self.samples = sampler, seq_length, samples
         self.training, self.document_reset = training, document_reset
-        self._streams = {name: TokenStream(prefixes[name]) for name in sampler.names}
+        self._streams = streams
         self._loss_mask = torch.ones(seq_length)
         self._position_ids = torch.arange(seq_length)
 
@@ -72,7 +73,8 @@ class WindowDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = self.sampler[index]
         stream = self._streams[sample.source]
-        text = torch.from_numpy(stream.read(sample.start, self.seq_length + 1))
+        with named_sample(index):
+            text = torch.from_numpy(stream.read(sample.start, self.seq_length + 1))
         item = {
             "tokens": text[:-1],
             "labels": text[1:],
@@ -81,7 +83,8 @@ class WindowDataset(Dataset):
             "sample_ids": torch.tensor(index),
         }
         if self.document_reset:
-            starts = stream.document_starts(sample.start, self.seq_length)
+            with named_sample(index):
+                starts = stream.document_starts(sample.start, self.seq_length)
             item["seq_idx"] = torch.from_numpy(document_numbers(starts, self.seq_length))
         return item
 
@@ -248,8 +251,8 @@ class BlendDataModule(PreparedDataModule):
         """The samples of `train`, without end, or of `validation`, by number."""
         training = split == "train"
         sampler, samples = (self.order.sampler, ENDLESS) if training else self._validation
-        prefixes = {name: self.manifest.prefix(name, split) for name in sampler.names}
-        windows = WindowDataset(sampler, prefixes, self.seq_length, samples, training, self.document_reset)
+        streams = {name: self.manifest.stream(name, split) for name in sampler.names}
+        windows = WindowDataset(sampler, streams, self.seq_length, samples, training, self.document_reset)
         return windows if self.beside is None else self.beside(windows, split)
 
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ asks for an earlier answer or question word by word, and conversations are relat
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemotron_h.data.blend import Extend, parse_count
-from nemotron_h.data.chat import ASSISTANT, SYSTEM, USER, ChatError, ChatTemplate, Conversation, Turn
+from nemotron_h.data.chat import ChatTemplate
+from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, ChatError, Conversation, Turn, text_of
 from nemotron_h.data.sources import Bad, Document
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def extended(
         made = 0
         for turns in join(found, spec, template, draw):
             made += 1
-            text = json.dumps([[t.role, t.content, t.trained] for t in turns], ensure_ascii=False)
-            yield Document(text, turns, held_out=held_out)
+            yield Document(text_of(turns), turns, held_out=held_out)
         record.joined += len(found) - made
 
 

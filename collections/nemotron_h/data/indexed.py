@@ -12,14 +12,20 @@ import hashlib
 import os
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from nemotron_h.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 _CHUNK = 1 << 20
+OPEN_FILES = 256  # at a time: a blend may have a thousand sources, and the usual limit is 1,024 descriptors per process
+_AGAIN = "Run nemotron-h data verify to see what changed; restore the file or prepare the blend again, then resume."
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -61,9 +67,68 @@ def read_index_header(path: str | Path) -> IndexHeader:
 
 
 def read_lengths(path: str | Path) -> np.ndarray:
-    """The lengths in tokens of all sequences of an `.idx` file, int32 [sequences], memory-mapped."""
+    """Return the lengths in tokens of all sequences of an `.idx` file, int32 [sequences].
+
+    Raises:
+        ValueError: it is no index, or shorter than it says.
+    """
     header = read_index_header(path)
-    return np.memmap(path, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(header.sequences,))
+    lengths = np.fromfile(path, dtype=np.int32, count=header.sequences, offset=_HEADER.size)
+    if len(lengths) != header.sequences:
+        raise ValueError(f"{path} is truncated: {len(lengths):,} of {header.sequences:,} lengths")
+    return lengths
+
+
+class ArrayFile:
+    """A file of numbers of one type, read by range. It survives pickling into worker processes.
+
+    It is read, not mapped: where a mapped file is truncated under a run, the run ends by SIGBUS without a message.
+
+    Args:
+        path: of the file.
+        dtype: of its numbers.
+        offset: bytes before the first.
+
+    Attributes:
+        size: numbers from the offset to the end of the file, as it was found.
+
+    Raises:
+        OSError: the file is not there.
+    """
+
+    def __init__(self, path: str, dtype: np.dtype | type, offset: int = 0) -> None:
+        state = os.stat(path)
+        self.path, self.dtype, self.offset = path, np.dtype(dtype), offset
+        self.size = (state.st_size - offset) // self.dtype.itemsize
+        self._modified = state.st_mtime_ns
+
+    def read(self, begin: int, end: int) -> np.ndarray:
+        """Return the numbers from `begin` up to `end`, [end - begin], not to be written to.
+
+        Errors:
+            UserError: the file has become shorter, or cannot be read.
+        """
+        try:
+            file = _opened(self.path, self._modified)
+            data = os.pread(
+                file.fileno(), (end - begin) * self.dtype.itemsize, self.offset + begin * self.dtype.itemsize
+            )
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}", _AGAIN) from error
+        if len(data) == (end - begin) * self.dtype.itemsize:
+            return np.frombuffer(data, self.dtype)
+        if data and end - begin > _CHUNK:  # a read gives 2 GiB at most
+            middle = begin + len(data) // self.dtype.itemsize
+            return np.concatenate(
+                [np.frombuffer(data[: (middle - begin) * self.dtype.itemsize], self.dtype), self.read(middle, end)]
+            )
+        size = os.fstat(file.fileno()).st_size
+        raise UserError(f"{self.path} ends at byte {size:,}: it was truncated since it was opened", _AGAIN)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _opened(path: str, modified: int) -> BinaryIO:
+    return open(path, "rb", buffering=0)  # closed when it leaves the cache
 
 
 def index_is_plain(path: str | Path) -> bool:

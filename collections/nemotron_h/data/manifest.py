@@ -20,16 +20,19 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.indexed import read_index_header
+from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
+from nemotron_h.text_files import parse_json
 
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"
 SPLITS = ("train", "validation")
 TEMPLATE = "chat_template.jinja"
+T = TypeVar("T")
 _PROBE_BLOCKS, _PROBE_BYTES = 16, 4096
 
 
@@ -89,9 +92,13 @@ class SourceManifest:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> SourceManifest:
-        """The inverse of `dataclasses.asdict`."""
-        splits = {name: SplitManifest(**split) for name, split in content["splits"].items()}
-        return cls(**{**content, "splits": splits})
+        """Return the inverse of `dataclasses.asdict`.
+
+        Raises:
+            TypeError, KeyError: naming a field that is missing, unknown or of another type.
+        """
+        splits = {name: _typed(SplitManifest, split) for name, split in content["splits"].items()}
+        return _typed(cls, {**content, "splits": splits})
 
 
 @dataclass
@@ -131,6 +138,10 @@ class Manifest:
         entry = self.sources[source].splits.get(split)
         return None if entry is None else str(Path(self.folder) / entry.prefix)
 
+    def stream(self, source: str, split: str) -> TokenStream:
+        """Return the tokens of a source's split, to be read; ids that the tokenizer lacks are refused."""
+        return TokenStream(self.prefix(source, split), self.tokenizer.vocab_size)
+
     def tokens(self, split: str = "train") -> dict[str, int]:
         """Source -> number of tokens of a split (0 where it has none)."""
         return {name: s.splits[split].tokens if split in s.splits else 0 for name, s in self.sources.items()}
@@ -148,6 +159,20 @@ class Manifest:
         content = dataclasses.asdict(self)
         del content["folder"]
         write_json(Path(self.folder) / "manifest.json", content)
+
+
+def _typed(cls: type[T], content: dict[str, Any]) -> T:
+    """Return a dataclass of the content, whose values have the types that it states.
+
+    Raises:
+        TypeError: naming a field that is missing, unknown or of another type.
+    """
+    types = get_type_hints(cls)
+    for name, value in content.items():
+        wanted = get_origin(types.get(name, object)) or types.get(name, object)
+        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+            raise TypeError(f"{name} is {value!r}"[:80] + f", not {wanted.__name__}")
+    return cls(**content)
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -178,22 +203,17 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
     path = data_root(root) / blend_name / "manifest.json"
     again = f"Run: nemotron-h data prepare --blend {blend or blend_name} --root {data_root(root)}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes(), str(path))
         if content["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format version {content['format_version']}, this version reads {FORMAT_VERSION}", again
             )
-        return Manifest(
-            **{
-                **content,
-                "tokenizer": TokenizerManifest(**content["tokenizer"]),
-                "sources": {name: SourceManifest.from_dict(s) for name, s in content["sources"].items()},
-            },
-            folder=str(path.parent.resolve()),
-        )
+        content["tokenizer"] = _typed(TokenizerManifest, content["tokenizer"])
+        content["sources"] = {name: SourceManifest.from_dict(s) for name, s in content["sources"].items()}
+        return _typed(Manifest, {**content, "folder": str(path.parent.resolve())})
     except FileNotFoundError:
         raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again) from None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, OSError) as error:
         raise UserError(f"{path} is damaged: {error!r}", again) from error
 
 

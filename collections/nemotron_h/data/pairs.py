@@ -7,23 +7,22 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemotron_h.data.chat import (
+from nemotron_h.data.chat import ChatTemplate, Encoded
+from nemotron_h.data.messages import (
     ASSISTANT,
-    SHAREGPT_ROLES,
     SYSTEM,
     USER,
     ChatError,
-    ChatTemplate,
     Conversation,
-    Encoded,
     Turn,
     check_turns,
-    message_content,
-    role_of,
+    read_messages,
+    refuse_tools,
     text_field,
 )
 
-PROMPTS = ("prompt", "messages", "conversations")
+#: where a record has its prompt; `question` is Orca-DPO's
+PROMPTS = ("prompt", "question", "messages", "conversations")
 #: names of the chosen and the rejected answer's reward
 REWARDS = (("chosen_reward", "rejected_reward"), ("score_chosen", "score_rejected"))
 #: in a `.loss` file: this bit is set in every token of a rejected conversation, which follows its chosen one
@@ -45,7 +44,10 @@ class Pair:
 
     def text(self) -> str:
         """What stands for the pair where equal ones are looked for."""
-        sides = [[[t.role, t.content] for t in side] for side in (self.chosen, self.rejected)]
+        sides = [
+            [[t.role, t.content, *([t.reasoning] if t.reasoning else [])] for t in side]
+            for side in (self.chosen, self.rejected)
+        ]
         return json.dumps([*sides, *map(str, self.rewards)], ensure_ascii=False)
 
 
@@ -54,7 +56,8 @@ def read_pair(record: Any) -> Pair:
 
     The prompt is a text or a list of messages in `prompt`, OpenAI's `messages`, or ShareGPT's `conversations`, with
     `system` beside it if need be. `chosen` and `rejected` are texts, messages, or lists of messages; where these begin
-    with the user's turn (or a system message) they are whole conversations, whose prompts must be the same.
+    with the user's turn (or a system message) they are whole conversations, whose prompts must be the same: they are
+    the source then, and what else the record calls a prompt has to agree with it.
 
     Args:
         record: as parsed from JSON or Parquet.
@@ -62,14 +65,18 @@ def read_pair(record: Any) -> Pair:
         ChatError: fields are missing or of another type, turns do not alternate, the answers are equal, or one reward
             is missing.
     """
-    if not isinstance(record, dict):
-        raise ChatError(f"the record is {type(record).__name__}, not an object")
-    if record.get("tools"):
-        raise ChatError("the record offers tools, which the template does not write")
-    prompt = _prompt(record)
+    refuse_tools(record)
     sides = {name: _answer(record, name) for name in ("chosen", "rejected")}
+    prompts = {name: _prompt(record, name) for name in PROMPTS if record.get(name) is not None}
     if all(turns[0].role != ASSISTANT for turns in sides.values()):
-        prompt, sides = _common(prompt, sides)
+        prompt, sides = _common(prompts, sides)
+    elif len(prompts) > 1:
+        raise ChatError(f"the record has {' and '.join(map(repr, prompts))}: one prompt is needed")
+    else:
+        prompt = next(iter(prompts.values()), [])
+    system = text_field(record, "system", default="")
+    if system.strip() and prompt and prompt[0].role != SYSTEM:
+        prompt = [Turn(SYSTEM, system), *prompt]
     for name, turns in sides.items():
         if turns[0].role != ASSISTANT:
             raise ChatError(f"{name!r} begins with a {turns[0].role} turn, where the answer belongs")
@@ -84,23 +91,16 @@ def read_pair(record: Any) -> Pair:
             check_turns(turns)
         except ChatError as error:
             raise ChatError(f"{name!r}: {error}") from error
-    if [t.content.strip() for t in chosen] == [t.content.strip() for t in rejected]:
+    if [(t.reasoning.strip(), t.content.strip()) for t in sides["chosen"]] == [
+        (t.reasoning.strip(), t.content.strip()) for t in sides["rejected"]
+    ]:
         raise ChatError("the chosen and the rejected answer are equal")
     return Pair(chosen, rejected, _rewards(record))
 
 
-def _prompt(record: dict[str, Any]) -> list[Turn]:
-    given = [name for name in PROMPTS if record.get(name) is not None]
-    if len(given) > 1:
-        raise ChatError(f"the record has {' and '.join(map(repr, given))}: one prompt is needed")
-    if not given:
-        return []
-    system = text_field(record, "system", default="")
-    turns = [Turn(SYSTEM, system)] if system.strip() else []
-    value = record[given[0]]
-    if isinstance(value, str):
-        return [*turns, Turn(USER, value)]
-    return [*turns, *_messages(value, given[0])]
+def _prompt(record: dict[str, Any], name: str) -> list[Turn]:
+    value = record[name]
+    return [Turn(USER, value)] if isinstance(value, str) else _messages(value, name)
 
 
 def _answer(record: dict[str, Any], name: str) -> list[Turn]:
@@ -113,34 +113,30 @@ def _answer(record: dict[str, Any], name: str) -> list[Turn]:
 
 
 def _messages(value: Any, name: str) -> list[Turn]:
-    """Messages of OpenAI's or of ShareGPT's shape; an empty system message is none."""
+    """Return the turns of a field; an empty system message is none."""
     if not isinstance(value, list):
         raise ChatError(f"field {name!r} is {type(value).__name__}, neither text nor messages")
-    turns = []
-    for number, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise ChatError(f"{name!r}: turn {number} is {type(message).__name__}, not an object")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise ChatError(f"{name!r}: turn {number} calls a tool, which the template does not write")
-        who, what = ("role", "content") if "role" in message else ("from", "value")
-        turns.append(
-            Turn(role_of(message.get(who), SHAREGPT_ROLES, number), message_content(message.get(what), number))
-        )
-    turns = [turn for turn in turns if turn.role != SYSTEM or turn.content.strip()]
+    try:
+        turns = [turn for turn in read_messages(value, name) if turn.role != SYSTEM or turn.content.strip()]
+    except ChatError as error:
+        raise ChatError(f"{name!r}: {error}") from error
     if not turns:
         raise ChatError(f"field {name!r} has no turns")
     return turns
 
 
-def _common(prompt: list[Turn], sides: dict[str, list[Turn]]) -> tuple[list[Turn], dict[str, list[Turn]]]:
-    """The prompt that two whole conversations share, and their last answers; a prompt of its own has to agree."""
+def _common(prompts: dict[str, list[Turn]], sides: dict[str, list[Turn]]) -> tuple[list[Turn], dict[str, list[Turn]]]:
+    """Return the prompt that two whole conversations share, and their last answers."""
     heads = {name: turns[:-1] for name, turns in sides.items()}
     if heads["chosen"] != heads["rejected"]:
         raise ChatError("'chosen' and 'rejected' are conversations with different prompts")
     head = heads["chosen"]
     asked = next((turn.content for turn in head if turn.role == USER), None)
-    if prompt and prompt not in (head, [turn for turn in head if turn.role != SYSTEM]) and prompt[-1].content != asked:
-        raise ChatError("'chosen' and 'rejected' are conversations with another prompt than the record's own")
+    same = [head, sides["chosen"], sides["rejected"]]
+    same += [[turn for turn in turns if turn.role != SYSTEM] for turns in same]
+    for name, prompt in prompts.items():
+        if prompt not in same and prompt[-1].content != asked:
+            raise ChatError(f"'chosen' and 'rejected' are conversations with another prompt than the record's {name!r}")
     return head, {name: turns[-1:] for name, turns in sides.items()}
 
 

@@ -16,7 +16,6 @@ from nemotron_h.data.phases import Horizon
 from nemotron_h.data.plan import DataOrder, DataPlan
 from nemotron_h.data.sampler import Sample
 from nemotron_h.data.tokenizer import load_tokenizer
-from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 
 
@@ -106,7 +105,7 @@ class Peek:
             raise UserError(f"--step {step:,}: the run has the steps 0 to {self.horizon.steps - 1:,}")
         for number in range(self.order.sample_at(step), self.order.sample_at(step + 1)):
             sample = self.order.sampler[number]
-            stream = TokenStream(self.manifest.prefix(sample.source, "train"))
+            stream = self.manifest.stream(sample.source, "train")
             text = stream.read(sample.start, self.settings.seq_length + 1)
             windows = self.order.sampler.windows(sample.source)
             yield PeekedSample(sample, self.order.phase_at(step).name, windows, text[:-1], text[1:])

@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from nemotron_h.data.blend import PAIRS
-from nemotron_h.data.indexed import read_index_header, read_lengths
+from nemotron_h.data.indexed import ArrayFile, read_lengths
 from nemotron_h.data.packing import PackedOrder
 from nemotron_h.data.pairs import REJECTED
-from nemotron_h.data.prepared_module import say
+from nemotron_h.data.prepared_module import named_sample, say
 from nemotron_h.data.sft_module import ConversationDataModule, PackedDataset, WindowList, packed_window
 from nemotron_h.data.validation import VALIDATION_SEED
+from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 
 #: source -> summed log-probabilities of every pair's answers, float64 [pairs, 2]: chosen, rejected
@@ -34,7 +35,7 @@ class Pairs:
     `drop` every longer one is.
 
     Args:
-        prefix: of the files, without `.bin`.
+        stream: the tokens of all.
         seq_length: positions of a window.
         too_long: one of `schema.TOO_LONG`.
 
@@ -45,13 +46,11 @@ class Pairs:
         tokens_lost: tokens of both that are not seen.
     """
 
-    def __init__(self, prefix: str, seq_length: int, too_long: str) -> None:
-        dtype = read_index_header(prefix + ".idx").dtype
-        self._ids = np.memmap(prefix + ".bin", dtype=dtype, mode="r")
-        self._loss = np.memmap(prefix + ".loss", dtype=np.uint8, mode="r")
-        tokens = np.asarray(read_lengths(prefix + ".idx"), dtype=np.int64)
+    def __init__(self, stream: TokenStream, seq_length: int, too_long: str) -> None:
+        self._stream, self._loss = stream, ArrayFile(stream.prefix + ".loss", np.uint8)
+        tokens = read_lengths(stream.prefix + ".idx").astype(np.int64)
         starts = np.cumsum(tokens) - tokens
-        rejected = np.add.reduceat(self._loss >= REJECTED, starts, dtype=np.int64)
+        rejected = np.add.reduceat(self._loss.read(0, self._loss.size) >= REJECTED, starts, dtype=np.int64)
         self._starts = np.stack([starts, starts + tokens - rejected], 1)
         whole = np.stack([tokens - rejected, rejected], 1) - 1
         self._sides = whole.copy()  # positions of the chosen and the rejected conversation, [pairs, 2]
@@ -66,7 +65,7 @@ class Pairs:
         self._starts, self._sides = self._starts[keep], self._sides[keep]
         self.lengths = self._sides.sum(1)
         self.tokens_lost = int(tokens.sum() - self.lengths.sum() - 2 * len(self.lengths))
-        self.rewards = np.fromfile(prefix + ".rewards", dtype=np.float32).reshape(-1, 2)[keep]
+        self.rewards = np.fromfile(stream.prefix + ".rewards", dtype=np.float32).reshape(-1, 2)[keep]
 
     def _teaches(self, number: int) -> bool:
         (chosen, chosen_loss), (rejected, rejected_loss) = self.read(number)
@@ -82,8 +81,8 @@ class Pairs:
         """
         found = []
         for start, length in zip(self._starts[number].tolist(), self._sides[number].tolist(), strict=True):
-            place = slice(start, start + length + 1)
-            found.append((self._ids[place].astype(np.int64), (self._loss[place] & 1).astype(np.float32)))
+            learnt = self._loss.read(start, start + length + 1) & 1
+            found.append((self._stream.read(start, length + 1), learnt.astype(np.float32)))
         return found
 
 
@@ -128,7 +127,8 @@ class PairDataset(PackedDataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         items = self.windows.window(index)
-        pairs = [self.sources[item.source].read(item.number) for item in items]
+        with named_sample(index):
+            pairs = [self.sources[item.source].read(item.number) for item in items]
         reference, gaps = np.zeros((len(items), 2)), np.zeros(len(items))
         for place, item in enumerate(items):
             if self.reference is not None:

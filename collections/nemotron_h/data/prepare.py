@@ -15,13 +15,10 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +26,12 @@ import numpy as np
 from rich.console import Console
 
 from nemotron_h.data import sources as reading
-from nemotron_h.data.blend import PREFERENCE, Blend, Source, parse_count
+from nemotron_h.data.blend import PREFERENCE, Blend, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
-from nemotron_h.data.chat import FAMILY_TEMPLATE, ChatTemplate, template_source
+from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.fetch import fetch
 from nemotron_h.data.indexed import token_dtype
+from nemotron_h.data.inputs import resolve_path
 from nemotron_h.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -46,6 +44,7 @@ from nemotron_h.data.manifest import (
     split_problem,
     write_json,
 )
+from nemotron_h.data.pool import worker_pool
 from nemotron_h.data.progress import ProgressLine
 from nemotron_h.data.ready import adopt_split
 from nemotron_h.data.shards import (
@@ -55,8 +54,8 @@ from nemotron_h.data.shards import (
     build_shard,
     finished_shard,
     merge_shards,
-    start_worker,
 )
+from nemotron_h.data.source_plan import SourcePlan, no_document, plan_sources, saved_state
 from nemotron_h.data.tokenizer import (
     META_FILE,
     Tokenizer,
@@ -69,13 +68,7 @@ from nemotron_h.data.tokenizer import (
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
 
-PIPELINE_VERSION = 1  # part of every source's hash: raise it when the same inputs would give other tokens
-_COMPRESSED = {
-    ".gz": 4,
-    ".bz2": 5,
-    ".xz": 5,
-    ".parquet": 3,
-}  # ours: how much text a byte of such a file holds, for the space check
+PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
 
 
 def prepare(
@@ -108,16 +101,17 @@ def prepare(
                 force
             )
     except OSError as error:
-        raise _disk_error(error, folder) from error
+        raise _system_error(error, folder) from error
 
 
-def _disk_error(error: OSError, folder: Path) -> UserError:
-    if error.errno == errno.ENOSPC:
+def _system_error(error: OSError, folder: Path) -> UserError:
+    """Name the file that the error is of; an error of writing has none, and all that is written is in the folder."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"the disk of {folder} is full",
+            f"the disk of {error.filename or folder} is full",
             "Free space and run the same command again: finished shards are kept, half-written ones redone.",
         )
-    return UserError(f"{error.filename or folder}: {error.strerror or error}")
+    return UserError(f"{error.filename or f'preparing {folder}'}: {error.strerror or error}")
 
 
 @contextlib.contextmanager
@@ -131,44 +125,19 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _Plan:
-    """A source as it is now: its files, their scans, and the hash that decides whether it is up to date."""
-
-    name: str
-    source: Source
-    inputs: list[reading.Input]
-    scans: list[reading.Scan]
-    key: str = ""
-    shards: list[list[reading.Piece]] = field(default_factory=list)
-
-    def text_bytes(self) -> int:
-        """About how many bytes of text the files hold."""
-        factors = [_COMPRESSED.get(os.path.splitext(i.path)[1], 1) for i in self.inputs]
-        return sum(factor * s.size for factor, s in zip(factors, self.scans, strict=True))
-
-    def text_key(self) -> dict[str, Any]:
-        """What decides the documents of the source, before any tokenizer."""
-        source = self.source
-        settings = {k: getattr(source, k) for k in ("format", "text_fields", "join", "split_on")}
-        if source.chat:
-            settings["chat"] = source.chat
-        return {"inputs": [(i.name, s.sha256) for i, s in zip(self.inputs, self.scans, strict=True)], **settings}
-
-
 class _Preparation:
     def __init__(self, blend: Blend, folder: Path, workers: int, console: Console) -> None:
         self.blend, self.folder, self.workers, self.console = blend, folder, workers, console
         self.template = ""
-        if blend.is_chat():
+        if blend.is_chat() and blend.chat_template != TOKENIZER_TEMPLATE:
             named = blend.chat_template
-            self.template = template_source(named if named == FAMILY_TEMPLATE else reading.resolve_path(blend, named))
+            self.template = template_source(named if named == FAMILY_TEMPLATE else resolve_path(blend, named))
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def run(self, force: bool) -> Manifest:
-        plans = self._scan()
+        plans = plan_sources(self.blend, self.folder / ".scans.json", self.say)
         tokenizer, trained = self._tokenizer(plans, force)
         self._check_template(tokenizer)
         sha256 = tokenizer.fingerprint()
@@ -227,81 +196,28 @@ class _Preparation:
 
     def _check_template(self, tokenizer: Tokenizer) -> None:
         """Say where the template's markers are no single tokens; a text that is no template ends here."""
-        if not self.template:
+        if not self.blend.is_chat():
             return
+        if self.blend.chat_template == TOKENIZER_TEMPLATE:
+            from nemotron_h.export.tokenizer import template_of
+
+            self.template = template_of(self.folder / "tokenizer") or ""
+            if not self.template:
+                raise UserError(
+                    "chat_template: tokenizer, but the blend's tokenizer has no chat template",
+                    f"Name {FAMILY_TEMPLATE} (the family's), or the path of a Jinja file.",
+                )
         plain = ChatTemplate(self.template, tokenizer).plain_markers
         if plain:
             self.say(f"Warning: the tokenizer has no {', '.join(plain)}: these markers are encoded as plain text")
 
-    # ---- what is there
-
-    def _scan(self) -> list[_Plan]:
-        """Find and hash the inputs; files whose size and time did not change since the last run are not read again."""
-        cache_file = self.folder / ".scans.json"
-        try:
-            cache = json.loads(cache_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            cache = {}
-        inputs = self._find_inputs()
-        plans = [_Plan(name, source, inputs[name], []) for name, source in self.blend.sources.items()]
-        jobs = [
-            (item.path, reading.is_line_based(plan.source, item.path))
-            for plan in plans
-            for item in plan.inputs
-            if plan.source.format != "megatron"
-        ]
-        fresh: dict[str, Any] = {}
-        todo = []
-        for path, line_based in jobs:
-            status = os.stat(path)
-            stamp = [status.st_size, status.st_mtime_ns, line_based]
-            known = cache.get(path)
-            if known and known["stamp"] == stamp:
-                fresh[path] = known
-            else:
-                todo.append((path, line_based, stamp))
-        for path, line_based, stamp in todo:
-            found = reading.scan(path, line_based)
-            fresh[path] = {"stamp": stamp, "scan": dataclasses.asdict(found)}
-        if todo:
-            write_json(cache_file, fresh)
-        for plan in plans:
-            if plan.source.format == "megatron":
-                plan.scans = [_stamp(i.path) for i in plan.inputs]
-                continue
-            for item in plan.inputs:
-                content = fresh[item.path]["scan"]
-                plan.scans.append(reading.Scan(content["size"], content["sha256"], tuple(map(tuple, content["cuts"]))))
-            plan.shards = reading.plan_shards(plan.source, plan.inputs, plan.scans)
-        return plans
-
-    def _find_inputs(self) -> dict[str, list[reading.Input]]:
-        """The files of every source: local ones first, so that all missing paths are named before anything is
-        downloaded.
-        """
-        found, problems = {}, []
-        for name, source in sorted(self.blend.sources.items(), key=lambda item: item[1].fetch is not None):
-            if source.fetch:
-                if problems:
-                    break
-                self.say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
-            try:
-                found[name] = reading.find_inputs(self.blend, name, lambda text, name=name: self.say(f"{name}: {text}"))
-            except UserError as error:
-                if source.fetch:
-                    raise
-                problems.append(error)
-        if problems:
-            raise UserError("\n".join(p.message for p in problems), problems[0].hint)
-        return found
-
-    def _finished(self, plan: _Plan) -> SourceManifest | None:
+    def _finished(self, plan: SourcePlan) -> SourceManifest | None:
         """The source's entry when it was prepared from just these inputs and its files are still in place."""
+        content = saved_state(self.folder / plan.name / "source.json")
+        content.pop("inputs", None)
         try:
-            content = json.loads((self.folder / plan.name / "source.json").read_text(encoding="utf-8"))
-            content.pop("inputs")
             entry = SourceManifest.from_dict(content)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError):
             return None
         probe = Manifest(FORMAT_VERSION, "", "", None, {plan.name: entry}, folder=str(self.folder))
         if entry.hash_of_inputs != plan.key or any(split_problem(probe, plan.name, split) for split in entry.splits):
@@ -310,7 +226,7 @@ class _Preparation:
 
     # ---- the tokenizer
 
-    def _tokenizer(self, plans: list[_Plan], force: bool) -> tuple[Tokenizer, bool]:
+    def _tokenizer(self, plans: list[SourcePlan], force: bool) -> tuple[Tokenizer, bool]:
         """The blend's tokenizer, made or copied when absent or out of date, and whether that was needed."""
         spec, final = self.blend.tokenizer, self.folder / "tokenizer"
         if spec.is_trained():
@@ -329,12 +245,9 @@ class _Preparation:
             content |= {"special": spec.num_special_tokens, "pattern": spec.pattern}
         key = _hash({"version": PIPELINE_VERSION, "kind": spec.kind, **content})
         mark = self.folder / ".tokenizer.json"
-        try:
-            known = json.loads(mark.read_text(encoding="utf-8"))
-            if not force and known["key"] == key and fingerprint(final) == known["sha256"]:
-                return load_tokenizer(final), False
-        except (OSError, ValueError, KeyError):
-            pass
+        known = saved_state(mark)
+        if not force and known.get("key") == key and fingerprint(final) == known.get("sha256"):
+            return load_tokenizer(final), False
         staged = self.folder / ".tokenizer.tmp"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
@@ -367,7 +280,7 @@ class _Preparation:
             if kind != spec.kind:
                 raise UserError(f"tokenizer.kind: {spec.kind}, but the tokenizer of blend {spec.blend} is {kind}")
             return [(p.name, p) for p in sorted(path.iterdir()) if p.is_file()]
-        path = Path(reading.resolve_path(self.blend, spec.path))
+        path = Path(resolve_path(self.blend, spec.path))
         if path.is_file():
             return [(path.name, path)]
         weights = (".safetensors", ".bin", ".pt", ".gguf", ".h5")
@@ -378,7 +291,7 @@ class _Preparation:
 
     # ---- building
 
-    def _build(self, stale: list[_Plan], tokenizer: Tokenizer, force: bool) -> dict[str, SourceManifest]:
+    def _build(self, stale: list[SourcePlan], tokenizer: Tokenizer, force: bool) -> dict[str, SourceManifest]:
         entries = {}
         for plan in stale:
             if plan.source.format == "megatron":
@@ -401,21 +314,15 @@ class _Preparation:
             ]
         return entries | self._run_jobs({plan.name: plan for plan in plans}, jobs)
 
-    def _work_folder(self, plan: _Plan) -> Path:
+    def _work_folder(self, plan: SourcePlan) -> Path:
         return self.folder / plan.name / f".build-{plan.key[:16]}"
 
-    def _run_jobs(self, plans: dict[str, _Plan], jobs: dict[str, list[ShardJob]]) -> dict[str, SourceManifest]:
+    def _run_jobs(self, plans: dict[str, SourcePlan], jobs: dict[str, list[ShardJob]]) -> dict[str, SourceManifest]:
         """All shards of all sources through one pool; a source is joined as soon as its last shard is done."""
         entries: dict[str, SourceManifest] = {}
         records: dict[str, dict[int, ShardRecord]] = {name: {} for name in plans}
         pending: dict[Future, tuple[str, int | None]] = {}  # None: the joining of a source
         queue = iter([(name, number) for name in plans for number in range(len(jobs[name]))])
-        pool = ProcessPoolExecutor(
-            self.workers,
-            multiprocessing.get_context("spawn"),
-            start_worker,
-            (str(self.folder / "tokenizer"), self.template),
-        )
         sizes = {name: sum(s.size for s in plan.scans) / max(1, len(jobs[name])) for name, plan in plans.items()}
 
         def shard_done(name: str, number: int, record: ShardRecord) -> None:
@@ -429,38 +336,36 @@ class _Preparation:
                 job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, **has)
                 pending[pool.submit(merge_shards, job)] = (name, None)
 
-        with ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress:
-            try:
-                while True:
-                    while len(pending) < 2 * self.workers and (item := next(queue, None)):
-                        name, number = item
-                        record = finished_shard(jobs[name][number].prefix)
-                        if record is None:
-                            pending[pool.submit(build_shard, jobs[name][number])] = item
-                        else:
-                            shard_done(name, number, record)
-                    if not pending:
-                        return entries
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        name, number = pending.pop(future)
-                        if number is not None:
-                            shard_done(name, number, future.result())
-                        else:
-                            entries[name] = self._finish_source(plans[name], future.result())
-                            progress.say(_summary(name, entries[name]))
-            except BrokenProcessPool as error:
-                raise UserError(
-                    "a worker process died, most likely killed for want of memory",
-                    "Run again with fewer --workers; finished shards are kept.",
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with (
+            ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress,
+            worker_pool(self.workers, str(self.folder / "tokenizer"), self.template) as pool,
+        ):
+            while True:
+                while len(pending) < 2 * self.workers and (item := next(queue, None)):
+                    name, number = item
+                    record = finished_shard(jobs[name][number].prefix)
+                    if record is None:
+                        pending[pool.submit(build_shard, jobs[name][number])] = item
+                    else:
+                        shard_done(name, number, record)
+                if not pending:
+                    return entries
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    name, number = pending.pop(future)
+                    if number is not None:
+                        shard_done(name, number, future.result())
+                        continue
+                    merged = future.result()
+                    entries[name] = self._finish_source(plans[name], merged)
+                    progress.say(_summary(name, entries[name]))
+                    if merged["unread"]:
+                        progress.say(f"{name}: {_unread(merged['unread'])}")
 
-    def _finish_source(self, plan: _Plan, merged: dict[str, Any]) -> SourceManifest:
+    def _finish_source(self, plan: SourcePlan, merged: dict[str, Any]) -> SourceManifest:
         """Rename the joined files into place; the source's record goes first and comes back last."""
         folder = self.folder / plan.name
         if "train" not in merged["splits"]:
-            raise UserError(f"sources.{plan.name}: no document to train on in {len(plan.inputs)} files")
+            raise no_document(plan)
         (folder / "source.json").unlink(missing_ok=True)
         suffixes = [".bin", ".idx", *[".loss"] * bool(plan.source.chat)]
         suffixes += [".rewards"] * (plan.source.chat == PREFERENCE)
@@ -486,14 +391,14 @@ class _Preparation:
         shutil.rmtree(self._work_folder(plan))
         return entry
 
-    def _adopt(self, plan: _Plan, tokenizer: Tokenizer) -> SourceManifest:
+    def _adopt(self, plan: SourcePlan, tokenizer: Tokenizer) -> SourceManifest:
         """Take a ready `.bin/.idx` as it is."""
         source = plan.source
         written = {"train": source.paths()[0], "validation": source.validation_path}
         splits = {}
         for split, path in written.items():
             if path:
-                prefix = reading.resolve_path(self.blend, path)
+                prefix = resolve_path(self.blend, path)
                 self.say(f"{plan.name}: checking {prefix}.bin")
                 splits[split] = adopt_split(f"sources.{plan.name}", prefix, tokenizer)
         entry = SourceManifest(source.category, source.licence, plan.key, splits, settings_hash=source.settings_hash())
@@ -509,7 +414,7 @@ class _Preparation:
         for path in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _check_space(self, plans: list[_Plan], dtype: np.dtype) -> None:
+    def _check_space(self, plans: list[SourcePlan], dtype: np.dtype) -> None:
         # ours: 3 bytes of text per token; the shards and the joined files of one source exist at the same time
         sizes = [plan.text_bytes() for plan in plans]
         needed = int((sum(sizes) + max(sizes)) / 3 * dtype.itemsize)
@@ -536,16 +441,12 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _stamp(path: str) -> reading.Scan:
-    """Size and time in place of a hash, for ready files too large to read at every start."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no {path}", "A ready .bin/.idx is named by its path without the suffix.") from error
-    return reading.Scan(status.st_size, f"{path}:{status.st_size}:{status.st_mtime_ns}", ())
+def _unread(fields: dict[str, int]) -> str:
+    counts = ", ".join(f"{key} ({count:,} messages)" for key, count in sorted(fields.items(), key=lambda f: -f[1]))
+    return f"fields of messages that are not read: {counts}"
 
 
-def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> None:
+def _check_bad(plan: SourcePlan, records: list[ShardRecord], prefixes: list[str]) -> None:
     """Stop when more of a source is unreadable than its `max_bad` allows: most often a wrong field or format."""
     bad = sum(r.bad for r in records)
     total = bad + sum(r.empty + r.joined + sum(r.documents.values()) for r in records)
@@ -553,14 +454,17 @@ def _check_bad(plan: _Plan, records: list[ShardRecord], prefixes: list[str]) -> 
         return
     quarantined = (line for prefix in prefixes for line in Path(prefix + ".bad").read_bytes().splitlines())
     first = reading.Bad(**json.loads(next(quarantined)))
+    hint = f"Check format and {'chat' if plan.source.chat else 'text_fields'}, or raise max_bad."
+    if "the template" in first.reason:
+        hint = "Name a chat_template that writes such conversations, or take them out of the files."
     raise UserError(
         f"sources.{plan.name}: {bad:,} of {total:,} records cannot be read (max_bad is {plan.source.max_bad:.2%})\n"
         f"  the first: {first.file}, {first.position}: {first.reason}",
-        f"Check format and {'chat' if plan.source.chat else 'text_fields'}, or raise max_bad.",
+        hint,
     )
 
 
-def _training_texts(plans: list[_Plan], limit: int) -> Iterator[str]:
+def _training_texts(plans: list[SourcePlan], limit: int) -> Iterator[str]:
     """The first `limit` bytes of text of each source, in order."""
     for plan in plans:
         left = limit

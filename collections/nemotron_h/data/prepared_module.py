@@ -5,9 +5,10 @@ The classes have no `__init__`: NeMo's `IOMixin` records the arguments of a modu
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ logger = logging.getLogger(__name__)
 def say(message: str) -> None:
     """Log a line once, not once a rank."""
     logger.info(message)
+
+
+@contextlib.contextmanager
+def named_sample(number: int) -> Iterator[None]:
+    """Add the sample's number to an error of reading it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"sample {number:,}: {error.message}", error.hint) from error
 
 
 def check_sizes(sizes: Mapping[str, int | None]) -> None:

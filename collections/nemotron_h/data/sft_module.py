@@ -19,10 +19,18 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemotron_h.data.blend import CONVERSATIONS, Blend, load_blend
-from nemotron_h.data.indexed import read_index_header, read_lengths
+from nemotron_h.data.indexed import ArrayFile, read_lengths
 from nemotron_h.data.packing import Item, PackedOrder, balanced
-from nemotron_h.data.prepared_module import ENDLESS, PreparedDataModule, PreparedDataSampler, check_sizes, say
+from nemotron_h.data.prepared_module import (
+    ENDLESS,
+    PreparedDataModule,
+    PreparedDataSampler,
+    check_sizes,
+    named_sample,
+    say,
+)
 from nemotron_h.data.validation import VALIDATION_SEED
+from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 from nemotron_h.schema import TOO_LONG
 
@@ -35,7 +43,7 @@ class Conversations:
     out too.
 
     Args:
-        prefix: of the files, without `.bin`.
+        stream: the tokens of all.
         seq_length: positions of a window.
         too_long: one of `schema.TOO_LONG`.
 
@@ -45,15 +53,13 @@ class Conversations:
         tokens_lost: tokens of both that are not seen.
     """
 
-    def __init__(self, prefix: str, seq_length: int, too_long: str) -> None:
-        dtype = read_index_header(prefix + ".idx").dtype
-        self._ids = np.memmap(prefix + ".bin", dtype=dtype, mode="r")
-        self._loss = np.memmap(prefix + ".loss", dtype=np.uint8, mode="r")
-        tokens = np.asarray(read_lengths(prefix + ".idx"), dtype=np.int64)
+    def __init__(self, stream: TokenStream, seq_length: int, too_long: str) -> None:
+        self._stream, self._loss = stream, ArrayFile(stream.prefix + ".loss", np.uint8)
+        tokens = read_lengths(stream.prefix + ".idx").astype(np.int64)
         starts = np.cumsum(tokens) - tokens
         keep = np.ones(len(tokens), dtype=bool)
         for number in np.flatnonzero(tokens - 1 > seq_length).tolist():
-            inside = self._loss[starts[number] + 1 : starts[number] + seq_length + 1]
+            inside = self._loss.read(starts[number] + 1, starts[number] + seq_length + 1)
             keep[number] = too_long == "cut" and bool(inside.any())
         self._starts, self.lengths = starts[keep], np.minimum(tokens - 1, seq_length)[keep]
         self.cut, self.dropped = int((tokens[keep] - 1 > seq_length).sum()), int((~keep).sum())
@@ -65,9 +71,8 @@ class Conversations:
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, int64 [length + 1], and of each whether it is learnt, float32 [length + 1]."""
-        begin = int(self._starts[number])
-        end = begin + int(self.lengths[number]) + 1
-        return self._ids[begin:end].astype(np.int64), self._loss[begin:end].astype(np.float32)
+        begin, count = int(self._starts[number]), int(self.lengths[number]) + 1
+        return self._stream.read(begin, count), self._loss.read(begin, begin + count).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,8 @@ class PackedDataset(Dataset):
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        read = [self.sources[item.source].read(item.number) for item in self.windows.window(index)]
+        with named_sample(index):
+            read = [self.sources[item.source].read(item.number) for item in self.windows.window(index)]
         return {**packed_window(read, self.seq_length, self.pad_id), "sample_ids": torch.tensor(index)}
 
 
@@ -292,9 +298,12 @@ class ConversationDataModule(PreparedDataModule):
         return self._order(sources, {name: length / total for name, length in lengths.items()}, seed)
 
     def _conversations(self, split: str) -> dict[str, Conversations]:
-        shares = self.blend_spec.source_shares(0)
-        prefixes = {name: self.manifest.prefix(name, split) for name, share in shares.items() if share > 0}
-        return {name: self.source_type(p, self.seq_length, self.too_long) for name, p in prefixes.items() if p}
+        named = [name for name, share in self.blend_spec.source_shares(0).items() if share > 0]
+        return {
+            name: self.source_type(self.manifest.stream(name, split), self.seq_length, self.too_long)
+            for name in named
+            if self.manifest.prefix(name, split)
+        }
 
     # Lightning
 

@@ -14,6 +14,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +23,11 @@ from typing import IO, Any
 import numpy as np
 
 from nemotron_h.data.blend import PREFERENCE, Source
-from nemotron_h.data.chat import ChatError, ChatTemplate, Encoded
+from nemotron_h.data.chat import ChatTemplate, Encoded
 from nemotron_h.data.extend import extended
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.manifest import SPLITS, probe, write_json
+from nemotron_h.data.messages import ChatError
 from nemotron_h.data.pairs import encode_pair
 from nemotron_h.data.sources import Bad, Document, Piece, read_documents
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
@@ -82,6 +84,7 @@ class ShardRecord:
 
     Args:
         joined: how many conversations went into long ones, less these.
+        unread: field of messages that is not read -> how many have it.
         sizes: file suffix -> bytes, so that a shard with lost files is not trusted.
     """
 
@@ -89,6 +92,7 @@ class ShardRecord:
     empty: int = 0
     bad: int = 0
     joined: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
 
@@ -168,7 +172,7 @@ def _applied(item: Document | Bad) -> tuple[Document | Bad, Encoded | None]:
 
 def _documents(job: ShardJob, record: ShardRecord) -> Iterator[Document | Bad]:
     """What the shard's files hold, joined to long conversations where the source says so."""
-    items = read_documents(job.source, job.pieces)
+    items = _counted(read_documents(job.source, job.pieces), record)
     if job.source.extend is None:
         return items
 
@@ -176,6 +180,14 @@ def _documents(job: ShardJob, record: ShardRecord) -> Iterator[Document | Bad]:
         return is_validation(document_hash(document.text), job.source.validation)
 
     return extended(items, job.source.extend, _template, held_out, record)
+
+
+def _counted(items: Iterator[Document | Bad], record: ShardRecord) -> Iterator[Document | Bad]:
+    for item in items:
+        for turn in item.turns() if isinstance(item, Document) else ():
+            for name in turn.unread:
+                record.unread[name] = record.unread.get(name, 0) + 1
+        yield item
 
 
 def _batches(
@@ -228,11 +240,12 @@ def merge_shards(job: MergeJob) -> dict[str, Any]:
 
     Returns:
         splits (split -> documents, tokens, bytes, dtype, sha256_bin, sha256_idx, probe; none for an empty split),
-        duplicates, empty, bad.
+        duplicates, empty, bad, unread.
     """
     records = [finished_shard(prefix) for prefix in job.prefixes]
     result: dict[str, Any] = {"splits": {}, "duplicates": 0}
     result |= {"empty": sum(r.empty for r in records), "bad": sum(r.bad for r in records)}
+    result["unread"] = dict(sum((Counter(r.unread) for r in records), Counter()))
     for split in SPLITS:
         if any(r.documents[split] for r in records):
             result["splits"][split], duplicates = _merge_split(job, split)

@@ -6,46 +6,25 @@ The cut depends on the files alone, never on the number of workers, so the prepa
 from __future__ import annotations
 
 import ast
-import bz2
-import glob
-import gzip
 import hashlib
 import html.parser
-import json
-import lzma
-import os
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nemotron_h.data.blend import PREFERENCE, Blend, Source, parse_count
-from nemotron_h.data.chat import ChatError, Conversation, read_conversation
-from nemotron_h.data.fetch import fetch
+from nemotron_h.data.blend import PREFERENCE, Source, parse_count
+from nemotron_h.data.inputs import DAMAGE, Input, compression, open_input
+from nemotron_h.data.messages import ChatError, Conversation, Turn, read_conversation, text_of
 from nemotron_h.data.pairs import Pair, read_pair
 from nemotron_h.errors import UserError
+from nemotron_h.text_files import decode, parse_json
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES, SHARDS_PER_SOURCE = 1 << 20, 64 << 20, 64
 SAMPLES_PER_SHARD = 32  # ours: so many long samples have enough conversations to choose from
 _BLOCK = 1 << 22
-_OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MIN_DOCSTRING = 200  # characters; shorter ones are signatures in words. Ours
 _EXCERPT = 160  # characters of a bad record that the quarantine keeps
-
-
-@dataclass(frozen=True)
-class Input:
-    """One file of a source.
-
-    Args:
-        name: stable across machines where the file came out of a package; shown in the quarantine and the manifest.
-        path: absolute.
-    """
-
-    name: str
-    path: str
 
 
 @dataclass(frozen=True)
@@ -87,11 +66,17 @@ class Document:
     pair: Pair | None = None
     held_out: bool | None = None  # None: its hash decides
 
+    def turns(self) -> tuple[Turn, ...]:
+        """Return the turns of its conversation, or of both of its pair, each once."""
+        if self.pair is not None:
+            return (*self.pair.chosen, self.pair.rejected[-1])
+        return self.conversation or ()
+
     def parts(self) -> list[str]:
         """Its text, or the texts of its turns."""
-        if self.pair is not None:
-            return [turn.content for turn in (*self.pair.chosen, self.pair.rejected[-1])]
-        return [self.text] if self.conversation is None else [turn.content for turn in self.conversation]
+        if self.conversation is None and self.pair is None:
+            return [self.text]
+        return [text for turn in self.turns() for text in (turn.reasoning, turn.content) if text]
 
 
 @dataclass(frozen=True)
@@ -104,45 +89,18 @@ class Bad:
     excerpt: str = ""
 
 
-def find_inputs(blend: Blend, name: str, say: Callable[[str], None] = lambda text: None) -> list[Input]:
-    """The files of source `name`, fetched if need be, sorted by name.
-
-    Raises:
-        UserError: when a path matches nothing, or a fetch fails.
-    """
-    source = blend.sources[name]
-    if source.fetch:
-        return [Input(member, str(path)) for member, path in fetch(source.fetch, say)]
-    found: dict[str, Input] = {}
-    for pattern in source.paths():
-        path = resolve_path(blend, pattern)
-        if source.format == "megatron":
-            return [Input(os.path.basename(path + suffix), path + suffix) for suffix in (".bin", ".idx")]
-        if os.path.isdir(path):
-            path = os.path.join(path, "**", "*")
-        matches = [m for m in sorted(glob.glob(path, recursive=True)) if os.path.isfile(m)]
-        if not matches:
-            raise UserError(
-                f"sources.{name}.path: no file matches {path} (category {source.category})",
-                f"Put the data there, or edit the paths in {blend.path}: they may name files, folders and globs.",
-            )
-        for match in matches:
-            found[match] = Input(match, match)
-    return [found[key] for key in sorted(found)]
-
-
-def resolve_path(blend: Blend, path: str) -> str:
-    """An absolute path; relative ones start at the folder of the blend's file."""
-    return os.path.normpath(os.path.join(os.path.dirname(blend.path), os.path.expanduser(path)))
-
-
 def is_line_based(source: Source, path: str) -> bool:
     """Whether the file can be cut at any line end."""
-    return (source.format == "jsonl" or source.split_on == "\n") and Path(path).suffix not in _OPEN
+    return (source.format == "jsonl" or source.split_on == "\n") and not compression(path)
 
 
 def scan(path: str, line_based: bool) -> Scan:
-    """Hash a file and, when it is line-based, find where it can be cut (about every `MIN_SHARD_BYTES`)."""
+    """Hash a file and, when it is line-based, find where it can be cut (about every `MIN_SHARD_BYTES`).
+
+    Errors:
+        UserError: it is a ZIP archive.
+    """
+    compression(path)
     digest, offset, lines, cuts, due = hashlib.sha256(), 0, 1, [(0, 1)], MIN_SHARD_BYTES
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
@@ -225,14 +183,14 @@ def read_documents(source: Source, pieces: list[Piece]) -> Iterator[Document | B
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    opener = _OPEN.get(Path(piece.input.path).suffix, open)
-    with opener(piece.input.path, "rb") as file:
-        file.seek(piece.begin)
+    with open_input(piece.input.path) as file:
+        if piece.begin:
+            file.seek(piece.begin)
         position, line = piece.begin, piece.line
         while piece.end is None or position < piece.end:
             try:
                 data = file.readline()
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            except DAMAGE as error:
                 raise UserError(f"{piece.input.path} is damaged after line {line - 1}: {error}") from error
             if not data:
                 return
@@ -247,24 +205,16 @@ def _read_jsonl(source: Source, piece: Piece) -> Iterator[Document | Bad]:
         if not data.strip():
             continue
         where = f"line {number}"
-        try:
-            record = json.loads(data)
-        except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-            yield Bad(file, where, f"not JSON: {error}", _excerpt(data))
-            continue
-        yield _from_record(source, record, file, where)
+        record = _json(data, file, where)
+        yield record if isinstance(record, Bad) else _from_record(source, record, file, where)
 
 
 def _read_json(source: Source, piece: Piece) -> Iterator[Document | Bad]:
     file = piece.input.name
     content = _whole_text(piece)
-    if isinstance(content, Bad):
-        yield content
-        return
-    try:
-        records = json.loads(content)
-    except ValueError as error:
-        yield Bad(file, "whole file", f"not JSON: {error}", _excerpt(content))
+    records = content if isinstance(content, Bad) else _json(content, file, "whole file")
+    if isinstance(records, Bad):
+        yield records
         return
     if not isinstance(records, dict | list):
         yield Bad(file, "whole file", "neither an array nor an object of records", _excerpt(content))
@@ -299,15 +249,15 @@ def _read_text(source: Source, piece: Piece) -> Iterator[Document | Bad]:
     file = piece.input.name
     if source.split_on == "\n":
         for number, data in _lines(piece):
-            try:
-                yield Document(data.decode("utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError as error:
-                yield Bad(file, f"line {number}", f"not UTF-8: {error}", _excerpt(data))
+            text = _text(data, file, f"line {number}")
+            yield text if isinstance(text, Bad) else Document(text.rstrip("\r\n"))
         return
     content = _whole_text(piece)
     if isinstance(content, Bad):
         yield content
         return
+    if "\n" in source.split_on and "\r" not in source.split_on:
+        content = content.replace("\r\n", "\n")
     parts = content.split(source.split_on) if source.split_on else [content]
     for part in parts:
         yield Document(part)
@@ -320,7 +270,7 @@ def _read_docstrings(source: Source, piece: Piece) -> Iterator[Document | Bad]:
         return
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError, RecursionError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # of deep nesting
         yield Bad(piece.input.name, "whole file", f"not Python: {error}", _excerpt(content))
         return
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -382,16 +332,27 @@ _READERS: dict[str, Callable[[Source, Piece], Iterator[Document | Bad]]] = {
 
 
 def _whole_text(piece: Piece) -> str | Bad:
-    path = Path(piece.input.path)
+    path = piece.input.path
     try:
-        with _OPEN.get(path.suffix, open)(path, "rb") as file:
+        with open_input(path) as file:
             data = file.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    return _text(data, piece.input.name, "whole file")
+
+
+def _text(data: bytes, file: str, place: str) -> str | Bad:
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Bad(piece.input.name, "whole file", f"not UTF-8: {error}", _excerpt(data))
+        return decode(data, file)
+    except UserError as error:
+        return Bad(file, place, error.message.removeprefix(f"{file}: "), _excerpt(data))
+
+
+def _json(data: bytes | str, file: str, place: str) -> Any:
+    try:
+        return parse_json(data, file)
+    except UserError as error:
+        return Bad(file, place, error.message.removeprefix(file).lstrip(" :"), _excerpt(data))
 
 
 def _from_record(source: Source, record: Any, file: str, where: str) -> Document | Bad:
@@ -426,7 +387,7 @@ def _conversation(source: Source, record: Any, file: str, where: str) -> Documen
             text = pair.text()
         else:
             turns = read_conversation(record, source.chat)
-            text = json.dumps([[t.role, t.content, t.trained] for t in turns], ensure_ascii=False)
+            text = text_of(turns)
         text.encode("utf-8")
     except ChatError as error:
         return Bad(file, where, str(error), _excerpt(str(record)))

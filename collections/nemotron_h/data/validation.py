@@ -10,7 +10,6 @@ import numpy as np
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.sampler import BlendSampler, Segment
-from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 
 VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
@@ -99,7 +98,7 @@ class ValidationText:
         """
         self.check(samples)
         sampler = self.sampler(samples)
-        streams = {name: TokenStream(manifest.prefix(name, "validation")) for name in sampler.names}
+        streams = {name: manifest.stream(name, "validation") for name in sampler.names}
 
         def window(source: str, start: int) -> np.ndarray:
             first, count = self.first.get(source, 0), self.seq_length + 1

@@ -1,31 +1,20 @@
 """Reads windows of tokens out of Megatron `.bin/.idx` files.
 
 The tokens of a source are one stream: document after document, closed to a circle, so that a window which runs over
-the end goes on at the start. Files are memory-mapped when they are first read, a bounded number at a time (a mapping
-holds a file descriptor, and a blend may have a thousand sources), and survive pickling into worker processes.
+the end goes on at the start.
 """
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
+from bisect import bisect_left
+from collections.abc import Iterator
 
 import numpy as np
 
-from nemotron_h.data.indexed import read_index_header
+from nemotron_h.data.indexed import ArrayFile, read_index_header
 from nemotron_h.errors import UserError
 
-OPEN_FILES = 128  # each of `.bin` and `.idx`; the usual limit is 1,024 descriptors per process
-
-
-@lru_cache(maxsize=OPEN_FILES)
-def _map_tokens(path: str, dtype: np.dtype, modified: int) -> np.ndarray:
-    return np.memmap(path, dtype=dtype, mode="r")
-
-
-@lru_cache(maxsize=OPEN_FILES)
-def _map_offsets(path: str, position: int, count: int, modified: int) -> np.ndarray:
-    return np.memmap(path, dtype=np.int64, mode="r", offset=position, shape=(count,))
+_BLOCK = 1024  # offsets that are read at a time
 
 
 class TokenStream:
@@ -33,6 +22,7 @@ class TokenStream:
 
     Args:
         prefix: path without `.bin`.
+        vocab_size: tokens have ids below this; None: they are not checked.
 
     Attributes:
         tokens: their number.
@@ -41,38 +31,60 @@ class TokenStream:
         UserError: a file is missing, no index, or empty.
     """
 
-    def __init__(self, prefix: str) -> None:
-        self.bin_path, self.idx_path = prefix + ".bin", prefix + ".idx"
+    def __init__(self, prefix: str, vocab_size: int | None = None) -> None:
+        self.prefix, self.vocab_size = prefix, vocab_size
+        again = "Prepare the blend again: nemotron-h data prepare"
         try:
-            state, self._idx_modified = os.stat(self.bin_path), os.stat(self.idx_path).st_mtime_ns
-            self._header = read_index_header(self.idx_path)
+            header = read_index_header(prefix + ".idx")
+            self._ids = ArrayFile(prefix + ".bin", header.dtype)
+            self._offsets = ArrayFile(
+                prefix + ".idx", np.int64, header.file_size - 8 * (header.sequences + header.marks)
+            )
         except (OSError, ValueError) as error:
-            raise UserError(str(error), "Prepare the blend again: nemotron-h data prepare") from error
-        self._bin_modified = state.st_mtime_ns
-        self.tokens = state.st_size // self._header.dtype.itemsize
+            raise UserError(str(error), again) from error
+        self._documents, self._itemsize = header.sequences, header.dtype.itemsize
+        self.tokens = self._ids.size
         if not self.tokens:
-            raise UserError(f"{self.bin_path} is empty", "Prepare the blend again: nemotron-h data prepare")
+            raise UserError(f"{prefix}.bin is empty", again)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from position `start` of the circle on, int64 [count]."""
-        stream = _map_tokens(self.bin_path, self._header.dtype, self._bin_modified)
-        parts = [stream[a:b] for a, b in self._pieces(start, count)]
-        return np.concatenate(parts).astype(np.int64)
+        """Return `count` tokens from position `start` of the circle on, int64 [count].
+
+        Errors:
+            UserError: a file has become shorter, or an id is beyond the vocabulary.
+        """
+        parts = [self._ids.read(a, b) for a, b in self._pieces(start, count)]
+        ids = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+        # negative ids are huge as unsigned ones
+        if self.vocab_size is not None and count and int(ids.view(np.uint64).max()) >= self.vocab_size:
+            place = int(np.argmax(ids.view(np.uint64)))
+            raise UserError(
+                f"{self.prefix}.bin: token {(start + place) % self.tokens:,} has the id {ids[place]:,}, the tokenizer "
+                f"has {self.vocab_size:,} ids",
+                "It is not the file that was prepared: nemotron-h data verify tells more. Prepare the blend again.",
+            )
+        return ids
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
-        """Where documents begin among the `count` tokens from `start` on: ascending places in the window."""
-        offsets = _map_offsets(
-            self.idx_path,
-            self._header.file_size - 8 * (self._header.sequences + self._header.marks),
-            self._header.sequences,
-            self._idx_modified,
-        )
+        """Return where documents begin among the `count` tokens from `start` on: ascending places in the window."""
         places, done = [], 0
         for a, b in self._pieces(start, count):
-            low, high = np.searchsorted(offsets, np.array([a, b]) * self._header.dtype.itemsize)
-            places.append(offsets[low:high] // self._header.dtype.itemsize - a + done)
+            places += [offsets // self._itemsize - a + done for offsets in self._between(a, b)]
             done += b - a
         return np.unique(np.concatenate(places))  # an empty document begins where the next one does
+
+    def _between(self, a: int, b: int) -> Iterator[np.ndarray]:
+        """Yield the byte offsets of the documents that begin at tokens from a up to b, int64, block by block."""
+        first = bisect_left(
+            range(self._documents), a * self._itemsize, key=lambda n: int(self._offsets.read(n, n + 1)[0])
+        )
+        while True:
+            block = self._offsets.read(first, min(first + _BLOCK, self._documents))
+            inside = int(np.searchsorted(block, b * self._itemsize))
+            yield block[:inside]
+            first += inside
+            if inside < _BLOCK:
+                return
 
     def _pieces(self, start: int, count: int) -> list[tuple[int, int]]:
         """The ranges of the stream that make up a range of the circle."""

@@ -164,7 +164,7 @@ def run(line: Sequence[str], *, local: bool, out: Path) -> list[dict[str, Any]]:
     if done.returncode or not found:
         raise UserError(
             f"lm-evaluation-harness ended with code {done.returncode}; its messages are above",
-            hint=f"the command was: {shown(line)}\n{log.read_text()[-_LAST_WORDS:]}",
+            hint=f"the command was: {shown(line)}\n{log.read_text(errors='replace')[-_LAST_WORDS:]}",
         )
     return parse(json.loads(found[-1].read_text()))
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from nemotron_h.data.blend import Blend
-from nemotron_h.data.indexed import read_lengths
+from nemotron_h.data.indexed import ArrayFile, read_lengths
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.data.windows import TokenStream
@@ -122,10 +122,9 @@ def sequences(manifest: Manifest, source: str, seq_length: int, document_reset: 
         document_reset: whether states start anew at document boundaries, as the run was trained.
         limit: predicted tokens to end at; 0 reads everything.
     """
-    prefix = manifest.prefix(source, SPLIT)
-    stream = TokenStream(prefix)
+    stream = manifest.stream(source, SPLIT)
     if manifest.sources[source].splits[SPLIT].sha256_loss:
-        yield from _conversations(prefix, stream, seq_length, limit)
+        yield from _conversations(stream, seq_length, limit)
         return
     wanted = min(limit or stream.tokens, stream.tokens - 1)
     for start in range(0, max(seq_length, wanted - wanted % seq_length), seq_length):
@@ -138,12 +137,12 @@ def sequences(manifest: Manifest, source: str, seq_length: int, document_reset: 
             yield Sequence(window[first : last + 1], np.ones(last - first, dtype=bool))
 
 
-def _conversations(prefix: str, stream: TokenStream, seq_length: int, limit: int) -> Iterator[Sequence]:
-    learnt = np.memmap(f"{prefix}.loss", dtype=np.uint8, mode="r")
+def _conversations(stream: TokenStream, seq_length: int, limit: int) -> Iterator[Sequence]:
+    learnt = ArrayFile(f"{stream.prefix}.loss", np.uint8)
     start = done = 0
-    for length in map(int, read_lengths(f"{prefix}.idx")):
+    for length in map(int, read_lengths(f"{stream.prefix}.idx")):
         read = min(length, seq_length + 1)
-        counted = learnt[start + 1 : start + read].astype(bool)
+        counted = learnt.read(start + 1, start + read).astype(bool)
         if counted.any():
             yield Sequence(stream.read(start, read), counted)
         start, done = start + length, done + int(counted.sum())

