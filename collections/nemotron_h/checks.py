@@ -8,12 +8,12 @@ from omegaconf import OmegaConf
 
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
+from nemotron_h.duration import seconds_of
 from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, definition_from_dict
 from nemotron_h.planning.inference import BYTES
 from nemotron_h.precision.gemms import check_gemms
-from nemotron_h.duration import seconds_of
 from nemotron_h.provenance import leaves
 from nemotron_h.schema import (
     AGGREGATIONS,
@@ -33,6 +33,7 @@ from nemotron_h.schema import (
     STATE_DTYPES,
     TOO_LONG,
     BudgetSchema,
+    CheckpointSchema,
     GridSchema,
     PrecisionOptionsSchema,
     RecipeConfig,
@@ -53,6 +54,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     """
     definition = definition_of(recipe, origin)
     check_names(recipe, origin)
+    check_checkpoint(recipe.checkpoint, origin)
     check_stage(recipe, origin)
     check_minipuzzle(recipe, definition, origin)
     check_recompute(recipe, definition, origin)
@@ -110,14 +112,12 @@ def check_blend_change(value: str | None, where: str = "") -> None:
 
 
 def check_names(recipe: RecipeConfig, origin: str) -> None:
-    """Names, folders, times, and values that are one of a few words."""
+    """Check names, folders, and values that are one of a few words."""
     check_name("name", recipe.name, f"{origin}: ")
     check_name("model.name", recipe.model.name, f"{origin}: ")
     check_folder("log.dir", recipe.log.dir, f"{origin}: ")
     if recipe.data.root is not None:
         check_folder("data.root", recipe.data.root, f"{origin}: ")
-    if recipe.checkpoint.leave_after is not None:
-        seconds_of(recipe.checkpoint.leave_after, f"{origin}: checkpoint.leave_after: ")
     for key, value, allowed in (
         ("stage", recipe.stage, [*STAGES, *PIPELINES]),
         ("precision", recipe.precision, PRECISIONS),
@@ -135,6 +135,14 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
                     f"{origin}: precision_options.{key} is unused: precision is {recipe.precision}",
                     hint="leave it out, or set precision: fp8_current_scaling or fp8_blockwise",
                 )
+
+
+def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:
+    """Check that a checkpoint stays, and that the time of a process is one."""
+    if checkpoint.keep == 0:
+        raise UserError(f"{origin}: checkpoint.keep = 0 keeps none", hint="set it to 1 or more, or -1 for all")
+    if checkpoint.leave_after is not None:
+        seconds_of(checkpoint.leave_after, f"{origin}: checkpoint.leave_after: ")
 
 
 def check_stage(recipe: RecipeConfig, origin: str) -> None:

@@ -177,7 +177,7 @@ def _check_defaults(defaults: Any, file: Path) -> None:
     """Refuse defaults other than `- name`, `- group: name`."""
     listed = [] if defaults is None else OmegaConf.to_container(defaults) if OmegaConf.is_list(defaults) else [defaults]
     for entry in listed:
-        pair = [*entry.items()][0] if isinstance(entry, dict) and len(entry) == 1 else ("", entry)
+        pair = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else ("", entry)
         if not OmegaConf.is_list(defaults) or not isinstance(pair[1], str):
             raise UserError(
                 f"{file}: defaults has {entry!r}", hint="write a list: [/base/pretrain, /model: nemotron_h_8b, _self_]"

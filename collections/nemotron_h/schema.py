@@ -1,5 +1,6 @@
-"""The one vocabulary of recipes: typed, and strict (unknown keys are errors, numbers have ranges). Imports no torch, NeMo
-or Megatron.
+"""The one vocabulary of recipes: typed, and strict (unknown keys are errors, numbers have ranges).
+
+Imports no torch, NeMo or Megatron.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemotron_h.strict import number
+from nemotron_h.strict import number, within
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
@@ -162,7 +163,7 @@ class PrecisionOptionsSchema:
 
     bf16_edge_layers: int = number(2, least=0, most=WIDTH)
     fp8_backend: str = "auto"
-    measured_steps: list[int] = number(factory=list, most=COUNT)
+    measured_steps: list[int] = field(default_factory=list, metadata=within(most=COUNT))
 
 
 @dataclass
@@ -266,7 +267,7 @@ class DistillSchema:
     kl_weight: float = number(1.0, least=0, most=1e6)
     lm_weight: float = number(0.0, least=0, most=1e6)
     hidden_weight: float = number(0.0, least=0, most=1e6)
-    hidden_layers: list[list[int]] = number(factory=list, most=COUNT)
+    hidden_layers: list[list[int]] = field(default_factory=list, metadata=within(most=COUNT))
     top_k: int | None = number(None, most=VOCABULARY)
     teacher_logits: str | None = None
 
@@ -317,14 +318,14 @@ class GridSchema:
         hidden_size, mamba_num_heads, mamba_head_dim: further widths, as Minitron-SSM (2504.11409) prunes them.
     """
 
-    attention: list[int] = number(factory=list, least=0, most=WIDTH)
-    mamba: list[int] = number(factory=list, least=0, most=WIDTH)
-    ffn: list[int] = number(factory=list, least=0, most=WIDTH)
-    depth: list[int] = number(factory=list, least=0, most=WIDTH)
-    ffn_hidden_size: list[int] = number(factory=list, least=0, most=WIDTH)
-    hidden_size: list[int] = number(factory=list, least=0, most=WIDTH)
-    mamba_num_heads: list[int] = number(factory=list, least=0, most=WIDTH)
-    mamba_head_dim: list[int] = number(factory=list, least=0, most=WIDTH)
+    attention: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    mamba: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    ffn: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    depth: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    ffn_hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    mamba_num_heads: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    mamba_head_dim: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
 
 
 @dataclass

@@ -11,7 +11,6 @@ import math
 import re
 import typing
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,7 +40,7 @@ def check_one_of(key: str, value: str, allowed: Iterable[str], where: str = "") 
         raise UserError(f"{where}{key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
 
 
-#: letters of names that become a folder's or a file's; ours: 100 of them leave room for what is added to a name
+#: ours: letters of names that become a folder's or a file's; 100 of them leave room for what is added to a name
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 #: ours: the text that interpolations may make of a file
 _MAX_INTERPOLATED = 2**22
@@ -62,7 +61,7 @@ def check_name(key: str, value: str, where: str = "") -> None:
         shown = repr(value) if len(value) <= 60 else f"{value[:50]!r}... ({len(value):,} characters)"
         raise UserError(
             f"{where}{key}{' = ' if key else ''}{shown} is not a name",
-            hint="use letters, digits, _ . -, at most 100, the first a letter or digit: folders and files are named after it",
+            hint="use letters, digits, _ . - (the first a letter or digit, 100 at most): a folder is named after it",
         )
 
 
@@ -119,26 +118,14 @@ def _shown(number: float) -> str:
 ANY = Range(least=-(2**63), most=2**63 - 1)
 
 
-def number(
-    default: Any = MISSING,
-    least: float | None = None,
-    most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    *,
-    factory: Any = NO_DEFAULT,
-) -> Any:
-    """Return a dataclass field with a range, which `typed` checks; of a list or a mapping for each of its numbers.
+def within(**limits: float) -> dict[str, Range]:
+    """Return a dataclass field's metadata with the range of its numbers, which `typed` checks; limits as of `Range`."""
+    return {"range": Range(**limits)}
 
-    Args:
-        default: without one the value has to be written.
-        least, most, above, below: as in `Range`.
-        factory: makes the default, where that is a list or a mapping.
-    """
-    metadata = {"range": Range(least, most, above, below)}
-    if factory is not NO_DEFAULT:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+
+def number(default: Any = MISSING, **limits: float) -> Any:
+    """Return a dataclass field of a number `within` limits; without a default it has to be written."""
+    return field(default=default, metadata=within(**limits))
 
 
 def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) -> T:
@@ -154,7 +141,7 @@ def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) ->
             key and origin.
     """
     try:
-        written = OmegaConf.create(written)
+        written = written if isinstance(written, DictConfig) else OmegaConf.create(written)
         check_interpolations(written, origin)
         value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written))
     except ConfigKeyError as error:
@@ -179,9 +166,9 @@ def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) ->
 
 
 def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
-    """Yield dotted key, value and range of all that the fields of a dataclass instance say are numbers, nested ones too.
+    """Yield dotted key, value and range of what the fields of a dataclass instance say are numbers, nested ones too.
 
-    Values that are None where the field allows it are left out.
+    Values that are None are left out.
     """
     for each in dataclasses.fields(value):
         if not each.metadata.get("omegaconf_ignore"):

@@ -1,8 +1,9 @@
 """Read YAML from outside: UTF-8, bounded in size and depth, no key twice, words as YAML 1.2 has them.
 
 Every file that the project reads comes through here: recipes with all that their defaults name, blends, cluster files,
-tasks, GPU floors. `no`, `007`, `2024_07` and `3:50:00` are text, as they were written; the schema that a file is merged into
-turns text into numbers and booleans where it wants them. Of YAML 1.1 only `655_360` stays, thousands by underscores.
+tasks, GPU floors. `no`, `007`, `2024_07` and `3:50:00` are text, as they were written; the schema that a file is merged
+into turns text into numbers and booleans where it wants them. Of YAML 1.1 only `655_360`, thousands by underscores,
+stays.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -27,16 +28,17 @@ MAX_DEPTH = 32
 MAX_EXPANDED = 4 * MAX_BYTES
 
 _TAG = "tag:yaml.org,2002:"
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
 
 
 class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Text, numbers, true, false, null, lists and mappings with text as keys; any other tag is an error."""
 
-    yaml_implicit_resolvers: dict[str, list] = {}
-    yaml_constructors = {
-        f"{_TAG}{kind}": getattr(yaml.SafeLoader, f"construct_yaml_{kind}")
-        for kind in ("null", "bool", "int", "float", "str", "seq", "map")
-    } | {None: yaml.SafeLoader.construct_undefined}
+    yaml_implicit_resolvers: ClassVar[dict[str, list]] = {}
+    yaml_constructors: ClassVar[dict] = {
+        **{f"{_TAG}{kind}": getattr(yaml.SafeLoader, f"construct_yaml_{kind}") for kind in _KINDS},
+        None: yaml.SafeLoader.construct_undefined,
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
         """Return a mapping whose keys are as they were written, none of them twice."""
@@ -84,7 +86,8 @@ def read_bounded(path: Path, origin: str = "") -> str:
         raise UserError(f"{origin}: {error.strerror or error}") from error
     if len(data) > MAX_BYTES:
         raise UserError(
-            f"{origin} is larger than {MAX_BYTES:,} bytes", hint="this is no file of settings; name the one that you mean"
+            f"{origin} is larger than {MAX_BYTES:,} bytes",
+            hint="this is no file of settings; name the one that you mean",
         )
     return decode(data, origin)
 
@@ -172,12 +175,12 @@ def parse_settings(written: Sequence[str], origin: str) -> DictConfig:
     for text in written:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+|\[\w+\])*", key):
-            raise UserError(f"{origin}: {text!r} is not a setting", hint="write key=value: optim.peak_lr=3e-4")
-        content = parse_yaml(value, f"{origin} {key}")
+            raise UserError(f"{origin}: {text[:100]!r} is not a setting", hint="write key=value: optim.peak_lr=3e-4")
+        content = parse_yaml(value, f"{origin}: {text[:100]}")
         try:
             OmegaConf.update(settings, key, content)
         except OmegaConfBaseException as error:
-            raise UserError(f"{origin} {key}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{origin}: {text[:100]}: {str(error).splitlines()[0]}") from error
     return settings
 
 

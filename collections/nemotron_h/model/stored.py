@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.schema import ModelSchema
+from nemotron_h.strict_yaml import read_yaml
 from nemotron_h.training import checkpoints
 
 
@@ -30,10 +29,7 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
         UserError: nothing is there, or it is not readable.
     """
     if path.is_file() and path.suffix in (".yaml", ".yml"):
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{origin}: model = {path}: it is not readable YAML: {error}") from error
+        found = read_yaml(path, f"{origin}: model = {path}")
         if not isinstance(found, dict):
             raise UserError(f"{origin}: model = {path}: it holds no keys", hint="see the files of configs/model")
         return found
