@@ -5,7 +5,11 @@ Imports no torch, NeMo or Megatron.
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
 
 from omegaconf import MISSING
 
@@ -437,8 +441,20 @@ class RecipeConfig:
     sources: dict[str, str] = field(default_factory=dict)
 
 
-def command_of(recipe: RecipeConfig, path: object) -> str:
-    """The command that runs a recipe's file."""
-    if recipe.stage in PIPELINES:
-        return f"nemotron-h {PIPELINES[recipe.stage]} {path}"
-    return f'nemo llm {STAGES[recipe.stage]} --factory "nemotron_h_recipe(path={path})" --yes'
+def factory_of_file(path: object) -> str:
+    """Return the `--factory` of a recipe's file; what separates a factory's arguments is written as in URLs."""
+    return f"nemotron_h_recipe(path={str(path).replace('%', '%25').replace(',', '%2C')})"
+
+
+def file_of_factory(path: str) -> str:
+    """Return the file that a `--factory` names, as a person or `factory_of_file` wrote it."""
+    return path if Path(path).expanduser().is_file() else unquote(path)
+
+
+def command_of(stage: str, path: object) -> str:
+    """Return the shell command that runs a recipe's file of this stage."""
+    if stage in PIPELINES:
+        return f"nemotron-h {PIPELINES[stage]} {shlex.quote(str(path))}"
+    factory = factory_of_file(path)
+    quoted = shlex.quote(factory) if re.search(r'["$`\\!]', factory) else f'"{factory}"'
+    return f"nemo llm {STAGES[stage]} --factory {quoted} --yes"

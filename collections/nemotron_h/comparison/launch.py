@@ -34,7 +34,7 @@ def train(comparison: Comparison, console: Console, at_once: int = 1) -> None:
     for number, run in enumerate(comparison.runs, 1):
         title = f"run {number} of {len(comparison.runs)}: {run.name}"
         if launch.is_finished(run, comparison.steps):
-            console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True)
+            console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True, markup=False)
             continue
         launch.train(run, title, comparison.steps, console)
 
