@@ -117,8 +117,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
     recipe = typed(RecipeConfig, composed, origin)
     given = parse_settings(values, "override")
     if values:
-        OmegaConf.set_struct(composed, False)  # the schema reports unknown keys, with the nearest known one
-        recipe = typed(RecipeConfig, OmegaConf.merge(composed, given), "override")
+        recipe = typed(recipe, given, "override")
     check(recipe, origin)
     found = origins(layers, [*from_record, *(key for key, _ in leaves(OmegaConf.to_container(given)))])
     sources = current_sources(dataclasses.asdict(recipe), found)

@@ -114,8 +114,8 @@ def _shown(number: float) -> str:
     return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
-#: of numbers that state no range: what 64 bits hold
-ANY = Range(least=-(2**63), most=2**63 - 1)
+#: of numbers that state no range
+FINITE = Range(least=-1.7e308, most=1.7e308)
 
 
 def within(**limits: float) -> dict[str, Range]:
@@ -128,12 +128,12 @@ def number(default: Any = MISSING, **limits: float) -> Any:
     return field(default=default, metadata=within(**limits))
 
 
-def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) -> T:
+def typed(schema: type[T] | T, written: DictConfig | dict[str, Any], origin: str) -> T:
     """Merge what was written into the schema's defaults and check every type.
 
     Args:
         schema: a dataclass, nested as deep as wanted; fields without a default are `MISSING`, those with the metadata
-            `omegaconf_ignore` cannot be written.
+            `omegaconf_ignore` cannot be written. An instance gives the defaults.
         written: the keys that were given.
         origin: the file or recipe to name in an error.
     Errors:
@@ -154,15 +154,37 @@ def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) ->
     except MissingMandatoryValue as error:
         raise UserError(f"{origin}: {error.full_key} is missing", hint="write a value for it in the recipe") from error
     except OmegaConfBaseException as error:
-        key = error.full_key or culprit(schema, written)
+        key = error.full_key or (culprit(schema, written) if isinstance(written, DictConfig) else "")
         raise UserError(f"{origin}: {key or 'value'}: {_first_line(error)}") from error
     for key, entry, allowed in numbers(value):
-        if isinstance(entry, bool) or not isinstance(entry, int | float):
-            raise UserError(f"{origin}: {key}: {entry!r} is not a number")
-        if problem := allowed.problem(entry):
-            hint = f"{key} has to be {allowed}" if allowed is not ANY else f"write a number for {key}"
-            raise UserError(f"{origin}: {key} = {entry} {problem}", hint=hint)
+        check_number(key, entry, allowed, f"{origin}: ")
     return value  # type: ignore[return-value]
+
+
+def check_number(key: str, value: Any, allowed: Range, where: str = "") -> None:
+    """Refuse what is no number, or none of a range.
+
+    Errors:
+        UserError: names key and value after `where`, and the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}{key}: {value!r} is not a number")
+    if problem := allowed.problem(value):
+        hint = f"write a number for {key}" if allowed is FINITE else f"{key} has to be {allowed}"
+        raise UserError(f"{where}{key} = {str(value)[:60]} {problem}", hint=hint)
+
+
+def ranges(schema: type, prefix: str = "") -> dict[str, Range]:
+    """Return the ranges that a dataclass and those in it state, by dotted key."""
+    found: dict[str, Range] = {}
+    for each in dataclasses.fields(schema):
+        annotation = _hints(schema)[each.name]
+        parts = [part for part in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(part)]
+        if parts:
+            found |= ranges(parts[0], f"{prefix}{each.name}.")
+        elif "range" in each.metadata:
+            found[f"{prefix}{each.name}"] = each.metadata["range"]
+    return found
 
 
 def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
@@ -172,7 +194,7 @@ def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
     """
     for each in dataclasses.fields(value):
         if not each.metadata.get("omegaconf_ignore"):
-            allowed = each.metadata.get("range", ANY)
+            allowed = each.metadata.get("range", FINITE)
             of_numbers = "range" in each.metadata or _is_number(_hints(type(value))[each.name])
             yield from _numbers(getattr(value, each.name), f"{prefix}{each.name}", allowed, of_numbers)
 
@@ -205,7 +227,7 @@ def _is_number(annotation: Any) -> bool:
     return annotation in (int, float)
 
 
-def culprit(schema: type, written: DictConfig) -> str:
+def culprit(schema: Any, written: DictConfig) -> str:
     """Return the dotted key that alone cannot be merged into a schema; empty where there is none."""
 
     def fails(path: list[str], value: Any) -> bool:

@@ -53,7 +53,8 @@ def parse_count(value: int | float | str) -> int:
     if isinstance(value, int | float):
         count = float(value)
     if not (0 < count <= _MOST_TOKENS and abs(count - round(count)) <= 1e-9 * count):
-        raise ValueError(f"{value!r} is not a token count: write for instance 15T, 380B, 5M or 250000")
+        shown = repr(value) if len(str(value)) <= 40 else f"{str(value)[:40]}..."
+        raise ValueError(f"{shown} is not a token count: write for instance 15T, 380B, 5M or 250000")
     return round(count)
 
 

@@ -18,13 +18,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.indexed import read_index_header
 from nemotron_h.errors import UserError
+from nemotron_h.strict import typed
+from nemotron_h.text_files import read_json_object
 
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"
@@ -124,7 +126,7 @@ class Manifest:
     blend_hash: str
     tokenizer: TokenizerManifest
     sources: dict[str, SourceManifest]
-    folder: str = ""
+    folder: str = field(default="", metadata={"omegaconf_ignore": True})
 
     def prefix(self, source: str, split: str) -> str | None:
         """Absolute prefix of a source's `.bin/.idx`, or None when the source has no such split."""
@@ -177,24 +179,21 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
     """
     path = data_root(root) / blend_name / "manifest.json"
     again = f"Run: nemotron-h data prepare --blend {blend or blend_name} --root {data_root(root)}"
+    if not path.exists():
+        raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format version {content['format_version']}, this version reads {FORMAT_VERSION}", again
-            )
-        return Manifest(
-            **{
-                **content,
-                "tokenizer": TokenizerManifest(**content["tokenizer"]),
-                "sources": {name: SourceManifest.from_dict(s) for name, s in content["sources"].items()},
-            },
-            folder=str(path.parent.resolve()),
-        )
-    except FileNotFoundError:
-        raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error!r}", again) from error
+        content = read_json_object(path)
+        version = content.get("format_version", FORMAT_VERSION)
+        manifest = typed(Manifest, content, "") if version == FORMAT_VERSION else None
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error.message.removeprefix(': ')}", again) from error
+    if manifest is None:
+        raise UserError(f"{path}: format version {version}, this version reads {FORMAT_VERSION}", again)
+    for name, source in manifest.sources.items():
+        if wrong := sorted({"train"} - {*source.splits} or {*source.splits} - {*SPLITS}):
+            raise UserError(f"{path} is damaged: sources.{name}.splits: {wrong[0]} is missing or unknown", again)
+    manifest.folder = str(path.parent.resolve())
+    return manifest
 
 
 def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
