@@ -32,7 +32,7 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     """Run the command in an empty folder; its exit code and all that it printed."""
     monkeypatch.chdir(tmp_path)
     own = "defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: {}\noverrides: [{}]\n"
-    (tmp_path / "my.yaml").write_text(own.format("my", "trainer.max_steps=3"))
+    (tmp_path / "my.yaml").write_text(own.format("my", "trainer.max_steps=3, optim.warmup_steps=1"))
     (tmp_path / "wrong.yaml").write_text(own.format("wrong", "trainer.max_stpes=3"))
 
     def run(*arguments: str, factory: str = "nemotron_h_tiny") -> tuple[int, str]:
@@ -73,6 +73,16 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         ("nemotron_h_tiny", (), ("data prepare",)),  # nothing is prepared in this folder
         ("nemotron_h_tiny", ("data.blend=sample_smal",), ("no blend named 'sample_smal'", "sample_small")),
         ("nemotron_h_tiny", ("data.micro_batch_size=3",), ("micro_batch_size 3",)),
+        # numbers: in the range of the recipe's key of that name, finite anywhere; a run longer than its warm-up
+        ("nemotron_h_tiny", ("optim.clip_grad=nan",), ("optim.clip_grad = nan is not a finite number",)),
+        ("nemotron_h_tiny", ("optim.peak_lr*=inf",), ("optim.peak_lr = inf is not a finite number",)),
+        ("nemotron_h_tiny", ("model.config.init_method_std=1e999",), ("model.config.init_method_std = inf",)),
+        ("nemotron_h_tiny", ("data.seed=-1",), ("data.seed = -1 is below 0",)),
+        (
+            "nemotron_h_tiny",
+            ("trainer.max_steps=10",),
+            ("the run has 10 steps (trainer.max_steps), its warm-up 10 (optim)",),
+        ),
         ("nemotron_h_tiny", ("trainer.plugins.name=fp61",), ("precision = 'fp61'",)),
         ("nemotron_h_recipe(path=no.yaml)", (), ("no recipe file no.yaml",)),
         (
@@ -145,7 +155,7 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
 
     (tmp_path / "own.yaml").write_text(
         "defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\n"
-        "overrides: [trainer.max_steps=5, optim.weight_decay=0.2]\n"
+        "overrides: [trainer.max_steps=5, optim.weight_decay=0.2, optim.warmup_steps=1]\n"
     )
     (tmp_path / "more.yaml").write_text("optim: {beta1: 0.8}\n")
     context = RunContext(
@@ -158,7 +168,9 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
 
     sent = ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(task))  # as an executor does
     record = next(c for c in sent.trainer.callbacks if c.__fn_or_cls__ is RunRecord)
-    assert sorted(record.recipe["overrides"]) == sorted([*changed, "optim.weight_decay=0.2", "optim.beta1=0.8"])
+    assert sorted(record.recipe["overrides"]) == sorted(
+        [*changed, "optim.weight_decay=0.2", "optim.warmup_steps=1", "optim.beta1=0.8"]
+    )
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(record.recipe, path))
     assert pretrain.build(compose(str(path))) == task

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.compression.cli import minipuzzle
@@ -45,7 +46,7 @@ app.command()(chat)
 app.command()(merge_adapter)
 app.command("eval")(evaluate)
 
-_MARKS = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
+_STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @app.command()
@@ -59,8 +60,9 @@ def doctor(
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     failed = False
     for finding in examine(folder.resolve(), imports=not quick):
-        fix = f"\n[bold]fix:[/bold] {finding.fix}" if finding.fix else ""
-        table.add_row(_MARKS[finding.state], finding.what, finding.found + fix)
+        fix = ("\n", ("fix: ", "bold"), finding.fix) if finding.fix else ()
+        state = Text(finding.state, _STYLES[finding.state])
+        table.add_row(state, Text(finding.what), Text.assemble(finding.found, *fix))  # text: paths may have brackets
         failed = failed or finding.state == "fail"
     Console(highlight=False).print(table)
     raise typer.Exit(1 if failed else 0)

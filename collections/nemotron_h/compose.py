@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import version
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,7 +28,8 @@ from nemotron_h.errors import UserError
 from nemotron_h.model.stored import is_path, read_model
 from nemotron_h.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema import RecipeConfig
-from nemotron_h.strict import nearest, typed
+from nemotron_h.strict import check_interpolations, nearest, typed
+from nemotron_h.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
 
 
 def recipes_dir() -> Path:
@@ -108,15 +115,9 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
         else:
             from_record = [f"model.{key}" for key, _ in leaves(OmegaConf.to_container(composed.model))]
     recipe = typed(RecipeConfig, composed, origin)
-    try:
-        given = OmegaConf.from_dotlist(values)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"override: {' '.join(values)}: a value is not YAML", hint="quote it: 'model.pattern=\"*-*-\"'"
-        ) from error
+    given = parse_settings(values, "override")
     if values:
-        OmegaConf.set_struct(composed, False)  # the schema reports unknown keys, with the nearest known one
-        recipe = typed(RecipeConfig, OmegaConf.merge(composed, given), "override")
+        recipe = typed(recipe, given, "override")
     check(recipe, origin)
     found = origins(layers, [*from_record, *(key for key, _ in leaves(OmegaConf.to_container(given)))])
     sources = current_sources(dataclasses.asdict(recipe), found)
@@ -148,22 +149,77 @@ def locate(name_or_path: str) -> tuple[Path, str, str]:
     return recipes_dir(), name, f"recipe {name_or_path}"
 
 
+class _RecipeFiles(FileConfigSource):
+    """A folder of recipes for Hydra, whose files are read as strictly as every other one (`strict_yaml`)."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return what a search path of these begins with."""
+        return "recipe"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return a file's content.
+
+        Errors:
+            UserError: it is not readable YAML, sets Hydra itself, or has defaults that are no list.
+        """
+        file = Path(self.path, self._normalize_file_name(config_path))
+        text = read_bounded(file)
+        config = as_config(parse_yaml(text, str(file)), str(file))
+        if "hydra" in config:
+            raise UserError(f"{file}: unknown key hydra", hint="a recipe sets the keys of docs/recipes.md alone")
+        _check_defaults(config.get("defaults"), file)
+        return ConfigResult(config=config, path=self.path, provider=self.provider, header=self._get_header_dict(text))
+
+
+def _check_defaults(defaults: Any, file: Path) -> None:
+    """Refuse defaults other than `- name`, `- group: name`."""
+    listed = [] if defaults is None else OmegaConf.to_container(defaults) if OmegaConf.is_list(defaults) else [defaults]
+    for entry in listed:
+        pair = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else ("", entry)
+        if not OmegaConf.is_list(defaults) or not isinstance(pair[1], str):
+            raise UserError(
+                f"{file}: defaults has {entry!r}", hint="write a list: [/base/pretrain, /model: nemotron_h_8b, _self_]"
+            )
+
+
 def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tuple[DictConfig, list[Layer]]:
     """Merge a recipe with what its defaults list names; the files that took part, in order."""
+    SourcesRegistry.instance().register(_RecipeFiles)
     folders = [directory, recipes_dir(), configs_dir()]
-    overrides = [*parts, f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in folders[1:])}]"]
     GlobalHydra.instance().clear()
+    version.setbase("1.3")
     try:
-        with initialize_config_dir(str(directory), version_base="1.3"):
-            composed = hydra_compose(name, overrides=overrides)
-            loader = GlobalHydra.instance().config_loader()
-            merged = loader.compute_defaults_list(name, overrides, RunMode.RUN).defaults
+        search = create_config_search_path(f"recipe://{directory}")
+        for folder in reversed(folders[1:]):  # each directly behind the recipe's own
+            search.append("nemotron_h", f"recipe://{folder}", SearchPathQuery(provider="main"))
+        Hydra.create_main_hydra2("recipe", search)
+        composed = hydra_compose(name, overrides=list(parts))
+        loader = GlobalHydra.instance().config_loader()
+        merged = loader.compute_defaults_list(name, list(parts), RunMode.RUN).defaults
+        check_interpolations(composed, origin)
         OmegaConf.resolve(composed)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{origin}: {str(error).split('Config search path')[0].strip()}") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{origin}: {_problem(error)}") from error
+    except RecursionError as error:
+        raise UserError(
+            f"{origin}: its defaults, or its interpolations, lead back to themselves",
+            hint="a file of a defaults list must not name, directly or by others, the file that lists it",
+        ) from error
+    finally:
+        GlobalHydra.instance().clear()
     layers = []
     for part in merged:
         file = next((f for d in folders if (f := d / f"{part.config_path}.yaml").is_file()), None)
         if file is not None and not str(part.package or "").startswith("hydra"):
             layers.append(Layer(file, part.package or ""))
     return composed, layers
+
+
+def _problem(error: Exception) -> str:
+    """Return what Hydra or OmegaConf says, on one line, without its search path and the state of its classes."""
+    while str(error).strip() == "" and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).split("Config search path")[0].split("Search path:")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=")))[:500]

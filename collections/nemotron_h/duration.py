@@ -7,14 +7,20 @@ import re
 from nemotron_h.errors import UserError
 
 
-def seconds_of(duration: str) -> int:
-    """Seconds of `HH:MM:SS` or `D-HH:MM:SS`.
+def seconds_of(duration: str, where: str = "") -> int:
+    """Return the seconds of `HH:MM:SS` or `D-HH:MM:SS`.
 
+    Args:
+        duration: as it was written.
+        where: what stands before the duration in an error, such as `my.yaml: time: `.
     Errors:
-        UserError: another form.
+        UserError: another form, or no time at all.
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d{1,3}):([0-5]\d):([0-5]\d)", str(duration).strip())
-    if not found:
-        raise UserError(f"{duration!r} is not a duration", hint="write HH:MM:SS or D-HH:MM:SS, in quotes")
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    found = re.fullmatch(r"(?:(\d{1,4})-)?(\d{1,3}):([0-5]\d):([0-5]\d)", str(duration).strip(), re.ASCII)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise UserError(
+            f"{where}{duration!r} is {'no time' if found else 'not a duration'}", hint="write HH:MM:SS or D-HH:MM:SS"
+        )
+    return total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from nemotron_h.runtime import quiet
 
 quiet.hush()
@@ -13,7 +15,7 @@ from nemotron_h.compose import compose, factory_of, known_recipes, stage_of  # n
 from nemotron_h.errors import UserError  # noqa: E402
 from nemotron_h.model.stored import is_path  # noqa: E402
 from nemotron_h.runtime import cluster_cli, nemo_cli  # noqa: E402
-from nemotron_h.schema import STAGES, command_of  # noqa: E402
+from nemotron_h.schema import STAGES, command_of, file_of_factory  # noqa: E402
 from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks import run_record  # noqa: E402
 
@@ -35,9 +37,12 @@ def _register(recipe: str) -> None:
 
     def distillation(student: str | None = None, teacher: str | None = None) -> run.Partial:
         """`--factory "NAME(student=runs/CHILD, teacher=runs/PARENT)"`: checkpoints; the student's model is its own."""
-        changes = [f"distill.teacher={teacher}"] if teacher else []
+        changes = [f"distill.teacher={json.dumps(teacher)}"] if teacher else []
         if student:
-            changes += [f"model={student if is_path(student) else f'./{student}'}", f"init.checkpoint={student}"]
+            changes += [
+                f"model={student if is_path(student) else f'./{student}'}",
+                f"init.checkpoint={json.dumps(student)}",
+            ]
         return build(compose(recipe, changes))
 
     made = distillation if stage == "distill" else factory
@@ -56,9 +61,10 @@ def _register_files(command: str) -> None:
 
     def nemotron_h_recipe(path: str) -> run.Partial:
         """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
+        path = file_of_factory(path)
         recipe = compose(path)
         if STAGES.get(recipe.stage) != command:
-            hint = f"run it with: {command_of(recipe, path)}"
+            hint = f"run it with: {command_of(recipe.stage, path)}"
             raise UserError(f"{path} is a recipe of stage {recipe.stage}", hint=hint)
         return BUILDERS[recipe.stage][1](recipe)
 

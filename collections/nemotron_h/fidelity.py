@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.compose import compose, configs_dir, known_recipes
 from nemotron_h.data.blend import load_blend, parse_count
@@ -17,6 +15,7 @@ from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA
 from nemotron_h.provenance import leaves
 from nemotron_h.schema import RecipeConfig
+from nemotron_h.strict_yaml import read_yaml
 
 NOT_PUBLISHED = "not published"
 COUNTS = ("tokens", "optim.warmup_tokens", "optim.decay_tokens")
@@ -76,7 +75,7 @@ class Row:
 @functools.cache
 def published() -> dict[str, Any]:
     """`configs/paper.yaml`: model -> `about` and `values`."""
-    content = OmegaConf.to_container(OmegaConf.load(configs_dir() / "paper.yaml"))
+    content = read_yaml(configs_dir() / "paper.yaml")
     return {name: entry for name, entry in content.items() if not name.startswith(".")}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from nemotron_h.strict_yaml import flat_lines, read_bounded
 
 SCHEMA_DEFAULT = "schema default"
 OVERRIDE = "override"
@@ -53,26 +53,6 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield dotted, value
 
 
-def written_in(text: str) -> dict[str, int]:
-    """Dotted key -> line of every value in a YAML mapping, merge keys (`<<`) resolved, later duplicates winning."""
-    loader = yaml.SafeLoader(text)
-    try:
-        root = loader.get_single_node()
-        return dict(_lines(loader, root, "")) if isinstance(root, yaml.MappingNode) else {}
-    finally:
-        loader.dispose()
-
-
-def _lines(loader: yaml.SafeLoader, node: yaml.MappingNode, prefix: str) -> Iterator[tuple[str, int]]:
-    loader.flatten_mapping(node)
-    for key, value in node.value:
-        dotted = f"{prefix}.{key.value}" if prefix else str(key.value)
-        if isinstance(value, yaml.MappingNode) and value.value:
-            yield from _lines(loader, value, dotted)
-        else:
-            yield dotted, key.start_mark.line + 1
-
-
 def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Origin]:
     """Dotted key -> where the winning value was written; keys that no file writes are absent.
 
@@ -83,7 +63,7 @@ def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Ori
     found: dict[str, Origin] = {}
     for rank, layer in enumerate(layers):
         prefix = f"{layer.package}." if layer.package else ""
-        for key, line in written_in(layer.file.read_text(encoding="utf-8")).items():
+        for key, line in flat_lines(read_bounded(layer.file), str(layer.file)):
             if prefix or key.split(".")[0] not in ("defaults", "hydra"):
                 found[prefix + key] = Origin(rank, layer.file, line)
     return found | {key: Origin(len(layers)) for key in overridden}

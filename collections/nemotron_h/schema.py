@@ -1,10 +1,19 @@
-"""The one vocabulary of recipes: typed, and strict (unknown keys are errors). Imports no torch, NeMo or Megatron."""
+"""The one vocabulary of recipes: typed, and strict (unknown keys are errors, numbers have ranges).
+
+Imports no torch, NeMo or Megatron.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
 
 from omegaconf import MISSING
+
+from nemotron_h.strict import number, within
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
@@ -27,15 +36,25 @@ SCHEDULES = ("cosine", "wsd")
 RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
 BLEND_CHANGES = ("from_step",)
 
+# Ranges are ours: they stop typing errors and what would overflow far from its cause, and leave room for any model.
+#: of counts: 32 bits, as most indices of the libraries below have them
+COUNT = 2**31 - 1
+#: of a layer's sizes
+WIDTH = 2**24
+#: of a vocabulary: four times the largest that is published, about a million
+VOCABULARY = 2**22
+#: of seeds: NumPy's legacy generators take 32 bits, and ranks add to it
+SEED = 2**31 - 1
+
 
 @dataclass
 class ExpectSchema:
     """Counts that the model must have; loading fails when they differ."""
 
-    mamba: int = MISSING
-    attention: int = MISSING
-    ffn: int = MISSING
-    parameters: int = MISSING
+    mamba: int = number(least=0)
+    attention: int = number(least=0)
+    ffn: int = number(least=0)
+    parameters: int = number(least=0)
 
 
 @dataclass
@@ -45,22 +64,22 @@ class ModelSchema:
     name: str = MISSING
     family: str = MISSING
     pattern: str = MISSING
-    hidden_size: int = MISSING
-    vocab_size: int = MISSING
-    ffn_hidden_size: int = 0
-    num_attention_heads: int = 0
-    num_query_groups: int = 0
-    head_dim: int = 0
-    mamba_num_heads: int = 0
-    mamba_head_dim: int = 0
-    mamba_num_groups: int = 0
-    mamba_state_dim: int = 0
-    conv_kernel: int = 0
+    hidden_size: int = number(most=WIDTH)
+    vocab_size: int = number(most=VOCABULARY)
+    ffn_hidden_size: int = number(0, least=0, most=WIDTH)
+    num_attention_heads: int = number(0, least=0, most=WIDTH)
+    num_query_groups: int = number(0, least=0, most=WIDTH)
+    head_dim: int = number(0, least=0, most=WIDTH)
+    mamba_num_heads: int = number(0, least=0, most=WIDTH)
+    mamba_head_dim: int = number(0, least=0, most=WIDTH)
+    mamba_num_groups: int = number(0, least=0, most=WIDTH)
+    mamba_state_dim: int = number(0, least=0, most=WIDTH)
+    conv_kernel: int = number(0, least=0, most=WIDTH)
     position_embedding: str = "none"
-    rope_base: int = 0
-    rope_percent: float = 0.0
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02
+    rope_base: int = number(0, least=0)
+    rope_percent: float = number(0.0, least=0, most=1)
+    norm_epsilon: float = number(1e-5, above=0, most=1)
+    init_std: float = number(0.02, above=0, most=10)
     expect: ExpectSchema = field(default_factory=ExpectSchema)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -84,13 +103,13 @@ class DataSchema:
 
     blend: str = MISSING
     root: str | None = None
-    seq_length: int = MISSING
-    global_batch_size: int = MISSING
-    micro_batch_size: int = 1
-    seed: int = 1234
+    seq_length: int = number(least=1, most=COUNT)
+    global_batch_size: int = number(least=1, most=COUNT)
+    micro_batch_size: int = number(1, least=1, most=COUNT)
+    seed: int = number(1234, least=0, most=SEED)
     document_reset: bool = False
     too_long: str | None = None
-    workers: int = 0
+    workers: int = number(0, least=0, most=1024)
 
 
 @dataclass
@@ -108,16 +127,16 @@ class OptimSchema:
         gradients: `fp32`, or `bf16`: sums of gradients over micro-batches and data-parallel ranks, half as large.
     """
 
-    peak_lr: float = MISSING
-    final_lr: float = MISSING
+    peak_lr: float = number(above=0, most=10)
+    final_lr: float = number(least=0, most=10)
     warmup_tokens: str = MISSING
     schedule: str = "cosine"
     decay_tokens: str | None = None
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
+    beta1: float = number(0.9, least=0, below=1)
+    beta2: float = number(0.95, least=0, below=1)
+    eps: float = number(1e-8, least=0, most=1)
+    weight_decay: float = number(0.1, least=0, most=100)
+    clip_grad: float = number(1.0, least=0, most=1e9)
     moments: str = "fp32"
     gradients: str = "fp32"
 
@@ -126,10 +145,10 @@ class OptimSchema:
 class ParallelSchema:
     """How the model and the batch are split over ranks. Data parallel is what remains of nodes * devices."""
 
-    nodes: int = 1
-    devices: int = 1
-    tensor: int = 1
-    pipeline: int = 1
+    nodes: int = number(1, least=1, most=2**20)
+    devices: int = number(1, least=1, most=2**20)
+    tensor: int = number(1, least=1, most=2**20)
+    pipeline: int = number(1, least=1, most=2**20)
     sequence: bool = False
     distributed_optimizer: bool = True
 
@@ -146,9 +165,9 @@ class PrecisionOptionsSchema:
         measured_steps: steps, from 1, at which every FP8 operand's amax, underflow and saturation are measured.
     """
 
-    bf16_edge_layers: int = 2
+    bf16_edge_layers: int = number(2, least=0, most=WIDTH)
     fp8_backend: str = "auto"
-    measured_steps: list[int] = field(default_factory=list)
+    measured_steps: list[int] = field(default_factory=list, metadata=within(most=COUNT))
 
 
 @dataclass
@@ -201,9 +220,9 @@ class PreferenceSchema:
     """
 
     loss: str = MISSING
-    beta: float = 0.2
-    gt_reward_scale: float = 1.0
-    reward_gap: float | None = None
+    beta: float = number(0.2, most=1e6)
+    gt_reward_scale: float = number(1.0, least=-1e6, most=1e6)
+    reward_gap: float | None = number(None, least=-1e6, most=1e6)
 
 
 @dataclass
@@ -221,9 +240,9 @@ class AdapterSchema:
     """
 
     kind: str = "none"
-    rank: int = 0
-    alpha: float = 0.0
-    dropout: float = 0.0
+    rank: int = number(0, most=WIDTH)
+    alpha: float = number(0.0, most=1e6)
+    dropout: float = number(0.0, most=1)
     targets: list[str] = field(default_factory=list)
 
 
@@ -247,13 +266,13 @@ class DistillSchema:
     """
 
     teacher: str | None = None
-    temperature: float = 1.0
+    temperature: float = number(1.0, most=1e6)
     reverse: bool = False
-    kl_weight: float = 1.0
-    lm_weight: float = 0.0
-    hidden_weight: float = 0.0
-    hidden_layers: list[list[int]] = field(default_factory=list)
-    top_k: int | None = None
+    kl_weight: float = number(1.0, least=0, most=1e6)
+    lm_weight: float = number(0.0, least=0, most=1e6)
+    hidden_weight: float = number(0.0, least=0, most=1e6)
+    hidden_layers: list[list[int]] = field(default_factory=list, metadata=within(most=COUNT))
+    top_k: int | None = number(None, most=VOCABULARY)
     teacher_logits: str | None = None
 
 
@@ -268,8 +287,8 @@ class CheckpointSchema:
             Null is no limit: SIGTERM and SIGUSR1 do the same where the scheduler announces the end.
     """
 
-    every_steps: int = MISSING
-    keep: int = 2
+    every_steps: int = number(least=1, most=COUNT)
+    keep: int = number(2, least=-1, most=COUNT)
     leave_after: str | None = None
 
 
@@ -286,9 +305,9 @@ class LogSchema:
     """
 
     dir: str = "runs"
-    every_steps: int = 10
-    validate_every_steps: int = MISSING
-    validation_batches: int = MISSING
+    every_steps: int = number(10, least=1, most=COUNT)
+    validate_every_steps: int = number(least=1, most=COUNT)
+    validation_batches: int = number(least=0, most=COUNT)
     tensorboard: bool = True
 
 
@@ -303,14 +322,14 @@ class GridSchema:
         hidden_size, mamba_num_heads, mamba_head_dim: further widths, as Minitron-SSM (2504.11409) prunes them.
     """
 
-    attention: list[int] = field(default_factory=list)
-    mamba: list[int] = field(default_factory=list)
-    ffn: list[int] = field(default_factory=list)
-    depth: list[int] = field(default_factory=list)
-    ffn_hidden_size: list[int] = field(default_factory=list)
-    hidden_size: list[int] = field(default_factory=list)
-    mamba_num_heads: list[int] = field(default_factory=list)
-    mamba_head_dim: list[int] = field(default_factory=list)
+    attention: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    mamba: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    ffn: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    depth: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    ffn_hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    mamba_num_heads: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    mamba_head_dim: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
 
 
 @dataclass
@@ -327,15 +346,15 @@ class BudgetSchema:
         speedup_by: `modelled` (bytes that a token reads: weights, keys and values, states), or `measured` here.
     """
 
-    memory_gib: float | None = None
+    memory_gib: float | None = number(None, above=0, most=1e9)
     parameters: str | None = None
     least_parameters: str | None = None
-    context: int | None = None
-    sequences: int = 1
+    context: int | None = number(None, least=1, most=COUNT)
+    sequences: int = number(1, least=1, most=COUNT)
     weights: str = "bf16"
     kv_cache: str = "bf16"
     states: str = "fp32"
-    speedup: float | None = None
+    speedup: float | None = number(None, above=0, most=1e6)
     speedup_by: str = "modelled"
 
 
@@ -364,8 +383,8 @@ class MiniPuzzleSchema:
     """
 
     parent: str = MISSING
-    layer_samples: int = MISSING
-    neuron_samples: int = MISSING
+    layer_samples: int = number(least=1, most=COUNT)
+    neuron_samples: int = number(least=1, most=COUNT)
     layer_metric: str = "mse"
     aggregation: str = "mean_l2"
     order: str = "importance"
@@ -373,9 +392,9 @@ class MiniPuzzleSchema:
     budget: BudgetSchema = field(default_factory=BudgetSchema)
     score_tokens: str = MISSING
     rank: str = "sum"
-    keep: int = MISSING
+    keep: int = number(least=1, most=COUNT)
     evaluate: str | None = None
-    short: int = MISSING
+    short: int = number(least=1, most=COUNT)
     short_tokens: str = MISSING
     start: str = "pruned"
 
@@ -403,7 +422,7 @@ class RecipeConfig:
     stage: str = MISSING
     tokens: str = MISSING
     precision: str = MISSING
-    init_seed: int = 1234
+    init_seed: int = number(1234, least=0, most=SEED)
     model: ModelSchema = field(default_factory=ModelSchema)
     data: DataSchema = field(default_factory=DataSchema)
     optim: OptimSchema = field(default_factory=OptimSchema)
@@ -422,8 +441,20 @@ class RecipeConfig:
     sources: dict[str, str] = field(default_factory=dict)
 
 
-def command_of(recipe: RecipeConfig, path: object) -> str:
-    """The command that runs a recipe's file."""
-    if recipe.stage in PIPELINES:
-        return f"nemotron-h {PIPELINES[recipe.stage]} {path}"
-    return f'nemo llm {STAGES[recipe.stage]} --factory "nemotron_h_recipe(path={path})" --yes'
+def factory_of_file(path: object) -> str:
+    """Return the `--factory` of a recipe's file; what separates a factory's arguments is written as in URLs."""
+    return f"nemotron_h_recipe(path={str(path).replace('%', '%25').replace(',', '%2C')})"
+
+
+def file_of_factory(path: str) -> str:
+    """Return the file that a `--factory` names, as a person or `factory_of_file` wrote it."""
+    return path if Path(path).expanduser().is_file() else unquote(path)
+
+
+def command_of(stage: str, path: object) -> str:
+    """Return the shell command that runs a recipe's file of this stage."""
+    if stage in PIPELINES:
+        return f"nemotron-h {PIPELINES[stage]} {shlex.quote(str(path))}"
+    factory = factory_of_file(path)
+    quoted = shlex.quote(factory) if re.search(r'["$`\\!]', factory) else f'"{factory}"'
+    return f"nemo llm {STAGES[stage]} --factory {quoted} --yes"

@@ -1,13 +1,21 @@
-"""Typed, strict reading of YAML: an unknown key or name is an error that suggests the nearest known one."""
+"""Typed, strict reading: an unknown key or name is an error that suggests the nearest known one, every number is finite
+and in the range that its field states, every name can be a folder's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+import functools
+import math
+import re
+import typing
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from nemotron_h.errors import UserError
@@ -32,19 +40,110 @@ def check_one_of(key: str, value: str, allowed: Iterable[str], where: str = "") 
         raise UserError(f"{where}{key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
 
 
-def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) -> T:
+#: ours: letters of names that become a folder's or a file's; 100 of them leave room for what is added to a name
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+#: ours: the text that interpolations may make of a file
+_MAX_INTERPOLATED = 2**22
+
+
+def is_name(text: str) -> bool:
+    """Return True for a text that can name a folder: letters, digits, `_ . -`, no path."""
+    return bool(_NAME.fullmatch(text))
+
+
+def check_name(key: str, value: str, where: str = "") -> None:
+    """Refuse a name that is no name (`is_name`): a path would be written somewhere else.
+
+    Errors:
+        UserError: names key and value after `where`.
+    """
+    if not is_name(value):
+        shown = repr(value) if len(value) <= 60 else f"{value[:50]!r}... ({len(value):,} characters)"
+        raise UserError(
+            f"{where}{key}{' = ' if key else ''}{shown} is not a name",
+            hint="use letters, digits, _ . - (the first a letter or digit, 100 at most): a folder is named after it",
+        )
+
+
+def check_folder(key: str, value: str, where: str = "") -> None:
+    """Refuse a folder that can be none: no text, control characters, a file in its way.
+
+    Errors:
+        UserError: names key and value after `where`.
+    """
+    if not value.strip() or re.search(r"[\x00-\x1f\x7f]", value) or len(value) > 1000:
+        raise UserError(f"{where}{key} = {value[:60]!r} is not a folder", hint="write a path, such as runs")
+    path = Path(value).expanduser()
+    there = next((parent for parent in (path, *path.parents) if parent.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{where}{key} = {value!r}: {there} is a file", hint="name a folder, or one that can be made")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which values a number may have.
+
+    Attributes:
+        least, most: smallest and largest, themselves included.
+        above, below: limits that are not reached.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def problem(self, value: float) -> str:
+        """Return what is wrong with a number, or an empty text."""
+        if not isinstance(value, int) and not math.isfinite(value):
+            return "is not a finite number"
+        outside = (
+            ("below", self.least, self.least is not None and value < self.least),
+            ("above", self.most, self.most is not None and value > self.most),
+            ("not above", self.above, self.above is not None and value <= self.above),
+            ("not below", self.below, self.below is not None and value >= self.below),
+        )
+        return next((f"is {word} {_shown(limit)}" for word, limit, wrong in outside if wrong), "")
+
+    def __str__(self) -> str:
+        limits = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
+        return ", ".join(f"{word} {_shown(limit)}" for word, limit in limits if limit is not None)
+
+
+def _shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
+
+
+#: of numbers that state no range
+FINITE = Range(least=-1.7e308, most=1.7e308)
+
+
+def within(**limits: float) -> dict[str, Range]:
+    """Return a dataclass field's metadata with the range of its numbers, which `typed` checks; limits as of `Range`."""
+    return {"range": Range(**limits)}
+
+
+def number(default: Any = MISSING, **limits: float) -> Any:
+    """Return a dataclass field of a number `within` limits; without a default it has to be written."""
+    return field(default=default, metadata=within(**limits))
+
+
+def typed(schema: type[T] | T, written: DictConfig | dict[str, Any], origin: str) -> T:
     """Merge what was written into the schema's defaults and check every type.
 
     Args:
         schema: a dataclass, nested as deep as wanted; fields without a default are `MISSING`, those with the metadata
-            `omegaconf_ignore` cannot be written.
+            `omegaconf_ignore` cannot be written. An instance gives the defaults.
         written: the keys that were given.
         origin: the file or recipe to name in an error.
     Errors:
-        UserError: unknown key (with the nearest), wrong type, or a missing value, naming key and origin.
+        UserError: unknown key (with the nearest), wrong type, a number out of its range, or a missing value, naming
+            key and origin.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written))  # type: ignore[return-value]
+        written = written if isinstance(written, DictConfig) else OmegaConf.create(written)
+        check_interpolations(written, origin)
+        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written))
     except ConfigKeyError as error:
         fields = dataclasses.fields(error.object_type) if dataclasses.is_dataclass(error.object_type) else ()
         known = [f.name for f in fields if not f.metadata.get("omegaconf_ignore")]
@@ -55,4 +154,123 @@ def typed(schema: type[T], written: DictConfig | dict[str, Any], origin: str) ->
     except MissingMandatoryValue as error:
         raise UserError(f"{origin}: {error.full_key} is missing", hint="write a value for it in the recipe") from error
     except OmegaConfBaseException as error:
-        raise UserError(f"{origin}: {error.full_key or 'value'}: {str(error).splitlines()[0]}") from error
+        key = error.full_key or (culprit(schema, written) if isinstance(written, DictConfig) else "")
+        raise UserError(f"{origin}: {key or 'value'}: {_first_line(error)}") from error
+    for key, entry, allowed in numbers(value):
+        check_number(key, entry, allowed, f"{origin}: ")
+    return value  # type: ignore[return-value]
+
+
+def check_number(key: str, value: Any, allowed: Range, where: str = "") -> None:
+    """Refuse what is no number, or none of a range.
+
+    Errors:
+        UserError: names key and value after `where`, and the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}{key}: {value!r} is not a number")
+    if problem := allowed.problem(value):
+        hint = f"write a number for {key}" if allowed is FINITE else f"{key} has to be {allowed}"
+        raise UserError(f"{where}{key} = {str(value)[:60]} {problem}", hint=hint)
+
+
+def ranges(schema: type, prefix: str = "") -> dict[str, Range]:
+    """Return the ranges that a dataclass and those in it state, by dotted key."""
+    found: dict[str, Range] = {}
+    for each in dataclasses.fields(schema):
+        annotation = _hints(schema)[each.name]
+        parts = [part for part in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(part)]
+        if parts:
+            found |= ranges(parts[0], f"{prefix}{each.name}.")
+        elif "range" in each.metadata:
+            found[f"{prefix}{each.name}"] = each.metadata["range"]
+    return found
+
+
+def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
+    """Yield dotted key, value and range of what the fields of a dataclass instance say are numbers, nested ones too.
+
+    Values that are None are left out.
+    """
+    for each in dataclasses.fields(value):
+        if not each.metadata.get("omegaconf_ignore"):
+            allowed = each.metadata.get("range", FINITE)
+            of_numbers = "range" in each.metadata or _is_number(_hints(type(value))[each.name])
+            yield from _numbers(getattr(value, each.name), f"{prefix}{each.name}", allowed, of_numbers)
+
+
+def _numbers(value: Any, key: str, allowed: Range, of_numbers: bool) -> Iterator[tuple[str, Any, Range]]:
+    if dataclasses.is_dataclass(value):
+        yield from numbers(value, f"{key}.")
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _numbers(entry, f"{key}.{name}", allowed, of_numbers)
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _numbers(entry, f"{key}[{index}]", allowed, of_numbers)
+    elif isinstance(value, float) or (of_numbers and value is not None):
+        yield key, value, allowed
+
+
+@functools.cache
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _is_number(annotation: Any) -> bool:
+    """Return True for int, float, and optional ones, lists and mappings of them."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict:
+        return _is_number(parts[1])
+    if parts:
+        return all(part is type(None) or _is_number(part) for part in parts)
+    return annotation in (int, float)
+
+
+def culprit(schema: Any, written: DictConfig) -> str:
+    """Return the dotted key that alone cannot be merged into a schema; empty where there is none."""
+
+    def fails(path: list[str], value: Any) -> bool:
+        for key in reversed(path):
+            value = {key: value}
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), value)
+        except OmegaConfBaseException:
+            return True
+        return False
+
+    path: list[str] = []
+    content = OmegaConf.to_container(written, resolve=False)
+    while isinstance(content, dict):
+        key = next((key for key, value in content.items() if fails([*path, key], value)), None)
+        if key is None:
+            break
+        path.append(key)
+        content = content[key]
+    return ".".join(path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def check_interpolations(written: DictConfig, origin: str) -> None:
+    """Refuse interpolations (`${optim.peak_lr}`) that could multiply to more text than a file is allowed to be.
+
+    The bound is that of a chain in which each value names the next as often as it can; `${oc.env:NAME}` names none.
+
+    Errors:
+        UserError: names the origin.
+    """
+    texts = [text for text in _texts(OmegaConf.to_container(written, resolve=False)) if text]
+    chain = math.prod(1 + re.sub(r"\$\{oc\.env:[^{}]*\}", "", text).count("${") for text in texts)
+    if chain > 1 and chain * max(map(len, texts)) > _MAX_INTERPOLATED:
+        raise UserError(f"{origin}: too many interpolations (${{...}})", hint="write the values out")
+
+
+def _texts(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for entry in content.values() if isinstance(content, dict) else content:
+            yield from _texts(entry)

@@ -66,7 +66,7 @@ BAD = {
         format="jsonnl"
     ),
     "sources.web: give exactly one of path and fetch": lambda c: c["sources"]["web"].pop("path"),
-    "sources.web.validation: 1.5 is not a share": lambda c: c["sources"]["web"].update(validation=1.5),
+    "sources.web.validation = 1.5 is not below 1": lambda c: c["sources"]["web"].update(validation=1.5),
     "sources.web.weight": lambda c: c["sources"]["web"].update(weight=-1),
     "weights.wikki: no source has this category. Did you mean wiki": lambda c: c["phases"][0]["weights"].update(
         wikki=1

@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_h.compose import compose, recipes_dir, trace
 from nemotron_h.errors import UserError
-from nemotron_h.provenance import written_in
+from nemotron_h.strict_yaml import flat_lines
 
 OWN = """\
 # @package _global_
@@ -75,8 +75,8 @@ def test_a_source_does_not_outlive_its_value(own: Path) -> None:
 def test_lines_of_merge_keys_flow_mappings_and_dotted_names() -> None:
     text = "a: &a\n  x: 1\n  y: {z: 2}\nb:\n  <<: *a\n  x: 3\nsources:\n  a.x: here\nc: {}\nd: [1,\n 2]\n"
     lines = {"a.x": 2, "a.y.z": 3, "b.y.z": 3, "b.x": 6, "sources.a.x": 8, "c": 9, "d": 10}
-    assert written_in(text) == lines
-    assert written_in("# nothing\n") == {}
+    assert dict(flat_lines(text, "a.yaml")) == lines
+    assert list(flat_lines("# nothing\n", "a.yaml")) == []
 
 
 def test_a_yml_file_and_an_unknown_source_are_errors(tmp_path: Path, own: Path) -> None:

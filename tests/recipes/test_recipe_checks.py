@@ -49,7 +49,7 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["distill.temperature=2"], ("distill is unused: stage is pretrain",)),
         (DISTILL, ["distill.teacher=null"], ("distill.teacher is missing", "a run's folder")),
         (DISTILL, ["distill.temperature=0"], ("distill.temperature = 0.0 is not positive", "the paper's is 1")),
-        (DISTILL, ["distill.lm_weight=-1"], ("distill.lm_weight = -1.0 is negative",)),
+        (DISTILL, ["distill.lm_weight=-1"], ("distill.lm_weight = -1.0 is below 0",)),
         (DISTILL, ["distill.kl_weight=0"], ("nothing would be learnt",)),
         (DISTILL, ["distill.top_k=9000"], ("distill.top_k = 9000 is not between 1", "8,192")),
         (
@@ -116,12 +116,12 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         ),
         # ranges
         (TINY, ["data.global_batch_size=0"], ("data.global_batch_size = 0 is below 1",)),
-        (TINY, ["parallel.tensor=0"], ("parallel.tensor = 0 is below 1", "set parallel.tensor to 1")),
-        (TINY, ["optim.beta2=1"], ("optim.beta2 = 1.0 is not in [0, 1)",)),
+        (TINY, ["parallel.tensor=0"], ("parallel.tensor = 0 is below 1", "parallel.tensor has to be at least 1")),
+        (TINY, ["optim.beta2=1"], ("optim.beta2 = 1.0 is not below 1",)),
         (TINY, ["checkpoint.keep=0"], ("checkpoint.keep = 0",)),
         # schedule
         (TINY, ["optim.warmup_tokens=1M"], ("optim.warmup_tokens (1,000,000) is not shorter than the run (655,360",)),
-        (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is not between 0 and optim.peak_lr", "3e-05")),
+        (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is above optim.peak_lr", "3e-05")),
         (TINY, ["tokens=1.5"], ("tokens: '1.5' is not a token count",)),
         (NANO, ["optim.decay_tokens=null"], ("optim.decay_tokens is missing", "3.6T")),
         (NANO, ["optim.decay_tokens=20T"], ("are longer than the run", "decay for 19,975,000,000,000 tokens or less")),

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_h.cluster.schema import KINDS, Cluster, KubernetesCluster, SlurmCluster
 from nemotron_h.duration import seconds_of
 from nemotron_h.errors import UserError
 from nemotron_h.strict import nearest, typed
+from nemotron_h.strict_yaml import parse_settings, read_config
 
 GPU_REQUESTS = ("gpus_per_node", "gres", "none")
 
@@ -45,16 +44,13 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
             raise UserError(
                 f"there is no cluster file {path}", hint=f"Known: {', '.join(KINDS)}; or the path of a file"
             )
-    written = _read(path)
+    written = read_config(path)
     kind = written.get("kind")
     if kind not in KINDS:
         hint = f"{nearest(str(kind), KINDS)}Known: {', '.join(KINDS)}."
         raise UserError(f"{path}: kind = {kind!r}", hint=hint)
-    base = _read(shipped_dir() / f"{kind}.yaml")
-    try:
-        given = OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"executor.{list(overrides)}: {error}") from error
+    base = read_config(shipped_dir() / f"{kind}.yaml")
+    given = parse_settings(overrides, "executor")
     _known(kind, written, str(path))
     _known(kind, given, "executor")
     merged = OmegaConf.merge(base, written, given)
@@ -68,16 +64,6 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
     cluster = typed(KINDS[kind], merged, str(path))
     _check(cluster, str(path))
     return cluster
-
-
-def _read(path: Path) -> DictConfig:
-    try:
-        read = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: {error}") from error
-    if not isinstance(read, DictConfig):
-        raise UserError(f"{path} is not a mapping of keys")
-    return read
 
 
 def _known(kind: str, written: DictConfig, origin: str) -> None:
@@ -104,10 +90,7 @@ def _check(cluster: Cluster, origin: str) -> None:
         raise UserError(f"{origin}: chain = {cluster.chain}", hint="write the number of jobs, at least 1")
     if cluster.mounts and not cluster.container:
         raise UserError(f"{origin}: mounts without a container", hint="set container to an image, or remove mounts")
-    try:
-        limit = seconds_of(cluster.time)
-    except UserError as error:
-        raise UserError(f"{origin}: time: {error.message}", hint=error.hint) from error
+    limit = seconds_of(cluster.time, f"{origin}: time: ")
     if cluster.leave_before_end >= limit:
         raise UserError(
             f"{origin}: leave_before_end = {cluster.leave_before_end} s, the whole job has {limit} s (time)",

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import yaml
 from rich.console import Console
 
 from nemotron_h.comparison.runs import Comparison
@@ -14,6 +13,7 @@ from nemotron_h.errors import UserError
 from nemotron_h.provenance import leaves
 from nemotron_h.schema import RecipeConfig
 from nemotron_h.strict import typed
+from nemotron_h.strict_yaml import read_config
 from nemotron_h.training import launch
 from nemotron_h.training.launch import Run
 
@@ -34,7 +34,7 @@ def train(comparison: Comparison, console: Console, at_once: int = 1) -> None:
     for number, run in enumerate(comparison.runs, 1):
         title = f"run {number} of {len(comparison.runs)}: {run.name}"
         if launch.is_finished(run, comparison.steps):
-            console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True)
+            console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True, markup=False)
             continue
         launch.train(run, title, comparison.steps, console)
 
@@ -48,7 +48,7 @@ def check_same(run: Run) -> None:
     if not run.recipe_file.is_file():
         return
     # typed: a key that a later release added has its default
-    written = typed(RecipeConfig, yaml.safe_load(run.recipe_file.read_text()), str(run.recipe_file))
+    written = typed(RecipeConfig, read_config(run.recipe_file), str(run.recipe_file))
     there, now = (dict(leaves(dataclasses.asdict(recipe))) for recipe in (written, run.recipe))
     changed = [
         f"{key}: {there.get(key)} there, {now.get(key)} now"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from nemotron_h.comparison.gap import Curve, read_losses, train_curve, validatio
 from nemotron_h.comparison.runs import Comparison
 from nemotron_h.data.show import short_count
 from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
+from nemotron_h.text_files import read_json
 
 
 class OverPairs(NamedTuple):
@@ -135,7 +135,7 @@ def read_casts(folder: Path) -> list[dict[str, Any]]:
     """What a run's processes measured, by step. NeMo moves the files of earlier ones to `run_0`, `run_1` and so on."""
     by_step: dict[int, list[dict[str, Any]]] = {}
     for file in sorted(folder.rglob(CAST_STATISTICS), key=lambda file: file.stat().st_mtime):
-        rows = json.loads(file.read_text())
+        rows = read_json(file)
         by_step |= {step: [row for row in rows if row["step"] == step] for step in {row["step"] for row in rows}}
     return [row for _, rows in sorted(by_step.items()) for row in rows]
 

@@ -54,4 +54,4 @@ def minipuzzle(
         if stage in (None, title):
             seconds = f"{state.seconds:,.0f}" if state.seconds else ""
             table.add_row(title, state.word, seconds, state.result or state.why)
-    console.print(table)
+    console.print(table, markup=False)

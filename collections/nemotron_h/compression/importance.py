@@ -29,6 +29,7 @@ from nemotron_h.inference.checkpoint import read_definition
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.model.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
 from nemotron_h.schema import AGGREGATIONS, METRICS, ORDERS
+from nemotron_h.text_files import read_json_object
 
 VALUES, RECORD = "importance.safetensors", "importance.json"
 FILES = (RECORD, VALUES)
@@ -163,7 +164,7 @@ class Importance:
         """
         again = "measure the importance again"
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            record = read_json_object(folder / RECORD)
             found, sha = read_definition(record, str(folder / RECORD)), record["sha256"]
             if record["aggregations"] != list(AGGREGATIONS):
                 raise UserError(f"{folder / RECORD} is of another version: {record['aggregations']}", hint=again)

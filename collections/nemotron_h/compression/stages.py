@@ -23,6 +23,7 @@ from nemotron_h.data.manifest import write_json
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
 from nemotron_h.strict import nearest
+from nemotron_h.text_files import read_json_object
 
 RECORD = "stage.json"
 BEGUN = "begun.json"
@@ -229,9 +230,9 @@ def content_digest(checkpoint: Path) -> str:
     from nemotron_h.training import checkpoints
 
     try:
-        listed = json.loads((checkpoint / checkpoints.INTEGRITY).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a finished checkpoint: {error}") from error
+        listed = read_json_object(checkpoint / checkpoints.INTEGRITY)
+    except UserError as error:
+        raise UserError(f"{checkpoint} is not a finished checkpoint: {error.message}") from error
     weights = {name: entry for name, entry in listed.items() if name.endswith(".distcp")}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 
@@ -248,12 +249,12 @@ def differences(before: Inputs, now: Inputs) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}", hint=f"remove {path.parent} and run again") from error
+    try:
+        return read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error.message}: damaged", hint=f"remove {path.parent} and run again") from error
 
 
 def _minutes(seconds: float) -> str:

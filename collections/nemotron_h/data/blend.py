@@ -17,12 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from nemotron_h.errors import UserError
-from nemotron_h.strict import nearest, typed
+from nemotron_h.schema import COUNT, SEED, VOCABULARY
+from nemotron_h.strict import is_name, nearest, number, typed, within
+from nemotron_h.strict_yaml import read_config
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")
@@ -36,14 +34,17 @@ SUM_TOLERANCE = 0.05
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?)\s*([KMBT]?)", re.IGNORECASE)
-_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+#: what preparation writes beside the folders of sources
+_RESERVED = ("tokenizer", "manifest.json", "chat_template.jinja")
+#: ours: more tokens than there is text, and less than 64 bits
+_MOST_TOKENS = 10**18
 
 
 def parse_count(value: int | float | str) -> int:
     """A token count from `15T`, `380B`, `5M`, `8k` or a plain number (decimal units: T = 1e12).
 
     Raises:
-        ValueError: when `value` is none of these, is not positive, or is not a whole number of tokens.
+        ValueError: when `value` is none of these, is not positive, is above 10^18, or is not a whole number of tokens.
     """
     if isinstance(value, bool):
         raise ValueError(f"{value!r} is not a token count")
@@ -51,8 +52,9 @@ def parse_count(value: int | float | str) -> int:
     count = float(match[1]) * _UNITS[match[2].upper()] if match else math.nan
     if isinstance(value, int | float):
         count = float(value)
-    if not (math.isfinite(count) and count > 0 and abs(count - round(count)) <= 1e-9 * count):
-        raise ValueError(f"{value!r} is not a token count: write for instance 15T, 380B, 5M or 250000")
+    if not (0 < count <= _MOST_TOKENS and abs(count - round(count)) <= 1e-9 * count):
+        shown = repr(value) if len(str(value)) <= 40 else f"{str(value)[:40]}..."
+        raise ValueError(f"{shown} is not a token count: write for instance 15T, 380B, 5M or 250000")
     return round(count)
 
 
@@ -91,9 +93,9 @@ class Extend:
 
     tokens: Any = None
     min_tokens: Any = None
-    related: int = 4
-    references: int = 8
-    seed: int = 1234
+    related: int = number(4, least=0, most=COUNT)
+    references: int = number(8, least=0, most=COUNT)
+    seed: int = number(1234, least=0, most=SEED)
 
 
 @dataclass
@@ -139,17 +141,17 @@ class Source:
     join: str = "\n\n"
     split_on: str = ""
     licence: str = ""
-    validation: float = 0.01
+    validation: float = number(0.01, least=0, below=1)
     validation_path: str = ""
-    weight: float = 1.0
-    max_epochs: float = 4.0
+    weight: float = number(1.0, above=0, most=1e12)
+    max_epochs: float = number(4.0, above=0, most=1e12)
     deduplicate: bool = False
-    max_bad: float = 0.02
+    max_bad: float = number(0.02, least=0, most=1)
     stands_for: str = ""
 
     def paths(self) -> list[str]:
         """`path` as a list."""
-        return [str(p) for p in self.path] if isinstance(self.path, list) else [str(self.path)] if self.path else []
+        return [str(path) for path in _list(self.path)] if self.path else []
 
     def settings_hash(self) -> str:
         """sha256 of what decides the source's documents, besides the content of its files: not where they lie, not
@@ -188,10 +190,10 @@ class Tokenizer:
     path: str = ""
     fetch: Fetch | None = None
     blend: str = ""
-    vocab_size: int = 8192
+    vocab_size: int = number(8192, least=1, most=VOCABULARY)
     train_on: list[str] = field(default_factory=list)
     train_bytes: Any = "4M"
-    num_special_tokens: int = 1000
+    num_special_tokens: int = number(1000, least=0, most=VOCABULARY)
     pattern: str = ""
 
     def is_trained(self) -> bool:
@@ -209,7 +211,7 @@ class Until:
         last_tokens: the phase ends where the last so many tokens of the run begin (`380B`).
     """
 
-    fraction: float | None = None
+    fraction: float | None = number(None, above=0, below=1)
     tokens: Any = None
     last_tokens: Any = None
 
@@ -232,7 +234,7 @@ class Phase:
     """
 
     name: str = ""
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict, metadata=within(least=0, most=1e12))
     until: Until | None = None
     normalize: bool = False
 
@@ -313,6 +315,15 @@ class Blend:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _name_problems(key: str, name: str) -> Iterator[str]:
+    if not is_name(name):
+        yield f"{key}: {name[:60]!r} is not a name (letters, digits, _ . -, at most 100)"
+
+
 def available_blends() -> dict[str, Path]:
     """Name -> file of the blends that ship with the package."""
     folder = importlib.resources.files("nemotron_h.data_blends")
@@ -337,15 +348,7 @@ def load_blend(name_or_path: str | Path) -> Blend:
             f"{nearest(str(name_or_path), shipped)}Shipped blends: {', '.join(shipped) or 'none'}. "
             "Or give the path of a YAML file.",
         )
-    try:
-        written = OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8")))
-        if not isinstance(written, DictConfig):
-            raise UserError(f"{path}: a blend is a mapping of name, tokenizer, sources and phases")
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    blend = typed(Blend, written, str(path))
+    blend = typed(Blend, read_config(path), str(path))
     problems = list(_problems(blend))
     blend.path = str(path.resolve())
     if problems:
@@ -355,8 +358,7 @@ def load_blend(name_or_path: str | Path) -> Blend:
 
 def _problems(blend: Blend) -> Iterator[str]:
     """What contradicts itself in a blend, each as one line naming the key."""
-    if not _NAME.fullmatch(blend.name):
-        yield f"name: {blend.name!r} is not a name (lower case letters, digits, _ . -)"
+    yield from _name_problems("name", blend.name)
     if not blend.sources:
         yield "sources: a blend needs at least one"
     if not blend.phases:
@@ -376,6 +378,8 @@ def _tokenizer_problems(blend: Blend) -> Iterator[str]:
         yield "tokenizer: give one of path, fetch and blend"
     if tokenizer.kind != "bpe" and not (tokenizer.path or tokenizer.fetch or tokenizer.blend):
         yield f"tokenizer: kind {tokenizer.kind} needs a path, a fetch or a blend"
+    if tokenizer.blend:
+        yield from _name_problems("tokenizer.blend", tokenizer.blend)
     for name in tokenizer.train_on:
         if name not in blend.sources:
             yield f"tokenizer.train_on: no source {name!r}"
@@ -419,9 +423,6 @@ def _extend_problems(key: str, source: Source) -> Iterator[str]:
     yield from problems
     if not problems and extend.min_tokens and parse_count(extend.min_tokens) > parse_count(extend.tokens):
         yield f"{key}.extend.min_tokens: {extend.min_tokens} is more than tokens, {extend.tokens}"
-    for name in ("related", "references"):
-        if getattr(extend, name) < 0:
-            yield f"{key}.extend.{name}: {getattr(extend, name)} is negative"
 
 
 def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:
@@ -438,20 +439,17 @@ def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:
 
 
 def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
-    if not _NAME.fullmatch(name):
-        yield f"{key}: {name!r} is not a name (lower case letters, digits, _ . -)"
+    yield from _name_problems(key, name)
+    if name.lower() in _RESERVED:
+        yield f"{key}: a source cannot be named {name}: preparation writes something else there"
+    if not (source.path is None or all(isinstance(path, str) for path in _list(source.path))):
+        yield f"{key}.path: {source.path!r} is neither a path nor a list of paths"
     if not source.category:
         yield f"{key}.category: missing"
     if source.format not in FORMATS:
         yield f"{key}.format: {source.format!r} is none of {', '.join(FORMATS)}. {nearest(source.format, FORMATS)}"
     if bool(source.paths()) == bool(source.fetch):
         yield f"{key}: give exactly one of path and fetch"
-    if not 0 <= source.validation < 1:
-        yield f"{key}.validation: {source.validation} is not a share in [0, 1)"
-    if not (source.weight > 0 and math.isfinite(source.weight)):
-        yield f"{key}.weight: {source.weight} is not a positive number"
-    if not source.max_epochs > 0:
-        yield f"{key}.max_epochs: {source.max_epochs} is not a positive number"
     if source.split_on and source.format != "text":
         yield f"{key}.split_on: only for format text"
     if source.format == "megatron":
@@ -471,13 +469,13 @@ def _phase_problems(blend: Blend) -> Iterator[str]:
     categories = {source.category for source in blend.sources.values()}
     used: set[str] = set()
     names = [phase.name for phase in blend.phases]
-    for number, phase in enumerate(blend.phases):
-        key, last = f"phases[{number}]", number == len(blend.phases) - 1
+    for index, phase in enumerate(blend.phases):
+        key, last = f"phases[{index}]", index == len(blend.phases) - 1
         if not phase.name or names.count(phase.name) > 1:
             yield f"{key}.name: {phase.name!r} is missing or used twice"
+        elif not phase.name.isprintable() or len(phase.name) > 100:
+            yield f"{key}.name: {phase.name[:60]!r} cannot be shown on one line"
         for category, weight in phase.weights.items():
-            if not (weight >= 0 and math.isfinite(weight)):
-                yield f"{key}.weights.{category}: {weight} is not a weight"
             if category not in categories:
                 yield f"{key}.weights.{category}: no source has this category. {nearest(category, categories)}"
             elif weight > 0:
@@ -506,10 +504,7 @@ def _until_problems(key: str, until: Until | None, last: bool) -> Iterator[str]:
             f", not {', '.join(given)}" if given else ""
         )
         return
-    if given[0] == "fraction":
-        if not 0 < until.fraction < 1:
-            yield f"{key}.fraction: {until.fraction} is not in (0, 1)"
-    else:
+    if given[0] != "fraction":
         yield from _count_problems(f"{key}.{given[0]}", getattr(until, given[0]))
 
 

@@ -87,7 +87,7 @@ def show(
         from nemotron_h.data.draw import draw
 
         draw(view, png)
-        console.print(f"Wrote {png}", soft_wrap=True)
+        console.print(f"Wrote {png}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -155,7 +155,7 @@ class BlendDataModule(PreparedDataModule):
     Validation uses a fixed list of windows of the validation splits, always in the same order: independent of the
     training state, the seed, and the run's length. Its shares are the mean of all phases' shares, so that every
     category is seen, those of the late phases too. `limit_val_batches` of the trainer is its length in global
-    batches; 1.0 means about as many windows as the validation splits have.
+    batches, at most as many as the validation splits have windows for; 1.0 means about that many.
 
     Args:
         blend: name of a shipped blend, or path of a YAML file.
@@ -345,7 +345,10 @@ class BlendDataModule(PreparedDataModule):
         if text.left_out:
             names = ", ".join(text.left_out)
             say(f"Data: validation leaves out {names}: less text than a window of {self.seq_length:,}")
-        limit = self.trainer.limit_val_batches
+        limit, whole = self.trainer.limit_val_batches, max(1, text.windows // self.global_batch_size)
+        if isinstance(limit, int) and limit > whole:
+            say(f"Data: validation takes {whole:,} global batches, not {limit:,}: more would repeat held-out text")
+            limit = whole
         batches = limit if isinstance(limit, int) else max(1, int(limit * text.windows) // self.global_batch_size)
         samples = batches * self.global_batch_size
         return text.sampler(samples), samples

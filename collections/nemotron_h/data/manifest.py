@@ -18,21 +18,21 @@ import dataclasses
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any
 
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.indexed import read_index_header
 from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
-from nemotron_h.text_files import parse_json
+from nemotron_h.strict import typed
+from nemotron_h.text_files import read_json_object
 
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"
 SPLITS = ("train", "validation")
 TEMPLATE = "chat_template.jinja"
-T = TypeVar("T")
 _PROBE_BLOCKS, _PROBE_BYTES = 16, 4096
 
 
@@ -90,16 +90,6 @@ class SourceManifest:
     quarantined: int = 0
     settings_hash: str = ""
 
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> SourceManifest:
-        """Return the inverse of `dataclasses.asdict`.
-
-        Raises:
-            TypeError, KeyError: naming a field that is missing, unknown or of another type.
-        """
-        splits = {name: _typed(SplitManifest, split) for name, split in content["splits"].items()}
-        return _typed(cls, {**content, "splits": splits})
-
 
 @dataclass
 class TokenizerManifest:
@@ -131,7 +121,7 @@ class Manifest:
     blend_hash: str
     tokenizer: TokenizerManifest
     sources: dict[str, SourceManifest]
-    folder: str = ""
+    folder: str = field(default="", metadata={"omegaconf_ignore": True})
 
     def prefix(self, source: str, split: str) -> str | None:
         """Absolute prefix of a source's `.bin/.idx`, or None when the source has no such split."""
@@ -161,20 +151,6 @@ class Manifest:
         write_json(Path(self.folder) / "manifest.json", content)
 
 
-def _typed(cls: type[T], content: dict[str, Any]) -> T:
-    """Return a dataclass of the content, whose values have the types that it states.
-
-    Raises:
-        TypeError: naming a field that is missing, unknown or of another type.
-    """
-    types = get_type_hints(cls)
-    for name, value in content.items():
-        wanted = get_origin(types.get(name, object)) or types.get(name, object)
-        if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise TypeError(f"{name} is {value!r}"[:80] + f", not {wanted.__name__}")
-    return cls(**content)
-
-
 def data_root(root: str | Path | None = None) -> Path:
     """The data root: the argument, else `$NEMOTRON_H_DATA`, else `./data`."""
     return Path(root or os.environ.get(ROOT_VARIABLE) or "data").expanduser()
@@ -202,19 +178,21 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
     """
     path = data_root(root) / blend_name / "manifest.json"
     again = f"Run: nemotron-h data prepare --blend {blend or blend_name} --root {data_root(root)}"
+    if not path.exists():
+        raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again)
     try:
-        content = parse_json(path.read_bytes(), str(path))
-        if content["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format version {content['format_version']}, this version reads {FORMAT_VERSION}", again
-            )
-        content["tokenizer"] = _typed(TokenizerManifest, content["tokenizer"])
-        content["sources"] = {name: SourceManifest.from_dict(s) for name, s in content["sources"].items()}
-        return _typed(Manifest, {**content, "folder": str(path.parent.resolve())})
-    except FileNotFoundError:
-        raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again) from None
-    except (AttributeError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is damaged: {error!r}", again) from error
+        content = read_json_object(path)
+        version = content.get("format_version", FORMAT_VERSION)
+        manifest = typed(Manifest, content, "") if version == FORMAT_VERSION else None
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error.message.removeprefix(': ')}", again) from error
+    if manifest is None:
+        raise UserError(f"{path}: format version {version}, this version reads {FORMAT_VERSION}", again)
+    for name, source in manifest.sources.items():
+        if wrong := sorted({"train"} - {*source.splits} or {*source.splits} - {*SPLITS}):
+            raise UserError(f"{path} is damaged: sources.{name}.splits: {wrong[0]} is missing or unknown", again)
+    manifest.folder = str(path.parent.resolve())
+    return manifest
 
 
 def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:

@@ -67,6 +67,7 @@ from nemotron_h.data.tokenizer import (
 )
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
+from nemotron_h.strict import typed
 
 PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
 
@@ -216,8 +217,8 @@ class _Preparation:
         content = saved_state(self.folder / plan.name / "source.json")
         content.pop("inputs", None)
         try:
-            entry = SourceManifest.from_dict(content)
-        except (AttributeError, KeyError, TypeError):
+            entry = typed(SourceManifest, content, "source.json")
+        except UserError:
             return None
         probe = Manifest(FORMAT_VERSION, "", "", None, {plan.name: entry}, folder=str(self.folder))
         if entry.hash_of_inputs != plan.key or any(split_problem(probe, plan.name, split) for split in entry.splits):

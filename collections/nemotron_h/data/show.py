@@ -11,6 +11,7 @@ from rich import filesize
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nemotron_h.data.blend import Blend, Phase
 from nemotron_h.data.manifest import Manifest, check_manifest, data_root, load_manifest
@@ -186,14 +187,15 @@ def show(view: Overview, console: Console) -> None:
     """Print the tables of an overview, what was normalised, and warnings."""
     blend = view.blend
     length = "" if view.tokens is None else f", {view.tokens:,} tokens"
-    console.print(f"[bold]{blend.name}[/bold]{length}. {blend.description}", soft_wrap=True)
-    console.print(_phase_table(view))
+    console.print(Text.assemble((blend.name, "bold"), f"{length}. {blend.description}"), soft_wrap=True)
+    console.print(_phase_table(view), markup=False)  # names may have brackets
     for phase in view.phases:
         if phase.normalised:
-            console.print(f"{phase.name}: the weights sum to {phase.written_sum:.10g} as written; normalised to 100 %.")
+            line = f"{phase.name}: the weights sum to {phase.written_sum:.10g} as written; normalised to 100 %."
+            console.print(line, markup=False)
     console.print()
-    console.print(_source_table(view))
-    console.print(f"Data {view.state}.")
+    console.print(_source_table(view), markup=False)
+    console.print(f"Data {view.state}.", markup=False)
     total = sum(s.disk for s in view.sources)
     if total:
         console.print(f"Disk: {filesize.decimal(total)} ({total:,} bytes of .bin and .idx).")
@@ -254,7 +256,7 @@ def _source_table(view: Overview) -> Table:
             s.category,
             "-" if s.tokens is None else short_count(s.tokens),
             "not prepared" if s.prepared is None else short_count(s.prepared),
-            f"[bold yellow]{epochs}[/bold yellow]" if s.too_many else epochs,
+            Text(epochs, "bold yellow" if s.too_many else ""),
             f"{s.max_epochs:g}",
             filesize.decimal(s.disk) if s.disk else "-",
         )

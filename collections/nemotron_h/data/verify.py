@@ -38,6 +38,10 @@ def verify(blend: Blend, root: str | Path | None = None, console: Console | None
     problems = []
     if tokenizer.fingerprint() != manifest.tokenizer.sha256:
         problems.append(f"{manifest.tokenizer_path()}: not the tokenizer that made the data")
+    for key in ("eod_id", "vocab_size"):
+        recorded, actual = getattr(manifest.tokenizer, key), getattr(tokenizer, key)
+        if recorded != actual:
+            problems.append(f"manifest.json: tokenizer.{key} is {recorded:,}, the tokenizer's {actual:,}")
     for name in blend.sources:
         for split, entry in manifest.sources[name].splits.items():
             found = _split_problems(manifest, name, split, tokenizer)

@@ -58,7 +58,10 @@ def evaluate(
         raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
     if tasks is not None and suite is not None:
         raise UserError("--tasks and --suite exclude each other")
-    names = [name.strip() for name in (tasks or PERPLEXITY).split(",") if name.strip()] if suite is None else []
+    listed = "" if suite is not None else PERPLEXITY if tasks is None else tasks
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if suite is None and not names:
+        raise UserError("--tasks names none", hint=f"Known: {', '.join([PERPLEXITY, *local_tasks()])}.")
     runs = _invocations(names, suite, shots)
     _check_code(runs, allow_code_execution or show_commands)
     settings = Settings(dtype, device or _device(), batch_size, limit)

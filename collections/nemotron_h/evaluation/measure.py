@@ -137,7 +137,7 @@ def measure_tasks(subject: Subject, runs: list[Invocation], settings: Settings, 
         (work / "tasks").mkdir()
         for name in (name for run in runs if run.local for name in run.tasks):
             write_task(name, work / "tasks", console.print)
-        console.print(f"exporting {subject.checkpoint}")
+        console.print(f"exporting {subject.checkpoint}", markup=False)
         plan = hf_writer.plan(
             subject.checkpoint, subject.tokenizer, getattr(torch, settings.dtype), shard_size=5 * 10**9
         )

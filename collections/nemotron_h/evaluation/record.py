@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from nemotron_h.data.manifest import write_json
 from nemotron_h.errors import UserError
+from nemotron_h.text_files import read_json_object
 from nemotron_h.training.checkpoints import step_of
 
 FILE = "evaluations.json"
@@ -30,10 +30,9 @@ def read(checkpoint: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return list(read_json_object(path)["evaluations"])
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}", hint="move it away; a new one is written") from error
-    return list(found)
 
 
 def add(checkpoint: Path, entries: list[dict[str, Any]]) -> Path:

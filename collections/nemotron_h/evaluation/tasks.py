@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from nemotron_h.data.blend import Fetch
 from nemotron_h.data.fetch import fetch
 from nemotron_h.data.inputs import open_input
 from nemotron_h.errors import UserError
 from nemotron_h.strict import nearest, typed
+from nemotron_h.strict_yaml import read_config, read_yaml
 from nemotron_h.text_files import parse_json, read_text
 
 #: the one task that is no task of the harness: held-out loss by category
@@ -88,7 +89,7 @@ def load_task(name: str) -> LocalTask:
     path = _folder() / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"there is no local task {name}", hint=nearest(name, local_tasks()))
-    return typed(LocalTask, OmegaConf.create(yaml.safe_load(path.read_text(encoding="utf-8"))), str(path))
+    return typed(LocalTask, read_config(path), str(path))
 
 
 def load_suite(name: str) -> list[SuiteTask]:
@@ -100,7 +101,7 @@ def load_suite(name: str) -> list[SuiteTask]:
     path = _folder() / "suites" / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"there is no suite {name}", hint=f"{nearest(name, suites())}Known: {', '.join(suites())}.")
-    return [SuiteTask(**row) for row in yaml.safe_load(path.read_text(encoding="utf-8"))]
+    return [SuiteTask(**row) for row in read_yaml(path)]
 
 
 def write_task(name: str, folder: Path, say: Callable[[str], None] = lambda _: None) -> None:

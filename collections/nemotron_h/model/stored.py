@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.schema import ModelSchema
+from nemotron_h.strict import typed
+from nemotron_h.strict_yaml import read_yaml
+from nemotron_h.text_files import read_json_object
 from nemotron_h.training import checkpoints
 
 
@@ -30,10 +30,7 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
         UserError: nothing is there, or it is not readable.
     """
     if path.is_file() and path.suffix in (".yaml", ".yml"):
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"{origin}: model = {path}: it is not readable YAML: {error}") from error
+        found = read_yaml(path, f"{origin}: model = {path}")
         if not isinstance(found, dict):
             raise UserError(f"{origin}: model = {path}: it holds no keys", hint="see the files of configs/model")
         return found
@@ -42,14 +39,17 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
     if not (path / "weights").is_dir():
         path = next(iter(checkpoints.finished(path)), path)
     try:
-        recorded = json.loads((path / checkpoints.RECORD).read_text(encoding="utf-8"))["model"]
+        recorded = read_json_object(path / checkpoints.RECORD).get("model")
         known = {f.name for f in dataclasses.fields(ModelSchema)} - {"expect"}
-        values = {key: value for key, value in recorded.items() if key in known}
-        counted = ModelDefinition(**values, expect=Expect(0, 0, 0, 0))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        values = {key: value for key, value in dict(recorded).items() if key in known}
+        none = dataclasses.asdict(Expect(0, 0, 0, 0))
+        model = typed(ModelSchema, {**values, "expect": none}, f"{path / checkpoints.RECORD}: model")
+    except (UserError, TypeError, ValueError) as error:
+        reason = error.message if isinstance(error, UserError) else "it has no `model`"
         raise UserError(
-            f"{origin}: model = {path}: it is no checkpoint with a readable {checkpoints.RECORD} ({error!r})",
+            f"{origin}: model = {path}: it is no checkpoint with a readable {checkpoints.RECORD}: {reason}",
             hint="name a run's folder or one of its checkpoints",
         ) from error
+    counted = ModelDefinition(**{**dataclasses.asdict(model), "expect": Expect(0, 0, 0, 0)})
     expect = Expect(*(counted.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), counted.parameters)
     return {**values, "expect": dataclasses.asdict(expect)}

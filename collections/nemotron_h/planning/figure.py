@@ -9,12 +9,17 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
+from nemotron_h.errors import UserError
 from nemotron_h.planning.memory import GIB
 from nemotron_h.planning.plan import Plan, parts_by_stage
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """Write the picture; the suffix decides the format."""
+    """Write the picture; the suffix decides the format.
+
+    Errors:
+        UserError: the file cannot be written, or there is no such format.
+    """
     figure, axes = plt.subplots(figsize=(3.5 + 0.8 * len(plan.stages), 5), layout="constrained")
     names = [str(stage.stage) for stage in plan.stages]
     bottom = [0.0] * len(names)
@@ -25,5 +30,9 @@ def draw(plan: Plan, path: Path) -> None:
     axes.axhline(plan.gpu.memory / GIB, color="black", linestyle="--", linewidth=1, label=plan.gpu.name)
     axes.set(xlabel="pipeline stage", ylabel="GiB per GPU at the peak", title=plan.name)
     figure.legend(loc="outside right center", fontsize="small")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        plt.close(figure)

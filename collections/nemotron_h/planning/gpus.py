@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.resources import files
-
-import yaml
+from pathlib import Path
 
 from nemotron_h.errors import UserError
 from nemotron_h.strict import nearest
+from nemotron_h.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def gpu(name: str) -> Gpu:
     Errors:
         UserError: there is none; names the nearest.
     """
-    data = yaml.safe_load((files("nemotron_h.configs") / "gpus.yaml").read_text(encoding="utf-8"))
+    data = read_yaml(Path(str(files("nemotron_h.configs"))) / "gpus.yaml")
     sources = data.pop("sources")
     if name not in data:
         hint = f"{nearest(name, data)}Known: {', '.join(data)} (configs/gpus.yaml)."

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 
 from nemotron_h.data.blend import Phase
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
+from nemotron_h.errors import UserError
 
 #: model FLOPs utilisation that a plan assumes where `--mfu` gives none, with where it was reached
 DEFAULT_MFU = {
@@ -84,10 +85,10 @@ def plan_schedule(
         checkpoint_every: steps between checkpoints; the last step writes one too.
         start: when step 0 begins.
     Errors:
-        UserError: a phase does not fit into the run.
+        UserError: a phase does not fit into the run, or the run ends after the calendar does.
     """
     horizon = Horizon(tokens, tokens_per_step)
-    return Schedule(
+    schedule = Schedule(
         tokens=tokens,
         steps=horizon.steps,
         warmup_steps=horizon.step_at(warmup_tokens),
@@ -97,3 +98,9 @@ def plan_schedule(
         checkpoints=math.ceil(horizon.steps / checkpoint_every),
         start=start,
     )
+    try:
+        schedule.date(schedule.steps)
+    except OverflowError as error:
+        days = schedule.seconds / 86400
+        raise UserError(f"--start: the run takes {days:,.0f} days, and dates end with the year 9999") from error
+    return schedule

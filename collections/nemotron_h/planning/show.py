@@ -6,6 +6,7 @@ from datetime import datetime, timedelta
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nemotron_h.planning.layouts import Row, best
 from nemotron_h.planning.memory import GIB, largest_stage
@@ -13,7 +14,7 @@ from nemotron_h.planning.plan import Plan, parts_by_stage
 
 
 def _table(console: Console, title: str, *columns: str) -> Table:
-    console.print(f"[bold]{title}[/bold]")
+    console.print(title, style="bold", markup=False)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -36,7 +37,8 @@ def _when(date: datetime | None) -> str:
 def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     d, schedule = plan.definition, plan.schedule
-    console.print(f"[bold]{plan.name}[/bold]: {d.name}, {d.parameters:,} parameters, {d.num_layers} layers")
+    size = f": {d.name}, {d.parameters:,} parameters, {d.num_layers} layers"
+    console.print(Text.assemble((plan.name, "bold"), size))
     adapter = plan.layout.adapter
     if plan.layout.frozen:
         console.print(
@@ -141,7 +143,7 @@ def _show_schedule(plan: Plan, console: Console) -> None:
     for span in schedule.phases:
         table.add_row(span.name, f"{span.first_step:,}", f"{span.steps:,}", _when(schedule.date(span.first_step)))
     table.add_row("end", f"{schedule.steps:,}", "", _when(schedule.date(schedule.steps)))
-    console.print(table)
+    console.print(table, markup=False)  # a phase's name may have brackets
     console.print(
         f"{schedule.tokens:,} tokens at {plan.mfu:.1%} of the peak ({plan.mfu_source}):\n"
         f"{schedule.tokens_per_second / schedule.gpus:,.0f} tokens/s per GPU, {schedule.step_seconds:,.3f} s per step, "

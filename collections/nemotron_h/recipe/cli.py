@@ -74,7 +74,7 @@ def new(
     path = write(name, parent, out)
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"wrote {path}; to run it:", markup=False)
-    console.print(command_of(compose(str(path)), path), markup=False)
+    console.print(command_of(compose(str(path)).stage, path), markup=False)
 
 
 @app.command()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from nemotron_h.compose import Composed, locate, recipes_dir, trace
 from nemotron_h.errors import UserError
 from nemotron_h.provenance import DEFAULT
 from nemotron_h.recipe.text import origin_text, scalar
+from nemotron_h.strict import check_name
 
 READY = {
     "": ("tokens", "precision"),
@@ -17,8 +17,6 @@ READY = {
     "parallel": ("nodes", "devices", "tensor"),
 }
 """Part -> the keys that a new recipe lists, commented out."""
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def write(name: str, parent: str, out: Path | None) -> Path:
@@ -31,8 +29,7 @@ def write(name: str, parent: str, out: Path | None) -> Path:
     Errors:
         UserError: the file exists, the name is not one, there is no such parent or folder.
     """
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{name!r} is not a name", hint="use letters, digits, _ . -: a run's folder is named after it")
+    check_name("", name)
     folder, stem, _ = locate(parent)
     composed = trace(parent)
     shipped = folder == recipes_dir()

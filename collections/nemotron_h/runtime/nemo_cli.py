@@ -55,6 +55,8 @@ def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
     @functools.wraps(parse)
     def parse_fn(self: RunContext, fn: Any, args: list[str], **defaults: Any) -> nemo_run.Partial:
         task = parse(self, fn, args, **defaults)
+        settings.check_numbers(task)
+        settings.check_steps(task)
         note(task, given(self, fn, args))
         return task
 

@@ -18,11 +18,13 @@ from typing import Any, Union
 
 import fiddle as fdl
 import nemo_run
+from fiddle import daglish
 from nemo_run.cli import cli_parser
 from nemo_run.cli.cli_parser import CLIException, ParseError, parse_cli_args
 
 from nemotron_h.errors import UserError
-from nemotron_h.strict import nearest
+from nemotron_h.schema import RecipeConfig
+from nemotron_h.strict import FINITE, check_number, nearest, ranges
 
 _SETTING = re.compile(r"^([\w.\[\]]+?)\s*([-+*/|&]?=)")
 
@@ -97,6 +99,39 @@ def apply(task: nemo_run.Partial, settings: Sequence[str], where: str = "") -> N
         except (CLIException, ValueError, AttributeError, TypeError) as error:
             hint = "`--dryrun` shows every key and value"
             raise UserError(f"{place}{setting}: {reason(error)}", hint=hint) from error
+    check_numbers(task, place)
+
+
+def check_numbers(task: nemo_run.Partial, where: str = "") -> None:
+    """Refuse a built task with a number that is not finite, or out of the range of the recipe's key of that name.
+
+    Args:
+        task: with all settings applied.
+        where: what stands before the key in an error.
+    Errors:
+        UserError: names the key, its value and what would fit.
+    """
+    known = ranges(RecipeConfig)
+    for value, path in daglish.iterate(task):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            key = daglish.path_str(path).lstrip(".")
+            check_number(key, value, known.get(key, FINITE), where)
+
+
+def check_steps(task: nemo_run.Partial) -> None:
+    """Refuse a run that is not longer than its warm-up and decay, before its model is built.
+
+    Errors:
+        UserError: names the lengths and what would fit.
+    """
+    steps = getattr(getattr(task, "trainer", None), "max_steps", None)
+    warmup, decay = (getattr(getattr(task, "optim", None), f"{part}_steps", None) for part in ("warmup", "decay"))
+    if isinstance(steps, int) and isinstance(warmup, int) and 0 < steps < warmup + (decay or 1):
+        and_decay = f" and its decay {decay:,}" if decay else ""
+        raise UserError(
+            f"the run has {steps:,} steps (trainer.max_steps), its warm-up {warmup:,}{and_decay} (optim)",
+            hint=f"raise trainer.max_steps, or set a shorter optim.warmup_steps{' or decay_steps' if decay else ''}",
+        )
 
 
 def reason(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nemotron_h.errors import UserError
 from nemotron_h.recipe.text import to_yaml
-from nemotron_h.schema import STAGES, RecipeConfig
+from nemotron_h.schema import STAGES, RecipeConfig, factory_of_file
 from nemotron_h.training import checkpoints
 
 #: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)
@@ -72,7 +72,7 @@ def command_of(run: Run) -> list[str]:
     if nemo is None:
         raise UserError(f"there is no `nemo` command beside {sys.executable}", hint="install nemo_run")
     entry = STAGES[run.recipe.stage]
-    return [nemo, "llm", entry, "--factory", f"nemotron_h_recipe(path={run.recipe_file})", "--yes"]
+    return [nemo, "llm", entry, "--factory", factory_of_file(run.recipe_file), "--yes"]
 
 
 def train(run: Run, title: str, steps: int, console: Console) -> None:
@@ -138,7 +138,11 @@ def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Consol
                     _check_ended(run, steps, process.returncode, begin)
                     done = total - len(waiting) - len(running)
                     left = (time.monotonic() - started) / done * (total - done)
-                    console.print(f"{run.name} finished, {done} of {total}; about {left:.0f} s left", highlight=False)
+                    console.print(
+                        f"{run.name} finished, {done} of {total}; about {left:.0f} s left",
+                        highlight=False,
+                        markup=False,
+                    )
                 time.sleep(1)
         finally:
             _end([process for *_, process in running], console)
@@ -230,7 +234,7 @@ class _Line:
         if self.bar:
             self.bar.start()
         else:
-            self.console.print(f"{self.title}: starting", highlight=False)
+            self.console.print(f"{self.title}: starting", highlight=False, markup=False)
         return self
 
     def __exit__(self, *_: object) -> None:

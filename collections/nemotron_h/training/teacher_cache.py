@@ -10,7 +10,6 @@ Files are renamed into place when they are whole. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from nemotron_h.data.manifest import write_json
 from nemotron_h.data.plan import DataPlan, compare
 from nemotron_h.errors import UserError
 from nemotron_h.planning.teacher_logits import ids_dtype, token_bytes, value_dtype
+from nemotron_h.text_files import read_json_object
 
 FORMAT = 1
 HEADER = "cache.json"
@@ -126,12 +126,12 @@ def read_header(folder: Path) -> Header:
     if not path.is_file():
         raise UserError(f"distill.teacher_logits: there is no cache in {folder}", hint=write)
     try:
-        content = json.loads(path.read_text())
+        content = read_json_object(path)
         if content.pop("format") != FORMAT:
             raise ValueError("it is of another version of this project")
         content.pop("dtypes")
         return Header(**content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, KeyError) as error:
         hint = f"remove the folder, and {write}"
         raise UserError(f"distill.teacher_logits: {path} is not readable: {error}", hint=hint) from error
 

@@ -141,8 +141,8 @@ class ProgressLine(ProgressBar):
         table.add_row("record", str(run_dir / "run.json"))
         table.add_row("resume or extend", " ".join(["nemo", *map(shlex.quote, sys.argv[1:])]))
         if trainer.loggers:
-            table.add_row("look at it", f"tensorboard --logdir {run_dir}")
-        self._console().print(table, highlight=False, soft_wrap=True)
+            table.add_row("look at it", f"tensorboard --logdir {shlex.quote(str(run_dir))}")
+        self._console().print(table, highlight=False, soft_wrap=True, markup=False)  # paths may have brackets
 
     @staticmethod
     def _console() -> Console:

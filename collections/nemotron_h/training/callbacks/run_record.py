@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ import torch
 from nemotron_h.inference.adapted import describe_base
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
-from nemotron_h.schema import STAGES
+from nemotron_h.schema import command_of
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 
@@ -151,11 +152,10 @@ class RunRecord(pl.Callback):
 
 def recipe_text(recipe: dict[str, Any], path: Path) -> str:
     """The recipe as a YAML file that runs again, and says how."""
-    command = f'nemo llm {STAGES[recipe["stage"]]} --factory "nemotron_h_recipe(path={path})"'
     return (
         "# The complete recipe of a run; `overrides` is what its command line changed. To run it again:\n"
-        f"#   cd {Path.cwd()}\n"
-        f"#   {command} --yes log.explicit_log_dir=ANOTHER\n"
+        f"#   cd {shlex.quote(str(Path.cwd()))}\n"
+        f"#   {command_of(recipe['stage'], path)} log.explicit_log_dir=ANOTHER\n"
         "# More settings may follow; later ones win. run.json, beside this file, has versions and data hashes.\n"
         + to_yaml(recipe)
     )
