@@ -87,3 +87,15 @@ def read_json(path: str | Path) -> Any:
         UserError: as `read_text` and `parse_json`.
     """
     return parse_json(read_text(path), str(path))
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Return a file's JSON object.
+
+    Errors:
+        UserError: as `read_json`, or the file holds another value than an object.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content
