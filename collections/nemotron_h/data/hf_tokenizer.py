@@ -26,6 +26,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     No class of transformers is looked up, so it does not matter which release wrote the folder. A folder of an older
     form, without `tokenizer.json`, is converted by transformers.
+
+    Attributes:
+        roles: `eos_token`, `bos_token` and so on -> the name of the token.
     """
 
     kind = "huggingface"
@@ -34,9 +37,10 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(path)
         folder = Path(path)
         if (folder / LIBRARY_FILE).is_file():
-            self._library, roles, named = _read(folder)
+            self._library, self.roles, named = _read(folder)
         else:
-            self._library, roles, named = _convert(folder)
+            self._library, self.roles, named = _convert(folder)
+        roles = self.roles
         if "eos_token" not in roles:
             raise UserError(
                 f"{path}: the tokenizer names no eos_token, which ends documents", f"Set it in {CONFIG_FILE}."
@@ -78,7 +82,7 @@ def _read(folder: Path) -> tuple[Library, dict[str, str], list[str]]:
     from tokenizers import Tokenizer as Library
 
     library = Library.from_str(read_text(folder / LIBRARY_FILE))
-    config = _settings(folder)
+    config = settings_of(folder)
     added = config.get("added_tokens_decoder") or {}
     for number in sorted(added, key=int):
         options = {k: v for k, v in added[number].items() if k != "__type"}
@@ -93,7 +97,7 @@ def _read(folder: Path) -> tuple[Library, dict[str, str], list[str]]:
     return library, roles, named
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
     """Return what the small files beside `tokenizer.json` say; the newer one has the last word."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", CONFIG_FILE):

@@ -148,10 +148,12 @@ class Tokenizer:
         Unlike `fingerprint` it does not depend on the files: a copy, another format, or another chat template beside
         the same vocabulary give the same hash.
         """
-        digest = hashlib.sha256()
-        for token in self.token_bytes():
-            digest.update(len(token).to_bytes(4, "big") + token)
-        return digest.hexdigest()
+        if not hasattr(self, "_ids_sha256"):
+            digest = hashlib.sha256()
+            for token in self.token_bytes():
+                digest.update(len(token).to_bytes(4, "big") + token)
+            self._ids_sha256 = digest.hexdigest()
+        return self._ids_sha256
 
     def __reduce__(self) -> tuple:
         return type(self), (self.path,)

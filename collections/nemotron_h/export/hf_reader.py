@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nemotron_h.data.tokenizer import Tokenizer
+from nemotron_h.data.tokenizer import HuggingFaceTokenizer
 from nemotron_h.errors import UserError
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
@@ -107,7 +107,7 @@ class Source:
     dtype: torch.dtype
     max_positions: int | None
     size: int
-    tokenizer: Tokenizer | None
+    tokenizer: HuggingFaceTokenizer | None
 
 
 def examine(folder: Path, name: str | None = None) -> Source:
@@ -194,7 +194,7 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None) -> None:
         data: dict[str, Any] = {"tokenizer": None, "seq_length": source.max_positions}
         if source.tokenizer is not None:
             # relative to the checkpoint, so that the folder can be moved
-            data |= {"tokenizer": TOKENIZER, **identity(tokenizers.read(source.folder, folder / TOKENIZER))}
+            data |= {"tokenizer": TOKENIZER, **identity(tokenizers.copy(source.tokenizer, folder / TOKENIZER))}
         record = {
             "data": data,
             "imported": {"from": str(source.folder.absolute())},

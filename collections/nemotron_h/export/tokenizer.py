@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import shutil
 from pathlib import Path
 
 from nemotron_h.data.chat import FAMILY_SOURCE
-from nemotron_h.data.hf_tokenizer import CONFIG_FILE, LIBRARY_FILE, TEMPLATE_FILE, template_of
+from nemotron_h.data.hf_tokenizer import CONFIG_FILE, LIBRARY_FILE, TEMPLATE_FILE, settings_of, template_of
 from nemotron_h.data.tokenizer import (
     CHAT_TOKENS,
     BPETokenizer,
@@ -19,6 +20,7 @@ from nemotron_h.data.tokenizer import (
     write_meta,
 )
 from nemotron_h.errors import UserError
+from nemotron_h.text_files import read_json_object
 
 #: begins a turn, and ends an answer
 TURN = CHAT_TOKENS[1]
@@ -64,7 +66,8 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
     else:
         for name in FILES:
             if (file := Path(tokenizer.path) / name).is_file():
-                shutil.copyfile(file, folder / name)
+                # not every reader takes a byte order mark
+                (folder / name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     template = template_of(folder)
     if template is None and set(CHAT_TOKENS[:2]) <= set(tokenizer.vocab):
         template = CHAT_TEMPLATE
@@ -80,7 +83,7 @@ def _write_tiktoken(tokenizer: TiktokenTokenizer, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def find(folder: Path) -> Tokenizer | None:
+def find(folder: Path) -> HuggingFaceTokenizer | None:
     """Return the tokenizer of a Hugging Face model's folder, or None where it has none.
 
     Errors:
@@ -89,21 +92,20 @@ def find(folder: Path) -> Tokenizer | None:
     if not any((folder / name).is_file() for name in (LIBRARY_FILE, "tokenizer.model", "vocab.json")):
         return None
     template_of(folder)
-    return load_tokenizer(folder, HuggingFaceTokenizer.kind)
+    return load_tokenizer(folder, HuggingFaceTokenizer.kind)  # type: ignore[return-value]
 
 
-def read(folder: Path, out: Path) -> Tokenizer:
-    """Copy the tokenizer of a Hugging Face folder to a folder that `load_tokenizer` reads.
-
-    Returns:
-        the copy, loaded.
-    Errors:
-        UserError: it cannot be read.
-    """
+def copy(tokenizer: HuggingFaceTokenizer, out: Path) -> Tokenizer:
+    """Copy the tokenizer that `find` found to a folder of its own, and return the copy."""
     out.mkdir()
     for name in FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+        if (file := Path(tokenizer.path) / name).is_file():
+            shutil.copyfile(file, out / name)
+    settings = settings_of(out)
+    if lacking := {role: name for role, name in tokenizer.roles.items() if settings.get(role) is None}:
+        # the model's config.json alone told them, which stays behind
+        config = read_json_object(out / CONFIG_FILE) if (out / CONFIG_FILE).is_file() else {}
+        (out / CONFIG_FILE).write_text(json.dumps(config | lacking, indent=1) + "\n", encoding="utf-8")
     write_meta(out, HuggingFaceTokenizer.kind)
     return load_tokenizer(out)
 

@@ -66,6 +66,8 @@ def read_integrity(checkpoint: Path) -> dict[str, tuple[int, str]]:
         UserError: the file is missing, or no such table.
     """
     recorded = read_json_object(checkpoint / INTEGRITY)
+    if not recorded:
+        raise UserError(f"{checkpoint / INTEGRITY} lists no files")
     for name, entry in recorded.items():
         match entry:
             case [int(), str()]:
@@ -86,7 +88,7 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     try:
         recorded = read_integrity(checkpoint)
     except UserError as error:
-        return [error.message]
+        return [error.message.removeprefix(f"{checkpoint}{os.sep}")]
     problems = []
     for name, (size, _) in recorded.items():
         path = checkpoint / name
