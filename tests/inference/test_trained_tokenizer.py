@@ -70,18 +70,18 @@ def test_data_of_a_checkpoint_s_tokenizer(folders: dict[str, Path], tmp_path: Pa
     there, gone = {"tokenizer": str(folders["bpe"])}, {"tokenizer": str(tmp_path / "gone")}
     for data in (told, there | told, gone | told, there | files, there):
         path = checkpoint(tmp_path / "c", data)
-        assert [check_data(path, manifest(folders[kind])) for kind in ("bpe", "huggingface")] == ["", ""]
+        assert [check_data(path, manifest(folders[kind]), "init") for kind in ("bpe", "huggingface")] == ["", ""]
         with pytest.raises(
             UserError, match="init: wrong tokenizer: blend words was prepared with another one"
         ) as error:
-            check_data(path, manifest(folders["other"]), "init: ")
+            check_data(path, manifest(folders["other"]), "init")
         assert "CHECKPOINT/tokenizer" in error.value.hint
     path = checkpoint(tmp_path / "c", gone | files)  # only the files themselves can be told
-    assert check_data(path, manifest(folders["bpe"])) == ""
+    assert check_data(path, manifest(folders["bpe"]), "init") == ""
     with pytest.raises(UserError, match="wrong tokenizer"):
-        check_data(path, manifest(folders["huggingface"]))
+        check_data(path, manifest(folders["huggingface"]), "init")
     path = checkpoint(tmp_path / "c", {"tokenizer": None})
-    assert check_data(path, manifest(folders["other"])).startswith(f"{path} tells no tokenizer")
+    assert check_data(path, manifest(folders["other"]), "init").startswith(f"init: {path} tells no tokenizer")
 
 
 def test_a_tokenizer_that_is_named(folders: dict[str, Path], tmp_path: Path) -> None:

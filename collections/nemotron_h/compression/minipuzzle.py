@@ -215,7 +215,7 @@ class MiniPuzzle:
                 f"parent a vocabulary of {wanted.vocab_size:,}",
                 hint="choose a blend that was prepared with the parent's tokenizer",
             )
-        if warning := check_data(checkpoint, self.manifest, f"{self.origin}: minipuzzle.parent: "):
+        if warning := check_data(checkpoint, self.manifest, f"{self.origin}: minipuzzle.parent"):
             self.console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         return wanted
 

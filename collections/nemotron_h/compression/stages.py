@@ -229,9 +229,9 @@ def content_digest(checkpoint: Path) -> str:
     from nemotron_h.training import checkpoints
 
     try:
-        listed = json.loads((checkpoint / checkpoints.INTEGRITY).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a finished checkpoint: {error}") from error
+        listed = checkpoints.read_integrity(checkpoint)
+    except UserError as error:
+        raise UserError(f"{checkpoint} is not a finished checkpoint: {error.message}") from error
     weights = {name: entry for name, entry in listed.items() if name.endswith(".distcp")}
     return hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()
 

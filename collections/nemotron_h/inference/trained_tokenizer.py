@@ -63,12 +63,12 @@ def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, 
     return tokenizer
 
 
-def check_data(checkpoint: Path, manifest: Manifest, key: str = "") -> str:
+def check_data(checkpoint: Path, manifest: Manifest, key: str) -> str:
     """Refuse data that was prepared with another tokenizer than a checkpoint was trained with.
 
     Args:
         manifest: of the data.
-        key: what names the checkpoint, to begin the error with.
+        key: of the recipe, that names the checkpoint.
     Returns:
         a warning where nothing tells the checkpoint's tokenizer, else an empty string.
     Errors:
@@ -80,11 +80,11 @@ def check_data(checkpoint: Path, manifest: Manifest, key: str = "") -> str:
         return ""
     same = _has_ids_of(record, checkpoint, load_tokenizer(manifest.tokenizer_path()))
     if same is None and trained is None:
-        return f"{checkpoint} tells no tokenizer: whether blend {manifest.blend} was prepared with its own is not known"
+        return f"{key}: {checkpoint} tells no tokenizer; nothing checks that blend {manifest.blend} has its own"
     if not same:
         raise UserError(
-            f"{key}wrong tokenizer: blend {manifest.blend} was prepared with another one than {checkpoint} was trained "
-            "with",
+            f"{key}: wrong tokenizer: blend {manifest.blend} was prepared with another one than {checkpoint} was "
+            "trained with",
             hint="take the checkpoint's: write tokenizer: {blend: NAME} of its blend, or, if it was imported, "
             "tokenizer: {kind: huggingface, path: CHECKPOINT/tokenizer}; and prepare the data again",
         )

@@ -82,7 +82,7 @@ class Writing:
         self.data.trainer = SimpleNamespace(
             max_steps=task.trainer.max_steps, limit_val_batches=task.trainer.limit_val_batches
         )
-        check_data(self.config.teacher_checkpoint, self.data.manifest, "distill.teacher: ")
+        check_data(self.config.teacher_checkpoint, self.data.manifest, "distill.teacher")
         self.data.setup()
         wanted = wanted_header(self.config, self.data, task.trainer.max_steps, recipe.precision)
         self.header = self._continued(wanted.sized())

@@ -40,10 +40,11 @@ class CheckTokenizer(pl.Callback):
 
     Args:
         checkpoint: of the initial weights, as `find_checkpoint` returns it.
+        key: of the recipe, that names it.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, key: str = "init.checkpoint") -> None:
+        self.checkpoint, self.key = checkpoint, key
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before any weight is loaded.
@@ -51,7 +52,7 @@ class CheckTokenizer(pl.Callback):
         Errors:
             UserError: the tokenizers differ.
         """
-        warning = check_data(self.checkpoint, trainer.datamodule.manifest)
+        warning = check_data(self.checkpoint, trainer.datamodule.manifest, self.key)
         if warning and trainer.global_rank == 0:
             print(f"warning: {warning}")
 
