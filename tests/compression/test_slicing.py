@@ -151,10 +151,12 @@ def parent(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from save_checkpoint import save
 
     folder = tmp_path_factory.mktemp("run")
-    save(
-        small_model(small_config()), folder / "checkpoints" / "step-000001", data={"tokenizer": "/t", "seq_length": 128}
-    )
+    save(small_model(small_config()), folder / "checkpoints" / "step-000001", data={**DATA, "seed": 1})
     return folder
+
+
+#: what a child keeps of its parent's record, so that data of another tokenizer is refused for it too
+DATA = {"tokenizer": "/t", "tokenizer_sha256": "files", "tokenizer_ids_sha256": "ids", "seq_length": 128}
 
 
 def child_of(checkpoint: Path, axis: str = "all") -> Child:
@@ -171,7 +173,7 @@ def test_written_child(parent: Path, tmp_path: Path) -> None:
     made.validate("half")
     assert slicing.logits_error(slicing.Masked(expected, child), loaded, tokens()) < 1e-12
     record = json.loads((out / "run.json").read_text())
-    assert record["data"] == {"tokenizer": "/t", "seq_length": 128}
+    assert record["data"] == DATA
     assert record["pruned"]["layers"] == list(child.layers)
     assert record["pruned"]["by"] == "test"
     text = yaml.safe_load((out / "model.yaml").read_text())

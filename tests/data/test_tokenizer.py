@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 import pickle
 import random
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -135,6 +137,85 @@ def test_fingerprint_follows_the_files(bpe, tmp_path):
 def test_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no prepared tokenizer"):
         tok.load_tokenizer(tmp_path)
+    for meta, words in (
+        ("[]", "names no kind"),
+        ('{"kind": 3}', "names no kind"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"kind": "wordpiece"}', "kind wordpiece is unknown"),
+        ('{"kind": "tiktoken"}', "cannot load the tiktoken tokenizer: KeyError"),
+        ('{"kind": "sentencepiece", "file": "../m.model"}', "is not a name in this folder"),
+    ):
+        (tmp_path / tok.META_FILE).write_text(meta)
+        with pytest.raises(UserError, match=words):
+            tok.load_tokenizer(tmp_path)
+
+
+def test_damaged_vocabularies(bpe, huggingface, tiktoken, tmp_path):
+    """The libraries raise errors of many kinds, or panic at a text: each is one error of ours, at the load."""
+
+    own = json.loads(Path(bpe.path, "tokenizer.json").read_text(encoding="utf-8"))
+    own["model"]["vocab"] = {name: i for i, name in enumerate(own["model"]["vocab"]) if i < 100}
+    ranks = json.loads(Path(tiktoken.path, "tekken.json").read_text(encoding="utf-8"))
+    few = {**ranks, "vocab": ranks["vocab"][:90]}
+    twice = {**ranks, "vocab": [*ranks["vocab"][:300], *ranks["vocab"][:300]]}
+    small = {**ranks, "config": {**ranks["config"], "default_vocab_size": 20}}
+    for source, file, content, words in (
+        (bpe, "tokenizer.json", own, r"lacks \d+ of the 256 bytes"),
+        (bpe, "tokenizer.json", [], "cannot load the bpe tokenizer: TypeError"),
+        (huggingface, "tokenizer.json", '{"version": "1.0", "mod', "cannot load the huggingface tokenizer"),
+        (huggingface, "tokenizer.json", {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "no tokens for text"),
+        (tiktoken, "tekken.json", few, r"lacks \d+ of the 256 bytes"),
+        (tiktoken, "tekken.json", twice, "tokens of the vocabulary are there twice"),
+        (tiktoken, "tekken.json", small, "20 tokens with 20 special ones"),
+        (tiktoken, "tekken.json", '[{"rank":0,"', "tekken.json is not JSON"),
+    ):
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        path = Path(shutil.copytree(source.path, tmp_path / "damaged"))
+        (path / file).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        with pytest.raises(UserError, match=words):
+            tok.load_tokenizer(path)
+
+
+def test_a_folder_of_any_release_of_transformers(huggingface, tmp_path, monkeypatch):
+    """tokenizer.json and the name of the end are enough; nothing of the folder is asked for or run."""
+    shutil.copy(f"{huggingface.path}/tokenizer.json", tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails
+    newest = {"tokenizer_class": "TokenizersBackend", "eos_token": tok.END_OF_TEXT, "extra_special_tokens": ["<new>"]}
+    token = {"content": tok.PAD, "special": True, "lstrip": False, "__type": "AddedToken"}
+    code = {"auto_map": {"AutoConfig": "code.X"}, "eos_token_id": [0, 3]}
+    (tmp_path / "code.py").write_text("raise SystemExit('the code of the folder was run')")
+    for files, special in (
+        ({"tokenizer_config.json": newest}, "<new>"),
+        ({"tokenizer_config.json": {"eos_token": tok.END_OF_TEXT, "pad_token": token}}, None),
+        ({"tokenizer_config.json": {}, "special_tokens_map.json": {"eos_token": {"content": tok.END_OF_TEXT}}}, None),
+        ({"tokenizer_config.json": {}, "special_tokens_map.json": {}, "config.json": code}, None),
+    ):
+        for name, content in files.items():
+            (tmp_path / name).write_bytes(codecs.BOM_UTF8 + json.dumps(content).encode())
+        read = tok.load_tokenizer(tmp_path, "huggingface")
+        assert read.eod_id == huggingface.eod_id
+        assert read.text_to_ids(tok.PROBES[0]) == huggingface.text_to_ids(tok.PROBES[0])
+        assert read.vocab_size == huggingface.vocab_size + (special is not None)
+        assert read.special_tokens == huggingface.special_tokens | ({special: 600} if special else {})
+    assert read.pad_id == read.eod_id
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="names no eos_token"):
+        tok.load_tokenizer(tmp_path, "huggingface")
+
+
+def test_older_folders_are_converted_and_run_no_code(bpe, tmp_path):
+    """Those of vocab.json and merges.txt; other files that ask for code of the folder are refused."""
+    model = json.loads(Path(bpe.path, "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, model["merges"])), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    old = tok.load_tokenizer(tmp_path, "huggingface")
+    assert (old.eod_id, old.ids_to_text(old.text_to_ids(tok.PROBES[0]))) == (0, tok.PROBES[0])
+    code = {"auto_map": {"AutoTokenizer": ["code.X", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(code))
+    (tmp_path / "code.py").write_text("raise SystemExit('the code of the folder was run')")
+    with pytest.raises(UserError, match=r"has no tokenizer\.json, and transformers cannot make one"):
+        tok.load_tokenizer(tmp_path, "huggingface")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from nemotron_h.data.blend import load_blend
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import Manifest, load_manifest
 from nemotron_h.data.prepare import prepare
-from nemotron_h.data.tokenizer import load_tokenizer
+from nemotron_h.data.tokenizer import load_tokenizer, write_meta
 from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
 from nemotron_h.evaluation import heldout, record
@@ -223,6 +224,12 @@ def test_refused(run: Path, corpus: Corpus, tmp_path: Path) -> None:
     other.prepare()
     with pytest.raises(UserError, match="prepared with another tokenizer"):
         invoke("eval", run, "--blend", other.write(), "--root", other.root)
+    copy = tmp_path / "copy"  # other files, the same tokens
+    copy.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(corpus.prepared / "tokenizer" / name, copy)
+    write_meta(copy, "huggingface")
+    invoke("eval", run, "--tokenizer", copy, "--tokens", LENGTH)
     alone = save(
         small_model(small_config(vocab_size=400)),
         tmp_path / "alone",

@@ -107,9 +107,12 @@ def test_export_refuses(run: Path, exported: Path, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("form", ["hf", "gguf"])
 def test_another_tokenizer(run: Path, tokenizer: Path, tmp_path: Path, form: str) -> None:
     """Of another size, or of the same size with other tokens; a copy under other file names is the same one."""
+    train_small(tmp_path / "large", VOCABULARY + 20)
     train_small(tmp_path / "small", VOCABULARY - 20)
     train_small(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"small has 280 tokens, the model of .*step-000001 has a vocabulary of 300"):
+    with pytest.raises(UserError, match=r"large has 320 tokens, the model of .*step-000001 has a vocabulary of 300"):
+        invoke("export", form, run, tmp_path / "out", "--tokenizer", tmp_path / "large")
+    with pytest.raises(UserError, match="small gives tokens other ids than"):
         invoke("export", form, run, tmp_path / "out", "--tokenizer", tmp_path / "small")
     with pytest.raises(UserError, match=rf"other gives tokens other ids than {tokenizer}") as error:
         invoke("export", form, run, tmp_path / "out", "--tokenizer", tmp_path / "other")
@@ -226,10 +229,90 @@ def test_wrong_tensors(folder: Path) -> None:
     refused(folder, f"1 tensors are missing: {name}")
     for file, content in pristine.items():
         file.write_bytes(content)
-    rewrite(folder, name, lambda tensor: tensor.half())
-    refused(folder, "weights of dtype F16; all F32 or all BF16")
-    rewrite(folder, name, lambda tensor: tensor.bfloat16())
-    refused(folder, "weights of dtype BF16, F32")
+    rewrite(folder, name, lambda tensor: tensor.double())
+    assert "transformers" in refused(folder, "weights of dtype F64; F32, BF16, F16 are read").hint
+    rewrite(folder, name, lambda tensor: tensor.float().fill_(float("nan")))
+    other = "backbone.layers.0.mixer.conv1d.bias"
+    rewrite(folder, other, lambda tensor: tensor.index_fill(0, torch.tensor([3]), float("inf")))
+    refused(folder, f"folder: NaN or infinite weights in {name}")
+    rewrite(folder, name, lambda tensor: tensor.fill_(0))
+    refused(folder, f"folder: NaN or infinite weights in {other}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtypes_are_read_exactly_into_float32(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Whole in float16; or bfloat16 with the norms in float32."""
+    expected = {}
+    for file in folder.glob("*.safetensors"):
+        mixed = dtype == torch.bfloat16
+        tensors = {n: t if mixed and "norm" in n else t.to(dtype) for n, t in load_file(file).items()}
+        save_file(tensors, file)
+        expected |= tensors
+    assert "in float32" in invoke("import", "hf", folder, tmp_path / "in")
+    invoke("export", "hf", tmp_path / "in", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert again.keys() == expected.keys()
+    assert all(
+        again[name].dtype == torch.float32 and torch.equal(again[name], t.float()) for name, t in expected.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def padded(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imported model with 84 rows of padding, whose scores are far above those of every token."""
+    folder = Path(shutil.copytree(exported, tmp_path_factory.mktemp("padded") / "hf"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": VOCABULARY + 84}))
+    hidden = config["hidden_size"]
+    rewrite(folder, "backbone.embeddings.weight", lambda tensor: torch.cat([tensor, torch.zeros(84, hidden)]))
+    high = torch.cat([torch.full((42, hidden), 9.0), torch.full((42, hidden), -9.0)])
+    rewrite(folder, "lm_head.weight", lambda tensor: torch.cat([tensor, high]))
+    invoke("import", "hf", folder, folder.with_name("in"))
+    return folder.with_name("in")
+
+
+def test_padding_of_the_vocabulary_is_never_written(run: Path, padded: Path, tmp_path: Path) -> None:
+    options = ("--max-tokens", 12, "--seed", 3)
+    assert invoke("generate", padded, "wort", *options) == invoke("generate", run, "wort", *options)
+    invoke("export", "hf", padded, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert config["suppress_tokens"] == list(range(VOCABULARY, VOCABULARY + 84))
+    invoke("export", "gguf", padded, tmp_path / "x.gguf")
+
+
+def test_an_imported_model_knows_its_tokenizer(padded: Path, run: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """By the ids of tokens: the run's own files are others."""
+    invoke("generate", padded, "wort", "--max-tokens", 1, "--tokenizer", tokenizer)
+    with pytest.raises(UserError, match="other gives tokens other ids than tokenizer"):
+        invoke("generate", padded, "wort", "--tokenizer", train_small(tmp_path / "other", seed=1))
+
+
+def test_files_that_do_not_belong_together(folder: Path, tmp_path: Path) -> None:
+    """Each is refused by name before any work."""
+    index, config = folder / "model.safetensors.index.json", folder / "config.json"
+    tokenizer = folder / "tokenizer.json"
+    weights, width, library = index.read_text(), config.read_text(), tokenizer.read_text()
+    outside = json.loads(weights)
+    outside["weight_map"]["lm_head.weight"] = "../folder/model.safetensors"
+    for file, content, words in (
+        (index, json.dumps(outside), r"names a file outside of its folder: \.\./folder/model"),
+        (index, '{"weight_map": ["a"]}', r"index\.json: weight_map does not map"),
+        (index, "[]", r"index\.json does not hold a JSON object"),
+        (config, "[" * 100_000, r"config\.json: the JSON is nested too deep"),
+        (config, "\ufeff" + width.replace("300", '"many"'), r"config\.json: vocab_size is 'many'; a positive whole"),
+        (config, width.replace('"n_groups": ', '"n_groups": -'), r"config\.json: n_groups is -\d; a positive whole"),
+        (tokenizer, library[:500], "folder: cannot load the huggingface tokenizer"),
+        (tokenizer, library.replace('"id": 0', '"id": "zero"'), "folder: cannot load the huggingface tokenizer"),
+        (folder / "tokenizer_config.json", "{}", "names no eos_token"),
+        (folder / "tokenizer_config.json", '{"eos_token": 3}', "eos_token is 3; the name of a token is needed"),
+    ):
+        before = file.read_text()
+        file.write_text(content)
+        refused(folder, words)
+        file.write_text(before)
+    train_small(tmp_path / "large", VOCABULARY + 20)
+    shutil.copy(tmp_path / "large" / "tokenizer.json", tokenizer)
+    refused(folder, "the tokenizer has 320 tokens, the model a vocabulary of 300")
 
 
 def test_tensors_of_another_model(folder: Path) -> None:

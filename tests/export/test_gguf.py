@@ -217,8 +217,12 @@ def changed(tokenizer: Path, folder: Path, change) -> Tokenizer:
 
 def test_tokenizers_that_llama_cpp_lacks(tokenizer: Path, tmp_path: Path) -> None:
     same = changed(tokenizer, tmp_path / "same", lambda content: None)
-    expected = gguf_tokenizer.values(load_tokenizer(tokenizer))
-    assert gguf_tokenizer.values(same)["tokenizer.ggml.tokens"] == expected["tokenizer.ggml.tokens"]
+    expected = gguf_tokenizer.values(load_tokenizer(tokenizer), VOCABULARY)
+    names, types = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+    assert gguf_tokenizer.values(same, VOCABULARY)[names] == expected[names]
+    padded = gguf_tokenizer.values(same, VOCABULARY + 84)  # a name for each row of the embedding
+    assert (padded[names][:VOCABULARY], len(set(padded[names]))) == (expected[names], VOCABULARY + 84)
+    assert padded[types] == expected[types] + [5] * 84  # llama.cpp's number of an unused token
     split = ["pre_tokenizer", "pretokenizers"]
     for name, change, message in (
         (
@@ -229,7 +233,7 @@ def test_tokenizers_that_llama_cpp_lacks(tokenizer: Path, tmp_path: Path) -> Non
         ("nfc", lambda c: c.update(normalizer={"type": "NFC"}), "has a normalizer"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            gguf_tokenizer.values(changed(tokenizer, tmp_path / name, change))
+            gguf_tokenizer.values(changed(tokenizer, tmp_path / name, change), VOCABULARY)
         assert "--no-tokenizer" in error.value.hint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import json
 from pathlib import Path
 
@@ -40,8 +41,7 @@ def test_tiktoken_becomes_a_library_file(tiktoken: Tokenizer, tmp_path: Path) ->
         assert library.decode(ids, skip_special_tokens=False) == text
     assert library.encode("<SPECIAL_11>", add_special_tokens=False).ids == [11]
     # and read back, as training reads a Hugging Face folder
-    assert exported.read(out, tmp_path / "again")
-    again = load_tokenizer(tmp_path / "again")
+    again = exported.copy(exported.find(out), tmp_path / "again")
     assert all(again.text_to_ids(text) == tiktoken.text_to_ids(text) for text in PROBES)
     assert exported.token_ids(again) == exported.token_ids(tiktoken)
 
@@ -54,20 +54,30 @@ def test_own_files_and_template(tokenizer: Path, tmp_path: Path) -> None:
 
 def test_a_template_of_its_own_is_kept(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    exported.read(tokenizer, tmp_path / "kept")
+    exported.copy(exported.find(tokenizer), tmp_path / "kept")
     (tmp_path / "kept" / "chat_template.jinja").write_text("mine")
     assert not exported.write(load_tokenizer(tmp_path / "kept"), tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "mine"
 
 
-def test_transformers_5_names_its_class_anew(tokenizer: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
+def test_what_the_model_s_config_alone_tells_goes_with_the_copy(tokenizer: Path, tmp_path: Path) -> None:
+    """And a byte order mark, which transformers refuses, does not go into an export."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    for folder in (source, out):
+        folder.mkdir()
     exported.write(load_tokenizer(tokenizer), source)
-    config = source / "tokenizer_config.json"
-    config.write_text(config.read_text().replace("PreTrainedTokenizerFast", "TokenizersBackend"))
-    exported.read(source, tmp_path / "read")
-    assert load_tokenizer(tmp_path / "read").vocab_size == load_tokenizer(tokenizer).vocab_size
+    assert exported.find(out) is None
+    (source / "tokenizer_config.json").write_bytes(codecs.BOM_UTF8 + b'{"tokenizer_class": "TokenizersBackend"}')
+    (source / "config.json").write_text('{"eos_token_id": 0, "pad_token_id": 1}')
+    copy = exported.copy(exported.find(source), tmp_path / "copy")
+    assert exported.token_ids(copy) == {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1}
+    exported.write(copy, out)
+    config = json.loads((out / "tokenizer_config.json").read_bytes())
+    assert config == {"tokenizer_class": "TokenizersBackend", "eos_token": "<|endoftext|>", "pad_token": "<|pad|>"}
+    (source / "config.json").unlink()
+    (source / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    exported.write(exported.copy(exported.find(source), tmp_path / "copy_2"), out)
+    assert json.loads((out / "tokenizer_config.json").read_bytes()) == {"tokenizer_class": "TokenizersBackend"}
 
 
 def test_special_name_that_is_text_too(tiktoken: Tokenizer, tmp_path: Path) -> None:

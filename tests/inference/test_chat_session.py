@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -205,7 +207,7 @@ def test_plain_markers_end_an_answer_as_text(model, tokenizer: Tokenizer) -> Non
     assert session.ended_by == "its end marker"
 
 
-def invoke(*arguments: object, said: str):
+def invoke(*arguments: object, said: str | bytes):
     """Run the command with this standard input, which is no terminal; its errors are raised."""
     app = typer.Typer()
     app.command()(command)
@@ -235,6 +237,26 @@ def test_command_goes_on_after_a_refused_turn(run: Path) -> None:
     result = invoke(run, "--max-tokens", 2, said="\ue0ff\nwort\n")
     assert "not sent" in result.stderr
     assert result.stderr.count("tokens read in") == 1
+    result = invoke(run, "--max-tokens", 2, said=b"caf\xe9\nwort\n")
+    assert "not sent: the turn: byte 3 (0xe9, line 1) is not UTF-8" in result.stderr
+    assert result.stderr.count("tokens read in") == 1
+    with pytest.raises(UserError, match="--system: byte 0xe9"):
+        invoke(run, "--system", "caf\udce9", said="")
+
+
+def test_the_tokenizer_s_own_template_is_used(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """It stands in tokenizer_config.json; without it the family's is."""
+    own = Path(shutil.copytree(tokenizer.path, tmp_path / "own"))
+    config = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+
+    def read(*options: object) -> str:
+        said = invoke(run, "--max-tokens", 1, *options, said="wort\n").stderr
+        return re.search(r"[\d,]+ tokens read", said)[0]
+
+    assert read("--tokenizer", own) == read("--template", tmp_path / "chatml.jinja") != read()
+    assert read("--tokenizer", own, "--template", "nemotron_h") == read()
 
 
 def test_a_base_model_is_warned_of(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

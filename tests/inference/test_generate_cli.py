@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-from save_checkpoint import save
+from save_checkpoint import finish, save
 from small_model import VOCABULARY, small_config, small_model
 from typer.testing import CliRunner
 
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
 from nemotron_h.errors import UserError
 from nemotron_h.inference.cli import generate as command
+from nemotron_h.inference.cli import read_prompts
 from nemotron_h.inference.generate import generate
-from nemotron_h.inference.model import load_model
+from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -64,7 +69,7 @@ def test_empty_prompt_begins_a_document(run: Path) -> None:
 
 def test_wrong_tokenizer(run: Path, tmp_path: Path) -> None:
     train_bpe(["abc abd abe " * 50, "xyz xyw " * 50], 265, tmp_path)
-    with pytest.raises(UserError, match=r"has 265 tokens, the model of .* has a vocabulary of 300"):
+    with pytest.raises(UserError, match=r"gives tokens other ids than .*tokenizer.*, with which .*step-000001 was"):
         invoke(run, "x", "--tokenizer", tmp_path)
 
 
@@ -128,6 +133,8 @@ def test_stop_strings(run: Path) -> None:
         (["x", "--stop", ""], "--stop is empty"),
         (["--prompts", "absent.txt"], "--prompts absent.txt: No such file"),
         ([], "nothing to continue"),
+        (["x", "caf\udce9"], "prompt 2: byte 0xe9 at character 3 is not UTF-8"),
+        (["x", "--stop", "\ud800"], "--stop: lone surrogate U+D800"),
     ],
 )
 def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -140,7 +147,10 @@ def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: st
     ("name", "content", "words"),
     [
         ("a.txt", b" \n\n", "has no prompts"),
-        ("a.txt", b"\xff\xfe", "no UTF-8"),
+        ("a.txt", b"\xff\xfex\0", "UTF-16 text, not UTF-8"),
+        ("a.txt", b"one\ncaf\xe9\n", r"a\.txt: byte 7 \(0xe9, line 2\) is not UTF-8"),
+        ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1: lone surrogate"),
+        ("a.jsonl", b"[" * 100_000, "line 1: the JSON is nested too deep"),
         ("a.jsonl", b'{"prompt": "x"}\n{"text": "y"}', "line 2"),
         ("a.jsonl", b'{"prompt": 3}', "line 1: prompt is int"),
         ("a.jsonl", b"[1]", "line 1"),
@@ -156,3 +166,67 @@ def test_negative_temperature_is_a_usage_error(run: Path) -> None:
     result = invoke(run, "x", "--temperature", -1)
     assert result.exit_code == 2
     assert "--temperature" in result.output
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in (("a.txt", b"alpha\n"), ("a.jsonl", b'{"prompt": "alpha"}\n')):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+        assert read_prompts(str(tmp_path / name)) == ["alpha"]
+    for content in (b"alpha\n", b"caf\xe9\n"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(codecs.BOM_UTF8 + content)))
+        if content.isascii():
+            assert read_prompts("-") == ["alpha"]
+        else:
+            with pytest.raises(UserError, match=r"--prompts -: byte 6 \(0xe9, line 1\)"):
+                read_prompts("-")
+
+
+def test_names_of_folders_are_no_markup(run: Path, tmp_path: Path) -> None:
+    """In the last line, which names the checkpoint."""
+    checkpoint = Path(shutil.copytree(run / "checkpoints" / "step-000001", tmp_path / "step[bold]"))
+    assert "step[bold], float32 on cpu" in invoke(checkpoint, "x", "--max-tokens", 1).stderr
+
+
+def test_weights_and_scores_that_are_no_numbers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(small_config())
+    with torch.no_grad():
+        model.decoder.layers[0].mixer.out_proj.weight[3, 5] = float("nan")
+        model.decoder.final_norm.weight[0] = float("inf")
+    wrong = save(model, tmp_path / "wrong")
+    with pytest.raises(
+        UserError, match=r"wrong: NaN or infinite weights in decoder\.final_norm\.weight, decoder.*out_pr"
+    ):
+        load_model(wrong)
+    scores = GenerationModel.logits
+
+    def overflow(self: GenerationModel, hidden: torch.Tensor) -> torch.Tensor:
+        return scores(self, hidden) * float("inf")
+
+    monkeypatch.setattr(GenerationModel, "logits", overflow)
+    for temperature in (0, 0.8):
+        with pytest.raises(UserError, match="scores of the next token are not finite"):
+            invoke(run, "x", "--temperature", temperature)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("integrity.json", "{}", "is not a finished checkpoint: .* lists no files"),
+        ("integrity.json", '{"run.json": 5}', "is not a finished checkpoint: .*run.json is 5, not its size and sha256"),
+        ("integrity.json", "[1]", "does not hold a JSON object"),
+        ("run.json", "[" * 100_000, "run.json: the JSON is nested too deep"),
+        ("run.json", "[]", "run.json does not hold a JSON object"),
+        ("run.json", '{"data": [3]}', "run.json: data is no mapping"),
+        ("run.json", {"tokenizer": 5}, "run.json: data.tokenizer is 5, not a folder"),
+        ("run.json", {"tokenizer": None}, "does not tell the tokenizer"),
+    ],
+)
+def test_records_of_another_shape(run: Path, tmp_path: Path, name: str, content: object, words: str) -> None:
+    checkpoint = Path(shutil.copytree(run / "checkpoints" / "step-000001", tmp_path / "c"))
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((checkpoint / name).read_text()) | {"data": content})
+    (checkpoint / name).write_text(content)
+    if name != "integrity.json":
+        finish(checkpoint)
+    with pytest.raises(UserError, match=words):
+        invoke(checkpoint, "x")

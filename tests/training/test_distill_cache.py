@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_run import FORKS, Small, distill_recipe, losses
 
+from nemotron_h.data.tokenizer import train_bpe
 from nemotron_h.training import teacher_cache
 
 pytestmark = pytest.mark.slow
@@ -86,6 +89,20 @@ def test_tensor_parallel_ranks_go_on_where_it_was_interrupted(distilled: Small, 
         apart = (ours["values"].float() - single["values"].float()).abs()
         assert apart.max() < 0.1 * single["values"].float().std() * 8
         assert apart.mean() < 0.02 * single["values"].float().std()
+
+
+def test_data_of_another_tokenizer_than_the_teacher_s_is_refused(distilled: Small) -> None:
+    root = Path(shutil.copytree(distilled.folder / "data", distilled.folder / "other_data"))
+    path = root / "words" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    other = train_bpe([Path(__file__).read_text()], 512, path.with_name("tokenizer"))
+    manifest["tokenizer"]["sha256"] = other.fingerprint()
+    path.write_text(json.dumps(manifest))
+    settings = [f"distill.teacher_logits={distilled.folder / 'foreign'}", f"data.root={root}"]
+    recipe = distill_recipe(distilled, "foreign_recipe")
+    done = distilled.command("foreign", "distill-cache", str(recipe), *settings, check=False)
+    assert done.returncode == 2
+    assert "distill.teacher: wrong tokenizer: blend words was prepared" in " ".join(done.stderr.split())
 
 
 def test_another_seed_is_refused_before_the_start(distilled: Small, whole: Path) -> None:

@@ -56,16 +56,20 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_data_of_another_tokenizer_is_refused(talk: Small) -> None:
+def test_data_of_another_tokenizer_is_refused(talk: Small, tmp_path: Path) -> None:
+    from nemotron_h.data.tokenizer import train_bpe
     from nemotron_h.inference.checkpoint import find_checkpoint
     from nemotron_h.training.resume import CheckTokenizer
 
     checkpoint = find_checkpoint(talk.run_dir("straight"))
     record = json.loads((checkpoint / "run.json").read_text())["data"]["tokenizer_sha256"]
-    manifest = SimpleNamespace(blend="talk", tokenizer=SimpleNamespace(sha256=record))
+    other = train_bpe(["other words than those " * 50], 265, tmp_path)
+    manifest = SimpleNamespace(
+        blend="talk", tokenizer=SimpleNamespace(sha256=record), tokenizer_path=lambda: other.path
+    )
     trainer = SimpleNamespace(datamodule=SimpleNamespace(manifest=manifest))
     check = CheckTokenizer(checkpoint)
     check.setup(trainer, None, "fit")
-    manifest.tokenizer.sha256 = "0" * 64
+    manifest.tokenizer.sha256 = other.fingerprint()
     with pytest.raises(UserError, match="wrong tokenizer: blend talk"):
         check.setup(trainer, None, "fit")

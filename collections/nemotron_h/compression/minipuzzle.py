@@ -49,7 +49,7 @@ from nemotron_h.export import hf_writer
 from nemotron_h.export.checkpoint_writer import definition_text
 from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
 from nemotron_h.inference.model import GenerationModel, load_model
-from nemotron_h.inference.opening import tokenizer_for
+from nemotron_h.inference.trained_tokenizer import check_data, tokenizer_for
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.memory import GIB
 from nemotron_h.report import minipuzzle as report
@@ -208,19 +208,15 @@ class MiniPuzzle:
                 f"{self.origin}: minipuzzle.parent: {checkpoint} is of another model: {'; '.join(differs)}",
                 hint="name a checkpoint of the recipe's model, or take the model of the checkpoint: model=NAME",
             )
-        tokenizer, trained = self.manifest.tokenizer, (record.get("data") or {}).get("tokenizer_sha256")
-        if tokenizer.vocab_size != wanted.vocab_size:
+        tokenizer = self.manifest.tokenizer
+        if tokenizer.vocab_size > wanted.vocab_size:
             raise UserError(
                 f"{self.origin}: the tokenizer of blend {self.blend.name} has {tokenizer.vocab_size:,} tokens, the "
                 f"parent a vocabulary of {wanted.vocab_size:,}",
                 hint="choose a blend that was prepared with the parent's tokenizer",
             )
-        if trained is not None and trained != tokenizer.sha256:
-            raise UserError(
-                f"{self.origin}: blend {self.blend.name} was prepared with another tokenizer than {checkpoint} was "
-                "trained with",
-                hint="write tokenizer: {blend: NAME} of the parent's blend, and prepare the data again",
-            )
+        if warning := check_data(checkpoint, self.manifest, f"{self.origin}: minipuzzle.parent"):
+            self.console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
         return wanted
 
     @cached_property

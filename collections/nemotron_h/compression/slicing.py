@@ -23,6 +23,7 @@ from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.names import Weight, weights
 from nemotron_h.export.source import ModelSource
+from nemotron_h.inference import trained_tokenizer
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_record
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition
@@ -171,7 +172,7 @@ def write_child(
         if tokenizer and not Path(tokenizer).is_absolute():  # an imported checkpoint holds its own
             shutil.copytree(checkpoint / tokenizer, folder / TOKENIZER)
         written = {
-            "data": {key: data.get(key) for key in ("tokenizer", "seq_length")},
+            "data": {key: data.get(key) for key in (*trained_tokenizer.KEYS, "seq_length")},
             "pruned": {
                 "from": str(checkpoint.absolute()),
                 "model": parent.name,

@@ -230,7 +230,7 @@ def content_digest(checkpoint: Path) -> str:
     from nemotron_h.training import checkpoints
 
     try:
-        listed = read_json_object(checkpoint / checkpoints.INTEGRITY)
+        listed = checkpoints.read_integrity(checkpoint)
     except UserError as error:
         raise UserError(f"{checkpoint} is not a finished checkpoint: {error.message}") from error
     weights = {name: entry for name, entry in listed.items() if name.endswith(".distcp")}

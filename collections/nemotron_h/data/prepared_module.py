@@ -167,6 +167,7 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
             "root": str(Path(manifest.folder).parent),
             "tokenizer": str(manifest.tokenizer_path()),
             "tokenizer_sha256": manifest.tokenizer.sha256,
+            "tokenizer_ids_sha256": self.tokenizer.ids_sha256(),
             "seq_length": self.seq_length,
             "global_batch_size": self.global_batch_size,
             "seed": self.seed,

@@ -8,16 +8,41 @@ them with NeMo. Importing this module imports neither: the data tools start in h
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.data.hf_tokenizer import HuggingFaceTokenizer
+from nemotron_h.data.tokenizer_base import (
+    META_FILE,
+    PROBES,
+    Tokenizer,
+    byte_characters,
+    fingerprint,
+    name_bytes,
+    read_meta,
+    write_meta,
+)
 from nemotron_h.errors import UserError
+from nemotron_h.text_files import read_json
 
-META_FILE = "nemotron_h_tokenizer.json"
+__all__ = [
+    "META_FILE",
+    "PROBES",
+    "BPETokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "TiktokenTokenizer",
+    "Tokenizer",
+    "fingerprint",
+    "load_tokenizer",
+    "nemo_tokenizer",
+    "read_meta",
+    "train_bpe",
+    "write_meta",
+]
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 CHAT_TOKENS = ("<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>")
@@ -41,134 +66,6 @@ PATTERN = "|".join(
     )
 )
 
-PROBES = (
-    "The quick brown fox jumps over 1234567.89 lazy dogs.\n\n\tTabs,  double  spaces   and\r\nline ends ",
-    "def f(x: int) -> int:\n    return x ** 2  # quadrat\n\n\nif __name__ == '__main__':\n\tprint(f'{f(3)!r}')\n",
-    "Größe, naïve façade, año, être, Łódź, İstanbul; Ελληνικά; Русский текст; עברית; العربية; हिन्दी; ไทย",
-    "日本語のテキスト、中文文本\uff0c한국어 텍스트。\ufb01 \u212b \u00c5 \u00e9 e\u0301 ㎏ ① ™",
-    "🙂 \U0001f469\U0001f3fd\u200d\U0001f680 \U0001f1e9\U0001f1ea 𐌰𐌱𐌲 E⋅da = Q, n → ∞, ∑ ≤ ∏ \u200b\u00a0\ufeff\u2028",
-    " leading and trailing spaces  ",
-)
-"""Texts that a lossless tokenizer gives back unchanged."""
-
-
-class Tokenizer:
-    """What training and preparation ask of a tokenizer. Ids are plain ints; no method adds BOS, EOS or padding.
-
-    Args:
-        path: the tokenizer's folder, as `save_meta` left it.
-
-    Attributes:
-        vocab_size: number of ids, special ones included.
-        eod_id: the id that ends a document.
-        pad_id: the id for padding; `eod_id` where the vocabulary has no other.
-        bos_id: the id that begins a sequence, for models that want one; `eod_id` where there is none.
-    """
-
-    kind = ""
-    vocab_size: int
-    eod_id: int
-    pad_id: int
-    bos_id: int
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
-
-    # what a kind implements
-    def text_to_ids(self, text: str) -> list[int]:
-        """Token ids of a text; text that looks like a special token is encoded as ordinary text."""
-        raise NotImplementedError
-
-    def ids_to_text(self, ids: Sequence[int], remove_special_tokens: bool = False) -> str:
-        """The text of token ids, decoded as a whole so that characters spread over tokens survive."""
-        raise NotImplementedError
-
-    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Printable token names; not for putting texts together."""
-        raise NotImplementedError
-
-    def tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """The inverse of `ids_to_tokens`; a single name gives a single id.
-
-        Raises:
-            KeyError: for a name that the vocabulary lacks.
-        """
-        if isinstance(tokens, str):
-            return self.vocab[tokens]
-        return [self.vocab[token] for token in tokens]
-
-    @property
-    def vocab(self) -> dict[str, int]:
-        """Token name -> id."""
-        if not hasattr(self, "_vocab"):
-            names = self.ids_to_tokens(range(self.vocab_size))
-            self._vocab = {name: i for i, name in reversed(list(enumerate(names)))}
-        return self._vocab
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of many texts."""
-        return [self.text_to_ids(text) for text in texts]
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Names of the special tokens, which no text encodes to, and their ids."""
-        raise NotImplementedError
-
-    # derived, under the names that NeMo and Megatron use
-    def text_to_tokens(self, text: str) -> list[str]:
-        """Token names of a text."""
-        return self.ids_to_tokens(self.text_to_ids(text))
-
-    def tokens_to_text(self, tokens: Sequence[str]) -> str:
-        """The text of token names."""
-        return self.ids_to_text([self.vocab[token] for token in tokens])
-
-    def tokenize(self, text: str) -> list[int]:
-        """Megatron's name for `text_to_ids`."""
-        return self.text_to_ids(text)
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """Megatron's name for `ids_to_text`."""
-        return self.ids_to_text(ids)
-
-    @property
-    def inv_vocab(self) -> dict[int, str]:
-        """Id -> token name."""
-        return dict(enumerate(self.ids_to_tokens(range(self.vocab_size))))
-
-    @property
-    def eos_id(self) -> int:
-        """The end-of-document id under its other name."""
-        return self.eod_id
-
-    eod = property(lambda self: self.eod_id)
-    eos = property(lambda self: self.eod_id)
-    bos = property(lambda self: self.bos_id)
-    pad = property(lambda self: self.pad_id)
-
-    @property
-    def name(self) -> str:
-        """The class's name."""
-        return type(self).__name__
-
-    @property
-    def unique_identifiers(self) -> OrderedDict:
-        """What Megatron's dataset caches key on."""
-        return OrderedDict(
-            {"class": f"{type(self).__module__}.{type(self).__qualname__}", "sha256": self.fingerprint()}
-        )
-
-    def fingerprint(self) -> str:
-        """sha256 over the tokenizer's files: equal fingerprints give equal tokens."""
-        return fingerprint(self.path)
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.path,)
-
-    def is_lossless(self) -> bool:
-        """Whether `PROBES` come back unchanged."""
-        return all(self.ids_to_text(self.text_to_ids(text)) == text for text in PROBES)
-
 
 class _RankTokenizer(Tokenizer):
     """Byte-level BPE over a ranked list of byte strings, run by tiktoken (about eight times as fast as the tokenizers
@@ -180,6 +77,11 @@ class _RankTokenizer(Tokenizer):
     def _start(self, special: list[str], ranked: list[bytes], pattern: str) -> None:
         import tiktoken
 
+        # tiktoken panics at the first text that needs a missing byte
+        if lacking := 256 - len({token for token in ranked if len(token) == 1}):
+            raise UserError(f"{self.path}: the vocabulary lacks {lacking} of the 256 bytes", "Restore the file.")
+        if twice := len(ranked) - len(set(ranked)):
+            raise UserError(f"{self.path}: {twice} tokens of the vocabulary are there twice", "Restore the file.")
         self._special, self._ranked, self._pattern = special, ranked, pattern
         self._encoding = tiktoken.Encoding(
             name=self.kind,
@@ -192,6 +94,9 @@ class _RankTokenizer(Tokenizer):
     @property
     def special_tokens(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self._special)}
+
+    def token_bytes(self) -> list[bytes]:
+        return [*map(name_bytes, self._special), *self._ranked]
 
     def text_to_ids(self, text: str) -> list[int]:
         if len(text) <= _SEGMENT_CHARACTERS:
@@ -216,7 +121,7 @@ class _RankTokenizer(Tokenizer):
         from tokenizers import AddedToken, models
         from tokenizers import Tokenizer as Library
 
-        character = _byte_characters()
+        character = byte_characters()
         ranked = ["".join(character[byte] for byte in token) for token in self._ranked]
         if clash := sorted(set(self._special) & set(ranked)):
             raise UserError(f"{self.path}: {', '.join(clash)} names both a special and an ordinary token")
@@ -265,74 +170,16 @@ class BPETokenizer(_RankTokenizer):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        content = json.loads((Path(path) / "tokenizer.json").read_text(encoding="utf-8"))
-        names = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
-        if names[: len(SPECIAL_TOKENS)] != list(SPECIAL_TOKENS):
+        vocab = read_json(Path(path) / "tokenizer.json")["model"]["vocab"]
+        names = sorted(vocab, key=vocab.get)
+        if names[: len(SPECIAL_TOKENS)] != list(SPECIAL_TOKENS) or [*map(vocab.get, names)] != [*range(len(names))]:
             raise UserError(
                 f"{path}/tokenizer.json is not a tokenizer trained here", "Use kind: huggingface for others."
             )
-        byte_of = {character: byte for byte, character in _byte_characters().items()}
-        ranked = [bytes(byte_of[c] for c in name) for name in names[len(SPECIAL_TOKENS) :]]
+        ranked = [name_bytes(name) for name in names[len(SPECIAL_TOKENS) :]]
         self._start(list(SPECIAL_TOKENS), ranked, PATTERN)
         self.eod_id = self.bos_id = SPECIAL_TOKENS.index(END_OF_TEXT)
         self.pad_id = SPECIAL_TOKENS.index(PAD)
-
-
-def _byte_characters() -> dict[int, str]:
-    """Byte -> the printable character that byte-level tokenizer files write for it (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face folder, read locally by transformers' AutoTokenizer."""
-
-    kind = "huggingface"
-
-    def __init__(self, path: str | Path) -> None:
-        from transformers import AutoTokenizer
-
-        super().__init__(path)
-        self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        if self._tokenizer.eos_token_id is None:
-            raise UserError(
-                f"{path}: the tokenizer names no eos_token, which ends documents", "Set it in tokenizer_config.json."
-            )
-        self._fast = self._tokenizer.backend_tokenizer if self._tokenizer.is_fast else None
-        if self._fast is not None:
-            self._fast.no_padding()
-            self._fast.no_truncation()
-            self._fast.encode_special_tokens = True
-        self.vocab_size = len(self._tokenizer)
-        self.eod_id = self._tokenizer.eos_token_id
-        self.pad_id = self.eod_id if self._tokenizer.pad_token_id is None else self._tokenizer.pad_token_id
-        self.bos_id = self.eod_id if self._tokenizer.bos_token_id is None else self._tokenizer.bos_token_id
-
-    def text_to_ids(self, text: str) -> list[int]:
-        if self._fast is not None:
-            return self._fast.encode(text, add_special_tokens=False).ids
-        return self._tokenizer.convert_tokens_to_ids(self._tokenizer.tokenize(text, split_special_tokens=True))
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        added = self._tokenizer.added_tokens_decoder.items()
-        return {token.content: i for i, token in added if token.special}
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        if self._fast is None:
-            return super().encode_batch(texts)
-        return [e.ids for e in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def ids_to_text(self, ids: Sequence[int], remove_special_tokens: bool = False) -> str:
-        return self._tokenizer.decode(
-            [int(i) for i in ids], skip_special_tokens=remove_special_tokens, clean_up_tokenization_spaces=False
-        )
-
-    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        return [
-            t or f"<unused_{i}>" for i, t in zip(ids, self._tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
-        ]
 
 
 class TiktokenTokenizer(_RankTokenizer):
@@ -347,8 +194,7 @@ class TiktokenTokenizer(_RankTokenizer):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         meta = read_meta(path)
-        with open(Path(path) / meta["file"], encoding="utf-8") as file:
-            content = json.load(file)
+        content = read_json(_beside(path, meta))
         config = content.get("config", {}) if isinstance(content, dict) else {}
         entries = content["vocab"] if isinstance(content, dict) else content
         number = meta["num_special_tokens"]
@@ -356,6 +202,8 @@ class TiktokenTokenizer(_RankTokenizer):
         # Tekken lists more ranks than its vocabulary has; so does NeMo's form of it, whose size is 131,072 with 1,000
         # special tokens.
         size = config.get("default_vocab_size", min(len(entries) + number, FAMILY_VOCAB_SIZE))
+        if size <= number:
+            raise UserError(f"{path}: {size:,} tokens with {number:,} special ones", "Lower num_special_tokens.")
         ranked = [base64.b64decode(entry["token_bytes"]) for entry in entries[: size - number]]
         self._start(special, ranked, meta["pattern"] or config.get("pattern") or PATTERN)
         self.bos_id, self.eod_id, self.pad_id = 1, 2, 2
@@ -372,7 +220,7 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         super().__init__(path)
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(Path(path) / read_meta(path)["file"]))
+        self._model = sentencepiece.SentencePieceProcessor(model_file=str(_beside(path, read_meta(path))))
         self.vocab_size = self._model.vocab_size()
         self.eod_id = self._model.eos_id()
         if self.eod_id < 0:
@@ -406,20 +254,42 @@ class SentencePieceTokenizer(Tokenizer):
         return [self._model.id_to_piece(int(i)) for i in ids]
 
 
+def _beside(path: str | Path, meta: dict[str, Any]) -> Path:
+    """Return the file of a prepared folder that its meta names."""
+    name = meta["file"]
+    if Path(name).name != name:
+        raise UserError(f"{path}/{META_FILE}: file is {name}, which is not a name in this folder")
+    return Path(path) / name
+
+
 _KINDS = {cls.kind: cls for cls in (BPETokenizer, HuggingFaceTokenizer, TiktokenTokenizer, SentencePieceTokenizer)}
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a prepared folder.
+def load_tokenizer(path: str | Path, kind: str | None = None) -> Tokenizer:
+    """Return the tokenizer of a folder.
+
+    Args:
+        path: the folder.
+        kind: of the tokenizer; None reads it from a prepared folder.
 
     Raises:
-        UserError: when the folder holds none, or it cannot be read.
+        UserError: when the folder holds none, or it cannot be read or used.
     """
-    kind = read_meta(path)["kind"]
+    kind = kind or read_meta(path)["kind"]
+    if kind not in _KINDS:
+        raise UserError(f"{path}/{META_FILE}: kind {kind} is unknown", f"Known: {', '.join(_KINDS)}.")
     try:
-        return _KINDS[kind](path)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: cannot load the {kind} tokenizer: {error}") from error
+        tokenizer = _KINDS[kind](path)
+        if not tokenizer.text_to_ids(PROBES[0]):  # some damaged files only fail here
+            raise UserError(f"{path}: the {kind} tokenizer has no tokens for text", "Restore its files.")
+    except UserError:
+        raise
+    except BaseException as error:  # the libraries raise what they like, and Rust's panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = error if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)
+        raise UserError(f"{path}: cannot load the {kind} tokenizer: {reason}", "Restore its files.") from error
+    return tokenizer
 
 
 def nemo_tokenizer(path: str | Path) -> Tokenizer:
@@ -428,33 +298,6 @@ def nemo_tokenizer(path: str | Path) -> Tokenizer:
 
     TokenizerSpec.register(Tokenizer)
     return load_tokenizer(path)
-
-
-def write_meta(path: str | Path, kind: str, **content: Any) -> None:
-    """Write the small file that says how to read a tokenizer folder."""
-    text = json.dumps({"kind": kind, **content}, indent=1) + "\n"
-    (Path(path) / META_FILE).write_text(text, encoding="utf-8")
-
-
-def read_meta(path: str | Path) -> dict[str, Any]:
-    """Read what `write_meta` wrote.
-
-    Raises:
-        UserError: when the folder is not a prepared tokenizer.
-    """
-    try:
-        return json.loads((Path(path) / META_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds no prepared tokenizer ({META_FILE}): {error}") from error
-
-
-def fingerprint(path: str | Path) -> str:
-    """sha256 over names and contents of all files of a tokenizer folder."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
-        content = file.read_bytes()
-        digest.update(f"{file.relative_to(path).as_posix()}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
 
 
 def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int, path: str | Path) -> BPETokenizer:

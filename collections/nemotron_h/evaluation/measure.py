@@ -16,6 +16,7 @@ from rich.table import Table
 
 from nemotron_h.data.blend import PAIRS, Blend, load_blend
 from nemotron_h.data.manifest import Manifest, check_manifest
+from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.errors import UserError
 from nemotron_h.evaluation import harness, heldout, record
 from nemotron_h.evaluation.harness import Invocation, Settings
@@ -192,7 +193,8 @@ def _prepared(subject: Subject, blend_name: str | None, root: Path | None) -> tu
             hint="name such a blend: --blend NAME; how well pairs are told apart is in the run's own validations",
         )
     manifest = check_manifest(root or data.get("root") or written.get("root"), blend)
-    if subject.tokenizer.fingerprint() != manifest.tokenizer.sha256:
+    prepared = load_tokenizer(manifest.tokenizer_path())
+    if subject.tokenizer.ids_sha256() != prepared.ids_sha256():
         raise UserError(
             f"blend {blend.name!r} was prepared with another tokenizer than {subject.tokenizer.path}",
             hint="name a blend that was prepared with the model's tokenizer: --blend NAME, --root DIR",

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
-from nemotron_h.inference.opening import tokenizer_for
+from nemotron_h.inference.trained_tokenizer import tokenizer_for
 from nemotron_h.model.definition import ModelDefinition
 
 

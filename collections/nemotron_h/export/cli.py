@@ -130,7 +130,7 @@ def _find(checkpoint: Path, tokenizer: Path | None, no_tokenizer: bool) -> tuple
         raise UserError("--tokenizer and --no-tokenizer exclude each other")
     from nemotron_h.export.tokenizer import check_exportable
     from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
-    from nemotron_h.inference.opening import tokenizer_for
+    from nemotron_h.inference.trained_tokenizer import tokenizer_for
 
     checkpoint = find_checkpoint(checkpoint)
     if no_tokenizer:

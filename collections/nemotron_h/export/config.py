@@ -45,6 +45,8 @@ FIXED = {
     "tie_word_embeddings": False,
 }
 
+_LARGEST = 2**31  # ours: beyond any width
+
 #: sizes that transformers requires to be positive, for layer types that a pattern lacks
 _UNUSED_WIDTH = 1
 _LAYER_TYPES = {
@@ -123,13 +125,34 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
         key = "attention_head_dim" if theirs == "head_dim" and theirs not in config else theirs
         if key not in config and ours in ("norm_epsilon", "init_std"):
             continue  # the definition's defaults are transformers'
-        if not isinstance(config.get(key), int | float):
-            raise UserError(f"{origin}: {theirs} is {config.get(key, 'missing')}; a number is needed")
-        values[ours] = config[key]
+        values[ours] = _positive(config.get(key), theirs, origin, whole=ours not in ("norm_epsilon", "init_std"))
     definition = ModelDefinition(name=name, family=family_of(pattern), expect=Expect(0, 0, 0, 0), **values)
     definition.validate_structure(origin)
     counts = Expect(*(definition.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), definition.parameters)
     return replace(definition, expect=counts)
+
+
+def max_positions_of(config: Mapping[str, Any], origin: str) -> int | None:
+    """Return the tokens that a `config.json` says its model was trained on at once; None where it says nothing.
+
+    Errors:
+        UserError: the value is no such number.
+    """
+    value = config.get("max_position_embeddings")
+    return None if value is None else int(_positive(value, "max_position_embeddings", origin, whole=True))
+
+
+def _positive(value: Any, key: str, origin: str, *, whole: bool) -> int | float:
+    """Return a width or another positive number as it is.
+
+    Errors:
+        UserError: it is none, or beyond what a size can be.
+    """
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < _LARGEST:
+        shown, kind = "missing" if value is None else repr(value), "whole number" if whole else "number"
+        raise UserError(f"{origin}: {key} is {shown}; a positive {kind} is needed")
+    return value
 
 
 def definition_name(folder_name: str) -> str:
@@ -149,7 +172,11 @@ def _check_architecture(config: Mapping[str, Any], origin: str) -> None:
         other["quantization_config"] = "set"
     if config.get("num_nextn_predict_layers"):
         other["num_nextn_predict_layers"] = config["num_nextn_predict_layers"]
-    lowest, highest = (_number(value) for value in config.get("time_step_limit") or (0.0, float("inf")))
+    try:
+        lowest, highest = (_number(value) for value in config.get("time_step_limit") or (0.0, float("inf")))
+    except (ValueError, TypeError, KeyError):
+        said = repr(config["time_step_limit"])
+        raise UserError(f"{origin}: time_step_limit is {said}; the lowest and the highest step are needed") from None
     if lowest > 0 or highest != float("inf"):
         other["time_step_limit"] = [lowest, highest]
     if other:
@@ -166,12 +193,17 @@ def _pattern(config: Mapping[str, Any], origin: str) -> str:
     pattern = config.get("hybrid_override_pattern")
     if not pattern:
         types = config.get("layers_block_type") or config.get("layer_types")
-        if not types:
-            raise UserError(f"{origin}: neither hybrid_override_pattern nor layers_block_type is there")
+        if not types or not isinstance(types, list):
+            raise UserError(f"{origin}: neither hybrid_override_pattern nor a list layers_block_type is there")
         unknown = sorted({str(kind) for kind in types} - set(_LAYER_TYPES))
         if unknown:
             raise UserError(f"{origin}: layers of type {', '.join(unknown)}, which this family does not have")
         pattern = "".join(_LAYER_TYPES[kind] for kind in types)
+    if not isinstance(pattern, str):
+        raise UserError(f"{origin}: hybrid_override_pattern is {pattern!r}; a letter for each layer is needed")
+    layers = config.get("num_hidden_layers", len(pattern))
+    if layers != len(pattern):
+        raise UserError(f"{origin}: num_hidden_layers is {layers!r}, the pattern {pattern} has {len(pattern)} layers")
     if "E" in pattern:
         raise UserError(f"{origin}: the pattern {pattern} has mixtures of experts (E), which this family does not have")
-    return str(pattern)
+    return pattern

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from nemotron_h.data.tokenizer import PATTERN, Tokenizer
 from nemotron_h.errors import UserError
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.gguf_format import Value
+from nemotron_h.text_files import read_json_object
 
 #: llama.cpp's name of a pre-tokenizer -> its expression. It knows a fixed set and takes none from the file.
 PRE_TOKENIZERS = {"tekken": PATTERN}
@@ -21,9 +21,11 @@ _HINT = "export the weights alone with --no-tokenizer"
 NONE: dict[str, Value] = {"tokenizer.ggml.model": "none"}
 
 
-def values(tokenizer: Tokenizer) -> dict[str, Value]:
-    """What the head of the file tells of the tokenizer and of conversations.
+def values(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Value]:
+    """Return what the head of the file tells of the tokenizer and of conversations.
 
+    Args:
+        vocab_size: rows of the model's vocabulary; those beyond the tokenizer's tokens are named as unused.
     Errors:
         UserError: llama.cpp has no such tokenizer.
     """
@@ -35,11 +37,11 @@ def values(tokenizer: Tokenizer) -> dict[str, Value]:
             raise UserError(
                 f"the tokenizer in {tokenizer.path} has no tokenizer.json, so no byte-level BPE", hint=_HINT
             )
-        library = json.loads(file.read_text(encoding="utf-8"))
+        library = read_json_object(file)
         template = tokenizers.template_of(folder)
     model = library["model"]
     _check_model(model, library.get("normalizer"), tokenizer)
-    names, types = _tokens(library, tokenizer)
+    names, types = _tokens(library, vocab_size)
     found: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _pre_tokenizer(library.get("pre_tokenizer"), tokenizer),
@@ -87,10 +89,10 @@ def _pre_tokenizer(found: Any, tokenizer: Tokenizer) -> str:
     )
 
 
-def _tokens(library: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[str], list[int]]:
-    """Name and type of every id."""
-    names = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
-    types = [_UNUSED] * tokenizer.vocab_size
+def _tokens(library: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Return name and type of every id."""
+    names = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [_UNUSED] * vocab_size
     for name, i in library["model"]["vocab"].items():
         names[i], types[i] = name, _NORMAL
     for token in library["added_tokens"]:

@@ -52,7 +52,8 @@ def plan(checkpoint: Path, tokenizer: Tokenizer | None, type_name: str | None) -
     source = ModelSource(checkpoint)
     kind = TYPES[type_name] if type_name else BF16 if source.dtype == torch.bfloat16 else F32
     values = gguf_model.values(source.definition, seq_length=source.seq_length or MAX_POSITIONS, file_type=kind)
-    values |= gguf_tokenizer.NONE if tokenizer is None else gguf_tokenizer.values(tokenizer)
+    rows = source.definition.vocab_size
+    values |= gguf_tokenizer.NONE if tokenizer is None else gguf_tokenizer.values(tokenizer, rows)
     weights = gguf_model.weights(source.definition, source.rows, kind)
     begin = head(values, [weight.entry for weight in weights])
     return Plan(source, weights, begin, len(begin) + sum(aligned(weight.entry.size) for weight in weights))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemotron_h.data.tokenizer import HuggingFaceTokenizer
 from nemotron_h.errors import UserError
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
-from nemotron_h.export.config import definition_name, from_config
+from nemotron_h.export.config import definition_name, from_config, max_positions_of
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.hf_writer import INDEX
 from nemotron_h.export.names import Weight, weights
+from nemotron_h.inference.finite import check_weights
+from nemotron_h.inference.trained_tokenizer import identity
 from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.text_files import read_json_object
 
 SINGLE = "model.safetensors"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+#: float32 holds every number of each
+_DTYPES = ("F32", "BF16", "F16")
 _NAMED = 5  # tensors that an error lists
 
 
@@ -64,7 +68,15 @@ class TensorFolder:
                     hint="only safetensors are read; other formats have to be saved again as such by transformers",
                 )
             return [SINGLE]
-        return sorted(set(read_json(index)["weight_map"].values()))
+        names = read_json_object(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{index}: weight_map does not map tensors to files", hint="download or copy it again")
+        if outside := [name for name in names.values() if Path(name).name != name]:
+            raise UserError(
+                f"{index} names a file outside of its folder: {outside[0]}",
+                hint="weights are read from the folder alone; put the files into it, and their names into the index",
+            )
+        return sorted(set(names.values()))
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
@@ -84,9 +96,10 @@ class Source:
     Attributes:
         folder: where it is.
         definition: of its model.
-        dtype: of its weights.
+        dtype: of the checkpoint's weights.
         max_positions: what its configuration tells, for a later export.
         size: bytes of the checkpoint's tensors.
+        tokenizer: the folder's, or None where it has none.
     """
 
     folder: Path
@@ -94,6 +107,7 @@ class Source:
     dtype: torch.dtype
     max_positions: int | None
     size: int
+    tokenizer: HuggingFaceTokenizer | None
 
 
 def examine(folder: Path, name: str | None = None) -> Source:
@@ -103,19 +117,28 @@ def examine(folder: Path, name: str | None = None) -> Source:
         folder: as `nemotron-h export hf` or transformers writes it.
         name: of the model definition; None makes one of the folder's name.
     Errors:
-        UserError: another architecture, missing files or tensors, tensors too many, or of a wrong shape or dtype.
+        UserError: another architecture, missing files or tensors, tensors too many, or of a wrong shape or dtype; a
+            tokenizer that cannot be loaded, or has more tokens than the model.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     path = folder / "config.json"
-    config = read_json(path)
+    config = read_json_object(path)
     definition = from_config(config, name or definition_name(folder.absolute().name), str(path))
+    max_positions = max_positions_of(config, str(path))
     with TensorFolder(folder) as tensors:
         rows = list(weights(definition))
         expected = {their: shape for row in rows for their, shape in row.theirs.items()}
         _compare(folder, tensors, expected)
         dtype = _dtype(folder, tensors, rows)
-    return Source(folder, definition, dtype, config.get("max_position_embeddings"), size(definition, dtype))
+    tokenizer = tokenizers.find(folder)
+    if tokenizer is not None and tokenizer.vocab_size > definition.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model a vocabulary of "
+            f"{definition.vocab_size:,}",
+            hint="config.json and the tokenizer belong to different models",
+        )
+    return Source(folder, definition, dtype, max_positions, size(definition, dtype), tokenizer)
 
 
 def _compare(folder: Path, tensors: TensorFolder, expected: dict[str, tuple[int, ...]]) -> None:
@@ -139,13 +162,15 @@ def _compare(folder: Path, tensors: TensorFolder, expected: dict[str, tuple[int,
 
 
 def _dtype(folder: Path, tensors: TensorFolder, rows: list[Weight]) -> torch.dtype:
-    """The one dtype of the weights; the exact ones may have another."""
-    unknown = sorted(set(tensors.dtypes.values()) - set(_DTYPES))
-    found = sorted({tensors.dtypes[name] for row in rows if not row.exact for name in row.theirs})
-    if unknown or len(found) != 1:
-        kinds = ", ".join(unknown or found)
-        raise UserError(f"{folder}: weights of dtype {kinds}; all F32 or all BF16 are read")
-    return _DTYPES[found[0]]
+    """Return the dtype that holds all weights exactly: bfloat16 where all are, else float32."""
+    if unknown := sorted(set(tensors.dtypes.values()) - set(_DTYPES)):
+        raise UserError(
+            f"{folder}: weights of dtype {', '.join(unknown)}; {', '.join(_DTYPES)} are read",
+            hint="save the model anew in bfloat16 by transformers: from_pretrained(DIR, dtype='bfloat16')"
+            ".save_pretrained(OUT)",
+        )
+    dtypes = {tensors.dtypes[name] for row in rows if not row.exact for name in row.theirs}
+    return torch.bfloat16 if dtypes == {"BF16"} else torch.float32
 
 
 def write(source: Source, out: Path, advance: Advance = lambda _: None) -> None:
@@ -156,34 +181,22 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None) -> None:
         out: the checkpoint's folder; must not exist.
         advance: told the bytes of each written tensor.
     Errors:
-        UserError: `out` exists, or the disk is full.
+        UserError: `out` exists, the disk is full, or weights are NaN or infinite.
     """
     with new_folder(out, source.size) as folder, TensorFolder(source.folder) as tensors:
 
         def read(row: Weight) -> dict[str, Tensor]:
-            joined = torch.cat([tensors.read(their) for their in row.theirs])
-            return row.to_ours(joined.to(row.dtype(source.dtype)))
+            theirs = {name: tensors.read(name) for name in row.theirs}
+            check_weights(theirs, str(source.folder))
+            return row.to_ours(torch.cat([tensor.to(row.dtype(source.dtype)) for tensor in theirs.values()]))
 
         write_weights(folder, source.definition, source.dtype, read, advance)
-        has_tokenizer = tokenizers.read(source.folder, folder / TOKENIZER)
-        record = {
+        data: dict[str, Any] = {"tokenizer": None, "seq_length": source.max_positions}
+        if source.tokenizer is not None:
             # relative to the checkpoint, so that the folder can be moved
-            "data": {"tokenizer": TOKENIZER if has_tokenizer else None, "seq_length": source.max_positions},
+            data |= {"tokenizer": TOKENIZER, **identity(tokenizers.copy(source.tokenizer, folder / TOKENIZER))}
+        record = {
+            "data": data,
             "imported": {"from": str(source.folder.absolute())},
         }
         finish(folder, source.definition, record, "Imported; counts and parameters are checked when it is loaded.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file.
-
-    Errors:
-        UserError: it is missing or no JSON object.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return found

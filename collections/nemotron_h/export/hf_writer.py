@@ -98,7 +98,7 @@ def write(plan: Plan, out: Path, tokenizer: Tokenizer | None, advance: Advance =
         chat = tokenizer is not None and tokenizers.write(tokenizer, folder)
         write_json(
             folder / "generation_config.json",
-            tokenizers.generation_config(tokenizer, chat, plan.config["use_cache"]),
+            tokenizers.generation_config(tokenizer, chat, plan.config["use_cache"], plan.source.definition.vocab_size),
         )
 
 

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import shutil
 from pathlib import Path
 
 from nemotron_h.data.chat import FAMILY_SOURCE
+from nemotron_h.data.hf_tokenizer import CONFIG_FILE, LIBRARY_FILE, TEMPLATE_FILE, settings_of, template_of
 from nemotron_h.data.tokenizer import (
     CHAT_TOKENS,
     BPETokenizer,
     HuggingFaceTokenizer,
     TiktokenTokenizer,
     Tokenizer,
+    load_tokenizer,
     write_meta,
 )
 from nemotron_h.errors import UserError
+from nemotron_h.text_files import read_json_object
 
 #: begins a turn, and ends an answer
 TURN = CHAT_TOKENS[1]
-TEMPLATE_FILE = "chat_template.jinja"
 
 #: as the conversations were written in training, without the tags for its loss mask, which some readers do not know
 CHAT_TEMPLATE = re.sub(r"\{%\s*(end)?generation\s*%\}", "", FAMILY_SOURCE)
 
 #: what a Hugging Face folder may hold of a tokenizer; weights and code stay where they are
 FILES = (
-    "tokenizer.json",
+    LIBRARY_FILE,
     "tokenizer.model",
-    "tokenizer_config.json",
+    CONFIG_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -63,7 +66,8 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
     else:
         for name in FILES:
             if (file := Path(tokenizer.path) / name).is_file():
-                shutil.copyfile(file, folder / name)
+                # not every reader takes a byte order mark
+                (folder / name).write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     template = template_of(folder)
     if template is None and set(CHAT_TOKENS[:2]) <= set(tokenizer.vocab):
         template = CHAT_TEMPLATE
@@ -72,39 +76,38 @@ def write(tokenizer: Tokenizer, folder: Path) -> bool:
 
 
 def _write_tiktoken(tokenizer: TiktokenTokenizer, folder: Path) -> None:
-    tokenizer.write_library(folder / "tokenizer.json")
+    tokenizer.write_library(folder / LIBRARY_FILE)
     unknown, begin, end = tokenizer.ids_to_tokens([0, tokenizer.bos_id, tokenizer.eod_id])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     config |= {"unk_token": unknown, "bos_token": begin, "eos_token": end, "pad_token": end}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def template_of(folder: Path) -> str | None:
-    file, config = folder / TEMPLATE_FILE, folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
-    return found if found is None else str(found)  # several, by name, are a list
+def find(folder: Path) -> HuggingFaceTokenizer | None:
+    """Return the tokenizer of a Hugging Face model's folder, or None where it has none.
 
-
-def read(folder: Path, out: Path) -> bool:
-    """Copy the tokenizer of a Hugging Face folder to a folder that `load_tokenizer` reads.
-
-    Returns:
-        whether there was one.
+    Errors:
+        UserError: it or its chat template cannot be read.
     """
-    found = [folder / name for name in FILES if (folder / name).is_file()]
-    if not any(file.name in ("tokenizer.json", "tokenizer.model") for file in found):
-        return False
+    if not any((folder / name).is_file() for name in (LIBRARY_FILE, "tokenizer.model", "vocab.json")):
+        return None
+    template_of(folder)
+    return load_tokenizer(folder, HuggingFaceTokenizer.kind)  # type: ignore[return-value]
+
+
+def copy(tokenizer: HuggingFaceTokenizer, out: Path) -> Tokenizer:
+    """Copy the tokenizer that `find` found to a folder of its own, and return the copy."""
     out.mkdir()
-    for file in found:
-        shutil.copyfile(file, out / file.name)
-    config = out / "tokenizer_config.json"
-    if config.is_file():  # transformers 5's name of the class, which 4 does not know
-        text = config.read_text(encoding="utf-8")
-        config.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+    for name in FILES:
+        if (file := Path(tokenizer.path) / name).is_file():
+            shutil.copyfile(file, out / name)
+    settings = settings_of(out)
+    if lacking := {role: name for role, name in tokenizer.roles.items() if settings.get(role) is None}:
+        # the model's config.json alone told them, which stays behind
+        config = read_json_object(out / CONFIG_FILE) if (out / CONFIG_FILE).is_file() else {}
+        (out / CONFIG_FILE).write_text(json.dumps(config | lacking, indent=1) + "\n", encoding="utf-8")
     write_meta(out, HuggingFaceTokenizer.kind)
-    return True
+    return load_tokenizer(out)
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
@@ -118,9 +121,14 @@ def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     }
 
 
-def generation_config(tokenizer: Tokenizer | None, chat: bool, use_cache: bool) -> dict[str, object]:
-    """The content of `generation_config.json`: where a text ends. A chat's answer also ends where a turn begins."""
+def generation_config(tokenizer: Tokenizer | None, chat: bool, use_cache: bool, vocab_size: int) -> dict[str, object]:
+    """Return the content of `generation_config.json`: where a text ends, and which ids are padding and never written.
+
+    A chat's answer also ends where a turn begins.
+    """
     ids: dict[str, object] = dict(token_ids(tokenizer))
     if tokenizer is not None and chat:
         ids["eos_token_id"] = [tokenizer.eod_id, tokenizer.tokens_to_ids(TURN)]
+    if tokenizer is not None and tokenizer.vocab_size < vocab_size:
+        ids["suppress_tokens"] = list(range(tokenizer.vocab_size, vocab_size))
     return {"use_cache": use_cache, **ids}

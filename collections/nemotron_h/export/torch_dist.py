@@ -47,8 +47,14 @@ def save(
         tensors: name -> a tensor on the meta device, of the shape and dtype to write.
         read: the values of a name; called once for each, in the order of `tensors`.
         advance: told the bytes of each written tensor.
+    Errors:
+        whatever `read` or the file system raises.
     """
     writer = dcp.FileSystemWriter(folder)
-    dcp.save(dict(tensors), storage_writer=writer, planner=_LazyPlanner(read, advance), no_dist=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer, planner=_LazyPlanner(read, advance), no_dist=True)
+    except dcp.api.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))  # one process writes, so there is one
+        raise cause from None
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")

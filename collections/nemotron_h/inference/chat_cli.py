@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from nemotron_h.errors import UserError
 from nemotron_h.inference.cli import (
@@ -19,9 +20,12 @@ from nemotron_h.inference.cli import (
     TokenizerOption,
     TopKOption,
     TopPOption,
+    note,
     notes,
+    warn,
 )
 from nemotron_h.inference.opening import open_checkpoint, recorded_template
+from nemotron_h.text_files import check_unicode, decode
 
 if TYPE_CHECKING:
     from nemotron_h.data.chat import ChatTemplate
@@ -58,17 +62,18 @@ def chat(
     The state is kept: a turn reads its own tokens alone, however long the conversation is. Where the standard input is
     no terminal, each line is a turn; answers go to the standard output and all else to the standard error.
     """
-    from nemotron_h.data.chat import FAMILY_TEMPLATE, ChatTemplate, template_source
+    from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, template_source
     from nemotron_h.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    check_unicode(system, "--system")
     source = template_source(template) if template is not None else None
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device)
     if source is None:
-        source = template_source(recorded_template(opened) or FAMILY_TEMPLATE)
+        source = recorded_template(opened) or FAMILY_SOURCE
     chosen = ChatTemplate(source, opened.tokenizer)
     for warning in warnings_of(opened, chosen):
-        notes.print(f"[yellow]warning:[/yellow] {warning}")
+        warn("warning", warning)
     from nemotron_h.data.messages import ChatError
     from nemotron_h.inference.chat import ChatSession
 
@@ -80,7 +85,7 @@ def chat(
         raise UserError(f"the chat template cannot be used: {error}", hint="name another one: --template") from error
     interactive = sys.stdin.isatty()
     if interactive:
-        notes.print(f"[dim]{opened}. /help lists commands.[/dim]")
+        note(f"{opened}. /help lists commands.")
     for text in _turns(interactive):
         if text.startswith("/"):
             if text == "/quit":
@@ -90,7 +95,7 @@ def chat(
         try:
             _answer(session, text)
         except ChatError as error:
-            notes.print(f"[yellow]not sent:[/yellow] {error}")
+            warn("not sent", str(error))
 
 
 def warnings_of(opened: Opened, template: ChatTemplate) -> Iterator[str]:
@@ -108,31 +113,35 @@ def warnings_of(opened: Opened, template: ChatTemplate) -> Iterator[str]:
 
 
 def _turns(interactive: bool) -> Iterator[str]:
-    """What the user says, empty lines left out."""
+    """Yield what the user says; empty lines and those that are not UTF-8 are left out, the latter with a word."""
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (gives `input` history and editing)
     while True:
         try:
-            line = input("> ") if interactive else sys.stdin.readline()
+            line = input("> ") if interactive else sys.stdin.buffer.readline()
+            if not interactive and not line:
+                return
+            text = check_unicode(line, "the turn") if interactive else decode(line, "the turn")
         except (EOFError, KeyboardInterrupt):
             notes.print()
             return
-        if not interactive and not line:
-            return
-        if line.strip():
-            yield line.strip()
+        except (UserError, UnicodeDecodeError) as error:
+            warn("not sent", str(error))
+            continue
+        if text.strip():
+            yield text.strip()
 
 
 def _command(text: str, session: ChatSession) -> None:
     if text == "/reset":
         session.reset()
-        notes.print("[dim]The conversation is forgotten.[/dim]")
+        note("The conversation is forgotten.")
         return
     if text != "/help":
-        notes.print(f"[yellow]there is no command {text.split()[0]}[/yellow]")
+        notes.print(Text(f"there is no command {text.split()[0]}", style="yellow"))
     for name, meaning in COMMANDS.items():
-        notes.print(f"[dim]{name:7} {meaning}[/dim]")
+        note(f"{name:7} {meaning}")
 
 
 def _answer(session: ChatSession, text: str) -> None:
@@ -151,9 +160,9 @@ def _answer(session: ChatSession, text: str) -> None:
     typer.echo()
     steps = session.written - 1
     speed = f"{steps / session.write_seconds:,.0f} tokens/s" if steps > 0 and session.write_seconds else "no steps"
-    notes.print(
-        f"[dim]{session.read:,} tokens read in {session.read_seconds:.2f} s, {session.written:,} written at {speed}, "
-        f"ended by {session.ended_by}; {len(session.ids):,} in the conversation[/dim]"
+    note(
+        f"{session.read:,} tokens read in {session.read_seconds:.2f} s, {session.written:,} written at {speed}, "
+        f"ended by {session.ended_by}; {len(session.ids):,} in the conversation"
     )
 
 

@@ -7,7 +7,6 @@ a command that needs only the weights starts in the time of `import torch`; NeMo
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -21,7 +20,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from nemotron_h.errors import UserError
+from nemotron_h.inference.finite import check_weights
 from nemotron_h.model.definition import Expect, ModelDefinition
+from nemotron_h.text_files import read_json_object
 from nemotron_h.training import checkpoints
 
 WEIGHTS = "weights"
@@ -50,9 +51,9 @@ def find_checkpoint(path: Path) -> Path:
             )
         path = found[0]
     try:
-        recorded = json.loads((path / checkpoints.INTEGRITY).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a finished checkpoint: {checkpoints.INTEGRITY}: {error}") from error
+        recorded = checkpoints.read_integrity(path)
+    except UserError as error:
+        raise UserError(f"{path} is not a finished checkpoint: {error.message}") from error
     for name, (size, _) in recorded.items():
         actual = (path / name).stat().st_size if (path / name).is_file() else None
         if actual != size:
@@ -62,15 +63,19 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
-    """The run record beside the weights.
+    """Return the run record beside the weights.
 
     Errors:
-        UserError: it is missing or no JSON.
+        UserError: it is missing, no JSON, or a section is of another shape.
     """
     try:
-        return json.loads((checkpoint / checkpoints.RECORD).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {checkpoint} is damaged: {checkpoints.RECORD}: {error}") from error
+        record = read_json_object(checkpoint / checkpoints.RECORD)
+    except UserError as error:
+        raise UserError(f"checkpoint {checkpoint} is damaged: {error.message}") from error
+    for key in ("model", "data", "recipe", "adapter"):
+        if not isinstance(record.get(key, {}), dict | None):
+            raise UserError(f"checkpoint {checkpoint} is damaged: {checkpoints.RECORD}: {key} is no mapping")
+    return record
 
 
 def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
@@ -160,7 +165,8 @@ class WeightFile:
         """Read whole tensors into `targets`, which may be of another dtype or device and slices of larger tensors.
 
         Errors:
-            UserError: a tensor is missing or of another shape (the folder holds another model), or is not readable.
+            UserError: a tensor is missing or of another shape (the folder holds another model), is not readable, or
+                holds NaN or infinite numbers.
         """
         for name, target in targets.items():
             if self.shapes.get(name) != tuple(target.shape):
@@ -178,6 +184,7 @@ class WeightFile:
             raise UserError(
                 f"checkpoint {self.checkpoint} is damaged: its weights are not readable: {reason}"
             ) from error
+        check_weights(targets, f"checkpoint {self.checkpoint}")
 
     def _check_sums(self, keys: set[str]) -> None:
         """Compare every tensor's bytes with the checksum stored beside them, which PyTorch's reader does not.

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from nemotron_h.errors import UserError
 from nemotron_h.inference.opening import open_checkpoint
+from nemotron_h.text_files import check_unicode, decode, parse_json
 
 if TYPE_CHECKING:
     from nemotron_h.inference.opening import Opened
@@ -38,6 +40,16 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where a GPU is visible")]
 
 notes = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """Print a remark on the standard error; it may hold names of files, so nothing in it is markup."""
+    notes.print(Text(text, style="dim"))
+
+
+def warn(word: str, text: str) -> None:
+    """Print a warning that begins with a word in yellow, as `note` prints."""
+    notes.print(Text.assemble((f"{word}:", "yellow"), " ", text))
 
 
 def generate(
@@ -69,10 +81,11 @@ def generate(
 
     The text of a single prompt is shown as it comes; those of several follow each other once they are complete.
     """
-    texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+    texts = [check_unicode(text, f"prompt {number}") for number, text in enumerate(prompt or [], 1)]
+    texts += read_prompts(prompts) if prompts is not None else []
     if not texts:
         raise UserError("there is nothing to continue", hint='give a prompt ("" begins a document), or --prompts FILE')
-    stops = stop or []
+    stops = [check_unicode(text, "--stop") for text in stop or []]
     if "" in stops:
         raise UserError("--stop is empty", hint="name the text before which a continuation is to end")
     from nemotron_h.inference.sampling import Sampling
@@ -93,7 +106,7 @@ def generate(
                 typer.echo(f"[{number}] {row['prompt']}{row['text']}\n")
             else:
                 total.ended_by = f", ended by {row['ended_by']}"
-    notes.print(f"[dim]{total}; {opened}[/dim]")
+    note(f"{total}; {opened}")
 
 
 class _Speed:
@@ -177,11 +190,10 @@ def read_prompts(file: str) -> list[str]:
         UserError: it is missing or no UTF-8, has no prompts, or a line is no such record.
     """
     try:
-        content = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f"--prompts {file}: {error.strerror}", hint="name a file of prompts, a line each") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts {file} is no UTF-8 text: {error}") from error
+    content = decode(data, f"--prompts {file}")
     lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"--prompts {file} has no prompts", hint="it takes a prompt a line")
@@ -189,11 +201,11 @@ def read_prompts(file: str) -> list[str]:
         return [line.removesuffix("\r") for _, line in lines]
     found = []
     for number, line in lines:
-        try:
-            value = json.loads(line)["prompt"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(f'--prompts {file}, line {number} is no record {{"prompt": ...}}: {error!r}') from error
-        if not isinstance(value, str):
-            raise UserError(f"--prompts {file}, line {number}: prompt is {type(value).__name__}, not text")
-        found.append(value)
+        origin = f"--prompts {file}, line {number}"
+        record = parse_json(line, origin)
+        if not isinstance(record, dict) or "prompt" not in record:
+            raise UserError(f'{origin} is no record {{"prompt": ...}}')
+        if not isinstance(value := record["prompt"], str):
+            raise UserError(f"{origin}: prompt is {type(value).__name__}, not text")
+        found.append(check_unicode(value, origin))
     return found

@@ -70,7 +70,8 @@ class GenerationModel:
 
     Args:
         definition: the model's shapes.
-        embedding, output, final_norm: [vocabulary, hidden], [vocabulary, hidden], [hidden].
+        embedding, output, final_norm: [vocabulary, hidden], [tokens, hidden], [hidden]; there may be fewer tokens
+            than rows of the vocabulary, of which the last are padding then.
         layers: one entry per letter of the pattern.
     """
 
@@ -184,7 +185,7 @@ class GenerationModel:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token, [..., vocabulary] from [..., hidden]; the vocabulary's padding is left out."""
+        """Return scores of the next token, [..., tokens] from [..., hidden]; the vocabulary's padding is left out."""
         return F.linear(self._norm(hidden, self.final_norm), self.output)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -275,7 +276,12 @@ class GenerationModel:
 
 
 def load_model(
-    checkpoint: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu", lazy: bool = False
+    checkpoint: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    lazy: bool = False,
+    tokens: int | None = None,
 ) -> GenerationModel:
     """A model with the weights of a training checkpoint, of any parallel layout and with or without Transformer Engine.
 
@@ -283,6 +289,7 @@ def load_model(
         checkpoint: a checkpoint or run folder.
         dtype: of weights and activations; Mamba's A, D and dt_bias stay in float32 at least.
         lazy: read a layer each time that it is used, and keep none.
+        tokens: a tokenizer's number of tokens; rows of the vocabulary beyond are padding, and get no scores.
     Errors:
         UserError: no checkpoint, a damaged one, weights that do not fit its record, or more of them than memory.
     """
@@ -294,7 +301,7 @@ def load_model(
     ends = [
         reader.vocabulary("embedding.word_embeddings.weight"),
         reader.take("decoder.final_norm.weight", definition.hidden_size),
-        reader.vocabulary("output_layer.weight"),
+        reader.vocabulary("output_layer.weight")[:tokens],
     ]
     layers: Sequence[LayerWeights] = _LazyLayers(reader)
     if lazy:

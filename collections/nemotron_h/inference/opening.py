@@ -57,6 +57,7 @@ def open_checkpoint(checkpoint: Path, tokenizer: Path | None, dtype: str | None,
 
     from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
     from nemotron_h.inference.model import load_model
+    from nemotron_h.inference.trained_tokenizer import tokenizer_for
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not torch.cuda.is_available():
@@ -66,88 +67,24 @@ def open_checkpoint(checkpoint: Path, tokenizer: Path | None, dtype: str | None,
     record = read_record(checkpoint)
     vocab_size = read_definition(record, f"checkpoint {checkpoint}").vocab_size
     text = tokenizer_for(record, checkpoint, tokenizer, vocab_size)
-    model = load_model(checkpoint, dtype=getattr(torch, dtype), device=device)
+    model = load_model(checkpoint, dtype=getattr(torch, dtype), device=device, tokens=text.vocab_size)
     return Opened(checkpoint, record, text, model, dtype)
 
 
-def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, vocab_size: int) -> Tokenizer:
-    """The tokenizer that was named, else the one that the run record tells of.
-
-    Errors:
-        UserError: it is not there; its size is not the model's vocabulary; or, where the record has a hash, its files
-            have changed since the training, or the named one gives tokens other ids than the recorded one.
-    """
-    from nemotron_h.data.tokenizer import load_tokenizer
-
-    folder = named or _recorded_tokenizer(record, checkpoint)
-    found = load_tokenizer(folder)
-    if found.vocab_size != vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {found.vocab_size:,} tokens, the model of {checkpoint} has a vocabulary of "
-            f"{vocab_size:,}",
-            hint="name the tokenizer that the model was trained with: --tokenizer DIR",
-        )
-    trained = (record.get("data") or {}).get("tokenizer_sha256")
-    if trained is None or found.fingerprint() == trained:
-        return found
-    if named is None:
-        raise UserError(
-            f"the files of {folder} have changed: they are not the tokenizer that {checkpoint} was trained with",
-            hint="restore them; or, if its tokens still have the ids of the training, name it: --tokenizer DIR",
-        )
-    original = _unchanged_tokenizer(record, checkpoint, trained)
-    if original is not None and original.vocab != found.vocab:
-        raise UserError(
-            f"the tokenizer in {named} gives tokens other ids than {original.path}, with which {checkpoint} was "
-            "trained",
-            hint="leave --tokenizer out, or name a copy of that tokenizer",
-        )
-    return found
-
-
-def _unchanged_tokenizer(record: dict[str, Any], checkpoint: Path, trained: str) -> Tokenizer | None:
-    """The recorded tokenizer, if it is still where it was and what it was."""
-    from nemotron_h.data.tokenizer import fingerprint, load_tokenizer
-
-    with contextlib.suppress(UserError):
-        folder = _recorded_tokenizer(record, checkpoint)
-        if fingerprint(folder) == trained:
-            return load_tokenizer(folder)
-    return None
-
-
-def _recorded_tokenizer(record: dict[str, Any], checkpoint: Path) -> Path:
-    from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.manifest import load_manifest
-
-    hint = "name its folder: --tokenizer DIR"
-    recorded = (record.get("data") or {}).get("tokenizer")
-    if recorded:
-        folder = checkpoint / recorded  # imported checkpoints hold theirs; an absolute path stays as it is
-        if not folder.is_dir():
-            raise UserError(f"the tokenizer of {checkpoint} is not at {recorded} any more", hint=hint)
-        return folder
-    try:
-        data = record["recipe"]["data"]
-        return Path(load_manifest(data["root"], load_blend(data["blend"]).name).tokenizer_path())
-    except KeyError as error:
-        raise UserError(f"{checkpoint}/run.json does not tell the tokenizer ({error})", hint=hint) from error
-    except UserError as error:
-        raise UserError(f"the tokenizer of {checkpoint} is not found: {error.message}", hint=hint) from error
-
-
 def recorded_template(opened: Opened) -> str | None:
-    """The chat template that came with a checkpoint: the one that wrote its run's conversations, else its tokenizer's.
+    """Return the chat template that came with a checkpoint: the one that wrote its run's conversations, else its
+    tokenizer's.
 
     Returns:
-        a file's path, or None where there is none.
+        Jinja text, or None where there is none.
     """
     from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.manifest import TEMPLATE, data_root
+    from nemotron_h.data.hf_tokenizer import template_of
+    from nemotron_h.data.manifest import data_root
 
-    places = [Path(opened.tokenizer.path) / TEMPLATE]
+    folders = [Path(opened.tokenizer.path)]
     data = (opened.record.get("recipe") or {}).get("data") or {}
     if "root" in data and "blend" in data:
         with contextlib.suppress(UserError):  # the blend may not be on this machine
-            places.insert(0, data_root(data["root"]) / load_blend(data["blend"]).name / TEMPLATE)
-    return next((str(place) for place in places if place.is_file()), None)
+            folders.insert(0, data_root(data["root"]) / load_blend(data["blend"]).name)
+    return next((template for folder in folders if (template := template_of(folder)) is not None), None)

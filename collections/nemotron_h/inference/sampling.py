@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.errors import UserError
+from nemotron_h.inference.finite import check_scores
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
         generators: one per row; each is drawn from once, unless the choice is greedy.
     Returns:
         int64 [batch].
+    Errors:
+        UserError: a score is NaN or +infinity, so there is nothing to choose from.
     """
+    check_scores(logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.double() / sampling.temperature).softmax(-1)

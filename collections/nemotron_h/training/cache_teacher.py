@@ -34,6 +34,7 @@ from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.compression.progress import StageProgress  # noqa: E402
 from nemotron_h.data.datamodule import BlendDataModule  # noqa: E402
 from nemotron_h.errors import UserError, report  # noqa: E402
+from nemotron_h.inference.trained_tokenizer import check_data  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
 from nemotron_h.ops.distillation_loss import HiddenTeacher  # noqa: E402
 from nemotron_h.ops.teacher_logits import kept_logits  # noqa: E402
@@ -81,6 +82,7 @@ class Writing:
         self.data.trainer = SimpleNamespace(
             max_steps=task.trainer.max_steps, limit_val_batches=task.trainer.limit_val_batches
         )
+        check_data(self.config.teacher_checkpoint, self.data.manifest, "distill.teacher")
         self.data.setup()
         wanted = wanted_header(self.config, self.data, task.trainer.max_steps, recipe.precision)
         self.header = self._continued(wanted.sized())

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
+from nemotron_h.text_files import read_json_object
 
 INTEGRITY = "integrity.json"
 RECORD = "run.json"
@@ -57,6 +59,24 @@ def write_integrity(checkpoint: Path, described: Mapping[str, list]) -> None:
     temporary.replace(checkpoint / INTEGRITY)
 
 
+def read_integrity(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """Return name -> (bytes, sha256) of a checkpoint's files, as `write_integrity` recorded them.
+
+    Errors:
+        UserError: the file is missing, or no such table.
+    """
+    recorded = read_json_object(checkpoint / INTEGRITY)
+    if not recorded:
+        raise UserError(f"{checkpoint / INTEGRITY} lists no files")
+    for name, entry in recorded.items():
+        match entry:
+            case [int(), str()]:
+                pass
+            case _:
+                raise UserError(f"{checkpoint / INTEGRITY}: {name} is {entry!r}, not its size and sha256")
+    return {name: (size, digest) for name, (size, digest) in recorded.items()}
+
+
 def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """What is wrong with a checkpoint, one line a file; empty when nothing is.
 
@@ -66,9 +86,9 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
             together they read everything once, and damage shows on one rank or more.
     """
     try:
-        recorded = json.loads((checkpoint / INTEGRITY).read_text())
-    except (OSError, ValueError) as error:
-        return [f"{INTEGRITY}: {error}"]
+        recorded = read_integrity(checkpoint)
+    except UserError as error:
+        return [error.message.removeprefix(f"{checkpoint}{os.sep}")]
     problems = []
     for name, (size, _) in recorded.items():
         path = checkpoint / name

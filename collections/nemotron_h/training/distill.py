@@ -111,7 +111,8 @@ class ResumeDistillation(ResumeRun):
                 hint="leave out distill.teacher_logits: the teacher is loaded",
             )
         super().setup(trainer, model)
-        trainer.callbacks.append(ReadTeacher() if config.stored else CheckTokenizer(config.teacher_checkpoint))
+        check = ReadTeacher() if config.stored else CheckTokenizer(config.teacher_checkpoint, "distill.teacher")
+        trainer.callbacks.append(check)
         if trainer.ckpt_path:
             self._check_same_teacher(Path(str(trainer.ckpt_path)), config)
             self._check_same_projection(Path(str(trainer.ckpt_path)), config)

@@ -147,7 +147,7 @@ class DistillationConfig(NemotronHConfig):
         if self.stored is not None and not (self.teacher and Path(self.teacher).expanduser().exists()):
             return {}
         checkpoint = self.teacher_checkpoint
-        listed = json.loads((checkpoint / checkpoints.INTEGRITY).read_text())
+        listed = checkpoints.read_integrity(checkpoint)
         hashes = sorted((name, digest) for name, (_, digest) in listed.items() if name.startswith(f"{WEIGHTS}/"))
         definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
         return {

@@ -16,6 +16,7 @@ from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.errors import UserError
 from nemotron_h.inference.adapted import adapter_record, find_base
 from nemotron_h.inference.checkpoint import find_checkpoint, read_record
+from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.preflight import check_layout
@@ -39,10 +40,11 @@ class CheckTokenizer(pl.Callback):
 
     Args:
         checkpoint: of the initial weights, as `find_checkpoint` returns it.
+        key: of the recipe, that names it.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Path, key: str = "init.checkpoint") -> None:
+        self.checkpoint, self.key = checkpoint, key
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Before any weight is loaded.
@@ -50,14 +52,9 @@ class CheckTokenizer(pl.Callback):
         Errors:
             UserError: the tokenizers differ.
         """
-        trained = (read_record(self.checkpoint).get("data") or {}).get("tokenizer_sha256")
-        manifest = trainer.datamodule.manifest
-        if trained is not None and trained != manifest.tokenizer.sha256:
-            raise UserError(
-                f"wrong tokenizer: blend {manifest.blend} was prepared with another one than {self.checkpoint} was "
-                "trained with",
-                hint="take the checkpoint's: write tokenizer: {blend: NAME} of its blend, and prepare the data again",
-            )
+        warning = check_data(self.checkpoint, trainer.datamodule.manifest, self.key)
+        if warning and trainer.global_rank == 0:
+            print(f"warning: {warning}")
 
 
 @dataclass(kw_only=True)
