@@ -14,6 +14,8 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
+from nemotron_h.inference.checkpoint import WEIGHTS
+from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import adapters
 from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
 
@@ -113,14 +115,17 @@ class NemotronHStrategy(nl.MegatronStrategy):
             super().save_checkpoint(*args, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
-        """As NeMo does. Initial weights are the model's alone, and resuming an adapted model reads its base first."""
-        if selective_restore:
-            with adapters.only("base", self.megatron_parallel):
+        """As NeMo does, of data alone: see `safe_reads`. Initial weights are the model's alone, and resuming an adapted
+        model reads its base first.
+        """
+        with safe_reads(Path(checkpoint_path) / WEIGHTS):
+            if selective_restore:
+                with adapters.only("base", self.megatron_parallel):
+                    return super().load_checkpoint(checkpoint_path, selective_restore)
+            if self.adapter_base is None:
                 return super().load_checkpoint(checkpoint_path, selective_restore)
-        if self.adapter_base is None:
-            return super().load_checkpoint(checkpoint_path, selective_restore)
-        base = self.load_checkpoint(self.adapter_base, selective_restore=True)
-        self.load_model_state_dict(base)
-        del base
-        with adapters.only("adapter", self.megatron_parallel):
-            return super().load_checkpoint(checkpoint_path, selective_restore)
+            base = self.load_checkpoint(self.adapter_base, selective_restore=True)
+            self.load_model_state_dict(base)
+            del base
+            with adapters.only("adapter", self.megatron_parallel):
+                return super().load_checkpoint(checkpoint_path, selective_restore)
