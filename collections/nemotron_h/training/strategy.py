@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
@@ -17,7 +18,7 @@ from nemo.utils import AppState
 from nemotron_h.inference.checkpoint import WEIGHTS
 from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import adapters
-from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
+from nemotron_h.runtime import cpu, exit_codes, loopback, megatron_fixes
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +100,13 @@ class NemotronHStrategy(nl.MegatronStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Warn where ranks share cores, then set up as NeMo does."""
+        """Warn where ranks share cores, then set up as NeMo does; ranks that this command starts meet on loopback."""
         ranks, cores = self.num_processes, os.cpu_count() or 1
         if not torch.cuda.is_available() and ranks > cores and self.local_rank == 0:
             logger.warning(f"{ranks} ranks share {cores} cores of this machine: steps take longer than with {cores}")
+        meeting = self.cluster_environment
+        if isinstance(meeting, LightningEnvironment) and meeting.main_address == loopback.ADDRESS:
+            self.store = loopback.local_store(meeting.main_port, meeting.local_rank())
         super().setup_environment()
         overlap = self.overlap_grad_reduce
         several = AppState().data_parallel_size > 1
