@@ -15,7 +15,7 @@ from nemotron_h.errors import UserError
 _SETTING = re.compile(r"([\w.\[\]]+?)\s*([-+*/|&]?=)\s*(.+)", re.DOTALL)
 #: a call of a name, and how nemo-run writes an object to build, also inside of a list
 _CALL = re.compile(r"[A-Za-z_][\w.]*\(")
-_OBJECT = re.compile(r"<?(?:Config|Partial)(?:\W.*|$)", re.DOTALL)
+_OBJECT = re.compile(r"<?(?:Config|Partial)(?:[^\w/.].*|$)", re.DOTALL)
 HINT = "write a number, text, list or null; what has to be built is for the command line, which is its user's own"
 
 
@@ -54,6 +54,11 @@ def check_overrides(settings: Sequence[str], where: str) -> None:
         check_data(setting, f"{where}: overrides")
 
 
+def is_object(text: str) -> bool:
+    """Tell whether a text is nemo-run's spelling of an object to build: `Config[package.Name]`, `<Partial[...]>`."""
+    return _OBJECT.fullmatch(text.strip()) is not None
+
+
 def _code_in(value: str) -> str:
     """Return what a value would build or call; an empty text where it is data."""
     try:
@@ -62,7 +67,7 @@ def _code_in(value: str) -> str:
         texts = [value]
         if call := _CALL.search(value):
             return call.group() + "...)"
-    return next((text for text in texts if _OBJECT.fullmatch(text.strip())), "")
+    return next(filter(is_object, texts), "")
 
 
 def _texts(value: object) -> list[str]:

@@ -59,7 +59,7 @@ OF_THE_TASK = (
     "resume.restore_config={probe}.Thing",
 )
 #: plain text, though nemo-run would import the module of the first
-TEXTS = ("data.root={probe}.run", "log.explicit_log_dir={probe}.value", "data.root='a(1)'")
+TEXTS = ("data.root={probe}.run", "log.explicit_log_dir={probe}.value", "data.root=Configs/a", "data.root='a(1)'")
 
 
 def probe(folder: Path, name: str) -> tuple[Path, dict[str, str]]:

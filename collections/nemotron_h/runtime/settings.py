@@ -27,7 +27,7 @@ from nemo_run.cli import cli_parser
 from nemo_run.cli.cli_parser import CLIException, ParseError, parse_cli_args
 
 from nemotron_h.errors import UserError
-from nemotron_h.overrides import HINT, check_data, parts
+from nemotron_h.overrides import HINT, check_data, is_object, parts
 from nemotron_h.strict import nearest
 
 _DATA_ONLY = ContextVar("data_only", default=False)
@@ -49,9 +49,11 @@ def wrap_parser() -> None:
         return factory(parent, name, annotation, value)
 
     def parse_buildable(self: Any, value: str, annotation: Any) -> Any:
-        if _DATA_ONLY.get():
+        if not _DATA_ONLY.get():
+            return buildable(self, value, annotation)
+        if is_object(value):
             raise ParseError(value, annotation, "it names code")
-        return buildable(self, value, annotation)
+        return self.get_parser(annotation)(value, annotation)
 
     def parse_arguments(fn: Any, *args: Any, **kwargs: Any) -> Any:
         if not getattr(fn, "arguments_are_data", False):
