@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
+
+sys.path.insert(0, str(Path(__file__).parent / "safety"))
+from code_in_values import OF_THE_TASK, REFUSED, TEXTS, probe
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +90,7 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         ),
         ("nemotron_h_tiny", ("trainer.plugins.name=fp61",), ("precision = 'fp61'",)),
         ("nemotron_h_recipe(path=no.yaml)", (), ("no recipe file no.yaml",)),
+        ("nemotron_h_recipe(pathh=no.yaml)", (), ("--factory nemotron_h_recipe(...)", "it takes: path")),
         (
             "nemotron_h_recipe(path=wrong.yaml)",
             (),
@@ -174,3 +180,100 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(record.recipe, path))
     assert pretrain.build(compose(str(path))) == task
+
+
+def refusal(function: Callable, *arguments: Any) -> str:
+    """The message of the error that a call has to end with; empty where it goes through."""
+    from nemotron_h.errors import UserError
+
+    try:
+        function(*arguments)
+    except UserError as error:
+        return error.message
+    return ""
+
+
+@pytest.fixture
+def probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Settings with the name of a module that can be imported; the file that it makes."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    marker, names = probe(tmp_path, f"probe_{tmp_path.name}".replace("-", "_"))
+    yield marker, lambda setting: setting.format(**names)
+    assert names["probe"] not in sys.modules
+    assert not marker.exists()
+
+
+def test_settings_of_a_file_build_nothing(app, probed) -> None:
+    from nemotron_h.compose import compose
+    from nemotron_h.runtime import settings
+    from nemotron_h.training import pretrain
+
+    marker, written = probed
+    task = pretrain.build(compose("nemotron_h_tiny/pretrain"))
+    for setting in map(written, (*REFUSED, *OF_THE_TASK)):
+        assert "own.yaml: " in refusal(settings.apply, task, [setting], "own.yaml"), setting
+        assert not marker.exists(), setting
+    assert task == pretrain.build(compose("nemotron_h_tiny/pretrain"))
+    for setting in map(written, TEXTS):
+        settings.apply(task, [setting], "own.yaml")
+    assert (task.data.root, task.log.explicit_log_dir) == ("a(1)", written("{probe}.value"))
+
+
+def test_files_given_to_nemo_build_nothing(app, probed, tmp_path: Path) -> None:
+    """`--yaml` and `key=@FILE`, with nemo-run's spellings of what to build."""
+    from nemo.collections import llm
+    from nemo_run.cli.api import RunContext
+
+    marker, written = probed
+    files = (
+        "trainer: {{strategy: {{_target_: {probe}.Thing}}}}",
+        "trainer: {{strategy: {{_target_: {probe}.run, _partial_: true}}}}",
+        "trainer: {{callbacks: [{{_target_: {probe}.Thing}}]}}",
+        "data: {{_factory_: '{probe}.run()'}}",
+        "data: {{_factory_: mock}}",
+        "model: '{probe}.run()'",
+        "data: {{blend: '{probe}.run()'}}",
+        "optim: {{peak_lr: {probe}.value}}",
+        "trainer: {probe}.Thing",
+        "_factory_: {probe}.run",
+        "run: {{factory: {probe}.run()}}",
+    )
+    path = tmp_path / "more.yaml"
+    for file in files:
+        path.write_text(written(file))
+        context = RunContext(name="pretrain", factory="nemotron_h_tiny", yaml=str(path))
+        assert refusal(context.parse_fn, llm.pretrain, []), file
+        assert not marker.exists(), file
+    path.write_text(written("_target_: {probe}.Thing"))
+    for factory, args, yaml in (
+        ("nemotron_h_tiny", [f"data=@{path}"], None),
+        (None, [], str(path)),
+        (f"@{path}", [], None),
+        ("nemotron_h_recipe(path={probe}.run)", [], None),
+        ("nemotron_h_recipe(path={probe}.run())", [], None),
+        ("nemotron_h_recipe(path=Config[{probe}.Thing])", [], None),
+    ):
+        context = RunContext(name="pretrain", factory=factory and written(factory), yaml=yaml)
+        assert refusal(context.parse_fn, llm.pretrain, args), factory
+        assert not marker.exists(), factory
+
+
+def test_what_is_typed_may_name_a_factory(app) -> None:
+    """It is the user's own."""
+    from nemo.collections import llm
+    from nemo_run.cli.api import RunContext
+
+    task = RunContext(name="pretrain", factory="nemotron_h_tiny").parse_fn(llm.pretrain, ["data=mock"])
+    assert task.data.__fn_or_cls__.__name__ == "MockDataModule"
+
+
+def test_a_recipe_with_code_is_refused_by_a_dry_run(pretrain, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    setting = REFUSED[0].format(marker=marker)
+    (tmp_path / "code.yaml").write_text(
+        f'defaults: [/nemotron_h_tiny/pretrain]\nname: code\noverrides: ["{setting}"]\n'
+    )
+    code, output = pretrain("--dryrun", factory="nemotron_h_recipe(path=code.yaml)")
+    assert code == 2
+    assert "os.system(...) is code" in output.replace("\n", " ")
+    assert not marker.exists()

@@ -12,6 +12,7 @@ from nemotron_h.duration import seconds_of
 from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, definition_from_dict
+from nemotron_h.overrides import check_overrides
 from nemotron_h.planning.inference import BYTES
 from nemotron_h.precision.gemms import check_gemms
 from nemotron_h.provenance import leaves
@@ -52,6 +53,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     Errors:
         UserError: names the key, the origin and what would fit.
     """
+    check_overrides(recipe.overrides, origin)
     definition = definition_of(recipe, origin)
     check_names(recipe, origin)
     check_checkpoint(recipe.checkpoint, origin)

@@ -47,6 +47,7 @@ def _register(recipe: str) -> None:
 
     made = distillation if stage == "distill" else factory
     made.__name__ = made.__qualname__ = name
+    made.arguments_are_data = True
     made.__doc__ = f"The recipe {recipe}. {made.__doc__ or ''}".strip()
     run.cli.factory(target=target, name=name)(made)
 
@@ -68,6 +69,7 @@ def _register_files(command: str) -> None:
             raise UserError(f"{path} is a recipe of stage {recipe.stage}", hint=hint)
         return BUILDERS[recipe.stage][1](recipe)
 
+    nemotron_h_recipe.arguments_are_data = True
     run.cli.factory(target=target, name="nemotron_h_recipe")(nemotron_h_recipe)
 
 

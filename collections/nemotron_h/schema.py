@@ -376,7 +376,7 @@ class MiniPuzzleSchema:
         keep: how many of the best by that rank are looked at further.
         evaluate: a command that prints a JSON object of task scores in its last line, `{checkpoint}` standing for the
             checkpoint; it then chooses `short` of the `keep`, and the winner. Null: the rank chooses, and the accuracy
-            after the short distillation.
+            after the short distillation. It runs where it is typed, or with `--allow-evaluate`.
         short: how many candidates are distilled for a short time.
         short_tokens: length of each of those.
         start: the long distillation starts from the `pruned` winner, or from its `short` distillation.

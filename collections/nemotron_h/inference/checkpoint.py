@@ -14,18 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from nemotron_h.errors import UserError
+from nemotron_h.inference.checkpoint_index import IndexedReader, read_index
 from nemotron_h.inference.finite import check_weights
 from nemotron_h.model.definition import Expect, ModelDefinition
 from nemotron_h.text_files import read_json_object
 from nemotron_h.training import checkpoints
+from nemotron_h.training.checkpoints import INDEX, WEIGHTS
 
-WEIGHTS = "weights"
 #: in the name of the one weight of a distillation that is no part of its student: it is kept to resume, and read by no
 #: other command
 PROJECTION = "hidden_projection"
@@ -93,47 +93,6 @@ def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
     return definition
 
 
-class _Inert:
-    """Stands for objects in the index that nothing here needs, such as megatron-core's plan of who wrote what."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds PyTorch's description of the tensors and nothing else: imports no megatron-core, runs no foreign code."""
-
-    _modules = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.planner",
-        "torch.distributed.checkpoint.filesystem",
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "MCoreMetadata":  # PyTorch's, with a field more
-            return Metadata
-        if "." not in name:
-            if module in self._modules and isinstance(found := super().find_class(module, name), type):
-                return found
-            if (module, name) == ("torch.serialization", "_get_layout"):
-                return super().find_class(module, name)
-            if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype | type):
-                return found
-        return _Inert
-
-
-class _Reader(dcp.FileSystemReader):
-    """PyTorch's reader, with the index read by `_IndexUnpickler`."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        content = (Path(self.path) / ".metadata").read_bytes()
-        metadata = _IndexUnpickler(io.BytesIO(content)).load()
-        if metadata.storage_meta is None:
-            metadata.storage_meta = dcp.metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
 class WeightFile:
     """The weights of one checkpoint, by their names in the model (without the prefix of the training wrapper).
 
@@ -146,16 +105,15 @@ class WeightFile:
 
     def __init__(self, checkpoint: Path, last: str = _LAST_NORM) -> None:
         self.checkpoint = checkpoint
-        try:
-            metadata = _Reader(str(checkpoint / WEIGHTS)).read_metadata()
-            key = next(k for k in metadata.state_dict_metadata if k.endswith(last) and not k.startswith("optimizer"))
-            prefix = key[: key.index(_FIRST_PART)]
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, StopIteration, ValueError) as error:
-            raise UserError(f"checkpoint {checkpoint} is damaged: {WEIGHTS}/.metadata: {error!r}") from error
-        self.prefix, self._places = prefix, metadata.storage_data
+        self.index = index = read_index(checkpoint / WEIGHTS)
+        keys = (k for k in index.state_dict_metadata if k.endswith(last) and not k.startswith("optimizer"))
+        key = next((k for k in keys if _FIRST_PART in k), None)
+        if key is None:
+            raise UserError(f"checkpoint {checkpoint} is damaged: {WEIGHTS}/{INDEX} has no {last}")
+        self.prefix = prefix = key[: key.index(_FIRST_PART)]
         tensors = {
             key.removeprefix(prefix): entry
-            for key, entry in metadata.state_dict_metadata.items()
+            for key, entry in index.state_dict_metadata.items()
             if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata) and PROJECTION not in key
         }
         self.shapes = {name: tuple(entry.size) for name, entry in tensors.items()}
@@ -178,7 +136,7 @@ class WeightFile:
         state = {self.prefix + name: target for name, target in targets.items()}
         self._check_sums(set(state))
         try:
-            dcp.load(state, storage_reader=_Reader(str(self.checkpoint / WEIGHTS)), no_dist=True)
+            dcp.load(state, storage_reader=IndexedReader(self.checkpoint / WEIGHTS, self.index), no_dist=True)
         except (dcp.api.CheckpointException, OSError, RuntimeError, pickle.UnpicklingError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
             raise UserError(
@@ -192,7 +150,8 @@ class WeightFile:
         Hashing whole files would read the optimizer's state too, seven times the weights.
         """
         with ThreadPoolExecutor() as pool:
-            for name, problem in pool.map(self._problem, [index for index in self._places if index.fqn in keys]):
+            wanted = [index for index in self.index.storage_data if index.fqn in keys]
+            for name, problem in pool.map(self._problem, wanted):
                 if problem:
                     raise UserError(
                         f"checkpoint {self.checkpoint} is damaged: {name} {problem}",
@@ -200,7 +159,7 @@ class WeightFile:
                     )
 
     def _problem(self, index: MetadataIndex) -> tuple[str, str]:
-        place = self._places[index]
+        place = self.index.storage_data[index]
         where = f"{WEIGHTS}/{place.relative_path} ({index.fqn})"
         try:
             with (self.checkpoint / WEIGHTS / place.relative_path).open("rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,8 +12,6 @@ from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
 from nemotron_h.errors import UserError
 from nemotron_h.schema import RecipeConfig
-
-_SETTING = re.compile(r"[\w.\[\]]+\s*[-+*/|&]?=.+")
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,10 @@ def examine(name_or_path: str, overrides: Sequence[str] = ()) -> Checked:
     blend = load_blend(data.blend)
     spans = phase_spans(blend.phases, horizon)
     unchecked = check_vocabulary(recipe, blend, name_or_path)
-    for setting in recipe.overrides:
-        if not _SETTING.fullmatch(setting):
-            raise UserError(f"{name_or_path}: overrides: {setting!r} is not a setting", hint="write key=value")
     if recipe.overrides:
-        unchecked.append(f"overrides ({len(recipe.overrides)}), which nemo ... --dryrun checks")
+        unchecked.append(f"keys and types of overrides, which nemo ... --dryrun checks: {', '.join(recipe.overrides)}")
+    if recipe.minipuzzle is not None and recipe.minipuzzle.evaluate:
+        unchecked.append(f"the command of minipuzzle.evaluate, run with --allow-evaluate: {recipe.minipuzzle.evaluate}")
     return Checked(recipe.name, definition.parameters, horizon, warmup, spans, unchecked)
 
 

@@ -3,18 +3,23 @@
 nemo-run prints an unknown key as the whole configuration, an unknown factory without the known ones, and the resolved
 configuration as tables of several hundred lines before each run. `RunContext.cli_execute` and `RunContext.parse_fn` are
 wrapped (patched) for the tasks of this project; other factories behave as before.
+
+What is typed is its user's own, and may name code: `data=package.make()`. What a file says (`--yaml FILE`, `key=@FILE`)
+is data, for every factory: it may be somebody else's.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
 import nemo_run
 from catalogue import REGISTRY
+from nemo_run.cli import cli_parser
 from nemo_run.cli.api import RunContext
-from nemo_run.cli.cli_parser import CLIException, parse_factory
+from nemo_run.cli.cli_parser import CLIException
 from nemo_run.cli.lazy import LazyEntrypoint, _args_to_dictconfig, dictconfig_to_dot_list
 from nemo_run.config import get_type_namespace
 
@@ -23,6 +28,9 @@ from nemotron_h.errors import UserError, report
 from nemotron_h.runtime import settings
 from nemotron_h.strict import nearest
 
+#: `key=@FILE.yaml`, as nemo-run takes it
+_FILE = re.compile(r"=@[\w./\\-]+\.(ya?ml|json|toml)(:\w+)?$", re.IGNORECASE)
+
 
 def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
     """Wrap the two methods of `RunContext`, once.
@@ -30,7 +38,7 @@ def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
     Args:
         note: told each task that a command line made, and the settings that it changed in it.
     """
-    settings.read_annotations()
+    settings.wrap_parser()
     if getattr(RunContext.cli_execute, "nemotron_h", False):
         return
     execute, parse = RunContext.cli_execute, RunContext.parse_fn
@@ -54,24 +62,56 @@ def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
 
     @functools.wraps(parse)
     def parse_fn(self: RunContext, fn: Any, args: list[str], **defaults: Any) -> nemo_run.Partial:
-        task = parse(self, fn, args, **defaults)
+        typed = [argument for argument in args if not _FILE.search(argument)]
+        factory, written = of_files(self, fn, [argument for argument in args if argument not in typed])
+        if factory == self.factory and not written:
+            task = parse(self, fn, typed, **defaults)
+        else:
+            built = cli_parser.parse_factory(fn, "", fn, factory)
+            settings.apply(built, written, str(self.yaml or "a file"))
+            before = self.factory, self.yaml
+            self.factory, self.yaml = (lambda: built), None
+            try:
+                task = parse(self, fn, typed, **defaults)
+            finally:
+                self.factory, self.yaml = before
         settings.check_numbers(task)
         settings.check_steps(task)
-        note(task, given(self, fn, args))
+        note(task, [*written, *given(fn, typed)])
         return task
 
     cli_execute.nemotron_h = True  # type: ignore[attr-defined]
     RunContext.cli_execute, RunContext.parse_fn = cli_execute, parse_fn
 
 
-def given(context: RunContext, fn: Any, args: list[str]) -> list[str]:
-    """What a command line and its `--yaml` set, in the form and order in which nemo-run applies it.
+def of_files(context: RunContext, fn: Any, references: list[str]) -> tuple[str | None, list[str]]:
+    """Return the factory of a command line and the settings of its files: of `--yaml`, and of `key=@FILE`.
+
+    Args:
+        references: the `key=@FILE`.
+    Errors:
+        UserError: a file names a factory of others, or there is none.
+    """
+    entry = LazyEntrypoint(fn, factory=context.factory, yaml=context.yaml, overwrites=references)
+    written = [f"{key}{operator}{value}" for key, operator, value in entry._args_ if key not in ("_factory_", "run")]
+    factory, file = entry._factory_, context.yaml or (references or [context.factory])[0]
+    if factory != context.factory and str(factory).split("(")[0] not in own_factories():
+        raise UserError(
+            f"{file}: _factory_: {factory} is code, and the values of a file are data", hint="--factory NAME"
+        )
+    if written and factory is None:
+        raise UserError(f"{file}: no --factory makes the task that it changes", hint="add --factory NAME")
+    return factory, written
+
+
+def given(fn: Any, args: list[str]) -> list[str]:
+    """What a command line sets, in the form and order in which nemo-run applies it.
 
     nemo-run regroups settings by key before it applies them (`LazyEntrypoint.resolve`); only its own helpers, one of
     them private, give that order.
     """
-    entry = LazyEntrypoint(fn, factory=context.factory, yaml=context.yaml, overwrites=args)
-    dotted = dictconfig_to_dot_list(_args_to_dictconfig(entry._args_), has_factory=entry._factory_ is not None)
+    entry = LazyEntrypoint(fn, overwrites=args)
+    dotted = dictconfig_to_dot_list(_args_to_dictconfig(entry._args_), has_factory=True)
     return [f"{key}{operator}{value}" for key, operator, value in dotted]
 
 
@@ -105,9 +145,9 @@ def explain(error: Exception, fn: Any, args: list[str], factory: str | None) -> 
         )
     if not factory:
         return None
-    task = parse_factory(fn, "factory", nemo_run.Partial[fn], factory)
+    task = cli_parser.parse_factory(fn, "factory", nemo_run.Partial[fn], factory)
     try:
-        settings.apply(task, [argument for argument in args if settings.parts(argument)[1]])
+        settings.apply(task, [argument for argument in args if settings.parts(argument)[0]], trusted=True)
     except UserError as problem:
         return problem
     if isinstance(error, CLIException):

@@ -1,51 +1,91 @@
 """Dotted settings (`trainer.max_steps=20`) on a built object graph: nemo-run's own parser, with clear errors.
 
-nemo-run reads annotations as they stand: it cannot parse `"int"` (postponed annotations) or `int | None`.
-`cli_parser._maybe_resolve_annotation` is wrapped (patched) to give it the types that they name.
+Four of nemo-run's functions are wrapped (patched). `_maybe_resolve_annotation` reads annotations as they stand, and is
+given the types that `"int"` (postponed annotations) and `int | None` name. `parse_factory` and `parse_buildable` import
+and call what a value names; they do not where `data_only` holds: for the settings of a file, and, in `parse_cli_args`,
+for the arguments of a factory that is marked `arguments_are_data`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import inspect
 import logging
-import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, Union
 
 import fiddle as fdl
 import nemo_run
+import torch
 from fiddle import daglish
 from nemo_run.cli import cli_parser
 from nemo_run.cli.cli_parser import CLIException, ParseError, parse_cli_args
 
 from nemotron_h.errors import UserError
+from nemotron_h.overrides import HINT, check_data, is_object, parts
 from nemotron_h.schema import RecipeConfig
 from nemotron_h.strict import FINITE, check_number, nearest, ranges
 
-_SETTING = re.compile(r"^([\w.\[\]]+?)\s*([-+*/|&]?=)")
+_DATA_ONLY = ContextVar("data_only", default=False)
 
 
-def parts(setting: str) -> tuple[str, str]:
-    """The dotted key of a setting and its operator; two empty texts where it is none."""
-    found = _SETTING.match(setting)
-    return (found.group(1), found.group(2)) if found else ("", "")
+def wrap_parser() -> None:
+    """Wrap nemo-run's functions, once."""
+    resolve, factory = cli_parser._maybe_resolve_annotation, cli_parser.parse_factory
+    buildable, parse = cli_parser.TypeParser.parse_buildable, cli_parser.parse_cli_args
+    if getattr(resolve, "nemotron_h", False):
+        return
 
+    def resolved(owner: Any, name: str, annotation: Any) -> Any:
+        return resolve(owner, name, evaluated(owner, name, annotation))
 
-def read_annotations() -> None:
-    """Wrap nemo-run's reading of annotations, once."""
-    resolve = cli_parser._maybe_resolve_annotation
-    if not getattr(resolve, "nemotron_h", False):
+    def parse_factory(parent: Any, name: str, annotation: Any, value: str) -> Any:
+        if _DATA_ONLY.get():
+            raise ValueError(f"{value!r} is data")  # nemo-run goes on to read it as that
+        return factory(parent, name, annotation, value)
 
-        def resolved(owner: Any, name: str, annotation: Any) -> Any:
-            return resolve(owner, name, evaluated(owner, name, annotation))
+    def parse_buildable(self: Any, value: str, annotation: Any) -> Any:
+        if not _DATA_ONLY.get():
+            return buildable(self, value, annotation)
+        if is_object(value):
+            raise ParseError(value, annotation, "it names code")
+        return self.get_parser(annotation)(value, annotation)
 
-        resolved.nemotron_h = True  # type: ignore[attr-defined]
-        cli_parser._maybe_resolve_annotation = resolved
+    def parse_arguments(fn: Any, *args: Any, **kwargs: Any) -> Any:
+        if not getattr(fn, "arguments_are_data", False):
+            return parse(fn, *args, **kwargs)
+        try:
+            with data_only():
+                return parse(fn, *args, **kwargs)
+        except CLIException as error:
+            raise UserError(f"--factory {fn.__name__}(...): {reason(error)}", hint=f"it takes: {_names(fn)}") from error
+
+    resolved.nemotron_h = True  # type: ignore[attr-defined]
+    cli_parser._maybe_resolve_annotation, cli_parser.parse_factory = resolved, parse_factory
+    cli_parser.TypeParser.parse_buildable, cli_parser.parse_cli_args = parse_buildable, parse_arguments
     logging.getLogger("nemo_run.cli.cli_parser").setLevel(logging.CRITICAL)  # says each parse error twice
+
+
+def _names(fn: Callable) -> str:
+    return ", ".join(inspect.signature(fn).parameters) or "nothing"
+
+
+@contextlib.contextmanager
+def data_only() -> Iterator[None]:
+    """Have nemo-run read values as numbers, texts and lists of the types that are asked for, and import nothing."""
+    wrap_parser()
+    token = _DATA_ONLY.set(True)
+    cli_parser.parse_value.cache_clear()  # of what was read otherwise
+    try:
+        yield
+    finally:
+        _DATA_ONLY.reset(token)
 
 
 def evaluated(owner: Any, name: str, annotation: Any) -> Any:
@@ -75,30 +115,40 @@ def _field_type(owner: type, name: str, annotation: str) -> Any:
         return annotation
 
 
-def apply(task: nemo_run.Partial, settings: Sequence[str], where: str = "") -> None:
+def apply(task: nemo_run.Partial, settings: Sequence[str], where: str = "", *, trusted: bool = False) -> None:
     """Set values of a built task, in order.
 
     Args:
         task: changed in place.
         settings: `key=value` with dotted keys, as `nemo` takes them (also `+=`, `-=`, `*=`).
         where: where the settings are written, to name in an error.
+        trusted: they were typed by whoever runs the command: a value may be the name of a factory or of a function,
+            which is called, as nemo-run does. Values of files are data.
     Errors:
-        UserError: not a setting, an unknown key (with the nearest known one), or a value of another type.
+        UserError: not a setting, an unknown key (with the nearest known one), a value of another type, or, unless
+            trusted, a value that names code or takes the place of a part of the task.
     """
-    read_annotations()
+    wrap_parser()
     place = f"{where}: " if where else ""
     for setting in settings:
-        key, operator = parts(setting)
-        if not operator:
+        key, _, value = parts(setting)
+        if not key:
             raise UserError(f"{place}{setting!r} is not a setting", hint="write key=value: trainer.max_steps=20")
         problem = unknown_key(task, key)
         if problem:
             raise UserError(f"{place}{problem.message}", hint=problem.hint)
+        if not trusted:
+            check_data(setting, where or "settings")
+            if value.lower() not in ("none", "null") and _is_part(_value_of(task, key)):
+                raise UserError(f"{place}{setting}: {key} is a part of the task, with keys of its own", hint=HINT)
         try:
-            parse_cli_args(task, [setting])
+            with contextlib.nullcontext() if trusted else data_only():
+                parse_cli_args(task, [setting])
         except (CLIException, ValueError, AttributeError, TypeError) as error:
             hint = "`--dryrun` shows every key and value"
             raise UserError(f"{place}{setting}: {reason(error)}", hint=hint) from error
+        if not trusted and not _is_data(_value_of(task, key)):
+            raise UserError(f"{place}{setting}: it is no number, text or list", hint=HINT)
     check_numbers(task, place)
 
 
@@ -134,6 +184,33 @@ def check_steps(task: nemo_run.Partial) -> None:
         )
 
 
+def _value_of(task: nemo_run.Partial, key: str) -> Any:
+    """Return what stands at a dotted key, None where nothing does."""
+    node: Any = task
+    try:
+        for name in key.split("."):
+            node = cli_parser.parse_attribute(name, node)
+    except (CLIException, AttributeError):
+        return None
+    return node
+
+
+def _is_part(value: Any) -> bool:
+    """Tell whether a value is built of others, or is a list of such."""
+    if isinstance(value, list | tuple):
+        return any(_is_part(item) for item in value)
+    return isinstance(value, fdl.Buildable)
+
+
+def _is_data(value: Any) -> bool:
+    """Tell whether a value, with all that it holds, is nothing that could be called."""
+    if isinstance(value, dict):
+        return all(_is_data(part) for pair in value.items() for part in pair)
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_data, value))
+    return value is None or isinstance(value, bool | int | float | str | Path | enum.Enum | torch.dtype)
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, on one line, without nemo-run's wrappers: the value and the type that it is not."""
     while (cause := error.__cause__) is not None and isinstance(error, CLIException):
@@ -153,7 +230,7 @@ def merged(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
     """Settings in the order of their making, without those that a later plain assignment of the same key replaces."""
     kept: list[str] = []
     for setting in (*earlier, *later):
-        key, operator = parts(setting)
+        key, operator, _ = parts(setting)
         if operator == "=":
             kept = [other for other in kept if parts(other)[0] != key]
         kept.append(setting)

@@ -19,6 +19,9 @@ from nemotron_h.text_files import read_json_object
 
 INTEGRITY = "integrity.json"
 RECORD = "run.json"
+WEIGHTS = "weights"
+#: all that lies in `weights`, beside *.distcp: index of tensors, what every rank has, name of the format
+INDEX, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 _STEP = re.compile(r"step-(\d+)$")
 
 
@@ -77,6 +80,18 @@ def read_integrity(checkpoint: Path) -> dict[str, tuple[int, str]]:
     return {name: (size, digest) for name, (size, digest) in recorded.items()}
 
 
+def strangers(checkpoint: Path) -> list[str]:
+    """Return the names of what lies in a checkpoint's `weights` and training does not write, such as the state of
+    NVIDIA ModelOpt. NeMo looks for some and loads them as programs.
+    """
+    files = (checkpoint / WEIGHTS).iterdir() if (checkpoint / WEIGHTS).is_dir() else ()
+    return sorted(
+        f"{WEIGHTS}/{path.name}"
+        for path in files
+        if path.is_dir() or (path.name not in (INDEX, COMMON, FORMAT) and path.suffix != ".distcp")
+    )
+
+
 def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
     """What is wrong with a checkpoint, one line a file; empty when nothing is.
 
@@ -89,7 +104,7 @@ def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
         recorded = read_integrity(checkpoint)
     except UserError as error:
         return [error.message.removeprefix(f"{checkpoint}{os.sep}")]
-    problems = []
+    problems = [f"{name} is no file that training writes" for name in strangers(checkpoint)]
     for name, (size, _) in recorded.items():
         path = checkpoint / name
         if not path.is_file():

@@ -34,6 +34,7 @@ from nemotron_h.inference.checkpoint import (
     read_definition,
     read_record,
 )
+from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import init
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
@@ -195,7 +196,8 @@ def load_weights(model: NemotronHMegatronModel, checkpoint: Path) -> None:
     prefix = WeightFile(checkpoint).prefix
     wanted = model.sharded_state_dict(prefix=prefix)
     names = list(wanted)
-    loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS))  # with what else the checkpoint holds
+    with safe_reads(checkpoint / WEIGHTS):
+        loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS))  # with what else the checkpoint holds
     model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in names})
 
 

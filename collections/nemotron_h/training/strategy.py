@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
+from nemotron_h.inference.checkpoint import WEIGHTS
+from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import adapters
-from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
+from nemotron_h.runtime import cpu, exit_codes, loopback, megatron_fixes
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +100,13 @@ class NemotronHStrategy(nl.MegatronStrategy):
         )
 
     def setup_environment(self) -> None:
-        """Warn where ranks share cores, then set up as NeMo does."""
+        """Warn where ranks share cores, then set up as NeMo does; ranks that this command starts meet on loopback."""
         ranks, cores = self.num_processes, os.cpu_count() or 1
         if not torch.cuda.is_available() and ranks > cores and self.local_rank == 0:
             logger.warning(f"{ranks} ranks share {cores} cores of this machine: steps take longer than with {cores}")
+        meeting = self.cluster_environment
+        if isinstance(meeting, LightningEnvironment) and meeting.main_address == loopback.ADDRESS:
+            self.store = loopback.local_store(meeting.main_port, meeting.local_rank())
         super().setup_environment()
         overlap = self.overlap_grad_reduce
         several = AppState().data_parallel_size > 1
@@ -113,14 +119,17 @@ class NemotronHStrategy(nl.MegatronStrategy):
             super().save_checkpoint(*args, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
-        """As NeMo does. Initial weights are the model's alone, and resuming an adapted model reads its base first."""
-        if selective_restore:
-            with adapters.only("base", self.megatron_parallel):
+        """As NeMo does, of data alone: see `safe_reads`. Initial weights are the model's alone, and resuming an adapted
+        model reads its base first.
+        """
+        with safe_reads(Path(checkpoint_path) / WEIGHTS):
+            if selective_restore:
+                with adapters.only("base", self.megatron_parallel):
+                    return super().load_checkpoint(checkpoint_path, selective_restore)
+            if self.adapter_base is None:
                 return super().load_checkpoint(checkpoint_path, selective_restore)
-        if self.adapter_base is None:
-            return super().load_checkpoint(checkpoint_path, selective_restore)
-        base = self.load_checkpoint(self.adapter_base, selective_restore=True)
-        self.load_model_state_dict(base)
-        del base
-        with adapters.only("adapter", self.megatron_parallel):
-            return super().load_checkpoint(checkpoint_path, selective_restore)
+            base = self.load_checkpoint(self.adapter_base, selective_restore=True)
+            self.load_model_state_dict(base)
+            del base
+            with adapters.only("adapter", self.megatron_parallel):
+                return super().load_checkpoint(checkpoint_path, selective_restore)
