@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import sys
 from pathlib import Path
@@ -23,7 +22,6 @@ import fiddle as fdl  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
 import torch  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
@@ -33,8 +31,6 @@ from nemotron_h.errors import UserError  # noqa: E402
 from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 
-#: a checkpoint is written by this process, so its results need no process of their own (three seconds a run)
-filesystem_async._results_queue = queue.Queue()
 READ: list[int] = []
 
 
