@@ -23,6 +23,7 @@ from nemotron_h.data.blend import Blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
 from nemotron_h.errors import UserError
+from nemotron_h.runtime.children import ready_loader_worker
 
 ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
 
@@ -87,6 +88,7 @@ class PreparedDataSampler(MegatronDataSampler):
             num_workers=dataloader.num_workers,
             pin_memory=dataloader.pin_memory,
             persistent_workers=dataloader.persistent_workers,
+            worker_init_fn=ready_loader_worker,
         )
 
 

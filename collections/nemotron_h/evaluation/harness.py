@@ -16,6 +16,7 @@ from typing import Any
 from nemotron_h.data.fetch import cache_folder
 from nemotron_h.errors import UserError
 from nemotron_h.runtime import environments
+from nemotron_h.runtime.children import end_with_parent
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _HUB_TIMEOUT_S = 10
@@ -159,7 +160,9 @@ def run(line: Sequence[str], *, local: bool, out: Path) -> list[dict[str, Any]]:
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if local else {}
     log = out / "log.txt"
     with log.open("w") as written:
-        done = subprocess.run(line, stdout=written, env=environment, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            line, stdout=written, env=environment, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent
+        )
     found = sorted(out.rglob("results_*.json"))
     if done.returncode or not found:
         raise UserError(

@@ -5,17 +5,24 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import signal
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
+from nemotron_h.duration import seconds_of
 from nemotron_h.model import adapters
-from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
+from nemotron_h.runtime import children, cpu, exit_codes, megatron_fixes
+from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +65,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
             ranks have GPUs. Parameters are not gathered likewise: Megatron waits for one when the module that holds it
             is called, and the Mamba-2 mixer reads its convolution and norm without calling them.
         pipeline_dtype: dtype between pipeline stages; None takes the precision plugin's.
+        collective_timeout: `HH:MM:SS` after which a rank gives up waiting for another: that one is stopped or hangs.
+            Ours: torch's default for NCCL; gloo and megatron-core would wait for 30 minutes.
         kwargs: as `nemo.lightning.MegatronStrategy`.
 
     Attributes beyond NeMo's:
@@ -74,8 +83,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
         sequence_parallel: bool = False,
         distributed_optimizer: bool = True,
         overlap_grad_reduce: bool | None = None,
+        collective_timeout: str = "00:10:00",
         **kwargs: Any,
     ) -> None:
+        self.collective_timeout = timedelta(seconds=seconds_of(collective_timeout))
         self.overlap_grad_reduce = overlap_grad_reduce
         megatron_fixes.install()
         if not torch.cuda.is_available():
@@ -105,6 +116,32 @@ class NemotronHStrategy(nl.MegatronStrategy):
         overlap = self.overlap_grad_reduce
         several = AppState().data_parallel_size > 1
         self.ddp_config.overlap_grad_reduce = several and torch.cuda.is_available() if overlap is None else overlap
+
+    def setup_distributed(self) -> None:
+        """Join the other ranks as NeMo does, and wait no longer for one than `collective_timeout`."""
+        super().setup_distributed()
+        parallel_state.update_pg_timeout(self.collective_timeout)
+        if self.local_rank and isinstance(self.cluster_environment, LightningEnvironment):
+            children.end_with_parent(signal.SIGKILL)  # rank 0 started this one, which may be stopped
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Name the ranks that are gone where one was waited for in vain.
+
+        Errors:
+            RuntimeError: some are.
+        """
+        super().on_exception(exception)
+        if not isinstance(exception, Exception) or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        grace = min(GRACE_S, self.collective_timeout.total_seconds())
+        lost = lost_ranks(grace, wait=is_of_a_collective(exception))
+        if lost:
+            word = "rank" if len(lost) == 1 else "ranks"
+            raise RuntimeError(
+                f"{word} {', '.join(map(str, lost))} of {dist.get_world_size()} gone: stopped, killed or hanging, or "
+                f"the machine is. Others wait {self.collective_timeout} for a rank "
+                "(trainer.strategy.collective_timeout). The same command continues from the newest checkpoint."
+            ) from exception
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As NeMo does; without the frozen weights of an adapted model."""
