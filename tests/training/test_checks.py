@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,6 +142,24 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkey
     error = refused()
     assert "is there already: it appeared while this run trained" in error.message
     assert f"mv {folder} {older.parent}/aside-step-000008" in error.hint
+
+
+def test_a_shell_of_a_slurm_job_is_no_task_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemotron_h.runtime import slurm
+    from nemotron_h.training.strategy import NemotronHTrainer
+
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "sh"}
+    for step, known in ((None, False), ("4294967290", False), ("0", True)):
+        environment = job if step is None else {**job, "SLURM_STEP_ID": step}
+        shell = dict(environment)
+        slurm.forget_tasks_of_others(shell)
+        assert ("SLURM_NTASKS" in shell, "SLURM_PROCID" in shell) == (known, known)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(UserError, match="You set `--ntasks=6`") as refused:
+        NemotronHTrainer()
+    assert refused.value.hint == "Use `--ntasks-per-node=6` instead."
 
 
 def test_a_run_has_its_folder_or_says_why_not(tmp_path: Path) -> None:

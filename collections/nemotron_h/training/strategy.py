@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,18 +14,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
 from nemotron_h.duration import seconds_of
+from nemotron_h.errors import UserError
 from nemotron_h.model import adapters
-from nemotron_h.runtime import children, cpu, exit_codes, megatron_fixes
+from nemotron_h.runtime import children, cpu, exit_codes, megatron_fixes, slurm
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 
 logger = logging.getLogger(__name__)
+
+#: ours: how long rank 0, whose exit code is the run's, may take to leave
+END_OF_RANK_0_S = 30.0
 
 
 def with_parameters_of(parent: type) -> Callable[[type], type]:
@@ -46,13 +51,21 @@ def with_parameters_of(parent: type) -> Callable[[type], type]:
 
 @with_parameters_of(nl.Trainer)
 class NemotronHTrainer(nl.Trainer):
-    """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere."""
+    """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere.
+
+    Errors:
+        UserError: srun started other tasks than the layout has ranks.
+    """
 
     def __init__(self, accelerator: str = "auto", devices: int = 1, **kwargs: Any) -> None:
         exit_codes.install()
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-        super().__init__(accelerator=accelerator, devices=devices, **kwargs)
+        slurm.forget_tasks_of_others()
+        try:
+            super().__init__(accelerator=accelerator, devices=devices, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise slurm.user_error(error) or error from error
 
 
 @with_parameters_of(nl.MegatronStrategy)
@@ -121,8 +134,13 @@ class NemotronHStrategy(nl.MegatronStrategy):
         """Join the other ranks as NeMo does, and wait no longer for one than `collective_timeout`."""
         super().setup_distributed()
         parallel_state.update_pg_timeout(self.collective_timeout)
-        if self.local_rank and isinstance(self.cluster_environment, LightningEnvironment):
-            children.end_with_parent(signal.SIGKILL)  # rank 0 started this one, which may be stopped
+        if isinstance(self.cluster_environment, TorchElasticEnvironment):
+            children.end_with_parent()
+        elif self._started_by_rank_0():
+            children.end_with_parent(signal.SIGKILL)  # this one may be stopped
+
+    def _started_by_rank_0(self) -> bool:
+        return bool(self.local_rank) and isinstance(self.cluster_environment, LightningEnvironment)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the ranks that are gone where one was waited for in vain.
@@ -131,6 +149,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
             RuntimeError: some are.
         """
         super().on_exception(exception)
+        if isinstance(exception, SystemExit | UserError) and self._started_by_rank_0():
+            time.sleep(END_OF_RANK_0_S)  # the end of rank 0 ends this one; the other way round Lightning kills rank 0
         if not isinstance(exception, Exception) or not dist.is_initialized() or dist.get_world_size() == 1:
             return
         grace = min(GRACE_S, self.collective_timeout.total_seconds())
