@@ -101,6 +101,28 @@ def test_a_full_disk_is_an_error_before_training(tmp_path: Path, monkeypatch: py
     preflight.check_disk(2**29, tmp_path)
 
 
+def test_a_start_says_what_it_removes_and_what_nothing_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from nemo import lightning as nl
+
+    from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+
+    torn, _, last = (checkpoint(tmp_path, step) for step in (4, 8, 12))
+    (torn / checkpoints.INTEGRITY).unlink()
+    last.with_name(last.name + "-unfinished").touch()
+    callback = StepCheckpoint(every_steps=4)
+    callback.dirpath = last.parent
+    monkeypatch.setattr(
+        nl.ModelCheckpoint, "setup", lambda self, trainer: self._remove_unfinished_checkpoints(self.dirpath)
+    )
+    callback.setup(SimpleNamespace(is_global_zero=True))
+    said = capsys.readouterr().out
+    assert f"removed {last}: it was not written to its end" in said
+    assert f"checkpoint {torn} has no integrity.json" in said
+    assert sorted(path.name for path in last.parent.iterdir()) == ["step-000004", "step-000008"]
+
+
 def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemo import lightning as nl
     from torch.distributed.checkpoint import CheckpointException

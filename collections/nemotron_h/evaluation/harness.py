@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.children import end_with_parent
 from nemotron_h.data.fetch import cache_folder
 from nemotron_h.errors import UserError
 from nemotron_h.runtime import environments
-from nemotron_h.runtime.children import end_with_parent
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _HUB_TIMEOUT_S = 10

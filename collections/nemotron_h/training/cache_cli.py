@@ -31,11 +31,11 @@ def distill_cache(
 
     from rich.console import Console
 
+    from nemotron_h.children import end_with_parent
     from nemotron_h.compose import compose, known_recipes
     from nemotron_h.errors import UserError, naming
     from nemotron_h.locks import locked
     from nemotron_h.recipe.text import to_yaml
-    from nemotron_h.runtime.children import end_with_parent
 
     full = f"{name}/distill"
     recipe = compose(full if full in known_recipes() else name, overrides or ())

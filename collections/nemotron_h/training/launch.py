@@ -19,9 +19,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nemotron_h.children import end_with_parent
 from nemotron_h.errors import UserError
 from nemotron_h.recipe.text import to_yaml
-from nemotron_h.runtime.children import end_with_parent
 from nemotron_h.schema import STAGES, RecipeConfig
 from nemotron_h.training import checkpoints
 

@@ -20,10 +20,11 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
+from nemotron_h import children
 from nemotron_h.duration import seconds_of
 from nemotron_h.errors import UserError
 from nemotron_h.model import adapters
-from nemotron_h.runtime import children, cpu, exit_codes, megatron_fixes, slurm
+from nemotron_h.runtime import cpu, exit_codes, megatron_fixes, slurm
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 
 logger = logging.getLogger(__name__)
