@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -33,12 +34,12 @@ def lost_ranks(grace: float, wait: bool = True) -> list[int]:
     def ask() -> None:
         nonlocal answered
         store, end = dist.PrefixStore("lost_ranks", _get_default_store()), time.monotonic() + grace
-        store.set(str(dist.get_rank()), "")
-        while wait:
+        with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
+            store.set(str(dist.get_rank()), "")
+            store.add("number", 1)
+            while wait and store.add("number", 0) < len(ranks) and time.monotonic() < end:
+                time.sleep(0.5)
             answered = {rank for rank in ranks if store.check([str(rank)])}
-            if answered == ranks or time.monotonic() > end:
-                return
-            time.sleep(0.2)
 
     # a thread: the store does not return while the process that holds it is stopped
     asking = threading.Thread(target=ask, daemon=True)

@@ -83,7 +83,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
             UserError: the disk has no room for it, or is full; its folder is there already, or cannot be written.
         """
         folder = Path(ckpt_to_dir(filepath))
-        then = "see to it, then run the same command again: it continues from the newest checkpoint"
+        then = "clear the cause and run the same command again: it continues from the newest checkpoint"
         with naming(f"checkpoint {folder} cannot be written", hint=then):
             problem = self._problem(trainer, folder) if trainer.is_global_zero else None
             problem = trainer.strategy.broadcast(problem)
