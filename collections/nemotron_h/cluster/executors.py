@@ -15,7 +15,6 @@ from nemotron_h.cluster.kubernetes import KubernetesExecutor
 from nemotron_h.cluster.schema import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
 from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
 from nemotron_h.errors import UserError
-from nemotron_h.training.launch import GRACE_S
 
 # Ends a chain early. A run that is complete exits with 0, a mistake of the user with 2: the next job would do the same.
 # Every other code (75: a checkpoint is written and steps remain; a crash; a kill) leaves the chain as it is.
@@ -51,8 +50,7 @@ def executor(cluster: Cluster, task: run.Partial, recipe: str) -> run.Config:
     if nodes != 1:
         raise UserError(f"executor=local has one node, trainer.num_nodes = {nodes}", hint="set trainer.num_nodes=1")
     launcher = "torchrun" if devices > 1 else None
-    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S)}  # torchrun kills ranks 30 s after it was told to end
-    env = {**_path_of_torchrun(), **patience, **cluster.env} if launcher else dict(cluster.env)
+    env = {**_path_of_torchrun(), **cluster.env} if launcher else dict(cluster.env)
     return run.Config(run.LocalExecutor, ntasks_per_node=devices, launcher=launcher, env_vars=env)
 
 
