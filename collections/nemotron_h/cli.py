@@ -16,7 +16,7 @@ from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.compression.cli import minipuzzle
 from nemotron_h.compression.prune_cli import importance, prune
 from nemotron_h.data.cli import app as data_app
-from nemotron_h.errors import UserError, report
+from nemotron_h.errors import UserError, report, user_error
 from nemotron_h.evaluation.cli import evaluate
 from nemotron_h.export.cli import export_app, import_app, merge_adapter
 from nemotron_h.inference.chat_cli import chat
@@ -74,6 +74,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         app()
-    except UserError as error:
-        report(error)
-        sys.exit(error.EXIT_CODE)
+    except (UserError, OSError) as error:
+        mistake = user_error(error)
+        if mistake is None:
+            raise
+        report(mistake)
+        sys.exit(mistake.EXIT_CODE)

@@ -1,5 +1,28 @@
 """The error a user can act on: one message, one hint, no traceback."""
 
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+
+_FULL = "free space there and run the same command again"
+_RIGHTS = "give this user the right to it, or name another place"
+_KIND = "name another place, or move what stands there"
+#: errors of a file or folder that the same command meets again until someone acts, and what to do
+_LASTING = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EEXIST: _KIND,
+    errno.ENOTDIR: _KIND,
+    errno.EISDIR: _KIND,
+    errno.ENAMETOOLONG: "name another place",
+    errno.ENOENT: "look at its name, and at what removed it",
+}
+
 
 class UserError(Exception):
     """Something the user can fix: bad input, missing data, no network, a full disk.
@@ -20,6 +43,34 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+
+def user_error(error: BaseException, what: str = "", hint: str = "") -> UserError | None:
+    """Return an error as one that the user can act on, or None where it is another: a bug, or what may pass by itself.
+
+    Args:
+        error: a `UserError`, which is returned as it is, or the operating system's.
+        what: stands before the path: the key that names it, or what it is.
+        hint: in place of the usual one of this error.
+    """
+    if isinstance(error, UserError):
+        return error
+    if not isinstance(error, OSError) or error.errno not in _LASTING:
+        return None
+    path = error.filename2 or error.filename
+    if path is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    parts = [what, str(path) if path is not None else "", error.strerror]
+    return UserError(": ".join(part for part in parts if part), hint or _LASTING[error.errno])
+
+
+@contextlib.contextmanager
+def naming(what: str, hint: str = "") -> Iterator[None]:
+    """Raise the operating system's errors as `user_error` gives them."""
+    try:
+        yield
+    except OSError as error:
+        raise user_error(error, what, hint) or error from error
 
 
 def report(error: UserError) -> None:

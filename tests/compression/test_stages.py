@@ -8,6 +8,7 @@ import pytest
 
 from nemotron_h.compression.stages import Pipeline, Stage
 from nemotron_h.errors import UserError
+from nemotron_h.locks import locked
 
 
 class Chain:
@@ -58,6 +59,8 @@ def chain(tmp_path: Path) -> Chain:
 
 
 def test_runs_once(chain: Chain) -> None:
+    with locked(chain.pipeline.folder, "written"), pytest.raises(UserError, match="being written by another process"):
+        chain.pipeline.run()
     assert chain.words() == ["to do", "waiting", "waiting"]
     chain.pipeline.run()
     chain.pipeline.run()

@@ -24,6 +24,7 @@ from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import load_manifest
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
 from nemotron_h.errors import UserError
+from nemotron_h.locks import locked
 
 SCRIPT = Path(__file__).with_name("prepare_local.py")
 
@@ -248,7 +249,7 @@ def test_two_sources_of_one_file_are_told(corpus):
 
 def test_two_preparations_of_one_folder(corpus):
     corpus.prepared.mkdir(parents=True)
-    with preparing._locked(corpus.prepared), pytest.raises(UserError, match="being prepared by another process"):
+    with locked(corpus.prepared, "prepared"), pytest.raises(UserError, match="being prepared by another process"):
         corpus.prepare()
 
 

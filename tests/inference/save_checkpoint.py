@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import queue
 import sys
 from pathlib import Path
 
@@ -17,12 +16,11 @@ import torch
 def save(model, folder: Path, data: dict | None = None) -> Path:
     """Save a Megatron model from every rank; rank 0 writes the small files."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    from nemotron_h.runtime import megatron_fixes
     from nemotron_h.training import checkpoints
 
-    # this process writes, so its results need no process of their own, which would import torch first
-    filesystem_async._results_queue = filesystem_async._results_queue or queue.Queue()
+    megatron_fixes.install()
     rank = torch.distributed.get_rank()
     if rank == 0:
         (folder / "weights").mkdir(parents=True)

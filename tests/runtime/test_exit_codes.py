@@ -19,6 +19,9 @@ SCRIPT = (
         ("raise UserError('no data', 'prepare it')", 2, "fix: prepare it"),
         ("sys.stderr = io.StringIO(); raise UserError('no data', 'prepare it')", 2, "fix: prepare it"),
         ("raise ValueError('a bug')", 1, "Traceback"),
+        ("open('/proc/version/x', 'w')", 2, "error: /proc/version/x: Not a directory\nfix: name another place"),
+        ("open('/dev/full', 'w', 1).write('x' * 10**6)", 2, "error: No space left on device\nfix: free space"),
+        ("raise ConnectionResetError(104, 'gone')", 1, "Traceback"),
     ],
 )
 def test_exit_code(raised: str, code: int, said: str) -> None:

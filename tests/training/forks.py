@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 
@@ -28,8 +27,7 @@ class Forks:
         """Run a script (its path) or a module (its name) and wait for it.
 
         Args:
-            folder: where it runs, and where NAME.out and NAME.err go: files, because a killed run leaves a helper
-                process of the checkpoint writer.
+            folder: where it runs, and where NAME.out and NAME.err go.
             ranks: processes, as torchrun starts them.
             seconds: after which it is killed.
         Returns:
@@ -106,11 +104,6 @@ def _wait(pids: list[int], seconds: float) -> int:
                 os.waitpid(pid, 0)
             left = set()
         time.sleep(0.02)
-    for pid in pids:
-        try:
-            os.killpg(pid, signal.SIGKILL)  # helpers of the checkpoint writer
-        except ProcessLookupError:
-            continue
     return code
 
 
@@ -137,10 +130,7 @@ def serve() -> None:
                 program = order["program"]
                 if program.endswith(".py"):
                     sys.path.insert(0, str(Path(program).parent))
-                    # without `__file__`: Megatron's checkpoint writer spawns a helper, which would run the file's
-                    # imports again
-                    main = sys.modules["__main__"] = types.ModuleType("__main__")
-                    exec(compile(Path(program).read_text(), program, "exec"), vars(main))
+                    runpy.run_path(program, run_name="__main__")
                 else:
                     runpy.run_module(program, run_name="__main__", alter_sys=True)
                 return

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from nemotron_h.errors import UserError
+from nemotron_h.locks import locked
 from nemotron_h.training import checkpoints
 
 
@@ -62,15 +65,143 @@ def test_unfinished_checkpoints_are_not_taken(tmp_path: Path) -> None:
     third.with_name(third.name + "-unfinished").touch()
     (first / checkpoints.INTEGRITY).unlink()
     assert checkpoints.finished(tmp_path) == [second]
+    assert checkpoints.unfinished(tmp_path) == [third]
+    assert checkpoints.size_of(second) == 2562
+
+
+def test_a_torn_folder_is_named_unless_a_newer_one_is_whole(tmp_path: Path) -> None:
+    first, torn = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
+    (torn / checkpoints.INTEGRITY).unlink()
+    with pytest.raises(UserError, match=f"{torn} has no integrity.json: it was copied in part") as refused:
+        checkpoints.newest(tmp_path)
+    assert f"mv {torn} {torn.parent}/aside-step-000008 (step-000004 is then the newest)" in refused.value.hint
+    from nemotron_h.inference.checkpoint import find_checkpoint
+
+    with pytest.raises(UserError, match=f"{torn} has no integrity.json"):
+        find_checkpoint(tmp_path)
+    third = checkpoint(tmp_path, 12)
+    assert checkpoints.newest(tmp_path) == third
+    assert list(checkpoints.torn(tmp_path)) == [torn]
+    second = third.rename(third.with_name(third.name + "-v1"))  # of a second run, which was killed
+    with pytest.raises(UserError, match=f"{second} was written by a second run of {tmp_path}"):
+        checkpoints.newest(tmp_path)
+    second.with_name(second.name + "-unfinished").touch()
+    torn.rename(torn.with_name("aside-step-000008"))
+    assert checkpoints.newest(tmp_path) == first
+    first.rename(first.with_name("aside-step-000004"))
+    assert checkpoints.newest(tmp_path) is None
 
 
 def test_a_full_disk_is_an_error_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemotron_h.training import preflight
 
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2**30))
-    with pytest.raises(UserError, match=r"1\.0 GiB free, one checkpoint takes up to 2\.0 GiB"):
+    with pytest.raises(UserError, match=r"1\.00 GiB free, one checkpoint takes up to 2\.00 GiB"):
         preflight.check_disk(2 * 2**30, tmp_path)
     preflight.check_disk(2**29, tmp_path)
+
+
+def test_a_start_says_what_it_removes_and_what_nothing_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from nemo import lightning as nl
+
+    from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+
+    torn, _, last = (checkpoint(tmp_path, step) for step in (4, 8, 12))
+    (torn / checkpoints.INTEGRITY).unlink()
+    last.with_name(last.name + "-unfinished").touch()
+    callback = StepCheckpoint(every_steps=4)
+    callback.dirpath = last.parent
+    monkeypatch.setattr(
+        nl.ModelCheckpoint, "setup", lambda self, trainer: self._remove_unfinished_checkpoints(self.dirpath)
+    )
+    callback.setup(SimpleNamespace(is_global_zero=True))
+    said = capsys.readouterr().out
+    assert f"removed {last}: it was not written to its end" in said
+    assert f"checkpoint {torn} has no integrity.json" in said
+    assert sorted(path.name for path in last.parent.iterdir()) == ["step-000004", "step-000008"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo import lightning as nl
+    from torch.distributed.checkpoint import CheckpointException
+
+    from nemotron_h.training import preflight
+    from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+
+    older = checkpoint(tmp_path, 4)
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=lambda problem: problem))
+    callback, folder = StepCheckpoint(every_steps=4), older.with_name("step-000008")
+    raised: list[BaseException] = []
+
+    def save(self: object, trainer: object, filepath: str) -> None:
+        raise raised.pop()
+
+    def refused() -> UserError:
+        with pytest.raises(UserError, match=f"checkpoint {folder} ") as error:
+            callback._save_checkpoint(trainer, str(folder))
+        return error.value
+
+    monkeypatch.setattr(nl.ModelCheckpoint, "_save_checkpoint", save)
+    full = OSError(errno.ENOSPC, "No space left on device", str(folder / "weights" / "__0_0.distcp"))
+    raised.append(CheckpointException("write", {1: (RuntimeError(f"Worker failure: {full}"), None)}))
+    error = refused()
+    assert f"rank 1: Worker failure: [Errno 28] No space left on device: '{full.filename}'" in error.message
+    assert "it continues from the newest checkpoint" in error.hint
+    raised.append(CheckpointException("write", {}))  # as ranks other than the first see it
+    assert refused().message.endswith("the first rank says why")
+    raised.append(full)
+    assert refused().message == f"checkpoint {folder} cannot be written: {full.filename}: No space left on device"
+    bug = CheckpointException("write", {1: (RuntimeError("a bug"), None)})
+    raised.append(bug)
+    with pytest.raises(CheckpointException):
+        callback._save_checkpoint(trainer, str(folder))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000))
+    with pytest.raises(UserError, match=f"{tmp_path} has 0.0 MiB free, one checkpoint takes up to 0.0 MiB"):
+        callback._save_checkpoint(trainer, str(folder))
+    folder.mkdir()
+    error = refused()
+    assert "is there already: it appeared while this run trained" in error.message
+    assert f"mv {folder} {older.parent}/aside-step-000008" in error.hint
+
+
+def test_a_shell_of_a_slurm_job_is_no_task_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemotron_h.runtime import slurm
+    from nemotron_h.training.strategy import NemotronHTrainer
+
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "sh"}
+    for step, known in ((None, False), ("4294967290", False), ("0", True)):
+        environment = job if step is None else {**job, "SLURM_STEP_ID": step}
+        shell = dict(environment)
+        slurm.forget_tasks_of_others(shell)
+        assert ("SLURM_NTASKS" in shell, "SLURM_PROCID" in shell) == (known, known)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(UserError, match="You set `--ntasks=6`") as refused:
+        NemotronHTrainer()
+    assert refused.value.hint == "Use `--ntasks-per-node=6` instead."
+
+
+def test_a_run_has_its_folder_or_says_why_not(tmp_path: Path) -> None:
+    from nemotron_h.training.run_folder import RunFolder
+
+    trainer = SimpleNamespace(is_global_zero=True)
+    (tmp_path / "runs").touch()
+    with pytest.raises(UserError, match=f"log.dir .*: {tmp_path}/runs/tiny: Not a directory"):
+        RunFolder(explicit_log_dir=str(tmp_path / "runs" / "tiny")).setup(trainer)
+    with pytest.raises(UserError, match=r"log.dir .*: /proc/x: No such file"):
+        RunFolder(explicit_log_dir="/proc/x").setup(trainer)
+    with pytest.raises(UserError, match=r"log.dir .* is not set"):
+        RunFolder().setup(trainer)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with locked(folder, "trained"):
+        before = sorted(folder.iterdir())
+        with pytest.raises(UserError, match=f"{folder} is being trained by another process: pid"):
+            RunFolder(explicit_log_dir=str(folder)).setup(trainer)
+        assert sorted(folder.iterdir()) == before
 
 
 def test_a_run_shorter_than_its_warmup_is_an_error() -> None:

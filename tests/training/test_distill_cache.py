@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from small_run import FORKS, Small, distill_recipe, losses
 
 from nemotron_h.data.tokenizer import train_bpe
+from nemotron_h.locks import locked
 from nemotron_h.training import teacher_cache
 
 pytestmark = pytest.mark.slow
@@ -49,6 +51,15 @@ def test_interrupted_on_two_ranks_it_equals_the_run_with_the_teacher(distilled: 
     assert "resumed at step 3" in out.stdout
     assert f"its logits from {whole}" in " ".join(out.stdout.split())
     assert losses(distilled, "kd_stored") == losses(distilled, "kd")
+
+
+def test_a_cache_has_one_writer(distilled: Small, whole: Path) -> None:
+    recipe = str(distilled.folder / "logits_recipe.yaml")
+    with locked(whole, "written"):
+        setting = f"distill.teacher_logits={whole}"
+        refused = distilled.command("logits_again", "distill-cache", recipe, setting, check=False)
+    assert refused.returncode == 2
+    assert f"is being written by another process: pid {os.getpid()} on" in " ".join(refused.stderr.split())
 
 
 def test_the_likeliest_tokens_alone(distilled: Small, whole: Path) -> None:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 from small_run import Small
 
+from nemotron_h.children import ready_loader_worker
 from nemotron_h.training import checkpoints
 
 STEPS = 12
@@ -12,22 +20,101 @@ STEPS = 12
 
 @pytest.mark.slow
 def test_told_to_leave_and_started_again_equals_straight(small: Small, straight: dict[int, dict]) -> None:
-    told = small.train("told", "signal=5:0:SIGTERM", check=False)
+    told = small.train("told", "signal=6:0:SIGTERM", "data.num_workers=2", check=False)
     assert told.returncode == 75, told.stderr[-2000:]
-    assert "SIGTERM: checkpoint written at step 5 of 12" in told.stdout
+    assert "SIGTERM: checkpoint written at step 6 of 12" in told.stdout
     newest = checkpoints.finished(small.run_dir("told"))[0]
-    assert newest.name == "step-000005"
+    assert newest.name == "step-000006"
     assert checkpoints.damage(newest) == []
     again = small.train("told")
-    assert "resumed at step 5" in again.stdout
-    assert small.steps("told") == straight
+    assert "resumed at step 6" in again.stdout
+    for step, record in small.steps("told").items():
+        assert {**record, "samples": None} == {**straight[step], "samples": None}  # read elsewhere
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_makes_all_leave_at_that_step(small: Small) -> None:
-    told = small.train("one_of_two", "trainer.devices=2", "signal=3:1:SIGUSR1", ranks=2, check=False)
-    assert told.returncode != 0
-    assert "a signal to another rank: checkpoint written at step 3 of 12" in told.stdout, told.stderr[-2000:]
+def test_ctrl_c_to_one_rank_during_a_save_makes_all_leave_with_that_checkpoint(small: Small) -> None:
+    told = small.train("one_of_two", "trainer.devices=2", "save=4:1:SIGINT", ranks=2, check=False)
+    assert told.returncode == 75, told.stderr[-2000:]
     newest = checkpoints.finished(small.run_dir("one_of_two"))[0]
-    assert newest.name == "step-000003"
+    assert "a signal to another rank: checkpoint written at step 4 of 12" in told.stdout
+    assert f"the same command continues from {newest}" in told.stdout
+    assert newest.name == "step-000004"
     assert checkpoints.damage(newest) == []
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_run_by_name(small: Small) -> None:
+    waits = "trainer.strategy.collective_timeout='00:00:15'"
+    stopped = small.train("stopped", "trainer.devices=2", waits, "signal=6:1:SIGSTOP", ranks=2, check=False)
+    assert stopped.returncode == 1
+    assert "rank 1 of 2 gone: stopped, killed or hanging" in stopped.stderr
+    assert checkpoints.finished(small.run_dir("stopped"))[0].name == "step-000004"
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    from nemotron_h.training.callbacks import preemption
+
+    trainer = SimpleNamespace(
+        is_global_zero=True,
+        received_sigterm=False,
+        global_step=3,
+        checkpoint_callback=SimpleNamespace(dirpath=tmp_path / "checkpoints"),
+    )
+    callback = preemption.Preemption()
+    before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    try:
+        callback.on_fit_start(trainer, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher passes the first one on
+        assert callback.reason == "ctrl-c"
+        callback.interrupted -= 60
+        with pytest.raises(KeyboardInterrupt) as raised:
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    callback.on_exception(trainer, None, raised.value)
+    said = capfd.readouterr().out
+    assert "ctrl-c: finishing the step and writing a checkpoint; again to end the run at once" in said
+    assert "ctrl-c: ended after step 3; before its first checkpoint" in said
+
+
+def fork(ready: int) -> int:
+    """A process that is ready as a data loader and never ends by itself."""
+    child = os.fork()
+    if not child:
+        ready_loader_worker(0)
+        os.write(ready, b".")
+        while True:
+            time.sleep(60)
+    return child
+
+
+def test_a_data_loader_ends_when_its_parent_says_so_or_dies() -> None:
+    read, write = os.pipe()
+    middle = os.fork()
+    if not middle:  # a run that is killed
+        child = fork(write)
+        os.write(write, f"{child:10}".encode())
+        time.sleep(60)
+    sent = b""
+    while len(sent) < 11:
+        sent += os.read(read, 11)
+    orphan = int(sent.replace(b".", b""))
+    child = fork(write)
+    os.read(read, 1)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # from a stranger
+        for pid in (orphan, child):
+            subprocess.run(["kill", f"-{number.value}", str(pid)], check=True)
+    time.sleep(0.1)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.kill(orphan, 0)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.kill(middle, signal.SIGKILL)
+    os.waitpid(middle, 0)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{orphan}/stat").exists() and " Z " not in Path(f"/proc/{orphan}/stat").read_text():
+        assert time.monotonic() < end, "it outlives its parent"
+        time.sleep(0.05)

@@ -1,17 +1,18 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
-`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [key=value ...]`: overrides of the built recipe are dotted; `kill`
-ends the process with SIGKILL right after that step, `signal` sends a signal to one rank during it. Each step appends to
-`steps.jsonl` beside the run: the loss, gradient norm and learning rate as exact hexadecimal floats, and the numbers of
-the samples that this rank read.
+`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [key=value ...]`: overrides of the built
+recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal` sends a signal to the process
+group of one rank during it, `save` while its checkpoint is written. Each step appends to `steps.jsonl` beside the run:
+the loss, gradient norm and learning rate as exact hexadecimal floats, and the numbers of the samples that this rank
+read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +24,6 @@ import fiddle as fdl  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
 import torch  # noqa: E402
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.datamodule import WindowDataset  # noqa: E402
@@ -33,8 +33,6 @@ from nemotron_h.errors import UserError  # noqa: E402
 from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 
-#: a checkpoint is written by this process, so its results need no process of their own (three seconds a run)
-filesystem_async._results_queue = queue.Queue()
 READ: list[int] = []
 
 
@@ -69,9 +67,18 @@ def open_ports() -> list[str]:
 class Recorder(pl.Callback):
     """Append a line per step; kill or signal the process when told."""
 
-    def __init__(self, kill: int | None, told: str | None) -> None:
+    def __init__(self, kill: int | None, signal: str | None, save: str | None) -> None:
         self.kill = kill
-        self.told = told.split(":") if told else None
+        self.told = {"signal": signal, "save": save}
+
+    def tell(self, when: str, step: int, rank: int) -> None:
+        told = self.told[when]
+        if told and told.rsplit(":", 1)[0] == f"{step}:{rank}":
+            number = getattr(signal, told.rsplit(":", 1)[1])
+            subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        self.tell("save", trainer.global_step, trainer.global_rank)
 
     def on_train_start(self, trainer, pl_module) -> None:
         assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
@@ -80,8 +87,7 @@ class Recorder(pl.Callback):
             torch.save(weights, Path(trainer.checkpoint_callback.dirpath).parents[1] / "start.pt")
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if self.told and (trainer.global_step + 1, trainer.global_rank) == (int(self.told[0]), int(self.told[1])):
-            os.kill(os.getpid(), getattr(signal, self.told[2]))
+        self.tell("signal", trainer.global_step + 1, trainer.global_rank)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         metrics = trainer.callback_metrics
@@ -113,19 +119,16 @@ def main(recipe: str, *options: str) -> None:
         "distill": distill.build,
     }
     task = builders[composed.stage](composed)
-    kill = told = None
+    given = {"kill": None, "signal": None, "save": None}
     changed = []
     for option in options:
         key, value = option.split("=", 1)
-        if key == "kill":
-            kill = int(value)
-            continue
-        if key == "signal":
-            told = value
-            continue
-        changed.append(option)
+        if key in given:
+            given[key] = int(value) if key == "kill" else value
+        else:
+            changed.append(option)
     change(task, changed, "worker.py")
-    task.trainer.callbacks.insert(0, run.Config(Recorder, kill=kill, told=told))
+    task.trainer.callbacks.insert(0, run.Config(Recorder, **given))
     try:
         fdl.build(task)()
     except UserError as error:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.data.manifest import write_json
-from nemotron_h.errors import UserError
+from nemotron_h.errors import UserError, naming
 from nemotron_h.hashing import file_sha256
+from nemotron_h.locks import locked
 from nemotron_h.strict import nearest
 from nemotron_h.text_files import read_json_object
 
@@ -132,8 +133,16 @@ class Pipeline:
         Args:
             only: run this stage alone; those that it reads must be done.
         Errors:
-            UserError: there is no such stage, or a stage that it needs is not done; and what a stage raises.
+            UserError: there is no such stage, or a stage that it needs is not done; another process runs these
+                stages; and what a stage raises.
         """
+        with naming("the pipeline's folder (log.dir and name)"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = locked(self.folder, "written", "wait until it has ended, or take another name or log.dir")
+        with lock:
+            self._run_stages(only)
+
+    def _run_stages(self, only: str | None) -> None:
         chosen = [self.stage(only)] if only else list(self.stages)
         for stage in chosen:
             state = self.states()[stage.name]
@@ -215,8 +224,8 @@ def digest(path: Path) -> str:
 
     if (path / checkpoints.INTEGRITY).is_file():
         return content_digest(path)
-    if found := checkpoints.finished(path):
-        return content_digest(found[0])
+    if newest := checkpoints.newest(path):
+        return content_digest(newest)
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     return hashlib.sha256(json.dumps([[name, file_sha256(path / name)] for name in names]).encode()).hexdigest()
 

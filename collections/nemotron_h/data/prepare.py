@@ -9,10 +9,8 @@ complete they are joined in order, duplicates are dropped (the first stays) and 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -67,6 +65,7 @@ from nemotron_h.data.tokenizer import (
 )
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
+from nemotron_h.locks import locked
 from nemotron_h.strict import typed
 
 PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
@@ -97,7 +96,7 @@ def prepare(
     folder = data_root(root) / blend.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder, "prepared"):
             return _Preparation(blend, folder.resolve(), workers or os.cpu_count() or 1, console or Console()).run(
                 force
             )
@@ -113,17 +112,6 @@ def _system_error(error: OSError, folder: Path) -> UserError:
             "Free space and run the same command again: finished shards are kept, half-written ones redone.",
         )
     return UserError(f"{error.filename or f'preparing {folder}'}: {error.strerror or error}")
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep a second preparation of the same folder out; the lock dies with the process."""
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being prepared by another process", "Wait for it to finish.") from None
-        yield
 
 
 class _Preparation:

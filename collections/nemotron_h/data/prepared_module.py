@@ -20,6 +20,7 @@ from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nemotron_h.children import ready_loader_worker
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
@@ -97,6 +98,7 @@ class PreparedDataSampler(MegatronDataSampler):
             num_workers=dataloader.num_workers,
             pin_memory=dataloader.pin_memory,
             persistent_workers=dataloader.persistent_workers,
+            worker_init_fn=ready_loader_worker,
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.children import end_with_parent
 from nemotron_h.data.fetch import cache_folder
 from nemotron_h.errors import UserError
 from nemotron_h.runtime import environments
@@ -159,7 +160,9 @@ def run(line: Sequence[str], *, local: bool, out: Path) -> list[dict[str, Any]]:
     environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} if local else {}
     log = out / "log.txt"
     with log.open("w") as written:
-        done = subprocess.run(line, stdout=written, env=environment, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            line, stdout=written, env=environment, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent
+        )
     found = sorted(out.rglob("results_*.json"))
     if done.returncode or not found:
         raise UserError(

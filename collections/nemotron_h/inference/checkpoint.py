@@ -38,18 +38,18 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest finished one of a run folder.
 
     Errors:
-        UserError: there is none, it is unfinished, or a file is missing or has another size than was written.
+        UserError: there is none, it is unfinished or torn, or a file is missing or has another size than was written.
     """
     if not path.is_dir():
         raise UserError(f"there is no checkpoint folder {path}")
     if not (path / WEIGHTS).is_dir():
-        found = checkpoints.finished(path)
-        if not found:
+        newest = checkpoints.newest(path)
+        if newest is None:
             raise UserError(
                 f"{path} is neither a checkpoint nor a run with a finished one",
                 hint="name a run folder (runs/NAME) or one of its checkpoints (runs/NAME/checkpoints/step-000100)",
             )
-        path = found[0]
+        path = newest
     try:
         recorded = checkpoints.read_integrity(path)
     except UserError as error:

@@ -27,7 +27,7 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
     Args:
         origin: the recipe to name in an error.
     Errors:
-        UserError: nothing is there, or it is not readable.
+        UserError: nothing is there, it is not readable, or a run's newest checkpoint is torn.
     """
     if path.is_file() and path.suffix in (".yaml", ".yml"):
         found = read_yaml(path, f"{origin}: model = {path}")
@@ -37,7 +37,7 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{origin}: model = {path}: there is no such file or checkpoint")
     if not (path / "weights").is_dir():
-        path = next(iter(checkpoints.finished(path)), path)
+        path = checkpoints.newest(path) or path
     try:
         recorded = read_json_object(path / checkpoints.RECORD).get("model")
         known = {f.name for f in dataclasses.fields(ModelSchema)} - {"expect"}

@@ -1,4 +1,4 @@
-"""A mistake of the user ends a job as it ends a command: one message, exit code 2.
+"""A mistake of the user, or a file that cannot be, ends a job as it ends a command: one message, exit code 2.
 
 A job starts in nemo-run's runner, where an exception would be a traceback and exit code 1, as after a crash; a chain of
 jobs goes on after a crash, and not after a mistake.
@@ -10,7 +10,7 @@ import contextlib
 import sys
 from types import TracebackType
 
-from nemotron_h.errors import UserError, report
+from nemotron_h.errors import report, user_error
 
 
 def install() -> None:
@@ -20,10 +20,11 @@ def install() -> None:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, UserError):
+        mistake = user_error(error)
+        if mistake is not None:
             with contextlib.redirect_stderr(sys.__stderr__):  # whatever upstream has put in its place by now
-                report(error)
-            raise SystemExit(error.EXIT_CODE)  # the interpreter takes a hook's exit code for its own
+                report(mistake)
+            raise SystemExit(mistake.EXIT_CODE)  # the interpreter takes a hook's exit code for its own
         before(kind, error, trace)
 
     hook.nemotron_h = True  # type: ignore[attr-defined]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import sys
-from queue import Queue
-from types import ModuleType, SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue, SimpleQueue
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -22,7 +21,7 @@ def install() -> None:
     _order_mixed_precision_groups()
     _accumulate_weight_gradients_without_apex()
     _flatten_products_of_frozen_weights()
-    _start_the_writers_queue_without_the_command()
+    _write_checkpoints_in_threads()
     _norm_and_clip_gradients_of_each_dtype()
     _multiply_shapes_with_numpy_2()
 
@@ -106,24 +105,44 @@ def _order_mixed_precision_groups() -> None:
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(build)
 
 
-def _start_the_writers_queue_without_the_command() -> None:
-    """Start the process that holds the queue of a checkpoint's writers without the command's own imports.
+def _write_checkpoints_in_threads() -> None:
+    """Write the files of a checkpoint in threads of the rank.
 
-    A spawned process imports the module that the run started from, here all of NeMo, before the first save goes on;
-    this one needs nothing of it.
+    megatron-core forks a process for each file and spawns another one for their results, which first imports all that
+    the run imports. A signal to the process group (Slurm, systemd, GNU timeout and ctrl-c send such) ends them and with
+    them the save, and the spawned one outlives a rank that is killed. Threads know neither, and an error of the file
+    system arrives as it was raised.
     """
+    writer = filesystem_async.FileSystemWriterAsync
+    if getattr(writer.write_preloaded_data_multiproc, "nemotron_h", False):
+        return
 
-    def queue() -> Queue:
-        if filesystem_async._results_queue is None:
-            command = sys.modules["__main__"]
-            sys.modules["__main__"] = ModuleType("__main__")
-            try:
-                filesystem_async._results_queue = multiprocessing.get_context("spawn").Manager().Queue()
-            finally:
-                sys.modules["__main__"] = command
-        return filesystem_async._results_queue
+    def write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: SimpleQueue) -> None:
+        counts, outcomes = Queue(), SimpleQueue()
+        for _ in buckets:
+            counts.put(None)
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            for number, bucket in enumerate(buckets):
+                arguments = (transforms, number, bucket, outcomes, counts, True)
+                pool.submit(writer.write_preloaded_data, *arguments, use_msc=use_msc)
+        written = dict(outcomes.get_nowait() for _ in buckets)
+        errors = [(number, error) for number, error in written.items() if isinstance(error, Exception)]
+        results.put(_of_file_system(errors[0][1], buckets[errors[0][0]][0]) if errors else written)
 
-    filesystem_async._get_write_results_queue = queue
+    write.nemotron_h = True  # type: ignore[attr-defined]
+    writer.write_preloaded_data_multiproc = staticmethod(write)
+    filesystem_async._results_queue = SimpleQueue()
+
+
+def _of_file_system(error: Exception, path: str) -> Exception:
+    """Return the operating system's error behind one of a write, with the file's path, or the error itself.
+
+    torch closes a file that could not be written to, fails again, and hides the first error behind the second.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else OSError(cause.errno, cause.strerror, path)
 
 
 def _norm_and_clip_gradients_of_each_dtype() -> None:

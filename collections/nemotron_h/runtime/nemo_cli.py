@@ -24,7 +24,7 @@ from nemo_run.cli.lazy import LazyEntrypoint, _args_to_dictconfig, dictconfig_to
 from nemo_run.config import get_type_namespace
 
 from nemotron_h.compose import factory_of, known_recipes
-from nemotron_h.errors import UserError, report
+from nemotron_h.errors import UserError, report, user_error
 from nemotron_h.runtime import settings
 from nemotron_h.strict import nearest
 
@@ -50,8 +50,11 @@ def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
             nemo_run.dryrun_fn = lambda *a, **k: None  # the tables; --dryrun shows them
         try:
             execute(self, fn, args, entrypoint_type)
-        except UserError as error:
-            fail(error)
+        except (UserError, OSError) as error:
+            mistake = user_error(error)
+            if mistake is None:
+                raise
+            fail(mistake)
         except (CLIException, ValueError, AttributeError, TypeError) as error:
             explained = explain(error, fn, args, self.factory)
             if explained is None:

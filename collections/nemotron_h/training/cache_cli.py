@@ -31,8 +31,10 @@ def distill_cache(
 
     from rich.console import Console
 
+    from nemotron_h.children import end_with_parent
     from nemotron_h.compose import compose, known_recipes
-    from nemotron_h.errors import UserError
+    from nemotron_h.errors import UserError, naming
+    from nemotron_h.locks import locked
     from nemotron_h.recipe.text import to_yaml
 
     full = f"{name}/distill"
@@ -44,14 +46,17 @@ def distill_cache(
             f"{name}: distill.teacher_logits is not set: where would the cache be?",
             hint="add distill.teacher_logits=DIR here, and the same to the recipe that trains",
         )
-    if recipe.parallel.devices == 1:
-        from nemotron_h.training.cache_teacher import write
+    folder = Path(recipe.distill.teacher_logits).expanduser()
+    with naming("distill.teacher_logits"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder, "written"):
+        if recipe.parallel.devices == 1:
+            from nemotron_h.training.cache_teacher import write
 
-        write(recipe, Console(highlight=False, soft_wrap=True))
-        return
-    file = Path(recipe.distill.teacher_logits).expanduser() / "recipe.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(to_yaml(dataclasses.asdict(recipe)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={recipe.parallel.devices}", "-m", "nemotron_h.training.cache_teacher", str(file)]
-    raise typer.Exit(subprocess.run(command).returncode)
+            write(recipe, Console(highlight=False, soft_wrap=True))
+            return
+        file = folder / "recipe.yaml"
+        file.write_text(to_yaml(dataclasses.asdict(recipe)))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={recipe.parallel.devices}", "-m", "nemotron_h.training.cache_teacher", str(file)]
+        raise typer.Exit(subprocess.run(command, preexec_fn=end_with_parent).returncode)

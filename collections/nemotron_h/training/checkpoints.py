@@ -1,7 +1,10 @@
 """Checkpoint folders of a run: which are finished, which are whole, which is the newest. Imports no torch.
 
 <run>/checkpoints/step-000100/            weights/, context/, run.json, integrity.json
-<run>/checkpoints/step-000100-unfinished  marks one that is being written
+<run>/checkpoints/step-000100-unfinished  marks one that is being written or removed; a start removes both
+<run>/checkpoints/step-000100-v1/         written by a second run of one folder; a run does not start beside it
+<run>/checkpoints/aside-step-000100/      set aside by resume.resume_from_path, or by hand; nothing reads it
+A step-* without integrity.json and without marker is torn: a run does not start where it is the newest.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ RECORD = "run.json"
 WEIGHTS = "weights"
 #: all that lies in `weights`, beside *.distcp: index of tensors, what every rank has, name of the format
 INDEX, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
-_STEP = re.compile(r"step-(\d+)$")
+UNFINISHED = "-unfinished"
+#: a version stands behind the step where another process wrote the same one
+_STEP = re.compile(r"step-(\d+)(-v\d+)?$")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -33,10 +38,57 @@ def step_of(checkpoint: Path) -> int:
 
 def finished(run_dir: Path) -> list[Path]:
     """Checkpoints that were written to the end, newest first."""
-    folder = run_dir / "checkpoints"
-    found = [p for p in folder.glob("step-*") if p.is_dir() and step_of(p) >= 0]
-    complete = [p for p in found if not p.with_name(p.name + "-unfinished").exists() and (p / INTEGRITY).is_file()]
-    return sorted(complete, key=step_of, reverse=True)
+    return _states(run_dir)[0]
+
+
+def torn(run_dir: Path) -> dict[Path, str]:
+    """Folders that nothing is writing and nothing reads, newest first, and what is the matter with each."""
+    return _states(run_dir)[1]
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The newest finished checkpoint, or None.
+
+    Errors:
+        UserError: a torn folder is as new or newer: whoever went on from an older one would write its step again.
+    """
+    whole, others = _states(run_dir)
+    for path, problem in others.items():
+        if not whole or step_of(path) >= step_of(whole[0]):
+            aside = path.with_name(f"aside-{path.name}")
+            then = f"{whole[0].name} is then the newest" if whole else "no checkpoint is left then"
+            raise UserError(
+                f"checkpoint {path} {problem}",
+                hint=f"copy it again, whole; or set it aside: mv {path} {aside} ({then})",
+            )
+    return whole[0] if whole else None
+
+
+def unfinished(run_dir: Path) -> list[Path]:
+    """Folders whose writing or removal is under way or was ended; each has a marker beside it."""
+    markers = sorted((run_dir / "checkpoints").glob(f"step-*{UNFINISHED}"))
+    return [marker.with_name(marker.name.removesuffix(UNFINISHED)) for marker in markers]
+
+
+def _states(run_dir: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Finished checkpoints and torn folders, newest first."""
+    paths = sorted((run_dir / "checkpoints").glob("step-*"), key=lambda path: (step_of(path), path.name), reverse=True)
+    whole, others, writing = [], {}, set(unfinished(run_dir))  # after the folders: a marker comes first and goes last
+    for path in paths:
+        if step_of(path) < 0 or path in writing or not path.is_dir():
+            continue
+        if _STEP.search(path.name).group(2):
+            others[path] = f"was written by a second run of {run_dir}; nothing reads it"
+        elif not (path / INTEGRITY).is_file():
+            others[path] = f"has no {INTEGRITY}: it was copied in part, or files of it were removed"
+        else:
+            whole.append(path)
+    return whole, others
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes of a finished checkpoint."""
+    return sum(size for size, _ in json.loads((checkpoint / INTEGRITY).read_text()).values())
 
 
 def content(checkpoint: Path) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nemotron_h.children import end_with_parent
 from nemotron_h.errors import UserError
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.schema import STAGES, RecipeConfig, factory_of_file
@@ -93,6 +94,7 @@ def train(run: Run, title: str, steps: int, console: Console) -> None:
         text=True,
         errors="replace",
         start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way
+        preexec_fn=end_with_parent,
     )
     with _ended_with_us(process, console), log.open("a") as file, _Line(console, title, steps) as line:
         begin = file.tell()
@@ -127,7 +129,11 @@ def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Consol
                     with run.recipe_file.with_suffix(".log").open("a") as log:
                         begin = log.tell()
                         process = subprocess.Popen(
-                            command_of(run), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                            command_of(run),
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            start_new_session=True,
+                            preexec_fn=end_with_parent,
                         )
                     running.append((run, steps, begin, process))
                 for each in list(running):

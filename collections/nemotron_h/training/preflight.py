@@ -11,6 +11,7 @@ from nemo.utils.app_state import AppState
 from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter, trained_parameters
 from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.planning.show import gib
 
 #: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments
 CHECKPOINT_BYTES_PER_PARAMETER = 16
@@ -23,14 +24,19 @@ def check_layout(trainer: Any, model: Any) -> None:
         UserError: the pattern breaks the family's rules, a dimension does not split, the ranks do not divide, the
             adapter cannot be, or the disk cannot hold the checkpoints; names the key and a value that fits.
     """
-    definition = model.config.definition()
+    definition, adapter = model.config.definition(), model.config.adapter
     check_split(definition, trainer.strategy, trainer.num_devices * trainer.num_nodes)
-    parameters, adapter = definition.parameters, model.config.adapter
     if adapter is not None:
         stages = trainer.strategy.pipeline_model_parallel_size
         check_adapter(adapter, definition, "model.config.adapter", pipeline=stages)
-        parameters = trained_parameters(adapter, definition)
-    check_disk(parameters * CHECKPOINT_BYTES_PER_PARAMETER, Path(AppState().log_dir))
+    check_disk(checkpoint_bytes(model.config), Path(AppState().log_dir))
+
+
+def checkpoint_bytes(config: Any) -> int:
+    """Return what a checkpoint of a model's configuration takes at most."""
+    definition, adapter = config.definition(), config.adapter
+    parameters = definition.parameters if adapter is None else trained_parameters(adapter, definition)
+    return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 
 def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
@@ -57,15 +63,15 @@ def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
         )
 
 
-def check_disk(checkpoint_bytes: int, folder: Path) -> None:
+def check_disk(size: int, folder: Path) -> None:
     """One more checkpoint has to fit while it is written.
 
     Errors:
         UserError: the disk of `folder` has less room.
     """
     free = shutil.disk_usage(folder).free
-    if free < checkpoint_bytes:
+    if free < size:
         raise UserError(
-            f"{folder} has {free / 2**30:.1f} GiB free, one checkpoint takes up to {checkpoint_bytes / 2**30:.1f} GiB",
+            f"{folder} has {gib(free)} free, one checkpoint takes up to {gib(size)}",
             hint="free space, or write elsewhere: log.explicit_log_dir=DIR",
         )

@@ -8,7 +8,6 @@ from typing import Any
 
 import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
-from nemo import lightning as nl
 from nemo.collections import llm
 
 from nemotron_h.checks import count_of
@@ -30,6 +29,7 @@ from nemotron_h.training.callbacks.step_seed import StepSeed
 from nemotron_h.training.callbacks.throughput import Throughput
 from nemotron_h.training.optimizer import scheduled_adamw
 from nemotron_h.training.resume import ResumeRun
+from nemotron_h.training.run_folder import RunFolder
 from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 
 
@@ -159,7 +159,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             enable_model_summary=False,
         ),
         log=run.Config(
-            nl.NeMoLogger,
+            RunFolder,
             explicit_log_dir=run_dir,
             ckpt=run.Config(StepCheckpoint, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep),
             tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name="")

@@ -149,21 +149,21 @@ class ResumeRun(nl.AutoResume):
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         run_dir = Path(AppState().log_dir)
-        found = checkpoints.finished(run_dir)
-        if not found:
+        newest = checkpoints.newest(run_dir)
+        if newest is None:
             return None
-        problems = self._damage(found[0])
+        problems = self._damage(newest)
         if problems:
-            whole = next((p for p in found[1:] if not self._damage(p)), None)
+            whole = next((p for p in checkpoints.finished(run_dir)[1:] if not self._damage(p)), None)
             raise UserError(
-                f"checkpoint {found[0]} is damaged: {'; '.join(problems[:3])}",
+                f"checkpoint {newest} is damaged: {'; '.join(problems[:3])}",
                 hint=(
                     f"the newest whole one is {whole}; to continue from it add resume.resume_from_path={whole}"
                     if whole
                     else "no whole checkpoint is left: remove the run's folder to start anew"
                 ),
             )
-        return found[0]
+        return newest
 
     def get_trainer_ckpt_path(self, model: Any = None) -> Path | None:
         """The checkpoint that was named, or the run's newest."""

@@ -5,22 +5,34 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import signal
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
+from nemotron_h import children
+from nemotron_h.duration import seconds_of
+from nemotron_h.errors import UserError
 from nemotron_h.inference.checkpoint import WEIGHTS
 from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import adapters
-from nemotron_h.runtime import cpu, exit_codes, loopback, megatron_fixes
+from nemotron_h.runtime import cpu, exit_codes, loopback, megatron_fixes, slurm
+from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 
 logger = logging.getLogger(__name__)
+
+#: ours: how long rank 0, whose exit code is the run's, may take to leave
+END_OF_RANK_0_S = 30.0
 
 
 def with_parameters_of(parent: type) -> Callable[[type], type]:
@@ -42,13 +54,21 @@ def with_parameters_of(parent: type) -> Callable[[type], type]:
 
 @with_parameters_of(nl.Trainer)
 class NemotronHTrainer(nl.Trainer):
-    """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere."""
+    """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere.
+
+    Errors:
+        UserError: srun started other tasks than the layout has ranks.
+    """
 
     def __init__(self, accelerator: str = "auto", devices: int = 1, **kwargs: Any) -> None:
         exit_codes.install()
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-        super().__init__(accelerator=accelerator, devices=devices, **kwargs)
+        slurm.forget_tasks_of_others()
+        try:
+            super().__init__(accelerator=accelerator, devices=devices, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            raise slurm.user_error(error) or error from error
 
 
 @with_parameters_of(nl.MegatronStrategy)
@@ -61,6 +81,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
             ranks have GPUs. Parameters are not gathered likewise: Megatron waits for one when the module that holds it
             is called, and the Mamba-2 mixer reads its convolution and norm without calling them.
         pipeline_dtype: dtype between pipeline stages; None takes the precision plugin's.
+        collective_timeout: `HH:MM:SS` after which a rank gives up waiting for another: that one is stopped or hangs.
+            Ours: torch's default for NCCL; gloo and megatron-core would wait for 30 minutes.
         kwargs: as `nemo.lightning.MegatronStrategy`.
 
     Attributes beyond NeMo's:
@@ -77,8 +99,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
         sequence_parallel: bool = False,
         distributed_optimizer: bool = True,
         overlap_grad_reduce: bool | None = None,
+        collective_timeout: str = "00:10:00",
         **kwargs: Any,
     ) -> None:
+        self.collective_timeout = timedelta(seconds=seconds_of(collective_timeout))
         self.overlap_grad_reduce = overlap_grad_reduce
         megatron_fixes.install()
         if not torch.cuda.is_available():
@@ -111,6 +135,39 @@ class NemotronHStrategy(nl.MegatronStrategy):
         overlap = self.overlap_grad_reduce
         several = AppState().data_parallel_size > 1
         self.ddp_config.overlap_grad_reduce = several and torch.cuda.is_available() if overlap is None else overlap
+
+    def setup_distributed(self) -> None:
+        """Join the other ranks as NeMo does, and wait no longer for one than `collective_timeout`."""
+        super().setup_distributed()
+        parallel_state.update_pg_timeout(self.collective_timeout)
+        if isinstance(self.cluster_environment, TorchElasticEnvironment):
+            children.end_with_parent()
+        elif self._started_by_rank_0():
+            children.end_with_parent(signal.SIGKILL)  # this one may be stopped
+
+    def _started_by_rank_0(self) -> bool:
+        return bool(self.local_rank) and isinstance(self.cluster_environment, LightningEnvironment)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Name the ranks that are gone where one was waited for in vain.
+
+        Errors:
+            RuntimeError: some are.
+        """
+        super().on_exception(exception)
+        if isinstance(exception, SystemExit | UserError) and self._started_by_rank_0():
+            time.sleep(END_OF_RANK_0_S)  # the end of rank 0 ends this one; the other way round Lightning kills rank 0
+        if not isinstance(exception, Exception) or not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        grace = min(GRACE_S, self.collective_timeout.total_seconds())
+        lost = lost_ranks(grace, wait=is_of_a_collective(exception))
+        if lost:
+            word = "rank" if len(lost) == 1 else "ranks"
+            raise RuntimeError(
+                f"{word} {', '.join(map(str, lost))} of {dist.get_world_size()} gone: stopped, killed or hanging, or "
+                f"the machine is. Others wait {self.collective_timeout} for a rank "
+                "(trainer.strategy.collective_timeout). The same command continues from the newest checkpoint."
+            ) from exception
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As NeMo does; without the frozen weights of an adapted model."""

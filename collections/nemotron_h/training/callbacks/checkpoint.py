@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
+from torch.distributed.checkpoint import CheckpointException
 
+from nemotron_h.errors import UserError, naming
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import RunRecord
+from nemotron_h.training.preflight import check_disk, checkpoint_bytes
 
 
 def describe_by_rank(checkpoint: Path) -> dict[str, list]:
@@ -50,6 +53,16 @@ class StepCheckpoint(nl.ModelCheckpoint):
             save_context_on_train_end=False,
         )
 
+    def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Remove what was not written to the end, as NeMo does, and say so; name what nothing reads."""
+        run_dir = Path(self.dirpath).parent
+        if trainer.is_global_zero:
+            for path in checkpoints.unfinished(run_dir):
+                print(f"removed {path}: it was not written to its end", flush=True)
+            for path, problem in checkpoints.torn(run_dir).items():
+                print(f"checkpoint {path} {problem}; remove it when it is not needed", flush=True)
+        super().setup(trainer, *args, **kwargs)
+
     def nemo_topk_check_previous_run(self) -> None:
         """Take up the checkpoints that an earlier process of this run left."""
         found = checkpoints.finished(Path(self.dirpath).parent)
@@ -62,6 +75,49 @@ class StepCheckpoint(nl.ModelCheckpoint):
         candidates = super()._monitor_candidates(trainer)
         candidates["step"] = torch.tensor(trainer.global_step)
         return candidates
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Write a checkpoint, or raise one error on all ranks.
+
+        Errors:
+            UserError: the disk has no room for it, or is full; its folder is there already, or cannot be written.
+        """
+        folder = Path(ckpt_to_dir(filepath))
+        then = "clear the cause and run the same command again: it continues from the newest checkpoint"
+        with naming(f"checkpoint {folder} cannot be written", hint=then):
+            problem = self._problem(trainer, folder) if trainer.is_global_zero else None
+            problem = trainer.strategy.broadcast(problem)
+            if problem is not None:
+                raise problem
+            try:
+                super()._save_checkpoint(trainer, filepath)
+            except CheckpointException as error:
+                reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in sorted(error.failures.items())]
+                if any("[Errno" not in reason for reason in reasons):
+                    raise
+                said = reasons[0] if reasons else "the first rank says why"  # failures are known there alone
+                raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
+
+    @staticmethod
+    def _problem(trainer: pl.Trainer, folder: Path) -> UserError | None:
+        """Return why a checkpoint cannot be written now: no room, or another process wrote one of this step."""
+        if folder.exists():
+            return UserError(
+                f"checkpoint {folder} is there already: it appeared while this run trained",
+                hint=f"set it aside: mv {folder} {folder.with_name(f'aside-{folder.name}')}",
+            )
+        run_dir = folder.parents[1]
+        written = checkpoints.finished(run_dir)
+        size = checkpoints.size_of(written[0]) if written else checkpoint_bytes(trainer.lightning_module.config)
+        try:
+            check_disk(size, run_dir)
+        except UserError as error:
+            return error
+        return None
+
+    def file_exists(self, *args: Any, **kwargs: Any) -> bool:
+        """Return False: Lightning would write `step-000100-v1` beside a folder that is there, which nothing reads."""
+        return False
 
     def _get_finalize_save_checkpoint_callback(self, trainer: pl.Trainer, filepath: str, global_step: int) -> Any:
         finish = super()._get_finalize_save_checkpoint_callback(trainer, filepath, global_step)
@@ -85,6 +141,10 @@ class StepCheckpoint(nl.ModelCheckpoint):
 
     def save_now(self, trainer: pl.Trainer) -> None:
         """Checkpoint this step, whatever `every_steps` says, unless that has just been done."""
-        if self._last_global_step_saved != trainer.global_step:
+        if not self.has_saved(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
+
+    def has_saved(self, trainer: pl.Trainer) -> bool:
+        """Return whether this process wrote this step's checkpoint."""
+        return self._last_global_step_saved == trainer.global_step

@@ -7,25 +7,30 @@ the middle of a step, and its Timer counts time across restarts. So neither is u
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 
 from nemotron_h.duration import seconds_of
+from nemotron_h.training import checkpoints
 
 #: "temporary failure, the user is invited to retry" (sysexits.h): a checkpoint is written and steps remain
 EXIT_CODE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+#: ours: launchers pass ctrl-c on to ranks that the terminal has told already; the user's second one comes later
+AGAIN_S = 2.0
 
 
 class Preemption(pl.Callback):
-    """Leave at the end of the step in which any rank was told to: SIGTERM, SIGUSR1, or `leave_after` has passed.
+    """Leave at the end of the step in which any rank was told to: SIGTERM, SIGUSR1, ctrl-c, or `leave_after` is over.
+
+    Told while a checkpoint is written, a run leaves as soon as that is whole. A second ctrl-c ends it at once.
 
     Put it last in the list of callbacks: those after it would miss the last step.
 
@@ -41,6 +46,7 @@ class Preemption(pl.Callback):
         self.seconds = None if leave_after is None else seconds_of(leave_after)
         self.started = time.monotonic()
         self.reason: str | None = None
+        self.interrupted: float | None = None
         self.active = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,7 +62,7 @@ class Preemption(pl.Callback):
         self._listen(trainer)
 
     def _listen(self, trainer: pl.Trainer) -> None:
-        self.active, self.process = True, os.getpid()
+        self.active, self.first = True, trainer.is_global_zero
         for number in SIGNALS:
             signal.signal(number, self._told)
         if trainer.received_sigterm:  # before this took over; Lightning would end the run with exit code 0
@@ -64,32 +70,49 @@ class Preemption(pl.Callback):
             trainer._signal_connector.received_sigterm = False
 
     def _told(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process and multiprocessing.parent_process() is not None:
-            # A forked data loader, signalled with its group: the step still needs it. It obeys when told again.
-            signal.signal(number, signal.SIG_DFL)
-        elif self.active:
-            self.reason = signal.Signals(number).name
-        else:  # after the run: what the signal would have done without this callback
-            signal.signal(number, signal.SIG_DFL)
+        if not self.active:  # after the run: what the signal would have done without this callback
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             os.kill(os.getpid(), number)
+        elif number != signal.SIGINT:
+            self.reason = signal.Signals(number).name
+        elif self.interrupted is None:
+            self.reason, self.interrupted = "ctrl-c", time.monotonic()
+            if self.first:  # print may not be called while it is being called
+                os.write(1, b"\nctrl-c: finishing the step and writing a checkpoint; again to end the run at once\n")
+        elif time.monotonic() - self.interrupted > AGAIN_S:
+            raise KeyboardInterrupt
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Leave before the next step where its checkpoint has just been written, which may have taken minutes."""
+        if trainer.global_step and trainer.checkpoint_callback.has_saved(trainer):
+            self._leave_if_told(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Agree over all ranks; when any has to leave, all write the checkpoint and leave."""
+        """Leave after a step."""
         if self.seconds is not None and time.monotonic() - self.started > self.seconds:
             self.reason = self.reason or "checkpoint.leave_after"
+        self._leave_if_told(trainer)
+
+    def _leave_if_told(self, trainer: pl.Trainer) -> None:
+        """Agree over all ranks; when any has to leave, all write the checkpoint and leave."""
         leave = trainer.strategy.reduce_boolean_decision(self.reason is not None, all=False)
         if not leave or trainer.global_step >= trainer.max_steps:
             return
-        trainer.checkpoint_callback.save_now(trainer)
-        trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its callbacks
+        if not trainer.checkpoint_callback.has_saved(trainer):
+            trainer.checkpoint_callback.save_now(trainer)
+            trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its callbacks
         for logger in trainer.loggers:
             logger.finalize("stopped")
         trainer.strategy.barrier("everything is written")  # launchers kill the others when the first rank leaves
         if trainer.is_global_zero:
             said = self.reason or "a signal to another rank"
-            print(f"\n{said}: checkpoint written at step {trainer.global_step} of {trainer.max_steps}", flush=True)
+            print(
+                f"\n{said}: checkpoint written at step {trainer.global_step} of {trainer.max_steps}\n"
+                f"the same command continues from {newest(trainer)}",
+                flush=True,
+            )
         sys.exit(EXIT_CODE)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -101,3 +124,13 @@ class Preemption(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """The run is over; signals have their usual meaning again."""
         self.active = False
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            whole = newest(trainer)
+            said = f"the same command continues from {whole}" if whole else "before its first checkpoint"
+            print(f"\nctrl-c: ended after step {trainer.global_step}; {said}", flush=True)
+
+
+def newest(trainer: pl.Trainer) -> Path | None:
+    """Return the run's newest checkpoint that is whole."""
+    found = checkpoints.finished(Path(trainer.checkpoint_callback.dirpath).parent)
+    return found[0] if found else None

@@ -1,0 +1,76 @@
+"""One process at a time writes a folder: a lock that dies with the process that holds it. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from nemotron_h.errors import UserError
+
+LOCK = ".lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+#: locks of this process; open files, which would unlock when they are collected
+_HELD: set[TextIO] = set()
+
+
+def acquire(folder: Path, doing: str, hint: str = "wait until it has ended") -> TextIO:
+    """Lock a folder until the returned file is closed or this process ends, however it ends.
+
+    Args:
+        folder: there already; `.lock` in it stays and says who held the lock last.
+        doing: with the folder, as the error says it: "trained".
+        hint: of the error.
+    Errors:
+        UserError: another process holds it; names the process, its host and since when.
+        OSError: the file cannot be made.
+    """
+    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(f"{folder} is being {doing} by another process: {holder}", hint=hint) from None
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        print(f"{folder}: its file system has no locks; start no second process that writes it", flush=True)
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _HELD.add(file)
+    return file
+
+
+def release(file: TextIO) -> None:
+    """Unlock before the process ends."""
+    _HELD.discard(file)
+    file.close()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, doing: str, hint: str = "wait until it has ended") -> Iterator[None]:
+    """Hold the lock of a folder; see `acquire`."""
+    file = acquire(folder, doing, hint)
+    try:
+        yield
+    finally:
+        release(file)
+
+
+def _leave_to_parent() -> None:
+    """Close a forked child's copies, which would hold the locks after the death of their process."""
+    for file in _HELD:
+        file.close()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
