@@ -160,5 +160,5 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
     record = next(c for c in sent.trainer.callbacks if c.__fn_or_cls__ is RunRecord)
     assert sorted(record.recipe["overrides"]) == sorted([*changed, "optim.weight_decay=0.2", "optim.beta1=0.8"])
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe_text(record.recipe, path))
+    path.write_text(recipe_text(record.recipe, path, []))
     assert pretrain.build(compose(str(path))) == task

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forks import Forks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nemotron_h.provenance import leaves
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -166,6 +169,34 @@ def distill_recipe(small: Small, name: str, *changes: tuple[str, str]) -> Path:
         ("validate_every_steps: 6", "validate_every_steps: 3"),
         *changes,
     )
+
+
+#: what two runs of one recipe may differ in: where they were started, and how fast they were
+OF_THE_PROCESS = ("command", "started", "seconds", "throughput", "recipe.log.dir")
+TIMINGS = ("tokens_per_second_per_rank", "tflops_per_rank", "train_step_timing in s", "hp_metric")
+
+
+def record(run_dir: Path) -> dict[str, dict]:
+    """`run.json` of a run and of its checkpoints, without what may differ between two runs of one recipe."""
+    records = {}
+    for path in (run_dir / "run.json", *sorted(run_dir.glob("checkpoints/step-*/run.json"))):
+        content = dict(leaves(json.loads(path.read_text())))
+        records[str(path.relative_to(run_dir))] = {
+            key: value for key, value in content.items() if not key.startswith(OF_THE_PROCESS)
+        }
+    return records
+
+
+def events(run_dir: Path) -> dict[str, dict[int, set[float]]]:
+    """Tag -> step -> the values that TensorBoard shows there, of all processes of a run; without timings."""
+    files = sorted({path.parent for path in run_dir.rglob("events.out.*")})
+    accumulators = [EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload() for folder in files]
+    shown: dict[str, dict[int, set[float]]] = {}
+    for accumulator in accumulators:
+        for tag in set(accumulator.Tags()["scalars"]) - set(TIMINGS):
+            for event in accumulator.Scalars(tag):
+                shown.setdefault(tag, {}).setdefault(event.step, set()).add(event.value)
+    return shown
 
 
 def losses(small: Small, name: str) -> list[float]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import Small
+from small_run import Small, events, record
 
 from nemotron_h.training import checkpoints
 
@@ -37,9 +37,16 @@ def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, di
     killed = small.train("resumed", "kill=6", check=False)
     assert killed.returncode < 0
     assert max(small.steps("resumed")) == 6
+    again = small.train("resumed", "kill=9", check=False)
+    assert "resumed at step 4" in again.stdout
+    assert "changed" not in again.stdout
     out = small.train("resumed")
-    assert "resumed at step 4" in out.stdout
+    assert "resumed at step 8" in out.stdout
     assert small.steps("resumed") == straight
+    assert record(small.run_dir("resumed")) == record(small.run_dir("straight"))
+    shown = events(small.run_dir("straight"))
+    assert list(shown["val_loss"]) == [5, 11]  # the steps that validations follow, counted from 0
+    assert events(small.run_dir("resumed")) == shown
     losses = [float.fromhex(straight[s]["loss"]) for s in range(1, STEPS + 1)]
     assert losses[-1] < losses[0] - 0.3
     assert sorted(i for s in straight.values() for i in s["samples"]) == list(range(STEPS * 8))
