@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_run import TUNING_STEPS, Small, events, record, sft_recipe
+from small_run import TUNING_STEPS, Small, assert_same, sft_recipe
 
 from nemotron_h.errors import UserError
 
@@ -27,10 +27,7 @@ def test_straight_equals_killed_and_resumed(talk: Small) -> None:
     assert killed.returncode < 0
     out = talk.train("sft_resumed", recipe=sft_recipe(talk, "sft_resumed"))
     assert "resumed at step 3" in out.stdout
-    assert talk.steps("sft_resumed") == talk.steps("sft")
-    # a validation was due at the step of the checkpoint
-    assert record(talk.run_dir("sft_resumed")) == record(talk.run_dir("sft"))
-    assert events(talk.run_dir("sft_resumed")) == events(talk.run_dir("sft"))
+    assert_same(talk, "sft_resumed", "sft")  # a validation was due at the step of the checkpoint
     samples = [i for s in talk.steps("sft").values() for i in s["samples"]]
     assert sorted(samples) == list(range(TUNING_STEPS * 8))
 

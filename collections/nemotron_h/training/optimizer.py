@@ -26,7 +26,7 @@ class _OfThisRecipe:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Stand at the checkpoint's step and set every group's rate for the next one."""
-        self.last_epoch = state_dict["last_epoch"] - 1
+        self.last_epoch, self._step_count = state_dict["last_epoch"] - 1, state_dict["_step_count"]
         self.step()
         self._step_count = state_dict["_step_count"]
 
