@@ -178,7 +178,7 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
         [*changed, "optim.weight_decay=0.2", "optim.warmup_steps=1", "optim.beta1=0.8"]
     )
     path = tmp_path / "recipe.yaml"
-    path.write_text(recipe_text(record.recipe, path))
+    path.write_text(recipe_text(record.recipe, path, []))
     assert pretrain.build(compose(str(path))) == task
 
 

@@ -393,11 +393,7 @@ def check_schedule(recipe: RecipeConfig, origin: str) -> None:
             f"{origin}: optim.warmup_tokens ({warmup:,}) is not shorter than the run ({tokens:,} tokens)",
             hint=f"warm up for less than {tokens:,} tokens, usually 1 % of the run or less",
         )
-    if optim.final_lr > optim.peak_lr:
-        raise UserError(
-            f"{origin}: optim.final_lr = {optim.final_lr} is above optim.peak_lr = {optim.peak_lr}",
-            hint=f"the paper's 1 % of the peak is {optim.peak_lr / 100:g}",
-        )
+    check_learning_rates(optim.peak_lr, optim.final_lr, f"{origin}: ")
     if optim.schedule == "cosine":
         if optim.decay_tokens is not None:
             raise UserError(
@@ -416,6 +412,17 @@ def check_schedule(recipe: RecipeConfig, origin: str) -> None:
             f"{origin}: optim.warmup_tokens and optim.decay_tokens ({warmup:,} and {decay:,}) are longer than the run "
             f"({tokens:,} tokens)",
             hint=f"decay for {tokens - warmup:,} tokens or less",
+        )
+
+
+def check_learning_rates(peak_lr: float, final_lr: float, where: str = "") -> None:
+    """Check a schedule's ends; `where` stands before the key in an error."""
+    if not peak_lr > 0:
+        raise UserError(f"{where}optim.peak_lr = {peak_lr} is not positive")
+    if not 0 <= final_lr <= peak_lr:
+        raise UserError(
+            f"{where}optim.final_lr = {final_lr} is not between 0 and optim.peak_lr = {peak_lr}",
+            hint=f"the paper's 1 % of the peak is {peak_lr / 100:g}",
         )
 
 

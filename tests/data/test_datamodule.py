@@ -208,7 +208,6 @@ def test_a_restored_step_without_data_state_is_an_error(prepared: Path) -> None:
         ({"seed": 6}, "seed: 5 -> 6"),
         ({"seq_length": 16}, "seq_length: 32 -> 16"),
         ({"global_batch_size": 8}, "global_batch_size: 16 -> 8"),
-        ({"horizon_steps": 200}, "phase 'late' begins at step 60 -> 120"),
     ],
 )
 def test_resuming_with_another_order_is_an_error_that_shows_the_difference(
@@ -228,6 +227,20 @@ def test_moving_a_switch_that_is_still_to_come_keeps_the_past(prepared: Path) ->
     assert [new.order.sampler[i] for i in range(16 * 60)] == [old.order.sampler[i] for i in range(16 * 60)]
     assert new.phase_number(119) == 1
     assert new.phase_number(120) == 2
+    with pytest.raises(UserError, match="phase 'late' begins at step 60 -> 36"):  # it would have begun before step 40
+        started(module(prepared, horizon_steps=60), 40, old.state_dict())
+
+
+def test_a_run_that_is_made_longer_keeps_the_switches_behind_it(prepared: Path) -> None:
+    old = started(module(prepared))
+    old.trainer.global_step = 70  # the switch was at 60, a run of 200 steps has it at 120
+    longer = started(module(prepared, horizon_steps=200), 70, old.state_dict())
+    assert [longer.order.sampler[i] for i in range(16 * 100)] == [old.order.sampler[i] for i in range(16 * 100)]
+    assert [longer.phase_number(step) for step in (59, 60, 119, 199)] == [1, 2, 2, 2]
+    assert longer.order.plan.phases[-1].end_step == 200
+    longer.trainer.global_step = 90
+    again = started(module(prepared, horizon_steps=200), 90, longer.state_dict())  # as the same command repeats it
+    assert again.order.plan == longer.order.plan
 
 
 def other_blend(prepared: Path) -> Path:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import atexit
 import json
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from forks import Forks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-WORKER = Path(__file__).with_name("worker.py")
+from nemotron_h.provenance import leaves
+from nemotron_h.training import checkpoints
+
+WORKER, COMPARE = (Path(__file__).with_name(name) for name in ("worker.py", "same_tensors.py"))
 
 BLEND = """
 name: words
@@ -124,6 +130,13 @@ class Small:
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done
 
+    def same_tensors(self, one: str, two: str, step: int) -> bool:
+        """Whether two runs' checkpoints of a step hold the same tensors, weights and optimizer, bit for bit."""
+        folders = (str(self.run_dir(name) / f"checkpoints/step-{step:06d}/weights") for name in (one, two))
+        name = f"{one}_and_{two}"
+        done = self._done(name, FORKS.run(str(COMPARE), *folders, folder=self.folder, name=name), True)
+        return "same: " in done.stdout or pytest.fail(done.stdout)
+
     def steps(self, name: str) -> dict[int, dict]:
         """Step -> what the worker recorded; a repeated step keeps its last record."""
         lines = (self.folder / name / "steps.jsonl").read_text().splitlines()
@@ -166,6 +179,60 @@ def distill_recipe(small: Small, name: str, *changes: tuple[str, str]) -> Path:
         ("validate_every_steps: 6", "validate_every_steps: 3"),
         *changes,
     )
+
+
+#: what two runs of one recipe may differ in: where they were started, and how fast they were
+OF_THE_PROCESS = ("command", "started", "seconds", "throughput", "recipe.log.dir")
+TIMINGS = ("tokens_per_second_per_rank", "tflops_per_rank", "train_step_timing in s", "hp_metric")
+
+
+def run_records(run_dir: Path) -> dict[str, dict]:
+    """`run.json` of a run and of its checkpoints, without what may differ between two runs of one recipe."""
+    records = {}
+    for path in (run_dir / "run.json", *sorted(run_dir.glob("checkpoints/step-*/run.json"))):
+        content = dict(leaves(json.loads(path.read_text())))
+        records[str(path.relative_to(run_dir))] = {
+            key: value for key, value in content.items() if not key.startswith(OF_THE_PROCESS)
+        }
+    return records
+
+
+def events(run_dir: Path) -> dict[str, dict[int, set[float]]]:
+    """Tag -> step -> the values that TensorBoard shows there, of all processes of a run; without timings."""
+    files = sorted({path.parent for path in run_dir.rglob("events.out.*")})
+    accumulators = [EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload() for folder in files]
+    shown: dict[str, dict[int, set[float]]] = {}
+    for accumulator in accumulators:
+        for tag in set(accumulator.Tags()["scalars"]) - set(TIMINGS):
+            for event in accumulator.Scalars(tag):
+                shown.setdefault(tag, {}).setdefault(event.step, set()).add(event.value)
+    return shown
+
+
+def assert_same(small: Small, one: str, two: str) -> None:
+    """Two runs did the same in each step, say the same of it in their records and show the same in TensorBoard."""
+    assert small.steps(one) == small.steps(two)
+    assert run_records(small.run_dir(one)) == run_records(small.run_dir(two))
+    assert events(small.run_dir(one)) == events(small.run_dir(two))
+
+
+def without_last(small: Small, name: str, copy: str) -> None:
+    """Copy a run as it would be if it had been killed before its last checkpoint."""
+    shutil.copytree(small.run_dir(name), small.run_dir(copy))
+    shutil.rmtree(checkpoints.finished(small.run_dir(copy))[0])
+
+
+def changes_at_resume(small: Small, name: str, copy: str, recipe: Path, *settings: str) -> dict[str, list]:
+    """What a copy of a run, resumed before its last checkpoint with other settings, says and records."""
+    without_last(small, name, copy)
+    step = checkpoints.step_of(checkpoints.finished(small.run_dir(copy))[0])
+    said = small.train(copy, *settings, recipe=recipe).stdout
+    (changes,) = json.loads((small.run_dir(copy) / "run.json").read_text())["changes"]
+    assert changes.pop("from_step") == step
+    for key, (before, now) in changes.items():
+        assert f"  {key}: {before} -> {now}\n" in said
+    assert small.steps(copy)[step + 1]["loss"] != small.steps(name)[step + 1]["loss"]
+    return changes
 
 
 def losses(small: Small, name: str) -> list[float]:

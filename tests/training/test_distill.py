@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import FORKS, Small, distill_recipe, losses
+from small_run import FORKS, Small, assert_same, changes_at_resume, distill_recipe, losses
 
 from nemotron_h.errors import UserError
 
@@ -24,8 +24,15 @@ def test_straight_equals_killed_and_resumed(distilled: Small) -> None:
     assert killed.returncode < 0
     out = distilled.train("kd_resumed", recipe=distill_recipe(distilled, "kd_resumed"))
     assert "resumed at step 3" in out.stdout
-    assert distilled.steps("kd_resumed") == distilled.steps("kd")
+    assert_same(distilled, "kd_resumed", "kd")
     assert losses(distilled, "kd")[-1] < losses(distilled, "kd")[0]
+
+
+def test_another_objective_holds_from_the_resume_on(distilled: Small) -> None:
+    recipe = distill_recipe(distilled, "kd_other")
+    settings = ("model.config.lm_weight=0.5", "model.config.temperature=2.0")
+    changed = changes_at_resume(distilled, "kd", "kd_other", recipe, *settings)
+    assert changed == {"distill.lm_weight": [0.0, 0.5], "distill.temperature": [1.0, 2.0]}
 
 
 def test_the_checkpoint_is_an_ordinary_one(distilled: Small) -> None:

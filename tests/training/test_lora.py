@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_run import TUNING_STEPS, Small, sft_recipe
+from small_run import TUNING_STEPS, Small, sft_recipe, without_last
 
 from nemotron_h.errors import UserError
 from nemotron_h.export import merge
@@ -54,14 +53,8 @@ def tensors_of(file: WeightFile) -> dict[str, torch.Tensor]:
     return found
 
 
-def without_last(run: Small, name: str) -> None:
-    """A copy of the run as it would be if it had been killed before its last checkpoint."""
-    shutil.copytree(run.run_dir("lora"), run.run_dir(name))
-    shutil.rmtree(run.run_dir(name) / "checkpoints" / f"step-{TUNING_STEPS:06d}")
-
-
 def test_straight_equals_resumed(run: Small) -> None:
-    without_last(run, "lora_resumed")
+    without_last(run, "lora", "lora_resumed")
     out = run.train("lora_resumed", recipe=lora_recipe(run, "lora_resumed"))
     assert "resumed at step 3" in out.stdout
     straight = run.steps("lora")
@@ -88,7 +81,7 @@ def test_a_checkpoint_is_small_and_merges_into_a_whole_one(run: Small, tmp_path:
 
 def test_a_checkpoint_continues_on_two_tensor_parallel_ranks(run: Small) -> None:
     name = "lora_tp2"
-    without_last(run, name)
+    without_last(run, "lora", name)
     layout = ("trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=True")
     # dropout draws on every rank for itself
     options = (*layout, "trainer.devices=2", "model.config.adapter.dropout=0")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import Small
+from small_run import Small, assert_same, changes_at_resume
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -113,11 +113,17 @@ def test_straight_equals_killed_and_resumed_with_the_cache_lost(paired: Small, d
     out = paired.train("dpo_again", recipe=preference_recipe(paired, "dpo_again"))
     assert "resumed at step 3" in out.stdout
     assert f"{other} are not this run's (seq_length differs)" in " ".join(out.stdout.split())
-    assert paired.steps("dpo_again") == paired.steps("dpo")
+    assert_same(paired, "dpo_again", "dpo")
     assert "reference log-probs are not the checkpoint's" not in out.stdout + out.stderr
     with np.load(file) as content:
         assert all(np.array_equal(content[name], before[name]) for name in before)
     other.unlink()
+
+
+def test_another_beta_holds_from_the_resume_on(paired: Small, dpo) -> None:
+    recipe = preference_recipe(paired, "dpo_beta")
+    changed = changes_at_resume(paired, "dpo", "dpo_beta", recipe, "model.beta=0.4")
+    assert changed == {"preference.beta": [0.2, 0.4]}
 
 
 def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Small, dpo) -> None:

@@ -3,8 +3,8 @@
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [key=value ...]`: overrides of the built
 recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal` sends a signal to the process
 group of one rank during it, `save` while its checkpoint is written. Each step appends to `steps.jsonl` beside the run:
-the loss, gradient norm and learning rate as exact hexadecimal floats, and the numbers of the samples that this rank
-read.
+the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the
+numbers of the samples that this rank read.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class Recorder(pl.Callback):
                 "loss": float(metrics["reduced_train_loss"]).hex(),
                 "grad_norm": float(metrics["grad_norm"]).hex(),
                 "lr": float(trainer.optimizers[0].param_groups[0]["lr"]).hex(),
+                "adam": [[*g["betas"], g["eps"], g["weight_decay"]] for g in trainer.optimizers[0].param_groups],
                 "samples": list(READ),
             }
             if isinstance(pl_module, preference.PreferenceModel):

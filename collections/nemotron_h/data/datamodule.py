@@ -165,7 +165,8 @@ class BlendDataModule(PreparedDataModule):
         global_batch_size: samples per step, all ranks together.
         seed: of the data order.
         horizon_steps: length of the run that the phases divide; default: the trainer's `max_steps`. Set it to train
-            only a part of a longer plan, or to keep the switches when a run is made longer.
+            only a part of a longer plan, or to keep the switches to come when a run is made longer; those behind it
+            stay where they were.
         horizon_tokens: the exact tokens behind those steps, where the recipe states tokens: switches are computed from
             them as long as they round to the run's steps, and from the steps when the run was made longer or shorter.
         document_reset: give the model `seq_idx`, so that it can reset its state where documents begin.
@@ -269,10 +270,12 @@ class BlendDataModule(PreparedDataModule):
         self.order = DataOrder.resume(plan, state_dict, self.blend_change)
         self._resumed = state_dict
         old = DataPlan.from_dict(state_dict["plan"])
-        differences, moved = compare(old, plan, state_dict["step"])
+        differences, moved = compare(old, self.order.plan, state_dict["step"])
         if differences:
             lines = "\n".join(f"  {line}" for line in differences)
             say(f"Data: from step {state_dict['step']:,} on, declared by resume.blend_change:\n{lines}")
+        elif self.order.plan != plan:
+            say("Data: phases that have begun go on; a run of this length from its start would have switched later")
         if moved:
             say("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
 
@@ -281,6 +284,10 @@ class BlendDataModule(PreparedDataModule):
         order and how far it was followed.
         """
         return {**self._prepared_record(self._horizon().tokens), "order": self.state_dict()}
+
+    def settings(self) -> dict[str, Any]:
+        """Return `PreparedDataModule.settings`, and whether states are reset where documents begin."""
+        return {**super().settings(), "data.document_reset": self.document_reset}
 
     # the order
 

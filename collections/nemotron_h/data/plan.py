@@ -141,6 +141,26 @@ def compare(old: DataPlan, new: DataPlan, step: int) -> tuple[list[str], list[st
     return differences, moved
 
 
+def continued(old: DataPlan, new: DataPlan, step: int) -> DataPlan:
+    """Return the new plan with the switches before `step` where the old one made them.
+
+    A run that was made longer would have switched later, but what was trained stays trained: a phase that has begun
+    goes on, and the switches to come are those of the new length.
+    """
+    if len(old.phases) != len(new.phases):
+        return new
+    firsts = [
+        before.first_step if before.first_step < step else now.first_step
+        for before, now in zip(old.phases, new.phases, strict=True)
+    ]
+    ends = [*firsts[1:], new.phases[-1].end_step]
+    phases = [
+        dataclasses.replace(phase, first_step=first, end_step=end)
+        for phase, first, end in zip(new.phases, firsts, ends, strict=True)
+    ]
+    return dataclasses.replace(new, phases=phases)
+
+
 class DataOrder:
     """A plan that is being followed.
 
@@ -197,7 +217,7 @@ class DataOrder:
         """Continue from a checkpoint.
 
         Args:
-            plan: of the run as it is now.
+            plan: of the run as it is now; it is followed as `continued` has it.
             state: of the checkpoint.
             blend_change: `from_step` lets another plan take over at the checkpoint's step. Its sources go on where
                 they are; those whose windows became others (new text, seed or seq_length) start with a new epoch.
@@ -209,9 +229,10 @@ class DataOrder:
             raise UserError(f"the checkpoint's data state has format {state.get('format')}, not {STATE_FORMAT}")
         old, step = DataPlan.from_dict(state["plan"]), state["step"]
         origin, history = Origin(**state["origin"]), state["history"]
-        differences, _ = compare(old, plan, step)
+        longer = continued(old, plan, step)
+        differences, _ = compare(old, longer, step)
         if not differences:
-            return cls(plan, origin, history)
+            return cls(longer, origin, history)
         if blend_change is None:
             shown = differences[:SHOWN_DIFFERENCES]
             if len(differences) > len(shown):
@@ -219,9 +240,8 @@ class DataOrder:
             raise UserError(
                 f"the checkpoint (step {step:,}, blend {old.blend!r}) was trained on other data than this run "
                 f"(blend {plan.blend!r}) plans; checkpoint -> now:\n" + "\n".join(f"  {line}" for line in shown),
-                "Resume with the checkpoint's settings (a longer run that must keep its switches: set "
-                "data.horizon_steps), or declare the change, and the run takes the new data from this step on: "
-                "resume.blend_change=from_step (nemotron-h data peek: --blend-change from_step)",
+                "Resume with the checkpoint's settings, or declare the change, and the run takes the new data from "
+                "this step on: resume.blend_change=from_step (nemotron-h data peek: --blend-change from_step)",
             )
         record = {key: value for key, value in state.items() if key not in ("format", "history")}
         plans = [DataPlan.from_dict(entry["plan"]) for entry in [*history, record]]

@@ -188,6 +188,10 @@ class PreferenceDataModule(ConversationDataModule):
     holds, reader = PAIRS, "preference training"
     example = "whose sources have `chat: preference`, such as preference_sample"
 
+    def settings(self) -> dict[str, Any]:
+        """Return `PreparedDataModule.settings`, and what stands in for rewards."""
+        return {**super().settings(), "preference.reward_gap": self.reward_gap}
+
     def splits(self) -> dict[str, dict[str, Pairs]]:
         """The pairs of every split that is read: `train`, and `validation` where validations are made."""
         held_out = self._held_out if self.trainer.limit_val_batches else {}

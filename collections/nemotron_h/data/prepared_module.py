@@ -127,6 +127,10 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
     def next_sample(self) -> int:
         """The sample that the trainer's next step begins with."""
 
+    def settings(self) -> dict[str, Any]:
+        """Return what a resumed run may change of its batches, by recipe key."""
+        return {"data.micro_batch_size": self.micro_batch_size}
+
     @property
     def validation_samples(self) -> int:
         """How many windows a validation reads."""

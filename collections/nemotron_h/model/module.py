@@ -399,6 +399,11 @@ class NemotronHModel(MambaModel):
     ) -> None:
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what a resumed run may change of the loss, by recipe key."""
+        adapter = self.config.adapter
+        return {} if adapter is None else {"adapter.dropout": adapter.dropout}
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,

@@ -46,6 +46,7 @@ from nemotron_h.ops.distillation_loss import (
     distillation_loss,
 )
 from nemotron_h.ops.hidden_distance import hidden_distance
+from nemotron_h.schema import DistillSchema
 from nemotron_h.training import checkpoints
 from nemotron_h.training.teacher_cache import Header, read_header
 
@@ -382,6 +383,11 @@ class DistillationModel(NemotronHModel):
     def forward(self, **batch: Tensor | None) -> Tensor:  # type: ignore[override]
         """As `DistillingModel.forward`."""
         return self.module(**batch)
+
+    def settings(self) -> dict[str, Any]:
+        """Return those of `NemotronHModel`, and the objective's; the teacher itself is compared by its weights."""
+        keys = [field.name for field in dataclasses.fields(DistillSchema) if field.name != "teacher"]
+        return {**super().settings(), **{f"distill.{key}": getattr(self.config, key) for key in keys}}
 
     @property
     def training_loss_reduction(self) -> DistillationReduction:

@@ -7,48 +7,70 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
-from nemo.core.optim.lr_scheduler import WarmupHoldAnnealLinear
+from nemo.core.optim.lr_scheduler import CosineAnnealing, WarmupHoldAnnealLinear
 from nemo.lightning.megatron_parallel import MegatronParallel
-from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, LRSchedulerModule
+from nemo.lightning.pytorch.optim import LRSchedulerModule
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
+from nemotron_h.checks import check_learning_rates
 from nemotron_h.errors import UserError
 from nemotron_h.runtime import lean_adam
 
 
-class WarmupStableDecay(LRSchedulerModule):
-    """NeMo's schedule of linear warm-up, constant rate and linear decay, in steps (NeMo's own module takes ratios).
+class _OfThisRecipe:
+    """A schedule that takes its step from a checkpoint and everything else from the recipe.
+
+    NeMo's are functions of the step alone, so a run that resumes with the same settings has the same rates, bit for
+    bit, and one that resumes with another peak, warm-up or length has those of the new curve from its next step on.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Stand at the checkpoint's step and set every group's rate for the next one."""
+        self.last_epoch, self._step_count = state_dict["last_epoch"] - 1, state_dict["_step_count"]
+        self.step()
+        self._step_count = state_dict["_step_count"]
+
+
+class Cosine(_OfThisRecipe, CosineAnnealing):
+    """NeMo's linear warm-up and cosine."""
+
+
+class StableDecay(_OfThisRecipe, WarmupHoldAnnealLinear):
+    """NeMo's linear warm-up, constant rate and linear decay."""
+
+
+class Schedule(LRSchedulerModule):
+    """Linear warm-up, then a cosine or a constant rate and a linear decay, in steps (NeMo's own module takes ratios).
 
     Args:
         warmup_steps: steps of linear warm-up.
-        decay_steps: steps of linear decay, the last of the run.
+        decay_steps: steps of linear decay, the last of the run; None is a cosine from the warm-up to the end.
         min_lr: learning rate at the end of the run.
         max_steps: steps of the run; NeMo's strategy sets it to the trainer's.
     """
 
-    def __init__(self, warmup_steps: int, decay_steps: int, min_lr: float, max_steps: int = 10) -> None:
+    def __init__(self, warmup_steps: int, decay_steps: int | None, min_lr: float, max_steps: int = 10) -> None:
         super().__init__()
         self.warmup_steps, self.decay_steps, self.min_lr, self.max_steps = warmup_steps, decay_steps, min_lr, max_steps
 
     def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
-        """As Lightning's `configure_optimizers` returns it; one unit is a step.
+        """Return it as Lightning's `configure_optimizers` does; one unit is a step.
 
         Errors:
             UserError: the run is shorter than warm-up and decay.
         """
-        stable = self.max_steps - self.warmup_steps - self.decay_steps
-        if stable < 0:
-            raise UserError(
-                f"the run has {self.max_steps} steps, its warm-up {self.warmup_steps} and its decay {self.decay_steps}",
-                hint="raise trainer.max_steps, or set shorter optim.warmup_steps and optim.decay_steps",
-            )
-        schedule = WarmupHoldAnnealLinear(
-            optimizer,
-            warmup_steps=self.warmup_steps,
-            hold_steps=stable,
-            max_steps=self.max_steps,
-            min_lr=self.min_lr,
-        )
+        lengths = {"warmup_steps": self.warmup_steps, "max_steps": self.max_steps, "min_lr": self.min_lr}
+        if self.decay_steps is None:
+            schedule = Cosine(optimizer, **lengths, constant_steps=0)
+        else:
+            stable = self.max_steps - self.warmup_steps - self.decay_steps
+            if stable < 0:
+                raise UserError(
+                    f"the run has {self.max_steps} steps, its warm-up {self.warmup_steps} and its decay "
+                    f"{self.decay_steps}",
+                    hint="raise trainer.max_steps, or set shorter optim.warmup_steps and optim.decay_steps",
+                )
+            schedule = StableDecay(optimizer, **lengths, hold_steps=stable)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
@@ -57,7 +79,13 @@ class WarmupStableDecay(LRSchedulerModule):
 
 
 class ScheduledAdamW(MegatronOptimizerModule):
-    """Megatron's AdamW and a schedule over the trainer's `max_steps`; made by `scheduled_adamw`."""
+    """Megatron's AdamW and a schedule over the trainer's `max_steps`; made by `scheduled_adamw`.
+
+    Attributes beyond NeMo's:
+        settings: the arguments of `scheduled_adamw`, for the run's record.
+    """
+
+    settings: dict[str, Any]
 
     def optimizers(self, model: MegatronParallel) -> list:
         """Megatron's optimizer, once the trainer's `max_steps` is known.
@@ -119,16 +147,14 @@ def scheduled_adamw(
         distributed_optimizer: shard the optimizer's state over data-parallel ranks.
         moments: dtype of Adam's moments, `fp32` or `bf16`.
     Errors:
-        UserError: there is no such dtype, or `bf16` without what it needs: a GPU, Transformer Engine, the distributed
-            optimizer.
+        UserError: `final_lr` is above `peak_lr`; there is no such dtype, or `bf16` without what it needs: a GPU,
+            Transformer Engine, the distributed optimizer.
     """
+    settings = dict(locals())
+    check_learning_rates(peak_lr, final_lr)
     lean_adam.check(moments, distributed_optimizer)
-    if decay_steps is None:
-        schedule = CosineAnnealingScheduler(warmup_steps=warmup_steps, constant_steps=0, min_lr=final_lr)
-    else:
-        schedule = WarmupStableDecay(warmup_steps=warmup_steps, decay_steps=decay_steps, min_lr=final_lr)
     # A function, not a constructor: NeMo records constructor arguments and cannot rebuild a module from these.
-    return ScheduledAdamW(
+    optimizer = ScheduledAdamW(
         config=OptimizerConfig(
             optimizer="adam",
             lr=peak_lr,
@@ -141,5 +167,12 @@ def scheduled_adamw(
             use_distributed_optimizer=distributed_optimizer,
             **state_dtypes(moments),
         ),
-        lr_scheduler=schedule,
+        lr_scheduler=Schedule(warmup_steps, decay_steps, final_lr),
     )
+    optimizer.settings = settings
+    return optimizer
+
+
+def setting_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a parameter group the recipe decides: all but the parameters and the count of steps."""
+    return {key: value for key, value in group.items() if key not in ("params", "step")}

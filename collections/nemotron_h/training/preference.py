@@ -52,6 +52,11 @@ class PreferenceModel(NemotronHModel):
         check_one_of("preference.loss", loss, PREFERENCE_LOSSES)
         self.loss, self.beta, self.gt_reward_scale = loss, beta, gt_reward_scale
 
+    def settings(self) -> dict[str, Any]:
+        """Return those of `NemotronHModel`, and the loss's."""
+        loss = {key: getattr(self, key) for key in ("loss", "beta", "gt_reward_scale")}
+        return {**super().settings(), **{f"preference.{key}": value for key, value in loss.items()}}
+
     @property
     def training_loss_reduction(self) -> PreferenceLoss:
         """The loss of a step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,24 @@ class DeclareBlendChange(pl.Callback):
         trainer.datamodule.blend_change = self.blend_change
 
 
+class StandAtStep(pl.Callback):
+    """Have Lightning's loop stand where the trainer's step says, as in a run that was never stopped.
+
+    Lightning writes a checkpoint before it counts the batch as done, and NeMo's loop leaves out the validation of a
+    restart: each resume would come to its validations a step later, log them at the step before, and never make the one
+    that was due when the checkpoint was written.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the checkpoint is loaded, before its next step."""
+        loop, step = trainer.fit_loop.epoch_loop, trainer.global_step
+        for tracker in (loop.batch_progress.total, loop.batch_progress.current):
+            tracker.ready = tracker.started = tracker.processed = tracker.completed = step
+        loop.skip_val_on_restart = loop.val_loop.restarting = False
+        due = loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        loop._batches_that_stepped = step - due  # the step that validations are logged at; the loop counts it after
+
+
 class CheckTokenizer(pl.Callback):
     """Refuse data that was prepared with another tokenizer than the initial weights were trained with.
 
@@ -62,7 +81,7 @@ class ResumeRun(nl.AutoResume):
     """NeMo's resume over `checkpoints/step-*`, with checks before anything is loaded.
 
     Attributes beyond NeMo's:
-        resume_from_path: continue from this checkpoint, and set newer ones of the same run aside.
+        resume_from_path: continue from this checkpoint, of this run or another, and set this run's newer ones aside.
         must_exist: a run that has no checkpoint is an error, not a start from scratch.
         blend_change: null, or `from_step`: the data may be another blend, seed, seq_length or global_batch_size than
             the checkpoint's, from its step on.
@@ -102,10 +121,12 @@ class ResumeRun(nl.AutoResume):
             return
         elsewhere = "restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR"
         self._check_model(path, model, elsewhere)
+        self._check_initial_weights(path, model, elsewhere)
         self._check_adapter(path, model, elsewhere)
         self._leave_if_complete(path, trainer)
         if model.config.adapter is not None:
             self._freeze(find_base(path, self.init_checkpoint), trainer)
+        trainer.callbacks.append(StandAtStep())
         if self.blend_change is not None:
             trainer.callbacks.append(DeclareBlendChange(self.blend_change))
 
@@ -176,7 +197,7 @@ class ResumeRun(nl.AutoResume):
         if problems:
             raise UserError(f"checkpoint {chosen} is damaged: {'; '.join(problems[:3])}")
         if self._rank == 0:
-            self._set_newer_aside(chosen)
+            self._set_newer_aside(checkpoints.step_of(chosen))
         return chosen
 
     def _damage(self, checkpoint: Path) -> list[str]:
@@ -184,11 +205,27 @@ class ResumeRun(nl.AutoResume):
         return checkpoints.damage(checkpoint, self._rank, self._ranks)
 
     @staticmethod
-    def _set_newer_aside(chosen: Path) -> None:
-        """Rename newer checkpoints of the same run: they would be taken for this run's newest. Nothing is deleted."""
-        for newer in chosen.parent.glob("step-*"):
-            if newer.is_dir() and checkpoints.step_of(newer) > checkpoints.step_of(chosen):
-                newer.rename(newer.with_name(f"aside-{newer.name}"))
+    def _set_newer_aside(step: int) -> None:
+        """Rename this run's checkpoints of later steps: they would be taken for its newest. Nothing is deleted, and
+        another run, whose checkpoint this one may continue from, keeps its own.
+        """
+        for newer in (Path(AppState().log_dir) / "checkpoints").glob("step-*"):
+            if not newer.is_dir() or checkpoints.step_of(newer) <= step:
+                continue
+            names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+            paths = (newer.with_name(f"aside-{newer.name}{name}") for name in names)
+            newer.rename(next(path for path in paths if not path.exists()))
+
+    @staticmethod
+    def _check_initial_weights(path: Path, model: Any, hint: str) -> None:
+        """Refuse another `init_seed`: it was used when the run began."""
+        recorded = read_record(path).get("settings", {}).get("init_seed", model.config.init_seed)
+        if recorded != model.config.init_seed:
+            raise UserError(
+                f"init_seed: {recorded} in checkpoint {path}, {model.config.init_seed} now; initial weights are drawn "
+                "where a run begins",
+                hint=hint,
+            )
 
     @staticmethod
     def _check_model(path: Path, model: Any, hint: str) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import adapters
 from nemotron_h.runtime import cpu, exit_codes, loopback, megatron_fixes, slurm
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
+from nemotron_h.training.optimizer import setting_of
 
 logger = logging.getLogger(__name__)
 
@@ -190,3 +191,11 @@ class NemotronHStrategy(nl.MegatronStrategy):
             del base
             with adapters.only("adapter", self.megatron_parallel):
                 return super().load_checkpoint(checkpoint_path, selective_restore)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
+        """As NeMo does; betas, epsilon and weight decay stay the recipe's, where the checkpoint has others."""
+        recipe = [[setting_of(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
+        super().load_optimizer_state_dict(checkpoint, selective_restore)
+        for optimizer, settings in zip(self.optimizers, recipe, strict=True):
+            for group, setting in zip(optimizer.param_groups, settings, strict=True):
+                group.update(setting)

@@ -135,6 +135,13 @@ class StepCheckpoint(nl.ModelCheckpoint):
 
         return finalize
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """As NeMo's; the last step is checkpointed once it has been validated: a run that has it is complete."""
+        if trainer.global_step < trainer.max_steps:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, index)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checkpoint the last step."""
         self.save_now(trainer)

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ import nemo_run as run
 import torch
 
 from nemotron_h.inference.adapted import describe_base
+from nemotron_h.inference.checkpoint import read_record
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
 from nemotron_h.schema import command_of
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
+from nemotron_h.training.settings_in_force import changed_settings, described, settings_in_force
 
 VERSIONED = (
     "nemotron-h-recipes",
@@ -81,6 +83,9 @@ def plain(value: Any) -> Any:
 class RunRecord(pl.Callback):
     """Write `run.json` and `recipe.yaml` at the start and the end of a run, and beside each checkpoint.
 
+    A resumed run goes on with its checkpoint's record: the metrics that it measured last, and in `changes` every
+    setting that a resume changed, with the step from which the new value holds.
+
     Args:
         recipe: the resolved recipe, as plain containers; its `overrides` hold what was changed in the built task.
     """
@@ -91,7 +96,14 @@ class RunRecord(pl.Callback):
         self.started = time.time()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Note what does not change during the run."""
+        """Note what does not change during this process."""
+        resumed = read_record(Path(str(trainer.ckpt_path))) if trainer.ckpt_path else {}
+        self.metrics, self.changes = resumed.get("metrics", {}), resumed.get("changes", [])
+        self.settings = plain(settings_in_force(trainer, pl_module))
+        self.changed = changed_settings(resumed["settings"], self.settings) if "settings" in resumed else {}
+        if self.changed:
+            self.changes = [*self.changes, {"from_step": resumed["step"], **self.changed}]
+        self.unrecorded = bool(resumed) and "settings" not in resumed
         self.fixed = {
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
@@ -101,9 +113,20 @@ class RunRecord(pl.Callback):
         }
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The record exists from the first step on."""
+        """The record exists from the first step on; a resumed run says what it changes."""
         if trainer.is_global_zero:
             self.write(trainer, self.path(trainer))
+            for line in self.announcement(trainer):
+                print(line)
+
+    def announcement(self, trainer: pl.Trainer) -> Iterator[str]:
+        """Yield a line for each setting that holds from this step on."""
+        if self.unrecorded:
+            yield "the checkpoint does not record the settings that it was trained with: the recipe's hold from now on"
+        if self.changed:
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            yield f"changed from step {trainer.global_step:,} on (learning rate of the next step: {rate:.3g}):"
+            yield from (f"  {line}" for line in described(self.changed))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The record of the finished run."""
@@ -124,8 +147,11 @@ class RunRecord(pl.Callback):
             if key in METRICS and torch.is_tensor(value)
         }
         metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics)), {})
+        self.metrics = {**self.metrics, **metrics}
         record = {
             **self.fixed,
+            "settings": self.settings,
+            "changes": self.changes,
             "step": trainer.global_step,
             "max_steps": trainer.max_steps,
             "seconds": round(time.time() - self.started, 1),
@@ -139,24 +165,37 @@ class RunRecord(pl.Callback):
             **adapter_of(config, strategy),
             **config.record(),
             "data": data.record(),
-            "metrics": metrics,
+            "metrics": self.metrics,
             "throughput": next((cb.record() for cb in trainer.callbacks if isinstance(cb, Throughput)), None),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = path.with_name(RECIPE)
-        for file, content in ((recipe, recipe_text(self.recipe, recipe)), (path, json.dumps(record, indent=1))):
+        for file, content in (
+            (recipe, recipe_text(self.recipe, recipe, self.changes)),
+            (path, json.dumps(record, indent=1)),
+        ):
             temporary = file.with_suffix(".tmp")
             temporary.write_text(content)
             temporary.replace(file)
 
 
-def recipe_text(recipe: dict[str, Any], path: Path) -> str:
-    """The recipe as a YAML file that runs again, and says how."""
+def recipe_text(recipe: dict[str, Any], path: Path, changes: Sequence[Mapping[str, Any]]) -> str:
+    """Return the recipe as a YAML file that runs again, and says how, and what of it a resume changed."""
+    changed = "".join(
+        f"# From step {change['from_step']} on: {line}\n"
+        for change in changes
+        for line in described({key: pair for key, pair in change.items() if key != "from_step"})
+    )
+    if changed:
+        changed = (
+            f"# A resume changed settings; run again, the recipe has the new values from its first step on.\n{changed}"
+        )
     return (
         "# The complete recipe of a run; `overrides` is what its command line changed. To run it again:\n"
         f"#   cd {shlex.quote(str(Path.cwd()))}\n"
         f"#   {command_of(recipe['stage'], path)} log.explicit_log_dir=ANOTHER\n"
         "# More settings may follow; later ones win. run.json, beside this file, has versions and data hashes.\n"
+        + changed
         + to_yaml(recipe)
     )
 
