@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
+from nemotron_h.cluster.place import check_here
 from nemotron_h.model import adapters
 from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
 
@@ -41,11 +42,12 @@ def with_parameters_of(parent: type) -> Callable[[type], type]:
 class NemotronHTrainer(nl.Trainer):
     """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere."""
 
-    def __init__(self, accelerator: str = "auto", devices: int = 1, **kwargs: Any) -> None:
+    def __init__(self, accelerator: str = "auto", devices: int = 1, num_nodes: int = 1, **kwargs: Any) -> None:
         exit_codes.install()
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-        super().__init__(accelerator=accelerator, devices=devices, **kwargs)
+        check_here(num_nodes, devices, gpus=torch.cuda.device_count() if accelerator == "gpu" else 0)
+        super().__init__(accelerator=accelerator, devices=devices, num_nodes=num_nodes, **kwargs)
 
 
 @with_parameters_of(nl.MegatronStrategy)
