@@ -31,6 +31,7 @@ def distill_cache(
 
     from rich.console import Console
 
+    from nemotron_h.cluster.place import check_here
     from nemotron_h.compose import compose, known_recipes
     from nemotron_h.errors import UserError
     from nemotron_h.recipe.text import to_yaml
@@ -44,6 +45,7 @@ def distill_cache(
             f"{name}: distill.teacher_logits is not set: where would the cache be?",
             hint="add distill.teacher_logits=DIR here, and the same to the recipe that trains",
         )
+    check_here(1, recipe.parallel.devices, f"{name}: ")
     if recipe.parallel.devices == 1:
         from nemotron_h.training.cache_teacher import write
 
