@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 
 from nemotron_h.checks import count_of, definition_of
+from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.compression import distillations, importance, ranking
 from nemotron_h.compression.candidates import Candidate, Candidates
 from nemotron_h.compression.child import Child, child_definition
@@ -83,8 +84,9 @@ class MiniPuzzle:
     Args:
         recipe: of stage minipuzzle.
         console: where progress goes.
-        train: trains a run to its end.
+        train: trains a run to its end; None takes `distillations.train`.
         origin: what errors call the recipe: its file.
+        place: where the distillations run.
     Errors:
         UserError: the parent is missing, damaged or of another model than the recipe's; its tokenizer is not the
             data's; the data is not prepared, or has fewer samples than are asked for; no candidate fits the budget
@@ -92,9 +94,15 @@ class MiniPuzzle:
     """
 
     def __init__(
-        self, recipe: RecipeConfig, console: Console, train: Train = distillations.train, origin: str | None = None
+        self,
+        recipe: RecipeConfig,
+        console: Console,
+        train: Train | None = None,
+        origin: str | None = None,
+        place: Place = HERE,
     ) -> None:
-        self.recipe, self.part, self.console, self.train = recipe, recipe.minipuzzle, console, train
+        self.recipe, self.part, self.console, self.place = recipe, recipe.minipuzzle, console, place
+        self.train = train or partial(distillations.train, place=place)
         self.origin = origin or f"recipe {recipe.name}"
         self._predicted: dict[str, Predictions] = {}
         self.folder = Path(recipe.log.dir) / recipe.name
@@ -541,6 +549,11 @@ class MiniPuzzle:
             )
             for c in chosen
         }
+        if self.place.submits:  # every candidate's job waits in the queue at once
+            missing = [c for c in chosen if c.name not in kept]
+            for candidate in missing:
+                self._pruned(folder, candidate)
+            distillations.submit([runs[c.name] for c in missing], self.place, self.console)
         for number, candidate in enumerate(chosen, 1):
             if candidate.name in kept:
                 continue
