@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.cluster.place import HERE, RANKS, check_here, check_shared, place_of
+from nemotron_h.cluster.place import HERE, RANKS, check_here, check_shared, is_rank, place_of
 from nemotron_h.compose import compose, known_recipes
 from nemotron_h.errors import UserError
 
 SLURM = ("executor=slurm", "executor.account=ABC", "executor.partition=batch")
-
-
-@pytest.fixture(autouse=True)
-def started_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*RANKS, "NODE_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -38,16 +32,17 @@ def test_what_one_command_cannot_start(nodes: int, devices: int, gpus: int, said
     assert "executor=FILE.yaml" in raised.value.hint
 
 
-@pytest.mark.parametrize(("name", "ranks"), [*((name, "16") for name in RANKS), ("NODE_RANK", "1")])
-def test_a_rank_of_a_launcher_is_not_asked(name: str, ranks: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, ranks)
-    check_here(2, 8, gpus=1)
-    if name in RANKS:  # of another number of ranks: a shell in an allocation, not a rank of this run
-        with pytest.raises(UserError, match=r"parallel\.nodes = 2"):
-            check_here(2, 4, gpus=8)
+@pytest.mark.parametrize(("name", "value"), [*((name, "16") for name in RANKS), ("NODE_RANK", "1")])
+def test_a_rank_is_known_by_its_launcher(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_rank(16)
+    monkeypatch.setenv(name, value)
+    assert is_rank(16)
+    assert is_rank(8) == (name == "NODE_RANK"), "another number: a shell in an allocation, not a rank of this run"
 
 
-def test_pipelines_of_the_paper_are_refused_here_and_taken_by_a_cluster() -> None:
+def test_pipelines_of_the_paper_are_refused_here_and_taken_by_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*RANKS, "NODE_RANK"):  # a pipeline is no rank, in an allocation neither
+        monkeypatch.setenv(name, "768")
     place, _ = place_of([*SLURM, "executor.work_dir=/shared/me"])
     several = {}
     for name in known_recipes("minipuzzle"):

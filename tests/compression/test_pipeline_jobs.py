@@ -153,16 +153,19 @@ def test_what_does_not_fit_is_refused_before_work(tiny: Tiny, monkeypatch: pytes
 
 
 def test_what_the_paper_needs() -> None:
-    """56,324,350,464 weights twice: 104.9 GiB each in bfloat16."""
+    """56,324,350,464 weights, and once more those of 54 FFNs, of which candidates have narrower ones."""
     from nemotron_h.checks import definition_of
     from nemotron_h.compose import compose
 
     recipe = compose("nemotron_h_47b/minipuzzle")
     definition = definition_of(recipe, "")
     held = {device: needs.stage_bytes(recipe, definition, device) for device in ("cuda", "cpu")}
-    assert (held["cuda"]["importance"], held["cuda"]["score"]) == (56_324_350_464 * 2, 56_324_350_464 * 4)
+    ffns = 54 * (2 * 8192 * 32768 + 8192)
+    assert (held["cuda"]["importance"], held["cuda"]["score"]) == (2 * 56_324_350_464, 2 * (56_324_350_464 + ffns))
     assert held["cpu"]["score"] == 2 * held["cuda"]["score"]
-    assert "up to 209.8 GiB on a GPU, 419.6 GiB without one" in examine("nemotron_h_47b/minipuzzle").line()
+    said = examine("nemotron_h_47b/minipuzzle").line()
+    assert "the parent, 104.9 GiB on a GPU, 209.8 GiB without one" in said
+    assert "in score with a candidate up to 158.9 GiB, 317.8 GiB" in said
 
 
 def test_dryrun_shows_what_would_be_started(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

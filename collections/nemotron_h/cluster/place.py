@@ -57,9 +57,13 @@ def take(args: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
     return name, keys, rest
 
 
+def is_rank(ranks: int) -> bool:
+    """Whether torchrun, srun, mpirun or a hand started this process as one of so many ranks."""
+    return bool(os.environ.get("NODE_RANK")) or any(os.environ.get(name) == str(ranks) for name in RANKS)
+
+
 def check_here(nodes: int, devices: int, origin: str = "", gpus: int | None = None) -> None:
-    """Refuse a layout that one command on this machine cannot start; a process that torchrun, srun or mpirun started as
-    one of all its ranks is not asked.
+    """Refuse a layout that one command on this machine cannot start.
 
     Args:
         nodes, devices: of the recipe: `parallel.nodes`, `parallel.devices`.
@@ -68,8 +72,6 @@ def check_here(nodes: int, devices: int, origin: str = "", gpus: int | None = No
     Errors:
         UserError: names the key, the number and what to set.
     """
-    if os.environ.get("NODE_RANK") or any(os.environ.get(name) == str(nodes * devices) for name in RANKS):
-        return
     if nodes > 1:
         raise UserError(
             f"{origin}parallel.nodes = {nodes}: {nodes * devices:,} ranks, and this command starts them on one machine",
@@ -79,7 +81,8 @@ def check_here(nodes: int, devices: int, origin: str = "", gpus: int | None = No
     if gpus is None:
         import torch
 
-        gpus = torch.cuda.device_count()
+        # where there are none, Megatron is told of one (runtime/cpu.py)
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and devices > gpus:
         raise UserError(
             f"{origin}parallel.devices = {devices}, this machine has {gpus} {'GPU' if gpus == 1 else 'GPUs'}",

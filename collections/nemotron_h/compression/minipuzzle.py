@@ -237,6 +237,17 @@ class MiniPuzzle:
         self.console.print(f"loading {self.parent_checkpoint}", highlight=False, markup=False, soft_wrap=True)
         return load_model(self.parent_checkpoint, dtype=self.dtype, device=self.device)
 
+    def _release_parent(self) -> None:
+        """Give its memory back: to a child, or to a run on the same machine. It is read again when it is asked for."""
+        self.__dict__.pop("parent", None)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def trained(self, run: Run, title: str) -> Path:
+        """Train a distillation, without the parent in this process; its folder."""
+        self._release_parent()
+        return self.train(run, title, self.console)
+
     @cached_property
     def text(self) -> dict[str, np.ndarray]:
         """Held-out windows [samples, seq_length + 1] by half: `CHOICE`, `REPORTED`."""
@@ -558,7 +569,7 @@ class MiniPuzzle:
             if candidate.name in kept:
                 continue
             pruned = self._pruned(folder, candidate)
-            run = self.train(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}", self.console)
+            run = self.trained(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}")
             kept[candidate.name] = {"pruned": self.measure(pruned), "short": self.measure(run)}
             write_json(path, kept)
         results = {c.name: {**kept[c.name], "candidate": c._asdict()} for c in chosen}
@@ -571,6 +582,9 @@ class MiniPuzzle:
         """A trained model on the text of the report, under `choice` on that of the choices, and on the recipe's
         evaluation.
         """
+        for half in HALVES:  # then the parent makes way
+            self.parent_predictions(half)
+        self._release_parent()
         checkpoint = find_checkpoint(checkpoint)
         model = load_model(checkpoint, dtype=self.dtype, device=self.device)
         made: dict[str, Any] = {"checkpoint": str(checkpoint), "weights": content_digest(checkpoint)}
@@ -621,7 +635,7 @@ class MiniPuzzle:
             self.recipe.tokens,
             folder,
         )
-        measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
+        measured = self.measure(self.trained(run, f"  {self.recipe.name}"))
         score = self.parent_score(REPORTED)
         parent, pruned, child = score.loss, winner["pruned"]["loss"], measured["loss"]
         share = recovered(parent, pruned, child)

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
-from nemotron_h.cluster.place import check_here
+from nemotron_h.cluster.place import check_here, is_rank
 from nemotron_h.model import adapters
 from nemotron_h.runtime import cpu, exit_codes, megatron_fixes
 
@@ -46,7 +46,8 @@ class NemotronHTrainer(nl.Trainer):
         exit_codes.install()
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-        check_here(num_nodes, devices, gpus=torch.cuda.device_count() if accelerator == "gpu" else 0)
+        if not is_rank(num_nodes * devices):
+            check_here(num_nodes, devices, gpus=torch.cuda.device_count() if accelerator == "gpu" else 0)
         super().__init__(accelerator=accelerator, devices=devices, num_nodes=num_nodes, **kwargs)
 
 
