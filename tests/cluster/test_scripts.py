@@ -7,12 +7,18 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from typer.testing import CliRunner
+
+from nemotron_h.cluster import jobs
+
+sys.path.insert(0, str(Path(__file__).parent))
+import slurm_here
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +39,23 @@ def app():
         yield create_cli()
     finally:
         sys.argv = before
+
+
+@pytest.fixture
+def nemo(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    """Run `nemo llm pretrain` in an empty folder, on a Slurm of its own; its exit code and all that it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jobs, "ASK_S", 0)
+    (tmp_path / "slurm").mkdir()
+    monkeypatch.setenv("PATH", slurm_here.path(tmp_path / "slurm"))
+    monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(tmp_path / ".nemo_run"))  # read when it was imported
+
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["llm", "pretrain", "--factory", "nemotron_h_tiny", "--yes", *arguments])
+        captured = capfd.readouterr()
+        return result.exit_code, result.output + captured.out + captured.err
+
+    return run
 
 
 @pytest.fixture
@@ -150,7 +173,7 @@ def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: p
     assert root() == "/elsewhere"
 
 
-def test_torchrun_is_this_pythons_also_in_an_environment_that_is_not_activated(
+def test_python_and_torchrun_are_this_ones_also_in_an_environment_that_is_not_activated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nemotron_h.cluster import executors
@@ -161,11 +184,12 @@ def test_torchrun_is_this_pythons_also_in_an_environment_that_is_not_activated(
     beside = Path(sys.executable).parent
     for path in ("/nowhere", str(tmp_path)):
         monkeypatch.setenv("PATH", path)
-        found = executors._path_of_torchrun()["PATH"]
+        found = executors._path()["PATH"]
         assert found == f"{beside}{os.pathsep}{path}"
-        assert shutil.which("torchrun", path=found) == str(beside / "torchrun")
+        for name in ("python", "torchrun"):
+            assert shutil.which(name, path=found) == str(beside / name)
     monkeypatch.setenv("PATH", str(beside))
-    assert executors._path_of_torchrun() == {}
+    assert executors._path() == {}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +200,8 @@ def test_torchrun_is_this_pythons_also_in_an_environment_that_is_not_activated(
         ((*SLURM, "executor.devices=8"), ("executor.devices = 8, trainer.devices = 1",)),
         ((*SLURM, "executor.acount=x"), ("unknown key acount", "Did you mean account?")),
         (("executor.account=x",), ("executor.account=x without an executor", "executor=slurm")),
-        (("executor=local", "trainer.num_nodes=2"), ("executor=local has one node",)),
+        (("executor=local", "trainer.num_nodes=2"), ("parallel.nodes = 2: 2 ranks", "set parallel.nodes=1")),
+        ((*SLURM, "executor.setup=[source /me/nemo_run/bin/activate]"), ("executor.setup: ", "replaces /nemo_run")),
         ((*SLURM, "trainer.devices=3", EIGHT[2]), ("set trainer.devices and trainer.num_nodes",)),
     ],
 )
@@ -217,3 +242,86 @@ def test_a_chain_ends_when_the_run_is_complete_or_mistaken(tmp_path: Path, code:
     assert (tmp_path / "cancelled").exists() == cancelled
     if cancelled:
         assert (tmp_path / "cancelled").read_text().split() == ["--state=PENDING", "7"]
+
+
+@pytest.mark.parametrize(
+    ("code", "chain", "times", "last"),
+    [
+        (0, 1, 1, ""),
+        (2, 3, 1, "ended with exit code 2"),
+        (75, 2, 2, "ended with exit code 75"),
+        (1, 1, 1, "exit code 1; its"),
+    ],
+)
+def test_a_submitted_run_is_waited_for_and_its_exit_code_is_the_commands(
+    nemo, tmp_path: Path, code: int, chain: int, times: int, last: str
+) -> None:
+    """nemo-run alone waits for an array for ever, and exits with 0 after a failure. The run itself is played."""
+    played = tmp_path / "slurm" / "python"
+    played.write_text(f"#!/bin/sh\nsleep 0.5; echo trained >> {tmp_path}/times; exit {code}\n")
+    played.chmod(0o755)
+    exit_code, said = nemo(*SLURM, f"executor.chain={chain}")
+    assert exit_code == code, said
+    assert (tmp_path / "times").read_text().split() == ["trained"] * times
+    (logs,) = re.findall(r"^submitted: job 101, output in (\S+)$", said, re.MULTILINE)
+    assert "job 101: RUNNING" in said
+    if last:
+        assert last in said
+        assert f"its output is in {logs}/log-nemotron_h_tiny-pretrain_" in said
+
+
+def test_a_detached_run_is_left_in_the_queue(nemo, tmp_path: Path) -> None:
+    (tmp_path / "slurm" / "python").write_text("#!/bin/sh\nsleep 1\nexit 1\n")
+    (tmp_path / "slurm" / "python").chmod(0o755)
+    code, said = nemo(*SLURM, "--detach")
+    assert code == 0, said
+    job = jobs.Job.of_line(said)
+    assert job.state() == "RUNNING"
+    while job.state():
+        time.sleep(0.1)
+    assert job.exit_code() == 1
+
+
+def test_a_local_run_takes_the_place_of_the_command(nemo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So signals and exit codes are its own; nemo-run's wrapper returned 0 for a run that failed."""
+
+    def become(file: str, arguments: list[str], environment: dict[str, str]) -> None:
+        found = shutil.which(file, path=environment["PATH"])
+        assert found == str(Path(sys.executable).parent / "python")
+        assert arguments[:3] == ["python", "-m", "nemo_run.core.runners.fdl_runner"]
+        assert Path(arguments[-1]).is_file()
+        raise SystemExit(75)
+
+    monkeypatch.setattr(os, "execvpe", become)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    assert nemo("executor=local")[0] == 75
+    code, said = nemo("executor=local", "--detach")
+    assert (code, "error: --detach with executor=local" in said) == (2, True)
+
+
+def test_more_nodes_than_this_machine_are_refused_before_work(nemo, tmp_path: Path) -> None:
+    code, said = nemo("trainer.num_nodes=768", "trainer.devices=8")
+    assert code == 2, said
+    assert "error: parallel.nodes = 768: 6,144 ranks" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_kubernetes_job_is_submitted(nemo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nemo-run refuses classes that it does not know; the cluster itself is played."""
+    from nemo_run.core.execution.kubeflow import KubeflowJobState
+
+    from nemotron_h.cluster.kubernetes import KubernetesExecutor
+
+    ends = KubeflowJobState.SUCCEEDED
+    monkeypatch.setattr(KubernetesExecutor, "package", lambda *_, **__: None)
+    monkeypatch.setattr(KubernetesExecutor, "launch", lambda *_, **__: ("tiny-1", KubeflowJobState.CREATED))
+    monkeypatch.setattr(KubernetesExecutor, "status", lambda *_: ends)
+    monkeypatch.setattr(KubernetesExecutor, "fetch_logs", lambda *_, **__: "")
+    monkeypatch.setattr(KubernetesExecutor, "cleanup", lambda *_: None)
+    for arguments in ((), ("--detach",)):
+        code, said = nemo(*KUBERNETES, *arguments)
+        assert code == 0, said
+        assert re.search(r"^submitted: kubeflow://\S+tiny-1$", said, re.MULTILINE), said
+    ends = KubeflowJobState.FAILED
+    code, said = nemo(*KUBERNETES)
+    assert (code, "the run ended as FAILED; its output is in" in said) == (1, True)

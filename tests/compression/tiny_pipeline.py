@@ -14,6 +14,7 @@ from forks import Forks
 from rich.console import Console
 from small_run import TALK, WORKER
 
+from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.compose import compose
 from nemotron_h.errors import UserError
 from nemotron_h.training.launch import Run, write_recipe
@@ -147,7 +148,7 @@ class Tiny:
         (self.folder / "talk.yaml").write_text(TALK)
         prepared(self.folder, "talk")
 
-    def launch(self, run: Run, title: str, steps: int, console: Console) -> None:
+    def launch(self, run: Run, title: str, steps: int, console: Console, place: Place = HERE) -> None:
         """In place of `training.launch.train`, which pays half a minute of imports."""
         self.started.append(run.name)
         write_recipe(run)

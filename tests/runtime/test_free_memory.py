@@ -53,3 +53,19 @@ def test_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         model.load_model(tmp_path)
     with pytest.raises(AssertionError, match="it is read"):
         model.load_model(tmp_path, lazy=True)
+
+
+def test_training_that_no_split_makes_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 bytes of a trained weight, 2 of a frozen one, over all nodes: a bound that every run exceeds."""
+    monkeypatch.setattr(memory, "available", lambda device="cpu": 24 * 2**30)
+    memory.check_training_fits(2 * 10**9, 2 * 10**9, 1, 2, False, "model m")
+    with pytest.raises(
+        UserError, match=r"model m: training takes at least 74\.5 GiB on each node .*: 24\.0 GiB"
+    ) as error:
+        memory.check_training_fits(8 * 10**9, 0, 1, 8, False, "model m")
+    assert "executor=FILE.yaml" in error.value.hint
+    memory.check_training_fits(8 * 10**9, 0, 4, 8, False, "model m")
+    monkeypatch.setattr(memory, "total", lambda device: 80 * 2**30)
+    memory.check_training_fits(8 * 10**9, 0, 1, 1, True, "model m")
+    with pytest.raises(UserError, match=r"1 GPU of this machine: 80\.0 GiB"):
+        memory.check_training_fits(8 * 10**9, 8 * 10**9, 1, 1, True, "model m")

@@ -204,6 +204,33 @@ def test_a_run_has_its_folder_or_says_why_not(tmp_path: Path) -> None:
         assert sorted(folder.iterdir()) == before
 
 
+def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 8B on this machine, or as a frozen teacher beside a tiny student, whatever the layout."""
+    from nemotron_h.checks import definition_of
+    from nemotron_h.compose import compose
+    from nemotron_h.runtime import memory
+    from nemotron_h.schema import AdapterSchema
+    from nemotron_h.training import preflight
+
+    monkeypatch.setattr(memory, "available", lambda: 12 * 2**30)
+    large, tiny = (definition_of(compose(name), name) for name in ("nemotron_h_8b", "nemotron_h_tiny"))
+    strategy = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1)
+    trainer = SimpleNamespace(strategy=strategy, num_devices=8, num_nodes=1)
+    lora = AdapterSchema(kind="lora", rank=8, alpha=16, targets=["in_proj"])
+    for first, adapter, others, least in (
+        (large, None, [], 75.4),
+        (large, lora, [], 15.1),
+        (tiny, None, [large], 15.2),
+    ):
+        config = SimpleNamespace(
+            definition=lambda first=first: first,
+            definitions=lambda first=first, others=others: dict(enumerate([first, *others])),
+            adapter=adapter,
+        )
+        with pytest.raises(UserError, match=rf"model {first.name}: training takes at least {least} GiB"):
+            preflight.check_layout(trainer, SimpleNamespace(config=config))
+
+
 def test_a_run_shorter_than_its_warmup_is_an_error() -> None:
     from nemotron_h.training.optimizer import scheduled_adamw
 

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import nemo_run as run
+from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 
 from nemotron_h.cluster.kubernetes import KubernetesExecutor
+from nemotron_h.cluster.place import check_agrees, check_here, folder_of, root_at
 from nemotron_h.cluster.schema import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
-from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
 from nemotron_h.errors import UserError
 
 # Ends a chain early. A run that is complete exits with 0, a mistake of the user with 2: the next job would do the same.
@@ -32,48 +33,42 @@ def executor(cluster: Cluster, task: run.Partial, recipe: str) -> run.Config:
         UserError: nodes or devices of the cluster file are not those of the recipe; more than one node on this machine.
     """
     nodes, devices = task.trainer.num_nodes, task.trainer.devices
-    for key, given, wanted, setting in (
-        ("nodes", cluster.nodes, nodes, "trainer.num_nodes"),
-        ("devices", cluster.devices, devices, "trainer.devices"),
-    ):
-        if given is not None and given != wanted:
-            raise UserError(
-                f"executor.{key} = {given}, {setting} = {wanted}",
-                hint=f"set {setting}={given}, or leave executor.{key} out: it is the recipe's",
-            )
+    check_agrees(cluster, nodes, devices, ("trainer.num_nodes", "trainer.devices"))
     _move(task, cluster)
     if isinstance(cluster, SlurmCluster):
         return _slurm(cluster, nodes, devices, recipe)
     if isinstance(cluster, KubernetesCluster):
         return _kubernetes(cluster, nodes, devices, recipe)
     assert isinstance(cluster, LocalCluster)
-    if nodes != 1:
-        raise UserError(f"executor=local has one node, trainer.num_nodes = {nodes}", hint="set trainer.num_nodes=1")
+    check_here(nodes, devices)
     launcher = "torchrun" if devices > 1 else None
-    env = {**_path_of_torchrun(), **cluster.env} if launcher else dict(cluster.env)
-    return run.Config(run.LocalExecutor, ntasks_per_node=devices, launcher=launcher, env_vars=env)
+    return run.Config(
+        run.LocalExecutor, ntasks_per_node=devices, launcher=launcher, env_vars={**_path(), **cluster.env}
+    )
 
 
-def _path_of_torchrun() -> dict[str, str]:
-    """PATH with this Python's own torchrun first; nothing where it is, as in an activated environment."""
+def _path() -> dict[str, str]:
+    """PATH with this Python and its torchrun first; nothing where they are, as in an activated environment."""
     beside, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
-    if not (beside / "torchrun").is_file() or shutil.which("torchrun") == str(beside / "torchrun"):
+    commands = [name for name in ("python", "torchrun") if (beside / name).is_file()]
+    if all(shutil.which(name) == str(beside / name) for name in commands):
         return {}
     return {"PATH": f"{beside}{os.pathsep}{path}"}
 
 
 def _move(task: run.Partial, cluster: Cluster) -> None:
     """Jobs start elsewhere than this command, each in a folder of its own, and have to meet in one place."""
-    here = Path(cluster.work_dir).expanduser().resolve() if cluster.kind == "local" else Path(cluster.work_dir)
-    task.log.explicit_log_dir = str(here / task.log.explicit_log_dir)
-    if task.data.root is not None:
-        task.data.root = str(here / task.data.root)
-    elif ROOT_VARIABLE not in cluster.env:
-        task.data.root = str(here / (data_root() if cluster.kind == "local" else "data"))
-    if task.resume.init_checkpoint is not None:
-        task.resume.init_checkpoint = str(here / task.resume.init_checkpoint)
-    if getattr(task.model.config, "teacher", None):
-        task.model.config.teacher = str(here / task.model.config.teacher)
+    here = folder_of(cluster)
+    task.data.root = root_at(cluster, here) if task.data.root is None else str(here / task.data.root)
+    for part, key in (
+        (task.log, "explicit_log_dir"),
+        (task.resume, "init_checkpoint"),
+        (task.resume, "resume_from_path"),
+        (task.model.config, "teacher"),
+        (task.model.config, "teacher_logits"),
+    ):
+        if getattr(part, key, None):
+            setattr(part, key, str(here / getattr(part, key)))
     if task.data.blend.endswith((".yaml", ".yml")):
         task.data.blend = str(Path(task.data.blend).expanduser().resolve())
 
@@ -84,6 +79,7 @@ def _slurm(cluster: SlurmCluster, nodes: int, devices: int, recipe: str) -> run.
     torchrun in between would end at SIGUSR1 itself. A chain is an array with one job at a time: one submission, no
     rights needed beyond `sbatch`'s, and each job follows the one before whatever that one's exit code.
     """
+    _check_paths(cluster)
     return run.Config(
         run.SlurmExecutor,
         account=cluster.account,
@@ -104,9 +100,25 @@ def _slurm(cluster: SlurmCluster, nodes: int, devices: int, recipe: str) -> run.
         # requeue: after a node failed or a job of higher rank came; singleton: two submissions never write one run
         additional_parameters={"requeue": True, "dependency": "singleton", **cluster.sbatch},
         srun_args=list(cluster.srun) or None,
+        poll_estimated_start_time=False,  # jobs are watched by cluster/jobs.py
         tunnel=run.Config(run.LocalTunnel, job_dir=""),
         packager=run.Config(Packager),
     )
+
+
+def _check_paths(cluster: SlurmCluster) -> None:
+    """Refuse what nemo-run 0.11.1 would rewrite: in a script without a container it replaces every `/nemo_run` by the
+    job's folder, in the middle of a path too.
+    """
+    word = f"/{RUNDIR_NAME}"
+    texts = {"NEMORUN_HOME": [get_nemorun_home()], "executor.setup": cluster.setup, "executor.srun": cluster.srun}
+    texts |= {"executor.env": cluster.env.values(), "executor.sbatch": map(str, cluster.sbatch.values())}
+    for key, values in texts.items():
+        found = next((value for value in values if word in value), None)
+        if found is not None and not cluster.container:
+            raise UserError(
+                f"{key}: {found}: nemo-run replaces {word} in scripts", hint="name that folder otherwise: .nemo_run"
+            )
 
 
 def _mounts(cluster: SlurmCluster) -> list[str]:

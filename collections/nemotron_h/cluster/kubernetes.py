@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from nemo_run.core.execution.kubeflow import KubeflowExecutor
+from nemo_run.run.experiment import Experiment
 from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
 from nemotron_h.errors import UserError
@@ -41,3 +42,6 @@ class KubernetesExecutor(KubeflowExecutor):
 
 
 EXECUTOR_MAPPING.setdefault(KubernetesExecutor, "kubeflow")
+# nemo-run looks for the class itself: without these lines no job is submitted, nor one left with --detach
+Experiment._PARALLEL_SUPPORTED_EXECUTORS += (KubernetesExecutor,)
+Experiment._DETACH_SUPPORTED_EXECUTORS += (KubernetesExecutor,)

@@ -11,7 +11,8 @@ import typer
 def compare_precision(
     name: Annotated[str, typer.Argument(help="A shipped recipe (nemotron-h recipe list), or the path of a YAML file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Values to change in all runs: optim.warmup_tokens=40960.")
+        list[str] | None,
+        typer.Argument(help="Values to change in all runs: optim.warmup_tokens=40960. executor=FILE.yaml submits."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Steps of each run; the learning rate's schedule ends there.")] = ...,
     precision: Annotated[
@@ -32,6 +33,7 @@ def compare_precision(
     out: Annotated[
         Path | None, typer.Option(help="Folder of runs and results.", show_default="runs/NAME-precision")
     ] = None,
+    dryrun: Annotated[bool, typer.Option("--dryrun", help="Print what would be started, and start nothing.")] = False,
 ) -> None:
     """Train a recipe twice, on the same batches from the same weights, and compare the losses (paper 2.3, figure 5).
 
@@ -42,18 +44,26 @@ def compare_precision(
 
     from rich.console import Console
 
+    from nemotron_h.cluster.place import check_shared, place_of
     from nemotron_h.comparison.launch import train
     from nemotron_h.comparison.results import results
     from nemotron_h.comparison.runs import comparison
     from nemotron_h.errors import UserError
+    from nemotron_h.training.launch import dry_run
 
-    made = comparison(name, steps, precision, against, seeds, out, overrides or (), pairs)
+    place, values = place_of(overrides or ())
+    made = comparison(name, steps, precision, against, seeds, out, values, pairs, place)
     window = max(1, steps // 20) if window is None else window
     if not 1 <= window <= steps:
         raise UserError(f"--window {window} is not between 1 and the {steps} steps of the run")
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 110)  # the table's rows stay whole
-    train(made, console, jobs)
+    if dryrun:
+        for run in made.runs:
+            console.print(dry_run(run, place), markup=False)
+        return
+    check_shared(place)
+    train(made, console, jobs, place)
     found = results(made, window)
     from nemotron_h.comparison.figure import draw_casts, draw_gap
 

@@ -8,6 +8,7 @@ import dataclasses
 
 from rich.console import Console
 
+from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.comparison.runs import Comparison
 from nemotron_h.errors import UserError
 from nemotron_h.provenance import leaves
@@ -18,25 +19,26 @@ from nemotron_h.training import launch
 from nemotron_h.training.launch import Run
 
 
-def train(comparison: Comparison, console: Console, at_once: int = 1) -> None:
+def train(comparison: Comparison, console: Console, at_once: int = 1, place: Place = HERE) -> None:
     """Train what is not finished yet.
 
     Args:
         at_once: runs at a time; of several no steps are shown.
+        place: where they run.
     Errors:
         UserError: the folder holds runs of another comparison, or a run fails.
     """
     for run in comparison.runs:
         check_same(run)
     if at_once > 1:
-        launch.train_several([(run, comparison.steps) for run in comparison.runs], at_once, console)
+        launch.train_several([(run, comparison.steps) for run in comparison.runs], at_once, console, place=place)
         return
     for number, run in enumerate(comparison.runs, 1):
         title = f"run {number} of {len(comparison.runs)}: {run.name}"
         if launch.is_finished(run, comparison.steps):
             console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True, markup=False)
             continue
-        launch.train(run, title, comparison.steps, console)
+        launch.train(run, title, comparison.steps, console, place)
 
 
 def check_same(run: Run) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_h.checks import check
+from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.compose import compose
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.manifest import check_manifest
@@ -72,6 +73,7 @@ def comparison(
     out: Path | None = None,
     overrides: Sequence[str] = (),
     pairs: int = 1,
+    place: Place = HERE,
 ) -> Comparison:
     """The runs, checked as far as that goes without starting them.
 
@@ -84,8 +86,10 @@ def comparison(
         out: None is `<log.dir>/<name of the recipe>-precision`.
         overrides: of the recipe.
         pairs: initial weights that both precisions are trained from; at least so many are `seeds`.
+        place: where the runs go.
     Errors:
-        UserError: unknown or equal precisions, a run too short for its schedule or phases, data that is not prepared.
+        UserError: unknown or equal precisions, a run too short for its schedule or phases, data that is not prepared,
+            a layout that does not fit the place.
     """
     for override in overrides:
         key = override.split("=")[0]
@@ -104,8 +108,11 @@ def comparison(
     fp8 = precision if precision in FP8_FORMATS else against  # may have `precision_options`
     # overrides are made for a run of `steps`, which is known with them: any would fit into this one
     whole = compose(name, [*overrides, f"precision={fp8}", f"tokens={10**18}"])
-    tokens_per_step = whole.data.seq_length * whole.data.global_batch_size
+    place.check(whole, name)
     out = out or Path(whole.log.dir) / f"{whole.name}-precision"
+    whole = place.moved(dataclasses.replace(whole, log=dataclasses.replace(whole.log, dir=str(out))))
+    out = Path(whole.log.dir)
+    tokens_per_step = whole.data.seq_length * whole.data.global_batch_size
     common = _common(whole, name, steps, tokens_per_step, out, overrides)
     runs = [(precision, common.init_seed), *((against, common.init_seed + n) for n in range(seeds))]
     runs += [(precision, common.init_seed + n) for n in range(1, pairs)]
@@ -124,11 +131,6 @@ def _common(
     """The recipe with what all runs share: length, folder, logging."""
     if whole.stage != "pretrain":
         raise UserError(f"{name} is a recipe of stage {whole.stage}; compared are pretraining runs")
-    if whole.parallel.nodes > 1:
-        raise UserError(
-            f"{name}: parallel.nodes = {whole.parallel.nodes}, and this command trains on this machine alone",
-            hint="set parallel.nodes=1, and a model, layout and data.global_batch_size that this machine takes",
-        )
     for setting in whole.overrides:
         if setting.startswith(FIXED):
             raise UserError(f"{name}: overrides has {setting}, which this command sets", hint="leave it out")

@@ -13,7 +13,10 @@ def minipuzzle(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Values to change: minipuzzle.budget.parameters=9M tokens=2M minipuzzle.parent=runs/NAME."),
+        typer.Argument(
+            help="Values to change: minipuzzle.budget.parameters=9M tokens=2M minipuzzle.parent=runs/NAME; "
+            "executor=FILE.yaml submits the distillations."
+        ),
     ] = None,
     stage: Annotated[
         str | None,
@@ -22,6 +25,9 @@ def minipuzzle(
     status: Annotated[bool, typer.Option("--status", help="Say where each stage stands, and run none.")] = False,
     allow_evaluate: Annotated[
         bool, typer.Option("--allow-evaluate", help="Run the command that the recipe names in minipuzzle.evaluate.")
+    ] = False,
+    dryrun: Annotated[
+        bool, typer.Option("--dryrun", help="Print how the distillations would be started, and run nothing.")
     ] = False,
 ) -> None:
     """Compress a parent by pruning and distillation (paper 3): seven stages, one command.
@@ -33,25 +39,41 @@ def minipuzzle(
     from rich.console import Console
     from rich.table import Table
 
+    from nemotron_h.cluster.place import check_shared, place_of
     from nemotron_h.compose import compose, known_recipes, locate
     from nemotron_h.errors import UserError
 
     full = f"{name}/minipuzzle"
-    recipe = compose(full if full in known_recipes() else name, overrides or ())
+    place, values = place_of(overrides or ())
+    recipe = compose(full if full in known_recipes() else name, values)
     if recipe.stage != "minipuzzle":
         known = ", ".join(known for known in known_recipes() if compose(known).stage == "minipuzzle")
         raise UserError(f"{name} is a recipe of stage {recipe.stage}", hint=f"recipes of this stage: {known}")
+    origin, console = locate(full if full in known_recipes() else name)[2], Console(highlight=False, soft_wrap=True)
     typed = any(override.startswith("minipuzzle.evaluate=") for override in overrides or ())
-    if recipe.minipuzzle.evaluate and not (allow_evaluate or typed or status):
+    if recipe.minipuzzle.evaluate and not (allow_evaluate or typed or status or dryrun):
         raise UserError(
             f"{name}: minipuzzle.evaluate is a command, which would run as your user: {recipe.minipuzzle.evaluate}",
             hint="read it, then add --allow-evaluate; or leave it out: minipuzzle.evaluate=null",
         )
-    from nemotron_h.compression.minipuzzle import MiniPuzzle
-
-    console = Console(highlight=False, soft_wrap=True)
-    made = MiniPuzzle(recipe, console, origin=locate(full if full in known_recipes() else name)[2])
     if not status:
+        place.check(recipe, origin)
+    recipe = place.moved(recipe)
+    if dryrun:
+        from nemotron_h.compression.distillations import planned
+        from nemotron_h.training.launch import dry_run
+
+        for run in planned(recipe):
+            console.print(dry_run(run, place), markup=False)
+        return
+    check_shared(place)
+    from nemotron_h.compression.minipuzzle import MiniPuzzle
+    from nemotron_h.compression.needs import check
+
+    made = MiniPuzzle(recipe, console, origin=origin, place=place)
+    if not status:
+        waiting = [title for title, state in made.pipeline.states().items() if state.word != "done"]
+        check(recipe, made.definition, [stage] if stage else waiting, made.device, origin)
         made.pipeline.run(stage)
         return
     if stage is not None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from nemotron_h.checks import check, count_of
+from nemotron_h.checks import check, count_of, definition_of
+from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.schema import DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
@@ -85,9 +87,25 @@ def steps_of(run: Run) -> int:
     return Horizon(tokens, data.seq_length * data.global_batch_size).steps
 
 
-def train(run: Run, title: str, console: Console) -> Path:
+def train(run: Run, title: str, console: Console, place: Place = HERE) -> Path:
     """Train what is missing of a run; its folder."""
     steps = steps_of(run)
     if not launch.is_finished(run, steps):
-        launch.train(run, title, steps, console)
+        launch.train(run, title, steps, console, place)
     return run.folder
+
+
+def submit(runs: Sequence[Run], place: Place, console: Console) -> None:
+    """Submit the runs that are not finished; `train` waits for each."""
+    launch.submit([run for run in runs if not launch.is_finished(run, steps_of(run))], place, console)
+
+
+def planned(recipe: RecipeConfig) -> list[Run]:
+    """Return a short distillation and the long one as they would be started, the parent standing for the student."""
+    parent, part, root = definition_of(recipe, recipe.name), recipe.minipuzzle, Path(recipe.log.dir) / recipe.name
+    teacher = Path(part.parent)
+    short, long = root / "short-distil", root / "distil"
+    return [
+        run_of(recipe, "CANDIDATE", parent, short / "CANDIDATE-pruned", teacher, part.short_tokens, short),
+        run_of(recipe, recipe.name, parent, short / "CANDIDATE-pruned", teacher, recipe.tokens, long),
+    ]

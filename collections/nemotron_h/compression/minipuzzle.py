@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 
 from nemotron_h.checks import count_of, definition_of
+from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.compression import distillations, importance, ranking
 from nemotron_h.compression.candidates import Candidate, Candidates
 from nemotron_h.compression.child import Child, child_definition
@@ -83,8 +84,9 @@ class MiniPuzzle:
     Args:
         recipe: of stage minipuzzle.
         console: where progress goes.
-        train: trains a run to its end.
+        train: trains a run to its end; None takes `distillations.train`.
         origin: what errors call the recipe: its file.
+        place: where the distillations run.
     Errors:
         UserError: the parent is missing, damaged or of another model than the recipe's; its tokenizer is not the
             data's; the data is not prepared, or has fewer samples than are asked for; no candidate fits the budget
@@ -92,9 +94,15 @@ class MiniPuzzle:
     """
 
     def __init__(
-        self, recipe: RecipeConfig, console: Console, train: Train = distillations.train, origin: str | None = None
+        self,
+        recipe: RecipeConfig,
+        console: Console,
+        train: Train | None = None,
+        origin: str | None = None,
+        place: Place = HERE,
     ) -> None:
-        self.recipe, self.part, self.console, self.train = recipe, recipe.minipuzzle, console, train
+        self.recipe, self.part, self.console, self.place = recipe, recipe.minipuzzle, console, place
+        self.train = train or partial(distillations.train, place=place)
         self.origin = origin or f"recipe {recipe.name}"
         self._predicted: dict[str, Predictions] = {}
         self.folder = Path(recipe.log.dir) / recipe.name
@@ -224,6 +232,17 @@ class MiniPuzzle:
         """The parent's weights; candidates are made of them."""
         self.console.print(f"loading {self.parent_checkpoint}", highlight=False, markup=False, soft_wrap=True)
         return load_model(self.parent_checkpoint, dtype=self.dtype, device=self.device)
+
+    def _release_parent(self) -> None:
+        """Give its memory back: to a child, or to a run on the same machine. It is read again when it is asked for."""
+        self.__dict__.pop("parent", None)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def trained(self, run: Run, title: str) -> Path:
+        """Train a distillation, without the parent in this process; its folder."""
+        self._release_parent()
+        return self.train(run, title, self.console)
 
     @cached_property
     def text(self) -> dict[str, np.ndarray]:
@@ -537,11 +556,16 @@ class MiniPuzzle:
             )
             for c in chosen
         }
+        if self.place.submits:  # every candidate's job waits in the queue at once
+            missing = [c for c in chosen if c.name not in kept]
+            for candidate in missing:
+                self._pruned(folder, candidate)
+            distillations.submit([runs[c.name] for c in missing], self.place, self.console)
         for number, candidate in enumerate(chosen, 1):
             if candidate.name in kept:
                 continue
             pruned = self._pruned(folder, candidate)
-            run = self.train(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}", self.console)
+            run = self.trained(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}")
             kept[candidate.name] = {"pruned": self.measure(pruned), "short": self.measure(run)}
             write_json(path, kept)
         results = {c.name: {**kept[c.name], "candidate": c._asdict()} for c in chosen}
@@ -554,6 +578,9 @@ class MiniPuzzle:
         """A trained model on the text of the report, under `choice` on that of the choices, and on the recipe's
         evaluation.
         """
+        for half in HALVES:  # then the parent makes way
+            self.parent_predictions(half)
+        self._release_parent()
         checkpoint = find_checkpoint(checkpoint)
         model = load_model(checkpoint, dtype=self.dtype, device=self.device)
         made: dict[str, Any] = {"checkpoint": str(checkpoint), "weights": content_digest(checkpoint)}
@@ -604,7 +631,7 @@ class MiniPuzzle:
             self.recipe.tokens,
             folder,
         )
-        measured = self.measure(self.train(run, f"  {self.recipe.name}", self.console))
+        measured = self.measure(self.trained(run, f"  {self.recipe.name}"))
         score = self.parent_score(REPORTED)
         parent, pruned, child = score.loss, winner["pruned"]["loss"], measured["loss"]
         share = recovered(parent, pruned, child)

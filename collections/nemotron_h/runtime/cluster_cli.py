@@ -1,8 +1,9 @@
 """`executor=NAME executor.key=value` on the command line of `nemo`, for recipes of this project.
 
 nemo-run takes executors as Python factories (`run.executor=`), which know nothing of the task's nodes and cannot be
-given a file, and its `--dryrun` shows no script. `RunContext.cli_execute` and `RunContext.parse_fn` are wrapped
-(patched): names of cluster files are read here, any other executor is nemo-run's own affair.
+given a file, its `--dryrun` shows no script, and its submission loses how a run ended (`cluster.submit`).
+`RunContext.cli_execute` and `RunContext.parse_fn` are wrapped (patched): names of cluster files are read here, any
+other executor is nemo-run's own affair.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import nemo_run
 from nemo_run.cli.api import RunContext
 
 from nemotron_h.cluster.executors import executor
-from nemotron_h.cluster.load import is_cluster, load
+from nemotron_h.cluster.load import load
+from nemotron_h.cluster.place import take
 from nemotron_h.cluster.show import dry_run
+from nemotron_h.cluster.submit import submit
 from nemotron_h.errors import UserError
 from nemotron_h.runtime.nemo_cli import fail
 from nemotron_h.training.preflight import check_split
@@ -32,18 +35,21 @@ def install() -> None:
 
     @functools.wraps(execute)
     def cli_execute(self: RunContext, fn: Any, args: list[str], entrypoint_type: str = "task") -> None:
-        shown = nemo_run.dryrun_fn
+        shown, started = nemo_run.dryrun_fn, nemo_run.run
         try:
             name, overrides, args = take(args)
             if name is not None:
                 self.cluster = load(name, overrides)
                 if self.dryrun:
                     nemo_run.dryrun_fn = lambda task, executor: print(dry_run(task, executor, self.name))
+                nemo_run.run = lambda fn_or_script, executor, name, detach, **_: submit(
+                    fn_or_script, executor, name, detach
+                )
             execute(self, fn, args, entrypoint_type)
         except UserError as error:
             fail(error)
         finally:
-            nemo_run.dryrun_fn = shown
+            nemo_run.dryrun_fn, nemo_run.run = shown, started
 
     @functools.wraps(parse)
     def parse_fn(self: RunContext, fn: Any, args: list[str], **defaults: Any) -> nemo_run.Partial:
@@ -62,37 +68,3 @@ def install() -> None:
 
     cli_execute.cluster = True  # type: ignore[attr-defined]
     RunContext.cli_execute, RunContext.parse_fn = cli_execute, parse_fn
-
-
-def take(args: list[str]) -> tuple[str | None, list[str], list[str]]:
-    """Split a command line.
-
-    Args:
-        args: `executor=NAME`, `--executor NAME`, `run.executor=NAME`, their `executor.key=value`, and all the rest.
-    Returns:
-        the name of a cluster file or None, the overrides of its keys, and what is nemo-run's.
-    Errors:
-        UserError: a key of the executor without an executor, or an option without a name.
-    """
-    name, keys, rest = None, [], []
-    waiting = False
-    for argument in args:
-        bare = argument.removeprefix("run.") if argument.startswith("run.executor") else argument.removeprefix("--")
-        if waiting:
-            name, waiting = argument, False
-        elif argument == "--executor":
-            waiting = True
-        elif bare.startswith("executor="):
-            name = bare.removeprefix("executor=")
-        elif bare.startswith("executor."):
-            keys.append(bare.removeprefix("executor."))
-        else:
-            rest.append(argument)
-    if waiting or (keys and name is None):
-        raise UserError(
-            f"{'executor.' + keys[0] if keys else '--executor'} without an executor",
-            hint="add executor=slurm, executor=kubernetes, executor=local or executor=FILE.yaml",
-        )
-    if name is not None and not is_cluster(name):
-        return None, [], [f"run.executor={name}", *(f"run.executor.{key}" for key in keys), *rest]
-    return name, keys, rest

@@ -23,6 +23,13 @@ def available(device: str = "cpu") -> int:
     return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
+def total(device: str) -> int:
+    """Bytes of a GPU, used or not; asked without taking any of it."""
+    import torch
+
+    return torch.cuda.get_device_properties(torch.device(device)).total_memory
+
+
 def check_weights_fit(definition: ModelDefinition, value_bytes: int, device: str) -> None:
     """Refuse to load a whole model where its weights alone are larger than what is there.
 
@@ -43,3 +50,31 @@ def check_weights_fit(definition: ModelDefinition, value_bytes: int, device: str
         "free",
         hint=f"the whole model is held by one process: free memory, or take a larger machine or GPU.{less}",
     )
+
+
+#: ours: bytes that training holds at the least: of a weight that is trained (bfloat16 weight and gradient, main weight
+#: and moments in 6 bytes), of one that is frozen
+TRAINED_BYTES, FROZEN_BYTES = 10, 2
+
+
+def check_training_fits(trained: int, frozen: int, nodes: int, devices: int, gpus: bool, origin: str) -> None:
+    """Refuse to train what certainly is larger than all the memory of so many machines like this, however it is split.
+
+    Args:
+        trained, frozen: weights of the run; a teacher's are frozen.
+        nodes, devices: machines, and ranks on each.
+        gpus: whether ranks are on GPUs, else they are processes on the CPU.
+        origin: stands before the message.
+    Errors:
+        UserError: names what is needed and what is there.
+    """
+    need = (trained * TRAINED_BYTES + frozen * FROZEN_BYTES) // nodes
+    there = devices * total("cuda") if gpus else available()
+    if need > there:
+        where = f"{devices} {'GPU' if devices == 1 else 'GPUs'} of this machine" if gpus else "this machine"
+        raise UserError(
+            f"{origin}: training takes at least {need / GIB:,.1f} GiB on each node (weights, gradients, optimizer), "
+            f"{where}: {there / GIB:,.1f} GiB",
+            hint="take more GPUs (parallel.devices, trainer.devices), submit with executor=FILE.yaml "
+            "(docs/clusters.md), or take a smaller model; nemotron-h plan says what each rank holds",
+        )

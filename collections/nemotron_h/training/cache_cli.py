@@ -32,6 +32,7 @@ def distill_cache(
     from rich.console import Console
 
     from nemotron_h.children import end_with_parent
+    from nemotron_h.cluster.place import check_here
     from nemotron_h.compose import compose, known_recipes
     from nemotron_h.errors import UserError, naming
     from nemotron_h.locks import locked
@@ -46,6 +47,7 @@ def distill_cache(
             f"{name}: distill.teacher_logits is not set: where would the cache be?",
             hint="add distill.teacher_logits=DIR here, and the same to the recipe that trains",
         )
+    check_here(1, recipe.parallel.devices, f"{name}: ")
     folder = Path(recipe.distill.teacher_logits).expanduser()
     with naming("distill.teacher_logits"):
         folder.mkdir(parents=True, exist_ok=True)

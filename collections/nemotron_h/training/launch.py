@@ -1,17 +1,22 @@
-"""Start a training run as `nemo llm` does, in a process of its own: a finished one is not repeated, one that was killed
-continues from its checkpoint, and what ends this process ends the run after a checkpoint. Imports no torch.
+"""Start a training run as `nemo llm` does, in a process of its own or as a job. A finished one is not repeated, one
+that was killed continues. What ends this process ends that process after a checkpoint; a job goes on, and is waited for
+again. Imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +25,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nemotron_h.children import end_with_parent
+from nemotron_h.cluster.jobs import Job, QueueError, Watch
+from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.errors import UserError
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.schema import STAGES, RecipeConfig, factory_of_file
@@ -29,6 +36,8 @@ from nemotron_h.training import checkpoints
 LEFT_EARLY = 75
 #: a run gets so long to write a checkpoint when this command is told to end
 GRACE_S = 600
+#: between looks at what a run has printed
+POLL_S = 0.5
 _STEP = re.compile(r"step\s+(\d+)/(\d+)\s+loss\s+(\S+)")
 
 
@@ -39,10 +48,12 @@ class Run:
     Attributes:
         name: also of its folder.
         recipe: complete; writes to `<log.dir>/<name>`.
+        file: that it is started from; None is `<log.dir>/<name>.yaml`.
     """
 
     name: str
     recipe: RecipeConfig
+    file: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -52,7 +63,7 @@ class Run:
     @property
     def recipe_file(self) -> Path:
         """The recipe that it is started from."""
-        return Path(self.recipe.log.dir) / f"{self.name}.yaml"
+        return self.file or Path(self.recipe.log.dir) / f"{self.name}.yaml"
 
 
 def is_finished(run: Run, steps: int) -> bool:
@@ -76,43 +87,37 @@ def command_of(run: Run) -> list[str]:
     return [nemo, "llm", entry, "--factory", factory_of_file(run.recipe_file), "--yes"]
 
 
-def train(run: Run, title: str, steps: int, console: Console) -> None:
-    """Train a run to its end and show how far it is, with an ETA. Its output goes to `<recipe file>.log`.
+def train(run: Run, title: str, steps: int, console: Console, place: Place = HERE) -> None:
+    """Train a run to its end and show how far it is, with an ETA.
 
     Args:
         title: what stands before the progress.
         steps: of the whole run.
+        place: where it runs. A process here prints to `<recipe file>.log`, a job where its line says.
     Errors:
         UserError: the run failed, naming what it said, or left early.
     """
-    write_recipe(run)
-    log = run.recipe_file.with_suffix(".log")
-    process = subprocess.Popen(
-        command_of(run),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way
-        preexec_fn=end_with_parent,
-    )
-    with _ended_with_us(process, console), log.open("a") as file, _Line(console, title, steps) as line:
-        begin = file.tell()
-        for text in process.stdout:
-            file.write(text)
-            file.flush()
-            found = _STEP.search(text)
-            if found:
-                line.step(int(found.group(1)), text.strip())
-    _check_ended(run, steps, process.returncode, begin)
+    with _leave_on_signals(), _Line(console, title, steps) as line:
+        begun = _begin(run, place, console)
+        try:
+            while not begun.over():
+                line.show(begun.output.new())
+                time.sleep(POLL_S)
+            line.show(begun.output.new())
+        finally:
+            _end([begun], console)
+    _check_ended(run, steps, begun)
 
 
-def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Console, end: float = float("inf")) -> bool:
-    """Train what is not finished, some runs at a time, each line of output in `<recipe file>.log`.
+def train_several(
+    runs: Sequence[tuple[Run, int]], at_once: int, console: Console, end: float = float("inf"), place: Place = HERE
+) -> bool:
+    """Train what is not finished, some runs at a time, and say when one of them is.
 
     Args:
         runs: each with its steps.
         end: of `time.monotonic()`; runs that are not over then write a checkpoint and end.
+        place: as of `train`.
     Returns:
         Whether all are finished.
     Errors:
@@ -125,23 +130,13 @@ def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Consol
             while (waiting or running) and time.monotonic() < end:
                 while waiting and len(running) < at_once:
                     run, steps = waiting.pop(0)
-                    write_recipe(run)
-                    with run.recipe_file.with_suffix(".log").open("a") as log:
-                        begin = log.tell()
-                        process = subprocess.Popen(
-                            command_of(run),
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            start_new_session=True,
-                            preexec_fn=end_with_parent,
-                        )
-                    running.append((run, steps, begin, process))
+                    running.append((run, steps, _begin(run, place, console)))
                 for each in list(running):
-                    run, steps, begin, process = each
-                    if process.poll() is None:
+                    run, steps, begun = each
+                    if not begun.over():
                         continue
                     running.remove(each)
-                    _check_ended(run, steps, process.returncode, begin)
+                    _check_ended(run, steps, begun)
                     done = total - len(waiting) - len(running)
                     left = (time.monotonic() - started) / done * (total - done)
                     console.print(
@@ -149,10 +144,39 @@ def train_several(runs: Sequence[tuple[Run, int]], at_once: int, console: Consol
                         highlight=False,
                         markup=False,
                     )
-                time.sleep(1)
+                time.sleep(POLL_S)
         finally:
-            _end([process for *_, process in running], console)
+            _end([begun for *_, begun in running], console)
     return not waiting and not running
+
+
+def submit(runs: Sequence[Run], place: Place, console: Console) -> None:
+    """Submit what is in no queue yet, so that jobs wait beside each other; `train` then waits for each.
+
+    Errors:
+        UserError: a run cannot be submitted.
+    """
+    for run in runs:
+        _Job(run, place, console)
+
+
+def dry_run(run: Run, place: Place) -> str:
+    """Return what would be started: the command, or the script that would be submitted. Nothing is left behind.
+
+    Errors:
+        UserError: the run does not fit the cluster file.
+    """
+    if not place.submits:
+        return shlex.join(command_of(run))
+    with tempfile.TemporaryDirectory() as folder:
+        shown = dataclasses.replace(run, file=Path(folder) / f"{run.name}.yaml")
+        write_recipe(shown)
+        command = [*command_of(shown), *place.arguments, "--dryrun"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        raise UserError(f"{run.name} cannot be submitted: {_reason(done.stdout + done.stderr)}")
+    said = ("Configuring global options", f"Dry run for {STAGES[run.recipe.stage]}:")  # by nemo-run
+    return "\n".join(line for line in done.stdout.splitlines() if line not in said)
 
 
 def write_recipe(run: Run) -> None:
@@ -161,18 +185,131 @@ def write_recipe(run: Run) -> None:
     run.recipe_file.write_text(text_of(run))
 
 
-def _check_ended(run: Run, steps: int, code: int, begin: int) -> None:
-    """Refuse a run that is not whole; `begin` is where its log starts, behind those of earlier tries."""
+class _Output:
+    """What a run prints, in a file that grows; a chain of jobs has one file after the other.
+
+    Args:
+        newest: the file that it prints to now, or None.
+        begin: byte that it begins at, behind earlier tries.
+    """
+
+    def __init__(self, newest: Callable[[], Path | None], begin: int = 0) -> None:
+        self.newest, self.begin = newest, begin
+        self.file, self.read = newest(), begin
+
+    def new(self) -> list[str]:
+        """Return the whole lines that were written since the last call."""
+        file = self.newest()
+        if file != self.file:
+            self.file, self.read, self.begin = file, 0, 0
+        if file is None or not file.is_file():
+            return []
+        with file.open("rb") as opened:
+            opened.seek(self.read)
+            whole = opened.read().rpartition(b"\n")[0]
+        self.read += len(whole) + bool(whole)
+        return whole.decode(errors="replace").splitlines()
+
+    def text(self) -> str:
+        """Return all that it printed in the newest file."""
+        file = self.newest()
+        return file.read_bytes()[self.begin :].decode(errors="replace") if file and file.is_file() else ""
+
+
+class _Process:
+    """A run in a process of its own here."""
+
+    again = "run the same command again to continue"
+
+    def __init__(self, run: Run, place: Place) -> None:
+        write_recipe(run)
+        path = run.recipe_file.with_suffix(".log")
+        with path.open("a") as log:
+            self.output = _Output(lambda: path, log.tell())
+            self.process = subprocess.Popen(
+                command_of(run),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way
+                preexec_fn=end_with_parent,
+                env={**os.environ, **place.env},
+            )
+
+    def over(self) -> bool:
+        """Whether it has ended."""
+        return self.process.poll() is not None
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code."""
+        return self.process.returncode
+
+
+class _Job:
+    """A run as a job of Slurm: the one that an earlier call of this command submitted, if it is in the queue still."""
+
+    again = "run the same command again: it submits more jobs, which continue"
+
+    def __init__(self, run: Run, place: Place, console: Console) -> None:
+        self.record = run.recipe_file.with_suffix(".job.json")
+        self.job = Job(**json.loads(self.record.read_text())) if self.record.is_file() else None
+        if self.job is None or not _queued(self.job):
+            self.job = _submit(run, place)
+            self.record.write_text(json.dumps(dataclasses.asdict(self.job)))
+        self.output = _Output(self.job.log)
+        self.watch = Watch(self.job, lambda line: console.print(f"{run.name}: {line}", highlight=False, markup=False))
+
+    def over(self) -> bool:
+        """Whether it has left the queue."""
+        if not self.watch.over():
+            return False
+        self.record.unlink(missing_ok=True)
+        return True
+
+    @property
+    def code(self) -> int | None:
+        """The exit code of its last job; None where that was killed."""
+        return self.job.exit_code()
+
+
+def _begin(run: Run, place: Place, console: Console) -> _Process | _Job:
+    return _Job(run, place, console) if place.submits else _Process(run, place)
+
+
+def _submit(run: Run, place: Place) -> Job:
+    """Submit a run with `nemo`, whose output goes to `<recipe file>.log`."""
+    write_recipe(run)
+    command = [*command_of(run), *place.arguments, "--detach"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     log = run.recipe_file.with_suffix(".log")
+    log.write_text(done.stdout + done.stderr)
+    job = Job.of_line(done.stdout)
+    if done.returncode or job is None:
+        raise UserError(f"{run.name} was not submitted: {_reason(done.stdout + done.stderr)}", hint=f"see {log}")
+    return job
+
+
+def _queued(job: Job) -> bool:
+    """Whether a job that an earlier call submitted is in the queue; where Slurm does not answer it is taken to be."""
+    try:
+        return bool(job.state())
+    except QueueError:
+        return True
+
+
+def _check_ended(run: Run, steps: int, begun: _Process | _Job) -> None:
+    """Refuse a run that is not whole."""
+    if is_finished(run, steps) and begun.code in (0, None):
+        return
+    code, file = begun.code, begun.output.newest()
     if code == LEFT_EARLY:
-        raise UserError(f"{run.name} left early, with a checkpoint", hint="run the same command again to continue")
-    if code != 0 or not is_finished(run, steps):
-        raise UserError(f"{run.name} ended with exit code {code}: {_reason(log, begin)}", hint=f"see {log}")
+        raise UserError(f"{run.name} left early, with a checkpoint", hint=begun.again)
+    ended = "was killed" if code is None else f"ended with exit code {code}"
+    raise UserError(f"{run.name} {ended}: {_reason(begun.output.text())}", hint=f"see {file}")
 
 
-def _reason(log: Path, begin: int) -> str:
-    """The error's line in a log from a byte on, or its last line."""
-    text = log.read_bytes()[begin:].decode(errors="replace")
+def _reason(text: str) -> str:
+    """Return the line of the error in an output, or its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(error: |\w*(Error|Exception)\b)", line)]
     return (errors or lines or ["it printed nothing"])[-1]
@@ -193,9 +330,11 @@ def _leave_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(processes: Sequence[subprocess.Popen], console: Console) -> None:
-    """End runs that go on; each writes a checkpoint first."""
-    alive = [process for process in processes if process.poll() is None]
+def _end(begun: Sequence[_Process | _Job], console: Console) -> None:
+    """End processes that go on, each with a checkpoint; jobs stay in the queue."""
+    alive = [each.process for each in begun if isinstance(each, _Process) and not each.over()]
+    for job in (each.job for each in begun if isinstance(each, _Job) and each.record.is_file()):
+        console.print(f"job {job.id} goes on; the same command waits for it again, `scancel {job.id}` ends it")
     if alive:
         console.print(f"stopping: {'the run writes' if len(alive) == 1 else 'the runs write'} a checkpoint first")
     for process in alive:
@@ -206,17 +345,6 @@ def _end(processes: Sequence[subprocess.Popen], console: Console) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _ended_with_us(process: subprocess.Popen, console: Console) -> Iterator[None]:
-    """What ends this command ends the run."""
-    with _leave_on_signals():
-        try:
-            yield
-            process.wait()
-        finally:
-            _end([process], console)
 
 
 class _Line:
@@ -247,8 +375,15 @@ class _Line:
         if self.bar:
             self.bar.stop()
 
+    def show(self, lines: Sequence[str]) -> None:
+        """Show the steps among lines that the run printed."""
+        for text in lines:
+            found = _STEP.search(text)
+            if found:
+                self.step(int(found.group(1)), text.strip())
+
     def step(self, step: int, text: str) -> None:
-        """The run printed the line of a step."""
+        """Show the line of a step."""
         if self.bar:
             if not self.shown:  # starting took minutes, perhaps: not the pace of a step
                 self.bar.reset(self.task, completed=step, loss="")

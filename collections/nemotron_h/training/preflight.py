@@ -6,29 +6,37 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from nemo.utils.app_state import AppState
 
 from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter, trained_parameters
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.show import gib
+from nemotron_h.runtime.memory import check_training_fits
 
 #: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
 
 def check_layout(trainer: Any, model: Any) -> None:
-    """Check model, adapter, parallel layout and disk.
+    """Check model, adapter, parallel layout, memory and disk.
 
     Errors:
         UserError: the pattern breaks the family's rules, a dimension does not split, the ranks do not divide, the
-            adapter cannot be, or the disk cannot hold the checkpoints; names the key and a value that fits.
+            adapter cannot be, the memory is far too small, or the disk cannot hold the checkpoints; names the key and
+            a value that fits.
     """
     definition, adapter = model.config.definition(), model.config.adapter
     check_split(definition, trainer.strategy, trainer.num_devices * trainer.num_nodes)
+    parameters, frozen = definition.parameters, 0
     if adapter is not None:
         stages = trainer.strategy.pipeline_model_parallel_size
         check_adapter(adapter, definition, "model.config.adapter", pipeline=stages)
+        parameters, frozen = trained_parameters(adapter, definition), parameters
+    frozen += sum(other.parameters for other in model.config.definitions().values()) - definition.parameters
+    gpus, origin = torch.cuda.is_available(), f"model {definition.name}"
+    check_training_fits(parameters, frozen, trainer.num_nodes, trainer.num_devices, gpus, origin)
     check_disk(checkpoint_bytes(model.config), Path(AppState().log_dir))
 
 

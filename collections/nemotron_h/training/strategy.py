@@ -21,6 +21,7 @@ from nemo import lightning as nl
 from nemo.utils import AppState
 
 from nemotron_h import children
+from nemotron_h.cluster.place import check_here, is_rank
 from nemotron_h.duration import seconds_of
 from nemotron_h.errors import UserError
 from nemotron_h.inference.checkpoint import WEIGHTS
@@ -61,13 +62,15 @@ class NemotronHTrainer(nl.Trainer):
         UserError: srun started other tasks than the layout has ranks.
     """
 
-    def __init__(self, accelerator: str = "auto", devices: int = 1, **kwargs: Any) -> None:
+    def __init__(self, accelerator: str = "auto", devices: int = 1, num_nodes: int = 1, **kwargs: Any) -> None:
         exit_codes.install()
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
         slurm.forget_tasks_of_others()
+        if not is_rank(num_nodes * devices):
+            check_here(num_nodes, devices, gpus=torch.cuda.device_count() if accelerator == "gpu" else 0)
         try:
-            super().__init__(accelerator=accelerator, devices=devices, **kwargs)
+            super().__init__(accelerator=accelerator, devices=devices, num_nodes=num_nodes, **kwargs)
         except (RuntimeError, ValueError) as error:
             raise slurm.user_error(error) or error from error
 
