@@ -6,21 +6,12 @@ import json
 import random
 
 import pytest
-from small_run import BLEND, TALK, Small, distill_recipe
+from small_run import TALK, Small, distill_recipe, prepared
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
-    folder = tmp_path_factory.mktemp("small")
-    draw = random.Random(1)
-    for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
-        words = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(80)]
-        documents = [" ".join(draw.choices(words, k=draw.randint(5, 120))) for _ in range(300)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
-    (folder / "words.yaml").write_text(BLEND)
-    made = Small(folder)
-    made.prepare("words.yaml")
-    return made
+    return prepared(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

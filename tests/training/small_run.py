@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import random
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from forks import Forks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -131,11 +131,12 @@ class Small:
         return done
 
     def same_tensors(self, one: str, two: str, step: int) -> bool:
-        """Whether two runs' checkpoints of a step hold the same tensors, weights and optimizer, bit for bit."""
+        """Return whether two runs' checkpoints of a step hold the same weights and optimizer, bit for bit."""
         folders = (str(self.run_dir(name) / f"checkpoints/step-{step:06d}/weights") for name in (one, two))
         name = f"{one}_and_{two}"
         done = self._done(name, FORKS.run(str(COMPARE), *folders, folder=self.folder, name=name), True)
-        return "same: " in done.stdout or pytest.fail(done.stdout)
+        assert "same: " in done.stdout, done.stdout
+        return True
 
     def steps(self, name: str) -> dict[int, dict]:
         """Step -> what the worker recorded; a repeated step keeps its last record."""
@@ -146,6 +147,19 @@ class Small:
         """`nemotron-h data prepare` of a blend of this folder."""
         file, root = str(self.folder / blend), str(self.folder / "data")
         self.command(f"prepare_{blend}", "data", "prepare", "--blend", file, "--root", root)
+
+
+def prepared(folder: Path) -> Small:
+    """Write two sources of random words into a folder and prepare them."""
+    draw = random.Random(1)
+    for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
+        words = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(80)]
+        documents = [" ".join(draw.choices(words, k=draw.randint(5, 120))) for _ in range(300)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (folder / "words.yaml").write_text(BLEND)
+    small = Small(folder)
+    small.prepare("words.yaml")
+    return small
 
 
 def sft_recipe(small: Small, name: str) -> Path:
@@ -187,7 +201,7 @@ TIMINGS = ("tokens_per_second_per_rank", "tflops_per_rank", "train_step_timing i
 
 
 def run_records(run_dir: Path) -> dict[str, dict]:
-    """`run.json` of a run and of its checkpoints, without what may differ between two runs of one recipe."""
+    """Return `run.json` of a run and of its checkpoints, without what two runs of one recipe may differ in."""
     records = {}
     for path in (run_dir / "run.json", *sorted(run_dir.glob("checkpoints/step-*/run.json"))):
         content = dict(leaves(json.loads(path.read_text())))
@@ -198,7 +212,7 @@ def run_records(run_dir: Path) -> dict[str, dict]:
 
 
 def events(run_dir: Path) -> dict[str, dict[int, set[float]]]:
-    """Tag -> step -> the values that TensorBoard shows there, of all processes of a run; without timings."""
+    """Return tag -> step -> the values that TensorBoard shows there, of all processes of a run; without timings."""
     files = sorted({path.parent for path in run_dir.rglob("events.out.*")})
     accumulators = [EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload() for folder in files]
     shown: dict[str, dict[int, set[float]]] = {}
@@ -210,7 +224,7 @@ def events(run_dir: Path) -> dict[str, dict[int, set[float]]]:
 
 
 def assert_same(small: Small, one: str, two: str) -> None:
-    """Two runs did the same in each step, say the same of it in their records and show the same in TensorBoard."""
+    """Check that two runs did the same in each step, record the same and show the same in TensorBoard."""
     assert small.steps(one) == small.steps(two)
     assert run_records(small.run_dir(one)) == run_records(small.run_dir(two))
     assert events(small.run_dir(one)) == events(small.run_dir(two))
@@ -223,7 +237,7 @@ def without_last(small: Small, name: str, copy: str) -> None:
 
 
 def changes_at_resume(small: Small, name: str, copy: str, recipe: Path, *settings: str) -> dict[str, list]:
-    """What a copy of a run, resumed before its last checkpoint with other settings, says and records."""
+    """Resume a copy of a run before its last checkpoint with other settings; return the changes that it records."""
     without_last(small, name, copy)
     step = checkpoints.step_of(checkpoints.finished(small.run_dir(copy))[0])
     said = small.train(copy, *settings, recipe=recipe).stdout

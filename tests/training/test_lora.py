@@ -85,7 +85,8 @@ def test_a_checkpoint_continues_on_two_tensor_parallel_ranks(run: Small) -> None
     layout = ("trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=True")
     # dropout draws on every rank for itself
     options = (*layout, "trainer.devices=2", "model.config.adapter.dropout=0")
-    run.train(name, *options, ranks=2, recipe=lora_recipe(run, name))
+    said = run.train(name, *options, ranks=2, recipe=lora_recipe(run, name)).stdout
+    assert "  adapter.dropout: 0.1 -> 0" in said
     for step, record in run.steps(name).items():
         assert step > 3
         expected = float.fromhex(run.steps("lora")[step]["loss"])

@@ -113,18 +113,18 @@ def test_a_schedule_takes_the_step_alone_from_a_checkpoint(decay_steps: int | No
     from nemotron_h.training.optimizer import Schedule
 
     def at(step: int, peak: float, max_steps: int, state: dict | None = None) -> tuple[dict, list[float]]:
-        """The state after so many steps, and every group's rates from the next step on."""
+        """Return the state after so many steps, and the rates from the next step on."""
         optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak}])
-        made = Schedule(2, decay_steps, 1e-4, max_steps).scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
+        schedule = Schedule(2, decay_steps, 1e-4, max_steps).scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
         if state is not None:
-            made.load_state_dict(state)
+            schedule.load_state_dict(state)
         rates = []
-        while made.last_epoch < max_steps:
-            if made.last_epoch == step:
-                state = copy.deepcopy(made.state_dict())
-            rates += [optimizer.param_groups[0]["lr"]] * (made.last_epoch >= step)
+        while schedule.last_epoch < max_steps:
+            if schedule.last_epoch == step:
+                state = copy.deepcopy(schedule.state_dict())
+            rates += [optimizer.param_groups[0]["lr"]] * (schedule.last_epoch >= step)
             optimizer.step()
-            made.step()
+            schedule.step()
         return state, rates
 
     state, rates = at(7, 1e-2, 12)
@@ -151,10 +151,16 @@ def test_newer_checkpoints_are_set_aside_in_this_run_alone_and_twice(tmp_path: P
 
 
 def test_a_run_that_continues_from_another_leaves_it_as_it_is(small: Small, straight: dict[int, dict]) -> None:
-    folder = small.run_dir("straight") / "checkpoints"
-    before = sorted(folder.iterdir())
-    done = small.train("guest", f"resume.resume_from_path={folder / 'step-000008'}", "trainer.max_steps=10")
+    shutil.copytree(small.run_dir("straight"), small.run_dir("host"))
+    folder = small.run_dir("host") / "checkpoints"
+    chosen, before = folder / "step-000008", sorted(folder.iterdir())
+    written = json.loads((chosen / checkpoints.RECORD).read_text())
+    del written["settings"]  # as a checkpoint of an older version
+    (chosen / checkpoints.RECORD).write_text(json.dumps(written))
+    checkpoints.write_integrity(chosen, checkpoints.describe(chosen, checkpoints.content(chosen)))
+    done = small.train("guest", f"resume.resume_from_path={chosen}", "trainer.max_steps=10")
     assert "resumed at step 8" in done.stdout
+    assert "does not record the settings that it was trained with" in done.stdout
     assert sorted(folder.iterdir()) == before
     assert [path.name for path in checkpoints.finished(small.run_dir("guest"))] == ["step-000010"]
 
@@ -211,7 +217,7 @@ def test_a_finished_run_ends_well_and_another_model_is_an_error(small: Small, st
     assert "ffn_hidden_size: 96 in the checkpoint, 128 now" in done.stderr
     done = small.train("straight", "model.config.init_seed=7", "trainer.max_steps=14", check=False)
     assert done.returncode == 2
-    assert "init_seed: 1234 in checkpoint" in done.stderr
+    assert "init_seed: 1234 in the checkpoint, 7 now" in done.stderr
     done = small.train("straight", "optim.peak_lr=5e-5", "trainer.max_steps=14", check=False)
     assert done.returncode == 2
     assert "optim.final_lr = 0.0001 is not between 0 and optim.peak_lr = 5e-05" in done.stderr

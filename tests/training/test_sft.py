@@ -28,6 +28,11 @@ def test_straight_equals_killed_and_resumed(talk: Small) -> None:
     out = talk.train("sft_resumed", recipe=sft_recipe(talk, "sft_resumed"))
     assert "resumed at step 3" in out.stdout
     assert_same(talk, "sft_resumed", "sft")  # a validation was due at the step of the checkpoint
+    path = sft_recipe(talk, "sft_resumed")
+    path.write_text(path.read_text().replace(str(talk.run_dir("straight")), str(talk.run_dir("other"))))
+    done = talk.train("sft_resumed", "trainer.max_steps=8", recipe=path, check=False)
+    assert done.returncode == 2
+    assert f"init.checkpoint: {talk.run_dir('straight')} in the checkpoint, {talk.run_dir('other')} now" in done.stderr
     samples = [i for s in talk.steps("sft").values() for i in s["samples"]]
     assert sorted(samples) == list(range(TUNING_STEPS * 8))
 

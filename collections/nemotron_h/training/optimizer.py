@@ -174,5 +174,5 @@ def scheduled_adamw(
 
 
 def setting_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a parameter group the recipe decides: all but the parameters and the count of steps."""
-    return {key: value for key, value in group.items() if key not in ("params", "step")}
+    """Return what of a parameter group the recipe decides; its learning rate is the schedule's."""
+    return {key: value for key, value in group.items() if key not in ("params", "step", "lr")}

@@ -45,7 +45,7 @@ class StandAtStep(pl.Callback):
     """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After the checkpoint is loaded, before its next step."""
+        """Set the loop's counts, once the checkpoint is loaded, and have the validation made that is due."""
         loop, step = trainer.fit_loop.epoch_loop, trainer.global_step
         for tracker in (loop.batch_progress.total, loop.batch_progress.current):
             tracker.ready = tracker.started = tracker.processed = tracker.completed = step
@@ -121,7 +121,7 @@ class ResumeRun(nl.AutoResume):
             return
         elsewhere = "restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR"
         self._check_model(path, model, elsewhere)
-        self._check_initial_weights(path, model, elsewhere)
+        self._check_initial_weights(path, trainer, model, elsewhere)
         self._check_adapter(path, model, elsewhere)
         self._leave_if_complete(path, trainer)
         if model.config.adapter is not None:
@@ -143,6 +143,7 @@ class ResumeRun(nl.AutoResume):
             )
         if model.config.adapter is not None:
             self._freeze(checkpoint, trainer)
+        trainer.strategy.init_checkpoint = self.init_checkpoint
         trainer.strategy.restore_config = nl.RestoreConfig(path=str(checkpoint), load_optim_state=False)
         trainer.callbacks.append(CheckTokenizer(checkpoint))
         if self._rank == 0:
@@ -216,16 +217,20 @@ class ResumeRun(nl.AutoResume):
             paths = (newer.with_name(f"aside-{newer.name}{name}") for name in names)
             newer.rename(next(path for path in paths if not path.exists()))
 
-    @staticmethod
-    def _check_initial_weights(path: Path, model: Any, hint: str) -> None:
-        """Refuse another `init_seed`: it was used when the run began."""
-        recorded = read_record(path).get("settings", {}).get("init_seed", model.config.init_seed)
-        if recorded != model.config.init_seed:
-            raise UserError(
-                f"init_seed: {recorded} in checkpoint {path}, {model.config.init_seed} now; initial weights are drawn "
-                "where a run begins",
-                hint=hint,
-            )
+    def _check_initial_weights(self, path: Path, trainer: pl.Trainer, model: Any, hint: str) -> None:
+        """Refuse other initial weights than the run began with; an adapter's frozen ones may have been moved."""
+        now = {"init_seed": model.config.init_seed, "init.checkpoint": self.init_checkpoint}
+        recorded = {**now, **read_record(path).get("settings", {})}
+        trainer.strategy.init_checkpoint = recorded["init.checkpoint"]
+        if self.init_checkpoint is None or model.config.adapter is not None:
+            del now["init.checkpoint"]
+        changed = [
+            f"{key}: {recorded[key]} in the checkpoint, {value} now"
+            for key, value in now.items()
+            if recorded[key] != value
+        ]
+        if changed:
+            raise UserError(f"checkpoint {path} began with other weights: {'; '.join(changed)}", hint=hint)
 
     @staticmethod
     def _check_model(path: Path, model: Any, hint: str) -> None:

@@ -20,6 +20,7 @@ def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> dict[s
     return {
         "trainer.max_steps": trainer.max_steps,
         "init_seed": module.config.init_seed,
+        "init.checkpoint": strategy.init_checkpoint,
         "precision": getattr(trainer.precision_plugin, "recipe", trainer.precision),
         "parallel.ranks": trainer.world_size,
         "parallel.tensor": strategy.tensor_model_parallel_size,

@@ -92,9 +92,11 @@ class NemotronHStrategy(nl.MegatronStrategy):
     Attributes beyond NeMo's:
         adapter_base: the checkpoint of the frozen weights, where the model has adapters. Checkpoints then hold the
             adapters and their optimizer alone.
+        init_checkpoint: the recipe's `init.checkpoint` where the run began; None is weights of `init_seed`.
     """
 
     adapter_base: Path | None = None
+    init_checkpoint: str | None = None
 
     def __init__(
         self,
@@ -196,7 +198,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
                 return super().load_checkpoint(checkpoint_path, selective_restore)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
-        """As NeMo does; betas, epsilon and weight decay stay the recipe's, where the checkpoint has others."""
+        """Load as NeMo does; betas, epsilon and weight decay stay the recipe's, where the checkpoint has others."""
         recipe = [[setting_of(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
         super().load_optimizer_state_dict(checkpoint, selective_restore)
         for optimizer, settings in zip(self.optimizers, recipe, strict=True):

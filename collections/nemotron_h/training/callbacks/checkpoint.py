@@ -138,7 +138,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """As NeMo's; the last step is checkpointed once it has been validated: a run that has it is complete."""
+        """Checkpoint as NeMo does; the last step only once it is validated: a run that has it is complete."""
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, index)
 

@@ -113,7 +113,7 @@ class RunRecord(pl.Callback):
         }
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The record exists from the first step on; a resumed run says what it changes."""
+        """Write the record, so that it exists from the first step on; a resumed run says what it changes."""
         if trainer.is_global_zero:
             self.write(trainer, self.path(trainer))
             for line in self.announcement(trainer):
