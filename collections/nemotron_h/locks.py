@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from nemotron_h.errors import UserError
+from nemotron_h.errors import UserError, naming
 
 LOCK = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -20,18 +20,21 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _HELD: set[TextIO] = set()
 
 
-def acquire(folder: Path, doing: str, hint: str = "wait until it has ended") -> TextIO:
-    """Lock a folder until the returned file is closed or this process ends, however it ends.
+def acquire(folder: Path, doing: str, key: str, hint: str = "wait until it has ended") -> TextIO:
+    """Make a folder and lock it until the returned file is closed or this process ends, however it ends.
 
     Args:
-        folder: there already; `.lock` in it stays and says who held the lock last.
-        doing: with the folder, as the error says it: "trained".
-        hint: of the error.
+        folder: `.lock` in it stays and says who held the lock last.
+        doing: with the folder, as an error says it: "trained".
+        key: that names the folder, for errors.
+        hint: where another process holds the lock.
     Errors:
-        UserError: another process holds it; names the process, its host and since when.
-        OSError: the file cannot be made.
+        UserError: another process holds it: names the process, its host and since when; or the folder cannot be made
+            or written.
     """
-    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    with naming(key):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -57,9 +60,9 @@ def release(file: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, doing: str, hint: str = "wait until it has ended") -> Iterator[None]:
+def locked(folder: Path, doing: str, key: str, hint: str = "wait until it has ended") -> Iterator[None]:
     """Hold the lock of a folder; see `acquire`."""
-    file = acquire(folder, doing, hint)
+    file = acquire(folder, doing, key, hint)
     try:
         yield
     finally:

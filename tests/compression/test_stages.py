@@ -59,7 +59,7 @@ def chain(tmp_path: Path) -> Chain:
 
 
 def test_runs_once(chain: Chain) -> None:
-    with locked(chain.pipeline.folder, "written"), pytest.raises(UserError, match="being written by another process"):
+    with locked(chain.pipeline.folder, "written", ""), pytest.raises(UserError, match="is being written by another"):
         chain.pipeline.run()
     assert chain.words() == ["to do", "waiting", "waiting"]
     chain.pipeline.run()

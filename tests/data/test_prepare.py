@@ -248,8 +248,7 @@ def test_two_sources_of_one_file_are_told(corpus):
 
 
 def test_two_preparations_of_one_folder(corpus):
-    corpus.prepared.mkdir(parents=True)
-    with locked(corpus.prepared, "prepared"), pytest.raises(UserError, match="being prepared by another process"):
+    with locked(corpus.prepared, "prepared", ""), pytest.raises(UserError, match="being prepared by another process"):
         corpus.prepare()
 
 

@@ -196,8 +196,7 @@ def test_a_run_has_its_folder_or_says_why_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"log.dir .* is not set"):
         RunFolder().setup(trainer)
     folder = tmp_path / "run"
-    folder.mkdir()
-    with locked(folder, "trained"):
+    with locked(folder, "trained", ""):
         before = sorted(folder.iterdir())
         with pytest.raises(UserError, match=f"{folder} is being trained by another process: pid"):
             RunFolder(explicit_log_dir=str(folder)).setup(trainer)

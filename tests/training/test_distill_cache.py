@@ -55,7 +55,7 @@ def test_interrupted_on_two_ranks_it_equals_the_run_with_the_teacher(distilled: 
 
 def test_a_cache_has_one_writer(distilled: Small, whole: Path) -> None:
     recipe = str(distilled.folder / "logits_recipe.yaml")
-    with locked(whole, "written"):
+    with locked(whole, "written", ""):
         setting = f"distill.teacher_logits={whole}"
         refused = distilled.command("logits_again", "distill-cache", recipe, setting, check=False)
     assert refused.returncode == 2

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.data.manifest import write_json
-from nemotron_h.errors import UserError, naming
+from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
 from nemotron_h.locks import locked
 from nemotron_h.strict import nearest
@@ -136,10 +136,8 @@ class Pipeline:
             UserError: there is no such stage, or a stage that it needs is not done; another process runs these
                 stages; and what a stage raises.
         """
-        with naming("the pipeline's folder (log.dir and name)"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = locked(self.folder, "written", "wait until it has ended, or take another name or log.dir")
-        with lock:
+        hint = "wait until it has ended, or take another name or log.dir"
+        with locked(self.folder, "written", "the pipeline's folder (log.dir and name)", hint):
             self._run_stages(only)
 
     def _run_stages(self, only: str | None) -> None:

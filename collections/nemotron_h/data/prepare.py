@@ -95,8 +95,7 @@ def prepare(
     """
     folder = data_root(root) / blend.name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, "prepared"):
+        with locked(folder, "prepared", "the blend's folder (--root)"):
             return _Preparation(blend, folder.resolve(), workers or os.cpu_count() or 1, console or Console()).run(
                 force
             )

@@ -34,7 +34,7 @@ def distill_cache(
     from nemotron_h.children import end_with_parent
     from nemotron_h.cluster.place import check_here
     from nemotron_h.compose import compose, known_recipes
-    from nemotron_h.errors import UserError, naming
+    from nemotron_h.errors import UserError
     from nemotron_h.locks import locked
     from nemotron_h.recipe.text import to_yaml
 
@@ -49,9 +49,7 @@ def distill_cache(
         )
     check_here(1, recipe.parallel.devices, f"{name}: ")
     folder = Path(recipe.distill.teacher_logits).expanduser()
-    with naming("distill.teacher_logits"):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, "written"):
+    with locked(folder, "written", "distill.teacher_logits"):
         if recipe.parallel.devices == 1:
             from nemotron_h.training.cache_teacher import write
 

@@ -27,12 +27,10 @@ class RunFolder(nl.NeMoLogger):
         """
         if not self.explicit_log_dir:
             raise UserError(f"{KEYS} is not set", hint="log.explicit_log_dir=DIR")
-        folder = Path(self.explicit_log_dir)
+        if trainer.is_global_zero:
+            hint = "wait until it has ended, or write another run: log.explicit_log_dir=DIR"
+            locks.acquire(Path(self.explicit_log_dir), "trained", KEYS, hint)
         with naming(KEYS):
-            folder.mkdir(parents=True, exist_ok=True)
-            if trainer.is_global_zero:
-                hint = "wait until it has ended, or write another run: log.explicit_log_dir=DIR"
-                self._lock = locks.acquire(folder, "trained", hint)
             return super().setup(trainer, resume_if_exists, task_config)
 
     def _setup_files_to_move(self, log_dir: Path, app_state: Any) -> None:

@@ -168,10 +168,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
         grace = min(GRACE_S, self.collective_timeout.total_seconds())
         lost = lost_ranks(grace, wait=is_of_a_collective(exception))
         if lost:
-            word = "rank" if len(lost) == 1 else "ranks"
+            ranks = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
             raise RuntimeError(
-                f"{word} {', '.join(map(str, lost))} of {dist.get_world_size()} gone: stopped, killed or hanging, or "
-                f"the machine is. Others wait {self.collective_timeout} for a rank "
+                f"no answer from {ranks} of {dist.get_world_size()}: stopped, killed, hanging, "
+                f"or on a machine that is gone. Others wait {self.collective_timeout} for a rank "
                 "(trainer.strategy.collective_timeout). The same command continues from the newest checkpoint."
             ) from exception
 

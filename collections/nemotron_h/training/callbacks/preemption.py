@@ -7,13 +7,14 @@ the middle of a step, and its Timer counts time across restarts. So neither is u
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import lightning.pytorch as pl
 
@@ -75,10 +76,12 @@ class Preemption(pl.Callback):
             os.kill(os.getpid(), number)
         elif number != signal.SIGINT:
             self.reason = signal.Signals(number).name
+            outlive_pipes()
         elif self.interrupted is None:
             self.reason, self.interrupted = "ctrl-c", time.monotonic()
-            if self.first:  # print may not be called while it is being called
-                os.write(1, b"\nctrl-c: finishing the step and writing a checkpoint; again to end the run at once\n")
+            outlive_pipes()
+            if self.first:
+                print("\nctrl-c: finishing the step and writing a checkpoint; again to end the run at once", flush=True)
         elif time.monotonic() - self.interrupted > AGAIN_S:
             raise KeyboardInterrupt
 
@@ -128,6 +131,30 @@ class Preemption(pl.Callback):
             whole = newest(trainer)
             said = f"the same command continues from {whole}" if whole else "before its first checkpoint"
             print(f"\nctrl-c: ended after step {trainer.global_step}; {said}", flush=True)
+
+
+class _Outliving:
+    """A stream whose reader may end: the signal that told this process told `tee` beside it too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(BrokenPipeError, RuntimeError):  # RuntimeError: a signal came while it was written to
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError, RuntimeError):
+            self.stream.flush()
+
+
+def outlive_pipes() -> None:
+    """Let this process go on where nobody reads its output any more."""
+    sys.stdout, sys.stderr = (s if isinstance(s, _Outliving) else _Outliving(s) for s in (sys.stdout, sys.stderr))
 
 
 def newest(trainer: pl.Trainer) -> Path | None:
