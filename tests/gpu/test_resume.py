@@ -42,9 +42,8 @@ WIDE = (
     ("hidden_size: 64", "hidden_size: 512"),
     ("ffn_hidden_size: 96", "ffn_hidden_size: 2048"),
     ("num_attention_heads: 4", "num_attention_heads: 8"),
-    ("head_dim: 16\n  mamba", "head_dim: 64\n  mamba"),
+    ("head_dim: 16\n  mamba", "head_dim: 64\n  mamba"),  # attention's and Mamba's
     ("mamba_num_heads: 8", "mamba_num_heads: 16"),
-    ("mamba_head_dim: 16", "mamba_head_dim: 64"),
     ("mamba_state_dim: 16", "mamba_state_dim: 128"),
     ("seq_length: 64", "seq_length: 512"),
     ("tokens: 6144 # 12 steps", "tokens: 49152"),
