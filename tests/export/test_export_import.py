@@ -303,7 +303,6 @@ def test_files_that_do_not_belong_together(folder: Path, tmp_path: Path) -> None
         (config, width.replace('"n_groups": ', '"n_groups": -'), r"config\.json: n_groups is -\d; a positive whole"),
         (tokenizer, library[:500], "folder: cannot load the huggingface tokenizer"),
         (tokenizer, library.replace('"id": 0', '"id": "zero"'), "folder: cannot load the huggingface tokenizer"),
-        (folder / "tokenizer_config.json", "{}", "names no eos_token"),
         (folder / "tokenizer_config.json", '{"eos_token": 3}', "eos_token is 3; the name of a token is needed"),
     ):
         before = file.read_text()
