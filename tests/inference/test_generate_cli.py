@@ -177,7 +177,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, monkeypatch: p
         if content.isascii():
             assert read_prompts("-") == ["alpha"]
         else:
-            with pytest.raises(UserError, match=r"--prompts -: byte 6 \(0xe9, line 1\)"):
+            with pytest.raises(UserError, match=r"--prompts -: byte 6 \(0xe9"):
                 read_prompts("-")
 
 
