@@ -167,7 +167,7 @@ def test_damaged_vocabularies(bpe, huggingface, tiktoken, tmp_path):
         (tiktoken, "tekken.json", few, r"lacks \d+ of the 256 bytes"),
         (tiktoken, "tekken.json", twice, "tokens of the vocabulary are there twice"),
         (tiktoken, "tekken.json", small, "20 tokens with 20 special ones"),
-        (tiktoken, "tekken.json", '[{"rank":0,"', "tekken.json is not JSON"),
+        (tiktoken, "tekken.json", '[{"rank":0,"', "tekken.json.* not JSON"),
     ):
         shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
         path = Path(shutil.copytree(source.path, tmp_path / "damaged"))

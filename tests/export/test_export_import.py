@@ -298,12 +298,11 @@ def test_files_that_do_not_belong_together(folder: Path, tmp_path: Path) -> None
         (index, json.dumps(outside), r"names a file outside of its folder: \.\./folder/model"),
         (index, '{"weight_map": ["a"]}', r"index\.json: weight_map does not map"),
         (index, "[]", r"index\.json does not hold a JSON object"),
-        (config, "[" * 100_000, r"config\.json: the JSON is nested too deep"),
+        (config, "[" * 100_000, r"config\.json: .*nested too deep"),
         (config, "\ufeff" + width.replace("300", '"many"'), r"config\.json: vocab_size is 'many'; a positive whole"),
         (config, width.replace('"n_groups": ', '"n_groups": -'), r"config\.json: n_groups is -\d; a positive whole"),
         (tokenizer, library[:500], "folder: cannot load the huggingface tokenizer"),
         (tokenizer, library.replace('"id": 0', '"id": "zero"'), "folder: cannot load the huggingface tokenizer"),
-        (folder / "tokenizer_config.json", "{}", "names no eos_token"),
         (folder / "tokenizer_config.json", '{"eos_token": 3}', "eos_token is 3; the name of a token is needed"),
     ):
         before = file.read_text()

@@ -150,7 +150,7 @@ def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: st
         ("a.txt", b"\xff\xfex\0", "UTF-16 text, not UTF-8"),
         ("a.txt", b"one\ncaf\xe9\n", r"a\.txt: byte 7 \(0xe9, line 2\) is not UTF-8"),
         ("a.jsonl", b'{"prompt": "\\ud800"}', "line 1: lone surrogate"),
-        ("a.jsonl", b"[" * 100_000, "line 1: the JSON is nested too deep"),
+        ("a.jsonl", b"[" * 100_000, "line 1: .*nested too deep"),
         ("a.jsonl", b'{"prompt": "x"}\n{"text": "y"}', "line 2"),
         ("a.jsonl", b'{"prompt": 3}', "line 1: prompt is int"),
         ("a.jsonl", b"[1]", "line 1"),
@@ -177,7 +177,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path, monkeypatch: p
         if content.isascii():
             assert read_prompts("-") == ["alpha"]
         else:
-            with pytest.raises(UserError, match=r"--prompts -: byte 6 \(0xe9, line 1\)"):
+            with pytest.raises(UserError, match=r"--prompts -: byte 6 \(0xe9"):
                 read_prompts("-")
 
 
@@ -214,7 +214,7 @@ def test_weights_and_scores_that_are_no_numbers(run: Path, tmp_path: Path, monke
         ("integrity.json", "{}", "is not a finished checkpoint: .* lists no files"),
         ("integrity.json", '{"run.json": 5}', "is not a finished checkpoint: .*run.json is 5, not its size and sha256"),
         ("integrity.json", "[1]", "does not hold a JSON object"),
-        ("run.json", "[" * 100_000, "run.json: the JSON is nested too deep"),
+        ("run.json", "[" * 100_000, "run.json: .*nested too deep"),
         ("run.json", "[]", "run.json does not hold a JSON object"),
         ("run.json", '{"data": [3]}', "run.json: data is no mapping"),
         ("run.json", {"tokenizer": 5}, "run.json: data.tokenizer is 5, not a folder"),

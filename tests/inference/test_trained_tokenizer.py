@@ -22,27 +22,27 @@ SIZE = 280
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tokenizer of ours, the same as a Hugging Face folder and in tiktoken's form, and one of other ids."""
     root = tmp_path_factory.mktemp("tokenizers")
-    made = {name: root / name for name in ("bpe", "huggingface", "tiktoken", "as_library", "other")}
-    for folder in made.values():
+    paths = {name: root / name for name in ("bpe", "huggingface", "tiktoken", "as_library", "other")}
+    for folder in paths.values():
         folder.mkdir()
     words = "größe 日本 wort abcd efgh " * 50
-    own = train_bpe([words], SIZE, made["bpe"])
+    own = train_bpe([words], SIZE, paths["bpe"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(made["bpe"] / name, made["huggingface"])
-    (made["huggingface"] / "chat_template.jinja").write_text("another file")
-    write_meta(made["huggingface"], "huggingface")
+        shutil.copy(paths["bpe"] / name, paths["huggingface"])
+    (paths["huggingface"] / "chat_template.jinja").write_text("another file")
+    write_meta(paths["huggingface"], "huggingface")
     ranks = [{"rank": n, "token_bytes": base64.b64encode(token).decode()} for n, token in enumerate(own._ranked)]
-    (made["tiktoken"] / "tekken.json").write_text(json.dumps(ranks))
-    write_meta(made["tiktoken"], "tiktoken", file="tekken.json", num_special_tokens=5, pattern=tokenizers.PATTERN)
-    load_tokenizer(made["tiktoken"]).write_library(made["as_library"] / "tokenizer.json")
-    (made["as_library"] / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    write_meta(made["as_library"], "huggingface")
-    content = json.loads((made["bpe"] / "tokenizer.json").read_text())
+    (paths["tiktoken"] / "tekken.json").write_text(json.dumps(ranks))
+    write_meta(paths["tiktoken"], "tiktoken", file="tekken.json", num_special_tokens=5, pattern=tokenizers.PATTERN)
+    load_tokenizer(paths["tiktoken"]).write_library(paths["as_library"] / "tokenizer.json")
+    (paths["as_library"] / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    write_meta(paths["as_library"], "huggingface")
+    content = json.loads((paths["bpe"] / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
     vocab |= {"a": vocab["b"], "b": vocab["a"]}
-    shutil.copytree(made["huggingface"], made["other"], dirs_exist_ok=True)
-    (made["other"] / "tokenizer.json").write_text(json.dumps(content))
-    return made
+    shutil.copytree(paths["huggingface"], paths["other"], dirs_exist_ok=True)
+    (paths["other"] / "tokenizer.json").write_text(json.dumps(content))
+    return paths
 
 
 def manifest(folder: Path) -> SimpleNamespace:

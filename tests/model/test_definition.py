@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,6 +53,17 @@ def test_counts_are_the_modules(groups: int) -> None:
     assert counted.parameters == sum(p.numel() for p in module.parameters())
     by_layer = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
     assert by_layer == [counted.layer_parameters(symbol) for symbol in counted.pattern]
+
+
+@pytest.mark.usefixtures("megatron")
+def test_a_vocabulary_may_have_rows_of_padding() -> None:
+    from small_model import small_config
+
+    for rows in (300, 384, 1324):
+        small_config(vocab_size=rows).check_tokenizer(SimpleNamespace(vocab_size=300))
+    for rows in (299, 1325):
+        with pytest.raises(UserError, match=f"300 tokens, .* has a vocabulary of {rows:,}"):
+            small_config(vocab_size=rows).check_tokenizer(SimpleNamespace(vocab_size=300))
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,9 @@ def _read(folder: Path) -> tuple[Library, dict[str, str], list[str]]:
         if library.token_to_id(options["content"]) is None:
             library.add_tokens([AddedToken(**options)])
     roles = {key: _name(config[key], key, folder) for key in _SINGLE if config.get(key) is not None}
-    for key in ("bos_token", "eos_token", "pad_token"):  # the oldest folders have their ids alone
-        if key not in roles and (name := _name_by_id(folder, library, key)):
-            roles[key] = name
+    if "eos_token" not in roles:  # the oldest folders have ids alone
+        by_id = {key: _name_by_id(folder, library, key) for key in ("bos_token", "eos_token", "pad_token")}
+        roles = {key: name for key, name in by_id.items() if name is not None} | roles
     named = [*roles.values(), *_several(config, folder)]
     library.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in named])
     return library, roles, named

@@ -187,7 +187,7 @@ class _Preparation:
         if not self.blend.is_chat():
             return
         if self.blend.chat_template == TOKENIZER_TEMPLATE:
-            from nemotron_h.export.tokenizer import template_of
+            from nemotron_h.data.hf_tokenizer import template_of
 
             self.template = template_of(self.folder / "tokenizer") or ""
             if not self.template:

@@ -15,6 +15,7 @@ from typing import Any
 
 from nemotron_h.data.hf_tokenizer import HuggingFaceTokenizer
 from nemotron_h.data.tokenizer_base import (
+    MAX_PADDING,
     META_FILE,
     PROBES,
     Tokenizer,
@@ -28,6 +29,7 @@ from nemotron_h.errors import UserError
 from nemotron_h.text_files import read_json
 
 __all__ = [
+    "MAX_PADDING",
     "META_FILE",
     "PROBES",
     "BPETokenizer",

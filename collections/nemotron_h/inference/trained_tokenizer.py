@@ -10,7 +10,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_h.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from nemotron_h.data.tokenizer import MAX_PADDING, Tokenizer, fingerprint, load_tokenizer
 from nemotron_h.errors import UserError
 from nemotron_h.inference.checkpoint import read_record
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 _FILES, _IDS = "tokenizer_sha256", "tokenizer_ids_sha256"
 #: what a record's `data` says of the tokenizer; a checkpoint that is made of another one's weights keeps it
 KEYS = ("tokenizer", _FILES, _IDS)
-#: ours: the most rows of padding for which a tokenizer is taken that nothing is known of; 128 x 8 tensor-parallel ranks
-_PADDING = 1024
 
 
 def identity(tokenizer: Tokenizer) -> dict[str, str]:
@@ -42,7 +40,7 @@ def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, 
     tokenizer = load_tokenizer(folder)
     padding = vocab_size - tokenizer.vocab_size
     same = None if named is None else _has_ids_of(record, checkpoint, tokenizer)
-    if padding < 0 or (same is None and named is not None and padding > _PADDING):
+    if padding < 0 or (same is None and named is not None and padding > MAX_PADDING):
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens, the model of {checkpoint} has a "
             f"vocabulary of {vocab_size:,}",

@@ -15,6 +15,7 @@ from nemo.collections.llm.gpt.model.base import get_batch_on_this_cp_rank
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
 
+from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.errors import UserError
 from nemotron_h.model import adapters, init
 from nemotron_h.model.adapter_targets import check_adapter
@@ -321,12 +322,12 @@ class NemotronHConfig(SSMConfig):
         return model
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer of another vocabulary.
+        """Refuse a tokenizer of another vocabulary; the model's may have rows of padding beyond it.
 
         Errors:
             UserError: names both sizes.
         """
-        if tokenizer is not None and tokenizer.vocab_size != self.vocab_size:
+        if tokenizer is not None and not 0 <= self.vocab_size - tokenizer.vocab_size <= MAX_PADDING:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size:,} tokens, {self.definition_name} has a vocabulary of "
                 f"{self.vocab_size:,}",
