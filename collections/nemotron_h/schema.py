@@ -51,10 +51,10 @@ SEED = 2**31 - 1
 class ExpectSchema:
     """Counts that the model must have; loading fails when they differ."""
 
-    mamba: int = number(least=0)
-    attention: int = number(least=0)
-    ffn: int = number(least=0)
-    parameters: int = number(least=0)
+    mamba: int = number(least=0, most=COUNT)
+    attention: int = number(least=0, most=COUNT)
+    ffn: int = number(least=0, most=COUNT)
+    parameters: int = number(least=0, most=10**18)
 
 
 @dataclass
@@ -64,8 +64,8 @@ class ModelSchema:
     name: str = MISSING
     family: str = MISSING
     pattern: str = MISSING
-    hidden_size: int = number(most=WIDTH)
-    vocab_size: int = number(most=VOCABULARY)
+    hidden_size: int = number(least=1, most=WIDTH)
+    vocab_size: int = number(least=1, most=VOCABULARY)
     ffn_hidden_size: int = number(0, least=0, most=WIDTH)
     num_attention_heads: int = number(0, least=0, most=WIDTH)
     num_query_groups: int = number(0, least=0, most=WIDTH)
@@ -76,7 +76,7 @@ class ModelSchema:
     mamba_state_dim: int = number(0, least=0, most=WIDTH)
     conv_kernel: int = number(0, least=0, most=WIDTH)
     position_embedding: str = "none"
-    rope_base: int = number(0, least=0)
+    rope_base: int = number(0, least=0, most=10**18)
     rope_percent: float = number(0.0, least=0, most=1)
     norm_epsilon: float = number(1e-5, above=0, most=1)
     init_std: float = number(0.02, above=0, most=10)
@@ -220,7 +220,7 @@ class PreferenceSchema:
     """
 
     loss: str = MISSING
-    beta: float = number(0.2, most=1e6)
+    beta: float = number(0.2, above=0, most=1e6)
     gt_reward_scale: float = number(1.0, least=-1e6, most=1e6)
     reward_gap: float | None = number(None, least=-1e6, most=1e6)
 
@@ -266,13 +266,13 @@ class DistillSchema:
     """
 
     teacher: str | None = None
-    temperature: float = number(1.0, most=1e6)
+    temperature: float = number(1.0, above=0, most=1e6)
     reverse: bool = False
     kl_weight: float = number(1.0, least=0, most=1e6)
     lm_weight: float = number(0.0, least=0, most=1e6)
     hidden_weight: float = number(0.0, least=0, most=1e6)
     hidden_layers: list[list[int]] = field(default_factory=list, metadata=within(most=COUNT))
-    top_k: int | None = number(None, most=VOCABULARY)
+    top_k: int | None = number(None, least=1, most=VOCABULARY)
     teacher_logits: str | None = None
 
 
@@ -300,7 +300,7 @@ class LogSchema:
         dir: parent of the run's folder.
         every_steps: steps between progress lines.
         validate_every_steps: steps between validations.
-        validation_batches: global batches per validation.
+        validation_batches: global batches per validation, at most as many as the held-out text has.
         tensorboard: whether to write TensorBoard events.
     """
 
