@@ -267,6 +267,15 @@ def test_what_is_typed_may_name_a_factory(app) -> None:
     assert task.data.__fn_or_cls__.__name__ == "MockDataModule"
 
 
+def test_what_a_checkpoint_s_context_names_is_not_built(app) -> None:
+    from nemo import lightning as nl
+
+    from nemotron_h.training.resume import ResumeRun
+
+    config = nl.RestoreConfig(path="run", load_artifacts=True)
+    assert "builds what a checkpoint's context names" in refusal(lambda: ResumeRun(restore_config=config))
+
+
 def test_a_recipe_with_code_is_refused_by_a_dry_run(pretrain, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     setting = REFUSED[0].format(marker=marker)
