@@ -106,6 +106,25 @@ def test_what_nemo_would_build_is_not_read(small: Small, straight: dict, tmp_pat
     assert not (tmp_path / "ran").exists()
 
 
+def test_no_folder_that_a_checkpoint_names_is_removed(small: Small, straight: dict, tmp_path: Path) -> None:
+    """Lightning keeps a list of the checkpoints to remove in each checkpoint."""
+    folder = small.run_dir("unsafe_callbacks") / "checkpoints"
+    shutil.copytree(small.run_dir("straight") / "checkpoints" / "step-000008", folder / "step-000008")
+    (tmp_path / "victim").mkdir()
+    victim = f"{folder}/{os.path.relpath(tmp_path / 'victim', folder)}"
+    common = folder / "step-000008" / "weights" / "common.pt"
+    content = torch.load(common, weights_only=False)
+    (state,) = (state for name, state in content["callbacks"].items() if name.startswith("StepCheckpoint"))
+    state["best_k_models"] = {victim: torch.tensor(-1.0), f"{folder}/step-000008": torch.tensor(8.0)}
+    state |= {"kth_best_model_path": victim, "kth_value": torch.tensor(-1.0), "best_model_path": victim}
+    del state["dirpath"]
+    torch.save(content, common)
+    finish(folder / "step-000008")
+    small.train("unsafe_callbacks")
+    assert (tmp_path / "victim").is_dir()
+    assert {path.name for path in folder.glob("step-*")} == {"step-000008", "step-000012"}
+
+
 @pytest.mark.parametrize(("way", "plant"), CASES)
 def test_no_way_in_runs_a_checkpoint_s_code(small: Small, talk: Small, tmp_path: Path, way: str, plant: str) -> None:
     name = f"unsafe_{way}_{plant}"
