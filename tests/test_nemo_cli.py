@@ -256,6 +256,11 @@ def test_files_given_to_nemo_build_nothing(app, probed, tmp_path: Path) -> None:
         context = RunContext(name="pretrain", factory=factory and written(factory), yaml=yaml)
         assert refusal(context.parse_fn, llm.pretrain, args), factory
         assert not marker.exists(), factory
+    for options in ({"yaml": str(path)}, {"factory": f"@{path}"}):
+        with pytest.raises(SystemExit, match="2"):
+            RunContext(name="pretrain", **options).execute_lazy(None, [], "pretrain")
+    with pytest.raises(SystemExit, match="2"):
+        RunContext(name="pretrain").execute_lazy(None, [f"data=@{path}"], "pretrain")
 
 
 def test_what_is_typed_may_name_a_factory(app) -> None:
