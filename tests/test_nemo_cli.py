@@ -279,6 +279,11 @@ def test_files_given_to_nemo_build_nothing(app, probed, tmp_path: Path) -> None:
         context = RunContext(name="pretrain", factory=factory and written(factory), yaml=yaml)
         assert refusal(context.parse_fn, llm.pretrain, args), factory
         assert not marker.exists(), factory
+    for options in ({"yaml": str(path)}, {"factory": f"@{path}"}):
+        with pytest.raises(SystemExit, match="2"):
+            RunContext(name="pretrain", **options).execute_lazy(None, [], "pretrain")
+    with pytest.raises(SystemExit, match="2"):
+        RunContext(name="pretrain").execute_lazy(None, [f"data=@{path}"], "pretrain")
 
 
 def test_what_is_typed_may_name_a_factory(app) -> None:
@@ -288,6 +293,15 @@ def test_what_is_typed_may_name_a_factory(app) -> None:
 
     task = RunContext(name="pretrain", factory="nemotron_h_tiny").parse_fn(llm.pretrain, ["data=mock"])
     assert task.data.__fn_or_cls__.__name__ == "MockDataModule"
+
+
+def test_what_a_checkpoint_s_context_names_is_not_built(app) -> None:
+    from nemo import lightning as nl
+
+    from nemotron_h.training.resume import ResumeRun
+
+    config = nl.RestoreConfig(path="run", load_artifacts=True)
+    assert "builds what a checkpoint's context names" in refusal(lambda: ResumeRun(restore_config=config))
 
 
 def test_a_recipe_with_code_is_refused_by_a_dry_run(pretrain, tmp_path: Path) -> None:

@@ -40,6 +40,18 @@ def test_checkpoints_are_written_without_another_process(tmp_path: Path) -> None
     assert (missing.errno, missing.filename) == (errno.ENOENT, str(tmp_path / "absent" / "a"))
 
 
+def test_checkpoints_are_read_by_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core import msc_utils
+
+    from nemotron_h.runtime import megatron_fixes
+
+    monkeypatch.setattr(msc_utils, "msc", object())
+    monkeypatch.setattr(msc_utils.MultiStorageClientFeature, "_enabled", True)
+    assert msc_utils.MultiStorageClientFeature.is_enabled()
+    megatron_fixes.install()
+    assert not msc_utils.MultiStorageClientFeature.is_enabled()
+
+
 def test_gradients_of_two_dtypes_have_a_norm_and_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.optimizer import clip_grads
 

@@ -7,6 +7,7 @@ import importlib
 import operator
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -16,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint import FileSystemReader, filesystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from nemotron_h.errors import UserError
-from nemotron_h.inference.checkpoint_index import parse_index
+from nemotron_h.export import torch_dist
+from nemotron_h.inference.checkpoint_index import check_weights, parse_index, safe_reads
 
 FILE = Path("run/step-000001/weights/.metadata")
 
@@ -105,3 +107,52 @@ def test_no_tensor_lies_elsewhere(name: Any) -> None:
 def test_what_is_no_index_is_one_error(content: bytes) -> None:
     with pytest.raises(UserError, match="is damaged"):
         parse_index(content, FILE)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "step-000001" / "weights"
+    torch_dist.save(folder, {"a": torch.empty(2, device="meta")}, lambda _: torch.ones(2))
+    return folder
+
+
+def test_torch_loads_weights_only_while_a_checkpoint_is_read(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    before = FileSystemReader.read_metadata
+    attack = Call(os.system, f"touch {tmp_path / 'marker'}")
+    torch.save(attack, tmp_path / "attack.pt")
+    with safe_reads(weights):
+        for arguments in ({}, {"weights_only": False}):
+            with pytest.raises(pickle.UnpicklingError):
+                torch.load(tmp_path / "attack.pt", **arguments)
+        reader = FileSystemReader(weights)
+        assert reader.read_metadata().state_dict_metadata["a"].size == (2,)
+        (weights / ".metadata").write_bytes(pickle.dumps(attack))  # after the check
+        with pytest.raises(UserError, match=r"names posix\.system"):
+            reader.read_metadata()
+    assert not (tmp_path / "marker").exists()
+    assert FileSystemReader.read_metadata is before
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("common.pt", Call(os.system, "true"), "weights/common.pt: Trying to load unsupported GLOBAL posix.system"),
+        ("common.pt", b"x", "weights/common.pt: "),
+        ("metadata.json", b"[]", "weights/metadata.json: "),
+        ("metadata.json", b'{"sharded_backend": "zarr", "common_backend": "torch"}', "its format is zarr"),
+        ("modelopt_run_config.yaml", b"", "weights/modelopt_run_config.yaml is no file that training writes"),
+    ],
+)
+def test_what_else_lies_beside_the_index_is_checked(weights: Path, name: str, content: Any, said: str) -> None:
+    check_weights(weights)
+    if isinstance(content, bytes):
+        (weights / name).write_bytes(content)
+    else:
+        torch.save(content, weights / name)
+    with pytest.raises(UserError, match=re.escape(said)):
+        check_weights(weights)

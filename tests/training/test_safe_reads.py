@@ -6,16 +6,22 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import fiddle as fdl
 import pytest
 import torch
+from fiddle.experimental import serialization
 from small_run import Small, distill_recipe, sft_recipe
+from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from save_checkpoint import finish
 
+from nemotron_h.cli import app
+from nemotron_h.errors import UserError
 from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.slow
@@ -56,10 +62,10 @@ def state_of_modelopt(weights: Path, attack: Attack) -> None:
 
 
 def context_of_nemo(weights: Path, attack: Attack) -> None:
-    """What NeMo's `load_context` builds by the names in it; nothing reads it here."""
+    """What NeMo's `load_context` builds by name."""
     (weights.parent / "context").mkdir(exist_ok=True)
-    call = {"type": {"module": "os", "name": "system"}, "arguments": {"command": f"touch {attack.marker}"}}
-    (weights.parent / "context" / "model.json").write_text(json.dumps({"root": call}))
+    call = fdl.Config(subprocess.getoutput, f"touch {attack.marker}")
+    (weights.parent / "context" / "io.json").write_text(serialization.dump_json(call))
 
 
 def other_format(weights: Path, attack: Attack) -> None:
@@ -91,6 +97,34 @@ SAID = {
 }
 
 
+def test_what_nemo_would_build_is_not_read(small: Small, straight: dict, tmp_path: Path) -> None:
+    target = small.run_dir("unsafe_context") / "checkpoints" / "step-000008"
+    shutil.copytree(small.run_dir("straight") / "checkpoints" / "step-000008", target)
+    context_of_nemo(target / "weights", Attack(tmp_path / "ran"))
+    finish(target)
+    small.train("unsafe_context")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_folder_that_a_checkpoint_names_is_removed(small: Small, straight: dict, tmp_path: Path) -> None:
+    """Lightning keeps a list of the checkpoints to remove in each checkpoint."""
+    folder = small.run_dir("unsafe_callbacks") / "checkpoints"
+    shutil.copytree(small.run_dir("straight") / "checkpoints" / "step-000008", folder / "step-000008")
+    (tmp_path / "victim").mkdir()
+    victim = f"{folder}/{os.path.relpath(tmp_path / 'victim', folder)}"
+    common = folder / "step-000008" / "weights" / "common.pt"
+    content = torch.load(common, weights_only=False)
+    (state,) = (state for name, state in content["callbacks"].items() if name.startswith("StepCheckpoint"))
+    state["best_k_models"] = {victim: torch.tensor(-1.0), f"{folder}/step-000008": torch.tensor(8.0)}
+    state |= {"kth_best_model_path": victim, "kth_value": torch.tensor(-1.0), "best_model_path": victim}
+    del state["dirpath"]
+    torch.save(content, common)
+    finish(folder / "step-000008")
+    small.train("unsafe_callbacks")
+    assert (tmp_path / "victim").is_dir()
+    assert {path.name for path in folder.glob("step-*")} == {"step-000008", "step-000012"}
+
+
 @pytest.mark.parametrize(("way", "plant"), CASES)
 def test_no_way_in_runs_a_checkpoint_s_code(small: Small, talk: Small, tmp_path: Path, way: str, plant: str) -> None:
     name = f"unsafe_{way}_{plant}"
@@ -116,3 +150,39 @@ def test_no_way_in_runs_a_checkpoint_s_code(small: Small, talk: Small, tmp_path:
     assert done.returncode == 2, done.stderr[-3000:]
     assert SAID[plant] in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FEW = ("--layer-samples", "1", "--neuron-samples", "1")
+COMMANDS = {
+    "generate": ("generate", "CHECKPOINT", "a"),
+    "chat": ("chat", "CHECKPOINT"),
+    "export hf": ("export", "hf", "CHECKPOINT", "OUT"),
+    "export gguf": ("export", "gguf", "CHECKPOINT", "OUT.gguf"),
+    "importance": ("importance", "CHECKPOINT", "OUT", "--blend", "BLEND", "--root", "ROOT", *FEW),
+    "prune": ("prune", "CHECKPOINT", "OUT", "--ffn-hidden-size", "64", "--importance", "MEASURED"),
+    "eval": ("eval", "CHECKPOINT", "--blend", "BLEND", "--root", "ROOT"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_a_checkpoint_s_code(small: Small, straight: dict, tmp_path: Path, command: str) -> None:
+    target = tmp_path / "step-000008"
+    shutil.copytree(small.run_dir("straight") / "checkpoints" / "step-000008", target)
+    places = {
+        "CHECKPOINT": str(target),
+        "MEASURED": str(tmp_path / "measured"),
+        "OUT": str(tmp_path / "out"),
+        "OUT.gguf": str(tmp_path / "out.gguf"),
+        "BLEND": str(small.folder / "words.yaml"),
+        "ROOT": str(small.folder / "data"),
+    }
+    if command == "prune":  # after what it needs of the checkpoint as it was
+        importance = ["MEASURED" if word == "OUT" else word for word in COMMANDS["importance"]]
+        assert not CliRunner().invoke(app, [places.get(word, word) for word in importance]).exit_code
+    PLANTS["index"](target / "weights", Attack(tmp_path / "ran"))
+    finish(target)
+    found = CliRunner().invoke(app, [places.get(word, word) for word in COMMANDS[command]])
+    assert isinstance(found.exception, UserError), found.output
+    assert SAID["index"] in found.exception.message
+    assert not (tmp_path / "ran").exists()
+    assert not list(tmp_path.glob("out*"))

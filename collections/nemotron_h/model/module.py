@@ -91,9 +91,10 @@ class NemotronHMegatronModel(MegatronMambaModel):
         return {key: value for key, value in state.items() if adapters.is_adapter_key(key) == wanted}
 
     def _expect_no_extra_state(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Leave out what a checkpoint could bring: Transformer Engine unpickles it."""
         for name, module in self.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
-                state_dict.setdefault(f"{prefix}{name}._extra_state", None)
+                state_dict[f"{prefix}{name}._extra_state"] = None
 
     def _expect_a_part(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """What is loaded may be the base alone, or the adapters alone; DoRA's lengths begin at the base's."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers
@@ -24,6 +25,14 @@ def install() -> None:
     _write_checkpoints_in_threads()
     _norm_and_clip_gradients_of_each_dtype()
     _multiply_shapes_with_numpy_2()
+    _read_files_with_torch()
+
+
+def _read_files_with_torch() -> None:
+    """Turn off the readers of multi-storage-client, which megatron-core takes where that is installed: checkpoints
+    are local folders, and `inference.checkpoint_index` keeps PyTorch's readers to data.
+    """
+    MultiStorageClientFeature.disable()
 
 
 def _multiply_shapes_with_numpy_2() -> None:

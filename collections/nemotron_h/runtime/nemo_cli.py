@@ -1,8 +1,8 @@
 """Make `nemo ...` report mistakes in one screen, and tell a run's record what its command line changed.
 
 nemo-run prints an unknown key as the whole configuration, an unknown factory without the known ones, and the resolved
-configuration as tables of several hundred lines before each run. `RunContext.cli_execute` and `RunContext.parse_fn` are
-wrapped (patched) for the tasks of this project; other factories behave as before.
+configuration as tables of several hundred lines before each run. `cli_execute`, `parse_fn` and `execute_lazy` of
+`RunContext` are wrapped (patched) for the tasks of this project; what is typed for others behaves as before.
 
 What is typed is its user's own, and may name code: `data=package.make()`. What a file says (`--yaml FILE`, `key=@FILE`)
 is data, for every factory: it may be somebody else's.
@@ -33,7 +33,7 @@ _FILE = re.compile(r"=@[\w./\\-]+\.(ya?ml|json|toml)(:\w+)?$", re.IGNORECASE)
 
 
 def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
-    """Wrap the two methods of `RunContext`, once.
+    """Wrap the methods of `RunContext`, once.
 
     Args:
         note: told each task that a command line made, and the settings that it changed in it.
@@ -41,7 +41,7 @@ def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
     settings.wrap_parser()
     if getattr(RunContext.cli_execute, "nemotron_h", False):
         return
-    execute, parse = RunContext.cli_execute, RunContext.parse_fn
+    execute, parse, lazily = RunContext.cli_execute, RunContext.parse_fn, RunContext.execute_lazy
 
     @functools.wraps(execute)
     def cli_execute(self: RunContext, fn: Any, args: list[str], entrypoint_type: str = "task") -> None:
@@ -83,8 +83,14 @@ def install(note: Callable[[nemo_run.Partial, list[str]], None]) -> None:
         note(task, [*written, *given(fn, typed)])
         return task
 
+    @functools.wraps(lazily)
+    def execute_lazy(self: RunContext, entrypoint: Any, args: list[str], name: str) -> None:
+        if self.yaml or any(_FILE.search(text) for text in (*args, f"={self.factory}")):
+            fail(UserError("--lazy: the task would build what its files name", hint="leave out --lazy, or the files"))
+        lazily(self, entrypoint, args, name)
+
     cli_execute.nemotron_h = True  # type: ignore[attr-defined]
-    RunContext.cli_execute, RunContext.parse_fn = cli_execute, parse_fn
+    RunContext.cli_execute, RunContext.parse_fn, RunContext.execute_lazy = cli_execute, parse_fn, execute_lazy
 
 
 def of_files(context: RunContext, fn: Any, references: list[str]) -> tuple[str | None, list[str]]:

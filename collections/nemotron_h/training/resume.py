@@ -96,6 +96,11 @@ class ResumeRun(nl.AutoResume):
 
     def __post_init__(self) -> None:
         check_blend_change(self.blend_change)
+        if self.restore_config is not None:
+            raise UserError(
+                "resume.restore_config is NeMo's, and builds what a checkpoint's context names",
+                hint="resume.init_checkpoint=CHECKPOINT takes its weights",
+            )
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
         """Check the layout, choose the checkpoint and check it.

@@ -71,6 +71,11 @@ class StepCheckpoint(nl.ModelCheckpoint):
             self.best_model_path, self.kth_best_model_path = str(found[0]), str(found[-1])
             self.best_model_score = self.best_k_models[self.best_model_path]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Leave out a checkpoint's list of those to keep and to remove: the run's folder says which there are, and the
+        list may name any folder.
+        """
+
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         candidates = super()._monitor_candidates(trainer)
         candidates["step"] = torch.tensor(trainer.global_step)
