@@ -50,7 +50,7 @@ FAMILY_SOURCE = (
 #: ends, and inside of a special token's name that a message holds
 _BEGIN, _END, _ESCAPE = _RESERVED = "\ue0fd\ue0fe\ue0ff"
 _EXAMPLE = "\ue0fc"  # an answer that no template holds
-#: what a template may take for a conversation, in processor time and in memory; and the size of a power. Ours
+#: what one rendering of a template may take, in processor time and in memory; and the size of a power. Ours
 _TEMPLATE_SECONDS, _TEMPLATE_BYTES, _POWER_BITS = 10, 1 << 30, 1 << 16
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -207,8 +207,10 @@ class ChatTemplate:
                 self._template, names = _compiled(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat_template: no Jinja template: line {error.lineno}: {error.message}") from error
-        except (ChatError, RecursionError) as error:
+        except ChatError as error:
             raise UserError(f"chat_template: {error}") from error
+        except Exception as error:  # of nesting that Python does not compile
+            raise UserError(f"chat_template: no template that can be used: {type(error).__name__}: {error}") from error
         self._reasoning = sorted(names & set(REASONING_FIELDS))
         self._check()
 
@@ -220,7 +222,7 @@ class ChatTemplate:
             return  # it may want a system message: the conversations tell
         except ChatError as error:
             hint = "Edit the template, or name another one."
-            if "strftime_now" in self.source:
+            if "strftime_now" in str(error):
                 hint = "Templates are not given today's date: the same data must give the same tokens. Write a date."
             raise UserError(f"chat_template: {error}", hint) from error
 
@@ -272,8 +274,10 @@ class ChatTemplate:
         """
         messages = self._escaped(turns)
         find = self._tagged_spans if self._tagged else self._prefix_spans
-        with _bounded():
-            text, spans = find(messages, add_generation_prompt)
+        text, spans = find(messages, add_generation_prompt)
+        last = self._special.sub(_escape, turns[-1].reasoning.strip()) if turns else ""
+        if last not in text:  # that of earlier turns may be left out: many templates do
+            raise ChatError(f"the last turn has {REASONING_FIELDS[0]}, which the template does not write")
         answers = [turn for turn in turns if turn.role == ASSISTANT]
         if len(spans) != len(answers):
             raise ChatError(f"the template marks {len(spans)} assistant turns of {len(answers)}")
@@ -314,17 +318,18 @@ class ChatTemplate:
         return ids
 
     def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        try:
-            variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._names}
-            return self._template.render(tools=None, documents=None, **variables)
-        except _Refusal as error:
-            raise Refused(f"the template: {error}") from error
-        except jinja2.TemplateError as error:
-            raise ChatError(f"the template: {error}") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # a template's own code can raise any
-            raise ChatError(f"the template: {type(error).__name__}: {error}") from error
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._names}
+        with _bounded():
+            try:
+                return self._template.render(tools=None, documents=None, **variables)
+            except _Refusal as error:
+                raise Refused(f"the template: {error}") from error
+            except jinja2.TemplateError as error:
+                raise ChatError(f"the template: {error}") from error
+            except MemoryError:
+                raise
+            except Exception as error:  # a template's own code can raise any
+                raise ChatError(f"the template: {type(error).__name__}: {error}") from error
 
     def _tagged_spans(
         self, messages: list[dict[str, str]], add_generation_prompt: bool
