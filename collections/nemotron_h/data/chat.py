@@ -50,7 +50,7 @@ FAMILY_SOURCE = (
 #: ends, and inside of a special token's name that a message holds
 _BEGIN, _END, _ESCAPE = _RESERVED = "\ue0fd\ue0fe\ue0ff"
 _EXAMPLE = "\ue0fc"  # an answer that no template holds
-#: what a template may take for a conversation, in processor time and in memory; and the size of a power. Ours
+#: what one rendering of a template may take, in processor time and in memory; and the size of a power. Ours
 _TEMPLATE_SECONDS, _TEMPLATE_BYTES, _POWER_BITS = 10, 1 << 30, 1 << 16
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -272,8 +272,7 @@ class ChatTemplate:
         """
         messages = self._escaped(turns)
         find = self._tagged_spans if self._tagged else self._prefix_spans
-        with _bounded():
-            text, spans = find(messages, add_generation_prompt)
+        text, spans = find(messages, add_generation_prompt)
         answers = [turn for turn in turns if turn.role == ASSISTANT]
         if len(spans) != len(answers):
             raise ChatError(f"the template marks {len(spans)} assistant turns of {len(answers)}")
@@ -314,17 +313,18 @@ class ChatTemplate:
         return ids
 
     def _rendered(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        try:
-            variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._names}
-            return self._template.render(tools=None, documents=None, **variables)
-        except _Refusal as error:
-            raise Refused(f"the template: {error}") from error
-        except jinja2.TemplateError as error:
-            raise ChatError(f"the template: {error}") from error
-        except MemoryError:
-            raise
-        except Exception as error:  # a template's own code can raise any
-            raise ChatError(f"the template: {type(error).__name__}: {error}") from error
+        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **self._names}
+        with _bounded():
+            try:
+                return self._template.render(tools=None, documents=None, **variables)
+            except _Refusal as error:
+                raise Refused(f"the template: {error}") from error
+            except jinja2.TemplateError as error:
+                raise ChatError(f"the template: {error}") from error
+            except MemoryError:
+                raise
+            except Exception as error:  # a template's own code can raise any
+                raise ChatError(f"the template: {type(error).__name__}: {error}") from error
 
     def _tagged_spans(
         self, messages: list[dict[str, str]], add_generation_prompt: bool

@@ -27,7 +27,7 @@ from nemotron_h.data.prepared_module import (
     PreparedDataModule,
     PreparedDataSampler,
     check_sizes,
-    named_sample,
+    of_sample,
     say,
 )
 from nemotron_h.data.sampler import BlendSampler
@@ -73,8 +73,11 @@ class WindowDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         sample = self.sampler[index]
         stream = self._streams[sample.source]
-        with named_sample(index):
+        try:
             text = torch.from_numpy(stream.read(sample.start, self.seq_length + 1))
+            starts = stream.document_starts(sample.start, self.seq_length) if self.document_reset else None
+        except UserError as error:
+            raise of_sample(index, error) from error
         item = {
             "tokens": text[:-1],
             "labels": text[1:],
@@ -82,9 +85,7 @@ class WindowDataset(Dataset):
             "position_ids": self._position_ids,
             "sample_ids": torch.tensor(index),
         }
-        if self.document_reset:
-            with named_sample(index):
-                starts = stream.document_starts(sample.start, self.seq_length)
+        if starts is not None:
             item["seq_idx"] = torch.from_numpy(document_numbers(starts, self.seq_length))
         return item
 

@@ -108,20 +108,18 @@ class ArrayFile:
         Errors:
             UserError: the file has become shorter, or cannot be read.
         """
+        width = self.dtype.itemsize
         try:
             file = _opened(self.path, self._modified)
-            data = os.pread(
-                file.fileno(), (end - begin) * self.dtype.itemsize, self.offset + begin * self.dtype.itemsize
-            )
+            data = os.pread(file.fileno(), (end - begin) * width, self.offset + begin * width)
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror}", _AGAIN) from error
-        if len(data) == (end - begin) * self.dtype.itemsize:
+        count = len(data) // width
+        if count == end - begin:
             return np.frombuffer(data, self.dtype)
-        if data and end - begin > _CHUNK:  # a read gives 2 GiB at most
-            middle = begin + len(data) // self.dtype.itemsize
-            return np.concatenate(
-                [np.frombuffer(data[: (middle - begin) * self.dtype.itemsize], self.dtype), self.read(middle, end)]
-            )
+        if count and end - begin > _CHUNK:  # a read gives 2 GiB at most
+            first = np.frombuffer(data, self.dtype, count)
+            return np.concatenate([first, self.read(begin + count, end)])
         size = os.fstat(file.fileno()).st_size
         raise UserError(f"{self.path} ends at byte {size:,}: it was truncated since it was opened", _AGAIN)
 

@@ -17,7 +17,7 @@ from nemotron_h.data.blend import PAIRS
 from nemotron_h.data.indexed import ArrayFile, read_lengths
 from nemotron_h.data.packing import PackedOrder
 from nemotron_h.data.pairs import REJECTED
-from nemotron_h.data.prepared_module import named_sample, say
+from nemotron_h.data.prepared_module import of_sample, say
 from nemotron_h.data.sft_module import ConversationDataModule, PackedDataset, WindowList, packed_window
 from nemotron_h.data.validation import VALIDATION_SEED
 from nemotron_h.data.windows import TokenStream
@@ -127,8 +127,10 @@ class PairDataset(PackedDataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         items = self.windows.window(index)
-        with named_sample(index):
+        try:
             pairs = [self.sources[item.source].read(item.number) for item in items]
+        except UserError as error:
+            raise of_sample(index, error) from error
         reference, gaps = np.zeros((len(items), 2)), np.zeros(len(items))
         for place, item in enumerate(items):
             if self.reference is not None:

@@ -5,10 +5,9 @@ The classes have no `__init__`: NeMo's `IOMixin` records the arguments of a modu
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,13 +36,9 @@ def say(message: str) -> None:
     logger.info(message)
 
 
-@contextlib.contextmanager
-def named_sample(number: int) -> Iterator[None]:
-    """Add the sample's number to an error of reading it."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"sample {number:,}: {error.message}", error.hint) from error
+def of_sample(number: int, error: UserError) -> UserError:
+    """Return an error of reading a sample with the sample's number before it."""
+    return UserError(f"sample {number:,}: {error.message}", error.hint)
 
 
 def check_sizes(sizes: Mapping[str, int | None]) -> None:

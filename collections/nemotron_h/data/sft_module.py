@@ -26,7 +26,7 @@ from nemotron_h.data.prepared_module import (
     PreparedDataModule,
     PreparedDataSampler,
     check_sizes,
-    named_sample,
+    of_sample,
     say,
 )
 from nemotron_h.data.validation import VALIDATION_SEED
@@ -149,8 +149,10 @@ class PackedDataset(Dataset):
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        with named_sample(index):
+        try:
             read = [self.sources[item.source].read(item.number) for item in self.windows.window(index)]
+        except UserError as error:
+            raise of_sample(index, error) from error
         return {**packed_window(read, self.seq_length, self.pad_id), "sample_ids": torch.tensor(index)}
 
 

@@ -43,6 +43,7 @@ class TokenStream:
         except (OSError, ValueError) as error:
             raise UserError(str(error), again) from error
         self._documents, self._itemsize = header.sequences, header.dtype.itemsize
+        self._unsigned = np.dtype(f"u{self._itemsize}")
         self.tokens = self._ids.size
         if not self.tokens:
             raise UserError(f"{prefix}.bin is empty", again)
@@ -54,16 +55,17 @@ class TokenStream:
             UserError: a file has become shorter, or an id is beyond the vocabulary.
         """
         parts = [self._ids.read(a, b) for a, b in self._pieces(start, count)]
-        ids = (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
-        # negative ids are huge as unsigned ones
-        if self.vocab_size is not None and count and int(ids.view(np.uint64).max()) >= self.vocab_size:
-            place = int(np.argmax(ids.view(np.uint64)))
-            raise UserError(
-                f"{self.prefix}.bin: token {(start + place) % self.tokens:,} has the id {ids[place]:,}, the tokenizer "
-                f"has {self.vocab_size:,} ids",
-                "It is not the file that was prepared: nemotron-h data verify tells more. Prepare the blend again.",
-            )
-        return ids
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.vocab_size is not None:
+            unsigned = ids.view(self._unsigned)  # a negative id is a huge one
+            if len(ids) and int(unsigned.max()) >= self.vocab_size:
+                place = int(np.argmax(unsigned >= self.vocab_size))
+                raise UserError(
+                    f"{self.prefix}.bin: token {(start + place) % self.tokens:,} has the id {ids[place]:,}, the "
+                    f"tokenizer has {self.vocab_size:,} ids",
+                    "It is not the file that was prepared: nemotron-h data verify tells more. Prepare the blend again.",
+                )
+        return ids.astype(np.int64)
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
         """Return where documents begin among the `count` tokens from `start` on: ascending places in the window."""
