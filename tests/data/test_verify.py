@@ -186,6 +186,7 @@ def test_a_manifest_of_other_types_is_damaged_not_a_traceback(prepared):
         (changed("sources", "web", "splits", "train", "tokens", value="many"), "tokens is 'many', not int"),
         (changed("sources", "web", "splits", "train", "documents", value=True), "documents is True, not int"),
         (changed("sources", value=[]), "is damaged"),
+        (changed("sources", "web", "splits", value={}), "sources.web.splits: train is missing"),
         (changed("sources", "web", value=None), "is damaged"),
         (changed("tokenizer", "path", value=3), "path is 3, not str"),
         (changed("tokenizer", value={}), "missing"),

@@ -14,7 +14,7 @@ from nemotron_h.data.blend import Blend, Source
 from nemotron_h.data.inputs import Input, compression, find_inputs
 from nemotron_h.data.manifest import write_json
 from nemotron_h.errors import UserError
-from nemotron_h.text_files import read_json
+from nemotron_h.text_files import read_json_object
 
 #: how much text a byte of such a file holds, for the space check. Ours
 _COMPRESSED = {".gz": 4, ".bz2": 5, ".xz": 5, ".zst": 5}
@@ -123,10 +123,9 @@ def _find_all(blend: Blend, say: Callable[[str], None]) -> dict[str, list[Input]
 def saved_state(path: Path) -> dict[str, Any]:
     """Return what an earlier preparation left in a file; nothing where that is not there or damaged."""
     try:
-        content = read_json(path)
+        return read_json_object(path)
     except UserError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _stamp(path: str) -> reading.Scan:
