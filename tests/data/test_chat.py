@@ -256,7 +256,8 @@ ANSWER = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration
         ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError: Range too big"),
         ("{{ 10 ** (messages | length + 10 ** 9) }}", "OverflowError: a number of more than"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("(" * 9 + "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "RecursionError"),
+        ("{% for a in [1] %}" * 25 + "{% endfor %}" * 25, "SyntaxError: too many statically nested blocks"),
         ("{% set today = strftime_now('%Y') %}" + ANSWER, "Templates are not given today's date"),
         ("{{ messages[7].content.nothing }}" + ANSWER, "no element 7"),
     ],
@@ -316,5 +317,7 @@ def test_reasoning_is_learnt_where_the_template_writes_it(tokenizer, field: str)
     learnt = [i for i, wanted in zip(encoded.ids, encoded.loss, strict=True) if wanted]
     assert tokenizer.ids_to_text(learnt) == "<think>so <SPECIAL_11></think>b"
     assert TURN not in encoded.ids
-    with pytest.raises(ChatError, match="has reasoning_content, which the template does not write"):
-        ChatTemplate(FAMILY_SOURCE, tokenizer).encode(turns)
+    unused = FAMILY_SOURCE + "{% if 'FIELD' == 'x' %}{% endif %}"
+    for source in (FAMILY_SOURCE, unused.replace("FIELD", field)):
+        with pytest.raises(ChatError, match="has reasoning_content, which the template does not write"):
+            ChatTemplate(source, tokenizer).encode(turns)

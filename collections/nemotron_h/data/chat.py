@@ -207,8 +207,10 @@ class ChatTemplate:
                 self._template, names = _compiled(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat_template: no Jinja template: line {error.lineno}: {error.message}") from error
-        except (ChatError, RecursionError) as error:
+        except ChatError as error:
             raise UserError(f"chat_template: {error}") from error
+        except Exception as error:  # of nesting that Python does not compile
+            raise UserError(f"chat_template: no template that can be used: {type(error).__name__}: {error}") from error
         self._reasoning = sorted(names & set(REASONING_FIELDS))
         self._check()
 
@@ -220,7 +222,7 @@ class ChatTemplate:
             return  # it may want a system message: the conversations tell
         except ChatError as error:
             hint = "Edit the template, or name another one."
-            if "strftime_now" in self.source:
+            if "strftime_now" in str(error):
                 hint = "Templates are not given today's date: the same data must give the same tokens. Write a date."
             raise UserError(f"chat_template: {error}", hint) from error
 
@@ -273,6 +275,9 @@ class ChatTemplate:
         messages = self._escaped(turns)
         find = self._tagged_spans if self._tagged else self._prefix_spans
         text, spans = find(messages, add_generation_prompt)
+        last = self._special.sub(_escape, turns[-1].reasoning.strip()) if turns else ""
+        if last not in text:  # that of earlier turns may be left out: many templates do
+            raise ChatError(f"the last turn has {REASONING_FIELDS[0]}, which the template does not write")
         answers = [turn for turn in turns if turn.role == ASSISTANT]
         if len(spans) != len(answers):
             raise ChatError(f"the template marks {len(spans)} assistant turns of {len(answers)}")
