@@ -107,6 +107,23 @@ def test_rewards_are_read(names: tuple[str, str]) -> None:
         read_pair({**record, names[0]: 1.0, names[1]: math.nan})
 
 
+def test_whole_conversations_are_the_source_whatever_repeats_them() -> None:
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    expected = read_pair(whole)
+    for more in (
+        {"prompt": USER["content"], "messages": [USER, GOOD], "score_chosen": None},
+        {"prompt": [USER], "conversations": [{"from": "human", "value": USER["content"]}]},
+        {"question": USER["content"]},
+    ):
+        assert read_pair({**whole, **more}) == expected
+    system = {"role": "developer", "content": "Be brief."}
+    with_system = read_pair({"chosen": [system, USER, GOOD], "rejected": [system, USER, BAD]})
+    assert read_pair({**whole, "system": "Be brief."}) == with_system  # it stands beside them
+    assert (
+        read_pair({"system": "Be brief.", "question": USER["content"], "chosen": GOOD, "rejected": BAD}) == with_system
+    )
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -123,6 +140,10 @@ def test_rewards_are_read(names: tuple[str, str]) -> None:
         (
             {"messages": [{**USER, "content": "x"}], "chosen": [USER, GOOD], "rejected": [USER, BAD]},
             "than the record's 'messages'",
+        ),
+        (
+            {"system": "x", "prompt": [{"role": "system", "content": "y"}, USER], "chosen": "b", "rejected": "c"},
+            "turn 2 is a system message",
         ),
         ({"prompt": "a", "question": "a", "chosen": "b", "rejected": "c"}, "one prompt is needed"),
         (

@@ -75,8 +75,9 @@ def read_pair(record: Any) -> Pair:
     else:
         prompt = next(iter(prompts.values()), [])
     system = text_field(record, "system", default="")
-    if system.strip() and prompt and prompt[0].role != SYSTEM:
-        prompt = [Turn(SYSTEM, system), *prompt]
+    if system.strip() and prompt:
+        rest = prompt[1:] if prompt[0] == Turn(SYSTEM, system) else prompt
+        prompt = [Turn(SYSTEM, system), *rest]  # a second system message that differs is refused below
     for name, turns in sides.items():
         if turns[0].role != ASSISTANT:
             raise ChatError(f"{name!r} begins with a {turns[0].role} turn, where the answer belongs")
