@@ -28,6 +28,7 @@ from nemotron_h.data.blend import PREFERENCE, Blend, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.fetch import fetch
+from nemotron_h.data.hf_tokenizer import template_of
 from nemotron_h.data.indexed import token_dtype
 from nemotron_h.data.inputs import resolve_path
 from nemotron_h.data.manifest import (
@@ -187,8 +188,6 @@ class _Preparation:
         if not self.blend.is_chat():
             return
         if self.blend.chat_template == TOKENIZER_TEMPLATE:
-            from nemotron_h.export.tokenizer import template_of
-
             self.template = template_of(self.folder / "tokenizer") or ""
             if not self.template:
                 raise UserError(
