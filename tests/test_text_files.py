@@ -27,8 +27,8 @@ def test_a_leading_mark_is_no_text_and_files_have_plain_line_ends(tmp_path):
         (lambda: read_text("/no/such/file"), "/no/such/file: No such file"),
         (lambda: check_unicode(b"caf\xe9".decode("utf-8", "surrogateescape"), "PROMPT"), "byte 0xe9 at character 3"),
         (lambda: check_unicode("a\ud800", "turn 2"), "turn 2: lone surrogate U+D800"),
-        (lambda: parse_json(b"[1", "c.json"), "c.json: not JSON"),
-        (lambda: parse_json("[" * 200_000, "c.json"), "c.json: not JSON that can be read: nested too deep"),
+        (lambda: parse_json(b"[1", "c.json"), "c.json is not JSON"),
+        (lambda: parse_json("[" * 200_000, "c.json"), "c.json: the JSON is nested too deep"),
     ],
 )
 def test_an_error_names_the_origin_and_the_place(call, words):

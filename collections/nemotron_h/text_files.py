@@ -76,9 +76,9 @@ def parse_json(data: bytes | str, origin: str) -> Any:
     try:
         return json.loads(decode(data, origin) if isinstance(data, bytes) else data)
     except ValueError as error:
-        raise UserError(f"{origin}: not JSON: {error}") from error
+        raise UserError(f"{origin} is not JSON: {error}") from error
     except RecursionError as error:
-        raise UserError(f"{origin}: not JSON that can be read: nested too deep") from error
+        raise UserError(f"{origin}: the JSON is nested too deep to read") from error
 
 
 def read_json(path: str | Path) -> Any:

@@ -143,7 +143,7 @@ def test_docstrings_and_html(tmp_path):
         (b'{"text": null}', "field 'text' is NoneType, not text"),
         (b'["text"]', "no field 'text'; the record is"),
         (rb'{"text": "\ud800"}', "not UTF-8: surrogates not allowed"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "nested too deep"),
     ],
 )
 def test_bad_records_are_named(tmp_path, line, reason):

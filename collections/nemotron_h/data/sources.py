@@ -352,7 +352,7 @@ def _json(data: bytes | str, file: str, place: str) -> Any:
     try:
         return parse_json(data, file)
     except UserError as error:
-        return Bad(file, place, error.message.removeprefix(file).lstrip(" :"), _excerpt(data))
+        return Bad(file, place, error.message.removeprefix(file).lstrip(" :").removeprefix("is "), _excerpt(data))
 
 
 def _from_record(source: Source, record: Any, file: str, where: str) -> Document | Bad:
