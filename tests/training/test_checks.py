@@ -43,10 +43,10 @@ def test_damage_of_every_kind_is_found(tmp_path: Path) -> None:
 
 def test_ranks_share_the_reading_and_together_see_all_damage(tmp_path: Path) -> None:
     whole = checkpoint(tmp_path, 1)
-    for name in ("b", "c", "d"):
+    for name in ("b.distcp", "c.distcp", "d.distcp"):
         (whole / "weights" / name).write_bytes(name.encode() * 100)
     names = checkpoints.content(whole)
-    assert names == ["run.json", "weights/a.distcp", "weights/b", "weights/c", "weights/d"]
+    assert names == ["run.json", "weights/a.distcp", "weights/b.distcp", "weights/c.distcp", "weights/d.distcp"]
     checkpoints.write_integrity(whole, checkpoints.describe(whole, names))
     for name in names:
         content = (whole / name).read_bytes()

@@ -88,7 +88,7 @@ def _states(run_dir: Path) -> tuple[list[Path], dict[Path, str]]:
 
 def size_of(checkpoint: Path) -> int:
     """Bytes of a finished checkpoint."""
-    return sum(size for size, _ in json.loads((checkpoint / INTEGRITY).read_text()).values())
+    return sum(size for size, _ in read_integrity(checkpoint).values())
 
 
 def content(checkpoint: Path) -> list[str]:

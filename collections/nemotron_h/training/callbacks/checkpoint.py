@@ -108,8 +108,8 @@ class StepCheckpoint(nl.ModelCheckpoint):
             )
         run_dir = folder.parents[1]
         written = checkpoints.finished(run_dir)
-        size = checkpoints.size_of(written[0]) if written else checkpoint_bytes(trainer.lightning_module.config)
         try:
+            size = checkpoints.size_of(written[0]) if written else checkpoint_bytes(trainer.lightning_module.config)
             check_disk(size, run_dir)
         except UserError as error:
             return error
