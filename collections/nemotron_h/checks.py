@@ -93,17 +93,23 @@ def count_of(value: str, key: str, origin: str) -> int:
 
 
 def check_optimizer_state(recipe: RecipeConfig, origin: str) -> None:
-    """bfloat16 in the optimizer: only beside bfloat16 weights, moments only in the distributed optimizer."""
+    """bfloat16 in the optimizer: only beside bfloat16 weights, which only the distributed optimizer keeps."""
+    check_distributed_optimizer(recipe.parallel.distributed_optimizer, recipe.precision != "fp32", f"{origin}: ")
     for key, value in (("moments", recipe.optim.moments), ("gradients", recipe.optim.gradients)):
         if value == "bf16" and recipe.precision == "fp32":
             raise UserError(
                 f"{origin}: optim.{key} = 'bf16' with precision = 'fp32'",
                 hint=f"leave optim.{key} out, or set precision to one with bfloat16 weights, such as bf16",
             )
-    if recipe.optim.moments == "bf16" and not recipe.parallel.distributed_optimizer:
+
+
+def check_distributed_optimizer(distributed: bool, bf16: bool, where: str = "") -> None:
+    """Refuse the whole optimizer for bfloat16 weights: the run would end at its first checkpoint."""
+    if bf16 and not distributed:
         raise UserError(
-            f"{origin}: optim.moments = 'bf16' without the distributed optimizer",
-            hint="leave out parallel.distributed_optimizer=false, or optim.moments",
+            f"{where}parallel.distributed_optimizer = false with bfloat16 weights: megatron-core cannot write a "
+            "checkpoint of that optimizer where float32 weights stand beside them, as a Mamba-2 layer's do",
+            hint="leave it out: on one data-parallel rank nothing is split; or set precision: fp32",
         )
 
 

@@ -30,8 +30,8 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["precision=fp32", "optim.gradients=bf16"], ("optim.gradients = 'bf16' with precision = 'fp32'",)),
         (
             TINY,
-            ["optim.moments=bf16", "parallel.distributed_optimizer=false"],
-            ("optim.moments = 'bf16' without the distributed optimizer", "leave out"),
+            ["precision=bf16", "parallel.distributed_optimizer=false"],
+            ("parallel.distributed_optimizer = false with bfloat16 weights", "leave it out"),
         ),
         (NANO, ["precision_options.fp8_backend=emulated"], ("fp8_backend = 'emulated'", "Did you mean emulate?")),
         # unknown and unused keys

@@ -221,3 +221,6 @@ def test_a_finished_run_ends_well_and_another_model_is_an_error(small: Small, st
     done = small.train("straight", "optim.peak_lr=5e-5", "trainer.max_steps=14", check=False)
     assert done.returncode == 2
     assert "optim.final_lr = 0.0001 is not between 0 and optim.peak_lr = 5e-05" in done.stderr
+    done = small.train("whole", "optim.distributed_optimizer=False", check=False)
+    assert done.returncode == 2
+    assert "parallel.distributed_optimizer = false with bfloat16 weights" in done.stderr

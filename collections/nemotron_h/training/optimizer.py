@@ -12,7 +12,7 @@ from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
-from nemotron_h.checks import check_learning_rates
+from nemotron_h.checks import check_distributed_optimizer, check_learning_rates
 from nemotron_h.errors import UserError
 from nemotron_h.runtime import lean_adam
 
@@ -91,8 +91,9 @@ class ScheduledAdamW(MegatronOptimizerModule):
         """Megatron's optimizer, once the trainer's `max_steps` is known.
 
         Errors:
-            UserError: the run is not longer than its warm-up.
+            UserError: the run is not longer than its warm-up, or the optimizer is whole and weights are bfloat16.
         """
+        check_distributed_optimizer(self.config.use_distributed_optimizer, self.config.bf16)
         schedule = self.lr_scheduler
         if schedule.max_steps <= schedule.warmup_steps:
             raise UserError(
