@@ -121,7 +121,7 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["checkpoint.keep=0"], ("checkpoint.keep = 0",)),
         # schedule
         (TINY, ["optim.warmup_tokens=1M"], ("optim.warmup_tokens (1,000,000) is not shorter than the run (655,360",)),
-        (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is above optim.peak_lr", "3e-05")),
+        (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is not between 0 and optim.peak_lr", "3e-05")),
         (TINY, ["tokens=1.5"], ("tokens: '1.5' is not a token count",)),
         (NANO, ["optim.decay_tokens=null"], ("optim.decay_tokens is missing", "3.6T")),
         (NANO, ["optim.decay_tokens=20T"], ("are longer than the run", "decay for 19,975,000,000,000 tokens or less")),
