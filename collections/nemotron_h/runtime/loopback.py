@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 
 from torch.distributed import TCPStore
@@ -9,6 +10,7 @@ from torch.distributed import TCPStore
 ADDRESS = "127.0.0.1"
 
 
+@functools.cache  # runs of one process meet at one port, as they do with PyTorch's
 def local_store(port: int, rank: int) -> TCPStore:
     """Return a rank's store, whose server listens on loopback.
 
