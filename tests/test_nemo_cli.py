@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +109,25 @@ def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], 
         assert text in output.replace("\n", " "), output
     assert len(output.splitlines()) < 40, "more than one screen"
     assert "Traceback" not in output
+
+
+def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemotron_h import factories
+    from nemotron_h.errors import UserError
+    from nemotron_h.runtime import settings
+    from nemotron_h.schema import RecipeConfig
+    from nemotron_h.strict import ranges
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fuzz"))
+    from bad_inputs import task_settings
+
+    task = factories.BUILDERS["pretrain"][1](factories.compose("nemotron_h_tiny/pretrain"))
+    keys = [key for key in ranges(RecipeConfig) if hasattr(getattr(task, key.split(".")[0], None), key.split(".")[-1])]
+    assert {"optim.clip_grad", "optim.beta2", "data.seed", "data.seq_length"} <= set(keys)
+    rng = random.Random(2026)
+    for key, setting in itertools.islice(task_settings(rng, keys), 60):
+        with pytest.raises(UserError, match=re.escape(key)):
+            settings.apply(copy.deepcopy(task), [setting])
 
 
 def test_overrides_reach_the_objects() -> None:

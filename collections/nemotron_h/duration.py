@@ -20,7 +20,6 @@ def seconds_of(duration: str, where: str = "") -> int:
     days, hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0, 0)
     total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     if total == 0:
-        raise UserError(
-            f"{where}{duration!r} is {'no time' if found else 'not a duration'}", hint="write HH:MM:SS or D-HH:MM:SS"
-        )
+        problem = "no time" if found else "not a duration"
+        raise UserError(f"{where}{str(duration)[:40]!r} is {problem}", hint="write HH:MM:SS or D-HH:MM:SS")
     return total

@@ -51,10 +51,10 @@ SEED = 2**31 - 1
 class ExpectSchema:
     """Counts that the model must have; loading fails when they differ."""
 
-    mamba: int = number(least=0)
-    attention: int = number(least=0)
-    ffn: int = number(least=0)
-    parameters: int = number(least=0)
+    mamba: int = number(least=0, most=COUNT)
+    attention: int = number(least=0, most=COUNT)
+    ffn: int = number(least=0, most=COUNT)
+    parameters: int = number(least=0, most=10**18)
 
 
 @dataclass
@@ -64,8 +64,8 @@ class ModelSchema:
     name: str = MISSING
     family: str = MISSING
     pattern: str = MISSING
-    hidden_size: int = number(most=WIDTH)
-    vocab_size: int = number(most=VOCABULARY)
+    hidden_size: int = number(least=1, most=WIDTH)
+    vocab_size: int = number(least=1, most=VOCABULARY)
     ffn_hidden_size: int = number(0, least=0, most=WIDTH)
     num_attention_heads: int = number(0, least=0, most=WIDTH)
     num_query_groups: int = number(0, least=0, most=WIDTH)
@@ -76,7 +76,7 @@ class ModelSchema:
     mamba_state_dim: int = number(0, least=0, most=WIDTH)
     conv_kernel: int = number(0, least=0, most=WIDTH)
     position_embedding: str = "none"
-    rope_base: int = number(0, least=0)
+    rope_base: int = number(0, least=0, most=10**18)
     rope_percent: float = number(0.0, least=0, most=1)
     norm_epsilon: float = number(1e-5, above=0, most=1)
     init_std: float = number(0.02, above=0, most=10)

@@ -4,11 +4,13 @@ and in the range that its field states, every name can be a folder's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
 import math
 import re
+import types
 import typing
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -140,10 +142,39 @@ def typed(schema: type[T] | T, written: DictConfig | dict[str, Any], origin: str
         UserError: unknown key (with the nearest), wrong type, a number out of its range, or a missing value, naming
             key and origin.
     """
+    with _explained(schema, written, origin):
+        value = OmegaConf.to_object(merged(schema, (written, origin)))
+    for key, entry, kind, allowed in entries(value):
+        if kind in (int, float) or isinstance(entry, float):
+            check_number(key, entry, allowed, f"{origin}: ")
+        elif kind is not Any and isinstance(entry, dict | list):  # OmegaConf takes them in a typed mapping
+            raise UserError(f"{origin}: {key}: {str(entry)[:60]} is not a {kind.__name__}")
+    return value  # type: ignore[return-value]
+
+
+def merged(schema: Any, *layers: tuple[DictConfig | dict[str, Any], str]) -> DictConfig:
+    """Return a schema's defaults with what was written merged over them; values may be missing.
+
+    Args:
+        schema: as `typed` takes it.
+        layers: what was written and where, later ones over earlier ones.
+    Errors:
+        UserError: unknown key or wrong type, naming key and origin.
+    """
+    content = OmegaConf.structured(schema)
+    for written, origin in layers:
+        with _explained(schema, written, origin):
+            layer = written if isinstance(written, DictConfig) else OmegaConf.create(written)
+            check_interpolations(layer, origin)
+            content = OmegaConf.merge(content, layer)
+    return content
+
+
+@contextlib.contextmanager
+def _explained(schema: Any, written: DictConfig | dict[str, Any], origin: str) -> Iterator[None]:
+    """Turn OmegaConf's errors into those of `typed`."""
     try:
-        written = written if isinstance(written, DictConfig) else OmegaConf.create(written)
-        check_interpolations(written, origin)
-        value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), written))
+        yield
     except ConfigKeyError as error:
         fields = dataclasses.fields(error.object_type) if dataclasses.is_dataclass(error.object_type) else ()
         known = [f.name for f in fields if not f.metadata.get("omegaconf_ignore")]
@@ -156,9 +187,6 @@ def typed(schema: type[T] | T, written: DictConfig | dict[str, Any], origin: str
     except OmegaConfBaseException as error:
         key = error.full_key or (culprit(schema, written) if isinstance(written, DictConfig) else "")
         raise UserError(f"{origin}: {key or 'value'}: {_first_line(error)}") from error
-    for key, entry, allowed in numbers(value):
-        check_number(key, entry, allowed, f"{origin}: ")
-    return value  # type: ignore[return-value]
 
 
 def check_number(key: str, value: Any, allowed: Range, where: str = "") -> None:
@@ -187,44 +215,39 @@ def ranges(schema: type, prefix: str = "") -> dict[str, Range]:
     return found
 
 
-def numbers(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Range]]:
-    """Yield dotted key, value and range of what the fields of a dataclass instance say are numbers, nested ones too.
+def entries(value: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, Range]]:
+    """Yield dotted key, value, type and range of all that a dataclass instance holds, nested ones too.
 
-    Values that are None are left out.
+    Values that are None are left out. The type is `Any` where the field's is, a plain one such as int otherwise.
     """
     for each in dataclasses.fields(value):
         if not each.metadata.get("omegaconf_ignore"):
-            allowed = each.metadata.get("range", FINITE)
-            of_numbers = "range" in each.metadata or _is_number(_hints(type(value))[each.name])
-            yield from _numbers(getattr(value, each.name), f"{prefix}{each.name}", allowed, of_numbers)
+            key, allowed = f"{prefix}{each.name}", each.metadata.get("range", FINITE)
+            yield from _entries(getattr(value, each.name), key, _hints(type(value))[each.name], allowed)
 
 
-def _numbers(value: Any, key: str, allowed: Range, of_numbers: bool) -> Iterator[tuple[str, Any, Range]]:
-    if dataclasses.is_dataclass(value):
-        yield from numbers(value, f"{key}.")
-    elif isinstance(value, dict):
+def _entries(value: Any, key: str, annotation: Any, allowed: Range) -> Iterator[tuple[str, Any, Any, Range]]:
+    parts = [part for part in typing.get_args(annotation) if part is not type(None)]
+    kind = typing.get_origin(annotation)
+    if value is None:
+        return
+    if kind in (types.UnionType, typing.Union):
+        yield from _entries(value, key, parts[0] if len(parts) == 1 else Any, allowed)
+    elif dataclasses.is_dataclass(value):
+        yield from entries(value, f"{key}.")
+    elif isinstance(value, dict) and (kind is dict or annotation is Any):
         for name, entry in value.items():
-            yield from _numbers(entry, f"{key}.{name}", allowed, of_numbers)
-    elif isinstance(value, list):
+            yield from _entries(entry, f"{key}.{name}", parts[1] if parts else Any, allowed)
+    elif isinstance(value, list) and (kind is list or annotation is Any):
         for index, entry in enumerate(value):
-            yield from _numbers(entry, f"{key}[{index}]", allowed, of_numbers)
-    elif isinstance(value, float) or (of_numbers and value is not None):
-        yield key, value, allowed
+            yield from _entries(entry, f"{key}[{index}]", parts[0] if parts else Any, allowed)
+    else:
+        yield key, value, annotation, allowed
 
 
 @functools.cache
 def _hints(schema: type) -> dict[str, Any]:
     return typing.get_type_hints(schema)
-
-
-def _is_number(annotation: Any) -> bool:
-    """Return True for int, float, and optional ones, lists and mappings of them."""
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) is dict:
-        return _is_number(parts[1])
-    if parts:
-        return all(part is type(None) or _is_number(part) for part in parts)
-    return annotation in (int, float)
 
 
 def culprit(schema: Any, written: DictConfig) -> str:

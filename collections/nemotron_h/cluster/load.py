@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from nemotron_h.cluster.schema import KINDS, Cluster, KubernetesCluster, SlurmCluster
+from nemotron_h.cluster.schema import KINDS, Cluster, SlurmCluster
 from nemotron_h.duration import seconds_of
 from nemotron_h.errors import UserError
-from nemotron_h.strict import nearest, typed
+from nemotron_h.strict import merged, nearest, typed
 from nemotron_h.strict_yaml import parse_settings, read_config
 
 GPU_REQUESTS = ("gpus_per_node", "gres", "none")
@@ -51,43 +51,27 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
         raise UserError(f"{path}: kind = {kind!r}", hint=hint)
     base = read_config(shipped_dir() / f"{kind}.yaml")
     given = parse_settings(overrides, "executor")
-    _known(kind, written, str(path))
-    _known(kind, given, "executor")
-    merged = OmegaConf.merge(base, written, given)
-    missing = sorted(OmegaConf.missing_keys(merged))
+    content = merged(KINDS[kind], (base, kind), (written, str(path)), (given, "executor"))
+    missing = sorted(OmegaConf.missing_keys(content))
     if missing:
         given_on_line = " ".join(f"executor.{key}=..." for key in missing)
         raise UserError(
             f"{path}: {', '.join(missing)} {'is a placeholder' if len(missing) == 1 else 'are placeholders'}",
             hint=f"fill in a cluster file of your own (kind: {kind}) and give executor=FILE, or add {given_on_line}",
         )
-    cluster = typed(KINDS[kind], merged, str(path))
+    cluster = typed(KINDS[kind], content, str(path))
     _check(cluster, str(path))
     return cluster
-
-
-def _known(kind: str, written: DictConfig, origin: str) -> None:
-    """Unknown keys, before placeholders are complained about."""
-    known = list(KINDS[kind].__dataclass_fields__)
-    for key in written:
-        if key not in known:
-            raise UserError(
-                f"{origin}: unknown key {key}", hint=f"{nearest(str(key), known)}Known keys there: {', '.join(known)}."
-            )
 
 
 def _check(cluster: Cluster, origin: str) -> None:
     if cluster.kind != "local" and not cluster.work_dir.startswith("/"):
         raise UserError(f"{origin}: work_dir = {cluster.work_dir}", hint="write an absolute path: all nodes go there")
-    if isinstance(cluster, SlurmCluster | KubernetesCluster) and cluster.leave_before_end < 1:
-        raise UserError(f"{origin}: leave_before_end = {cluster.leave_before_end}", hint="write seconds, at least 1")
     if not isinstance(cluster, SlurmCluster):
         return
     if cluster.gpus not in GPU_REQUESTS:
         hint = f"{nearest(cluster.gpus, GPU_REQUESTS)}Known: {', '.join(GPU_REQUESTS)}."
         raise UserError(f"{origin}: gpus = {cluster.gpus!r}", hint=hint)
-    if cluster.chain < 1:
-        raise UserError(f"{origin}: chain = {cluster.chain}", hint="write the number of jobs, at least 1")
     if cluster.mounts and not cluster.container:
         raise UserError(f"{origin}: mounts without a container", hint="set container to an image, or remove mounts")
     limit = seconds_of(cluster.time, f"{origin}: time: ")

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from nemotron_h.schema import COUNT
+from nemotron_h.strict import number
+
 
 @dataclass
 class Cluster:
@@ -24,8 +27,8 @@ class Cluster:
 
     kind: str = MISSING
     work_dir: str = MISSING
-    nodes: int | None = None
-    devices: int | None = None
+    nodes: int | None = number(None, least=1, most=2**20)
+    devices: int | None = number(None, least=1, most=2**20)
     env: dict[str, str] = MISSING
 
 
@@ -55,8 +58,8 @@ class SlurmCluster(Cluster):
     account: str = MISSING
     partition: str = MISSING
     time: str = MISSING
-    leave_before_end: int = MISSING
-    chain: int = MISSING
+    leave_before_end: int = number(least=1, most=COUNT)
+    chain: int = number(least=1, most=10_000)
     gpus: str = MISSING
     exclusive: bool = MISSING
     container: str | None = MISSING
@@ -91,7 +94,7 @@ class KubernetesCluster(Cluster):
     gpus: bool = MISSING
     cpu: str | None = MISSING
     memory: str | None = MISSING
-    leave_before_end: int = MISSING
+    leave_before_end: int = number(least=1, most=COUNT)
     pull_secrets: list[str] = MISSING
     tolerations: list[dict[str, str]] = MISSING
     labels: dict[str, str] = MISSING
