@@ -28,7 +28,7 @@ from nemotron_h.errors import UserError
 from nemotron_h.model.stored import is_path, read_model
 from nemotron_h.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema import RecipeConfig
-from nemotron_h.strict import check_interpolations, nearest, typed
+from nemotron_h.strict import check_interpolations, culprit, nearest, typed
 from nemotron_h.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
 
 
@@ -200,7 +200,7 @@ def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tup
         check_interpolations(composed, origin)
         OmegaConf.resolve(composed)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{origin}: {_problem(error)}") from error
+        raise UserError(f"{origin}: {_culprit(directory / f'{name}.yaml')}{_problem(error)}") from error
     except RecursionError as error:
         raise UserError(
             f"{origin}: its defaults, or its interpolations, lead back to themselves",
@@ -214,6 +214,14 @@ def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tup
         if file is not None and not str(part.package or "").startswith("hydra"):
             layers.append(Layer(file, part.package or ""))
     return composed, layers
+
+
+def _culprit(file: Path) -> str:
+    """Return the key of a recipe's own file that no merge can take, such as a list where keys belong; empty if none."""
+    content = as_config(parse_yaml(read_bounded(file), str(file)), str(file))
+    content.pop("defaults", None)
+    key = culprit(RecipeConfig, content)
+    return f"{key}: " if key else ""
 
 
 def _problem(error: Exception) -> str:

@@ -42,8 +42,8 @@ def check_one_of(key: str, value: str, allowed: Iterable[str], where: str = "") 
         raise UserError(f"{where}{key} = {value!r}", hint=f"{nearest(value, allowed)}Known: {', '.join(allowed)}.")
 
 
-#: ours: letters of names that become a folder's or a file's; 100 of them leave room for what is added to a name
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+#: ours: letters of names that become a folder's or a file's; 200 of them leave room for what is added to a name
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 #: ours: the text that interpolations may make of a file
 _MAX_INTERPOLATED = 2**22
 
@@ -63,7 +63,7 @@ def check_name(key: str, value: str, where: str = "") -> None:
         shown = repr(value) if len(value) <= 60 else f"{value[:50]!r}... ({len(value):,} characters)"
         raise UserError(
             f"{where}{key}{' = ' if key else ''}{shown} is not a name",
-            hint="use letters, digits, _ . - (the first a letter or digit, 100 at most): a folder is named after it",
+            hint="use letters, digits, _ . - (the first a letter or digit, 200 at most): a folder is named after it",
         )
 
 
@@ -202,6 +202,7 @@ def check_number(key: str, value: Any, allowed: Range, where: str = "") -> None:
         raise UserError(f"{where}{key} = {str(value)[:60]} {problem}", hint=hint)
 
 
+@functools.cache
 def ranges(schema: type, prefix: str = "") -> dict[str, Range]:
     """Return the ranges that a dataclass and those in it state, by dotted key."""
     found: dict[str, Range] = {}

@@ -133,6 +133,8 @@ def test_impossible_children() -> None:
 def test_definition_of_a_child() -> None:
     d = plain_model.definition(sources={"pattern": "paper 1", "hidden_size": "paper 2", "head_dim": "paper 3"})
     child = draw_child(d, "all")
+    with pytest.raises(UserError, match="the child's name = 'a/b' is not a name"):
+        child_definition(d, child, "a/b")
     made = child_definition(d, replace(child, **vars(Child.whole(d, (0, 1, 3)))), "c")
     assert (made.pattern, made.family) == ("M-*", "pruned")
     assert made.sources == {"pattern": "pruned from small", "hidden_size": "paper 2", "head_dim": "paper 3"}

@@ -326,6 +326,9 @@ def test_validation_length_and_sources_too_small_for_it(prepared: Path, monkeypa
     assert data.trainer.limit_val_batches == windows // 16 * 4
     assert data.trainer.num_sanity_val_steps == 4
     assert len(loader(data, validation=True)) == data.trainer.limit_val_batches
+    everything = started(module(prepared, micro_batch_size=4, seq_length=64), limit_val_batches=10**9)
+    assert everything.validation_samples == data.validation_samples
+    assert [line for line in said if "not 1,000,000,000: more would repeat held-out text" in line]
     with pytest.raises(UserError, match="validation text"):
         started(module(prepared, seq_length=1500)).val_dataloader()
 

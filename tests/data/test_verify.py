@@ -151,6 +151,28 @@ def test_settings_edited_since(prepared):
         check(prepared)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["tokenizer"].update(eod_id=7), r"manifest\.json: tokenizer\.eod_id is 7, the tokenizer's 0"),
+        (lambda m: m["tokenizer"].update(vocab_size=401), "prepared with another tokenizer"),
+        (lambda m: m["sources"]["web"]["splits"].clear(), r"sources\.web\.splits: train is missing"),
+        (lambda m: m["sources"]["web"]["splits"].update(test=m["sources"]["web"]["splits"]["train"]), "splits: test"),
+        (
+            lambda m: m["sources"]["web"]["splits"]["train"].update(tokens="many"),
+            r"splits\.train\.tokens: Value 'many'",
+        ),
+    ],
+)
+def test_a_manifest_that_was_edited(prepared, change, message):
+    path = prepared.prepared / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        full(prepared)
+
+
 def test_source_added_since(prepared):
     prepared.content["sources"]["new"] = dict(prepared.content["sources"]["web"])
     with pytest.raises(UserError, match="sources new are not prepared"):

@@ -81,5 +81,8 @@ def test_refused(change: dict, message: str) -> None:
 
 
 def test_names() -> None:
+    with pytest.raises(UserError, match=r"the model's name = '\.\./x' is not a name"):
+        from_config(config_of(shipped("nemotron_h_tiny")), "../x", "config.json")
+    assert definition_name("Ünï Modell 8B") == "n_modell_8b"
     assert definition_name("Nemotron-H-8B Base") == "nemotron_h_8b_base"
     assert definition_name("...") == "imported"

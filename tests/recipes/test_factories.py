@@ -100,12 +100,13 @@ def test_a_variant_has_a_name_of_its_own(parsed) -> None:
 @pytest.mark.slow
 def test_a_recipe_file_of_another_stage_names_its_command(parsed, tmp_path: Path) -> None:
     from nemotron_h.errors import UserError
+    from nemotron_h.schema import factory_of_file
 
-    file = tmp_path / "mine.yaml"
+    file = tmp_path / "a, b (1) [2] 50%.yaml"
     file.write_text("# @package _global_\ndefaults: [/nemotron_h_tiny/sft, _self_]\nname: mine\n")
-    assert parsed(f"nemotron_h_recipe(path={file})", command="finetune").log.explicit_log_dir == "runs/mine"
+    assert parsed(factory_of_file(file), command="finetune").log.explicit_log_dir == "runs/mine"
     with pytest.raises(UserError, match="nemo llm finetune"):
-        parsed(f"nemotron_h_recipe(path={file})")
+        parsed(factory_of_file(file))
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import numpy as np
 
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, WIDTHS, Expect, ModelDefinition, family_of
+from nemotron_h.strict import check_name
 
 Indices = np.ndarray
 
@@ -116,6 +117,7 @@ def child_definition(parent: ModelDefinition, child: Child, name: str) -> ModelD
     changed = sorted(key for key, value in values.items() if value != getattr(parent, key))
     sources = {key: text for key, text in parent.sources.items() if key not in changed}
     sources.update({key: f"pruned from {parent.name}" for key in changed if values[key]})
+    check_name("the child's name", name)
     made = replace(parent, name=name, family=family_of(pattern), expect=Expect(0, 0, 0, 0), sources=sources, **values)
     made.validate_structure(name)
     counts = Expect(*(made.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), made.parameters)

@@ -323,7 +323,7 @@ def _list(value: Any) -> list[Any]:
 
 def _name_problems(key: str, name: str) -> Iterator[str]:
     if not is_name(name):
-        yield f"{key}: {name[:60]!r} is not a name (letters, digits, _ . -, at most 100)"
+        yield f"{key}: {name[:60]!r} is not a name (letters, digits, _ . -, at most 200)"
 
 
 def available_blends() -> dict[str, Path]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition, family_of
+from nemotron_h.strict import check_name
 
 MODEL_TYPE = "nemotron_h"
 #: the released models' value, for a checkpoint whose record tells no sequence length; nothing computes with it
@@ -115,6 +116,7 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
     Errors:
         UserError: another architecture; a variant of this one that the family does not have; a value is missing.
     """
+    check_name("the model's name", name, f"{origin}: ")
     _check_architecture(config, origin)
     pattern = _pattern(config, origin)
     values: dict[str, Any] = {"pattern": pattern}
@@ -157,7 +159,7 @@ def _positive(value: Any, key: str, origin: str, *, whole: bool) -> int | float:
 
 def definition_name(folder_name: str) -> str:
     """A folder's name as a definition's: lower case, words joined by `_`."""
-    return re.sub(r"\W+", "_", folder_name.lower()).strip("_") or "imported"
+    return re.sub(r"\W+", "_", folder_name.lower(), flags=re.ASCII).strip("_")[:100] or "imported"
 
 
 def _check_architecture(config: Mapping[str, Any], origin: str) -> None:

@@ -11,7 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from nemotron_h.errors import UserError
-from nemotron_h.strict import nearest
+from nemotron_h.schema import ModelSchema
+from nemotron_h.strict import check_number, nearest, ranges
 
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn"}
@@ -27,6 +28,9 @@ WIDTHS = {
     ATTENTION: ("num_attention_heads", "num_query_groups", "head_dim"),
     FFN: ("ffn_hidden_size",),
 }
+
+
+_WHOLE = {each.name for each in fields(ModelSchema) if each.type == "int"}
 
 
 @dataclass(frozen=True)
@@ -227,8 +231,13 @@ class ModelDefinition:
                 )
 
     def _validate_widths(self, origin: str) -> None:
-        for key in ("hidden_size", "vocab_size", "norm_epsilon", "init_std"):
-            self._validate_positive(origin, key)
+        for key, allowed in ranges(ModelSchema).items():
+            if key.startswith("expect."):
+                continue
+            value = getattr(self, key)
+            check_number(f"model.{key}", value, allowed, f"{origin}: ")
+            if isinstance(value, float) and key in _WHOLE:
+                raise UserError(f"{origin}: model.{key} = {value} is not a whole number")
         for symbol, keys in WIDTHS.items():
             for key in keys:
                 if symbol in self.pattern:
