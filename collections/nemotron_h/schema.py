@@ -220,7 +220,7 @@ class PreferenceSchema:
     """
 
     loss: str = MISSING
-    beta: float = number(0.2, most=1e6)
+    beta: float = number(0.2, above=0, most=1e6)
     gt_reward_scale: float = number(1.0, least=-1e6, most=1e6)
     reward_gap: float | None = number(None, least=-1e6, most=1e6)
 
@@ -266,13 +266,13 @@ class DistillSchema:
     """
 
     teacher: str | None = None
-    temperature: float = number(1.0, most=1e6)
+    temperature: float = number(1.0, above=0, most=1e6)
     reverse: bool = False
     kl_weight: float = number(1.0, least=0, most=1e6)
     lm_weight: float = number(0.0, least=0, most=1e6)
     hidden_weight: float = number(0.0, least=0, most=1e6)
     hidden_layers: list[list[int]] = field(default_factory=list, metadata=within(most=COUNT))
-    top_k: int | None = number(None, most=VOCABULARY)
+    top_k: int | None = number(None, least=1, most=VOCABULARY)
     teacher_logits: str | None = None
 
 
@@ -300,7 +300,7 @@ class LogSchema:
         dir: parent of the run's folder.
         every_steps: steps between progress lines.
         validate_every_steps: steps between validations.
-        validation_batches: global batches per validation.
+        validation_batches: global batches per validation, at most as many as the held-out text has.
         tensorboard: whether to write TensorBoard events.
     """
 

@@ -21,9 +21,12 @@ from nemotron_h.cluster import load as clusters
 from nemotron_h.compose import compose, configs_dir
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest
+from nemotron_h.data.tokenizer import load_tokenizer
+from nemotron_h.data.tokenizer_base import META_FILE
 from nemotron_h.model.stored import read_model
 from nemotron_h.schema import RecipeConfig
 from nemotron_h.strict import Range, ranges
+from nemotron_h.training import checkpoints
 
 
 @dataclass(frozen=True)
@@ -301,14 +304,14 @@ def models(rng: random.Random, folder: Path) -> Iterator[Bad]:
         )
 
 
-def broken_json(rng: random.Random, content: dict[str, Any]) -> tuple[str, bytes]:
-    """Return what is wrong with a JSON object of which every value is needed, and its bytes."""
+def broken_json(rng: random.Random, content: dict[str, Any], *, needed: bool = True) -> tuple[str, bytes]:
+    """Return what is wrong with a JSON object, and its bytes; `needed` says that none of its keys may be missing."""
     text = json.dumps(content, indent=1)
     changed = copy.deepcopy(content)
     node, key = changed, rng.choice(sorted(changed))
     while isinstance(node[key], dict) and node[key] and rng.random() < 0.8:
         node, key = node[key], rng.choice(sorted(node[key]))
-    removed = rng.random() < 0.3
+    removed = needed and rng.random() < 0.3
     if removed:
         del node[key]
     else:
@@ -371,15 +374,43 @@ def manifests(rng: random.Random, folder: Path) -> Iterator[Bad]:
         )
 
 
+def integrity_files(rng: random.Random, folder: Path) -> Iterator[Bad]:
+    """Yield the `integrity.json` of checkpoints, by `read_integrity`."""
+    for number in range(10**6):
+        checkpoint = folder / f"checkpoint{number}"
+        checkpoint.mkdir()
+        what, data = broken_json(rng, {"run.json": [10, "ab"], "weights/__0_0.distcp": [20, "cd"]}, needed=False)
+        (checkpoint / "integrity.json").write_bytes(data)
+        yield Bad(f"integrity.json: {what}", ("integrity.json",), lambda c=checkpoint: checkpoints.read_integrity(c))
+
+
+def tokenizers(rng: random.Random, folder: Path) -> Iterator[Bad]:
+    """Yield folders of tokenizers, by `load_tokenizer`: what says how to read one, and the one that it names."""
+    for number in range(10**6):
+        place = folder / f"tokenizer{number}"
+        place.mkdir()
+        what, data = broken_json(rng, {"kind": "bpe"})
+        if rng.random() < 0.5:
+            what, data = "no such kind", json.dumps({"kind": _mistyped(rng, "bpe")}).encode()
+        elif rng.random() < 0.5:
+            what, library = broken_json(rng, {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}})
+            what, data = f"tokenizer.json: {what}", b'{"kind": "bpe"}'
+            (place / "tokenizer.json").write_bytes(library)
+        (place / META_FILE).write_bytes(data)
+        yield Bad(f"tokenizer: {what}", (place.name,), lambda place=place: load_tokenizer(place))
+
+
 #: door -> how many of its inputs a test takes
 DOORS: dict[Callable[[random.Random, Path], Iterator[Bad]], int] = {
     recipes: 80,
-    settings: 60,
+    settings: 50,
     blends: 60,
     cluster_files: 30,
     models: 20,
     run_records: 25,
     manifests: 25,
+    integrity_files: 15,
+    tokenizers: 15,
 }
 
 

@@ -48,10 +48,10 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         # keys of another stage
         (TINY, ["distill.temperature=2"], ("distill is unused: stage is pretrain",)),
         (DISTILL, ["distill.teacher=null"], ("distill.teacher is missing", "a run's folder")),
-        (DISTILL, ["distill.temperature=0"], ("distill.temperature = 0.0 is not positive", "the paper's is 1")),
+        (DISTILL, ["distill.temperature=0"], ("distill.temperature = 0.0 is not above 0",)),
         (DISTILL, ["distill.lm_weight=-1"], ("distill.lm_weight = -1.0 is below 0",)),
         (DISTILL, ["distill.kl_weight=0"], ("nothing would be learnt",)),
-        (DISTILL, ["distill.top_k=9000"], ("distill.top_k = 9000 is not between 1", "8,192")),
+        (DISTILL, ["distill.top_k=9000"], ("distill.top_k = 9000 is above the vocabulary of 8,192",)),
         (
             DISTILL,
             ["distill.teacher_logits=runs/x", "distill.hidden_weight=1"],
@@ -121,13 +121,13 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["checkpoint.keep=0"], ("checkpoint.keep = 0",)),
         # schedule
         (TINY, ["optim.warmup_tokens=1M"], ("optim.warmup_tokens (1,000,000) is not shorter than the run (655,360",)),
-        (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is above optim.peak_lr", "3e-05")),
+        (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is not between 0 and optim.peak_lr", "3e-05")),
         (TINY, ["tokens=1.5"], ("tokens: '1.5' is not a token count",)),
         (NANO, ["optim.decay_tokens=null"], ("optim.decay_tokens is missing", "3.6T")),
         (NANO, ["optim.decay_tokens=20T"], ("are longer than the run", "decay for 19,975,000,000,000 tokens or less")),
         # preferences and long conversations
         (DPO, ["preference.loss=rpo_bwd"], ("preference.loss = 'rpo_bwd'", "Did you mean rpo_bwd_kl?")),
-        (DPO, ["preference.beta=0"], ("preference.beta = 0", "is not positive")),
+        (DPO, ["preference.beta=0"], ("preference.beta = 0.0 is not above 0",)),
         (DPO, ["preference.reward_gap=1"], ("preference.reward_gap is unused: dpo reads no rewards", "rpo_bwd_kl")),
         (RPO, ["preference.gt_reward_scal=2"], ("unknown key preference.gt_reward_scal", "gt_reward_scale?")),
         (DPO, ["data.too_long=null"], ("data.too_long = ''", "Known: cut, drop")),
