@@ -5,7 +5,6 @@ and megatron-core here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,20 +16,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 
 import tiny_pipeline
-from forks import Forks
+from forks import FORKS, Forks
 from megatron_on_one_rank import megatron  # noqa: F401
 
 from nemotron_h.training import launch
 
 
 @pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
+def forks() -> Forks:
     """Runs programs of one rank or more, without importing NeMo for each."""
-    made = Forks()
-    yield made
-    if made.process is not None:
-        made.process.kill()  # leaving by itself takes it seconds
-        made.process.wait()
+    return FORKS
 
 
 @pytest.fixture(scope="session")

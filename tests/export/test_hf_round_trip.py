@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import FORKS
 from safetensors.torch import load_file
 from save_checkpoint import save
 from small_model import VOCABULARY, pure_config, small_config, small_model, tokens
@@ -144,9 +142,7 @@ def layouts(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Checkpoints of one rank and of two of each kind; initial weights do not depend on the layout."""
     folder = tmp_path_factory.mktemp("layouts")
     worker = Path(__file__).parents[1] / "inference" / "save_checkpoint.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(folder), "tp2", "pp2"], check=True, timeout=300, env=environment)
+    FORKS.launch(worker, str(folder), "tp2", "pp2", folder=folder, ranks=2)
     save(small_config().configure_model(None), folder / "one")
     return {name: folder / name for name in ("one", "tp2", "pp2")}
 

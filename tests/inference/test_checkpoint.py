@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import FORKS
 from save_checkpoint import finish, save
 from small_model import small_config, small_model
 
@@ -70,9 +71,7 @@ def test_index_needs_no_megatron(run: Path) -> None:
 def test_layouts(tmp_path: Path) -> None:
     """Initial weights do not depend on the layout, so whole and sharded checkpoints must be equal bit for bit."""
     worker = Path(__file__).with_name("save_checkpoint.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path), "tp2", "pp2"], check=True, timeout=300, env=environment)
+    FORKS.launch(worker, str(tmp_path), "tp2", "pp2", folder=tmp_path, ranks=2)
     whole = tensors(load_model(save(small_config().configure_model(None), tmp_path / "one")))
     for layout in ("tp2", "pp2"):
         sharded = tensors(load_model(tmp_path / layout))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from forks import FORKS
 
 WORKER = Path(__file__).with_name("worker.py")
 TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2", "dp2", "dp2opt", "tp2spopt")
@@ -20,9 +22,7 @@ FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 
 def launch(ranks: int, out: Path, names: tuple[str, ...]) -> dict[str, dict]:
     """Train the layouts on this many ranks; what rank 0 saved."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*command, str(WORKER), str(out), *names], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]
+    FORKS.launch(WORKER, str(out), *names, folder=out.parent, ranks=ranks, seconds=600)
     return torch.load(out)
 
 

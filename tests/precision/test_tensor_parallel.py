@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from forks import FORKS
 
 WORKER = Path(__file__).with_name("tensor_parallel_worker.py")
 RECIPES = ("fp8_current_scaling", "fp8_blockwise")
@@ -19,9 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     found = []
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp("ranks") / f"{ranks}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        done = subprocess.run([*command, str(WORKER), str(out), *RECIPES], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
+        FORKS.launch(WORKER, str(out), *RECIPES, folder=out.parent, ranks=ranks)
         found.append(torch.load(out))
     return found
 

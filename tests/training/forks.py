@@ -6,6 +6,7 @@ each rank is a process, which ends in its own way; where one fails the others ar
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import runpy
@@ -23,12 +24,22 @@ class Forks:
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
 
-    def run(self, program: str, *arguments: str, folder: Path, name: str, ranks: int = 1, seconds: float = 300) -> int:
+    def run(
+        self,
+        program: str,
+        *arguments: str,
+        folder: Path,
+        name: str,
+        ranks: int = 1,
+        torchrun: bool = False,
+        seconds: float = 300,
+    ) -> int:
         """Run a script (its path) or a module (its name) and wait for it.
 
         Args:
             folder: where it runs, and where NAME.out and NAME.err go.
-            ranks: processes, as torchrun starts them.
+            ranks: processes, several as torchrun starts them.
+            torchrun: one too.
             seconds: after which it is killed.
         Returns:
             its exit code, negative where a signal ended it; of several ranks that of the first that failed.
@@ -44,9 +55,16 @@ class Forks:
             )
         out, err = (str(folder / f"{name}.{end}") for end in ("out", "err"))
         order = {"program": program, "arguments": arguments, "folder": str(folder), "out": out, "err": err}
-        self.process.stdin.write(json.dumps({**order, "ranks": ranks, "seconds": seconds}) + "\n")
+        order |= {"ranks": ranks, "torchrun": torchrun or ranks > 1, "seconds": seconds}
+        self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
+
+    def launch(self, program: Path, *arguments: str, folder: Path, ranks: int, seconds: float = 300) -> None:
+        """Run a script on ranks as torchrun does, and fail where it fails."""
+        name = f"{program.stem}-{ranks}"
+        code = self.run(str(program), *arguments, folder=folder, name=name, ranks=ranks, torchrun=True, seconds=seconds)
+        assert code == 0, (folder / f"{name}.err").read_text()[-4000:]
 
     def close(self) -> None:
         """End the process."""
@@ -55,8 +73,8 @@ class Forks:
             self.process.wait()
 
 
-def _environments(ranks: int) -> list[dict[str, str]]:
-    if ranks == 1:
+def _environments(ranks: int, torchrun: bool) -> list[dict[str, str]]:
+    if not torchrun:
         return [{}]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -122,7 +140,7 @@ def serve() -> None:
         for path in (order["out"], order["err"]):
             Path(path).write_text("")
         pids = []
-        for environment in _environments(order["ranks"]):
+        for environment in _environments(order["ranks"], order["torchrun"]):
             pid = os.fork()
             if not pid:
                 os.close(replies)
@@ -137,6 +155,10 @@ def serve() -> None:
             pids.append(pid)
         os.write(replies, f"{_wait(pids, order['seconds'])}\n".encode())
 
+
+#: of this process: whatever folder a test is of, NeMo is imported once
+FORKS = Forks()
+atexit.register(FORKS.close)
 
 if __name__ == "__main__":
     serve()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import random
 import shutil
@@ -10,7 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from forks import Forks
+from forks import FORKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemotron_h.provenance import leaves
@@ -76,10 +75,6 @@ optim: {{peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024}}
 checkpoint: {{every_steps: 4}}
 log: {{dir: {runs}, validate_every_steps: 6, validation_batches: 1}}
 """
-
-
-FORKS = Forks()
-atexit.register(FORKS.close)
 
 
 @dataclass
