@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_h.cluster.jobs import Job
 from nemotron_h.compression.stages import Pipeline, Stage
 from nemotron_h.errors import UserError
 from nemotron_h.locks import locked
@@ -127,3 +128,19 @@ def test_a_single_stage_needs_those_before_it(chain: Chain) -> None:
     assert chain.ran == ["a", "b"]
     with pytest.raises(UserError, match="there is no stage 'd'"):
         chain.pipeline.run("d")
+
+
+def test_a_folder_that_a_job_still_writes_to_is_not_cleared(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    queued = ["RUNNING"]
+    monkeypatch.setattr(Job, "state", lambda job: queued[0] if job.id == "7" else "")
+    chain.pipeline.run()
+    folder = chain.pipeline.path("a")
+    Job("6", "/logs").record(folder / "ended.job.json")
+    Job("7", "/logs").record(folder / "child.job.json")
+    chain.settings["a"] = 8
+    with pytest.raises(UserError, match=r"child of .* with other inputs, and its job 7 is in the queue") as raised:
+        chain.pipeline.run()
+    assert raised.value.hint.startswith("end it: scancel 7")
+    queued[0] = ""
+    chain.pipeline.run()
+    assert (chain.number("a"), chain.number("c")) == (16, 5)

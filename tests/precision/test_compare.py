@@ -26,6 +26,7 @@ from forks import FORKS
 from small_run import WORKER
 
 from nemotron_h.cli import app
+from nemotron_h.cluster.place import place_of
 from nemotron_h.comparison import gap, launch
 from nemotron_h.comparison.results import read_casts, results
 from nemotron_h.comparison.runs import comparison
@@ -351,6 +352,15 @@ def test_an_override_that_fits_the_steps_need_not_fit_the_recipe(recipe: Path) -
 def test_mistakes_are_found_before_a_run_starts(recipe: Path, steps: int, options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         comparison(str(recipe), steps, **options)
+
+
+def test_a_comparison_of_several_nodes_goes_to_a_cluster(recipe: Path, tmp_path: Path) -> None:
+    slurm = ["executor=slurm", "executor.account=a", "executor.partition=p", f"executor.work_dir={tmp_path}"]
+    place, _ = place_of(slurm)
+    made = comparison(str(recipe), 8, overrides=["parallel.nodes=2", "log.dir=runs"], place=place)
+    assert made.out == tmp_path / "runs" / "small-precision"
+    assert {run.folder.parent for run in made.runs} == {made.out}
+    assert {run.recipe.parallel.nodes for run in made.runs} == {2}
 
 
 def test_a_recipe_without_a_length_is_refused(recipe: Path) -> None:

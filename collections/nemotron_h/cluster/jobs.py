@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import subprocess
 import time
@@ -13,6 +15,8 @@ from nemotron_h.errors import UserError
 
 #: seconds between questions to Slurm, and how many of them in a row may stay without an answer (ours)
 ASK_S, SILENT = 15.0, 40
+#: ends the name of the file, beside a run's recipe, that says which job it is
+RECORD = ".job.json"
 _LINE = re.compile(r"^submitted: job (\S+), output in (.+)$", re.MULTILINE)
 _ENDED = re.compile(r"^job exited with code (\d+)$", re.MULTILINE)
 
@@ -36,6 +40,22 @@ class Job:
     def line(self) -> str:
         """Return what `nemo` prints of it."""
         return f"submitted: job {self.id}, output in {self.logs}"
+
+    @classmethod
+    def recorded(cls, record: Path) -> Job | None:
+        """Read it back from the file that `record` wrote; None where there is none."""
+        return cls(**json.loads(record.read_text())) if record.is_file() else None
+
+    def record(self, record: Path) -> None:
+        """Write it to a file, for a later call of the same command."""
+        record.write_text(json.dumps(dataclasses.asdict(self)))
+
+    def is_queued(self) -> bool:
+        """Whether it is in the queue; where Slurm does not answer it is taken to be."""
+        try:
+            return bool(self.state())
+        except QueueError:
+            return True
 
     @classmethod
     def of_line(cls, text: str) -> Job | None:
@@ -78,6 +98,22 @@ class Job:
         files = sorted(Path(self.logs).glob("sbatch_*"), key=lambda path: path.stat().st_mtime)
         codes = _ENDED.findall(files[-1].read_text(errors="replace")) if files else []
         return int(codes[-1]) if codes else None
+
+
+def check_none_queued(folder: Path) -> None:
+    """Refuse to clear a folder that a job still writes to.
+
+    Errors:
+        UserError: names the job.
+    """
+    for record in sorted(folder.glob(f"*{RECORD}")):
+        job = Job.recorded(record)
+        if job.is_queued():
+            name = record.name.removesuffix(RECORD)
+            raise UserError(
+                f"{name} of {folder} was begun with other inputs, and its job {job.id} is in the queue",
+                hint=f"end it: scancel {job.id}; or go back to those inputs and let it end",
+            )
 
 
 class Watch:

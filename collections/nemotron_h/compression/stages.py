@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.cluster.jobs import check_none_queued
 from nemotron_h.data.manifest import write_json
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
@@ -187,6 +188,7 @@ class Pipeline:
         """Make way for other inputs; the work of the time before is kept once."""
         if not folder.exists():
             return
+        check_none_queued(folder)
         aside = folder.with_name(folder.name + ASIDE)
         if aside.exists():
             shutil.rmtree(aside)

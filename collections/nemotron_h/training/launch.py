@@ -6,7 +6,6 @@ again. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shlex
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nemotron_h.children import end_with_parent
-from nemotron_h.cluster.jobs import Job, QueueError, Watch
+from nemotron_h.cluster.jobs import RECORD, Job, Watch
 from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.errors import UserError
 from nemotron_h.recipe.text import to_yaml
@@ -251,11 +250,11 @@ class _Job:
     again = "run the same command again: it submits more jobs, which continue"
 
     def __init__(self, run: Run, place: Place, console: Console) -> None:
-        self.record = run.recipe_file.with_suffix(".job.json")
-        self.job = Job(**json.loads(self.record.read_text())) if self.record.is_file() else None
-        if self.job is None or not _queued(self.job):
+        self.record = run.recipe_file.with_name(run.name + RECORD)
+        self.job = Job.recorded(self.record)
+        if self.job is None or not self.job.is_queued():
             self.job = _submit(run, place)
-            self.record.write_text(json.dumps(dataclasses.asdict(self.job)))
+            self.job.record(self.record)
         self.output = _Output(self.job.log)
         self.watch = Watch(self.job, lambda line: console.print(f"{run.name}: {line}", highlight=False, markup=False))
 
@@ -287,14 +286,6 @@ def _submit(run: Run, place: Place) -> Job:
     if done.returncode or job is None:
         raise UserError(f"{run.name} was not submitted: {_reason(done.stdout + done.stderr)}", hint=f"see {log}")
     return job
-
-
-def _queued(job: Job) -> bool:
-    """Whether a job that an earlier call submitted is in the queue; where Slurm does not answer it is taken to be."""
-    try:
-        return bool(job.state())
-    except QueueError:
-        return True
 
 
 def _check_ended(run: Run, steps: int, begun: _Process | _Job) -> None:
