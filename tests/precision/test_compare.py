@@ -357,8 +357,8 @@ def test_mistakes_are_found_before_a_run_starts(recipe: Path, steps: int, option
 def test_a_comparison_of_several_nodes_goes_to_a_cluster(recipe: Path, tmp_path: Path) -> None:
     slurm = ["executor=slurm", "executor.account=a", "executor.partition=p", f"executor.work_dir={tmp_path}"]
     place, _ = place_of(slurm)
-    made = comparison(str(recipe), 8, overrides=["parallel.nodes=2", "log.dir=runs"], place=place)
-    assert made.out == tmp_path / "runs" / "small-precision"
+    made = comparison(str(recipe), 8, out=Path("pair"), overrides=["parallel.nodes=2"], place=place)
+    assert made.out == tmp_path / "pair"
     assert {run.folder.parent for run in made.runs} == {made.out}
     assert {run.recipe.parallel.nodes for run in made.runs} == {2}
 
