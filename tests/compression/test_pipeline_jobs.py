@@ -22,7 +22,6 @@ from nemotron_h.cluster.jobs import Job
 from nemotron_h.cluster.place import Place, place_of
 from nemotron_h.compression import needs
 from nemotron_h.errors import UserError
-from nemotron_h.recipe.check import examine
 from nemotron_h.runtime import memory
 from nemotron_h.training import launch
 from nemotron_h.training.launch import Run
@@ -163,7 +162,8 @@ def test_what_the_paper_needs() -> None:
     ffns = 54 * (2 * 8192 * 32768 + 8192)
     assert (held["cuda"]["importance"], held["cuda"]["score"]) == (2 * 56_324_350_464, 2 * (56_324_350_464 + ffns))
     assert held["cpu"]["score"] == 2 * held["cuda"]["score"]
-    said = examine("nemotron_h_47b/minipuzzle").line()
+    arguments = ["recipe", "check", "nemotron_h_47b/minipuzzle"]
+    said = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
     assert "the parent, 104.9 GiB on a GPU, 209.8 GiB without one" in said
     assert "in score with a candidate up to 158.9 GiB, 317.8 GiB" in said
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from nemotron_h.checks import definition_of
 from nemotron_h.compression.candidates import WIDTHS
 from nemotron_h.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
@@ -48,8 +49,9 @@ def _cut_parameters(definition: ModelDefinition, grid: GridSchema) -> int:
     return cut + (outside if narrow.other_parameters != outside else 0)
 
 
-def sentence(recipe: RecipeConfig, definition: ModelDefinition) -> str:
+def sentence(recipe: RecipeConfig) -> str:
     """Return what `recipe check` says of it."""
+    definition = definition_of(recipe, recipe.name)
     gpu, cpu = ({s: n / GIB for s, n in stage_bytes(recipe, definition, device).items()} for device in ("cuda", "cpu"))
     return (
         f"held by one process: the parent, {gpu['importance']:,.1f} GiB on a GPU, {cpu['importance']:,.1f} GiB without "

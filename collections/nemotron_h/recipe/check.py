@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.compose import trace
-from nemotron_h.compression import needs
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
@@ -26,7 +25,7 @@ class Checked:
         warmup_steps: of the learning rate.
         phases: of the blend, in steps.
         unchecked: what only a run (or its preparation) can tell, each as a few words.
-        needs: what a pipeline takes of the machine that it starts on, a sentence.
+        recipe: itself.
     """
 
     name: str
@@ -34,8 +33,8 @@ class Checked:
     horizon: Horizon
     warmup_steps: int
     phases: list[PhaseSpan]
-    unchecked: list[str] = field(default_factory=list)
-    needs: str = ""
+    unchecked: list[str]
+    recipe: RecipeConfig
 
     def line(self) -> str:
         """All of it on one line."""
@@ -44,7 +43,6 @@ class Checked:
             f"ok  {self.name}: {self.parameters:,} parameters; {self.horizon.steps:,} steps of "
             f"{self.horizon.tokens_per_step:,} tokens, warm-up {self.warmup_steps:,}; {switches}"
             + (f"  (not checked: {'; '.join(self.unchecked)})" if self.unchecked else "")
-            + (f"\n    {self.needs}" if self.needs else "")
         )
 
 
@@ -67,8 +65,7 @@ def examine(name_or_path: str, overrides: Sequence[str] = ()) -> Checked:
         unchecked.append(f"keys and types of overrides, which nemo ... --dryrun checks: {', '.join(recipe.overrides)}")
     if recipe.minipuzzle is not None and recipe.minipuzzle.evaluate:
         unchecked.append(f"the command of minipuzzle.evaluate, run with --allow-evaluate: {recipe.minipuzzle.evaluate}")
-    needed = needs.sentence(recipe, definition) if recipe.minipuzzle else ""
-    return Checked(recipe.name, definition.parameters, horizon, warmup, spans, unchecked, needed)
+    return Checked(recipe.name, definition.parameters, horizon, warmup, spans, unchecked, recipe)
 
 
 def check_vocabulary(recipe: RecipeConfig, blend: Blend, origin: str) -> list[str]:

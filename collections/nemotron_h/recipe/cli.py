@@ -93,8 +93,13 @@ def diff(
 def check(name: Name, overrides: Overrides = None) -> None:
     """Check all that can be checked without starting: keys, model, layout, batch, blend, phases, vocabulary.
 
-    Exit code 2: something is wrong, and the message says what.
+    Of a compression it also says what the command takes of the machine that it runs on. Exit code 2: something is
+    wrong, and the message says what.
     """
+    from nemotron_h.compression import needs
     from nemotron_h.recipe.check import examine
 
-    Console(highlight=False, soft_wrap=True).print(examine(name, overrides or ()).line(), markup=False)
+    console, checked = Console(highlight=False, soft_wrap=True), examine(name, overrides or ())
+    console.print(checked.line(), markup=False)
+    if checked.recipe.minipuzzle:
+        console.print(f"    {needs.sentence(checked.recipe)}", markup=False)
