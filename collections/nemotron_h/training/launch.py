@@ -295,8 +295,8 @@ def _check_ended(run: Run, steps: int, begun: _Process | _Job) -> None:
     code, file = begun.code, begun.output.newest()
     if code == LEFT_EARLY:
         raise UserError(f"{run.name} left early, with a checkpoint", hint=begun.again)
-    ended = "was killed" if code is None else f"ended with exit code {code}"
-    raise UserError(f"{run.name} {ended}: {_reason(begun.output.text())}", hint=f"see {file}")
+    ended = "was killed or cancelled" if code is None else f"ended with exit code {code}"
+    raise UserError(f"{run.name} {ended}: {_reason(begun.output.text())}", hint=f"see {file or begun.job.logs}")
 
 
 def _reason(text: str) -> str:
