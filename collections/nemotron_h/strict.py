@@ -130,6 +130,55 @@ def number(default: Any = MISSING, **limits: float) -> Any:
     return field(default=default, metadata=within(**limits))
 
 
+def from_json(schema: type[T], content: Any, key: str = "") -> T:
+    """Return a dataclass of what a file of our own making holds: a hundred times as fast as `typed`, which recipes need
+    for defaults in layers and interpolations.
+
+    Args:
+        schema: a dataclass of numbers, text, dictionaries by name, and other such dataclasses.
+        content: the JSON.
+        key: stands before the names of fields in errors.
+    Errors:
+        UserError: names the field that is missing, unknown or of another type.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f"{key or 'the file'} is {_short(content)}, not an object")
+    fields = [each for each in dataclasses.fields(schema) if not each.metadata.get("omegaconf_ignore")]
+    unknown = sorted(content.keys() - {each.name for each in fields})
+    if unknown:
+        raise UserError(f"{_dotted(key, unknown[0])} is unknown")
+    types, values = _types_of(schema), {}
+    for each in fields:
+        name = _dotted(key, each.name)
+        if each.name in content:
+            values[each.name] = _value_of(types[each.name], content[each.name], name)
+        elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            raise UserError(f"{name} is missing")
+    return schema(**values)
+
+
+def _value_of(kind: Any, value: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_json(kind, value, key)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {name: _value_of(typing.get_args(kind)[1], entry, _dotted(key, name)) for name, entry in value.items()}
+    if type(value) is not (typing.get_origin(kind) or kind):
+        raise UserError(f"{key} is {_short(value)}, not of type {getattr(kind, '__name__', kind)}")
+    return value
+
+
+_types_of = functools.cache(typing.get_type_hints)
+
+
+def _dotted(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def typed(schema: type[T] | T, written: DictConfig | dict[str, Any], origin: str) -> T:
     """Merge what was written into the schema's defaults and check every type.
 

@@ -160,7 +160,7 @@ def test_settings_edited_since(prepared):
         (lambda m: m["sources"]["web"]["splits"].update(test=m["sources"]["web"]["splits"]["train"]), "splits: test"),
         (
             lambda m: m["sources"]["web"]["splits"]["train"].update(tokens="many"),
-            r"splits\.train\.tokens: Value 'many'",
+            r"splits\.train\.tokens is 'many'",
         ),
     ],
 )

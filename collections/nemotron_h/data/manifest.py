@@ -26,7 +26,7 @@ from nemotron_h.data.blend import Blend
 from nemotron_h.data.indexed import read_index_header
 from nemotron_h.data.windows import TokenStream
 from nemotron_h.errors import UserError
-from nemotron_h.strict import typed
+from nemotron_h.strict import from_json
 from nemotron_h.text_files import read_json_object
 
 FORMAT_VERSION = 1
@@ -183,9 +183,9 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
     try:
         content = read_json_object(path)
         version = content.get("format_version", FORMAT_VERSION)
-        manifest = typed(Manifest, content, "") if version == FORMAT_VERSION else None
+        manifest = from_json(Manifest, content) if version == FORMAT_VERSION else None
     except UserError as error:
-        raise UserError(f"{path} is damaged: {error.message.removeprefix(': ')}", again) from error
+        raise UserError(f"{path} is damaged: {error.message}", again) from error
     if manifest is None:
         raise UserError(f"{path}: format version {version}, this version reads {FORMAT_VERSION}", again)
     for name, source in manifest.sources.items():

@@ -67,7 +67,7 @@ from nemotron_h.data.tokenizer import (
 from nemotron_h.errors import UserError
 from nemotron_h.hashing import file_sha256
 from nemotron_h.locks import locked
-from nemotron_h.strict import typed
+from nemotron_h.strict import from_json
 
 PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
 
@@ -203,7 +203,7 @@ class _Preparation:
         content = saved_state(self.folder / plan.name / "source.json")
         content.pop("inputs", None)
         try:
-            entry = typed(SourceManifest, content, "source.json")
+            entry = from_json(SourceManifest, content)
         except UserError:
             return None
         probe = Manifest(FORMAT_VERSION, "", "", None, {plan.name: entry}, folder=str(self.folder))
