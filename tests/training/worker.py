@@ -81,7 +81,8 @@ class Recorder(pl.Callback):
         self.tell("save", trainer.global_step, trainer.global_rank)
 
     def on_train_start(self, trainer, pl_module) -> None:
-        assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
+        if not torch.cuda.is_available():  # NCCL's ranks meet on the network's interface
+            assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
         if not trainer.global_step and trainer.world_size == 1:
             weights = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
             torch.save(weights, Path(trainer.checkpoint_callback.dirpath).parents[1] / "start.pt")
