@@ -432,6 +432,7 @@ def fit(root: Path, folder: Path, steps: int, checkpoint: Path | None = None, wo
     data, model = module(root, micro_batch_size=4, horizon_steps=20, num_workers=workers), Recorder(4)
     data.data_sampler.data_parallel = lambda: (0, 1)
     lightning = pl.Trainer(
+        accelerator="cpu",
         strategy=Strategy(device="cpu"),
         max_steps=steps,
         logger=False,

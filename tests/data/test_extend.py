@@ -195,7 +195,7 @@ def test_the_masks_on_disk_are_exact_by_token_and_held_out_ones_are_apart(tmp_pa
     [
         ("{tokens: 2048}", "{}", "sources.a.extend.tokens"),
         ("{tokens: 2048}", "{tokens: 2048, min_tokens: 3000}", "min_tokens: 3000 is more than tokens"),
-        ("{tokens: 2048}", "{tokens: 2048, references: -1}", "references: -1 is negative"),
+        ("{tokens: 2048}", "{tokens: 2048, references: -1}", "sources.a.extend.references = -1 is below 0"),
         ("validation: 0.2", "deduplicate: true", "not with extend"),
         ("chat: messages", "chat: preference", "extend: only for conversations"),
     ],

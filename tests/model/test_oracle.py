@@ -41,7 +41,8 @@ def test_float32(groups: int, packed: bool) -> None:
     losses.mean().backward()
     actual_losses.mean().backward()
     errors = {name: relative_error(p.grad, parameters[name].grad) for name, p in model.named_parameters()}
-    assert max(errors.values()) < 1e-4, sorted(errors.items(), key=lambda e: -e[1])[:5]
+    # the gated norm of 8 groups is over 16 channels: some rows of it are ill-conditioned in float32
+    assert max(errors.values()) < (5e-4 if groups == 8 else 1e-4), sorted(errors.items(), key=lambda e: -e[1])[:5]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])

@@ -165,6 +165,9 @@ class Importance:
         again = "measure the importance again"
         try:
             record = read_json_object(folder / RECORD)
+        except UserError as error:
+            raise UserError(f"{folder} holds no importance that can be read: {error.message}", hint=again) from error
+        try:
             found, sha = read_definition(record, str(folder / RECORD)), record["sha256"]
             if record["aggregations"] != list(AGGREGATIONS):
                 raise UserError(f"{folder / RECORD} is of another version: {record['aggregations']}", hint=again)
