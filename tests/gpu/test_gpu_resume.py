@@ -1,8 +1,8 @@
 """On a GPU: a run that was killed and resumed is the run that never stopped, bit for bit where kernels add in a fixed
 order and within a bound where they do not; and settings that a resume changes reach Adam with bfloat16 moments.
 
-`python tests/gpu/test_gpu_resume.py` does it without pytest and prints what it measures. Without a GPU it tries itself on
-the small model of the CPU tests.
+`python tests/gpu/test_gpu_resume.py` does it without pytest and prints what it measures. Without a GPU it tries itself
+on the small model of the CPU tests.
 """
 
 from __future__ import annotations

@@ -72,9 +72,8 @@ class StepCheckpoint(nl.ModelCheckpoint):
             self.best_model_score = self.best_k_models[self.best_model_path]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Leave out a checkpoint's list of those to keep and to remove: the run's folder says which there are, and the
-        list may name any folder.
-        """
+        """Take up the checkpoints that lie in the run's folder, and not the list in the loaded one: it may name any."""
+        self.nemo_topk_check_previous_run()
 
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         candidates = super()._monitor_candidates(trainer)
@@ -119,6 +118,10 @@ class StepCheckpoint(nl.ModelCheckpoint):
         except UserError as error:
             return error
         return None
+
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        """Return True for any but the one just written: Lightning would keep the one that this process began from."""
+        return ckpt_to_dir(previous) != ckpt_to_dir(current)
 
     def file_exists(self, *args: Any, **kwargs: Any) -> bool:
         """Return False: Lightning would write `step-000100-v1` beside a folder that is there, which nothing reads."""
