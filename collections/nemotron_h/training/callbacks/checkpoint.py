@@ -54,7 +54,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
         )
 
     def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Remove what was not written to the end, as NeMo does, and say so; name what nothing reads."""
+        """Remove what was not written to its end and say so, as NeMo does; name what nothing reads; take up others."""
         run_dir = Path(self.dirpath).parent
         if trainer.is_global_zero:
             for path in checkpoints.unfinished(run_dir):
@@ -62,6 +62,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
             for path, problem in checkpoints.torn(run_dir).items():
                 print(f"checkpoint {path} {problem}; remove it when it is not needed", flush=True)
         super().setup(trainer, *args, **kwargs)
+        self.nemo_topk_check_previous_run()
 
     def nemo_topk_check_previous_run(self) -> None:
         """Take up the checkpoints that an earlier process of this run left."""
@@ -72,8 +73,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
             self.best_model_score = self.best_k_models[self.best_model_path]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the checkpoints that lie in the run's folder, and not the list in the loaded one: it may name any."""
-        self.nemo_topk_check_previous_run()
+        """Leave out a checkpoint's list of those to keep and to remove: it may name any folder, see `setup`."""
 
     def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
         candidates = super()._monitor_candidates(trainer)
