@@ -1,4 +1,4 @@
-"""One process at a time writes a folder: a lock that dies with the process that holds it. Imports no torch."""
+"""Let one process at a time write a folder: a lock that dies with the process that holds it. Imports no torch."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def check_folder(key: str, value: str, where: str = "") -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """Which values a number may have.
+    """The values that a number may have.
 
     Attributes:
         least, most: smallest and largest, themselves included.

@@ -221,7 +221,7 @@ def _check_expanded(node: yaml.Node, sizes: dict[int, tuple[int, int]], inside: 
 
 
 def _reason(error: Exception) -> str:
-    """What YAML dislikes, on one line, with its line and column from 1."""
+    """Return what YAML dislikes, on one line, with its line and column from 1."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

@@ -1,4 +1,4 @@
-"""Where runs go, and what is refused there before any work: keys, numbers, fixes. Imports no NeMo."""
+"""The place of runs, and what is refused there before any work: keys, numbers, fixes. Imports no NeMo."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a path means: names before patterns, each real file once, and archives by their first bytes."""
+"""The files that a path means: names before patterns, each real file once, and archives by their first bytes."""
 
 from __future__ import annotations
 

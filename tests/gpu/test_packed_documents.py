@@ -232,7 +232,7 @@ def a_packed_document_is_what_it_is_alone() -> None:
 
 
 def other_kernels_keep_documents_apart_or_refuse() -> None:
-    """What Transformer Engine falls back to where cuDNN's kernels are switched off, and in float32."""
+    """Try what Transformer Engine falls back to where cuDNN's kernels are switched off, and in float32."""
     start()
     cases = {"unfused": ({"attention_backend": "unfused"}, "bf16"), "float32": ({}, "fp32")}
     for name, (changes, precision) in cases.items():
@@ -297,7 +297,7 @@ def two_tensor_parallel_ranks() -> None:
 
 
 def rank_of_two() -> None:
-    """What each of two tensor-parallel ranks checks, with and without sequence parallelism."""
+    """Check on each of two tensor-parallel ranks, with and without sequence parallelism."""
     start(2)
     shared = torch.distributed.get_backend() == "gloo"
     names = {name: MODELS[name] for name in ("attention", "hybrid")}

@@ -66,7 +66,7 @@ def differences(ours, kernel, inputs: dict[str, torch.Tensor], **options) -> dic
 
 
 def moved(function, name: str, inputs: dict[str, torch.Tensor], end: int, **options) -> dict[str, float]:
-    """What a change of `inputs[name]` before position `end` of row 0 moves: the largest difference of the outputs and
+    """Change `inputs[name]` before position `end` of row 0: return the largest difference of the outputs and
     gradients of everything from there on, whose sum is learnt.
     """
     results = []

@@ -1,4 +1,4 @@
-"""What `nemotron-h doctor` prints."""
+"""The lines of `nemotron-h doctor`."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Call:
 
 
 def calls(marker: Path) -> dict[str, Any]:
-    """What makes the file `marker`, or would empty it, when it is read."""
+    """Return payloads that make the file `marker`, or empty it, when they are read."""
     touch, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
     return {
         "os.system": Call(os.system, touch),

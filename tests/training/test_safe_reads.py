@@ -62,7 +62,7 @@ def state_of_modelopt(weights: Path, attack: Attack) -> None:
 
 
 def context_of_nemo(weights: Path, attack: Attack) -> None:
-    """What NeMo's `load_context` builds by name."""
+    """Name a class that NeMo's `load_context` builds."""
     (weights.parent / "context").mkdir(exist_ok=True)
     call = fdl.Config(subprocess.getoutput, f"touch {attack.marker}")
     (weights.parent / "context" / "io.json").write_text(serialization.dump_json(call))

@@ -51,7 +51,7 @@ class Job:
         record.write_text(json.dumps(dataclasses.asdict(self)))
 
     def is_queued(self) -> bool:
-        """Whether it is in the queue; where Slurm does not answer it is taken to be."""
+        """Return True while it is in the queue; where Slurm does not answer it is taken to be."""
         try:
             return bool(self.state())
         except QueueError:

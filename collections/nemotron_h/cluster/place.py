@@ -1,4 +1,4 @@
-"""Where the runs of a command go: to this machine, or through a cluster file; and whether a recipe fits there.
+"""The place of a command's runs: this machine, or that of a cluster file; and the check that a recipe fits there.
 
 Imports no NeMo, and torch only to count GPUs.
 """
@@ -58,7 +58,7 @@ def take(args: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
 
 
 def is_rank(ranks: int) -> bool:
-    """Whether torchrun, srun, mpirun or a hand started this process as one of so many ranks."""
+    """Tell whether torchrun, srun, mpirun or a hand started this process as one of so many ranks."""
     return bool(os.environ.get("NODE_RANK")) or any(os.environ.get(name) == str(ranks) for name in RANKS)
 
 
@@ -121,7 +121,7 @@ def folder_of(cluster: Cluster) -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a command that starts several runs starts them.
+    """The place where a command that starts several runs starts them.
 
     Attributes:
         cluster: None is this machine.
@@ -133,7 +133,7 @@ class Place:
 
     @property
     def submits(self) -> bool:
-        """Whether runs are jobs, which are waited for; else they are processes here."""
+        """Tell whether runs are jobs, which are waited for; else they are processes here."""
         return isinstance(self.cluster, SlurmCluster)
 
     @property

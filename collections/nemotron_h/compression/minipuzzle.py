@@ -15,9 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shlex
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -41,6 +39,7 @@ from nemotron_h.compression.selection import child_of
 from nemotron_h.compression.slicing import slice_model, write_child
 from nemotron_h.compression.speed import generation_speed
 from nemotron_h.compression.stages import Pipeline, Stage, content_digest
+from nemotron_h.compression.task_scores import task_scores
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.calibration import calibration_sampler, calibration_windows, text_record
 from nemotron_h.data.manifest import check_manifest, write_json
@@ -484,35 +483,11 @@ class MiniPuzzle:
             for candidate in chosen:
                 if candidate.name not in kept:
                     checkpoint = self._pruned(folder, candidate)
-                    kept[candidate.name] = self.evaluate(checkpoint)
+                    kept[candidate.name] = task_scores(self.part.evaluate, checkpoint, self.origin)
                     shutil.rmtree(checkpoint)
                     write_json(path, kept)
                 bar.advance()
         return {c.name: kept[c.name] for c in chosen}
-
-    def evaluate(self, checkpoint: Path) -> dict[str, float]:
-        """Task scores of a checkpoint by the recipe's command, and their `mean`.
-
-        Errors:
-            UserError: the command fails, or its last line is no JSON object of numbers.
-        """
-        command = [word.replace("{checkpoint}", str(checkpoint)) for word in shlex.split(self.part.evaluate)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.strip()]
-        try:
-            if done.returncode:
-                raise ValueError(f"exit code {done.returncode}")
-            found = json.loads(lines[-1]) if lines else None
-            if not isinstance(found, dict) or not found:
-                raise ValueError("no scores")
-            tasks = {str(name): float(value) for name, value in found.items()}
-        except (ValueError, TypeError) as error:
-            said = (done.stderr.strip().splitlines() or lines or ["it printed nothing"])[-1]
-            raise UserError(
-                f"{self.origin}: minipuzzle.evaluate: {shlex.join(command)}: {error}: {said}",
-                hint="it has to print a JSON object of task scores in its last line",
-            ) from error
-        return {**tasks, "mean": sum(tasks.values()) / len(tasks)}
 
     # short distillation
 
@@ -587,7 +562,7 @@ class MiniPuzzle:
         made |= dataclasses.asdict(self.score(model, REPORTED))
         made[CHOICE] = dataclasses.asdict(self.score(model, CHOICE))
         if self.part.evaluate:
-            made["evaluated"] = self.evaluate(checkpoint)
+            made["evaluated"] = task_scores(self.part.evaluate, checkpoint, self.origin)
         return made
 
     # select

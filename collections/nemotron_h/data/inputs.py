@@ -1,4 +1,4 @@
-"""Which files a source means, and how they are opened: names before patterns, each real file once, by first bytes."""
+"""Find the files that a source means and open them: names before patterns, each real file once, by first bytes."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ PROBES = (
 
 
 class Tokenizer:
-    """What training and preparation ask of a tokenizer. Ids are plain ints; no method adds BOS, EOS or padding.
+    """The part of a tokenizer that training and preparation use. Ids are ints; no method adds BOS, EOS or padding.
 
     Args:
         path: the tokenizer's folder, as `save_meta` left it.
@@ -132,7 +132,7 @@ class Tokenizer:
 
     @property
     def unique_identifiers(self) -> OrderedDict:
-        """What Megatron's dataset caches key on."""
+        """Return the key of Megatron's dataset caches."""
         return OrderedDict(
             {"class": f"{type(self).__module__}.{type(self).__qualname__}", "sha256": self.fingerprint()}
         )
@@ -162,7 +162,7 @@ class Tokenizer:
         return type(self), (self.path,)
 
     def is_lossless(self) -> bool:
-        """Whether `PROBES` come back unchanged."""
+        """Tell whether `PROBES` come back unchanged."""
         return all(self.ids_to_text(self.text_to_ids(text)) == text for text in PROBES)
 
 

@@ -114,7 +114,7 @@ def of_files(context: RunContext, fn: Any, references: list[str]) -> tuple[str |
 
 
 def given(fn: Any, args: list[str]) -> list[str]:
-    """What a command line sets, in the form and order in which nemo-run applies it.
+    """Return the settings of a command line, in the form and order in which nemo-run applies them.
 
     nemo-run regroups settings by key before it applies them (`LazyEntrypoint.resolve`); only its own helpers, one of
     them private, give that order.

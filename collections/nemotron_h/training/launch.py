@@ -185,7 +185,7 @@ def write_recipe(run: Run) -> None:
 
 
 class _Output:
-    """What a run prints, in a file that grows; a chain of jobs has one file after the other.
+    """The output of a run, in a file that grows; a chain of jobs has one file after the other.
 
     Args:
         newest: the file that it prints to now, or None.
@@ -235,7 +235,7 @@ class _Process:
             )
 
     def over(self) -> bool:
-        """Whether it has ended."""
+        """Tell whether it has ended."""
         return self.process.poll() is not None
 
     @property
@@ -259,7 +259,7 @@ class _Job:
         self.watch = Watch(self.job, lambda line: console.print(f"{run.name}: {line}", highlight=False, markup=False))
 
     def over(self) -> bool:
-        """Whether it has left the queue."""
+        """Tell whether it has left the queue."""
         if not self.watch.over():
             return False
         self.record.unlink(missing_ok=True)

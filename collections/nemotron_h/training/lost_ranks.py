@@ -1,4 +1,4 @@
-"""Which ranks of a run are gone: asked when a collective operation failed, so a healthy run pays nothing."""
+"""Name the ranks of a run that are gone: asked when a collective operation failed, so a healthy run pays nothing."""
 
 from __future__ import annotations
 

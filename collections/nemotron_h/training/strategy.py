@@ -182,8 +182,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
             super().save_checkpoint(*args, **kwargs)
 
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
-        """As NeMo does, of data alone: see `safe_reads`. Initial weights are the model's alone, and resuming an adapted
-        model reads its base first.
+        """Load as NeMo does, data alone: see `safe_reads`. Initial weights are the model's alone, and resuming an
+        adapted model reads its base first.
         """
         with safe_reads(Path(checkpoint_path) / WEIGHTS):
             if selective_restore:
