@@ -35,8 +35,8 @@ FIXED_ORDER = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 STEPS = 12
-#: of a loss, without a fixed order; ours
-BOUND = 2e-3
+#: of a loss, without a fixed order; ours (measured on an H200: 0)
+BOUND = 1e-3
 #: widths at which kernels share their sums out over programs
 WIDE = (
     ("hidden_size: 64", "hidden_size: 512"),

@@ -38,12 +38,22 @@ def test_a_visible_gpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert cpp_extension.load_inline is before
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "1"), ("0", "0")])
+@pytest.mark.parametrize(
+    ("variables", "after"),
+    [
+        ({}, "1"),
+        ({"TRITON_CACHE_AUTOTUNING": "0"}, "0"),
+        ({"MAMBA_DETERMINISTIC": "0"}, "1"),
+        ({"MAMBA_DETERMINISTIC": "1"}, None),
+        ({"MAMBA_DETERMINISTIC": "1", "TRITON_CACHE_AUTOTUNING": "1"}, "1"),
+    ],
+)
 def test_tuned_kernels_are_kept_unless_told_otherwise(
-    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], after: str | None
 ) -> None:
-    monkeypatch.delenv("TRITON_CACHE_AUTOTUNING", raising=False)
-    if before is not None:
-        monkeypatch.setenv("TRITON_CACHE_AUTOTUNING", before)
+    for name in ("TRITON_CACHE_AUTOTUNING", "MAMBA_DETERMINISTIC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     imports.keep_tuned_kernels()
-    assert os.environ["TRITON_CACHE_AUTOTUNING"] == after
+    assert os.environ.get("TRITON_CACHE_AUTOTUNING") == after

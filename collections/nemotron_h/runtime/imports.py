@@ -12,12 +12,15 @@ from torch.utils import cpp_extension
 
 
 def keep_tuned_kernels() -> None:
-    """Let Triton store which variant of a kernel was the fastest, so that a resumed run takes the same one, at once.
+    """Let Triton store which variant of a kernel was the fastest, so that later processes take it without timing it.
 
-    mamba-ssm's kernels, which megatron-core imports, come in many variants; every process would time them again.
-    `TRITON_CACHE_AUTOTUNING=0` switches it off.
+    mamba-ssm's kernels, which megatron-core imports, come in many variants; `TRITON_CACHE_AUTOTUNING=0` switches this
+    off. Where sums are asked for in a fixed order (`MAMBA_DETERMINISTIC=1`) it stays off: mamba-ssm then has one
+    variant of each kernel. With the variable set it would let each process time those that Triton does not store, and
+    the order of their sums would be the winner's.
     """
-    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
+    if os.environ.get("MAMBA_DETERMINISTIC", "")[:1] != "1":
+        os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 
 
 @contextlib.contextmanager
