@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nemotron_h.errors import UserError, report
+from nemotron_h.core.errors import UserError, report
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.training import checkpoints
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.errors import UserError
-from nemotron_h.locks import acquire, locked, release
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.locks import acquire, locked, release
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:

@@ -113,10 +113,10 @@ def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], 
 
 def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemotron_h import factories
-    from nemotron_h.errors import UserError
+    from nemotron_h.core.errors import UserError
+    from nemotron_h.core.strict import ranges
     from nemotron_h.runtime import settings
     from nemotron_h.schema import RecipeConfig
-    from nemotron_h.strict import ranges
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "fuzz"))
     from bad_inputs import task_settings
@@ -207,7 +207,7 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
 
 def refusal(function: Callable, *arguments: Any) -> str:
     """The message of the error that a call has to end with; empty where it goes through."""
-    from nemotron_h.errors import UserError
+    from nemotron_h.core.errors import UserError
 
     try:
         function(*arguments)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nemotron_h import compose
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict_yaml import parse_settings, parse_yaml
 from nemotron_h.data.blend import load_blend
-from nemotron_h.errors import UserError
-from nemotron_h.strict_yaml import parse_settings, parse_yaml
 
 
 def test_words_stay_as_they_were_written() -> None:

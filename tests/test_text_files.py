@@ -2,8 +2,8 @@
 
 import pytest
 
-from nemotron_h.errors import UserError
-from nemotron_h.text_files import check_unicode, decode, parse_json, read_json, read_text
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import check_unicode, decode, parse_json, read_json, read_text
 
 MARK = b"\xef\xbb\xbf"
 

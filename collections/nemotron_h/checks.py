@@ -6,10 +6,11 @@ import dataclasses
 
 from omegaconf import OmegaConf
 
+from nemotron_h.core.duration import seconds_of
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_folder, check_name, check_one_of, nearest
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.duration import seconds_of
-from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, definition_from_dict
 from nemotron_h.overrides import check_overrides
@@ -39,7 +40,6 @@ from nemotron_h.schema import (
     PrecisionOptionsSchema,
     RecipeConfig,
 )
-from nemotron_h.strict import check_folder, check_name, check_one_of, nearest
 
 #: stage -> what its blend holds; the others read texts
 READS = {"sft": CONVERSATIONS, "preference": PAIRS}

@@ -15,8 +15,8 @@ from rich.text import Text
 from nemotron_h.comparison.cli import compare_precision
 from nemotron_h.compression.cli import minipuzzle
 from nemotron_h.compression.prune_cli import importance, prune
+from nemotron_h.core.errors import UserError, report, user_error
 from nemotron_h.data.cli import app as data_app
-from nemotron_h.errors import UserError, report, user_error
 from nemotron_h.evaluation.cli import evaluate
 from nemotron_h.export.cli import export_app, import_app, merge_adapter
 from nemotron_h.inference.chat_cli import chat

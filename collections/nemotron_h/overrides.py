@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Sequence
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 _SETTING = re.compile(r"([\w.\[\]]+?)\s*([-+*/|&]?=)\s*(.+)", re.DOTALL)
 #: a call of a name, and how nemo-run writes an object to build, also inside of a list

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.strict_yaml import flat_lines, read_bounded
+from nemotron_h.core.strict_yaml import flat_lines, read_bounded
 
 SCHEMA_DEFAULT = "schema default"
 OVERRIDE = "override"

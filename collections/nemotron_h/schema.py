@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 from omegaconf import MISSING
 
-from nemotron_h.strict import number, within
+from nemotron_h.core.strict import number, within
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")

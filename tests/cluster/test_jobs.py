@@ -9,7 +9,7 @@ import pytest
 
 from nemotron_h.cluster import jobs
 from nemotron_h.cluster.jobs import Job, QueueError, Watch
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 
 @pytest.fixture

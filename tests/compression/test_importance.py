@@ -20,7 +20,7 @@ from nemotron_h.compression.importance import Importance, Scores, work
 from nemotron_h.compression.importance import measure as measure_all
 from nemotron_h.compression.selection import child_of, kept_layers
 from nemotron_h.compression.slicing import Masked, slice_model
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
 from nemotron_h.schema import AGGREGATIONS, METRICS
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from tiny_pipeline import Tiny
 
 from nemotron_h.compression import minipuzzle
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.training.launch import Run
 
 pytestmark = pytest.mark.slow

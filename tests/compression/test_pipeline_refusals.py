@@ -12,8 +12,8 @@ from tiny_pipeline import Tiny
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import train_bpe
-from nemotron_h.errors import UserError
 
 pytestmark = pytest.mark.slow
 

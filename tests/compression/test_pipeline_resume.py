@@ -14,7 +14,7 @@ from typer.testing import Result
 
 from nemotron_h.compression import minipuzzle, unfinished
 from nemotron_h.compression.progress import StageProgress
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ from small_model import small_config, small_model
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.prepare import prepare
-from nemotron_h.errors import UserError
 from nemotron_h.inference.model import load_model
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from nemotron_h.cluster.jobs import Job
 from nemotron_h.compression.stages import Pipeline, Stage
-from nemotron_h.errors import UserError
-from nemotron_h.locks import locked
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.locks import locked
 
 
 class Chain:

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import available_blends, load_blend, parse_count
-from nemotron_h.errors import UserError
 
 
 @pytest.mark.parametrize(

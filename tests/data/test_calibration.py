@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from local_corpus import Corpus
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.calibration import calibration_windows, text_record
 from nemotron_h.data.manifest import Manifest, load_manifest
 from nemotron_h.data.prepare import prepare
 from nemotron_h.data.windows import TokenStream
-from nemotron_h.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data import chat
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, template_source
 from nemotron_h.data.messages import REASONING_FIELDS, ChatError, Turn, read_conversation
 from nemotron_h.data.tokenizer import BPETokenizer, train_bpe, write_meta
-from nemotron_h.errors import UserError
 
 SYSTEM, TURN = 2, 3  # ids of <SPECIAL_10> and <SPECIAL_11> in our own BPE
 

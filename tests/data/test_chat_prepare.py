@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.indexed import read_lengths
@@ -19,7 +20,6 @@ from nemotron_h.data.messages import read_conversation
 from nemotron_h.data.prepare import prepare
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.verify import verify
-from nemotron_h.errors import UserError
 
 BLEND = """
 name: talk

@@ -17,12 +17,12 @@ import yaml
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.datamodule import BlendDataModule, BlendDataSampler
 from nemotron_h.data.manifest import Manifest, SourceManifest, SplitManifest, TokenizerManifest
 from nemotron_h.data.plan import DataOrder, DataPlan, PlannedPhase, PlannedSource
 from nemotron_h.data.tokenizer import train_bpe
 from nemotron_h.data.windows import TokenStream, document_numbers
-from nemotron_h.errors import UserError
 
 SEQ, EOD = 32, 0
 LENGTHS = {"web": 400, "code": 150, "chat": 60}  # documents

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
 from nemotron_h.data import indexed, windows
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, Source
 from nemotron_h.data.inputs import find_inputs
-from nemotron_h.errors import UserError
 
 
 def put(folder: Path, *names: str) -> None:

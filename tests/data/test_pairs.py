@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.messages import ChatError, Turn
@@ -18,7 +19,6 @@ from nemotron_h.data.pairs import REJECTED, encode_pair, read_pair
 from nemotron_h.data.prepare import prepare
 from nemotron_h.data.tokenizer import BPETokenizer, load_tokenizer, train_bpe
 from nemotron_h.data.verify import verify
-from nemotron_h.errors import UserError
 
 USER = {"role": "user", "content": "Name a sea."}
 GOOD, BAD = {"role": "assistant", "content": "The North Sea."}, {"role": "assistant", "content": "No."}

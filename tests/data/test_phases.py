@@ -4,9 +4,9 @@ from fractions import Fraction
 
 import pytest
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Phase, Until
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.errors import UserError
 
 PAPER_STEP = 8192 * 768  # paper 2.4
 PAPER_PHASES = [  # paper 2.2.3

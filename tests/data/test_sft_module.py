@@ -11,13 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.messages import read_conversation
 from nemotron_h.data.prepare import prepare
 from nemotron_h.data.sft_module import ConversationDataModule
 from nemotron_h.data.tokenizer import load_tokenizer
-from nemotron_h.errors import UserError
 
 SEQ, BATCH = 64, 8
 BLEND = """

@@ -11,9 +11,9 @@ from local_corpus import Corpus
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.show import overview, short_count
-from nemotron_h.errors import UserError
 
 STEP = 8192 * 768  # paper 2.4: tokens of a step
 

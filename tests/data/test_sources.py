@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from local_corpus import sentences, write_jsonl
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import Source
-from nemotron_h.errors import UserError
 
 
 def read(source: Source, *paths) -> list:

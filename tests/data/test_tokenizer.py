@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from local_corpus import sentences
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data import tokenizer as tok
-from nemotron_h.errors import UserError
 
 TEXTS = [
     *tok.PROBES,

@@ -12,11 +12,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.cli import app
 from nemotron_h.data.indexed import read_lengths, write_index
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.verify import verify
-from nemotron_h.errors import UserError
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_tokens_that_are_wrong_although_hashes_agree(prepared):
     tokens = np.fromfile(folder / "more/train.bin", dtype=np.uint16)
     tokens[int(read_lengths(folder / "more/train.idx")[0]) - 1] = 5
     tokens.tofile(folder / "more/train.bin")
+    from nemotron_h.core.files import file_sha256
     from nemotron_h.data.manifest import load_manifest, probe
-    from nemotron_h.hashing import file_sha256
 
     manifest = load_manifest(prepared.root, "local")
     entry = manifest.sources["more"].splits["train"]

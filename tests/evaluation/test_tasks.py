@@ -18,8 +18,8 @@ from small_model import small_config, small_model
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import train_bpe
-from nemotron_h.errors import UserError
 from nemotron_h.evaluation import harness, record, tasks
 
 ROOT = Path(__file__).parents[2]

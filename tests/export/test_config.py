@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_h.checks import definition_of
 from nemotron_h.compose import compose
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.export.config import definition_name, from_config, to_config
 from nemotron_h.model.definition import ModelDefinition
 

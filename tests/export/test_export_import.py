@@ -15,7 +15,7 @@ from save_checkpoint import finish, save
 from small_model import VOCABULARY, pure_config, small_model
 from small_tokenizer import train_small
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.export import hf_writer
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -14,8 +14,8 @@ from export_command import invoke
 from save_checkpoint import save
 from small_model import VOCABULARY, pure_config, small_config, small_model
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, write_meta
-from nemotron_h.errors import UserError
 from nemotron_h.export import gguf_tokenizer, gguf_writer
 from nemotron_h.export.gguf_format import F16, Q8_0, TensorEntry, head, write_tensor
 from nemotron_h.export.source import ModelSource

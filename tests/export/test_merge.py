@@ -16,7 +16,7 @@ from test_hf_round_trip import export, read_all, theirs
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.export import hf_reader, merge
 from nemotron_h.inference.adapted import describe_base, open_weights
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint

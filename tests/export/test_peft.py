@@ -18,7 +18,7 @@ from test_hf_round_trip import export, theirs
 from test_merge import save_adapter, trained_logits
 from test_transformers import PYTHON
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

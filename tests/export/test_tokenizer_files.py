@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Library
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data import tokenizer as data_tokenizer
 from nemotron_h.data.tokenizer import PROBES, Tokenizer, load_tokenizer, write_meta
-from nemotron_h.errors import UserError
 from nemotron_h.export import tokenizer as exported
 
 

@@ -19,13 +19,13 @@ import yaml
 
 from nemotron_h.cluster import load as clusters
 from nemotron_h.compose import compose, configs_dir
+from nemotron_h.core.strict import Range, ranges
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.tokenizer_base import META_FILE
 from nemotron_h.model.stored import read_model
 from nemotron_h.schema import RecipeConfig
-from nemotron_h.strict import Range, ranges
 from nemotron_h.training import checkpoints
 
 

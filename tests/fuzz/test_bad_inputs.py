@@ -16,9 +16,9 @@ from typing import get_args, get_type_hints
 import pytest
 from bad_inputs import DOORS, Bad, bad_inputs
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import ranges
 from nemotron_h.schema import RecipeConfig
-from nemotron_h.strict import ranges
 
 SEED = 2026
 #: of one input, in this process

@@ -13,7 +13,7 @@ from forks import FORKS
 from save_checkpoint import finish, save
 from small_model import small_config, small_model
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.inference.checkpoint import find_checkpoint
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.training import checkpoints

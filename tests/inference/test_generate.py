@@ -9,7 +9,7 @@ import torch
 from save_checkpoint import save
 from small_model import VOCABULARY, pure_config, relative_error, small_config, small_model, tokens
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.inference.generate import Generation, generate, prefill
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.manifest import TEMPLATE
-from nemotron_h.errors import UserError
 from nemotron_h.inference.opening import recorded_template
 
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data import tokenizer as tokenizers
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe, write_meta
-from nemotron_h.errors import UserError
 from nemotron_h.inference.trained_tokenizer import KEYS, check_data, identity, tokenizer_for
 
 SIZE = 280

@@ -8,7 +8,7 @@ from adapted_model import KINDS, adapted_config, adapted_model, adapter, draw_ad
 from small_model import relative_error, small_config, small_model, tokens
 from test_packed_conversations import SEQ, conversations, masked_losses
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.schema import AdapterSchema
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.model.definition import WIDTHS, Expect, ModelDefinition
 
 #: changes that make the small definition a pure one, its unneeded widths left out

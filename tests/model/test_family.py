@@ -9,10 +9,10 @@ import torch
 from omegaconf import OmegaConf
 
 from nemotron_h.compose import configs_dir
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import typed
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.schema import ModelSchema
-from nemotron_h.strict import typed
 
 #: billions of parameters that the family has to come out at
 PUBLISHED = {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from nemotron_h.cli import app
 from nemotron_h.compose import compose, known_recipes
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.model.definition import definition_from_dict
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import gpu

@@ -27,10 +27,11 @@ from small_run import WORKER
 
 from nemotron_h.cli import app
 from nemotron_h.cluster.place import place_of
-from nemotron_h.comparison import gap, launch
+from nemotron_h.comparison import launch
 from nemotron_h.comparison.results import read_casts, results
 from nemotron_h.comparison.runs import comparison
-from nemotron_h.errors import UserError
+from nemotron_h.core import paired
+from nemotron_h.core.errors import UserError
 from nemotron_h.precision import statistics
 from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
@@ -78,18 +79,18 @@ log: {{dir: {folder}/runs, validate_every_steps: 2, validation_batches: 1}}
 
 
 def test_gap_is_relative_to_the_reference_and_of_smoothed_losses() -> None:
-    reference = gap.Losses({1: 4.0, 2: 2.0, 3: 3.0, 4: 1.0}, {2: 2.0, 4: 1.0})
-    other = gap.Losses({1: 4.0, 2: 2.5, 3: 2.5, 4: 1.5}, {2: 2.0, 4: 1.25})
-    plain = gap.train_curve(reference, other, 100, 1)
+    reference = paired.Losses({1: 4.0, 2: 2.0, 3: 3.0, 4: 1.0}, {2: 2.0, 4: 1.0})
+    other = paired.Losses({1: 4.0, 2: 2.5, 3: 2.5, 4: 1.5}, {2: 2.0, 4: 1.25})
+    plain = paired.train_curve(reference, other, 100, 1)
     assert plain.tokens.tolist() == [100, 200, 300, 400]
     assert plain.gap == pytest.approx([0, -0.25, 1 / 6, -0.5])
-    over_two = gap.train_curve(reference, other, 100, 2)  # means 3, 2.5, 2 and 3.25, 2.5, 2
+    over_two = paired.train_curve(reference, other, 100, 2)  # means 3, 2.5, 2 and 3.25, 2.5, 2
     assert over_two.tokens.tolist() == [200, 300, 400]
     assert over_two.gap == pytest.approx([-0.25 / 3, 0, 0])
-    validation = gap.validation_curve(reference, other, 100)
+    validation = paired.validation_curve(reference, other, 100)
     assert validation.tokens.tolist() == [200, 400]
     assert validation.gap == pytest.approx([0, -0.25])
-    assert gap.validation_curve(reference, gap.Losses({}, {}), 100) is None
+    assert paired.validation_curve(reference, paired.Losses({}, {}), 100) is None
     assert plain.summary() == {
         "last": -0.5,
         "last_at_tokens": 400,
@@ -102,7 +103,7 @@ def test_gap_is_relative_to_the_reference_and_of_smoothed_losses() -> None:
 def test_smoothing_is_a_mean_of_the_last_values() -> None:
     values = np.random.default_rng(0).normal(size=50)
     expected = [values[end - 7 : end].mean() for end in range(7, 51)]
-    assert gap.smoothed(values, 7) == pytest.approx(expected)
+    assert paired.smoothed(values, 7) == pytest.approx(expected)
 
 
 def write_events(folder: Path, first: int, losses: list[float], began: float, validated: int = 0) -> None:
@@ -112,9 +113,9 @@ def write_events(folder: Path, first: int, losses: list[float], began: float, va
     writer = EventFileWriter(str(folder))
     for number, loss in enumerate(losses):
         step = first + number
-        events = [(gap.TRAIN, loss, step - 1, 0.0)]
+        events = [(paired.TRAIN, loss, step - 1, 0.0)]
         if step == validated:
-            events.append((gap.VALIDATION, 2.5, step - 2, 0.5))
+            events.append((paired.VALIDATION, 2.5, step - 2, 0.5))
         for tag, value, logged, after in events:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             writer.add_event(Event(wall_time=began + number + after, step=logged, summary=summary))
@@ -124,24 +125,24 @@ def write_events(folder: Path, first: int, losses: list[float], began: float, va
 def test_a_step_that_was_trained_twice_has_its_last_loss(tmp_path: Path) -> None:
     write_events(tmp_path / "b", 1, [5.0, 4.0, 9.0], began=100)
     write_events(tmp_path / "a", 3, [3.0, 2.0], began=200, validated=4)
-    assert gap.read_losses(tmp_path, 4) == gap.Losses({1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, {4: 2.5})
+    assert paired.read_losses(tmp_path, 4) == paired.Losses({1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}, {4: 2.5})
     with pytest.raises(UserError, match="lack the loss of 1 of 5 steps, from step 5"):
-        gap.read_losses(tmp_path, 5)
+        paired.read_losses(tmp_path, 5)
 
 
 def test_a_step_whose_loss_a_killed_process_took_along_is_left_out_of_both(tmp_path: Path) -> None:
     write_events(tmp_path, 1, [5.0, 4.0], began=100)
     write_events(tmp_path, 4, [3.0, 2.0], began=200)
-    killed = gap.read_losses(tmp_path, 5)
+    killed = paired.read_losses(tmp_path, 5)
     assert killed.missing == (3,)
-    whole = gap.Losses({1: 4.0, 2: 5.0, 3: 100.0, 4: 3.0, 5: 4.0}, {})
-    curve = gap.train_curve(whole, killed, 10, 1)
+    whole = paired.Losses({1: 4.0, 2: 5.0, 3: 100.0, 4: 3.0, 5: 4.0}, {})
+    curve = paired.train_curve(whole, killed, 10, 1)
     assert curve.tokens.tolist() == [10, 20, 40, 50]
     assert curve.gap == pytest.approx([-0.25, 0.2, 0, 0.5])
-    assert gap.train_curve(killed, whole, 10, 2).gap == pytest.approx([0, -0.25, 0, -0.4])
+    assert paired.train_curve(killed, whole, 10, 2).gap == pytest.approx([0, -0.25, 0, -0.4])
     write_events(tmp_path / "more", 8, [2.0], began=300)
     with pytest.raises(UserError, match="lack the loss of 3 of 8 steps, from step 3"):
-        gap.read_losses(tmp_path, 8)
+        paired.read_losses(tmp_path, 8)
 
 
 def test_casts_of_all_processes_count_the_last_measurement_of_a_step(tmp_path: Path) -> None:
@@ -409,7 +410,7 @@ def test_a_whole_comparison_and_nothing_twice(recipe: Path, monkeypatch: pytest.
     assert train["tokens"] == [512, 1024, 1536, 2048]
     assert validation["tokens"] == [512, 1024, 1536, 2048]
     assert all(0 < abs(value) < 0.02 for value in [*train["gap"], *validation["gap"]])
-    losses = {name: gap.read_losses(out / name, 4) for name in ("bf16", "fp8_current_scaling")}
+    losses = {name: paired.read_losses(out / name, 4) for name in ("bf16", "fp8_current_scaling")}
     bf16, fp8 = losses["bf16"], losses["fp8_current_scaling"]
     assert train["gap"] == pytest.approx([(bf16.train[n] - fp8.train[n]) / bf16.train[n] for n in range(1, 5)])
     orders = [json.loads((out / name / "run.json").read_text())["data"]["order"] for name in losses]

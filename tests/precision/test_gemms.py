@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.model.definition import Expect, ModelDefinition
 from nemotron_h.precision.gemms import check_gemms, fold, gemm_table
 

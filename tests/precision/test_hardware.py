@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.precision import hardware
 
 H100, A100 = ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0))

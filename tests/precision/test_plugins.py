@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.precision.gemms import FP8_FORMATS
 from nemotron_h.precision.plugins import FP8, plugin
 from nemotron_h.schema import PRECISIONS

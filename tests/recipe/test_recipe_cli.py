@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from nemotron_h.cli import app
 from nemotron_h.compose import compose, known_recipes
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 Recipe = Callable[..., str]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.compose import compose, trace
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 MODEL = """\
 name: mine_1b

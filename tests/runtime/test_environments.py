@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.runtime import environments
 
 

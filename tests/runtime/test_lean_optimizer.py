@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.runtime import lean_adam
 from nemotron_h.training.optimizer import scheduled_adamw
 

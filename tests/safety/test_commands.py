@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 
 @pytest.mark.parametrize(

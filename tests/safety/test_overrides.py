@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from nemotron_h.cli import app
 from nemotron_h.compose import compose
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.overrides import check_overrides
 
 RECIPE = "defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\noverrides: {}\n"

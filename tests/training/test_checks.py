@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemotron_h.errors import UserError
-from nemotron_h.locks import locked
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.locks import locked
 from nemotron_h.training import checkpoints
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_run import FORKS, Small, assert_same, changes_at_resume, distill_recipe, losses
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 pytestmark = pytest.mark.slow
 

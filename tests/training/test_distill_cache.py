@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from small_run import FORKS, Small, distill_recipe, losses
 
+from nemotron_h.core.locks import locked
 from nemotron_h.data.tokenizer import train_bpe
-from nemotron_h.locks import locked
 from nemotron_h.training import teacher_cache
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from small_run import Small
 
-from nemotron_h.children import ready_loader_worker
+from nemotron_h.core.children import ready_loader_worker
 from nemotron_h.training import checkpoints
 
 STEPS = 12

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from save_checkpoint import finish
 
 from nemotron_h.cli import app
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_run import TUNING_STEPS, Small, assert_same, sft_recipe
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 pytestmark = pytest.mark.slow
 

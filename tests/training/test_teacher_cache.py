@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.planning.teacher_logits import token_bytes
 from nemotron_h.training import teacher_cache as cache
 from nemotron_h.training.teacher_cache import Header

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 #: seconds between questions to Slurm, and how many of them in a row may stay without an answer (ours)
 ASK_S, SILENT = 15.0, 40

@@ -9,7 +9,7 @@ from nemo_run.core.execution.kubeflow import KubeflowExecutor
 from nemo_run.run.experiment import Experiment
 from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 
 @dataclass(kw_only=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from nemotron_h.cluster.load import is_cluster, load
 from nemotron_h.cluster.schema import Cluster, KubernetesCluster, SlurmCluster
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
-from nemotron_h.errors import UserError
 from nemotron_h.schema import RecipeConfig
 
 #: of a recipe, beside `data.root`: relative paths that start in the cluster's `work_dir`

@@ -14,7 +14,7 @@ import nemo_run
 from torchx.specs import AppState
 
 from nemotron_h.cluster.jobs import Job, Watch
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 
 def submit(task: nemo_run.Partial, executor: nemo_run.Executor, name: str, detach: bool) -> None:

@@ -48,7 +48,7 @@ def compare_precision(
     from nemotron_h.comparison.launch import train
     from nemotron_h.comparison.results import results
     from nemotron_h.comparison.runs import comparison
-    from nemotron_h.errors import UserError
+    from nemotron_h.core.errors import UserError
     from nemotron_h.training.launch import dry_run
 
     place, values = place_of(overrides or ())

@@ -41,7 +41,7 @@ def minipuzzle(
 
     from nemotron_h.cluster.place import check_shared, place_of
     from nemotron_h.compose import compose, known_recipes, locate
-    from nemotron_h.errors import UserError
+    from nemotron_h.core.errors import UserError
 
     full = f"{name}/minipuzzle"
     place, values = place_of(overrides or ())

@@ -40,11 +40,11 @@ from nemotron_h.compression.slicing import slice_model, write_child
 from nemotron_h.compression.speed import generation_speed
 from nemotron_h.compression.stages import Pipeline, Stage, content_digest
 from nemotron_h.compression.task_scores import task_scores
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.calibration import calibration_sampler, calibration_windows, text_record
 from nemotron_h.data.manifest import check_manifest, write_json
 from nemotron_h.data.validation import ValidationText
-from nemotron_h.errors import UserError
 from nemotron_h.export import hf_writer
 from nemotron_h.export.checkpoint_writer import definition_text
 from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from nemotron_h.checks import definition_of
 from nemotron_h.compression.candidates import WIDTHS
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.runtime import memory
 from nemotron_h.runtime.memory import GIB

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from nemotron_h.compression.progress import StageProgress
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
@@ -46,11 +46,11 @@ def importance(
     import torch
 
     from nemotron_h.compression.importance import Importance, measure, work
+    from nemotron_h.core.files import file_sha256
     from nemotron_h.data.blend import load_blend
     from nemotron_h.data.calibration import calibration_windows, text_record
     from nemotron_h.data.manifest import check_manifest
     from nemotron_h.export.folder import new_folder
-    from nemotron_h.hashing import file_sha256
     from nemotron_h.inference.checkpoint import find_checkpoint, read_record
     from nemotron_h.inference.model import load_model
     from nemotron_h.training.checkpoints import INTEGRITY
@@ -115,8 +115,8 @@ def prune(
     from nemotron_h.compression.candidates import Candidate, Candidates, whole
     from nemotron_h.compression.importance import RECORD, Importance
     from nemotron_h.compression.selection import child_of
+    from nemotron_h.core.files import file_sha256
     from nemotron_h.export.config import definition_name
-    from nemotron_h.hashing import file_sha256
     from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
     from nemotron_h.schema import BudgetSchema, GridSchema
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.compression.forward import Forward, Mask
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.names import Weight, weights

@@ -7,7 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 
 def task_scores(evaluate: str, checkpoint: Path, origin: str) -> dict[str, float]:

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import is_name, nearest, number, typed, within
+from nemotron_h.core.strict_yaml import read_config
 from nemotron_h.data.counts import parse_count
-from nemotron_h.errors import UserError
 from nemotron_h.schema import COUNT, SEED, VOCABULARY
-from nemotron_h.strict import is_name, nearest, number, typed, within
-from nemotron_h.strict_yaml import read_config
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")

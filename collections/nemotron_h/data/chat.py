@@ -24,10 +24,10 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import read_text
 from nemotron_h.data.messages import ASSISTANT, REASONING_FIELDS, USER, ChatError, Conversation, Refused, Turn
 from nemotron_h.data.tokenizer import CHAT_TOKENS, Tokenizer
-from nemotron_h.errors import UserError
-from nemotron_h.text_files import read_text
 
 FAMILY_TEMPLATE = "nemotron_h"
 TOKENIZER_TEMPLATE = "tokenizer"  # the template that came with the blend's tokenizer

@@ -19,6 +19,7 @@ import torch
 from nemo.lightning.megatron_parallel import MegatronStep
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.phases import Horizon
 from nemotron_h.data.plan import DataOrder, DataPlan, compare
@@ -33,7 +34,6 @@ from nemotron_h.data.prepared_module import (
 from nemotron_h.data.sampler import BlendSampler
 from nemotron_h.data.validation import ValidationText
 from nemotron_h.data.windows import TokenStream, document_numbers
-from nemotron_h.errors import UserError
 
 
 class WindowDataset(Dataset):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.show import Overview, short_count
-from nemotron_h.errors import UserError
 
 _NARROW = 0.09  # of the run's length: a phase name wider than its phase is written on a line of its own
 _LABELLED = 0.035  # smallest share whose percent fits into its bar

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
 from nemotron_h.data.blend import Fetch
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
 
 CACHE_VARIABLE = "NEMOTRON_H_CACHE"
 TIMEOUT_S = 900

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import read_json_object, read_text
 from nemotron_h.data.tokenizer_base import Tokenizer
-from nemotron_h.errors import UserError
-from nemotron_h.text_files import read_json_object, read_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library

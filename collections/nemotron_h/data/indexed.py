@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

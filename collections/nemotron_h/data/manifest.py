@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import from_json
+from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.indexed import read_index_header
 from nemotron_h.data.windows import TokenStream
-from nemotron_h.errors import UserError
-from nemotron_h.strict import from_json
-from nemotron_h.text_files import read_json_object
 
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"

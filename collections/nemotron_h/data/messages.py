@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemotron_h.strict import nearest
+from nemotron_h.core.strict import nearest
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 #: name in a message -> role; OpenAI's `developer` is its newer name of `system`

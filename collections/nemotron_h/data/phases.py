@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Phase, Until, parse_count
-from nemotron_h.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.data.sampler import BlendSampler, Segment
-from nemotron_h.errors import UserError
 
 STATE_FORMAT = 1
 SHOWN_DIFFERENCES = 12

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.shards import start_worker
-from nemotron_h.errors import UserError
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import PAIRS
 from nemotron_h.data.indexed import ArrayFile, read_lengths
 from nemotron_h.data.packing import PackedOrder
@@ -21,7 +22,6 @@ from nemotron_h.data.prepared_module import of_sample, say
 from nemotron_h.data.sft_module import ConversationDataModule, PackedDataset, WindowList, packed_window
 from nemotron_h.data.validation import VALIDATION_SEED
 from nemotron_h.data.windows import TokenStream
-from nemotron_h.errors import UserError
 
 #: source -> summed log-probabilities of every pair's answers, float64 [pairs, 2]: chosen, rejected
 Reference = dict[str, np.ndarray]

@@ -23,6 +23,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
+from nemotron_h.core.locks import locked
+from nemotron_h.core.progress import ProgressLine
+from nemotron_h.core.strict import from_json
 from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import PREFERENCE, Blend, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
@@ -44,7 +49,6 @@ from nemotron_h.data.manifest import (
     write_json,
 )
 from nemotron_h.data.pool import worker_pool
-from nemotron_h.data.progress import ProgressLine
 from nemotron_h.data.ready import adopt_split
 from nemotron_h.data.shards import (
     MergeJob,
@@ -64,10 +68,6 @@ from nemotron_h.data.tokenizer import (
     train_bpe,
     write_meta,
 )
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
-from nemotron_h.locks import locked
-from nemotron_h.strict import from_json
 
 PIPELINE_VERSION = 2  # part of every source's hash: raise it when the same inputs would give other tokens
 

@@ -19,11 +19,11 @@ from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from nemotron_h.children import ready_loader_worker
+from nemotron_h.core.children import ready_loader_worker
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
-from nemotron_h.errors import UserError
 
 ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
 

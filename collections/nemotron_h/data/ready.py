@@ -6,11 +6,11 @@ import os
 
 import numpy as np
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
 from nemotron_h.data.indexed import index_is_plain, read_index_header, read_lengths
 from nemotron_h.data.manifest import SplitManifest, probe
 from nemotron_h.data.tokenizer import Tokenizer
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
 
 _CHUNK_TOKENS = 1 << 24
 

@@ -26,7 +26,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 CIRCLE_BITS = 31  # floor_sums forms products of two such numbers in int64
 CIRCLE = 1 << CIRCLE_BITS

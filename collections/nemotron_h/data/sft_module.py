@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import CONVERSATIONS, Blend, load_blend
 from nemotron_h.data.indexed import ArrayFile, read_lengths
 from nemotron_h.data.packing import Item, PackedOrder, balanced
@@ -31,7 +32,6 @@ from nemotron_h.data.prepared_module import (
 )
 from nemotron_h.data.validation import VALIDATION_SEED
 from nemotron_h.data.windows import TokenStream
-from nemotron_h.errors import UserError
 from nemotron_h.schema import TOO_LONG
 
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, Phase
 from nemotron_h.data.manifest import Manifest, check_manifest, data_root, load_manifest
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_end, phase_spans
-from nemotron_h.errors import UserError
 
 _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import read_json
 from nemotron_h.data.hf_tokenizer import HuggingFaceTokenizer
 from nemotron_h.data.tokenizer_base import (
     MAX_PADDING,
@@ -25,8 +27,6 @@ from nemotron_h.data.tokenizer_base import (
     read_meta,
     write_meta,
 )
-from nemotron_h.errors import UserError
-from nemotron_h.text_files import read_json
 
 __all__ = [
     "MAX_PADDING",

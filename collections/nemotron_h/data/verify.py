@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.indexed import index_is_plain, read_index_header, read_lengths
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
 
 _SAMPLES = 20  # documents per split that are decoded and encoded again
 _SHOWN_CHARACTERS = 70

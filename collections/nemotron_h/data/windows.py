@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.indexed import ArrayFile, read_index_header
-from nemotron_h.errors import UserError
 
 _BLOCK = 1024  # offsets that are read at a time
 

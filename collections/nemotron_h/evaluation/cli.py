@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.evaluation.harness import Invocation, Settings
 from nemotron_h.evaluation.tasks import PERPLEXITY, load_suite, load_task, local_tasks, suites
 

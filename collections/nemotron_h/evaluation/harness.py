@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.children import end_with_parent
+from nemotron_h.core.children import end_with_parent
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.fetch import cache_folder
-from nemotron_h.errors import UserError
 from nemotron_h.runtime import environments
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import PAIRS, Blend, load_blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
-from nemotron_h.errors import UserError
 from nemotron_h.evaluation import harness, heldout, record
 from nemotron_h.evaluation.harness import Invocation, Settings
 from nemotron_h.evaluation.subject import Subject

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 if TYPE_CHECKING:
     from nemotron_h.data.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 #: ours: small files, and what a file system needs beyond the bytes of its files
 _SPARE = 64 << 20

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.export.gguf_format import F32, TensorEntry, TensorType, Value
 from nemotron_h.export.names import Weight
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition

@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.tokenizer import PATTERN, Tokenizer
-from nemotron_h.errors import UserError
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.gguf_format import Value
-from nemotron_h.text_files import read_json_object
 
 #: llama.cpp's name of a pre-tokenizer -> its expression. It knows a fixed set and takes none from the file.
 PRE_TOKENIZERS = {"tekken": PATTERN}

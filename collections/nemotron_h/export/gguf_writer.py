@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import Tokenizer
-from nemotron_h.errors import UserError
 from nemotron_h.export import gguf_model, gguf_tokenizer
 from nemotron_h.export.config import MAX_POSITIONS
 from nemotron_h.export.folder import new_file

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.tokenizer import HuggingFaceTokenizer
-from nemotron_h.errors import UserError
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.export.config import definition_name, from_config, max_positions_of
@@ -22,7 +23,6 @@ from nemotron_h.export.names import Weight, weights
 from nemotron_h.inference.finite import check_weights
 from nemotron_h.inference.trained_tokenizer import identity
 from nemotron_h.model.definition import ModelDefinition
-from nemotron_h.text_files import read_json_object
 
 SINGLE = "model.safetensors"
 #: float32 holds every number of each

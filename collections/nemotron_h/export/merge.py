@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.manifest import write_json
-from nemotron_h.errors import UserError
 from nemotron_h.export import torch_dist
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.torch_dist import Advance

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.export.config import check_expressible
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.hf_writer import write_json

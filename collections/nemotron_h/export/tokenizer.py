@@ -8,6 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.chat import FAMILY_SOURCE
 from nemotron_h.data.hf_tokenizer import CONFIG_FILE, LIBRARY_FILE, TEMPLATE_FILE, settings_of, template_of
 from nemotron_h.data.tokenizer import (
@@ -19,8 +21,6 @@ from nemotron_h.data.tokenizer import (
     load_tokenizer,
     write_meta,
 )
-from nemotron_h.errors import UserError
-from nemotron_h.text_files import read_json_object
 
 #: begins a turn, and ends an answer
 TURN = CHAT_TOKENS[1]

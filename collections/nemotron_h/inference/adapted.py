@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_record
 from nemotron_h.training import checkpoints
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import check_unicode, decode
 from nemotron_h.inference.cli import (
     CheckpointArgument,
     DeviceOption,
@@ -25,7 +26,6 @@ from nemotron_h.inference.cli import (
     warn,
 )
 from nemotron_h.inference.opening import open_checkpoint, recorded_template
-from nemotron_h.text_files import check_unicode, decode
 
 if TYPE_CHECKING:
     from nemotron_h.data.chat import ChatTemplate

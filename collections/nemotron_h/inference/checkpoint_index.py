@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.training.checkpoints import COMMON, FORMAT, INDEX, strangers
 
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import check_unicode, decode, parse_json
 from nemotron_h.inference.opening import open_checkpoint
-from nemotron_h.text_files import check_unicode, decode, parse_json
 
 if TYPE_CHECKING:
     from nemotron_h.inference.opening import Opened

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 _NAMED = 5  # tensors that an error lists
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.inference.graph import Stepper
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.sampling import Sampling, choose

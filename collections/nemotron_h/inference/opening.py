@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 if TYPE_CHECKING:
     from nemotron_h.data.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import MAX_PADDING, Tokenizer, fingerprint, load_tokenizer
-from nemotron_h.errors import UserError
 from nemotron_h.inference.checkpoint import read_record
 
 if TYPE_CHECKING:

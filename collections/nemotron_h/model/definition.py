@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_number, nearest, ranges
 from nemotron_h.schema import ModelSchema
-from nemotron_h.strict import check_number, nearest, ranges
 
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn"}

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.planning.memory import GIB
 from nemotron_h.planning.plan import Plan, parts_by_stage
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from nemotron_h.errors import UserError
-from nemotron_h.strict import nearest
-from nemotron_h.strict_yaml import read_yaml
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import nearest
+from nemotron_h.core.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.model.stored import read_model

@@ -8,9 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from nemotron_h.checks import count_of, definition_of
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon
-from nemotron_h.errors import UserError
 from nemotron_h.model.adapter_targets import trained_parameters
 from nemotron_h.model.definition import LAYER_NAMES, ModelDefinition
 from nemotron_h.planning.flops import FlopsByPart, flops_per_token

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Phase
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
-from nemotron_h.errors import UserError
 
 #: model FLOPs utilisation that a plan assumes where `--mfu` gives none, with where it was reached
 DEFAULT_MFU = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from packaging.version import Version
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 logger = logging.getLogger(__name__)
 

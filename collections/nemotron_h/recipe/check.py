@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.compose import trace
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
-from nemotron_h.errors import UserError
 from nemotron_h.schema import RecipeConfig
 
 

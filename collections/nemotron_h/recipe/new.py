@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemotron_h.compose import Composed, locate, recipes_dir, trace
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_name
 from nemotron_h.provenance import DEFAULT
 from nemotron_h.recipe.text import origin_text, scalar
-from nemotron_h.strict import check_name
 
 READY = {
     "": ("tokens", "precision"),

@@ -21,7 +21,7 @@ from nemotron_h.cluster.load import load
 from nemotron_h.cluster.place import take
 from nemotron_h.cluster.show import dry_run
 from nemotron_h.cluster.submit import submit
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.runtime.nemo_cli import fail
 from nemotron_h.training.preflight import check_split
 from nemotron_h.training.strategy import NemotronHTrainer

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 MARK = "requirements.sha256"
 

@@ -10,7 +10,7 @@ import contextlib
 import sys
 from types import TracebackType
 
-from nemotron_h.errors import report, user_error
+from nemotron_h.core.errors import report, user_error
 
 
 def install() -> None:

@@ -13,10 +13,10 @@ import torch
 from megatron.core import optimizer as megatron_optimizer
 from torch import Tensor
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_one_of
 from nemotron_h.precision import hardware
 from nemotron_h.schema import STATE_DTYPES
-from nemotron_h.strict import check_one_of
 
 #: the release of Transformer Engine whose Adam this one changes; older ones were not tried
 LEAST = hardware.TESTED

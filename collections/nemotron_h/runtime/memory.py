@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psutil
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
 
 GIB = 2**30

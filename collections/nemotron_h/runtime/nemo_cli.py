@@ -24,9 +24,9 @@ from nemo_run.cli.lazy import LazyEntrypoint, _args_to_dictconfig, dictconfig_to
 from nemo_run.config import get_type_namespace
 
 from nemotron_h.compose import factory_of, known_recipes
-from nemotron_h.errors import UserError, report, user_error
+from nemotron_h.core.errors import UserError, report, user_error
+from nemotron_h.core.strict import nearest
 from nemotron_h.runtime import settings
-from nemotron_h.strict import nearest
 
 #: `key=@FILE.yaml`, as nemo-run takes it
 _FILE = re.compile(r"=@[\w./\\-]+\.(ya?ml|json|toml)(:\w+)?$", re.IGNORECASE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 #: ids above are no steps of srun: the batch script, an interactive shell (slurm.h, SLURM_MAX_NORMAL_STEP_ID)
 _LAST_STEP = 0xFFFFFFF0

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
-from nemotron_h.text_files import read_json_object
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
+from nemotron_h.core.text_files import read_json_object
 
 INTEGRITY = "integrity.json"
 RECORD = "run.json"

@@ -25,7 +25,7 @@ from megatron.core.tensor_parallel import (
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor, nn
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.inference.checkpoint import (
     PROJECTION,
     WEIGHTS,

@@ -23,10 +23,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nemotron_h.children import end_with_parent
 from nemotron_h.cluster.jobs import RECORD, Job, Watch
 from nemotron_h.cluster.place import HERE, Place
-from nemotron_h.errors import UserError
+from nemotron_h.core.children import end_with_parent
+from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.schema import STAGES, RecipeConfig, factory_of_file
 from nemotron_h.training import checkpoints

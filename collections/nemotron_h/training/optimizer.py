@@ -13,7 +13,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
 from nemotron_h.checks import check_distributed_optimizer, check_learning_rates
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.runtime import lean_adam
 
 

@@ -11,14 +11,14 @@ import nemo_run as run
 from nemo.collections import llm
 from torch import nn
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
+from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.preference_module import PreferenceDataModule
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
 from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.runtime import settings
 from nemotron_h.schema import PREFERENCE_LOSSES, RecipeConfig
-from nemotron_h.strict import check_one_of
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.checkpoints import INTEGRITY
 from nemotron_h.training.preference_loss import PreferenceLoss

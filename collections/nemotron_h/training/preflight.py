@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from nemo.utils.app_state import AppState
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 from nemotron_h.model.adapter_targets import check_adapter, trained_parameters
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.show import gib

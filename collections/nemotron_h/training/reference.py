@@ -22,9 +22,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from nemo import lightning as nl
 from torch import Tensor
 
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
 from nemotron_h.data.preference_module import PairDataset, PreferenceDataModule, Reference
-from nemotron_h.errors import UserError
-from nemotron_h.hashing import file_sha256
 from nemotron_h.model.module import data_step, forward_step
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.progress import duration

@@ -13,8 +13,8 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemotron_h.checks import check_blend_change
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.datamodule import BlendDataModule
-from nemotron_h.errors import UserError
 from nemotron_h.inference.adapted import adapter_record, find_base
 from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.inference.trained_tokenizer import check_data

@@ -8,8 +8,8 @@ from typing import Any
 
 from nemo import lightning as nl
 
-from nemotron_h import locks
-from nemotron_h.errors import UserError, naming
+from nemotron_h.core import locks
+from nemotron_h.core.errors import UserError, naming
 
 #: what errors call the folder: its keys in a recipe, and on a command line
 KEYS = "the run's folder (log.dir and name; log.explicit_log_dir)"

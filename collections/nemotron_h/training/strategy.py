@@ -20,10 +20,10 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
-from nemotron_h import children
 from nemotron_h.cluster.place import check_here, is_rank
-from nemotron_h.duration import seconds_of
-from nemotron_h.errors import UserError
+from nemotron_h.core import children
+from nemotron_h.core.duration import seconds_of
+from nemotron_h.core.errors import UserError
 from nemotron_h.inference.checkpoint import WEIGHTS
 from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import adapters

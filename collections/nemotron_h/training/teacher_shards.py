@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.datamodule import BlendDataModule, WindowDataset
-from nemotron_h.errors import UserError
 from nemotron_h.planning.memory import padded_vocabulary
 from nemotron_h.training.teacher_cache import (
     Header,

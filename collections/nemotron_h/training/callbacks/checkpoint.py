@@ -12,7 +12,7 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from torch.distributed.checkpoint import CheckpointException
 
-from nemotron_h.errors import UserError, naming
+from nemotron_h.core.errors import UserError, naming
 from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import RunRecord
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import lightning.pytorch as pl
 
-from nemotron_h.duration import seconds_of
+from nemotron_h.core.duration import seconds_of
 from nemotron_h.training import checkpoints
 
 #: "temporary failure, the user is invited to retry" (sysexits.h): a checkpoint is written and steps remain

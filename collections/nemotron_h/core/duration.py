@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 
 def seconds_of(duration: str, where: str = "") -> int:

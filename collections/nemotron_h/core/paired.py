@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 TRAIN, VALIDATION = "reduced_train_loss", "val_loss"
 

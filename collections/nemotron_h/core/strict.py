@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 T = TypeVar("T")
 

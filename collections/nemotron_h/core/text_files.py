@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.errors import UserError
+from nemotron_h.core.errors import UserError
 
 _ENCODINGS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
 
