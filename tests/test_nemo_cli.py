@@ -116,7 +116,7 @@ def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.Monk
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.strict import ranges
     from nemotron_h.runtime import settings
-    from nemotron_h.schema import RecipeConfig
+    from nemotron_h.schema.recipe import RecipeConfig
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "fuzz"))
     from bad_inputs import task_settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.compose import compose, configs_dir, known_recipes, recipes_dir
-from nemotron_h.schema import PIPELINES
+from nemotron_h.schema.recipe import PIPELINES
 
 if sys.version_info >= (3, 11):
     import tomllib

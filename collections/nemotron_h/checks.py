@@ -16,8 +16,8 @@ from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, Mode
 from nemotron_h.overrides import check_overrides
 from nemotron_h.planning.inference import BYTES
 from nemotron_h.precision.gemms import check_gemms
-from nemotron_h.provenance import leaves
-from nemotron_h.schema import (
+from nemotron_h.schema.provenance import leaves
+from nemotron_h.schema.recipe import (
     AGGREGATIONS,
     BLEND_CHANGES,
     FP8_BACKENDS,

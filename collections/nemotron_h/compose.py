@@ -28,8 +28,8 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_interpolations, culprit, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
 from nemotron_h.model.stored import is_path, read_model
-from nemotron_h.provenance import Layer, Origin, current_sources, leaves, origins
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.provenance import Layer, Origin, current_sources, leaves, origins
+from nemotron_h.schema.recipe import RecipeConfig
 
 
 def recipes_dir() -> Path:

@@ -15,7 +15,7 @@ from nemotron_h.compose import compose, factory_of, known_recipes, stage_of  # n
 from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.model.stored import is_path  # noqa: E402
 from nemotron_h.runtime import cluster_cli, nemo_cli  # noqa: E402
-from nemotron_h.schema import STAGES, command_of, file_of_factory  # noqa: E402
+from nemotron_h.schema.recipe import STAGES, command_of, file_of_factory  # noqa: E402
 from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks import run_record  # noqa: E402
 

@@ -14,8 +14,8 @@ from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.data.blend import load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.model.definition import ATTENTION, FFN, MAMBA
-from nemotron_h.provenance import leaves
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.provenance import leaves
+from nemotron_h.schema.recipe import RecipeConfig
 
 NOT_PUBLISHED = "not published"
 COUNTS = ("tokens", "optim.warmup_tokens", "optim.decay_tokens")

@@ -155,7 +155,7 @@ def test_local_command(dry_run) -> None:
 
 def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemotron_h.cluster import executors
-    from nemotron_h.cluster.schema import LocalCluster
+    from nemotron_h.schema.cluster import LocalCluster
 
     def root() -> str:
         task = SimpleNamespace(

@@ -18,7 +18,7 @@ from nemotron_h.compression.candidates import Candidate, Candidates, Cost, whole
 from nemotron_h.core.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.inference import BYTES, Serving, inference_memory
-from nemotron_h.schema import BudgetSchema, GridSchema
+from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 
 GIB = 2**30
 MILLION = 2**20
@@ -118,7 +118,7 @@ def test_a_million_candidates_in_seconds_and_without_torch() -> None:
         "from nemotron_h.compose import compose\n"
         "from nemotron_h.checks import definition_of\n"
         "from nemotron_h.compression.candidates import Candidates\n"
-        "from nemotron_h.schema import BudgetSchema, GridSchema\n"
+        "from nemotron_h.schema.recipe import BudgetSchema, GridSchema\n"
         "parent = definition_of(compose('nemotron_h_56b'), '')\n"
         "grid = GridSchema(attention=list(range(1, 11)), mamba=list(range(14, 54)), ffn=list(range(14, 54)),\n"
         "                  ffn_hidden_size=list(range(24576, 32769, 1024)), hidden_size=list(range(4096, 8193, 512)))\n"

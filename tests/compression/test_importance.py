@@ -22,7 +22,7 @@ from nemotron_h.compression.selection import child_of, kept_layers
 from nemotron_h.compression.slicing import Masked, slice_model
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
-from nemotron_h.schema import AGGREGATIONS, METRICS
+from nemotron_h.schema.recipe import AGGREGATIONS, METRICS
 
 SAMPLES, LENGTH = 5, 40
 

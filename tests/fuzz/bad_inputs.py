@@ -25,7 +25,7 @@ from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.tokenizer_base import META_FILE
 from nemotron_h.model.stored import read_model
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 from nemotron_h.training import checkpoints
 
 

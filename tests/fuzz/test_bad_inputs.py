@@ -18,7 +18,7 @@ from bad_inputs import DOORS, Bad, bad_inputs
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import ranges
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 
 SEED = 2026
 #: of one input, in this process

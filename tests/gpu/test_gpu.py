@@ -185,7 +185,7 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
     from nemotron_h.model import adapters, init, layers
     from nemotron_h.model.adapter_targets import TARGETS
     from nemotron_h.model.attention import ScaledDotProductAttention
-    from nemotron_h.schema import AdapterSchema
+    from nemotron_h.schema.recipe import AdapterSchema
 
     def plain() -> Any:
         return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)

@@ -87,7 +87,7 @@ def model(pattern: str, precision: str, adapted: bool, changes: dict[str, Any], 
     from nemotron_h.model.adapter_targets import TARGETS
     from nemotron_h.model.module import NemotronHConfig
     from nemotron_h.precision.plugins import plugin
-    from nemotron_h.schema import AdapterSchema
+    from nemotron_h.schema.recipe import AdapterSchema
 
     values: dict[str, Any] = {
         "definition_name": "gpu",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from small_model import small_config, small_model
 
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 ALL = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 KINDS = ("lora", "dora")

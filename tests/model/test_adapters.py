@@ -9,7 +9,7 @@ from small_model import relative_error, small_config, small_model, tokens
 from test_packed_conversations import SEQ, conversations, masked_losses
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 pytestmark = pytest.mark.usefixtures("megatron")
 

@@ -12,7 +12,7 @@ from nemotron_h.compose import configs_dir
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
-from nemotron_h.schema import ModelSchema
+from nemotron_h.schema.recipe import ModelSchema
 
 #: billions of parameters that the family has to come out at
 PUBLISHED = {

@@ -37,7 +37,7 @@ from small_models import as_definition  # noqa: E402
 
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.runtime import megatron_fixes  # noqa: E402
-from nemotron_h.schema import AdapterSchema  # noqa: E402
+from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
 from nemotron_h.training import distilling_model  # noqa: E402
 from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402
 

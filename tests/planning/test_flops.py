@@ -14,7 +14,7 @@ from nemotron_h.compose import compose
 from nemotron_h.model.adapter_targets import TARGETS
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token, ssd_flops
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 GIGA = 1e9
 

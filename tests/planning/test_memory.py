@@ -17,7 +17,7 @@ from nemotron_h.model.adapter_targets import TARGETS, trained_parameters
 from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
 from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_adapters, rank_parameters
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 #: a small vocabulary moves the peak from the logits into the layers

@@ -10,7 +10,7 @@ import torch
 from nemotron_h.core.errors import UserError
 from nemotron_h.precision.gemms import FP8_FORMATS
 from nemotron_h.precision.plugins import FP8, plugin
-from nemotron_h.schema import PRECISIONS
+from nemotron_h.schema.recipe import PRECISIONS
 
 
 def test_every_precision_has_a_plugin_and_its_formats_are_stated_once() -> None:

@@ -100,7 +100,7 @@ def test_a_variant_has_a_name_of_its_own(parsed) -> None:
 @pytest.mark.slow
 def test_a_recipe_file_of_another_stage_names_its_command(parsed, tmp_path: Path) -> None:
     from nemotron_h.core.errors import UserError
-    from nemotron_h.schema import factory_of_file
+    from nemotron_h.schema.recipe import factory_of_file
 
     file = tmp_path / "a, b (1) [2] 50%.yaml"
     file.write_text("# @package _global_\ndefaults: [/nemotron_h_tiny/sft, _self_]\nname: mine\n")

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from nemotron_h import compose
 from nemotron_h.checks import definition_of
 from nemotron_h.compose import known_recipes, recipes_dir
-from nemotron_h.provenance import leaves
-from nemotron_h.schema import PIPELINES, STAGES
+from nemotron_h.schema.provenance import leaves
+from nemotron_h.schema.recipe import PIPELINES, STAGES
 
 trace = functools.cache(compose.trace)
 

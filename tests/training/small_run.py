@@ -12,7 +12,7 @@ from pathlib import Path
 from forks import FORKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemotron_h.provenance import leaves
+from nemotron_h.schema.provenance import leaves
 from nemotron_h.training import checkpoints
 
 WORKER, COMPARE = (Path(__file__).with_name(name) for name in ("worker.py", "same_tensors.py"))

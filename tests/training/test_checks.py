@@ -208,7 +208,7 @@ def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monk
     from nemotron_h.checks import definition_of
     from nemotron_h.compose import compose
     from nemotron_h.runtime import memory
-    from nemotron_h.schema import AdapterSchema
+    from nemotron_h.schema.recipe import AdapterSchema
     from nemotron_h.training import preflight
 
     monkeypatch.setattr(memory, "available", lambda: 12 * 2**30)

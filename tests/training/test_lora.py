@@ -14,7 +14,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.export import merge
 from nemotron_h.inference.adapted import open_weights
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 pytestmark = pytest.mark.slow
 

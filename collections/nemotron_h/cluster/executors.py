@@ -14,8 +14,8 @@ from nemo_run.core.packaging.base import Packager
 
 from nemotron_h.cluster.kubernetes import KubernetesExecutor
 from nemotron_h.cluster.place import check_agrees, check_here, folder_of, root_at
-from nemotron_h.cluster.schema import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
 from nemotron_h.core.errors import UserError
+from nemotron_h.schema.cluster import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
 
 # Ends a chain early. A run that is complete exits with 0, a mistake of the user with 2: the next job would do the same.
 # Every other code (75: a checkpoint is written and steps remain; a crash; a kill) leaves the chain as it is.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_h.cluster.load import is_cluster, load
-from nemotron_h.cluster.schema import Cluster, KubernetesCluster, SlurmCluster
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.cluster import Cluster, KubernetesCluster, SlurmCluster
+from nemotron_h.schema.recipe import RecipeConfig
 
 #: of a recipe, beside `data.root`: relative paths that start in the cluster's `work_dir`
 PATHS = ("log.dir", "init.checkpoint", "distill.teacher", "distill.teacher_logits", "minipuzzle.parent")

@@ -13,8 +13,8 @@ from nemotron_h.comparison.runs import Comparison
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
 from nemotron_h.core.strict_yaml import read_config
-from nemotron_h.provenance import leaves
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.provenance import leaves
+from nemotron_h.schema.recipe import RecipeConfig
 from nemotron_h.training import launch
 from nemotron_h.training.launch import Run
 

@@ -19,7 +19,7 @@ from nemotron_h.data.blend import load_blend
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.precision.gemms import FP8_FORMATS
 from nemotron_h.recipe.check import check_vocabulary
-from nemotron_h.schema import PRECISIONS, PrecisionOptionsSchema, RecipeConfig
+from nemotron_h.schema.recipe import PRECISIONS, PrecisionOptionsSchema, RecipeConfig
 from nemotron_h.training.launch import Run
 
 #: overrides of a recipe that an option of the command gives

@@ -29,7 +29,7 @@ from nemotron_h.data.manifest import write_json
 from nemotron_h.inference.checkpoint import read_definition
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.model.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
-from nemotron_h.schema import AGGREGATIONS, METRICS, ORDERS
+from nemotron_h.schema.recipe import AGGREGATIONS, METRICS, ORDERS
 
 VALUES, RECORD = "importance.safetensors", "importance.json"
 FILES = (RECORD, VALUES)

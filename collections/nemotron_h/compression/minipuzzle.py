@@ -53,7 +53,7 @@ from nemotron_h.inference.trained_tokenizer import check_data, tokenizer_for
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.memory import GIB
 from nemotron_h.report import minipuzzle as report
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 from nemotron_h.training.launch import Run
 
 #: candidates and winner are chosen on one half of the held-out text; the other, which no choice has seen, is reported

@@ -15,7 +15,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.runtime import memory
 from nemotron_h.runtime.memory import GIB
-from nemotron_h.schema import GridSchema, RecipeConfig
+from nemotron_h.schema.recipe import GridSchema, RecipeConfig
 
 VALUE_BYTES = {"cuda": 2, "cpu": 4}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}

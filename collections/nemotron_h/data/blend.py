@@ -22,7 +22,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import is_name, nearest, number, typed, within
 from nemotron_h.core.strict_yaml import read_config
 from nemotron_h.data.counts import parse_count
-from nemotron_h.schema import COUNT, SEED, VOCABULARY
+from nemotron_h.schema.recipe import COUNT, SEED, VOCABULARY
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")

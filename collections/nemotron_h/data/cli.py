@@ -10,7 +10,7 @@ from rich.console import Console
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend, parse_count
-from nemotron_h.schema import DataSchema
+from nemotron_h.schema.recipe import DataSchema
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at data blends.", rich_markup_mode=None)
 

@@ -32,7 +32,7 @@ from nemotron_h.data.prepared_module import (
 )
 from nemotron_h.data.validation import VALIDATION_SEED
 from nemotron_h.data.windows import TokenStream
-from nemotron_h.schema import TOO_LONG
+from nemotron_h.schema.recipe import TOO_LONG
 
 
 class Conversations:

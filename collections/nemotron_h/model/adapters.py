@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from nemotron_h.model import init
 from nemotron_h.model.adapter_targets import ROW_PARALLEL, TARGETS
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 #: of an adapted layer's submodule, and so in the names of its weights
 NAME = "adapter"

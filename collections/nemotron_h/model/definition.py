@@ -12,7 +12,7 @@ from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_number, nearest, ranges
-from nemotron_h.schema import ModelSchema
+from nemotron_h.schema.recipe import ModelSchema
 
 MAMBA, ATTENTION, FFN = "M", "*", "-"
 LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn"}

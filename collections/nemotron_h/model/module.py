@@ -26,7 +26,7 @@ from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 from nemotron_h.runtime import gpu
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 
 def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import Layout, largest_stage
 from nemotron_h.precision.gemms import check_gemms
-from nemotron_h.schema import ModelSchema, RecipeConfig
+from nemotron_h.schema.recipe import ModelSchema, RecipeConfig
 
 #: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and products
 #: that get smaller)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from nemotron_h.model.adapter_targets import ROW_PARALLEL, TARGETS, shape_of, trained_parameters
 from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
 from nemotron_h.precision.gemms import gemm_table
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 GIB = 2**30
 BACKENDS = ("gpu", "cpu")

@@ -21,7 +21,7 @@ from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, pa
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
 from nemotron_h.precision.gemms import GemmGroup, fold, gemm_table
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from nemo.lightning.pytorch.plugins import MegatronMixedPrecision
 from nemo.lightning.pytorch.plugins.mixed_precision import DtypeConfig
 
 from nemotron_h.core.strict import check_one_of
-from nemotron_h.schema import FP8_BACKENDS, PRECISIONS, STATE_DTYPES
+from nemotron_h.schema.recipe import FP8_BACKENDS, PRECISIONS, STATE_DTYPES
 
 
 @dataclass

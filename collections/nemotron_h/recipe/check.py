@@ -11,7 +11,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 
 
 @dataclass(frozen=True)

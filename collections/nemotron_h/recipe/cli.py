@@ -69,7 +69,7 @@ def new(
     """Write a recipe of your own as a small diff to another; never overwrites."""
     from nemotron_h.compose import compose
     from nemotron_h.recipe.new import write
-    from nemotron_h.schema import command_of
+    from nemotron_h.schema.recipe import command_of
 
     path = write(name, parent, out)
     console = Console(highlight=False, soft_wrap=True)

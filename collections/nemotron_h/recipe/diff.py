@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from nemotron_h.compose import Composed
-from nemotron_h.provenance import DEFAULT, leaves
 from nemotron_h.recipe.text import origin_text, scalar
+from nemotron_h.schema.provenance import DEFAULT, leaves
 
 ABSENT = object()
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from nemotron_h.compose import Composed, configs_dir, recipes_dir
-from nemotron_h.provenance import DEFAULT, OVERRIDE, SCHEMA_DEFAULT, Origin
+from nemotron_h.schema.provenance import DEFAULT, OVERRIDE, SCHEMA_DEFAULT, Origin
 
 
 def to_yaml(recipe: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from nemotron_h.core.paired import read_losses
 from nemotron_h.data.blend import parse_count
 from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.report import figures
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title><style>

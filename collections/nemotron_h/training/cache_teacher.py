@@ -41,7 +41,7 @@ from nemotron_h.ops.teacher_logits import kept_logits  # noqa: E402
 from nemotron_h.planning.show import gib  # noqa: E402
 from nemotron_h.planning.teacher_logits import ids_dtype  # noqa: E402
 from nemotron_h.runtime import cpu, megatron_fixes  # noqa: E402
-from nemotron_h.schema import RecipeConfig  # noqa: E402
+from nemotron_h.schema.recipe import RecipeConfig  # noqa: E402
 from nemotron_h.training import checkpoints, distill, teacher_cache  # noqa: E402
 from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402
 from nemotron_h.training.teacher_cache import Header  # noqa: E402

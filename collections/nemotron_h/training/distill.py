@@ -29,7 +29,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.datamodule import BlendDataModule
 from nemotron_h.inference.checkpoint import PROJECTION, WeightFile, read_record
 from nemotron_h.runtime import settings
-from nemotron_h.schema import RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 from nemotron_h.training.distilling_model import TERMS, DistillationConfig, DistillationModel
 from nemotron_h.training.preflight import check_split
 from nemotron_h.training.pretrain import assemble, horizon_of

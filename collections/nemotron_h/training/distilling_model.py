@@ -46,7 +46,7 @@ from nemotron_h.ops.distillation_loss import (
     distillation_loss,
 )
 from nemotron_h.ops.hidden_distance import hidden_distance
-from nemotron_h.schema import DistillSchema
+from nemotron_h.schema.recipe import DistillSchema
 from nemotron_h.training import checkpoints
 from nemotron_h.training.teacher_cache import Header, read_header
 

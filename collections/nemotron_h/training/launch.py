@@ -28,7 +28,7 @@ from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.text import to_yaml
-from nemotron_h.schema import STAGES, RecipeConfig, factory_of_file
+from nemotron_h.schema.recipe import STAGES, RecipeConfig, factory_of_file
 from nemotron_h.training import checkpoints
 
 #: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)

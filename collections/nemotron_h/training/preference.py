@@ -18,7 +18,7 @@ from nemotron_h.data.preference_module import PreferenceDataModule
 from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.runtime import settings
-from nemotron_h.schema import PREFERENCE_LOSSES, RecipeConfig
+from nemotron_h.schema.recipe import PREFERENCE_LOSSES, RecipeConfig
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.checkpoints import INTEGRITY
 from nemotron_h.training.preference_loss import PreferenceLoss

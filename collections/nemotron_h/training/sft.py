@@ -9,7 +9,7 @@ from nemo.collections import llm
 
 from nemotron_h.data.sft_module import ConversationDataModule
 from nemotron_h.runtime import settings
-from nemotron_h.schema import AdapterSchema, RecipeConfig
+from nemotron_h.schema.recipe import AdapterSchema, RecipeConfig
 from nemotron_h.training.callbacks.adapter_table import AdapterTable
 from nemotron_h.training.pretrain import assemble
 

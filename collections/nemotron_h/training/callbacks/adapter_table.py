@@ -8,7 +8,7 @@ from rich.table import Table
 
 from nemotron_h.model.adapter_targets import coverage, trained_parameters
 from nemotron_h.model.definition import ModelDefinition
-from nemotron_h.schema import AdapterSchema
+from nemotron_h.schema.recipe import AdapterSchema
 
 
 def summary(adapter: AdapterSchema, definition: ModelDefinition) -> str:

@@ -23,7 +23,7 @@ from nemotron_h.inference.adapted import describe_base
 from nemotron_h.inference.checkpoint import read_record
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
-from nemotron_h.schema import command_of
+from nemotron_h.schema.recipe import command_of
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 from nemotron_h.training.settings_in_force import changed_settings, described, settings_in_force
