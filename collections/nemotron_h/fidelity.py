@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.compose import compose, configs_dir, known_recipes
 from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.data.blend import load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA
 from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import RecipeConfig
 

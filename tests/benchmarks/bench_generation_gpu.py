@@ -40,13 +40,13 @@ import_repository()
 import torch  # noqa: E402
 from random_model import random_model  # noqa: E402
 
+from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: E402
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.inference.generate import pass_tokens, prefill  # noqa: E402
 from nemotron_h.inference.graph import Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
 from nemotron_h.inference.sampling import Sampling, choose  # noqa: E402
 from nemotron_h.inference.states import States  # noqa: E402
-from nemotron_h.model.definition import Expect, ModelDefinition  # noqa: E402
 from nemotron_h.planning.flops import flops_per_token  # noqa: E402
 from nemotron_h.planning.inference import Serving, inference_memory  # noqa: E402
 

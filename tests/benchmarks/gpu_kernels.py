@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nemotron_h.model.definition import FFN, MAMBA, ModelDefinition
+from nemotron_h.architecture.definition import FFN, MAMBA, ModelDefinition
 from nemotron_h.planning.flops import flops_per_token
 
 #: a part and the kernel names that belong to it; the first that matches counts

@@ -42,7 +42,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides  # noqa: E402
 
-from nemotron_h.model.definition import ModelDefinition  # noqa: E402
+from nemotron_h.architecture.definition import ModelDefinition  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.precision.plugins import plugin  # noqa: E402
 from nemotron_h.runtime import megatron_fixes  # noqa: E402

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemotron_h.architecture.definition import ATTENTION, MAMBA, ModelDefinition
 from nemotron_h.inference.model import (
     AttentionWeights,
     FFNWeights,
@@ -13,7 +14,6 @@ from nemotron_h.inference.model import (
     column_major,
     lay_out,
 )
-from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
 
 
 def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, seed: int = 0) -> GenerationModel:

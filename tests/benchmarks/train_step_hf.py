@@ -30,7 +30,7 @@ def batches(vocab_size: int, batch: int, length: int) -> Iterator[torch.Tensor]:
 
 
 def build(definition: dict, chunk: int) -> NemotronHForCausalLM:
-    """The model of this definition (the fields of `nemotron_h.model.definition.ModelDefinition`)."""
+    """The model of this definition (the fields of `nemotron_h.architecture.definition.ModelDefinition`)."""
     config = NemotronHConfig(
         vocab_size=definition["vocab_size"],
         hidden_size=definition["hidden_size"],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from small_model import scale_one
 
+from nemotron_h.architecture.definition import ATTENTION, MAMBA, Expect, ModelDefinition, family_of
 from nemotron_h.inference.model import AttentionWeights, FFNWeights, GenerationModel, MambaWeights
-from nemotron_h.model.definition import ATTENTION, MAMBA, Expect, ModelDefinition, family_of
 
 WIDTHS = {
     "M": {

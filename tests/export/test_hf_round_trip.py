@@ -127,7 +127,7 @@ def test_imported_checkpoint_trains_and_generates(tmp_path: Path) -> None:
 def test_definition_file_loads(tmp_path: Path) -> None:
     import yaml
 
-    from nemotron_h.model.definition import definition_from_dict
+    from nemotron_h.architecture.definition import definition_from_dict
 
     folder = export(save(small_model(CONFIGS["pruned"]()), tmp_path / "first"), tmp_path / "My Model-8B")
     hf_reader.write(hf_reader.examine(folder), tmp_path / "second")

@@ -18,11 +18,11 @@ import_repository()
 
 from random_model import random_model  # noqa: E402
 
+from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: E402
 from nemotron_h.inference.generate import generate, prefill  # noqa: E402
 from nemotron_h.inference.graph import Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
 from nemotron_h.inference.sampling import Sampling  # noqa: E402
-from nemotron_h.model.definition import Expect, ModelDefinition  # noqa: E402
 from nemotron_h.ops.select import Ops  # noqa: E402
 
 try:

@@ -182,8 +182,8 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
     start()
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+    from nemotron_h.architecture.adapters import TARGETS
     from nemotron_h.model import adapters, init, layers
-    from nemotron_h.model.adapter_targets import TARGETS
     from nemotron_h.model.attention import ScaledDotProductAttention
     from nemotron_h.schema.recipe import AdapterSchema
 

@@ -83,8 +83,8 @@ def model(pattern: str, precision: str, adapted: bool, changes: dict[str, Any], 
     from megatron.core.transformer.module import Float16Module
     from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
+    from nemotron_h.architecture.adapters import TARGETS
     from nemotron_h.model import adapters, init
-    from nemotron_h.model.adapter_targets import TARGETS
     from nemotron_h.model.module import NemotronHConfig
     from nemotron_h.precision.plugins import plugin
     from nemotron_h.schema.recipe import AdapterSchema

@@ -26,7 +26,7 @@ def test_an_untrained_adapter_is_the_base_exactly(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_adapters_are_trained(kind: str) -> None:
-    from nemotron_h.model.adapter_targets import trained_parameters
+    from nemotron_h.architecture.adapters import trained_parameters
 
     model, _ = adapted_model(adapted_config(kind))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

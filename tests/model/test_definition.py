@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from nemotron_h.architecture.definition import WIDTHS, Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.definition import WIDTHS, Expect, ModelDefinition
 
 #: changes that make the small definition a pure one, its unneeded widths left out
 TRANSFORMER = {"family": "transformer", "pattern": "*-*-", **dict.fromkeys(WIDTHS["M"], 0)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nemotron_h.model.definition import pipeline_layers
+from nemotron_h.architecture.definition import pipeline_layers
 
 SHAPES = [(layers, stages) for layers in (1, 2, 5, 13, 52, 98, 118) for stages in (1, 2, 3, 4, 8) if stages <= layers]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemotron_h.model.definition import Expect, ModelDefinition
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 
 _ATTENTION = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 64}
 _MAMBA = {"mamba_num_heads": 16, "mamba_head_dim": 32, "mamba_num_groups": 2, "mamba_state_dim": 64, "conv_kernel": 4}

@@ -10,9 +10,9 @@ from small_models import MODELS, as_definition
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from nemotron_h.architecture.adapters import TARGETS
+from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.compose import compose
-from nemotron_h.model.adapter_targets import TARGETS
-from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token, ssd_flops
 from nemotron_h.schema.recipe import AdapterSchema
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from small_models import MODELS, as_definition
 
+from nemotron_h.architecture.adapters import TARGETS, trained_parameters
+from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.compose import compose
-from nemotron_h.model.adapter_targets import TARGETS, trained_parameters
-from nemotron_h.model.definition import ModelDefinition, definition_from_dict
 from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
 from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_adapters, rank_parameters
 from nemotron_h.schema.recipe import AdapterSchema

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from forks import FORKS
 from small_run import WORKER
 
+from nemotron_h.architecture.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.cli import app
 from nemotron_h.cluster.place import place_of
 from nemotron_h.comparison import launch
@@ -33,7 +34,6 @@ from nemotron_h.comparison.runs import comparison
 from nemotron_h.core import paired
 from nemotron_h.core.errors import UserError
 from nemotron_h.precision import statistics
-from nemotron_h.precision.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
 from nemotron_h.training import launch as starting
 from nemotron_h.training.launch import Run, is_finished, text_of, train_several, write_recipe

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from nemotron_h.architecture.definition import Expect, ModelDefinition
+from nemotron_h.architecture.gemms import check_gemms, fold, gemm_table
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.definition import Expect, ModelDefinition
-from nemotron_h.precision.gemms import check_gemms, fold, gemm_table
 
 MODEL = ModelDefinition(
     name="eight",
@@ -122,5 +122,5 @@ def test_what_does_not_fit_is_an_error_that_names_the_key(changes: dict, message
 
 
 def test_imports_no_torch() -> None:
-    code = "import sys, nemotron_h.precision.gemms; assert 'torch' not in sys.modules"
+    code = "import sys, nemotron_h.architecture.gemms; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

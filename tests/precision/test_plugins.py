@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nemotron_h.architecture.gemms import FP8_FORMATS
 from nemotron_h.core.errors import UserError
-from nemotron_h.precision.gemms import FP8_FORMATS
 from nemotron_h.precision.plugins import FP8, plugin
 from nemotron_h.schema.recipe import PRECISIONS
 
@@ -79,7 +79,7 @@ def test_unknown_names_are_errors() -> None:
 
 def start(precision: str, backend: str = "auto", seq_length: int = 64, rank: int = 0) -> None:
     """What a run does before it builds the model."""
-    from nemotron_h.model.definition import Expect, ModelDefinition
+    from nemotron_h.architecture.definition import Expect, ModelDefinition
     from nemotron_h.training.callbacks.gemm_table import GemmTable
 
     definition = ModelDefinition(

@@ -12,8 +12,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from nemotron_h.architecture.gemms import OPERANDS
 from nemotron_h.comparison.results import Results
-from nemotron_h.precision.gemms import OPERANDS
 
 #: the paper's verdict on FP8: a relative gap below 0.1 % (paper 2.3)
 PAPER_GAP = 1e-3

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import parse_count
-from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
 from nemotron_h.planning.inference import BYTES, InferenceMemory, Serving, memory_by_layer
 from nemotron_h.planning.memory import GIB
 from nemotron_h.schema.recipe import BudgetSchema, GridSchema

@@ -19,9 +19,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from nemotron_h.architecture.definition import (
+    ATTENTION,
+    FFN,
+    LAYER_NAMES,
+    MAMBA,
+    WIDTHS,
+    Expect,
+    ModelDefinition,
+    family_of,
+)
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
-from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, WIDTHS, Expect, ModelDefinition, family_of
 
 Indices = np.ndarray
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.compression import distillations, importance, ranking
@@ -50,7 +51,6 @@ from nemotron_h.export.checkpoint_writer import definition_text
 from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.trained_tokenizer import check_data, tokenizer_for
-from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.memory import GIB
 from nemotron_h.report import minipuzzle as report
 from nemotron_h.schema.recipe import RecipeConfig

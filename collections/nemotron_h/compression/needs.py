@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checks import definition_of
 from nemotron_h.compression.candidates import WIDTHS
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.runtime import memory
 from nemotron_h.runtime.memory import GIB
 from nemotron_h.schema.recipe import GridSchema, RecipeConfig

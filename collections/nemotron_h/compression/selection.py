@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from nemotron_h.architecture.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
 from nemotron_h.compression.candidates import Candidate
 from nemotron_h.compression.child import Child
 from nemotron_h.compression.importance import Scores
-from nemotron_h.model.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
 
 
 def top(scores: np.ndarray, count: int) -> np.ndarray:

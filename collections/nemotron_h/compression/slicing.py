@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, ModelDefinition
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.compression.forward import Forward, Mask
 from nemotron_h.core.errors import UserError
@@ -26,7 +27,6 @@ from nemotron_h.export.source import ModelSource
 from nemotron_h.inference import trained_tokenizer
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_record
 from nemotron_h.inference.model import GenerationModel, load_model
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, ModelDefinition
 
 #: rows and columns of a weight that stay; None is all of them
 Cut = tuple[Tensor | None, Tensor | None]

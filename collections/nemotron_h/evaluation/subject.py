@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
 from nemotron_h.inference.trained_tokenizer import tokenizer_for
-from nemotron_h.model.definition import ModelDefinition
 
 
 @dataclass(frozen=True)

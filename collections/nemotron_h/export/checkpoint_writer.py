@@ -11,12 +11,12 @@ import torch
 import yaml
 from torch import Tensor
 
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.data.manifest import write_json
 from nemotron_h.export import torch_dist
 from nemotron_h.export.names import Weight, weights
 from nemotron_h.export.torch_dist import Advance
 from nemotron_h.inference.checkpoint import WEIGHTS
-from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.training import checkpoints
 
 DEFINITION = "model.yaml"

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition, family_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition, family_of
 
 MODEL_TYPE = "nemotron_h"
 #: the released models' value, for a checkpoint whose record tells no sequence length; nothing computes with it

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.tokenizer import HuggingFaceTokenizer
@@ -22,7 +23,6 @@ from nemotron_h.export.hf_writer import INDEX
 from nemotron_h.export.names import Weight, weights
 from nemotron_h.inference.finite import check_weights
 from nemotron_h.inference.trained_tokenizer import identity
-from nemotron_h.model.definition import ModelDefinition
 
 SINGLE = "model.safetensors"
 #: float32 holds every number of each

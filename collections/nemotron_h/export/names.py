@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
+from nemotron_h.architecture.definition import ATTENTION, MAMBA, ModelDefinition
 
 Shape = tuple[int, ...]
 

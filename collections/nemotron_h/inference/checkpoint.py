@@ -18,11 +18,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.inference.checkpoint_index import IndexedReader, read_index
 from nemotron_h.inference.finite import check_weights
-from nemotron_h.model.definition import Expect, ModelDefinition
 from nemotron_h.training import checkpoints
 from nemotron_h.training.checkpoints import INDEX, WEIGHTS
 

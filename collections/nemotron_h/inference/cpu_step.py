@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.architecture.definition import MAMBA, ModelDefinition
 from nemotron_h.inference.states import KeyValueCache, MambaState, States
-from nemotron_h.model.definition import MAMBA, ModelDefinition
 from nemotron_h.ops.attention import attention_step, cache_append
 
 if TYPE_CHECKING:

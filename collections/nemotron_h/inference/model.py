@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.architecture.definition import ATTENTION, MAMBA, ModelDefinition
 from nemotron_h.inference.adapted import open_weights
 from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.inference.cpu_step import DTYPES, CpuStep
 from nemotron_h.inference.states import KeyValueCache, MambaState, States
-from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.attention import attention_chunk
 from nemotron_h.ops.norm import rms_norm_inference

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_h.model.definition import ATTENTION, MAMBA, ModelDefinition
+from nemotron_h.architecture.definition import ATTENTION, MAMBA, ModelDefinition
 
 
 @dataclass

@@ -33,8 +33,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from nemotron_h.architecture.adapters import ROW_PARALLEL, TARGETS
 from nemotron_h.model import init
-from nemotron_h.model.adapter_targets import ROW_PARALLEL, TARGETS
 from nemotron_h.schema.recipe import AdapterSchema
 
 #: of an adapted layer's submodule, and so in the names of its weights

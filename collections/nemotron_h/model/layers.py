@@ -28,8 +28,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
+from nemotron_h.architecture.definition import pipeline_layers
 from nemotron_h.model.attention import Documents, ScaledDotProductAttention, engine_attention
-from nemotron_h.model.definition import pipeline_layers
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops import linear
 from nemotron_h.ops.norm import rms_norm

@@ -15,11 +15,11 @@ from nemo.collections.llm.gpt.model.base import get_batch_on_this_cp_rank
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
 
+from nemotron_h.architecture.adapters import check_adapter
+from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, init
-from nemotron_h.model.adapter_targets import check_adapter
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.model.embedding import AccumulatingEmbedding
 from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, plain_stack_spec, stack_spec
 from nemotron_h.model.mixer import NemotronHMixer

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
 from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.core.text_files import read_json_object
-from nemotron_h.model.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.schema.recipe import ModelSchema
 from nemotron_h.training import checkpoints
 

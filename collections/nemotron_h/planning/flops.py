@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from nemotron_h.model.adapter_targets import shape_of
-from nemotron_h.model.definition import ATTENTION, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.architecture.adapters import shape_of
+from nemotron_h.architecture.definition import ATTENTION, LAYER_NAMES, MAMBA, ModelDefinition
 from nemotron_h.schema.recipe import AdapterSchema
 
 #: tokens of a chunk of the scan on a GPU (`nemotron_h.ops.select.KERNEL_CHUNK`)

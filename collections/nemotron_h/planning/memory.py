@@ -19,9 +19,9 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from nemotron_h.model.adapter_targets import ROW_PARALLEL, TARGETS, shape_of, trained_parameters
-from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
-from nemotron_h.precision.gemms import gemm_table
+from nemotron_h.architecture.adapters import ROW_PARALLEL, TARGETS, shape_of, trained_parameters
+from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
+from nemotron_h.architecture.gemms import gemm_table
 from nemotron_h.schema.recipe import AdapterSchema
 
 GIB = 2**30

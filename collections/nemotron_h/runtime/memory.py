@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import psutil
 
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.definition import ModelDefinition
 
 GIB = 2**30
 

@@ -59,7 +59,7 @@ class ExpectSchema:
 
 @dataclass
 class ModelSchema:
-    """Pattern and widths; see `model.definition.ModelDefinition` for the meaning of each. 0 is left out."""
+    """Pattern and widths; see `architecture.definition.ModelDefinition` for the meaning of each. 0 is left out."""
 
     name: str = MISSING
     family: str = MISSING

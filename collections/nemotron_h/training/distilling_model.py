@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import (
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor, nn
 
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.checkpoint import (
     PROJECTION,
@@ -36,7 +37,6 @@ from nemotron_h.inference.checkpoint import (
 )
 from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import init
-from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
 from nemotron_h.ops.distillation_loss import (
     HiddenTeacher,

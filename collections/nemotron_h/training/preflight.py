@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from nemo.utils.app_state import AppState
 
+from nemotron_h.architecture.adapters import check_adapter, trained_parameters
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.adapter_targets import check_adapter, trained_parameters
-from nemotron_h.model.definition import ModelDefinition
 from nemotron_h.planning.show import gib
 from nemotron_h.runtime.memory import check_training_fits
 

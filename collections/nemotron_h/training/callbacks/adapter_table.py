@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_h.model.adapter_targets import coverage, trained_parameters
-from nemotron_h.model.definition import ModelDefinition
+from nemotron_h.architecture.adapters import coverage, trained_parameters
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.schema.recipe import AdapterSchema
 
 

@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
-from nemotron_h.model.definition import LAYER_NAMES
+from nemotron_h.architecture.definition import LAYER_NAMES
+from nemotron_h.architecture.gemms import CAST_STATISTICS, FP8_FORMATS, gemm_table
 from nemotron_h.ops.norm import rms_norm
-from nemotron_h.precision.gemms import CAST_STATISTICS, FP8_FORMATS, gemm_table
 from nemotron_h.precision.plugins import PrecisionPlugin
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
 

@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
+from nemotron_h.architecture.definition import LAYER_NAMES
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.definition import LAYER_NAMES
 
 
 class NanGuard(pl.Callback):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import nearest
-from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
 from nemotron_h.schema.recipe import ADAPTERS, AdapterSchema
 
 #: name of a matrix -> the layer type that has it; all matrices of the layers

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
 
 #: precision of a recipe -> formats of weights and activations, and of gradients
 FP8_FORMATS = {"fp8_current_scaling": ("E4M3", "E5M2"), "fp8_blockwise": ("E4M3", "E4M3")}
