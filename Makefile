@@ -42,20 +42,20 @@ test: $(STAMP) ## run the test suite
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile # two at a time, a core each
 
 test-hf: $(STAMP) ## exported models in Hugging Face transformers, in an environment of their own (set up first)
-	@python=$$($(BIN)/python -m nemotron_h.runtime.environments .bench/hf tests/benchmarks/requirements_hf.txt) && \
+	@python=$$($(BIN)/python -m nemotron_h.platform.environments .bench/hf tests/benchmarks/requirements_hf.txt) && \
 		NEMOTRON_H_HF_PYTHON=$$python $(BIN)/python -m pytest tests/export
 
 test-gguf: $(STAMP) ## exported models in llama.cpp, in an environment of its own (set up first)
-	@python=$$($(BIN)/python -m nemotron_h.runtime.environments .bench/gguf tests/export/requirements_gguf.txt) && \
+	@python=$$($(BIN)/python -m nemotron_h.platform.environments .bench/gguf tests/export/requirements_gguf.txt) && \
 		NEMOTRON_H_GGUF_PYTHON=$$python $(BIN)/python -m pytest tests/export/test_gguf.py tests/export/test_llama_cpp.py
 
 test-eval: $(STAMP) ## tasks of lm-evaluation-harness, in an environment of its own (set up first, 2 GB)
-	@python=$$($(BIN)/python -m nemotron_h.runtime.environments .bench/lm_eval collections/nemotron_h/evaluation/requirements.txt) && \
+	@python=$$($(BIN)/python -m nemotron_h.platform.environments .bench/lm_eval collections/nemotron_h/evaluation/requirements.txt) && \
 		NEMOTRON_H_LM_EVAL_PYTHON=$$python $(BIN)/python -m pytest tests/evaluation
 
 test-other-readers: $(STAMP) ## exported models in mlx-lm and vLLM, in environments of their own (set up first, 4 GB)
-	@$(BIN)/python -m nemotron_h.runtime.environments .bench/mlx tests/export/requirements_mlx.txt
-	@$(BIN)/python -m nemotron_h.runtime.environments .bench/vllm tests/export/requirements_vllm.txt
+	@$(BIN)/python -m nemotron_h.platform.environments .bench/mlx tests/export/requirements_mlx.txt
+	@$(BIN)/python -m nemotron_h.platform.environments .bench/vllm tests/export/requirements_vllm.txt
 	@.bench/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # built for another torch
 	@$(BIN)/python -m pytest tests/export/test_other_readers.py
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from nemotron_h.runtime import quiet
+from nemotron_h.platform import quiet
 
 quiet.hush()
 

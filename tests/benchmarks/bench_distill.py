@@ -105,7 +105,7 @@ def work(side: str, device: str) -> None:
     from stepper import MIB, Answers, resident_mib, serve
 
     answers = Answers()
-    from nemotron_h.runtime import cpu, quiet
+    from nemotron_h.platform import cpu, quiet
 
     quiet.hush()
     cpu.install()

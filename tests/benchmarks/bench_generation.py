@@ -26,7 +26,7 @@ from rich.table import Table
 from nemotron_h.checks import definition_of
 from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
-from nemotron_h.runtime import environments
+from nemotron_h.platform import environments
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / ".bench"

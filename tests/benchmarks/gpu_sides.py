@@ -24,7 +24,7 @@ import_repository()
 
 import torch  # noqa: E402
 
-from nemotron_h.runtime import cpu, quiet  # noqa: E402
+from nemotron_h.platform import cpu, quiet  # noqa: E402
 
 quiet.hush()
 cpu.install()
@@ -44,8 +44,8 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 
 from nemotron_h.architecture.definition import ModelDefinition  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.platform import megatron_fixes  # noqa: E402
 from nemotron_h.precision.plugins import plugin  # noqa: E402
-from nemotron_h.runtime import megatron_fixes  # noqa: E402
 from nemotron_h.training.optimizer import adam_of, state_dtypes  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()

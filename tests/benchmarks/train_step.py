@@ -20,7 +20,7 @@ answers = Answers()
 
 import torch  # noqa: E402
 
-from nemotron_h.runtime import cpu, quiet  # noqa: E402
+from nemotron_h.platform import cpu, quiet  # noqa: E402
 
 quiet.hush()
 cpu.install()

@@ -22,7 +22,7 @@ from nemotron_h.cluster.jobs import Job
 from nemotron_h.cluster.place import Place, place_of
 from nemotron_h.compression import needs
 from nemotron_h.core.errors import UserError
-from nemotron_h.runtime import memory
+from nemotron_h.platform import memory
 from nemotron_h.training import launch
 from nemotron_h.training.launch import Run
 

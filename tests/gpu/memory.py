@@ -64,7 +64,7 @@ def definition(small: bool) -> Any:
 
 def start() -> None:
     """One rank, on the GPU where there is one."""
-    from nemotron_h.runtime import cpu, quiet
+    from nemotron_h.platform import cpu, quiet
 
     quiet.hush()
     cpu.install()
@@ -91,7 +91,7 @@ def training_step(model: Any, setting: dict[str, Any]) -> Callable[[], float]:
     from megatron.core.transformer.module import Float16Module
 
     from nemotron_h.model.module import NemotronHConfig
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
 
     megatron_fixes.install()
     length, batch = setting["seq_length"], setting.get("micro_batch", 1)

@@ -29,7 +29,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def start() -> None:
     """One rank on one GPU."""
-    from nemotron_h.runtime import quiet
+    from nemotron_h.platform import quiet
 
     quiet.hush()
     from megatron.core import parallel_state
@@ -265,7 +265,7 @@ def test_weight_gradient_is_added_to_the_float32_buffer() -> None:
     start()
     from megatron.core.tensor_parallel import layers
 
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
 
     megatron_fixes.install()
     draw = torch.Generator("cuda").manual_seed(5)

@@ -24,7 +24,7 @@ LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 
 def optimizer(params: list[torch.Tensor]):
     """As Megatron makes it for `optim.moments: bf16`."""
-    from nemotron_h.runtime.lean_adam import lean_adam
+    from nemotron_h.platform.lean_adam import lean_adam
 
     return lean_adam()(
         params,
@@ -85,7 +85,7 @@ def test_against_float64() -> None:
 
 
 def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemotron_h.runtime import lean_adam
+    from nemotron_h.platform import lean_adam
 
     found = []
     for size in (1 << 28, 1):

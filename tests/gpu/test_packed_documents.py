@@ -57,7 +57,7 @@ EDGES = (1, 2, 17, 63, 64, 65, 127, 128, 129, 256)
 
 def start(tensor: int = 1) -> None:
     """Join the tensor-parallel ranks; through gloo where they share a GPU, which NCCL refuses."""
-    from nemotron_h.runtime import cpu, quiet
+    from nemotron_h.platform import cpu, quiet
 
     quiet.hush()
     cpu.install()

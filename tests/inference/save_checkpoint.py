@@ -17,7 +17,7 @@ def save(model, folder: Path, data: dict | None = None) -> Path:
     """Save a Megatron model from every rank; rank 0 writes the small files."""
     from megatron.core import dist_checkpointing
 
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
     from nemotron_h.training import checkpoints
 
     megatron_fixes.install()
@@ -43,7 +43,7 @@ def finish(folder: Path) -> None:
 
 def main(out: Path, layouts: list[str]) -> None:
     """One folder per layout, all of the same initial weights."""
-    from nemotron_h.runtime import cpu, quiet
+    from nemotron_h.platform import cpu, quiet
 
     quiet.hush()
     cpu.install()

@@ -11,7 +11,7 @@ import pytest
 def megatron() -> Iterator[None]:
     import torch
 
-    from nemotron_h.runtime import cpu, quiet
+    from nemotron_h.platform import cpu, quiet
 
     quiet.hush()
     from megatron.core import parallel_state

@@ -7,7 +7,7 @@ from small_model import small_config, small_model
 
 
 def test_added_to_the_gradient_buffer_as_autograd_would(megatron) -> None:
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
 
     megatron_fixes.install()
     draw = torch.Generator().manual_seed(1)

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from nemotron_h.runtime import cpu, quiet
+from nemotron_h.platform import cpu, quiet
 
 quiet.hush()
 cpu.install()

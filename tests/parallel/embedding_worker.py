@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from nemotron_h.runtime import cpu, quiet
+from nemotron_h.platform import cpu, quiet
 
 quiet.hush()
 cpu.install()

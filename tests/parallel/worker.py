@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nemotron_h.runtime import cpu, quiet
+from nemotron_h.platform import cpu, quiet
 
 quiet.hush()
 cpu.install()

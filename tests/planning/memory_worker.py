@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nemotron_h.runtime import cpu, quiet
+from nemotron_h.platform import cpu, quiet
 
 quiet.hush()
 cpu.install()
@@ -36,7 +36,7 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from small_models import as_definition  # noqa: E402
 
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
-from nemotron_h.runtime import megatron_fixes  # noqa: E402
+from nemotron_h.platform import megatron_fixes  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
 from nemotron_h.training import distilling_model  # noqa: E402
 from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402

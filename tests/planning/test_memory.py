@@ -198,7 +198,7 @@ def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
 def test_constants_are_the_code_s() -> None:
     from nemotron_h.ops import distillation_loss, linear, select, ssd
     from nemotron_h.planning import flops, memory
-    from nemotron_h.runtime import lean_adam
+    from nemotron_h.platform import lean_adam
 
     assert memory.LEAN_PIECE == lean_adam.PIECE
     assert memory.KERNEL_CHUNK == flops.CHUNK == select.KERNEL_CHUNK

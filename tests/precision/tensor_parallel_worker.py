@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nemotron_h.runtime import cpu, quiet
+from nemotron_h.platform import cpu, quiet
 
 quiet.hush()
 cpu.install()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.precision import hardware
+from nemotron_h.platform import hardware
 
 H100, A100 = ("NVIDIA H100", (9, 0)), ("NVIDIA A100", (8, 0))
 

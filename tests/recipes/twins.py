@@ -11,7 +11,7 @@ import random
 import sys
 from pathlib import Path
 
-from nemotron_h.runtime import quiet
+from nemotron_h.platform import quiet
 
 quiet.hush()
 

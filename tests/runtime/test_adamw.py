@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemotron_h.runtime.adamw import CheckpointableAdamW
+from nemotron_h.platform.adamw import CheckpointableAdamW
 
 
 def test_equals_torch_adamw_and_survives_a_checkpoint() -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from nemotron_h.runtime import cpu
+from nemotron_h.platform import cpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU runtime is off where a GPU is visible")
 

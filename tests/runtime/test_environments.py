@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.runtime import environments
+from nemotron_h.platform import environments
 
 
 def test_made_once_and_anew_for_other_pins(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
-from nemotron_h.runtime import memory
+from nemotron_h.platform import memory
 
 
 def definition(name: str) -> ModelDefinition:

@@ -9,7 +9,7 @@ import sys
 import pytest
 from torch.utils import cpp_extension
 
-from nemotron_h.runtime import imports
+from nemotron_h.platform import imports
 
 MODULE = "megatron.core.inference.unified_memory"
 

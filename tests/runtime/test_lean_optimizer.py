@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.runtime import lean_adam
+from nemotron_h.platform import lean_adam
 from nemotron_h.training.optimizer import scheduled_adamw
 
 

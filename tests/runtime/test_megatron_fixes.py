@@ -18,7 +18,7 @@ def test_checkpoints_are_written_without_another_process(tmp_path: Path) -> None
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
 
     def write(*paths: Path) -> Any:
         results: SimpleQueue = SimpleQueue()
@@ -43,7 +43,7 @@ def test_checkpoints_are_written_without_another_process(tmp_path: Path) -> None
 def test_checkpoints_are_read_by_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core import msc_utils
 
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
 
     monkeypatch.setattr(msc_utils, "msc", object())
     monkeypatch.setattr(msc_utils.MultiStorageClientFeature, "_enabled", True)
@@ -55,7 +55,7 @@ def test_checkpoints_are_read_by_torch_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_gradients_of_two_dtypes_have_a_norm_and_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core.optimizer import clip_grads
 
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
 
     def one_dtype(lists: list[list[torch.Tensor]]) -> None:
         assert len({tensor.dtype for of in lists for tensor in of}) == 1, "the kernel would misread these"
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_several_ranks_is_written_with_numpy_2(monkeypatch: pyte
     import numpy
     from megatron.core.dist_checkpointing import ShardedTensor, exchange_utils
 
-    from nemotron_h.runtime import megatron_fixes
+    from nemotron_h.platform import megatron_fixes
 
     monkeypatch.delattr(numpy, "product", raising=False)  # as there
     megatron_fixes.install()

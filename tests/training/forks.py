@@ -127,7 +127,7 @@ def _wait(pids: list[int], seconds: float) -> int:
 
 def serve() -> None:
     """Take orders from the standard input until it is closed; a fork returns from here and runs its program."""
-    from nemotron_h.runtime import quiet
+    from nemotron_h.platform import quiet
 
     quiet.hush()
     import nemotron_h.training.distill

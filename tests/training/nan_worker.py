@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from nemotron_h.runtime import quiet
+from nemotron_h.platform import quiet
 
 quiet.hush()
 

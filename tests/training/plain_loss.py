@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from nemotron_h.runtime import quiet
+from nemotron_h.platform import quiet
 
 quiet.hush()
 
@@ -19,7 +19,7 @@ from torch.utils.data import default_collate  # noqa: E402
 
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
-from nemotron_h.runtime import cpu  # noqa: E402
+from nemotron_h.platform import cpu  # noqa: E402
 from nemotron_h.training.cache_teacher import Writing  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from nemotron_h.runtime import cpu
+from nemotron_h.platform import cpu
 
 cpu.install()
 

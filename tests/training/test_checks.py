@@ -167,7 +167,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkey
 
 
 def test_a_shell_of_a_slurm_job_is_no_task_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemotron_h.runtime import slurm
+    from nemotron_h.platform import slurm
     from nemotron_h.training.strategy import NemotronHTrainer
 
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "sh"}
@@ -207,7 +207,7 @@ def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monk
     """The 8B on this machine, or as a frozen teacher beside a tiny student, whatever the layout."""
     from nemotron_h.checks import definition_of
     from nemotron_h.compose import compose
-    from nemotron_h.runtime import memory
+    from nemotron_h.platform import memory
     from nemotron_h.schema.recipe import AdapterSchema
     from nemotron_h.training import preflight
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemotron_h.runtime import quiet
+from nemotron_h.platform import quiet
 
 quiet.hush()
 

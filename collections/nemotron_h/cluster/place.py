@@ -81,7 +81,7 @@ def check_here(nodes: int, devices: int, origin: str = "", gpus: int | None = No
     if gpus is None:
         import torch
 
-        # where there are none, Megatron is told of one (runtime/cpu.py)
+        # where there are none, Megatron is told of one (platform/cpu.py)
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus and devices > gpus:
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.fetch import cache_folder
-from nemotron_h.runtime import environments
+from nemotron_h.platform import environments
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _HUB_TIMEOUT_S = 10

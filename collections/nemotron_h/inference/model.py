@@ -23,7 +23,7 @@ from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.attention import attention_chunk
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.select import select_ops
-from nemotron_h.runtime.memory import check_weights_fit
+from nemotron_h.platform.memory import check_weights_fit
 
 #: cosines and sines of rotary positions
 Rotary = tuple[Tensor, Tensor]

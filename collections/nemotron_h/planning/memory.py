@@ -31,11 +31,11 @@ BACKENDS = ("gpu", "cpu")
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 OPTIMIZER_BYTES = {"fp32": 8, "bf16": 12}
 #: the same with moments in bfloat16: of a bfloat16 weight's main weight the 16 bits that it lacks; a float32 weight is
-#: its own, and Transformer Engine's Adam keeps a copy of it all the same (runtime/lean_adam.py)
+#: its own, and Transformer Engine's Adam keeps a copy of it all the same (platform/lean_adam.py)
 LEAN_OPTIMIZER_BYTES = {"fp32": 8, "bf16": 6}
 #: of a bfloat16 weight's sum of gradients
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
-#: elements whose moments the lean optimizer has in float32 at a time (runtime/lean_adam.py: PIECE)
+#: elements whose moments the lean optimizer has in float32 at a time (platform/lean_adam.py: PIECE)
 LEAN_PIECE = 1 << 28
 #: operands and results that a widened product has in float32 at a time (ops/linear.py: BLOCK_BYTES)
 WIDE_BLOCK = 4 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from nemotron_h.runtime import quiet
+from nemotron_h.platform import quiet
 
 quiet.hush()
 
@@ -40,7 +40,7 @@ from nemotron_h.ops.distillation_loss import HiddenTeacher  # noqa: E402
 from nemotron_h.ops.teacher_logits import kept_logits  # noqa: E402
 from nemotron_h.planning.show import gib  # noqa: E402
 from nemotron_h.planning.teacher_logits import ids_dtype  # noqa: E402
-from nemotron_h.runtime import cpu, megatron_fixes  # noqa: E402
+from nemotron_h.platform import cpu, megatron_fixes  # noqa: E402
 from nemotron_h.schema.recipe import RecipeConfig  # noqa: E402
 from nemotron_h.training import checkpoints, distill, teacher_cache  # noqa: E402
 from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402

@@ -14,7 +14,7 @@ from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
 from nemotron_h.checks import check_distributed_optimizer, check_learning_rates
 from nemotron_h.core.errors import UserError
-from nemotron_h.runtime import lean_adam
+from nemotron_h.platform import lean_adam
 
 
 class _OfThisRecipe:

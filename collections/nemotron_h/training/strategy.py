@@ -27,7 +27,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.inference.checkpoint import WEIGHTS
 from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import adapters
-from nemotron_h.runtime import cpu, exit_codes, loopback, megatron_fixes, slurm
+from nemotron_h.platform import cpu, exit_codes, loopback, megatron_fixes, slurm
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_h.architecture.gemms import FP8_FORMATS, GemmGroup, check_gemms, fold, gemm_table
-from nemotron_h.precision import hardware
+from nemotron_h.platform import hardware
 from nemotron_h.precision.plugins import PrecisionPlugin
 
 logger = logging.getLogger(__name__)

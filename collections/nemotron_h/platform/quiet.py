@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 
-from nemotron_h.runtime import imports
+from nemotron_h.platform import imports
 
 #: loggers that report optional packages that are absent, or what the progress line and the summary say better
 NOISY = (
@@ -65,7 +65,7 @@ def hush() -> None:
         with imports.without_gpu_builds(), silent[0], silent[1]:
             import nemo.collections.llm  # noqa: F401
     except Exception:
-        from nemotron_h.precision.hardware import check_engine_does_not_break_imports
+        from nemotron_h.platform.hardware import check_engine_does_not_break_imports
 
         check_engine_does_not_break_imports()
         raise

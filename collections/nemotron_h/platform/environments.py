@@ -1,6 +1,6 @@
 """Virtual environments of their own, for tools whose pins and NeMo's cannot be installed together.
 
-`python -m nemotron_h.runtime.environments FOLDER REQUIREMENTS` makes one, or finds it, and prints its interpreter.
+`python -m nemotron_h.platform.environments FOLDER REQUIREMENTS` makes one, or finds it, and prints its interpreter.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from nemotron_h.runtime import imports
-from nemotron_h.runtime.adamw import CheckpointableAdamW
+from nemotron_h.platform import imports
+from nemotron_h.platform.adamw import CheckpointableAdamW
 
 CPU = torch.device("cpu")
 

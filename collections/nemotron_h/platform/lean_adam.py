@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
-from nemotron_h.precision import hardware
+from nemotron_h.platform import hardware
 from nemotron_h.schema.recipe import STATE_DTYPES
 
 #: the release of Transformer Engine whose Adam this one changes; older ones were not tried
