@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.core.errors import UserError, report
-from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
-from nemotron_h.training import checkpoints
 
 BASE, TUNED = Path("runs/nemotron_h_tiny"), Path("runs/nemotron_h_tiny_sft")
 EXPORTED, IMPORTED = Path("runs/nemotron_h_tiny_sft_hf"), Path("runs/nemotron_h_tiny_sft_from_hf")
@@ -59,7 +59,7 @@ def fine_tune() -> tuple[str, str]:
     if process.returncode:
         raise SystemExit(process.returncode)
     if not LOSSES.is_file():  # fine-tuned by hand, before this
-        return "unknown", f"{json.loads((TUNED / checkpoints.RECORD).read_text())['metrics']['val_loss']:.4f}"
+        return "unknown", f"{json.loads((TUNED / folders.RECORD).read_text())['metrics']['val_loss']:.4f}"
     before, after = json.loads(LOSSES.read_text())
     return before, after
 
@@ -75,7 +75,7 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """All of it."""
-    if not checkpoints.finished(BASE):
+    if not folders.finished(BASE):
         raise UserError(f"{BASE} has no checkpoint to start from", hint="train one first: make demo")
     print(run("nemotron-h", "data", "prepare", "--blend", "sft_sample").strip())
 

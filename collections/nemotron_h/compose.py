@@ -23,11 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemotron_h.checkpoint.definition import is_path, read_model
 from nemotron_h.checks import check
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_interpolations, culprit, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
-from nemotron_h.model.stored import is_path, read_model
 from nemotron_h.schema.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -84,7 +84,7 @@ def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`, or `nemotron_h_tiny` for its pretraining), or the
             path of a YAML file.
         overrides: `optim.peak_lr=3e-4` sets a value, `model=nemotron_h_8b` exchanges a part by name. A recipe or an
-            override may also give `model` as a path (see `model.stored`): a pruned child's checkpoint, or a YAML file.
+            override may also give `model` as a path (see `checkpoint.definition`): a pruned child's checkpoint, or a YAML file.
     Returns:
         the recipe with every value set, checked by `check`. Its `sources` are those of the values that stand.
     Errors:

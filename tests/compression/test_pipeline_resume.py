@@ -12,10 +12,10 @@ import pytest
 from tiny_pipeline import Tiny
 from typer.testing import Result
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.compression import minipuzzle, unfinished
 from nemotron_h.compression.progress import StageProgress
 from nemotron_h.core.errors import UserError
-from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.slow
 Patch = pytest.MonkeyPatch
@@ -108,9 +108,9 @@ def left_behind(folder: Path, names: list[str]) -> None:
         assert len((folder / "scores.jsonl").read_text().splitlines()) == 1 + 2  # a heading, two of four
     elif folder.name == "short-distil":
         assert list(json.loads((folder / "measured.json").read_text())) == names[:1]
-        assert checkpoints.finished(folder / names[1])[0].name == "step-000002"
+        assert folders.finished(folder / names[1])[0].name == "step-000002"
     elif folder.name == "distil":
-        assert checkpoints.finished(folder / "small")[0].name == "step-000004"
+        assert folders.finished(folder / "small")[0].name == "step-000004"
     elif folder.name == "export":
         assert list((folder / "hf").glob("*.safetensors"))
 

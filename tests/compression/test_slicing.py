@@ -15,10 +15,10 @@ from forks import Forks
 from small_model import relative_error, small_config, small_model
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
 from nemotron_h.compression import slicing
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.core.errors import UserError
-from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
 from nemotron_h.inference.model import load_model
 
 AXES = ("layers", "hidden", "neurons", "heads", "channels", "all")

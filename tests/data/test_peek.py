@@ -10,13 +10,13 @@ import yaml
 from local_corpus import Corpus
 from typer.testing import CliRunner
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.cli import app
 from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.peek import Peek, RunSettings
 from nemotron_h.data.tokenizer import load_tokenizer
-from nemotron_h.training import checkpoints
 
 SETTINGS = RunSettings(tokens=64 * 8 * 40, seq_length=64, global_batch_size=8, seed=7)
 
@@ -136,8 +136,8 @@ def checkpoint_of(data, folder: Path, step: int) -> Path:
     checkpoint = folder / "checkpoints" / f"step-{step:06d}"
     (checkpoint / "weights").mkdir(parents=True)
     (checkpoint / "run.json").write_text(json.dumps({"data": data.record()}))
-    names = checkpoints.content(checkpoint)
-    checkpoints.write_integrity(checkpoint, checkpoints.describe(checkpoint, names))
+    names = folders.content(checkpoint)
+    folders.write_integrity(checkpoint, folders.describe(checkpoint, names))
     return checkpoint
 
 

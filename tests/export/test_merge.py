@@ -15,13 +15,13 @@ from small_model import relative_error, tokens
 from test_hf_round_trip import export, read_all, theirs
 from typer.testing import CliRunner
 
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.adapters import describe_base, open_weights
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint
 from nemotron_h.cli import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.export import hf_reader, merge
-from nemotron_h.inference.adapted import describe_base, open_weights
-from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint
 from nemotron_h.inference.model import load_model
-from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("megatron")
 TARGETS = ["in_proj", "linear_qkv", "linear_proj", "linear_fc2"]
@@ -33,9 +33,9 @@ def save_adapter(model, folder: Path, base: Path) -> Path:
 
     with adapters.only("adapter", [model]):
         save(model, folder)
-    record = json.loads((folder / checkpoints.RECORD).read_text())
+    record = json.loads((folder / folders.RECORD).read_text())
     record["adapter"] = {**dataclasses.asdict(model.config.adapter), "base": describe_base(base)}
-    (folder / checkpoints.RECORD).write_text(json.dumps(record))
+    (folder / folders.RECORD).write_text(json.dumps(record))
     finish(folder)
     return folder
 
@@ -94,8 +94,8 @@ def test_a_merge_changes_the_targets_alone(pair, tmp_path: Path) -> None:
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if name.partition(".weight")[0].rpartition(".")[2] in TARGETS}
     assert f"{len(changed)} of {len(before)} tensors changed" in result.output
-    assert checkpoints.damage(tmp_path / "merged") == []
-    record = json.loads((tmp_path / "merged" / checkpoints.RECORD).read_text())
+    assert folders.damage(tmp_path / "merged") == []
+    record = json.loads((tmp_path / "merged" / folders.RECORD).read_text())
     assert "adapter" not in record
     assert record["merged"]["base"]["checkpoint"] == str(base)
 
@@ -134,10 +134,10 @@ def test_a_base_that_is_gone_moved_or_another(pair, tmp_path: Path) -> None:
     _, base, adapter = pair
     moved = tmp_path / "moved"
     shutil.copytree(base, moved)
-    record = json.loads((adapter / checkpoints.RECORD).read_text())
+    record = json.loads((adapter / folders.RECORD).read_text())
     copy = Path(shutil.copytree(adapter, tmp_path / "adapter"))
     record["adapter"]["base"]["checkpoint"] = str(tmp_path / "gone")
-    (copy / checkpoints.RECORD).write_text(json.dumps(record))
+    (copy / folders.RECORD).write_text(json.dumps(record))
     finish(copy)
     with pytest.raises(UserError, match=r"was trained on .*gone, which is not there any more"):
         merge.plan(copy)

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.cluster import load as clusters
 from nemotron_h.compose import compose, configs_dir
 from nemotron_h.core.strict import Range, ranges
@@ -24,9 +26,7 @@ from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.tokenizer_base import META_FILE
-from nemotron_h.model.stored import read_model
 from nemotron_h.schema.recipe import RecipeConfig
-from nemotron_h.training import checkpoints
 
 
 @dataclass(frozen=True)
@@ -381,7 +381,7 @@ def integrity_files(rng: random.Random, folder: Path) -> Iterator[Bad]:
         checkpoint.mkdir()
         what, data = broken_json(rng, {"run.json": [10, "ab"], "weights/__0_0.distcp": [20, "cd"]}, needed=False)
         (checkpoint / "integrity.json").write_bytes(data)
-        yield Bad(f"integrity.json: {what}", ("integrity.json",), lambda c=checkpoint: checkpoints.read_integrity(c))
+        yield Bad(f"integrity.json: {what}", ("integrity.json",), lambda c=checkpoint: folders.read_integrity(c))
 
 
 def tokenizers(rng: random.Random, folder: Path) -> Iterator[Bad]:

@@ -17,8 +17,8 @@ def save(model, folder: Path, data: dict | None = None) -> Path:
     """Save a Megatron model from every rank; rank 0 writes the small files."""
     from megatron.core import dist_checkpointing
 
+    from nemotron_h.checkpoint import folders
     from nemotron_h.platform import megatron_fixes
-    from nemotron_h.training import checkpoints
 
     megatron_fixes.install()
     rank = torch.distributed.get_rank()
@@ -29,16 +29,16 @@ def save(model, folder: Path, data: dict | None = None) -> Path:
     torch.distributed.barrier()
     if rank == 0:
         record = {"model": dataclasses.asdict(model.config.definition()), "data": data}
-        (folder / checkpoints.RECORD).write_text(json.dumps(record))
+        (folder / folders.RECORD).write_text(json.dumps(record))
         finish(folder)
     return folder
 
 
 def finish(folder: Path) -> None:
     """Write the file that ends a checkpoint."""
-    from nemotron_h.training import checkpoints
+    from nemotron_h.checkpoint import folders
 
-    checkpoints.write_integrity(folder, checkpoints.describe(folder, checkpoints.content(folder)))
+    folders.write_integrity(folder, folders.describe(folder, folders.content(folder)))
 
 
 def main(out: Path, layouts: list[str]) -> None:

@@ -16,6 +16,7 @@ from save_checkpoint import finish, save
 from small_model import VOCABULARY, relative_error, small_config, small_model
 from typer.testing import CliRunner
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.messages import ChatError, Turn
@@ -25,7 +26,6 @@ from nemotron_h.inference.chat import ChatSession
 from nemotron_h.inference.chat_cli import chat as command
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling
-from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -263,8 +263,8 @@ def test_a_base_model_is_warned_of(run: Path, tokenizer: Tokenizer, tmp_path: Pa
     assert "warning" not in invoke(run, "--max-tokens", 1, said="wort\n").stderr
     base = tmp_path / "step-000001"
     save(small_model(small_config()), base, data={"tokenizer": tokenizer.path})
-    record = json.loads((base / checkpoints.RECORD).read_text())
-    (base / checkpoints.RECORD).write_text(json.dumps(record | {"recipe": {"stage": "pretrain"}}))
+    record = json.loads((base / folders.RECORD).read_text())
+    (base / folders.RECORD).write_text(json.dumps(record | {"recipe": {"stage": "pretrain"}}))
     finish(base)
     assert "pretrained alone" in invoke(base, "--max-tokens", 1, said="wort\n").stderr
 

@@ -13,10 +13,10 @@ from forks import FORKS
 from save_checkpoint import finish, save
 from small_model import small_config, small_model
 
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.reader import find_checkpoint
 from nemotron_h.core.errors import UserError
-from nemotron_h.inference.checkpoint import find_checkpoint
 from nemotron_h.inference.model import GenerationModel, load_model
-from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -110,7 +110,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 def test_unfinished(checkpoint: Path) -> None:
-    (checkpoint / checkpoints.INTEGRITY).unlink()
+    (checkpoint / folders.INTEGRITY).unlink()
     with pytest.raises(UserError, match="not a finished checkpoint"):
         load_model(checkpoint)
 
@@ -155,7 +155,7 @@ def test_state_that_transformer_engine_would_unpickle_is_not_loaded(monkeypatch:
 
 
 def test_record_of_another_model(checkpoint: Path) -> None:
-    record = checkpoint / checkpoints.RECORD
+    record = checkpoint / folders.RECORD
     record.write_text(record.read_text().replace('"hidden_size": 48', '"hidden_size": 56'))
     finish(checkpoint)
     with pytest.raises(UserError, match=r"is \(384, 48\), its run.json asks for \(384, 56\)"):

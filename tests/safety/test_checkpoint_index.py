@@ -20,9 +20,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+from nemotron_h.checkpoint import torch_dist
+from nemotron_h.checkpoint.index import check_weights, parse_index, safe_reads
 from nemotron_h.core.errors import UserError
-from nemotron_h.export import torch_dist
-from nemotron_h.inference.checkpoint_index import check_weights, parse_index, safe_reads
 
 FILE = Path("run/step-000001/weights/.metadata")
 

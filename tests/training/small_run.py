@@ -12,8 +12,8 @@ from pathlib import Path
 from forks import FORKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from nemotron_h.checkpoint import folders as checkpoints
 from nemotron_h.schema.provenance import leaves
-from nemotron_h.training import checkpoints
 
 WORKER, COMPARE = (Path(__file__).with_name(name) for name in ("worker.py", "same_tensors.py"))
 

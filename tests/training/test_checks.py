@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.locks import locked
-from nemotron_h.training import checkpoints
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -21,75 +21,75 @@ def checkpoint(run: Path, step: int) -> Path:
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "a.distcp").write_bytes(bytes(range(256)) * 10)
     (folder / "run.json").write_text("{}")
-    checkpoints.write_integrity(folder, checkpoints.describe(folder, checkpoints.content(folder)))
+    folders.write_integrity(folder, folders.describe(folder, folders.content(folder)))
     return folder
 
 
 def test_damage_of_every_kind_is_found(tmp_path: Path) -> None:
     whole = checkpoint(tmp_path, 1)
-    assert checkpoints.damage(whole) == []
+    assert folders.damage(whole) == []
     shard = whole / "weights" / "a.distcp"
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    assert checkpoints.damage(whole) == ["weights/a.distcp: its content changed"]
+    assert folders.damage(whole) == ["weights/a.distcp: its content changed"]
     shard.write_bytes(content[:-1])
-    assert "2,559 bytes, 2,560 were written" in checkpoints.damage(whole)[0]
+    assert "2,559 bytes, 2,560 were written" in folders.damage(whole)[0]
     shard.unlink()
-    assert checkpoints.damage(whole) == ["weights/a.distcp: missing"]
-    (whole / checkpoints.INTEGRITY).write_text("{")
-    assert checkpoints.damage(whole)[0].startswith("integrity.json")
+    assert folders.damage(whole) == ["weights/a.distcp: missing"]
+    (whole / folders.INTEGRITY).write_text("{")
+    assert folders.damage(whole)[0].startswith("integrity.json")
 
 
 def test_ranks_share_the_reading_and_together_see_all_damage(tmp_path: Path) -> None:
     whole = checkpoint(tmp_path, 1)
     for name in ("b.distcp", "c.distcp", "d.distcp"):
         (whole / "weights" / name).write_bytes(name.encode() * 100)
-    names = checkpoints.content(whole)
+    names = folders.content(whole)
     assert names == ["run.json", "weights/a.distcp", "weights/b.distcp", "weights/c.distcp", "weights/d.distcp"]
-    checkpoints.write_integrity(whole, checkpoints.describe(whole, names))
+    folders.write_integrity(whole, folders.describe(whole, names))
     for name in names:
         content = (whole / name).read_bytes()
         (whole / name).write_bytes(content[:-1] + b"?")
-        found = [checkpoints.damage(whole, rank, 3) for rank in range(3)]
+        found = [folders.damage(whole, rank, 3) for rank in range(3)]
         assert sorted(found) == [[], [], [f"{name}: its content changed"]]
         (whole / name).write_bytes(content[:-1])  # sizes are cheap: every rank sees them
-        assert all(name in problem for rank in range(3) for problem in checkpoints.damage(whole, rank, 3))
+        assert all(name in problem for rank in range(3) for problem in folders.damage(whole, rank, 3))
         (whole / name).write_bytes(content)
-    assert [checkpoints.damage(whole, rank, 3) for rank in range(3)] == [[], [], []]
+    assert [folders.damage(whole, rank, 3) for rank in range(3)] == [[], [], []]
 
 
 def test_unfinished_checkpoints_are_not_taken(tmp_path: Path) -> None:
     first, second, third = (checkpoint(tmp_path, step) for step in (10, 9, 100))
-    assert checkpoints.finished(tmp_path) == [third, first, second]
+    assert folders.finished(tmp_path) == [third, first, second]
     third.with_name(third.name + "-unfinished").touch()
-    (first / checkpoints.INTEGRITY).unlink()
-    assert checkpoints.finished(tmp_path) == [second]
-    assert checkpoints.unfinished(tmp_path) == [third]
-    assert checkpoints.size_of(second) == 2562
+    (first / folders.INTEGRITY).unlink()
+    assert folders.finished(tmp_path) == [second]
+    assert folders.unfinished(tmp_path) == [third]
+    assert folders.size_of(second) == 2562
 
 
 def test_a_torn_folder_is_named_unless_a_newer_one_is_whole(tmp_path: Path) -> None:
     first, torn = checkpoint(tmp_path, 4), checkpoint(tmp_path, 8)
-    (torn / checkpoints.INTEGRITY).unlink()
+    (torn / folders.INTEGRITY).unlink()
     with pytest.raises(UserError, match=f"{torn} has no integrity.json: it was copied in part") as refused:
-        checkpoints.newest(tmp_path)
+        folders.newest(tmp_path)
     assert f"mv {torn} {torn.parent}/aside-step-000008 (step-000004 is then the newest)" in refused.value.hint
-    from nemotron_h.inference.checkpoint import find_checkpoint
+    from nemotron_h.checkpoint.reader import find_checkpoint
 
     with pytest.raises(UserError, match=f"{torn} has no integrity.json"):
         find_checkpoint(tmp_path)
     third = checkpoint(tmp_path, 12)
-    assert checkpoints.newest(tmp_path) == third
-    assert list(checkpoints.torn(tmp_path)) == [torn]
+    assert folders.newest(tmp_path) == third
+    assert list(folders.torn(tmp_path)) == [torn]
     second = third.rename(third.with_name(third.name + "-v1"))  # of a second run, which was killed
     with pytest.raises(UserError, match=f"{second} was written by a second run of {tmp_path}"):
-        checkpoints.newest(tmp_path)
+        folders.newest(tmp_path)
     second.with_name(second.name + "-unfinished").touch()
     torn.rename(torn.with_name("aside-step-000008"))
-    assert checkpoints.newest(tmp_path) == first
+    assert folders.newest(tmp_path) == first
     first.rename(first.with_name("aside-step-000004"))
-    assert checkpoints.newest(tmp_path) is None
+    assert folders.newest(tmp_path) is None
 
 
 def test_a_full_disk_is_an_error_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_a_start_says_what_it_removes_and_what_nothing_reads(
     from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 
     torn, _, last = (checkpoint(tmp_path, step) for step in (4, 8, 12))
-    (torn / checkpoints.INTEGRITY).unlink()
+    (torn / folders.INTEGRITY).unlink()
     last.with_name(last.name + "-unfinished").touch()
     callback = StepCheckpoint(every_steps=4)
     callback.dirpath = last.parent

@@ -36,7 +36,7 @@ def test_another_objective_holds_from_the_resume_on(distilled: Small) -> None:
 
 
 def test_the_checkpoint_is_an_ordinary_one(distilled: Small) -> None:
-    from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
     from nemotron_h.inference.model import load_model
 
     checkpoint = find_checkpoint(distilled.run_dir("kd"))
@@ -114,7 +114,7 @@ NARROW = (("hidden_size: 64", "hidden_size: 32"), ("parameters: 116568", "parame
 
 def test_states_through_a_projection(distilled: Small) -> None:
     """Of a narrower student: killed and resumed it is the straight run; the projection is not in what others read."""
-    from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
     from nemotron_h.inference.model import load_model
     from nemotron_h.training.distill import ResumeDistillation
     from nemotron_h.training.distilling_model import DistillationConfig
@@ -152,7 +152,7 @@ def test_states_through_a_projection(distilled: Small) -> None:
 def test_refusals(distilled: Small, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from nemotron_h.inference.checkpoint import find_checkpoint
+    from nemotron_h.checkpoint.reader import find_checkpoint
     from nemotron_h.training.distill import ResumeDistillation, check_teacher
     from nemotron_h.training.distilling_model import DistillationConfig
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from small_run import TUNING_STEPS, Small, sft_recipe, without_last
 
+from nemotron_h.checkpoint.adapters import open_weights
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint
 from nemotron_h.core.errors import UserError
 from nemotron_h.export import merge
-from nemotron_h.inference.adapted import open_weights
-from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint
 from nemotron_h.schema.recipe import AdapterSchema
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_run import FORKS, Small
 
-from nemotron_h.training import checkpoints
+from nemotron_h.checkpoint import folders
 
 
 def stopped(small: Small, name: str, part: str) -> str:
@@ -27,10 +27,10 @@ def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> 
     assert "the loss of step 6 is not finite (micro-batch 1 of 4 on rank 0, samples 40 (" in said
     assert "It first appears in the output of layer 3 (attention)." in said
     assert "linear_proj.weight" in said
-    found = checkpoints.finished(small.run_dir("poisoned"))
-    assert [checkpoints.step_of(path) for path in found] == [4]
+    found = folders.finished(small.run_dir("poisoned"))
+    assert [folders.step_of(path) for path in found] == [4]
     assert str(found[0]) in said
-    record = json.loads((found[0] / checkpoints.RECORD).read_text())
+    record = json.loads((found[0] / folders.RECORD).read_text())
     assert record["throughput"]["steps"] == 1  # after three steps of warm-up
     rates = record["throughput"]
     assert rates["tflops_per_rank"] == pytest.approx(
@@ -45,6 +45,6 @@ def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     assert "a gradient of step 6 is not finite, though its loss is (rank 0, samples 40, 41, " in said
     assert "Of 1 of " in said
     assert "first in the backward pass: decoder.layers.3.self_attention.linear_proj.weight." in said
-    found = checkpoints.finished(small.run_dir("overflown"))
-    assert [checkpoints.step_of(path) for path in found] == [4]
+    found = folders.finished(small.run_dir("overflown"))
+    assert [folders.step_of(path) for path in found] == [4]
     assert str(found[0]) in said

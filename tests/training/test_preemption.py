@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 from small_run import Small
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.core.children import ready_loader_worker
-from nemotron_h.training import checkpoints
 
 STEPS = 12
 
@@ -25,9 +25,9 @@ def test_told_to_leave_and_started_again_equals_straight(small: Small, straight:
     told = small.train("told", "signal=6:0:SIGTERM", "data.num_workers=2", check=False)
     assert told.returncode == 75, told.stderr[-2000:]
     assert "SIGTERM: checkpoint written at step 6 of 12" in told.stdout
-    newest = checkpoints.finished(small.run_dir("told"))[0]
+    newest = folders.finished(small.run_dir("told"))[0]
     assert newest.name == "step-000006"
-    assert checkpoints.damage(newest) == []
+    assert folders.damage(newest) == []
     again = small.train("told")
     assert "resumed at step 6" in again.stdout
     for step, record in small.steps("told").items():
@@ -38,11 +38,11 @@ def test_told_to_leave_and_started_again_equals_straight(small: Small, straight:
 def test_ctrl_c_to_one_rank_during_a_save_makes_all_leave_with_that_checkpoint(small: Small) -> None:
     told = small.train("one_of_two", "trainer.devices=2", "save=4:1:SIGINT", ranks=2, check=False)
     assert told.returncode == 75, told.stderr[-2000:]
-    newest = checkpoints.finished(small.run_dir("one_of_two"))[0]
+    newest = folders.finished(small.run_dir("one_of_two"))[0]
     assert "a signal to another rank: checkpoint written at step 4 of 12" in told.stdout
     assert f"the same command continues from {newest}" in told.stdout
     assert newest.name == "step-000004"
-    assert checkpoints.damage(newest) == []
+    assert folders.damage(newest) == []
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_stopped_rank_ends_the_run_by_name(small: Small) -> None:
     stopped = small.train("stopped", "trainer.devices=2", waits, "signal=6:1:SIGSTOP", ranks=2, check=False)
     assert stopped.returncode == 1
     assert "no answer from rank 1 of 2: stopped, killed, hanging" in stopped.stderr
-    assert checkpoints.finished(small.run_dir("stopped"))[0].name == "step-000004"
+    assert folders.finished(small.run_dir("stopped"))[0].name == "step-000004"
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(

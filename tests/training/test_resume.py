@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_run import Small, assert_same, events, run_records, without_last
 
-from nemotron_h.training import checkpoints
+from nemotron_h.checkpoint import folders
 
 STEPS = 12
 pytestmark = pytest.mark.slow
@@ -154,30 +154,30 @@ def test_a_run_that_continues_from_another_leaves_it_as_it_is(small: Small, stra
     shutil.copytree(small.run_dir("straight"), small.run_dir("host"))
     folder = small.run_dir("host") / "checkpoints"
     chosen, before = folder / "step-000008", sorted(folder.iterdir())
-    written = json.loads((chosen / checkpoints.RECORD).read_text())
+    written = json.loads((chosen / folders.RECORD).read_text())
     del written["settings"]  # as a checkpoint of an older version
-    (chosen / checkpoints.RECORD).write_text(json.dumps(written))
-    checkpoints.write_integrity(chosen, checkpoints.describe(chosen, checkpoints.content(chosen)))
+    (chosen / folders.RECORD).write_text(json.dumps(written))
+    folders.write_integrity(chosen, folders.describe(chosen, folders.content(chosen)))
     done = small.train("guest", f"resume.resume_from_path={chosen}", "trainer.max_steps=10")
     assert "resumed at step 8" in done.stdout
     assert "does not record the settings that it was trained with" in done.stdout
     assert sorted(folder.iterdir()) == before
-    assert [path.name for path in checkpoints.finished(small.run_dir("guest"))] == ["step-000010"]
+    assert [path.name for path in folders.finished(small.run_dir("guest"))] == ["step-000010"]
 
 
 def test_two_ranks_share_the_reading_of_a_checkpoint(small: Small, straight: dict[int, dict]) -> None:
     without_last(small, "straight", "shared")
     written = small.run_dir("shared") / "checkpoints" / f"step-{STEPS:06d}"
     small.train("shared", "trainer.devices=2", ranks=2)
-    described = checkpoints.describe(written, checkpoints.content(written))
-    assert json.loads((written / checkpoints.INTEGRITY).read_text()) == described
+    described = folders.describe(written, folders.content(written))
+    assert json.loads((written / folders.INTEGRITY).read_text()) == described
     assert len(described) > 4
     # a file of the second rank: the first alone would not see it
     name = next(n for n in sorted(described)[1::2] if n.endswith(".distcp"))
     content = bytearray((written / name).read_bytes())
     content[len(content) // 2] ^= 1
     (written / name).write_bytes(content)
-    assert checkpoints.damage(written, 0, 2) == []
+    assert folders.damage(written, 0, 2) == []
     done = small.train("shared", "trainer.devices=2", ranks=2, check=False)
     assert done.returncode != 0
     assert f"{written.name} is damaged: {name}: its content changed" in done.stderr
@@ -189,7 +189,7 @@ def test_a_declared_change_of_the_data_takes_over_at_its_step(small: Small, stra
     small.train("changed", "data.global_batch_size=4", "resume.blend_change=from_step")
     samples = [record["samples"] for _, record in sorted(small.steps("changed").items())]
     assert samples == [list(range(64 + 4 * n, 68 + 4 * n)) for n in range(4)]
-    order = json.loads((folder / f"step-{STEPS:06d}" / checkpoints.RECORD).read_text())["data"]["order"]
+    order = json.loads((folder / f"step-{STEPS:06d}" / folders.RECORD).read_text())["data"]["order"]
     assert (order["step"], order["consumed_samples"]) == (STEPS, 80)
     assert (order["origin"]["step"], order["plan"]["global_batch_size"]) == (8, 4)
     assert [record["plan"]["global_batch_size"] for record in order["history"]] == [8]

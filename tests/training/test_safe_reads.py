@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from save_checkpoint import finish
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.cli import app
 from nemotron_h.core.errors import UserError
-from nemotron_h.training import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ def object_beside_tensors(weights: Path, attack: Attack) -> None:
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
-    from nemotron_h.inference.checkpoint_index import read_index
+    from nemotron_h.checkpoint.index import read_index
 
     index = read_index(weights)
     key = next(k for k in index.state_dict_metadata if k.endswith("word_embeddings.weight") and "optim" not in k)
@@ -133,7 +133,7 @@ def test_no_way_in_runs_a_checkpoint_s_code(small: Small, talk: Small, tmp_path:
     shutil.copytree(source, target)
     PLANTS[plant](target / "weights", Attack(tmp_path / "ran"))
     finish(target)  # the sizes and hashes of a checkpoint are as little secret as the rest of it
-    assert not checkpoints.damage(target) or plant == "modelopt"
+    assert not folders.damage(target) or plant == "modelopt"
     straight = str(small.run_dir("straight"))
     if way == "resume":
         recipe = small.recipe(name)

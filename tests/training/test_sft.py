@@ -53,7 +53,7 @@ def test_straight_equals_killed_and_resumed(talk: Small) -> None:
 
 def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     """The tensors of a run's newest checkpoint, read without megatron-core."""
-    from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint
+    from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint
 
     file = WeightFile(find_checkpoint(run_dir))
     found = {name: torch.empty(shape) for name, shape in file.shapes.items()}
@@ -62,8 +62,8 @@ def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_data_of_another_tokenizer_is_refused(talk: Small, tmp_path: Path) -> None:
+    from nemotron_h.checkpoint.reader import find_checkpoint
     from nemotron_h.data.tokenizer import train_bpe
-    from nemotron_h.inference.checkpoint import find_checkpoint
     from nemotron_h.training.resume import CheckTokenizer
 
     checkpoint = find_checkpoint(talk.run_dir("straight"))

@@ -27,6 +27,8 @@ import torch
 from rich.console import Console
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.writer import definition_text
 from nemotron_h.checks import count_of, definition_of
 from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.compression import distillations, importance, ranking
@@ -47,8 +49,6 @@ from nemotron_h.data.calibration import calibration_sampler, calibration_windows
 from nemotron_h.data.manifest import check_manifest, write_json
 from nemotron_h.data.validation import ValidationText
 from nemotron_h.export import hf_writer
-from nemotron_h.export.checkpoint_writer import definition_text
-from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.trained_tokenizer import check_data, tokenizer_for
 from nemotron_h.planning.memory import GIB

@@ -45,15 +45,15 @@ def importance(
         raise UserError("--layer-samples and --neuron-samples are 1 or more")
     import torch
 
+    from nemotron_h.checkpoint.folders import INTEGRITY
+    from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.compression.importance import Importance, measure, work
     from nemotron_h.core.files import file_sha256
     from nemotron_h.data.blend import load_blend
     from nemotron_h.data.calibration import calibration_windows, text_record
     from nemotron_h.data.manifest import check_manifest
     from nemotron_h.export.folder import new_folder
-    from nemotron_h.inference.checkpoint import find_checkpoint, read_record
     from nemotron_h.inference.model import load_model
-    from nemotron_h.training.checkpoints import INTEGRITY
 
     checkpoint = find_checkpoint(checkpoint)
     length = seq_length or (read_record(checkpoint).get("data") or {}).get("seq_length")
@@ -111,13 +111,13 @@ def prune(
     The child is an ordinary checkpoint with a definition of its own (model.yaml): it is fine-tuned, generates and is
     exported as any other. It is written only if it computes what the parent computes without what was cut.
     """
+    from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
     from nemotron_h.compression import slicing
     from nemotron_h.compression.candidates import Candidate, Candidates, whole
     from nemotron_h.compression.importance import RECORD, Importance
     from nemotron_h.compression.selection import child_of
     from nemotron_h.core.files import file_sha256
     from nemotron_h.export.config import definition_name
-    from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
     from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 
     checkpoint = find_checkpoint(checkpoint)

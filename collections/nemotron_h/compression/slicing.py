@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, ModelDefinition
+from nemotron_h.checkpoint.names import Weight, weights
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
+from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.compression.forward import Forward, Mask
 from nemotron_h.core.errors import UserError
-from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.export.folder import new_folder
-from nemotron_h.export.names import Weight, weights
 from nemotron_h.export.source import ModelSource
 from nemotron_h.inference import trained_tokenizer
-from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_record
 from nemotron_h.inference.model import GenerationModel, load_model
 
 #: rows and columns of a weight that stay; None is all of them

@@ -220,11 +220,11 @@ def digest(path: Path) -> str:
     """sha256 of a file; what stands for a checkpoint, or a run's newest; of other folders, of their files' hashes."""
     if path.is_file():
         return file_sha256(path)
-    from nemotron_h.training import checkpoints
+    from nemotron_h.checkpoint import folders
 
-    if (path / checkpoints.INTEGRITY).is_file():
+    if (path / folders.INTEGRITY).is_file():
         return content_digest(path)
-    if newest := checkpoints.newest(path):
+    if newest := folders.newest(path):
         return content_digest(newest)
     names = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     return hashlib.sha256(json.dumps([[name, file_sha256(path / name)] for name in names]).encode()).hexdigest()
@@ -236,10 +236,10 @@ def content_digest(checkpoint: Path) -> str:
     The other files of a checkpoint hold dates, paths, a number drawn for each write and the trainer's counters, which
     differ between two runs to the same weights.
     """
-    from nemotron_h.training import checkpoints
+    from nemotron_h.checkpoint import folders
 
     try:
-        listed = checkpoints.read_integrity(checkpoint)
+        listed = folders.read_integrity(checkpoint)
     except UserError as error:
         raise UserError(f"{checkpoint} is not a finished checkpoint: {error.message}") from error
     weights = {name: entry for name, entry in listed.items() if name.endswith(".distcp")}

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nemotron_h.checkpoint.folders import step_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.manifest import write_json
-from nemotron_h.training.checkpoints import step_of
 
 FILE = "evaluations.json"
 

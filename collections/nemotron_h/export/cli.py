@@ -107,8 +107,8 @@ def export_peft(
 
     PEFT puts no adapter on out_proj of Mamba-2 layers: their merged matrices are in the file whole.
     """
+    from nemotron_h.checkpoint.reader import find_checkpoint
     from nemotron_h.export import peft_writer
-    from nemotron_h.inference.checkpoint import find_checkpoint
 
     plan = peft_writer.plan(find_checkpoint(checkpoint), base, base_model)
     with progress() as bar:
@@ -128,8 +128,8 @@ def _find(checkpoint: Path, tokenizer: Path | None, no_tokenizer: bool) -> tuple
     """The checkpoint, and its tokenizer unless it is left out; it is one that can be written."""
     if tokenizer and no_tokenizer:
         raise UserError("--tokenizer and --no-tokenizer exclude each other")
+    from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
     from nemotron_h.export.tokenizer import check_exportable
-    from nemotron_h.inference.checkpoint import find_checkpoint, read_definition, read_record
     from nemotron_h.inference.trained_tokenizer import tokenizer_for
 
     checkpoint = find_checkpoint(checkpoint)
@@ -177,8 +177,8 @@ def merge_adapter(
     Every other weight stays as it is, bit for bit. `generate` and `export` read a checkpoint of an adapter as it is;
     a new run, or a move to another place without the base, needs a merged one.
     """
+    from nemotron_h.checkpoint.reader import find_checkpoint
     from nemotron_h.export import merge
-    from nemotron_h.inference.checkpoint import find_checkpoint
 
     plan = merge.plan(find_checkpoint(checkpoint), base)
     with progress() as bar:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, ModelDefinition
+from nemotron_h.checkpoint.names import Weight
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.gguf_format import F32, TensorEntry, TensorType, Value
-from nemotron_h.export.names import Weight
 
 #: Mamba-2 alone has an architecture of its own, with the same tensors
 HYBRID, PURE = "nemotron_h", "mamba2"

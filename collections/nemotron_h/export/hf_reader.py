@@ -12,16 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint.finite import check_weights
+from nemotron_h.checkpoint.names import Weight, weights
+from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.tokenizer import HuggingFaceTokenizer
 from nemotron_h.export import tokenizer as tokenizers
-from nemotron_h.export.checkpoint_writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.export.config import definition_name, from_config, max_positions_of
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.hf_writer import INDEX
-from nemotron_h.export.names import Weight, weights
-from nemotron_h.inference.finite import check_weights
 from nemotron_h.inference.trained_tokenizer import identity
 
 SINGLE = "model.safetensors"

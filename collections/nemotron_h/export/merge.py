@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron_h.checkpoint import folders, torch_dist
+from nemotron_h.checkpoint.adapters import AdaptedWeights, adapter_record
+from nemotron_h.checkpoint.reader import WEIGHTS, read_record
+from nemotron_h.checkpoint.torch_dist import Advance
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.manifest import write_json
-from nemotron_h.export import torch_dist
 from nemotron_h.export.folder import new_folder
-from nemotron_h.export.torch_dist import Advance
-from nemotron_h.inference.adapted import AdaptedWeights, adapter_record
-from nemotron_h.inference.checkpoint import WEIGHTS, read_record
-from nemotron_h.training import checkpoints
 
 RECIPE = "recipe.yaml"
 
@@ -77,7 +76,7 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
         torch_dist.save(folder / WEIGHTS, empty, read, advance)
         record = read_record(plan.checkpoint)
         record["merged"] = {"checkpoint": str(plan.checkpoint.absolute()), **record.pop("adapter")}
-        write_json(folder / checkpoints.RECORD, record)
+        write_json(folder / folders.RECORD, record)
         if (plan.checkpoint / RECIPE).is_file():
             shutil.copyfile(plan.checkpoint / RECIPE, folder / RECIPE)
-        checkpoints.write_integrity(folder, checkpoints.describe(folder, checkpoints.content(folder)))
+        folders.write_integrity(folder, folders.describe(folder, folders.content(folder)))

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemotron_h.export.names import Weight, weights
-from nemotron_h.inference.adapted import open_weights
-from nemotron_h.inference.checkpoint import read_definition, read_record
+from nemotron_h.checkpoint.adapters import open_weights
+from nemotron_h.checkpoint.names import Weight, weights
+from nemotron_h.checkpoint.reader import read_definition, read_record
 
 
 class ModelSource:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ATTENTION, MAMBA, ModelDefinition
-from nemotron_h.inference.adapted import open_weights
-from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.adapters import open_weights
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.inference.cpu_step import DTYPES, CpuStep
 from nemotron_h.inference.states import KeyValueCache, MambaState, States
 from nemotron_h.ops.activation import squared_relu

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemotron_h.checkpoint.finite import check_scores
 from nemotron_h.core.errors import UserError
-from nemotron_h.inference.finite import check_scores
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import MAX_PADDING, Tokenizer, fingerprint, load_tokenizer
-from nemotron_h.inference.checkpoint import read_record
 
 if TYPE_CHECKING:
     from nemotron_h.data.manifest import Manifest

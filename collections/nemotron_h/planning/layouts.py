@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.gemms import check_gemms
+from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.core.errors import UserError
-from nemotron_h.model.stored import read_model
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import Layout, largest_stage

@@ -30,7 +30,7 @@ def install() -> None:
 
 def _read_files_with_torch() -> None:
     """Turn off the readers of multi-storage-client, which megatron-core takes where that is installed: checkpoints
-    are local folders, and `inference.checkpoint_index` keeps PyTorch's readers to data.
+    are local folders, and `checkpoint.index` keeps PyTorch's readers to data.
     """
     MultiStorageClientFeature.disable()
 

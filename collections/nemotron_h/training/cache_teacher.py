@@ -30,6 +30,7 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 from rich.console import Console  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.compression.progress import StageProgress  # noqa: E402
 from nemotron_h.core.errors import UserError, report  # noqa: E402
@@ -42,7 +43,7 @@ from nemotron_h.planning.show import gib  # noqa: E402
 from nemotron_h.planning.teacher_logits import ids_dtype  # noqa: E402
 from nemotron_h.platform import cpu, megatron_fixes  # noqa: E402
 from nemotron_h.schema.recipe import RecipeConfig  # noqa: E402
-from nemotron_h.training import checkpoints, distill, teacher_cache  # noqa: E402
+from nemotron_h.training import distill, teacher_cache  # noqa: E402
 from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402
 from nemotron_h.training.teacher_cache import Header  # noqa: E402
 from nemotron_h.training.teacher_shards import kept_probability, text_digest, wanted_header, write_shard  # noqa: E402
@@ -145,7 +146,7 @@ def write(recipe: RecipeConfig, console: Console) -> None:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     try:
         writing = Writing(recipe)
-        problems = checkpoints.damage(writing.config.teacher_checkpoint, rank, ranks)
+        problems = folders.damage(writing.config.teacher_checkpoint, rank, ranks)
         if problems:
             raise UserError(f"distill.teacher: {writing.config.teacher_checkpoint}: {'; '.join(problems[:3])}")
         if rank == 0:

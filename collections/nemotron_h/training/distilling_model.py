@@ -26,16 +26,10 @@ from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor, nn
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.index import safe_reads
+from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, WeightFile, find_checkpoint, read_definition, read_record
 from nemotron_h.core.errors import UserError
-from nemotron_h.inference.checkpoint import (
-    PROJECTION,
-    WEIGHTS,
-    WeightFile,
-    find_checkpoint,
-    read_definition,
-    read_record,
-)
-from nemotron_h.inference.checkpoint_index import safe_reads
 from nemotron_h.model import init
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
 from nemotron_h.ops.distillation_loss import (
@@ -47,7 +41,6 @@ from nemotron_h.ops.distillation_loss import (
 )
 from nemotron_h.ops.hidden_distance import hidden_distance
 from nemotron_h.schema.recipe import DistillSchema
-from nemotron_h.training import checkpoints
 from nemotron_h.training.teacher_cache import Header, read_header
 
 #: what the last stage returns of a micro-batch: sums over its tokens
@@ -149,7 +142,7 @@ class DistillationConfig(NemotronHConfig):
         if self.stored is not None and not (self.teacher and Path(self.teacher).expanduser().exists()):
             return {}
         checkpoint = self.teacher_checkpoint
-        listed = checkpoints.read_integrity(checkpoint)
+        listed = folders.read_integrity(checkpoint)
         hashes = sorted((name, digest) for name, (_, digest) in listed.items() if name.startswith(f"{WEIGHTS}/"))
         definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
         return {

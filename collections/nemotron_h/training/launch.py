@@ -23,13 +23,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.cluster.jobs import RECORD, Job, Watch
 from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.schema.recipe import STAGES, RecipeConfig, factory_of_file
-from nemotron_h.training import checkpoints
 
 #: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)
 LEFT_EARLY = 75
@@ -67,8 +67,8 @@ class Run:
 
 def is_finished(run: Run, steps: int) -> bool:
     """Whether the checkpoint of the last step is there, whole."""
-    found = checkpoints.finished(run.folder)
-    return bool(found) and checkpoints.step_of(found[0]) >= steps
+    found = folders.finished(run.folder)
+    return bool(found) and folders.step_of(found[0]) >= steps
 
 
 def text_of(run: Run) -> str:

@@ -11,16 +11,16 @@ import nemo_run as run
 from nemo.collections import llm
 from torch import nn
 
+from nemotron_h.checkpoint.folders import INTEGRITY
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.preference_module import PreferenceDataModule
-from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import PREFERENCE_LOSSES, RecipeConfig
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
-from nemotron_h.training.checkpoints import INTEGRITY
 from nemotron_h.training.preference_loss import PreferenceLoss
 from nemotron_h.training.pretrain import assemble
 from nemotron_h.training.reference import ReferenceLogprobs

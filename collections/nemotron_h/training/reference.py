@@ -22,11 +22,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from nemo import lightning as nl
 from torch import Tensor
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
 from nemotron_h.data.preference_module import PairDataset, PreferenceDataModule, Reference
 from nemotron_h.model.module import data_step, forward_step
-from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.progress import duration
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.preference_loss import answer_logprobs
@@ -82,11 +82,11 @@ class ReferenceLogprobs(pl.Callback):
 
     def _load(self, strategy: Any, path: Path) -> None:
         """Put the reference's weights into the model of a run that resumes; its own are loaded over them after this."""
-        integrity = self.checkpoint / checkpoints.INTEGRITY
+        integrity = self.checkpoint / folders.INTEGRITY
         if not integrity.is_file() or file_sha256(integrity) != self.checkpoint_sha256:
             problem = "is gone or another"
         else:
-            problem = "; ".join(checkpoints.damage(self.checkpoint)[:3])
+            problem = "; ".join(folders.damage(self.checkpoint)[:3])
         if problem:
             raise UserError(
                 f"the run's reference log-probs cannot be had: {path} is not usable, and the checkpoint "

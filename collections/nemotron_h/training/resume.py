@@ -12,13 +12,13 @@ import lightning.pytorch as pl
 from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.adapters import adapter_record, find_base
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.checks import check_blend_change
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.datamodule import BlendDataModule
-from nemotron_h.inference.adapted import adapter_record, find_base
-from nemotron_h.inference.checkpoint import find_checkpoint, read_record
 from nemotron_h.inference.trained_tokenizer import check_data
-from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.preflight import check_layout
 
@@ -176,12 +176,12 @@ class ResumeRun(nl.AutoResume):
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         run_dir = Path(AppState().log_dir)
-        newest = checkpoints.newest(run_dir)
+        newest = folders.newest(run_dir)
         if newest is None:
             return None
         problems = self._damage(newest)
         if problems:
-            whole = next((p for p in checkpoints.finished(run_dir)[1:] if not self._damage(p)), None)
+            whole = next((p for p in folders.finished(run_dir)[1:] if not self._damage(p)), None)
             raise UserError(
                 f"checkpoint {newest} is damaged: {'; '.join(problems[:3])}",
                 hint=(
@@ -197,18 +197,18 @@ class ResumeRun(nl.AutoResume):
         if not self.resume_from_path:
             return self._find_trainer_ckpt_path()
         chosen = Path(self.resume_from_path)
-        if not (chosen / checkpoints.INTEGRITY).is_file():
+        if not (chosen / folders.INTEGRITY).is_file():
             raise UserError(f"resume.resume_from_path={chosen} is not a finished checkpoint of this project")
         problems = self._damage(chosen)
         if problems:
             raise UserError(f"checkpoint {chosen} is damaged: {'; '.join(problems[:3])}")
         if self._rank == 0:
-            self._set_newer_aside(checkpoints.step_of(chosen))
+            self._set_newer_aside(folders.step_of(chosen))
         return chosen
 
     def _damage(self, checkpoint: Path) -> list[str]:
         """Each rank reads a part; one that finds damage stops, and the launcher stops the others with it."""
-        return checkpoints.damage(checkpoint, self._rank, self._ranks)
+        return folders.damage(checkpoint, self._rank, self._ranks)
 
     @staticmethod
     def _set_newer_aside(step: int) -> None:
@@ -216,7 +216,7 @@ class ResumeRun(nl.AutoResume):
         another run, whose checkpoint this one may continue from, keeps its own.
         """
         for newer in (Path(AppState().log_dir) / "checkpoints").glob("step-*"):
-            if not newer.is_dir() or checkpoints.step_of(newer) <= step:
+            if not newer.is_dir() or folders.step_of(newer) <= step:
                 continue
             names = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
             paths = (newer.with_name(f"aside-{newer.name}{name}") for name in names)
@@ -253,7 +253,7 @@ class ResumeRun(nl.AutoResume):
     @staticmethod
     def _leave_if_complete(path: Path, trainer: pl.Trainer) -> None:
         """A run that has all its steps ends at once and well, so that the last job of a chain does."""
-        step = checkpoints.step_of(path)
+        step = folders.step_of(path)
         if step >= trainer.max_steps:
             if trainer.global_rank == 0:
                 print(

@@ -12,8 +12,8 @@ from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from torch.distributed.checkpoint import CheckpointException
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError, naming
-from nemotron_h.training import checkpoints
 from nemotron_h.training.callbacks.run_record import RunRecord
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
 
@@ -22,10 +22,10 @@ def describe_by_rank(checkpoint: Path) -> dict[str, list]:
     """Size and sha256 of every file of a checkpoint, each read by one rank; returned on all ranks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # One listing for all: on a shared file system the ranks' own could differ, and a file would go unread.
-    names = [checkpoints.content(checkpoint) if rank == 0 else None]
+    names = [folders.content(checkpoint) if rank == 0 else None]
     dist.broadcast_object_list(names)
     parts: list[dict[str, list]] = [{}] * ranks
-    dist.all_gather_object(parts, checkpoints.describe(checkpoint, names[0][rank::ranks]))
+    dist.all_gather_object(parts, folders.describe(checkpoint, names[0][rank::ranks]))
     return {name: entry for part in parts for name, entry in part.items()}
 
 
@@ -57,17 +57,17 @@ class StepCheckpoint(nl.ModelCheckpoint):
         """Remove what was not written to its end and say so, as NeMo does; name what nothing reads; take up others."""
         run_dir = Path(self.dirpath).parent
         if trainer.is_global_zero:
-            for path in checkpoints.unfinished(run_dir):
+            for path in folders.unfinished(run_dir):
                 print(f"removed {path}: it was not written to its end", flush=True)
-            for path, problem in checkpoints.torn(run_dir).items():
+            for path, problem in folders.torn(run_dir).items():
                 print(f"checkpoint {path} {problem}; remove it when it is not needed", flush=True)
         super().setup(trainer, *args, **kwargs)
         self.nemo_topk_check_previous_run()
 
     def nemo_topk_check_previous_run(self) -> None:
         """Take up the checkpoints that an earlier process of this run left."""
-        found = checkpoints.finished(Path(self.dirpath).parent)
-        self.best_k_models = {str(path): torch.tensor(float(checkpoints.step_of(path))) for path in found}
+        found = folders.finished(Path(self.dirpath).parent)
+        self.best_k_models = {str(path): torch.tensor(float(folders.step_of(path))) for path in found}
         if found:
             self.best_model_path, self.kth_best_model_path = str(found[0]), str(found[-1])
             self.best_model_score = self.best_k_models[self.best_model_path]
@@ -111,9 +111,9 @@ class StepCheckpoint(nl.ModelCheckpoint):
                 hint=f"set it aside: mv {folder} {folder.with_name(f'aside-{folder.name}')}",
             )
         run_dir = folder.parents[1]
-        written = checkpoints.finished(run_dir)
+        written = folders.finished(run_dir)
         try:
-            size = checkpoints.size_of(written[0]) if written else checkpoint_bytes(trainer.lightning_module.config)
+            size = folders.size_of(written[0]) if written else checkpoint_bytes(trainer.lightning_module.config)
             check_disk(size, run_dir)
         except UserError as error:
             return error
@@ -135,10 +135,10 @@ class StepCheckpoint(nl.ModelCheckpoint):
             trainer.strategy.barrier("checkpoint written")
             if trainer.is_global_zero:
                 for record in (cb for cb in trainer.callbacks if isinstance(cb, RunRecord)):
-                    record.write(trainer, folder / checkpoints.RECORD)
+                    record.write(trainer, folder / folders.RECORD)
             described = describe_by_rank(folder)
             if trainer.is_global_zero:
-                checkpoints.write_integrity(folder, described)
+                folders.write_integrity(folder, described)
             finish()
 
         return finalize

@@ -18,8 +18,8 @@ from typing import Any, TextIO
 
 import lightning.pytorch as pl
 
+from nemotron_h.checkpoint import folders
 from nemotron_h.core.duration import seconds_of
-from nemotron_h.training import checkpoints
 
 #: "temporary failure, the user is invited to retry" (sysexits.h): a checkpoint is written and steps remain
 EXIT_CODE = 75
@@ -159,5 +159,5 @@ def outlive_pipes() -> None:
 
 def newest(trainer: pl.Trainer) -> Path | None:
     """Return the run's newest checkpoint that is whole."""
-    found = checkpoints.finished(Path(trainer.checkpoint_callback.dirpath).parent)
+    found = folders.finished(Path(trainer.checkpoint_callback.dirpath).parent)
     return found[0] if found else None

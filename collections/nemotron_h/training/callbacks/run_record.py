@@ -19,8 +19,8 @@ import lightning.pytorch as pl
 import nemo_run as run
 import torch
 
-from nemotron_h.inference.adapted import describe_base
-from nemotron_h.inference.checkpoint import read_record
+from nemotron_h.checkpoint.adapters import describe_base
+from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import command_of

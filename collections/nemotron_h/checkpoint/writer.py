@@ -12,12 +12,11 @@ import yaml
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint import folders, torch_dist
+from nemotron_h.checkpoint.names import Weight, weights
+from nemotron_h.checkpoint.reader import WEIGHTS
+from nemotron_h.checkpoint.torch_dist import Advance
 from nemotron_h.data.manifest import write_json
-from nemotron_h.export import torch_dist
-from nemotron_h.export.names import Weight, weights
-from nemotron_h.export.torch_dist import Advance
-from nemotron_h.inference.checkpoint import WEIGHTS
-from nemotron_h.training import checkpoints
 
 DEFINITION = "model.yaml"
 TOKENIZER = "tokenizer"
@@ -84,9 +83,9 @@ def finish(folder: Path, definition: ModelDefinition, record: Mapping[str, Any],
         record: what the checkpoint tells but for its model.
         comment: first line of the definition's file.
     """
-    write_json(folder / checkpoints.RECORD, {"model": asdict(definition), **record})
+    write_json(folder / folders.RECORD, {"model": asdict(definition), **record})
     (folder / DEFINITION).write_text(definition_text(definition, comment), encoding="utf-8")
-    checkpoints.write_integrity(folder, checkpoints.describe(folder, checkpoints.content(folder)))
+    folders.write_integrity(folder, folders.describe(folder, folders.content(folder)))
 
 
 def definition_text(definition: ModelDefinition, comment: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
-from nemotron_h.inference.checkpoint import WeightFile, find_checkpoint, read_record
-from nemotron_h.training import checkpoints
 
 #: between a matrix's name and its adapter's parts, and those parts
 ADAPTER = ".adapter."
@@ -30,7 +30,7 @@ def adapter_record(checkpoint: Path) -> dict[str, Any] | None:
 
 def describe_base(base: Path) -> dict[str, str]:
     """How a record names a base: where it is, and the hash of its list of hashes."""
-    return {"checkpoint": str(base.absolute()), "integrity_sha256": file_sha256(base / checkpoints.INTEGRITY)}
+    return {"checkpoint": str(base.absolute()), "integrity_sha256": file_sha256(base / folders.INTEGRITY)}
 
 
 def find_base(checkpoint: Path, named: str | Path | None = None) -> Path:

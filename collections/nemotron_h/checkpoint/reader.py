@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from nemotron_h.architecture.definition import Expect, ModelDefinition
+from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.finite import check_weights
+from nemotron_h.checkpoint.folders import INDEX, WEIGHTS
+from nemotron_h.checkpoint.index import IndexedReader, read_index
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.text_files import read_json_object
-from nemotron_h.inference.checkpoint_index import IndexedReader, read_index
-from nemotron_h.inference.finite import check_weights
-from nemotron_h.training import checkpoints
-from nemotron_h.training.checkpoints import INDEX, WEIGHTS
 
 #: in the name of the one weight of a distillation that is no part of its student: it is kept to resume, and read by no
 #: other command
@@ -43,7 +43,7 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(f"there is no checkpoint folder {path}")
     if not (path / WEIGHTS).is_dir():
-        newest = checkpoints.newest(path)
+        newest = folders.newest(path)
         if newest is None:
             raise UserError(
                 f"{path} is neither a checkpoint nor a run with a finished one",
@@ -51,7 +51,7 @@ def find_checkpoint(path: Path) -> Path:
             )
         path = newest
     try:
-        recorded = checkpoints.read_integrity(path)
+        recorded = folders.read_integrity(path)
     except UserError as error:
         raise UserError(f"{path} is not a finished checkpoint: {error.message}") from error
     for name, (size, _) in recorded.items():
@@ -69,12 +69,12 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         UserError: it is missing, no JSON, or a section is of another shape.
     """
     try:
-        record = read_json_object(checkpoint / checkpoints.RECORD)
+        record = read_json_object(checkpoint / folders.RECORD)
     except UserError as error:
         raise UserError(f"checkpoint {checkpoint} is damaged: {error.message}") from error
     for key in ("model", "data", "recipe", "adapter"):
         if not isinstance(record.get(key, {}), dict | None):
-            raise UserError(f"checkpoint {checkpoint} is damaged: {checkpoints.RECORD}: {key} is no mapping")
+            raise UserError(f"checkpoint {checkpoint} is damaged: {folders.RECORD}: {key} is no mapping")
     return record
 
 

@@ -22,8 +22,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
+from nemotron_h.checkpoint.folders import COMMON, FORMAT, INDEX, strangers
 from nemotron_h.core.errors import UserError
-from nemotron_h.training.checkpoints import COMMON, FORMAT, INDEX, strangers
 
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 #: all that an index is made of, beside numbers, text and containers; none of it does more than hold its fields

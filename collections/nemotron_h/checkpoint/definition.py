@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
 from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.schema.recipe import ModelSchema
-from nemotron_h.training import checkpoints
 
 
 def is_path(text: str) -> bool:
@@ -37,17 +37,17 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
     if not path.is_dir():
         raise UserError(f"{origin}: model = {path}: there is no such file or checkpoint")
     if not (path / "weights").is_dir():
-        path = checkpoints.newest(path) or path
+        path = folders.newest(path) or path
     try:
-        recorded = read_json_object(path / checkpoints.RECORD).get("model")
+        recorded = read_json_object(path / folders.RECORD).get("model")
         known = {f.name for f in dataclasses.fields(ModelSchema)} - {"expect"}
         values = {key: value for key, value in dict(recorded).items() if key in known}
         none = dataclasses.asdict(Expect(0, 0, 0, 0))
-        model = typed(ModelSchema, {**values, "expect": none}, f"{path / checkpoints.RECORD}: model")
+        model = typed(ModelSchema, {**values, "expect": none}, f"{path / folders.RECORD}: model")
     except (UserError, TypeError, ValueError) as error:
         reason = error.message if isinstance(error, UserError) else "it has no `model`"
         raise UserError(
-            f"{origin}: model = {path}: it is no checkpoint with a readable {checkpoints.RECORD}: {reason}",
+            f"{origin}: model = {path}: it is no checkpoint with a readable {folders.RECORD}: {reason}",
             hint="name a run's folder or one of its checkpoints",
         ) from error
     counted = ModelDefinition(**{**dataclasses.asdict(model), "expect": Expect(0, 0, 0, 0)})
