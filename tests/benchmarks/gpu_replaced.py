@@ -38,7 +38,7 @@ def gated_norm_backward(shape: Shape) -> Iterator[dict[str, Any]]:
     """mamba-ssm's launch, then ours by warps; z and its gradient are views of the projection, as in the mixer."""
     from mamba_ssm.ops.triton import layernorm_gated
 
-    from nemotron_h.runtime import mamba_ssm_fixes
+    from nemotron_h.ops import mamba_ssm_fixes
 
     mamba_ssm_fixes.install()
     ours = layernorm_gated._layer_norm_bwd

@@ -133,7 +133,7 @@ def _mamba_ssm_kernels() -> SimpleNamespace:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 
-    from nemotron_h.runtime import mamba_ssm_fixes
+    from nemotron_h.ops import mamba_ssm_fixes
 
     mamba_ssm_fixes.install()
     return SimpleNamespace(
