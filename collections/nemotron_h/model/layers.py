@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from nemotron_h.architecture.definition import pipeline_layers
 from nemotron_h.model.attention import Documents, ScaledDotProductAttention, engine_attention
+from nemotron_h.model.gpu_options import has_kernels
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops import linear
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.emulation import fp8_linear
-from nemotron_h.runtime.gpu import has_kernels
 
 
 class RMSNorm(nn.Module):

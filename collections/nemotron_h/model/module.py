@@ -19,13 +19,12 @@ from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
-from nemotron_h.model import adapters, init
+from nemotron_h.model import adapters, gpu_options, init
 from nemotron_h.model.embedding import AccumulatingEmbedding
 from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, plain_stack_spec, stack_spec
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
-from nemotron_h.runtime import gpu
 from nemotron_h.schema.recipe import AdapterSchema
 
 
@@ -237,19 +236,19 @@ class NemotronHConfig(SSMConfig):
     mamba_stack_spec: Callable = stack_spec
     forward_step_fn: Callable = forward_step
     data_step_fn: Callable = data_step
-    # `runtime.gpu` says why each is on or off
-    fuse_weight_gradients: bool = field(default_factory=gpu.default("fuse_weight_gradients"))
-    gradient_accumulation_fusion: bool = field(default_factory=gpu.default("gradient_accumulation_fusion"))
-    bias_dropout_fusion: bool = field(default_factory=gpu.default("bias_dropout_fusion"))
-    bias_activation_fusion: bool = field(default_factory=gpu.default("bias_activation_fusion"))
-    masked_softmax_fusion: bool = field(default_factory=gpu.default("masked_softmax_fusion"))
+    # `model.gpu_options` says why each is on or off
+    fuse_weight_gradients: bool = field(default_factory=gpu_options.default("fuse_weight_gradients"))
+    gradient_accumulation_fusion: bool = field(default_factory=gpu_options.default("gradient_accumulation_fusion"))
+    bias_dropout_fusion: bool = field(default_factory=gpu_options.default("bias_dropout_fusion"))
+    bias_activation_fusion: bool = field(default_factory=gpu_options.default("bias_activation_fusion"))
+    masked_softmax_fusion: bool = field(default_factory=gpu_options.default("masked_softmax_fusion"))
     apply_rope_fusion: bool = False
-    cross_entropy_loss_fusion: bool = field(default_factory=gpu.default("cross_entropy_loss_fusion"))
-    cross_entropy_fusion_impl: str = field(default_factory=gpu.default("cross_entropy_fusion_impl"))
-    deallocate_pipeline_outputs: bool = field(default_factory=gpu.default("deallocate_pipeline_outputs"))
-    tp_comm_overlap: bool = field(default_factory=gpu.default("tp_comm_overlap"))
-    use_te_rng_tracker: bool = field(default_factory=gpu.default("use_te_rng_tracker"))
-    cuda_graph_impl: str = field(default_factory=gpu.default("cuda_graph_impl"))
+    cross_entropy_loss_fusion: bool = field(default_factory=gpu_options.default("cross_entropy_loss_fusion"))
+    cross_entropy_fusion_impl: str = field(default_factory=gpu_options.default("cross_entropy_fusion_impl"))
+    deallocate_pipeline_outputs: bool = field(default_factory=gpu_options.default("deallocate_pipeline_outputs"))
+    tp_comm_overlap: bool = field(default_factory=gpu_options.default("tp_comm_overlap"))
+    use_te_rng_tracker: bool = field(default_factory=gpu_options.default("use_te_rng_tracker"))
+    cuda_graph_impl: str = field(default_factory=gpu_options.default("cuda_graph_impl"))
     use_cpu_initialization: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
     def __post_init__(self) -> None:

@@ -265,7 +265,7 @@ class _Rank:
 
     def weight(self, matrix: str) -> int:
         """What the backward of a layer's product allocates beside the gradient of its input: the gradient of the weight
-        before it is summed (on a GPU the product sums it itself, runtime/gpu.py: fuse_weight_gradients), and the copy
+        before it is summed (on a GPU the product sums it itself, model/gpu_options.py: fuse_weight_gradients), and the copy
         of oneDNN's float32 products (ops/linear.py), the narrower factor. A frozen weight has neither; its adapter has
         a gradient of the input of its own, which is added, and DoRA's lengths have those of the output.
         """
@@ -547,7 +547,7 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
     made = [(LAYER_NAMES[definition.pattern[index]], rank.layer(index)) for index in layers]
     for name, layer in made:
         kept[name] = kept.get(name, 0) + layer.kept * in_flight
-    if not last and rank.cpu:  # on a GPU its memory is freed once it is sent (runtime/gpu.py)
+    if not last and rank.cpu:  # on a GPU its memory is freed once it is sent (model/gpu_options.py)
         kept["stage output"] = sent * in_flight
     # between stages the next input is received before it is needed
     received = sent if layout.pipeline > 1 else 0
