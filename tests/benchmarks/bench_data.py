@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_h.data.blend import load_blend
+from nemotron_h.data.feed.sampler import BlendSampler, Segment
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.data.sampler import BlendSampler, Segment
 from nemotron_h.data.tokenizer import train_bpe
 
 WORK = Path(__file__).resolve().parents[2] / ".bench"
@@ -111,7 +111,7 @@ def prepare_theirs(jsonl: Path, tokenizer: Path, folder: Path, workers: int) -> 
 
 def prepare_ours(jsonl: Path, tokenizer: Path, folder: Path, workers: int) -> Path:
     """The same with `nemotron-h data prepare`'s code, hashing and manifest included."""
-    from nemotron_h.data.prepare import prepare
+    from nemotron_h.data.prepare.pipeline import prepare
 
     blend = {
         "name": "bench",
@@ -212,8 +212,8 @@ def megatron_dataset(prefixes: dict[str, str], samples: int, cache: str):
 
 def our_dataset(prefixes: dict[str, str], samples: int):
     """The windows that the data module reads over the same files."""
-    from nemotron_h.data.datamodule import WindowDataset
-    from nemotron_h.data.windows import TokenStream
+    from nemotron_h.data.feed.datamodule import WindowDataset
+    from nemotron_h.data.feed.windows import TokenStream
 
     streams = {name: TokenStream(prefix, VOCABULARY) for name, prefix in prefixes.items()}
     tokens = {name: stream.tokens for name, stream in streams.items()}

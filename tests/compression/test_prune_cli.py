@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from nemotron_h.cli import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.prepare import prepare
+from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.inference.model import load_model
 
 

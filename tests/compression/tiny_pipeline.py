@@ -158,7 +158,7 @@ class Tiny:
 def prepared(folder: Path, name: str) -> None:
     """Prepare the blend `<name>.yaml`."""
     from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.prepare import prepare
+    from nemotron_h.data.prepare.pipeline import prepare
 
     blend = load_blend(str(folder / f"{name}.yaml"))
     prepare(blend, root=folder / "data", workers=1, console=Console(file=io.StringIO()))

@@ -67,7 +67,7 @@ class Corpus:
     def prepare(self, **options):
         from rich.console import Console
 
-        from nemotron_h.data.prepare import prepare
+        from nemotron_h.data.prepare.pipeline import prepare
 
         with open(self.folder / "log.txt", "w", encoding="utf-8") as log:
             options = {"root": self.root, "workers": 1, "console": Console(file=log, width=200), **options}

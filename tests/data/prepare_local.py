@@ -21,9 +21,9 @@ if kill_at := int(os.environ.get("KILL_AT", 0)):
     sys.addaudithook(count)
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data import sources
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.prepare import prepare
+from nemotron_h.data.prepare import sources
+from nemotron_h.data.prepare.pipeline import prepare
 
 sources.MIN_SHARD_BYTES = 1 << 16
 

@@ -10,10 +10,10 @@ from local_corpus import Corpus
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.calibration import calibration_windows, text_record
+from nemotron_h.data.feed.calibration import calibration_windows, text_record
+from nemotron_h.data.feed.windows import TokenStream
 from nemotron_h.data.manifest import Manifest, load_manifest
-from nemotron_h.data.prepare import prepare
-from nemotron_h.data.windows import TokenStream
+from nemotron_h.data.prepare.pipeline import prepare
 
 
 @pytest.fixture(scope="module")

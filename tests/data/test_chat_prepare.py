@@ -17,9 +17,9 @@ from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.messages import read_conversation
-from nemotron_h.data.prepare import prepare
+from nemotron_h.data.prepare.pipeline import prepare
+from nemotron_h.data.prepare.verify import verify
 from nemotron_h.data.tokenizer import load_tokenizer
-from nemotron_h.data.verify import verify
 
 BLEND = """
 name: talk

@@ -18,11 +18,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.datamodule import BlendDataModule, BlendDataSampler
+from nemotron_h.data.feed.datamodule import BlendDataModule, BlendDataSampler
+from nemotron_h.data.feed.phase_plan import DataOrder, DataPlan, PlannedPhase, PlannedSource
+from nemotron_h.data.feed.windows import TokenStream, document_numbers
 from nemotron_h.data.manifest import Manifest, SourceManifest, SplitManifest, TokenizerManifest
-from nemotron_h.data.plan import DataOrder, DataPlan, PlannedPhase, PlannedSource
 from nemotron_h.data.tokenizer import train_bpe
-from nemotron_h.data.windows import TokenStream, document_numbers
 
 SEQ, EOD = 32, 0
 LENGTHS = {"web": 400, "code": 150, "chat": 60}  # documents
@@ -316,7 +316,7 @@ def test_validation_is_the_same_list_whatever_the_state(prepared: Path) -> None:
 
 def test_validation_length_and_sources_too_small_for_it(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("nemotron_h.data.datamodule.say", said.append)
+    monkeypatch.setattr("nemotron_h.data.feed.datamodule.say", said.append)
     monkeypatch.setattr("megatron.core.num_microbatches_calculator.get_num_microbatches", lambda: 4)
     data = started(module(prepared, micro_batch_size=4, seq_length=64), limit_val_batches=1.0)
     data.trainer.num_sanity_val_steps = 1

@@ -13,9 +13,9 @@ from rich.console import Console
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Extend, load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
-from nemotron_h.data.extend import Part, join, reference_to, spread_out, without_system
 from nemotron_h.data.messages import Conversation, Turn
-from nemotron_h.data.prepare import prepare
+from nemotron_h.data.prepare.extend import Part, join, reference_to, spread_out, without_system
+from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.tokenizer import BPETokenizer, load_tokenizer, train_bpe
 
 TOKENS = 2048

@@ -14,9 +14,9 @@ import pytest
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
-from nemotron_h.data import fetch as fetching
-from nemotron_h.data import prepare as preparing
 from nemotron_h.data.blend import Fetch, load_blend
+from nemotron_h.data.prepare import fetch as fetching
+from nemotron_h.data.prepare import pipeline as preparing
 from nemotron_h.data.tokenizer import load_tokenizer
 
 

@@ -11,7 +11,8 @@ import torch
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
-from nemotron_h.data import indexed, windows
+from nemotron_h.data import indexed
+from nemotron_h.data.feed import windows
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])

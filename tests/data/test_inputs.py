@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, Source
-from nemotron_h.data.inputs import find_inputs
+from nemotron_h.data.prepare.inputs import find_inputs
 
 
 def put(folder: Path, *names: str) -> None:

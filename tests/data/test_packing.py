@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.packing import PackedOrder, balanced, best_fit
+from nemotron_h.data.feed.packing import PackedOrder, balanced, best_fit
 
 
 def lengths(count: int, seed: int = 0, longest: int = 512) -> np.ndarray:

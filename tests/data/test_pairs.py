@@ -16,9 +16,9 @@ from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.messages import ChatError, Turn
 from nemotron_h.data.pairs import REJECTED, encode_pair, read_pair
-from nemotron_h.data.prepare import prepare
+from nemotron_h.data.prepare.pipeline import prepare
+from nemotron_h.data.prepare.verify import verify
 from nemotron_h.data.tokenizer import BPETokenizer, load_tokenizer, train_bpe
-from nemotron_h.data.verify import verify
 
 USER = {"role": "user", "content": "Name a sea."}
 GOOD, BAD = {"role": "assistant", "content": "The North Sea."}, {"role": "assistant", "content": "No."}
@@ -205,7 +205,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def module(root: Path, **settings):
-    from nemotron_h.data.preference_module import PreferenceDataModule
+    from nemotron_h.data.feed.preference_module import PreferenceDataModule
 
     values = {"blend": str(root / "pairs.yaml"), "root": str(root / "data"), "seq_length": SEQ, "seed": 5}
     data = PreferenceDataModule(**{**values, "global_batch_size": BATCH, **settings})
@@ -292,8 +292,8 @@ def test_the_first_windows_of_training_are_the_reference_s(root: Path) -> None:
 
 
 def test_blends_of_other_kinds_are_told_apart(root: Path, tmp_path: Path) -> None:
-    from nemotron_h.data.preference_module import PreferenceDataModule
-    from nemotron_h.data.sft_module import ConversationDataModule
+    from nemotron_h.data.feed.preference_module import PreferenceDataModule
+    from nemotron_h.data.feed.sft_module import ConversationDataModule
 
     with pytest.raises(UserError, match="holds conversations: preference training reads pairs of answers"):
         PreferenceDataModule(blend="sft_sample").blend_spec  # noqa: B018 - reads the file

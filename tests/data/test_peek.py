@@ -15,7 +15,7 @@ from nemotron_h.cli import app
 from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.peek import Peek, RunSettings
+from nemotron_h.data.feed.peek import Peek, RunSettings
 from nemotron_h.data.tokenizer import load_tokenizer
 
 SETTINGS = RunSettings(tokens=64 * 8 * 40, seq_length=64, global_batch_size=8, seed=7)

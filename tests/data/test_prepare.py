@@ -20,10 +20,10 @@ from local_corpus import sentences, snapshot, write_jsonl
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.locks import locked
-from nemotron_h.data import pool, shards
-from nemotron_h.data import prepare as preparing
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import load_manifest
+from nemotron_h.data.prepare import pipeline as preparing
+from nemotron_h.data.prepare import pool, shards
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
 
 SCRIPT = Path(__file__).with_name("prepare_local.py")

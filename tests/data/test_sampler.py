@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.sampler import CIRCLE, STRIDE, BlendSampler, Segment, floor_sums, permute
+from nemotron_h.data.feed.sampler import CIRCLE, STRIDE, BlendSampler, Segment, floor_sums, permute
 
 PAPER_SHARES = [  # paper 2.2.3, per cent of tokens; phase 2 is printed with a sum of 99.1
     {"web": 59.0, "code": 20.0, "academic": 8.8, "multi": 5.0, "crawl": 4.0, "math": 2.9, "wiki": 0.3},

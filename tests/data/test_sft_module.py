@@ -14,9 +14,9 @@ from rich.console import Console
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.feed.sft_module import ConversationDataModule
 from nemotron_h.data.messages import read_conversation
-from nemotron_h.data.prepare import prepare
-from nemotron_h.data.sft_module import ConversationDataModule
+from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.tokenizer import load_tokenizer
 
 SEQ, BATCH = 64, 8
@@ -160,7 +160,7 @@ def test_mistakes(root: Path, tmp_path: Path) -> None:
 
 
 def test_pretraining_refuses_conversations(root: Path) -> None:
-    from nemotron_h.data.datamodule import BlendDataModule
+    from nemotron_h.data.feed.datamodule import BlendDataModule
 
     with pytest.raises(UserError, match="holds conversations: pretraining reads text"):
         BlendDataModule(blend=str(root / "talk.yaml"), root=str(root / "data")).blend_spec  # noqa: B018

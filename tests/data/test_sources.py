@@ -12,8 +12,8 @@ import pytest
 from local_corpus import sentences, write_jsonl
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import Source
+from nemotron_h.data.prepare import sources as reading
 
 
 def read(source: Source, *paths) -> list:

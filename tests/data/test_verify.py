@@ -16,7 +16,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.cli import app
 from nemotron_h.data.indexed import read_lengths, write_index
 from nemotron_h.data.manifest import check_manifest
-from nemotron_h.data.verify import verify
+from nemotron_h.data.prepare.verify import verify
 
 
 @pytest.fixture

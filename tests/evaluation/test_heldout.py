@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 from nemotron_h.cli import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
+from nemotron_h.data.feed.windows import TokenStream
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import Manifest, load_manifest
-from nemotron_h.data.prepare import prepare
+from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.tokenizer import load_tokenizer, write_meta
-from nemotron_h.data.windows import TokenStream
 from nemotron_h.evaluation import heldout, record
 from nemotron_h.inference.model import load_model
 

@@ -40,7 +40,7 @@ def test_only_adapters_are_trained(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_is_unpacked(kind: str) -> None:
-    from nemotron_h.data.sft_module import packed_window
+    from nemotron_h.data.feed.sft_module import packed_window
 
     model, _ = adapted_model(adapted_config(kind, torch.float64))
     draw_adapters(model)

@@ -50,7 +50,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     ids=["hybrid", "mamba2", "hybrid, float32"],
 )
 def test_packed_is_unpacked(make, tolerance: float) -> None:
-    from nemotron_h.data.sft_module import packed_window
+    from nemotron_h.data.feed.sft_module import packed_window
 
     model = small_model(make())
     windows = conversations()
@@ -79,7 +79,7 @@ def test_packed_is_unpacked(make, tolerance: float) -> None:
 
 def test_it_can_fail() -> None:
     """Without the resets, or with the mask of the position before, losses are others."""
-    from nemotron_h.data.sft_module import packed_window
+    from nemotron_h.data.feed.sft_module import packed_window
 
     model = small_model(small_config(2))
     packed = [packed_window(window, SEQ, pad_id=1) for window in conversations()]

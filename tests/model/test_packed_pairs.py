@@ -45,7 +45,7 @@ def references(seed: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def batch_of(windows, given) -> dict[str, torch.Tensor]:
-    from nemotron_h.data.preference_module import pair_window
+    from nemotron_h.data.feed.preference_module import pair_window
 
     made = [pair_window(w, *values, SEQ, pad_id=1) for w, values in zip(windows, given, strict=True)]
     return {key: torch.stack([m[key] for m in made]) for key in made[0]}

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from adapted_model import adapter, draw_adapters  # noqa: E402
 from small_model import VOCABULARY, relative_error, small_config, small_model  # noqa: E402
 
-from nemotron_h.data.preference_module import pair_window  # noqa: E402
+from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import mixer  # noqa: E402
 from nemotron_h.ops import select  # noqa: E402
 from nemotron_h.training.preference_loss import PreferenceLoss  # noqa: E402

@@ -30,7 +30,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
-from nemotron_h.data.preference_module import pair_window  # noqa: E402
+from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402

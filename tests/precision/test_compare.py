@@ -270,7 +270,7 @@ def test_the_callback_measures_what_the_products_quantise(
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of a very small model over a prepared blend."""
     from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.prepare import prepare
+    from nemotron_h.data.prepare.pipeline import prepare
 
     folder = tmp_path_factory.mktemp("compare")
     draw = random.Random(1)

@@ -56,7 +56,7 @@ def test_a_factory_resolves_and_overrides(parsed, name: str) -> None:
 def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
     from nemo.collections import llm
 
-    from nemotron_h.data.sft_module import ConversationDataModule
+    from nemotron_h.data.feed.sft_module import ConversationDataModule
     from nemotron_h.training.callbacks.adapter_table import AdapterTable
 
     tuned = parsed(factory_of(name), "resume.init_checkpoint=there", "data.too_long=drop", command="finetune")
@@ -74,7 +74,7 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", known_recipes("preference"))
 def test_a_preference_factory_is_of_the_same_model_and_has_a_name_of_its_own(parsed, name: str) -> None:
-    from nemotron_h.data.preference_module import PreferenceDataModule
+    from nemotron_h.data.feed.preference_module import PreferenceDataModule
     from nemotron_h.training.preference import PreferenceModel, PreferenceResume
 
     assert factory_of(name) not in {*NAMES, *map(factory_of, TUNED)}

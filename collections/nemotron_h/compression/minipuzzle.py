@@ -45,9 +45,9 @@ from nemotron_h.compression.stages import Pipeline, Stage, content_digest
 from nemotron_h.compression.task_scores import task_scores
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.calibration import calibration_sampler, calibration_windows, text_record
+from nemotron_h.data.feed.calibration import calibration_sampler, calibration_windows, text_record
+from nemotron_h.data.feed.validation import ValidationText
 from nemotron_h.data.manifest import check_manifest, write_json
-from nemotron_h.data.validation import ValidationText
 from nemotron_h.export import hf_writer
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.trained_tokenizer import check_data, tokenizer_for

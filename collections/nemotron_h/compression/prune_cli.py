@@ -50,7 +50,7 @@ def importance(
     from nemotron_h.compression.importance import Importance, measure, work
     from nemotron_h.core.files import file_sha256
     from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.calibration import calibration_windows, text_record
+    from nemotron_h.data.feed.calibration import calibration_windows, text_record
     from nemotron_h.data.manifest import check_manifest
     from nemotron_h.export.folder import new_folder
     from nemotron_h.inference.model import load_model

@@ -62,7 +62,7 @@ class Fetch:
 
 @dataclass
 class Extend:
-    """Conversations joined to long ones (paper 5); see `data.extend`.
+    """Conversations joined to long ones (paper 5); see `data.prepare.extend`.
 
     Args:
         tokens: positions that a sample takes at most: `data.seq_length` of the recipe.

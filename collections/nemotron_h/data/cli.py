@@ -33,7 +33,7 @@ def prepare(
     """Fetch, tokenise and index a blend. Run it again at any time: it continues, or does nothing when all is up to
     date.
     """
-    from nemotron_h.data.prepare import prepare as run
+    from nemotron_h.data.prepare.pipeline import prepare as run
 
     run(load_blend(blend), root, workers=workers, force=force, console=Console())
 
@@ -41,7 +41,7 @@ def prepare(
 @app.command()
 def verify(blend: BlendOption, root: RootOption = None) -> None:
     """Compare prepared data with its manifest: counts, hashes, structure, and a decoded sample of every source."""
-    from nemotron_h.data.verify import verify as run
+    from nemotron_h.data.prepare.verify import verify as run
 
     run(load_blend(blend), root, console=Console())
 
@@ -124,8 +124,8 @@ def peek(
     """
     from nemotron_h.checks import check_blend_change, count_of
     from nemotron_h.compose import compose
-    from nemotron_h.data.peek import Peek, RunSettings
-    from nemotron_h.data.peek import show as show_samples
+    from nemotron_h.data.feed.peek import Peek, RunSettings
+    from nemotron_h.data.feed.peek import show as show_samples
 
     given = {
         "blend": blend,

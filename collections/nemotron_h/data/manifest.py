@@ -26,8 +26,8 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import from_json
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend
+from nemotron_h.data.feed.windows import TokenStream
 from nemotron_h.data.indexed import read_index_header
-from nemotron_h.data.windows import TokenStream
 
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"

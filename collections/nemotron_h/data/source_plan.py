@@ -11,10 +11,10 @@ from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.text_files import read_json_object
-from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import Blend, Source
-from nemotron_h.data.inputs import Input, compression, find_inputs
 from nemotron_h.data.manifest import write_json
+from nemotron_h.data.prepare import sources as reading
+from nemotron_h.data.prepare.inputs import Input, compression, find_inputs
 
 #: how much text a byte of such a file holds, for the space check. Ours
 _COMPRESSED = {".gz": 4, ".bz2": 5, ".xz": 5, ".zst": 5}

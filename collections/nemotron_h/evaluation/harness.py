@@ -15,7 +15,7 @@ from typing import Any
 
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.fetch import cache_folder
+from nemotron_h.data.prepare.fetch import cache_folder
 from nemotron_h.platform import environments
 
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")

@@ -19,8 +19,8 @@ from nemotron_h.core.strict import nearest, typed
 from nemotron_h.core.strict_yaml import read_config, read_yaml
 from nemotron_h.core.text_files import parse_json, read_text
 from nemotron_h.data.blend import Fetch
-from nemotron_h.data.fetch import fetch
-from nemotron_h.data.inputs import open_input
+from nemotron_h.data.prepare.fetch import fetch
+from nemotron_h.data.prepare.inputs import open_input
 
 #: the one task that is no task of the harness: held-out loss by category
 PERPLEXITY = "perplexity"

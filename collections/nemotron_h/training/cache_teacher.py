@@ -34,7 +34,7 @@ from nemotron_h.checkpoint import folders
 from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.compression.progress import StageProgress  # noqa: E402
 from nemotron_h.core.errors import UserError, report  # noqa: E402
-from nemotron_h.data.datamodule import BlendDataModule  # noqa: E402
+from nemotron_h.data.feed.datamodule import BlendDataModule  # noqa: E402
 from nemotron_h.inference.trained_tokenizer import check_data  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
 from nemotron_h.ops.distillation_loss import HiddenTeacher  # noqa: E402

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nemotron_h.checkpoint.reader import PROJECTION, WeightFile, read_record
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.datamodule import BlendDataModule
+from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import RecipeConfig
 from nemotron_h.training.distilling_model import TERMS, DistillationConfig, DistillationModel

@@ -16,7 +16,7 @@ from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
 from nemotron_h.core.strict import check_one_of
-from nemotron_h.data.preference_module import PreferenceDataModule
+from nemotron_h.data.feed.preference_module import PreferenceDataModule
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import PREFERENCE_LOSSES, RecipeConfig

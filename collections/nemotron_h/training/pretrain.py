@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections import llm
 
 from nemotron_h.checks import count_of
-from nemotron_h.data.datamodule import BlendDataModule
+from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin

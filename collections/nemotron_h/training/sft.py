@@ -7,7 +7,7 @@ import dataclasses
 import nemo_run as run
 from nemo.collections import llm
 
-from nemotron_h.data.sft_module import ConversationDataModule
+from nemotron_h.data.feed.sft_module import ConversationDataModule
 from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import AdapterSchema, RecipeConfig
 from nemotron_h.training.callbacks.adapter_table import AdapterTable

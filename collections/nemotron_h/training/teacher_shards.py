@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.datamodule import BlendDataModule, WindowDataset
+from nemotron_h.data.feed.datamodule import BlendDataModule, WindowDataset
 from nemotron_h.planning.memory import padded_vocabulary
 from nemotron_h.training.teacher_cache import (
     Header,

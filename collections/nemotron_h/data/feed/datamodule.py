@@ -21,9 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, load_blend
-from nemotron_h.data.phases import Horizon
-from nemotron_h.data.plan import DataOrder, DataPlan, compare
-from nemotron_h.data.prepared_module import (
+from nemotron_h.data.feed.phase_plan import DataOrder, DataPlan, compare
+from nemotron_h.data.feed.prepared_module import (
     ENDLESS,
     PreparedDataModule,
     PreparedDataSampler,
@@ -31,9 +30,10 @@ from nemotron_h.data.prepared_module import (
     of_sample,
     say,
 )
-from nemotron_h.data.sampler import BlendSampler
-from nemotron_h.data.validation import ValidationText
-from nemotron_h.data.windows import TokenStream, document_numbers
+from nemotron_h.data.feed.sampler import BlendSampler
+from nemotron_h.data.feed.validation import ValidationText
+from nemotron_h.data.feed.windows import TokenStream, document_numbers
+from nemotron_h.data.phases import Horizon
 
 
 class WindowDataset(Dataset):

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
+from nemotron_h.data.feed.phase_plan import DataOrder, DataPlan
+from nemotron_h.data.feed.sampler import Sample
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.phases import Horizon
-from nemotron_h.data.plan import DataOrder, DataPlan
-from nemotron_h.data.sampler import Sample
 from nemotron_h.data.tokenizer import load_tokenizer
 
 

@@ -21,10 +21,10 @@ import numpy as np
 from nemotron_h.data.blend import Extend, parse_count
 from nemotron_h.data.chat import ChatTemplate
 from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, ChatError, Conversation, Turn, text_of
-from nemotron_h.data.sources import Bad, Document
+from nemotron_h.data.prepare.sources import Bad, Document
 
 if TYPE_CHECKING:
-    from nemotron_h.data.shards import ShardRecord
+    from nemotron_h.data.prepare.shards import ShardRecord
 
 _WORD = re.compile(r"[^\W\d_]{4,}")
 _WORDS = 200  # of a conversation that count for its topic. Ours, as all below

@@ -2,7 +2,7 @@
 
 A pair's two conversations stand side by side in one window, each with states and attention of its own, so no
 micro-batch and no rank has one without the other. Order, packing, resuming and validation are those of
-`data.sft_module`, of pairs.
+`data.feed.sft_module`, of pairs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import PAIRS
+from nemotron_h.data.feed.packing import PackedOrder
+from nemotron_h.data.feed.prepared_module import of_sample, say
+from nemotron_h.data.feed.sft_module import ConversationDataModule, PackedDataset, WindowList, packed_window
+from nemotron_h.data.feed.validation import VALIDATION_SEED
+from nemotron_h.data.feed.windows import TokenStream
 from nemotron_h.data.indexed import ArrayFile, read_lengths
-from nemotron_h.data.packing import PackedOrder
 from nemotron_h.data.pairs import REJECTED
-from nemotron_h.data.prepared_module import of_sample, say
-from nemotron_h.data.sft_module import ConversationDataModule, PackedDataset, WindowList, packed_window
-from nemotron_h.data.validation import VALIDATION_SEED
-from nemotron_h.data.windows import TokenStream
 
 #: source -> summed log-probabilities of every pair's answers, float64 [pairs, 2]: chosen, rejected
 Reference = dict[str, np.ndarray]

@@ -2,7 +2,7 @@
 
 A window holds whole conversations, each with states and attention of its own (`seq_idx`), and padding behind them that
 is in no loss. Global batch `g` holds the windows `[g * global_batch_size, (g + 1) * global_batch_size)` of
-`PackedOrder`, whatever the world size; which rank takes which balances their work. As in `data.datamodule`, reading
+`PackedOrder`, whatever the world size; which rank takes which balances their work. As in `data.feed.datamodule`, reading
 starts where the trainer's step says, so a resumed run goes on with the next window.
 """
 
@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import CONVERSATIONS, Blend, load_blend
-from nemotron_h.data.indexed import ArrayFile, read_lengths
-from nemotron_h.data.packing import Item, PackedOrder, balanced
-from nemotron_h.data.prepared_module import (
+from nemotron_h.data.feed.packing import Item, PackedOrder, balanced
+from nemotron_h.data.feed.prepared_module import (
     ENDLESS,
     PreparedDataModule,
     PreparedDataSampler,
@@ -30,8 +29,9 @@ from nemotron_h.data.prepared_module import (
     of_sample,
     say,
 )
-from nemotron_h.data.validation import VALIDATION_SEED
-from nemotron_h.data.windows import TokenStream
+from nemotron_h.data.feed.validation import VALIDATION_SEED
+from nemotron_h.data.feed.windows import TokenStream
+from nemotron_h.data.indexed import ArrayFile, read_lengths
 from nemotron_h.schema.recipe import TOO_LONG
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
+from nemotron_h.data.feed.sampler import BlendSampler, Segment
 from nemotron_h.data.manifest import Manifest
-from nemotron_h.data.sampler import BlendSampler, Segment
 
 VALIDATION_SEED = 0  # ours: not the run's seed, so that runs with different seeds validate on the same text
 

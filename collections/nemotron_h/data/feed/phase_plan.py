@@ -13,9 +13,9 @@ from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
+from nemotron_h.data.feed.sampler import BlendSampler, Segment
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.data.sampler import BlendSampler, Segment
 
 STATE_FORMAT = 1
 SHOWN_DIFFERENCES = 12

@@ -9,8 +9,8 @@ import numpy as np
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
+from nemotron_h.data.feed.sampler import BlendSampler, Segment
 from nemotron_h.data.manifest import Manifest
-from nemotron_h.data.sampler import BlendSampler, Segment
 
 CALIBRATION_SEED = 0  # ours: not the run's, so that models of runs with different seeds are measured on the same text
 

@@ -16,9 +16,9 @@ from typing import Any
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.text_files import decode, parse_json
 from nemotron_h.data.blend import PREFERENCE, Source, parse_count
-from nemotron_h.data.inputs import DAMAGE, Input, compression, open_input
 from nemotron_h.data.messages import ChatError, Conversation, Turn, read_conversation, text_of
 from nemotron_h.data.pairs import Pair, read_pair
+from nemotron_h.data.prepare.inputs import DAMAGE, Input, compression, open_input
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES, SHARDS_PER_SOURCE = 1 << 20, 64 << 20, 64
 SAMPLES_PER_SHARD = 32  # ours: so many long samples have enough conversations to choose from

@@ -24,12 +24,12 @@ import numpy as np
 
 from nemotron_h.data.blend import PREFERENCE, Source
 from nemotron_h.data.chat import ChatTemplate, Encoded
-from nemotron_h.data.extend import extended
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.manifest import SPLITS, probe, write_json
 from nemotron_h.data.messages import ChatError
 from nemotron_h.data.pairs import encode_pair
-from nemotron_h.data.sources import Bad, Document, Piece, read_documents
+from nemotron_h.data.prepare.extend import extended
+from nemotron_h.data.prepare.sources import Bad, Document, Piece, read_documents
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20

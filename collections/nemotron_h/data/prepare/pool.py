@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.shards import start_worker
+from nemotron_h.data.prepare.shards import start_worker
 
 
 @contextlib.contextmanager

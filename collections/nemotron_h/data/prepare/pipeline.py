@@ -28,14 +28,11 @@ from nemotron_h.core.files import file_sha256
 from nemotron_h.core.locks import locked
 from nemotron_h.core.progress import ProgressLine
 from nemotron_h.core.strict import from_json
-from nemotron_h.data import sources as reading
 from nemotron_h.data.blend import PREFERENCE, Blend, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
-from nemotron_h.data.fetch import fetch
 from nemotron_h.data.hf_tokenizer import template_of
 from nemotron_h.data.indexed import token_dtype
-from nemotron_h.data.inputs import resolve_path
 from nemotron_h.data.manifest import (
     FORMAT_VERSION,
     SPLITS,
@@ -48,16 +45,12 @@ from nemotron_h.data.manifest import (
     split_problem,
     write_json,
 )
-from nemotron_h.data.pool import worker_pool
-from nemotron_h.data.ready import adopt_split
-from nemotron_h.data.shards import (
-    MergeJob,
-    ShardJob,
-    ShardRecord,
-    build_shard,
-    finished_shard,
-    merge_shards,
-)
+from nemotron_h.data.prepare import sources as reading
+from nemotron_h.data.prepare.fetch import fetch
+from nemotron_h.data.prepare.inputs import resolve_path
+from nemotron_h.data.prepare.pool import worker_pool
+from nemotron_h.data.prepare.ready import adopt_split
+from nemotron_h.data.prepare.shards import MergeJob, ShardJob, ShardRecord, build_shard, finished_shard, merge_shards
 from nemotron_h.data.source_plan import SourcePlan, no_document, plan_sources, saved_state
 from nemotron_h.data.tokenizer import (
     META_FILE,

@@ -16,7 +16,7 @@ from typing import IO
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
-from nemotron_h.data.fetch import fetch
+from nemotron_h.data.prepare.fetch import fetch
 
 #: what a folder means, by format; where no file has such a name, and for the other formats, all of its files
 _SUFFIXES = {
