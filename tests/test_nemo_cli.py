@@ -178,7 +178,7 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
     from nemo_run.cli.api import RunContext
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.compose import compose
     from nemotron_h.training import pretrain
     from nemotron_h.training.callbacks.run_record import RunRecord, recipe_text
 
@@ -227,7 +227,7 @@ def probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_settings_of_a_file_build_nothing(app, probed) -> None:
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.compose import compose
     from nemotron_h.runtime import settings
     from nemotron_h.training import pretrain
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compose import compose, configs_dir, known_recipes, recipes_dir
+from nemotron_h.recipe.compose import compose, configs_dir, known_recipes, recipes_dir
 from nemotron_h.schema.recipe import PIPELINES
 
 if sys.version_info >= (3, 11):
@@ -47,7 +47,7 @@ def test_composing_imports_no_torch() -> None:
     import subprocess
 
     code = (
-        "import sys; from nemotron_h.compose import compose;"
+        "import sys; from nemotron_h.recipe.compose import compose;"
         "compose('nemotron_h_tiny/pretrain'); print('torch' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h import compose
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict_yaml import parse_settings, parse_yaml
 from nemotron_h.data.blend import load_blend
+from nemotron_h.recipe import compose
 
 
 def test_words_stay_as_they_were_written() -> None:

@@ -41,7 +41,6 @@ import torch  # noqa: E402
 from random_model import random_model  # noqa: E402
 
 from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: E402
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.inference.generate import pass_tokens, prefill  # noqa: E402
 from nemotron_h.inference.graph import Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
@@ -49,6 +48,7 @@ from nemotron_h.inference.sampling import Sampling, choose  # noqa: E402
 from nemotron_h.inference.states import States  # noqa: E402
 from nemotron_h.planning.flops import flops_per_token  # noqa: E402
 from nemotron_h.planning.inference import Serving, inference_memory  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 
 SIDES = {"hybrid": "nemotron_h_8b", "transformer": "nemotron_t_8b"}
 GREEDY = Sampling(temperature=0)

@@ -84,7 +84,7 @@ def shape_of(small: bool):
     """The 8B's widths at 13 layers; a dry run has a hundredth of them."""
     from gpu_sides import Shape
 
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.compose import compose
 
     model = compose("nemotron_h_8b/pretrain").model
     widths = {name: getattr(model, name) for name in WIDTHS} | {"kv_channels": model.head_dim}

@@ -22,10 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from nemotron_h.checks import definition_of
-from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
 from nemotron_h.platform import environments
+from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.compose import compose
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parents[1] / ".bench"

@@ -17,11 +17,11 @@ import torch  # noqa: E402
 from random_model import random_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from nemotron_h.checks import definition_of  # noqa: E402
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.inference.generate import Generation  # noqa: E402
 from nemotron_h.inference.model import AttentionWeights, GenerationModel, MambaWeights  # noqa: E402
 from nemotron_h.inference.sampling import Sampling  # noqa: E402
+from nemotron_h.recipe.checks import definition_of  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 
 
 def as_hugging_face(model: GenerationModel) -> dict[str, torch.Tensor]:

@@ -38,9 +38,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel  # noqa: E402
 from nemotron_h.precision.plugins import plugin  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training.pretrain import model_config  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

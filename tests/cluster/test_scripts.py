@@ -219,7 +219,7 @@ def test_jobs_meet_in_the_work_folder(app) -> None:
 
     from nemotron_h.cluster.executors import executor
     from nemotron_h.cluster.load import load
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.compose import compose
     from nemotron_h.training.pretrain import build
 
     task = build(compose("nemotron_h_tiny/pretrain"))

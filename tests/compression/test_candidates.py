@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checks import definition_of
-from nemotron_h.compose import compose, configs_dir
 from nemotron_h.compression.candidates import Candidate, Candidates, Cost, whole
 from nemotron_h.core.errors import UserError
 from nemotron_h.planning.inference import BYTES, Serving, inference_memory
+from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.compose import compose, configs_dir
 from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 
 GIB = 2**30
@@ -115,8 +115,8 @@ def test_enumeration_is_the_filtered_product(parent: ModelDefinition) -> None:
 def test_a_million_candidates_in_seconds_and_without_torch() -> None:
     code = (
         "import sys, time\n"
-        "from nemotron_h.compose import compose\n"
-        "from nemotron_h.checks import definition_of\n"
+        "from nemotron_h.recipe.compose import compose\n"
+        "from nemotron_h.recipe.checks import definition_of\n"
         "from nemotron_h.compression.candidates import Candidates\n"
         "from nemotron_h.schema.recipe import BudgetSchema, GridSchema\n"
         "parent = definition_of(compose('nemotron_h_56b'), '')\n"

@@ -264,8 +264,8 @@ def test_published_importance_gives_the_published_candidate() -> None:
     """5 attention, 49 FFN and 44 Mamba-2 layers by figure 9 are candidate 2 of figure 11, but for one FFN layer: the
     figure has layer 85 below 96, and the candidate keeps 85 and drops 96.
     """
-    from nemotron_h.checks import definition_of
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.checks import definition_of
+    from nemotron_h.recipe.compose import compose
 
     parent = definition_of(compose("nemotron_h_56b"), "56b")
     child = definition_of(compose("nemotron_h_47b_paper"), "47b")

@@ -153,8 +153,8 @@ def test_what_does_not_fit_is_refused_before_work(tiny: Tiny, monkeypatch: pytes
 
 def test_what_the_paper_needs() -> None:
     """56,324,350,464 weights, and once more those of 54 FFNs, of which candidates have narrower ones."""
-    from nemotron_h.checks import definition_of
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.checks import definition_of
+    from nemotron_h.recipe.compose import compose
 
     recipe = compose("nemotron_h_47b/minipuzzle")
     definition = definition_of(recipe, "")

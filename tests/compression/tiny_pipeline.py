@@ -15,8 +15,8 @@ from rich.console import Console
 from small_run import TALK, WORKER
 
 from nemotron_h.cluster.place import HERE, Place
-from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
+from nemotron_h.recipe.compose import compose
 from nemotron_h.training.launch import Run, write_recipe
 
 BLEND = """

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.cli import app
-from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.peek import Peek, RunSettings
 from nemotron_h.data.tokenizer import load_tokenizer
+from nemotron_h.recipe.compose import compose
 
 SETTINGS = RunSettings(tokens=64 * 8 * 40, seq_length=64, global_batch_size=8, seed=7)
 

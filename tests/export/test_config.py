@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checks import definition_of
-from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.config import definition_name, from_config, to_config
+from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.compose import compose
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 EXPORTED = ("nemotron_h_tiny", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_56b", "nano_9b_v2", "mamba2_8b")

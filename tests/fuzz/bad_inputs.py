@@ -20,12 +20,12 @@ import yaml
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.cluster import load as clusters
-from nemotron_h.compose import compose, configs_dir
 from nemotron_h.core.strict import Range, ranges
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.tokenizer_base import META_FILE
+from nemotron_h.recipe.compose import compose, configs_dir
 from nemotron_h.schema.recipe import RecipeConfig
 
 

@@ -55,7 +55,7 @@ WIDTHS = (
 def definition(small: bool) -> Any:
     """The 8B with fewer layers, or small widths."""
     from nemotron_h.architecture.definition import Expect, ModelDefinition
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.compose import compose
 
     values = dataclasses.asdict(compose("nemotron_h_tiny" if small else "nemotron_h_8b").model)
     counts = Expect(PATTERN.count("M"), PATTERN.count("*"), PATTERN.count("-"), 0)

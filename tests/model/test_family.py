@@ -9,9 +9,9 @@ import torch
 from omegaconf import OmegaConf
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.compose import configs_dir
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
+from nemotron_h.recipe.compose import configs_dir
 from nemotron_h.schema.recipe import ModelSchema
 
 #: billions of parameters that the family has to come out at

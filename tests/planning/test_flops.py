@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_h.architecture.adapters import TARGETS
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.compose import compose
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token, ssd_flops
+from nemotron_h.recipe.compose import compose
 from nemotron_h.schema.recipe import AdapterSchema
 
 GIGA = 1e9

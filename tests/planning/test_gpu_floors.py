@@ -13,8 +13,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from gpu_kernels import PARTS, floors, part_of
 
 from nemotron_h.architecture.definition import definition_from_dict
-from nemotron_h.compose import compose
 from nemotron_h.planning.flops import flops_per_token
+from nemotron_h.recipe.compose import compose
 
 PEAKS = {"bf16": 1e15, "fp8": 2e15, "bandwidth": 4e12}
 

@@ -14,9 +14,9 @@ from small_models import MODELS, as_definition
 
 from nemotron_h.architecture.adapters import TARGETS, trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.compose import compose
 from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
 from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_adapters, rank_parameters
+from nemotron_h.recipe.compose import compose
 from nemotron_h.schema.recipe import AdapterSchema
 
 WORKER = Path(__file__).with_name("memory_worker.py")

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from nemotron_h.architecture.definition import definition_from_dict
 from nemotron_h.cli import app
-from nemotron_h.compose import compose, known_recipes
 from nemotron_h.core.errors import UserError
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import gpu
 from nemotron_h.planning.inference import BYTES, Serving, inference_memory
 from nemotron_h.planning.layouts import best, layout_of, relative_speed
 from nemotron_h.planning.plan import make_plan
+from nemotron_h.recipe.compose import compose, known_recipes
 
 MILLION_TOKENS = 2**20
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compose import compose, recipes_dir, trace
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict_yaml import flat_lines
+from nemotron_h.recipe.compose import compose, recipes_dir, trace
 
 OWN = """\
 # @package _global_

@@ -13,8 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
-from nemotron_h.compose import compose, known_recipes
 from nemotron_h.core.errors import UserError
+from nemotron_h.recipe.compose import compose, known_recipes
 
 Recipe = Callable[..., str]
 
@@ -67,7 +67,7 @@ def test_show_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from rich.console import Console
 
-    from nemotron_h.compose import trace
+    from nemotron_h.recipe.compose import trace
     from nemotron_h.recipe.show import show
 
     out = io.StringIO()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compose import factory_of, known_recipes
+from nemotron_h.recipe.compose import factory_of, known_recipes
 
 NAMES = [name.split("/")[0] for name in known_recipes("pretrain")]
 TUNED = known_recipes("sft")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compose import compose, trace
 from nemotron_h.core.errors import UserError
+from nemotron_h.recipe.compose import compose, trace
 
 MODEL = """\
 name: mine_1b

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
+from nemotron_h.recipe.compose import compose
 
 TINY, LARGE, NANO, MAMBA = "nemotron_h_tiny", "nemotron_h_8b", "nano_12b_v2", "mamba2_8b"
 SFT, LORA = "nemotron_h_tiny/sft", "nemotron_h_tiny/sft_lora"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemotron_h import compose
-from nemotron_h.checks import definition_of
-from nemotron_h.compose import known_recipes, recipes_dir
+from nemotron_h.recipe import compose
+from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.compose import known_recipes, recipes_dir
 from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import PIPELINES, STAGES
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compose import known_recipes
+from nemotron_h.recipe.compose import known_recipes
 
 WORKER = Path(__file__).with_name("twins.py")
 NAMES = [name for name in known_recipes() if name.endswith("/pretrain")]

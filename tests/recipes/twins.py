@@ -21,9 +21,9 @@ import torch  # noqa: E402
 from megatron.core import num_microbatches_calculator, parallel_state  # noqa: E402
 
 from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition  # noqa: E402
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.data.blend import load_blend  # noqa: E402
 from nemotron_h.data.prepare.pipeline import prepare  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training.pretrain import build  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 2, 32, 512

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
 from nemotron_h.platform import memory
+from nemotron_h.recipe.compose import compose
 
 
 def definition(name: str) -> ModelDefinition:

@@ -11,9 +11,9 @@ from code_in_values import OF_THE_TASK, REFUSED, TEXTS, probe
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
-from nemotron_h.compose import compose
 from nemotron_h.core.errors import UserError
-from nemotron_h.overrides import check_overrides
+from nemotron_h.recipe.compose import compose
+from nemotron_h.recipe.overrides import check_overrides
 
 RECIPE = "defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\noverrides: {}\n"
 

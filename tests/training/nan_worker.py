@@ -15,8 +15,8 @@ import nemo_run as run  # noqa: E402
 import torch  # noqa: E402
 from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
 
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training.pretrain import build  # noqa: E402
 
 

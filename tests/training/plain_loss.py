@@ -17,9 +17,9 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
 from nemotron_h.platform import cpu  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training.cache_teacher import Writing  # noqa: E402
 
 

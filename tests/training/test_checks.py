@@ -205,9 +205,9 @@ def test_a_run_has_its_folder_or_says_why_not(tmp_path: Path) -> None:
 
 def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The 8B on this machine, or as a frozen teacher beside a tiny student, whatever the layout."""
-    from nemotron_h.checks import definition_of
-    from nemotron_h.compose import compose
     from nemotron_h.platform import memory
+    from nemotron_h.recipe.checks import definition_of
+    from nemotron_h.recipe.compose import compose
     from nemotron_h.schema.recipe import AdapterSchema
     from nemotron_h.training import preflight
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from small_run import Small
 
-from nemotron_h.compose import compose
+from nemotron_h.recipe.compose import compose
 
 pytestmark = pytest.mark.slow
 CHANGED = ["trainer.max_steps=3", "optim.peak_lr=2e-2", "optim.warmup_steps=1", "data.seed=7"]

@@ -25,11 +25,11 @@ import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
 import torch  # noqa: E402
 
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.data.feed.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.data.feed.preference_module import PairDataset  # noqa: E402
 from nemotron_h.data.feed.sft_module import PackedDataset  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 

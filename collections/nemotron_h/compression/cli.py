@@ -40,8 +40,8 @@ def minipuzzle(
     from rich.table import Table
 
     from nemotron_h.cluster.place import check_shared, place_of
-    from nemotron_h.compose import compose, known_recipes, locate
     from nemotron_h.core.errors import UserError
+    from nemotron_h.recipe.compose import compose, known_recipes, locate
 
     full = f"{name}/minipuzzle"
     place, values = place_of(overrides or ())

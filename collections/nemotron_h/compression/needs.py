@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checks import definition_of
 from nemotron_h.compression.candidates import WIDTHS
 from nemotron_h.core.errors import UserError
 from nemotron_h.platform import memory
 from nemotron_h.platform.memory import GIB
+from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import GridSchema, RecipeConfig
 
 VALUE_BYTES = {"cuda": 2, "cpu": 4}

@@ -122,10 +122,10 @@ def peek(
     What is not given comes from the recipe, then from the checkpoint. With --checkpoint, a run is continued there: with
     other data than before, --blend-change from_step (or the recipe's resume.blend_change) shows what it sees then.
     """
-    from nemotron_h.checks import check_blend_change, count_of
-    from nemotron_h.compose import compose
     from nemotron_h.data.feed.peek import Peek, RunSettings
     from nemotron_h.data.feed.peek import show as show_samples
+    from nemotron_h.recipe.checks import check_blend_change, count_of
+    from nemotron_h.recipe.compose import compose
 
     given = {
         "blend": blend,

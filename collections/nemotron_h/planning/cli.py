@@ -30,8 +30,8 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a recipe needs before a GPU is touched: parameters, FLOPs, memory, schedule, cost, sizes."""
-    from nemotron_h.compose import compose
     from nemotron_h.planning.plan import make_plan
+    from nemotron_h.recipe.compose import compose
 
     # how GPUs are spread over nodes changes nothing here
     ranks = [] if gpus is None else ["parallel.nodes=1", f"parallel.devices={gpus}"]

@@ -35,7 +35,7 @@ RECOMPUTE = {
 
 
 def layout_of(recipe: RecipeConfig) -> Layout:
-    """The layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.checks`)."""
+    """The layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.recipe.checks`)."""
     parallel, data, again = recipe.parallel, recipe.data, recipe.recompute
     replicas = parallel.nodes * parallel.devices // (parallel.tensor * parallel.pipeline)
     return Layout(

@@ -10,7 +10,6 @@ from typing import Any
 from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.definition import LAYER_NAMES, ModelDefinition
 from nemotron_h.architecture.gemms import GemmGroup, fold, gemm_table
-from nemotron_h.checks import count_of, definition_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon
@@ -21,6 +20,7 @@ from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_f
 from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, padded_vocabulary, plan_memory
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
+from nemotron_h.recipe.checks import count_of, definition_of
 from nemotron_h.schema.recipe import RecipeConfig
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nemotron_h.checks import count_of, definition_of
-from nemotron_h.compose import trace
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
+from nemotron_h.recipe.checks import count_of, definition_of
+from nemotron_h.recipe.compose import trace
 from nemotron_h.schema.recipe import RecipeConfig
 
 

@@ -20,9 +20,9 @@ Overrides = Annotated[
 @app.command("list")
 def list_() -> None:
     """List the shipped recipes: name, parameters of the model, tokens of the run."""
-    from nemotron_h.checks import count_of
-    from nemotron_h.compose import compose, known_recipes
     from nemotron_h.data.show import short_count
+    from nemotron_h.recipe.checks import count_of
+    from nemotron_h.recipe.compose import compose, known_recipes
 
     console = Console(highlight=False, soft_wrap=True)
     known = known_recipes()
@@ -47,8 +47,8 @@ def show(
     """
     import dataclasses
 
-    from nemotron_h.compose import trace
     from nemotron_h.recipe import show as shown
+    from nemotron_h.recipe.compose import trace
     from nemotron_h.recipe.text import to_yaml
 
     composed = trace(name, overrides or ())
@@ -67,7 +67,7 @@ def new(
     ] = None,
 ) -> None:
     """Write a recipe of your own as a small diff to another; never overwrites."""
-    from nemotron_h.compose import compose
+    from nemotron_h.recipe.compose import compose
     from nemotron_h.recipe.new import write
     from nemotron_h.schema.recipe import command_of
 
@@ -83,8 +83,8 @@ def diff(
     b: Annotated[str, typer.Argument(help="Another one.")],
 ) -> None:
     """Show the keys in which two recipes differ, with both values and where they were written."""
-    from nemotron_h.compose import trace
     from nemotron_h.recipe import diff as compared
+    from nemotron_h.recipe.compose import trace
 
     compared.show(compared.differences(trace(a), trace(b)), Console(highlight=False))
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nemotron_h.compose import Composed
+from nemotron_h.recipe.compose import Composed
 from nemotron_h.recipe.text import origin_text, scalar
 from nemotron_h.schema.provenance import DEFAULT, leaves
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemotron_h.compose import Composed
+from nemotron_h.recipe.compose import Composed
 from nemotron_h.recipe.text import Line, lines
 
 WIDTH = 44

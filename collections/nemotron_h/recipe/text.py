@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from nemotron_h.compose import Composed, configs_dir, recipes_dir
+from nemotron_h.recipe.compose import Composed, configs_dir, recipes_dir
 from nemotron_h.schema.provenance import DEFAULT, OVERRIDE, SCHEMA_DEFAULT, Origin
 
 

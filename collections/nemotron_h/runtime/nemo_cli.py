@@ -23,9 +23,9 @@ from nemo_run.cli.cli_parser import CLIException
 from nemo_run.cli.lazy import LazyEntrypoint, _args_to_dictconfig, dictconfig_to_dot_list
 from nemo_run.config import get_type_namespace
 
-from nemotron_h.compose import factory_of, known_recipes
 from nemotron_h.core.errors import UserError, report, user_error
 from nemotron_h.core.strict import nearest
+from nemotron_h.recipe.compose import factory_of, known_recipes
 from nemotron_h.runtime import settings
 
 #: `key=@FILE.yaml`, as nemo-run takes it

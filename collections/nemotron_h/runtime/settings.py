@@ -29,7 +29,7 @@ from nemo_run.cli.cli_parser import CLIException, ParseError, parse_cli_args
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import FINITE, check_number, nearest, ranges
-from nemotron_h.overrides import HINT, check_data, is_object, parts
+from nemotron_h.recipe.overrides import HINT, check_data, is_object, parts
 from nemotron_h.schema.recipe import RecipeConfig
 
 _DATA_ONLY = ContextVar("data_only", default=False)

@@ -31,7 +31,6 @@ from rich.console import Console  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.compose import compose  # noqa: E402
 from nemotron_h.compression.progress import StageProgress  # noqa: E402
 from nemotron_h.core.errors import UserError, report  # noqa: E402
 from nemotron_h.data.feed.datamodule import BlendDataModule  # noqa: E402
@@ -42,6 +41,7 @@ from nemotron_h.ops.teacher_logits import kept_logits  # noqa: E402
 from nemotron_h.planning.show import gib  # noqa: E402
 from nemotron_h.planning.teacher_logits import ids_dtype  # noqa: E402
 from nemotron_h.platform import cpu, megatron_fixes  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.schema.recipe import RecipeConfig  # noqa: E402
 from nemotron_h.training import distill, teacher_cache  # noqa: E402
 from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402

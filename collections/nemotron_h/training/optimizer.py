@@ -12,9 +12,9 @@ from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
-from nemotron_h.checks import check_distributed_optimizer, check_learning_rates
 from nemotron_h.core.errors import UserError
 from nemotron_h.platform import lean_adam
+from nemotron_h.recipe.checks import check_distributed_optimizer, check_learning_rates
 
 
 class _OfThisRecipe:

@@ -10,11 +10,11 @@ import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections import llm
 
-from nemotron_h.checks import count_of
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
+from nemotron_h.recipe.checks import count_of
 from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback

@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_h.checkpoint.definition import is_path, read_model
-from nemotron_h.checks import check
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_interpolations, culprit, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
+from nemotron_h.recipe.checks import check
 from nemotron_h.schema.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema.recipe import RecipeConfig
 
