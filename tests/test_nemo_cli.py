@@ -25,7 +25,7 @@ DEFINITION = "M-M*-"
 @pytest.fixture(scope="module")
 def app():
     """The `nemo` command, with every factory registered."""
-    from nemotron_h import factories  # noqa: F401 - what the entry point loads
+    from nemotron_h.launch import factories  # noqa: F401 - what the entry point loads
 
     before, sys.argv = sys.argv, ["nemo", "llm", "pretrain"]
     try:
@@ -112,9 +112,9 @@ def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], 
 
 
 def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemotron_h import factories
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.strict import ranges
+    from nemotron_h.launch import factories
     from nemotron_h.runtime import settings
     from nemotron_h.schema.recipe import RecipeConfig
 
@@ -136,7 +136,7 @@ def test_overrides_reach_the_objects() -> None:
     from nemo.collections import llm
     from nemo_run.cli.cli_parser import parse_cli_args
 
-    from nemotron_h import factories
+    from nemotron_h.launch import factories
 
     task = factories.BUILDERS["pretrain"][1](factories.compose("nemotron_h_tiny/pretrain"))
     assert isinstance(task, run.Partial)

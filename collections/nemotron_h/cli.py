@@ -55,7 +55,7 @@ def doctor(
     quick: Annotated[bool, typer.Option("--quick", help="Do not import NeMo (saves ten seconds and more).")] = False,
 ) -> None:
     """Say what this machine has and what to fix. Exit code 1: training cannot run here."""
-    from nemotron_h.runtime.doctor import examine
+    from nemotron_h.launch.doctor import examine
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     failed = False

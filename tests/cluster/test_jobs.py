@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.cluster import jobs
-from nemotron_h.cluster.jobs import Job, QueueError, Watch
 from nemotron_h.core.errors import UserError
+from nemotron_h.launch import jobs
+from nemotron_h.launch.jobs import Job, QueueError, Watch
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from nemotron_h.cluster import jobs
+from nemotron_h.launch import jobs
 
 sys.path.insert(0, str(Path(__file__).parent))
 import slurm_here
@@ -30,7 +30,7 @@ EIGHT = ("trainer.num_nodes=2", "trainer.devices=8", "trainer.strategy.tensor_mo
 @pytest.fixture(scope="module")
 def app():
     """The `nemo` command, with every factory registered."""
-    from nemotron_h import factories  # noqa: F401 - what the entry point loads
+    from nemotron_h.launch import factories  # noqa: F401 - what the entry point loads
 
     before, sys.argv = sys.argv, ["nemo", "llm", "pretrain"]
     try:
@@ -154,7 +154,7 @@ def test_local_command(dry_run) -> None:
 
 
 def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemotron_h.cluster import executors
+    from nemotron_h.launch import executors
     from nemotron_h.schema.cluster import LocalCluster
 
     def root() -> str:
@@ -176,7 +176,7 @@ def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: p
 def test_python_and_torchrun_are_this_ones_also_in_an_environment_that_is_not_activated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemotron_h.cluster import executors
+    from nemotron_h.launch import executors
 
     other = tmp_path / "torchrun"
     other.write_text("#!/bin/sh\n")
@@ -217,8 +217,8 @@ def test_jobs_meet_in_the_work_folder(app) -> None:
     """Jobs of a chain start in folders of their own; what the recipe writes and reads is the same for all."""
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-    from nemotron_h.cluster.executors import executor
-    from nemotron_h.cluster.load import load
+    from nemotron_h.launch.executors import executor
+    from nemotron_h.launch.load import load
     from nemotron_h.recipe.compose import compose
     from nemotron_h.training.pretrain import build
 
@@ -231,7 +231,7 @@ def test_jobs_meet_in_the_work_folder(app) -> None:
 
 @pytest.mark.parametrize(("code", "cancelled"), [(0, True), (2, True), (75, False), (1, False), (137, False)])
 def test_a_chain_ends_when_the_run_is_complete_or_mistaken(tmp_path: Path, code: int, cancelled: bool) -> None:
-    from nemotron_h.cluster.executors import END_CHAIN
+    from nemotron_h.launch.executors import END_CHAIN
 
     fake = tmp_path / "scancel"
     fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/cancelled\n')
@@ -310,7 +310,7 @@ def test_a_kubernetes_job_is_submitted(nemo, monkeypatch: pytest.MonkeyPatch) ->
     """nemo-run refuses classes that it does not know; the cluster itself is played."""
     from nemo_run.core.execution.kubeflow import KubeflowJobState
 
-    from nemotron_h.cluster.kubernetes import KubernetesExecutor
+    from nemotron_h.launch.kubernetes import KubernetesExecutor
 
     ends = KubeflowJobState.SUCCEEDED
     monkeypatch.setattr(KubernetesExecutor, "package", lambda *_, **__: None)

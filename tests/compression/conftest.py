@@ -19,7 +19,7 @@ import tiny_pipeline
 from forks import FORKS, Forks
 from megatron_on_one_rank import megatron  # noqa: F401
 
-from nemotron_h.training import launch
+from nemotron_h.launch import runs
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def tiny(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tiny_pipelin
 @pytest.fixture
 def launched(tiny: tiny_pipeline.Tiny, monkeypatch: pytest.MonkeyPatch) -> tiny_pipeline.Tiny:
     """`tiny`, whose runs are the real ones in forks."""
-    monkeypatch.setattr(launch, "train", tiny.launch)
+    monkeypatch.setattr(runs, "train", tiny.launch)
     tiny.started.clear()
     tiny.options.clear()
     return tiny
@@ -49,7 +49,7 @@ def compressed(tiny: tiny_pipeline.Tiny) -> tuple[tiny_pipeline.Tiny, Result]:
     from nemotron_h.cli import app
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "train", tiny.launch)
+        patch.setattr(runs, "train", tiny.launch)
         tiny.started.clear()
         said = CliRunner().invoke(app, ["minipuzzle", str(tiny.recipe_file)], catch_exceptions=False)
     tiny.of_the_whole = tuple(tiny.started)

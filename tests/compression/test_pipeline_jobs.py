@@ -17,14 +17,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 import slurm_here
 
 from nemotron_h.cli import app
-from nemotron_h.cluster import jobs
-from nemotron_h.cluster.jobs import Job
-from nemotron_h.cluster.place import Place, place_of
 from nemotron_h.compression import needs
 from nemotron_h.core.errors import UserError
+from nemotron_h.launch import jobs, runs
+from nemotron_h.launch.jobs import Job
+from nemotron_h.launch.place import Place, place_of
+from nemotron_h.launch.runs import Run
 from nemotron_h.platform import memory
-from nemotron_h.training import launch
-from nemotron_h.training.launch import Run
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +43,7 @@ class Queue:
         self.threads: list[threading.Thread] = []
 
     def submit(self, run: Run, place: Place) -> Job:
-        launch.write_recipe(run)
+        runs.write_recipe(run)
         self.submitted.append(run.name)
         job = Job(str(len(self.submitted)), str(self.folder / run.name))
         Path(job.logs).mkdir(exist_ok=True)
@@ -80,8 +79,8 @@ def queue(compressed: tuple[Tiny, Result], tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "slurm").mkdir()
     played = Queue(tiny, tmp_path / "slurm")
     monkeypatch.setenv("PATH", slurm_here.path(played.folder))
-    monkeypatch.setattr(launch, "_submit", played.submit)
-    monkeypatch.setattr(launch, "POLL_S", 0.05)
+    monkeypatch.setattr(runs, "_submit", played.submit)
+    monkeypatch.setattr(runs, "POLL_S", 0.05)
     monkeypatch.setattr(jobs, "ASK_S", 0.05)
     (tiny.folder / "cluster.yaml").write_text(CLUSTER.format(folder=tiny.folder))
     yield played
@@ -171,7 +170,7 @@ def test_what_the_paper_needs() -> None:
 def test_dryrun_shows_what_would_be_started(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent stands for the candidates; nothing is written. Scripts themselves: tests/cluster/test_scripts.py."""
     script = "import sys; print('Configuring global options', sys.argv[1:], open(sys.argv[1]).read(), sep='\\n')"
-    monkeypatch.setattr(launch, "command_of", lambda run: [sys.executable, "-c", script, str(run.recipe_file)])
+    monkeypatch.setattr(runs, "command_of", lambda run: [sys.executable, "-c", script, str(run.recipe_file)])
     arguments = ["minipuzzle", str(tiny.recipe_file), "--dryrun", f"log.dir={tiny.folder}/refused"]
     (tiny.folder / "cluster.yaml").write_text(CLUSTER.format(folder=tiny.folder))
     said = CliRunner().invoke(app, [*arguments, f"executor={tiny.folder}/cluster.yaml"], catch_exceptions=False).stdout

@@ -16,7 +16,7 @@ from tiny_pipeline import Tiny
 
 from nemotron_h.compression import minipuzzle
 from nemotron_h.core.errors import UserError
-from nemotron_h.training.launch import Run
+from nemotron_h.launch.runs import Run
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ from forks import Forks
 from rich.console import Console
 from small_run import TALK, WORKER
 
-from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.core.errors import UserError
+from nemotron_h.launch.place import HERE, Place
+from nemotron_h.launch.runs import Run, write_recipe
 from nemotron_h.recipe.compose import compose
-from nemotron_h.training.launch import Run, write_recipe
 
 BLEND = """
 name: words
@@ -149,7 +149,7 @@ class Tiny:
         prepared(self.folder, "talk")
 
     def launch(self, run: Run, title: str, steps: int, console: Console, place: Place = HERE) -> None:
-        """In place of `training.launch.train`, which pays half a minute of imports."""
+        """In place of `launch.runs.train`, which pays half a minute of imports."""
         self.started.append(run.name)
         write_recipe(run)
         self.train(run.recipe_file, *self.options.get(run.name, []))

@@ -19,12 +19,12 @@ import yaml
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.definition import read_model
-from nemotron_h.cluster import load as clusters
 from nemotron_h.core.strict import Range, ranges
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.data.tokenizer_base import META_FILE
+from nemotron_h.launch import load as clusters
 from nemotron_h.recipe.compose import compose, configs_dir
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -265,7 +265,7 @@ def _blend_change(rng: random.Random, of_source: dict[str, Range]) -> tuple[list
 
 
 def cluster_files(rng: random.Random, folder: Path) -> Iterator[Bad]:
-    """Yield cluster files and settings of them, by `cluster.load`."""
+    """Yield cluster files and settings of them, by `launch.load`."""
     text = (configs_dir() / "cluster" / "slurm.yaml").read_text().replace("???", "filled")
     whole = yaml.safe_load(text) | {"work_dir": "/shared", "time": "04:00:00"}
     for number in range(10**6):

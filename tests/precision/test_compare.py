@@ -27,17 +27,17 @@ from small_run import WORKER
 
 from nemotron_h.architecture.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.cli import app
-from nemotron_h.cluster.place import place_of
 from nemotron_h.comparison import launch
 from nemotron_h.comparison.results import read_casts, results
 from nemotron_h.comparison.runs import comparison
 from nemotron_h.core import paired
 from nemotron_h.core.errors import UserError
+from nemotron_h.launch import runs as starting
+from nemotron_h.launch.place import place_of
+from nemotron_h.launch.runs import Run, is_finished, text_of, train_several, write_recipe
+from nemotron_h.launch.runs import train as start_run
 from nemotron_h.precision import statistics
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
-from nemotron_h.training import launch as starting
-from nemotron_h.training.launch import Run, is_finished, text_of, train_several, write_recipe
-from nemotron_h.training.launch import train as start_run
 
 BLEND = """
 name: words
@@ -453,7 +453,7 @@ def test_the_reason_of_a_failure_is_of_this_try(recipe: Path, tmp_path: Path, mo
     log = run.recipe_file.with_suffix(".log")
     log.write_text("error: of an earlier try\n")
     command = [sys.executable, "-c", "print('killed'); raise SystemExit(3)"]
-    monkeypatch.setattr("nemotron_h.training.launch.command_of", lambda _: command)
+    monkeypatch.setattr("nemotron_h.launch.runs.command_of", lambda _: command)
     with pytest.raises(UserError, match="ended with exit code 3: killed"):
         start_run(run, "fails", 2, Console(file=io.StringIO()))
     with pytest.raises(UserError, match="ended with exit code 3: killed"):

@@ -22,7 +22,7 @@ def parsed():
     from nemo.collections import llm
     from nemo_run.cli.cli_parser import parse_cli_args, parse_factory
 
-    from nemotron_h import factories  # noqa: F401 - what the entry point loads
+    from nemotron_h.launch import factories  # noqa: F401 - what the entry point loads
 
     def parse(name: str, *settings: str, command: str = "pretrain") -> run.Partial:
         entry = getattr(llm, command)

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemotron_h.cli import app
-from nemotron_h.runtime import doctor
+from nemotron_h.launch import doctor
 
 
 def test_folders_with_brackets_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,12 +44,12 @@ def compare_precision(
 
     from rich.console import Console
 
-    from nemotron_h.cluster.place import check_shared, place_of
     from nemotron_h.comparison.launch import train
     from nemotron_h.comparison.results import results
     from nemotron_h.comparison.runs import comparison
     from nemotron_h.core.errors import UserError
-    from nemotron_h.training.launch import dry_run
+    from nemotron_h.launch.place import check_shared, place_of
+    from nemotron_h.launch.runs import dry_run
 
     place, values = place_of(overrides or ())
     made = comparison(name, steps, precision, against, seeds, out, values, pairs, place)

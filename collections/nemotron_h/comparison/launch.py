@@ -8,15 +8,15 @@ import dataclasses
 
 from rich.console import Console
 
-from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.comparison.runs import Comparison
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
 from nemotron_h.core.strict_yaml import read_config
+from nemotron_h.launch import runs
+from nemotron_h.launch.place import HERE, Place
+from nemotron_h.launch.runs import Run
 from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import RecipeConfig
-from nemotron_h.training import launch
-from nemotron_h.training.launch import Run
 
 
 def train(comparison: Comparison, console: Console, at_once: int = 1, place: Place = HERE) -> None:
@@ -31,14 +31,14 @@ def train(comparison: Comparison, console: Console, at_once: int = 1, place: Pla
     for run in comparison.runs:
         check_same(run)
     if at_once > 1:
-        launch.train_several([(run, comparison.steps) for run in comparison.runs], at_once, console, place=place)
+        runs.train_several([(run, comparison.steps) for run in comparison.runs], at_once, console, place=place)
         return
     for number, run in enumerate(comparison.runs, 1):
         title = f"run {number} of {len(comparison.runs)}: {run.name}"
-        if launch.is_finished(run, comparison.steps):
+        if runs.is_finished(run, comparison.steps):
             console.print(f"{title}: finished already, in {run.folder}", highlight=False, soft_wrap=True, markup=False)
             continue
-        launch.train(run, title, comparison.steps, console, place)
+        runs.train(run, title, comparison.steps, console, place)
 
 
 def check_same(run: Run) -> None:

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_h.architecture.gemms import FP8_FORMATS
-from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.manifest import check_manifest
+from nemotron_h.launch.place import HERE, Place
+from nemotron_h.launch.runs import Run
 from nemotron_h.recipe.check import check_vocabulary
 from nemotron_h.recipe.checks import check
 from nemotron_h.recipe.compose import compose
 from nemotron_h.schema.recipe import PRECISIONS, PrecisionOptionsSchema, RecipeConfig
-from nemotron_h.training.launch import Run
 
 #: overrides of a recipe that an option of the command gives
 OPTIONS = {"tokens": "--steps", "precision": "--precision", "log.dir": "--out", "log.tensorboard": "--out"}

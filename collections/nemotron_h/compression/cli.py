@@ -39,8 +39,8 @@ def minipuzzle(
     from rich.console import Console
     from rich.table import Table
 
-    from nemotron_h.cluster.place import check_shared, place_of
     from nemotron_h.core.errors import UserError
+    from nemotron_h.launch.place import check_shared, place_of
     from nemotron_h.recipe.compose import compose, known_recipes, locate
 
     full = f"{name}/minipuzzle"
@@ -61,7 +61,7 @@ def minipuzzle(
     recipe = place.moved(recipe)
     if dryrun:
         from nemotron_h.compression.distillations import planned
-        from nemotron_h.training.launch import dry_run
+        from nemotron_h.launch.runs import dry_run
 
         for run in planned(recipe):
             console.print(dry_run(run, place), markup=False)

@@ -13,12 +13,12 @@ from pathlib import Path
 from rich.console import Console
 
 from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
-from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.data.phases import Horizon
+from nemotron_h.launch import runs as launch
+from nemotron_h.launch.place import HERE, Place
+from nemotron_h.launch.runs import Run
 from nemotron_h.recipe.checks import check, count_of, definition_of
 from nemotron_h.schema.recipe import DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
-from nemotron_h.training import launch
-from nemotron_h.training.launch import Run
 
 #: what a distillation's result depends on, beside teacher, student and data: parts of the recipe
 MATTERS = (

@@ -31,10 +31,10 @@ def distill_cache(
 
     from rich.console import Console
 
-    from nemotron_h.cluster.place import check_here
     from nemotron_h.core.children import end_with_parent
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.locks import locked
+    from nemotron_h.launch.place import check_here
     from nemotron_h.recipe.compose import compose, known_recipes
     from nemotron_h.recipe.text import to_yaml
 

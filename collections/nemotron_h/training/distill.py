@@ -4,7 +4,7 @@ The command is this project's: NeMo's own `llm.distill` reads checkpoints of NeM
 graph, which this family's are not. `nemo llm distill student_model_path=... teacher_model_path=...` still means NeMo's.
 
 From Python: `compose("nemotron_h_tiny/distill", ["model=runs/child", "init.checkpoint=runs/child", "tokens=100_000"])`
-gives a recipe (`model` may be a name, a checkpoint or a YAML file), and `training.launch.train(Run(name, recipe), ...)`
+gives a recipe (`model` may be a name, a checkpoint or a YAML file), and `launch.runs.train(Run(name, recipe), ...)`
 runs it in a process of its own, continues it where it was interrupted, and raises a `UserError` where it fails.
 Megatron's process groups live as long as a process, so distillations one after the other take one each.
 """

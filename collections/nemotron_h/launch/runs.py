@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.cluster.jobs import RECORD, Job, Watch
-from nemotron_h.cluster.place import HERE, Place
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
+from nemotron_h.launch.jobs import RECORD, Job, Watch
+from nemotron_h.launch.place import HERE, Place
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.schema.recipe import STAGES, RecipeConfig, factory_of_file
 

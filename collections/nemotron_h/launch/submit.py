@@ -13,8 +13,8 @@ import time
 import nemo_run
 from torchx.specs import AppState
 
-from nemotron_h.cluster.jobs import Job, Watch
 from nemotron_h.core.errors import UserError
+from nemotron_h.launch.jobs import Job, Watch
 
 
 def submit(task: nemo_run.Partial, executor: nemo_run.Executor, name: str, detach: bool) -> None:

@@ -12,9 +12,9 @@ import nemo_run as run
 from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 
-from nemotron_h.cluster.kubernetes import KubernetesExecutor
-from nemotron_h.cluster.place import check_agrees, check_here, folder_of, root_at
 from nemotron_h.core.errors import UserError
+from nemotron_h.launch.kubernetes import KubernetesExecutor
+from nemotron_h.launch.place import check_agrees, check_here, folder_of, root_at
 from nemotron_h.schema.cluster import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
 
 # Ends a chain early. A run that is complete exits with 0, a mistake of the user with 2: the next job would do the same.
@@ -100,7 +100,7 @@ def _slurm(cluster: SlurmCluster, nodes: int, devices: int, recipe: str) -> run.
         # requeue: after a node failed or a job of higher rank came; singleton: two submissions never write one run
         additional_parameters={"requeue": True, "dependency": "singleton", **cluster.sbatch},
         srun_args=list(cluster.srun) or None,
-        poll_estimated_start_time=False,  # jobs are watched by cluster/jobs.py
+        poll_estimated_start_time=False,  # jobs are watched by launch/jobs.py
         tunnel=run.Config(run.LocalTunnel, job_dir=""),
         packager=run.Config(Packager),
     )

@@ -1,7 +1,7 @@
 """`executor=NAME executor.key=value` on the command line of `nemo`, for recipes of this project.
 
 nemo-run takes executors as Python factories (`run.executor=`), which know nothing of the task's nodes and cannot be
-given a file, its `--dryrun` shows no script, and its submission loses how a run ended (`cluster.submit`).
+given a file, its `--dryrun` shows no script, and its submission loses how a run ended (`launch.submit`).
 `RunContext.cli_execute` and `RunContext.parse_fn` are wrapped (patched): names of cluster files are read here, any
 other executor is nemo-run's own affair.
 """
@@ -16,13 +16,13 @@ import fiddle as fdl
 import nemo_run
 from nemo_run.cli.api import RunContext
 
-from nemotron_h.cluster.executors import executor
-from nemotron_h.cluster.load import load
-from nemotron_h.cluster.place import take
-from nemotron_h.cluster.show import dry_run
-from nemotron_h.cluster.submit import submit
 from nemotron_h.core.errors import UserError
-from nemotron_h.runtime.nemo_cli import fail
+from nemotron_h.launch.executors import executor
+from nemotron_h.launch.load import load
+from nemotron_h.launch.nemo_cli import fail
+from nemotron_h.launch.place import take
+from nemotron_h.launch.show import dry_run
+from nemotron_h.launch.submit import submit
 from nemotron_h.training.preflight import check_split
 from nemotron_h.training.strategy import NemotronHTrainer
 

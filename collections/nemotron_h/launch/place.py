@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemotron_h.cluster.load import is_cluster, load
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
+from nemotron_h.launch.load import is_cluster, load
 from nemotron_h.schema.cluster import Cluster, KubernetesCluster, SlurmCluster
 from nemotron_h.schema.recipe import RecipeConfig
 

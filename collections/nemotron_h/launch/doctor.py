@@ -138,7 +138,7 @@ def _room(folder: Path) -> Iterator[Finding]:
 
 def _imports() -> Finding:
     try:
-        from nemotron_h import factories  # noqa: F401
+        from nemotron_h.launch import factories  # noqa: F401
     except Exception as error:
         return Finding("fail", "NeMo", f"does not import: {type(error).__name__}: {error}"[:200], "make install")
     return Finding("ok", "NeMo", "the training stack imports")

@@ -1,1 +1,0 @@
-"""Where a run goes: cluster files, as typed configurations and as nemo-run executors."""
