@@ -115,8 +115,8 @@ def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.Monk
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.strict import ranges
     from nemotron_h.launch import factories
-    from nemotron_h.runtime import settings
     from nemotron_h.schema.recipe import RecipeConfig
+    from nemotron_h.training import settings
 
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "fuzz"))
     from bad_inputs import task_settings
@@ -179,8 +179,8 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
     from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
     from nemotron_h.recipe.compose import compose
-    from nemotron_h.training import pretrain
     from nemotron_h.training.callbacks.run_record import RunRecord, recipe_text
+    from nemotron_h.training.stages import pretrain
 
     (tmp_path / "own.yaml").write_text(
         "defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\n"
@@ -228,8 +228,8 @@ def probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_settings_of_a_file_build_nothing(app, probed) -> None:
     from nemotron_h.recipe.compose import compose
-    from nemotron_h.runtime import settings
-    from nemotron_h.training import pretrain
+    from nemotron_h.training import settings
+    from nemotron_h.training.stages import pretrain
 
     marker, written = probed
     task = pretrain.build(compose("nemotron_h_tiny/pretrain"))

@@ -41,7 +41,7 @@ from safetensors.torch import save_file  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel  # noqa: E402
 from nemotron_h.precision.plugins import plugin  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
-from nemotron_h.training.pretrain import model_config  # noqa: E402
+from nemotron_h.training.stages.pretrain import model_config  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

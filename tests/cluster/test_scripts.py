@@ -220,7 +220,7 @@ def test_jobs_meet_in_the_work_folder(app) -> None:
     from nemotron_h.launch.executors import executor
     from nemotron_h.launch.load import load
     from nemotron_h.recipe.compose import compose
-    from nemotron_h.training.pretrain import build
+    from nemotron_h.training.stages.pretrain import build
 
     task = build(compose("nemotron_h_tiny/pretrain"))
     executor(load("slurm", [given.removeprefix("executor.") for given in SLURM[1:]]), task, "tiny")

@@ -57,8 +57,8 @@ def data_module(path: Path, overrides: list[str] | None = None, resume: dict[str
     """The data module that training builds from the recipe, under a trainer at step 0, declared changes included."""
     import fiddle
 
-    from nemotron_h.training.pretrain import build
     from nemotron_h.training.resume import DeclareBlendChange
+    from nemotron_h.training.stages.pretrain import build
 
     partial = build(compose(str(path), overrides or []))
     for key, value in (resume or {}).items():  # what `resume.key=value` on the command line does

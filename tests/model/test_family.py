@@ -83,7 +83,7 @@ def test_megatron_module(name: str) -> None:
     """The module that training builds has the definition's parameters, layer by layer, and describes itself as it."""
     import fiddle
 
-    from nemotron_h.training.pretrain import model_config
+    from nemotron_h.training.stages.pretrain import model_config
 
     model, definition = read(name)
     config = fiddle.build(model_config(model, seq_length=8192, init_seed=1))

@@ -19,7 +19,7 @@ def _one_rank(megatron: None) -> None:
 
 def models(hidden_size: int, pairs: list[list[int]], **changes: Any) -> tuple[Any, Any]:
     """A student of this width beside a teacher of 48."""
-    from nemotron_h.training.distilling_model import TERMS, DistillationConfig, DistillingModel
+    from nemotron_h.training.stages.distillation.model import TERMS, DistillationConfig, DistillingModel
 
     assert TERMS == ("loss", "tokens", "kl", "lm", "hidden")
     teacher = small_model(small_config(pattern=TEACHER), seed=1).eval().requires_grad_(False)

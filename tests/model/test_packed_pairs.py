@@ -98,7 +98,7 @@ def adapted(kind: str):
     ids=[*KINDS, "dpo, lora", "rpo_bwd_kl, dora"],
 )
 def test_packed_is_unpacked_and_the_formula(kind: str, make) -> None:
-    from nemotron_h.training.preference_loss import PreferenceLoss
+    from nemotron_h.training.stages.preference.loss import PreferenceLoss
 
     model = make()
     windows, given = pairs(), references()
@@ -137,7 +137,7 @@ def test_packed_is_unpacked_and_the_formula(kind: str, make) -> None:
 
 
 def test_the_losses_stay_finite_far_out() -> None:
-    from nemotron_h.training.preference_loss import LOSSES
+    from nemotron_h.training.stages.preference.loss import LOSSES
 
     a = torch.tensor([0.0, 300.0, -300.0, 800.0], dtype=torch.float64)
     b = torch.tensor([-900.0, -700.0, 900.0, 800.0], dtype=torch.float64, requires_grad=True)
@@ -149,7 +149,7 @@ def test_the_losses_stay_finite_far_out() -> None:
 
 
 def test_a_policy_that_is_its_reference_has_log_2_exactly() -> None:
-    from nemotron_h.training.preference_loss import PreferenceLoss, answer_logprobs
+    from nemotron_h.training.stages.preference.loss import PreferenceLoss, answer_logprobs
 
     model = small_model(small_config(2))
     windows = pairs()
@@ -165,7 +165,7 @@ def test_a_policy_that_is_its_reference_has_log_2_exactly() -> None:
 
 def test_it_can_fail() -> None:
     """Without the resets, or with the members of pairs exchanged, the losses are others."""
-    from nemotron_h.training.preference_loss import PreferenceLoss
+    from nemotron_h.training.stages.preference.loss import PreferenceLoss
 
     model = small_model(small_config(2))
     windows, given = pairs(), references()

@@ -32,7 +32,7 @@ from small_model import VOCABULARY, relative_error, small_config, small_model  #
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import mixer  # noqa: E402
 from nemotron_h.ops import select  # noqa: E402
-from nemotron_h.training.preference_loss import PreferenceLoss  # noqa: E402
+from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
 
 SEQ, CHUNK, PROMPT = 32, 16, 3
 #: tokens of the chosen and rejected conversations: three ends inside of chunks, and padding

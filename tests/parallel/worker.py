@@ -34,7 +34,7 @@ from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
-from nemotron_h.training.preference_loss import PreferenceLoss  # noqa: E402
+from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
 
 #: the hybrid and the pure patterns; 5, 6 and 3 layers, so that two stages are uneven or part a pair
 FAMILIES = {

@@ -38,8 +38,8 @@ from small_models import as_definition  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.platform import megatron_fixes  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
-from nemotron_h.training import distilling_model  # noqa: E402
-from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402
+from nemotron_h.training.stages.distillation import model as distilling_model  # noqa: E402
+from nemotron_h.training.stages.distillation.model import DistillationConfig  # noqa: E402
 
 STEPS = 2  # the first allocates the optimizer's state, the second is as all that follow
 

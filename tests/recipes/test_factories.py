@@ -75,7 +75,7 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
 @pytest.mark.parametrize("name", known_recipes("preference"))
 def test_a_preference_factory_is_of_the_same_model_and_has_a_name_of_its_own(parsed, name: str) -> None:
     from nemotron_h.data.feed.preference_module import PreferenceDataModule
-    from nemotron_h.training.preference import PreferenceModel, PreferenceResume
+    from nemotron_h.training.stages.preference.stage import PreferenceModel, PreferenceResume
 
     assert factory_of(name) not in {*NAMES, *map(factory_of, TUNED)}
     task = parsed(factory_of(name), "model.beta=0.5", "resume.init_checkpoint=there", command="finetune")

@@ -64,7 +64,7 @@ def test_it_is_under_fifteen_lines_and_composes(recipe: Path) -> None:
 
 
 def test_it_builds(recipe: Path) -> None:
-    from nemotron_h.training.pretrain import build
+    from nemotron_h.training.stages.pretrain import build
 
     task = build(compose(str(recipe)))
     assert task.model.config.hidden_size == 2048

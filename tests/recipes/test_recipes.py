@@ -94,7 +94,7 @@ def steps(name: str) -> tuple[int, int, list[int]]:
     """Steps, warm-up and phase switches of a recipe, read off what `nemo` would run."""
     from nemotron_h.data.blend import load_blend
     from nemotron_h.data.phases import Horizon, phase_spans
-    from nemotron_h.training.pretrain import build
+    from nemotron_h.training.stages.pretrain import build
 
     task = build(trace(name).recipe)
     data = task.data
@@ -115,7 +115,7 @@ def test_steps_are_the_paper_s(name: str, expected: tuple) -> None:
 
 
 def test_a_wsd_schedule_reaches_the_optimizer() -> None:
-    from nemotron_h.training.pretrain import build
+    from nemotron_h.training.stages.pretrain import build
 
     assert build(trace("nano_12b_v2/pretrain").recipe).optim.decay_steps == 572_205  # 3.6 T / 6,291,456
     assert build(trace("nemotron_h_8b/pretrain").recipe).optim.decay_steps is None

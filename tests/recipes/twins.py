@@ -24,7 +24,7 @@ from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, WIDTHS, Ex
 from nemotron_h.data.blend import load_blend  # noqa: E402
 from nemotron_h.data.prepare.pipeline import prepare  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
-from nemotron_h.training.pretrain import build  # noqa: E402
+from nemotron_h.training.stages.pretrain import build  # noqa: E402
 
 STEPS, BATCH, LENGTH, VOCABULARY = 3, 2, 32, 512
 #: 16 divides every product's sizes, as FP8 wants it

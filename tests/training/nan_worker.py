@@ -17,7 +17,7 @@ from megatron.core.utils import get_attr_wrapped_model  # noqa: E402
 
 from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
-from nemotron_h.training.pretrain import build  # noqa: E402
+from nemotron_h.training.stages.pretrain import build  # noqa: E402
 
 
 class Poison(pl.Callback):

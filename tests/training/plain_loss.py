@@ -20,7 +20,7 @@ from torch.utils.data import default_collate  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
 from nemotron_h.platform import cpu  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
-from nemotron_h.training.cache_teacher import Writing  # noqa: E402
+from nemotron_h.training.stages.distillation.cache_teacher import Writing  # noqa: E402
 
 
 def main(path: str, start: str) -> None:

@@ -116,8 +116,8 @@ def test_states_through_a_projection(distilled: Small) -> None:
     """Of a narrower student: killed and resumed it is the straight run; the projection is not in what others read."""
     from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
     from nemotron_h.inference.model import load_model
-    from nemotron_h.training.distill import ResumeDistillation
-    from nemotron_h.training.distilling_model import DistillationConfig
+    from nemotron_h.training.stages.distillation.model import DistillationConfig
+    from nemotron_h.training.stages.distillation.stage import ResumeDistillation
 
     def train(name: str, *options: str, **how: Any) -> subprocess.CompletedProcess:
         return distilled.train(name, *HIDDEN, *options, recipe=distill_recipe(distilled, name, *NARROW), **how)
@@ -153,8 +153,8 @@ def test_refusals(distilled: Small, tmp_path: Path) -> None:
     from types import SimpleNamespace
 
     from nemotron_h.checkpoint.reader import find_checkpoint
-    from nemotron_h.training.distill import ResumeDistillation, check_teacher
-    from nemotron_h.training.distilling_model import DistillationConfig
+    from nemotron_h.training.stages.distillation.model import DistillationConfig
+    from nemotron_h.training.stages.distillation.stage import ResumeDistillation, check_teacher
 
     teacher = find_checkpoint(distilled.run_dir("straight"))
     strategy = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1)

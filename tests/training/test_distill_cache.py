@@ -14,7 +14,7 @@ from small_run import FORKS, Small, distill_recipe, losses
 
 from nemotron_h.core.locks import locked
 from nemotron_h.data.tokenizer import train_bpe
-from nemotron_h.training import teacher_cache
+from nemotron_h.training.stages.distillation import teacher_cache
 
 pytestmark = pytest.mark.slow
 TOP = 5
@@ -91,7 +91,13 @@ def test_tensor_parallel_ranks_go_on_where_it_was_interrupted(distilled: Small, 
     text = distill_recipe(distilled, "logits_again_recipe").read_text()
     recipe = distilled.folder / "logits_again_recipe.yaml"
     recipe.write_text(text.replace("distill: {", f"{parallel}distill: {{teacher_logits: {folder}, "))
-    code = FORKS.run("nemotron_h.training.cache_teacher", str(recipe), folder=distilled.folder, name="again", ranks=2)
+    code = FORKS.run(
+        "nemotron_h.training.stages.distillation.cache_teacher",
+        str(recipe),
+        folder=distilled.folder,
+        name="again",
+        ranks=2,
+    )
     assert code == 0, (distilled.folder / "again.err").read_text()[-4000:]
     assert {name: (folder / name).stat().st_mtime_ns for name in names[:3]} == before
     for name in names[3:]:

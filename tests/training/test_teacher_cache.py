@@ -11,9 +11,14 @@ import torch
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.planning.teacher_logits import token_bytes
-from nemotron_h.training import teacher_cache as cache
-from nemotron_h.training.teacher_cache import Header
-from nemotron_h.training.teacher_shards import WithTeacher, kept_probability, text_digest, write_shard
+from nemotron_h.training.stages.distillation import teacher_cache as cache
+from nemotron_h.training.stages.distillation.teacher_cache import Header
+from nemotron_h.training.stages.distillation.teacher_shards import (
+    WithTeacher,
+    kept_probability,
+    text_digest,
+    write_shard,
+)
 
 LENGTH, BATCH, VOCABULARY = 6, 2, 32
 PLAN = {

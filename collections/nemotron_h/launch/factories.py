@@ -16,8 +16,10 @@ from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.launch import cluster_cli, nemo_cli  # noqa: E402
 from nemotron_h.recipe.compose import compose, factory_of, known_recipes, stage_of  # noqa: E402
 from nemotron_h.schema.recipe import STAGES, command_of, file_of_factory  # noqa: E402
-from nemotron_h.training import distill, preference, pretrain, sft  # noqa: E402
 from nemotron_h.training.callbacks import run_record  # noqa: E402
+from nemotron_h.training.stages import pretrain, sft  # noqa: E402
+from nemotron_h.training.stages.distillation import stage as distill  # noqa: E402
+from nemotron_h.training.stages.preference import stage as preference  # noqa: E402
 
 BUILDERS = {
     "pretrain": (llm.pretrain, pretrain.build),

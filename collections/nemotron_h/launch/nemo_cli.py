@@ -26,7 +26,7 @@ from nemo_run.config import get_type_namespace
 from nemotron_h.core.errors import UserError, report, user_error
 from nemotron_h.core.strict import nearest
 from nemotron_h.recipe.compose import factory_of, known_recipes
-from nemotron_h.runtime import settings
+from nemotron_h.training import settings
 
 #: `key=@FILE.yaml`, as nemo-run takes it
 _FILE = re.compile(r"=@[\w./\\-]+\.(ya?ml|json|toml)(:\w+)?$", re.IGNORECASE)

@@ -51,12 +51,17 @@ def distill_cache(
     folder = Path(recipe.distill.teacher_logits).expanduser()
     with locked(folder, "written", "distill.teacher_logits"):
         if recipe.parallel.devices == 1:
-            from nemotron_h.training.cache_teacher import write
+            from nemotron_h.training.stages.distillation.cache_teacher import write
 
             write(recipe, Console(highlight=False, soft_wrap=True))
             return
         file = folder / "recipe.yaml"
         file.write_text(to_yaml(dataclasses.asdict(recipe)))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={recipe.parallel.devices}", "-m", "nemotron_h.training.cache_teacher", str(file)]
+        command += [
+            f"--nproc-per-node={recipe.parallel.devices}",
+            "-m",
+            "nemotron_h.training.stages.distillation.cache_teacher",
+            str(file),
+        ]
         raise typer.Exit(subprocess.run(command, preexec_fn=end_with_parent).returncode)

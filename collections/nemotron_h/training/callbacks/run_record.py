@@ -22,8 +22,8 @@ import torch
 from nemotron_h.checkpoint.adapters import describe_base
 from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.recipe.text import to_yaml
-from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import command_of
+from nemotron_h.training import settings
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 from nemotron_h.training.settings_in_force import changed_settings, described, settings_in_force

@@ -41,7 +41,7 @@ from nemotron_h.ops.distillation_loss import (
 )
 from nemotron_h.ops.hidden_distance import hidden_distance
 from nemotron_h.schema.recipe import DistillSchema
-from nemotron_h.training.teacher_cache import Header, read_header
+from nemotron_h.training.stages.distillation.teacher_cache import Header, read_header
 
 #: what the last stage returns of a micro-batch: sums over its tokens
 TERMS = ("loss", "tokens", "kl", "lm", "hidden")

@@ -8,10 +8,10 @@ import nemo_run as run
 from nemo.collections import llm
 
 from nemotron_h.data.feed.sft_module import ConversationDataModule
-from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import AdapterSchema, RecipeConfig
+from nemotron_h.training import settings
 from nemotron_h.training.callbacks.adapter_table import AdapterTable
-from nemotron_h.training.pretrain import assemble
+from nemotron_h.training.stages.pretrain import assemble
 
 
 def build(recipe: RecipeConfig) -> run.Partial:

@@ -28,13 +28,13 @@ from torch import Tensor
 from nemotron_h.checkpoint.reader import PROJECTION, WeightFile, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
-from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import RecipeConfig
-from nemotron_h.training.distilling_model import TERMS, DistillationConfig, DistillationModel
+from nemotron_h.training import settings
 from nemotron_h.training.preflight import check_split
-from nemotron_h.training.pretrain import assemble, horizon_of
 from nemotron_h.training.resume import CheckTokenizer, ResumeRun
-from nemotron_h.training.teacher_shards import ReadTeacher
+from nemotron_h.training.stages.distillation.model import TERMS, DistillationConfig, DistillationModel
+from nemotron_h.training.stages.distillation.teacher_shards import ReadTeacher
+from nemotron_h.training.stages.pretrain import assemble, horizon_of
 
 
 def distill(

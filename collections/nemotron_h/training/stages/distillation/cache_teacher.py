@@ -1,6 +1,6 @@
 """Write a cache of a teacher's logits: forward passes over the windows of a distillation, in the order of the run.
 
-`python -m nemotron_h.training.cache_teacher RECIPE.yaml`, of which torchrun starts one for each GPU: the teacher is
+`python -m nemotron_h.training.stages.distillation.cache_teacher RECIPE.yaml`, of which torchrun starts one for each GPU: the teacher is
 split over `parallel.tensor` ranks, and the files are shared out among what remains.
 """
 
@@ -43,10 +43,15 @@ from nemotron_h.planning.teacher_logits import ids_dtype  # noqa: E402
 from nemotron_h.platform import cpu, megatron_fixes  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.schema.recipe import RecipeConfig  # noqa: E402
-from nemotron_h.training import distill, teacher_cache  # noqa: E402
-from nemotron_h.training.distilling_model import DistillationConfig  # noqa: E402
-from nemotron_h.training.teacher_cache import Header  # noqa: E402
-from nemotron_h.training.teacher_shards import kept_probability, text_digest, wanted_header, write_shard  # noqa: E402
+from nemotron_h.training.stages.distillation import stage, teacher_cache  # noqa: E402
+from nemotron_h.training.stages.distillation.model import DistillationConfig  # noqa: E402
+from nemotron_h.training.stages.distillation.teacher_cache import Header  # noqa: E402
+from nemotron_h.training.stages.distillation.teacher_shards import (  # noqa: E402
+    kept_probability,
+    text_digest,
+    wanted_header,
+    write_shard,
+)
 
 
 class Writing:
@@ -65,7 +70,7 @@ class Writing:
                 hint="split it over tensor-parallel ranks: parallel.pipeline=1 parallel.tensor=8",
             )
         self.folder = Path(recipe.distill.teacher_logits).expanduser()
-        task = distill.build(recipe)
+        task = stage.build(recipe)
         task.model.config.teacher_logits = None
         strategy, plugin = task.trainer.strategy, fdl.build(task.trainer.plugins)
         self.config: DistillationConfig = fdl.build(task.model.config)
@@ -78,7 +83,7 @@ class Writing:
             context_parallel_size=1,
         )
         trainer = SimpleNamespace(strategy=layout, num_devices=recipe.parallel.devices, num_nodes=1)
-        distill.check_teacher(self.config, trainer)
+        stage.check_teacher(self.config, trainer)
         self.data: BlendDataModule = fdl.build(task.data)
         self.data.trainer = SimpleNamespace(
             max_steps=task.trainer.max_steps, limit_val_batches=task.trainer.limit_val_batches

@@ -18,14 +18,14 @@ from nemotron_h.core.files import file_sha256
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.feed.preference_module import PreferenceDataModule
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
-from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import PREFERENCE_LOSSES, RecipeConfig
+from nemotron_h.training import settings
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
-from nemotron_h.training.preference_loss import PreferenceLoss
-from nemotron_h.training.pretrain import assemble
-from nemotron_h.training.reference import ReferenceLogprobs
 from nemotron_h.training.resume import ResumeRun
-from nemotron_h.training.sft import adapt
+from nemotron_h.training.stages.preference.loss import PreferenceLoss
+from nemotron_h.training.stages.preference.reference import ReferenceLogprobs
+from nemotron_h.training.stages.pretrain import assemble
+from nemotron_h.training.stages.sft import adapt
 
 
 class PreferenceModel(NemotronHModel):

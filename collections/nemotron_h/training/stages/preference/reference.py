@@ -29,7 +29,7 @@ from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataMo
 from nemotron_h.model.module import data_step, forward_step
 from nemotron_h.training.callbacks.progress import duration
 from nemotron_h.training.callbacks.run_record import plain, vars_of
-from nemotron_h.training.preference_loss import answer_logprobs
+from nemotron_h.training.stages.preference.loss import answer_logprobs
 
 FORMAT = 1
 FOLDER = ".reference"

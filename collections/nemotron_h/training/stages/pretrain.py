@@ -15,8 +15,8 @@ from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
 from nemotron_h.recipe.checks import count_of
-from nemotron_h.runtime import settings
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
+from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 from nemotron_h.training.callbacks.garbage import collect_garbage_together
