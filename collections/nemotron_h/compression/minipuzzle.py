@@ -29,7 +29,7 @@ from rich.console import Console
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
 from nemotron_h.checkpoint.writer import definition_text
-from nemotron_h.compression import distillations, importance, ranking
+from nemotron_h.compression import distillations, importance, ranking, report
 from nemotron_h.compression.candidates import Candidate, Candidates
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.compression.importance import Importance, Scores
@@ -53,7 +53,6 @@ from nemotron_h.launch.place import HERE, Place
 from nemotron_h.launch.runs import Run
 from nemotron_h.planning.memory import GIB
 from nemotron_h.recipe.checks import count_of, definition_of
-from nemotron_h.report import minipuzzle as report
 from nemotron_h.schema.recipe import RecipeConfig
 
 #: candidates and winner are chosen on one half of the held-out text; the other, which no choice has seen, is reported

@@ -10,13 +10,13 @@ from jinja2 import Environment
 from rich.console import Console
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.compression import figures
 from nemotron_h.compression.importance import Importance
 from nemotron_h.compression.ranking import pareto
 from nemotron_h.compression.recovery import sentence
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.paired import read_losses
 from nemotron_h.data.blend import parse_count
-from nemotron_h.report import figures
 from nemotron_h.schema.recipe import RecipeConfig
 
 PAGE = """<!doctype html>
