@@ -1,5 +1,5 @@
 """`python -m nemotron_h` is the `nemotron-h` command."""
 
-from nemotron_h.cli import main
+from nemotron_h.cli.main import main
 
 main()

@@ -46,7 +46,7 @@ def launched(tiny: tiny_pipeline.Tiny, monkeypatch: pytest.MonkeyPatch) -> tiny_
 @pytest.fixture(scope="session")
 def compressed(tiny: tiny_pipeline.Tiny) -> tuple[tiny_pipeline.Tiny, Result]:
     """`tiny` after `nemotron-h minipuzzle RECIPE`, and what the command said."""
-    from nemotron_h.cli import app
+    from nemotron_h.cli.main import app
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train", tiny.launch)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 import slurm_here
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.compression import needs
 from nemotron_h.core.errors import UserError
 from nemotron_h.launch import jobs, runs

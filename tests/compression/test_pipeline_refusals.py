@@ -11,7 +11,7 @@ import yaml
 from tiny_pipeline import Tiny
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import train_bpe
 

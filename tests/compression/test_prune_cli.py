@@ -12,7 +12,7 @@ from local_corpus import sentences
 from small_model import small_config, small_model
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.prepare.pipeline import prepare

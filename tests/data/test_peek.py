@@ -11,7 +11,7 @@ from local_corpus import Corpus
 from typer.testing import CliRunner
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.peek import Peek, RunSettings

@@ -10,7 +10,7 @@ import pytest
 from local_corpus import Corpus
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.show import overview, short_count
@@ -117,7 +117,7 @@ def test_mistakes(tmp_path: Path, options: list[str], message: str) -> None:
 
 def test_it_imports_neither_torch_nor_nemo() -> None:
     code = (
-        "import sys\nimport nemotron_h.cli, nemotron_h.data.show, nemotron_h.data.draw, nemotron_h.data.feed.peek\n"
+        "import sys\nimport nemotron_h.cli.main, nemotron_h.data.show, nemotron_h.data.draw, nemotron_h.data.feed.peek\n"
         "assert not {'torch', 'nemo', 'megatron', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ""})

@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from nemotron_h.cli.data import app
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.cli import app
 from nemotron_h.data.indexed import read_lengths, write_index
 from nemotron_h.data.manifest import check_manifest
 from nemotron_h.data.prepare.verify import verify

@@ -19,7 +19,7 @@ from save_checkpoint import finish, save
 from small_model import small_config, small_model
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.windows import TokenStream

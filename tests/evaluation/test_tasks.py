@@ -17,7 +17,7 @@ from save_checkpoint import save
 from small_model import small_config, small_model
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import train_bpe
 from nemotron_h.evaluation import harness, record, tasks

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.adapters import describe_base, open_weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.export import hf_reader, merge
 from nemotron_h.inference.model import load_model

@@ -17,13 +17,13 @@ from small_model import VOCABULARY, relative_error, small_config, small_model
 from typer.testing import CliRunner
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.cli.chat import chat as command
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.messages import ChatError, Turn
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nemotron_h.inference import generate as generating
 from nemotron_h.inference.chat import ChatSession
-from nemotron_h.inference.chat_cli import chat as command
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling
 

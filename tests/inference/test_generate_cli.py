@@ -17,10 +17,10 @@ from save_checkpoint import finish, save
 from small_model import VOCABULARY, small_config, small_model
 from typer.testing import CliRunner
 
+from nemotron_h.cli.generate import generate as command
+from nemotron_h.cli.generate import read_prompts
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
-from nemotron_h.inference.cli import generate as command
-from nemotron_h.inference.cli import read_prompts
 from nemotron_h.inference.generate import generate
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling

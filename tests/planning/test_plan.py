@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nemotron_h.architecture.definition import definition_from_dict
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import gpu
@@ -251,7 +251,7 @@ def test_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
     libraries of every command takes on the machine of the documents; others are faster or slower.
     """
     plan = (
-        "import sys; from nemotron_h.cli import app\n"
+        "import sys; from nemotron_h.cli.main import app\n"
         "try: app(['plan', 'nemotron_h_8b', '--gpus', '64'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'nemo', 'megatron', 'numpy', 'matplotlib', 'transformer_engine', 'nemo_run'}\n"

@@ -26,7 +26,7 @@ from forks import FORKS
 from small_run import WORKER
 
 from nemotron_h.architecture.gemms import CAST_STATISTICS, OPERANDS
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.comparison import launch
 from nemotron_h.comparison.results import read_casts, results
 from nemotron_h.comparison.runs import comparison

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.compose import compose, known_recipes
 
@@ -150,7 +150,9 @@ def test_check_says_what_the_recipe_comes_to(recipe: Recipe) -> None:
 
 def test_the_command_reports_an_error_with_exit_code_2_and_starts_quickly() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = "import sys; from nemotron_h.cli import main; sys.argv = ['nemotron-h', 'recipe', 'check', 'no[1].yaml']; "
+    code = (
+        "import sys; from nemotron_h.cli.main import main; sys.argv = ['nemotron-h', 'recipe', 'check', 'no[1].yaml']; "
+    )
     code += "\ntry: main()\nfinally: print(sorted({'torch', 'nemo', 'megatron', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2

@@ -10,7 +10,7 @@ import pytest
 from code_in_values import OF_THE_TASK, REFUSED, TEXTS, probe
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.compose import compose
 from nemotron_h.recipe.overrides import check_overrides

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from save_checkpoint import finish
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 
 pytestmark = pytest.mark.slow

@@ -12,18 +12,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemotron_h.comparison.cli import compare_precision
-from nemotron_h.compression.cli import minipuzzle
-from nemotron_h.compression.prune_cli import importance, prune
+from nemotron_h.cli.cache_teacher import distill_cache
+from nemotron_h.cli.chat import chat
+from nemotron_h.cli.compare_precision import compare_precision
+from nemotron_h.cli.data import app as data_app
+from nemotron_h.cli.eval import evaluate
+from nemotron_h.cli.export import export_app, import_app, merge_adapter
+from nemotron_h.cli.generate import generate
+from nemotron_h.cli.minipuzzle import minipuzzle
+from nemotron_h.cli.plan import plan
+from nemotron_h.cli.prune import importance, prune
+from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.core.errors import UserError, report, user_error
-from nemotron_h.data.cli import app as data_app
-from nemotron_h.evaluation.cli import evaluate
-from nemotron_h.export.cli import export_app, import_app, merge_adapter
-from nemotron_h.inference.chat_cli import chat
-from nemotron_h.inference.cli import generate
-from nemotron_h.planning.cli import plan
-from nemotron_h.recipe.cli import app as recipe_app
-from nemotron_h.training.cache_cli import distill_cache
 
 app = typer.Typer(
     name="nemotron-h",

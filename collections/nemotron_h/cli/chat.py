@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import check_unicode, decode
-from nemotron_h.inference.cli import (
+from nemotron_h.cli.generate import (
     CheckpointArgument,
     DeviceOption,
     DtypeOption,
@@ -25,6 +23,8 @@ from nemotron_h.inference.cli import (
     notes,
     warn,
 )
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.text_files import check_unicode, decode
 from nemotron_h.inference.opening import open_checkpoint, recorded_template
 
 if TYPE_CHECKING:
