@@ -132,7 +132,7 @@ def bench_preparation(work: Path, size: int, rounds: int) -> dict:
         train_bpe([json.loads(line)["text"] for line, _ in zip(file, range(1000), strict=False)], 8192, tokenizer)
     import datasets  # noqa: F401  imports are not part of the work
 
-    import nemotron_h.data.prepare  # noqa: F401
+    import nemotron_h.data.prepare.pipeline  # noqa: F401
 
     sides = {"ours": prepare_ours, "datasets + tokenizers": prepare_theirs}
     seconds: dict[str, list[float]] = {f"{name}, {n}": [] for n in (1, 2) for name in sides}
@@ -224,7 +224,7 @@ def our_dataset(prefixes: dict[str, str], samples: int):
 def serve(side: str, prefixes: dict[str, str], samples: int, reads: int, cache: str) -> dict:
     """Start up and read consecutive samples from the middle of the run; what a rank does. Runs in its own process."""
     if side == "ours":
-        import nemotron_h.data.datamodule  # noqa: F401
+        import nemotron_h.data.feed.datamodule  # noqa: F401
     else:
         import megatron.core.datasets.blended_megatron_dataset_builder
         import megatron.core.datasets.gpt_dataset  # noqa: F401

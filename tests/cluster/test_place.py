@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.launch.place import HERE, RANKS, check_here, check_shared, is_rank, place_of
+from nemotron_h.launch.place import HERE, check_shared, place_of
+from nemotron_h.platform.ranks import RANKS, check_here, is_rank
 from nemotron_h.recipe.compose import compose, known_recipes
 
 SLURM = ("executor=slurm", "executor.account=ABC", "executor.partition=batch")

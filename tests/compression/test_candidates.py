@@ -15,7 +15,8 @@ import yaml
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.compression.candidates import Candidate, Candidates, Cost, whole
 from nemotron_h.core.errors import UserError
-from nemotron_h.planning.inference import BYTES, Serving, inference_memory
+from nemotron_h.core.sizes import BYTES
+from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose, configs_dir
 from nemotron_h.schema.recipe import BudgetSchema, GridSchema

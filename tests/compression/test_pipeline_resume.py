@@ -14,8 +14,8 @@ from typer.testing import Result
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.compression import minipuzzle, unfinished
-from nemotron_h.compression.progress import StageProgress
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.progress import StageProgress
 
 pytestmark = pytest.mark.slow
 Patch = pytest.MonkeyPatch

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from nemotron_h.architecture.definition import definition_from_dict
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.sizes import BYTES
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import gpu
-from nemotron_h.planning.inference import BYTES, Serving, inference_memory
+from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.planning.layouts import best, layout_of, relative_speed
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.compose import compose, known_recipes

@@ -130,9 +130,9 @@ def serve() -> None:
     from nemotron_h.platform import quiet
 
     quiet.hush()
-    import nemotron_h.training.distill
-    import nemotron_h.training.preference
-    import nemotron_h.training.sft  # noqa: F401
+    import nemotron_h.training.stages.distillation.stage
+    import nemotron_h.training.stages.preference.stage
+    import nemotron_h.training.stages.sft  # noqa: F401
 
     replies = os.dup(1)
     for line in iter(sys.stdin.readline, ""):

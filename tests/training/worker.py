@@ -32,8 +32,8 @@ from nemotron_h.data.feed.sft_module import PackedDataset  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 from nemotron_h.training.stages import pretrain, sft  # noqa: E402
-from nemotron_h.training.stages.distillation import stage  # noqa: E402
-from nemotron_h.training.stages.preference import stage  # noqa: E402
+from nemotron_h.training.stages.distillation import stage as distill  # noqa: E402
+from nemotron_h.training.stages.preference import stage as preference  # noqa: E402
 
 READ: list[int] = []
 
@@ -103,7 +103,7 @@ class Recorder(pl.Callback):
                 "adam": [[*g["betas"], g["eps"], g["weight_decay"]] for g in trainer.optimizers[0].param_groups],
                 "samples": list(READ),
             }
-            if isinstance(pl_module, stage.PreferenceModel):
+            if isinstance(pl_module, preference.PreferenceModel):
                 record["margin"] = pl_module.training_loss_reduction.metrics()["reward_margin"].hex()
             path = Path(trainer.checkpoint_callback.dirpath).parents[1] / "steps.jsonl"
             with path.open("a") as file:
@@ -119,8 +119,8 @@ def main(recipe: str, *options: str) -> None:
     builders = {
         "pretrain": pretrain.build,
         "sft": sft.build,
-        "preference": stage.build,
-        "distill": stage.build,
+        "preference": preference.build,
+        "distill": distill.build,
     }
     task = builders[composed.stage](composed)
     given = {"kill": None, "signal": None, "save": None}

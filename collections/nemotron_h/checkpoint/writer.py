@@ -16,7 +16,7 @@ from nemotron_h.checkpoint import folders, torch_dist
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WEIGHTS
 from nemotron_h.checkpoint.torch_dist import Advance
-from nemotron_h.data.manifest import write_json
+from nemotron_h.core.files import write_json
 
 DEFINITION = "model.yaml"
 TOKENIZER = "tokenizer"

@@ -34,7 +34,7 @@ def distill_cache(
     from nemotron_h.core.children import end_with_parent
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.locks import locked
-    from nemotron_h.launch.place import check_here
+    from nemotron_h.platform.ranks import check_here
     from nemotron_h.recipe.compose import compose, known_recipes
     from nemotron_h.recipe.text import to_yaml
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from nemotron_h.compression.progress import StageProgress
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.progress import StageProgress
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")

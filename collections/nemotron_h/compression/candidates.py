@@ -16,9 +16,9 @@ import numpy as np
 
 from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.sizes import BYTES, GIB
 from nemotron_h.data.blend import parse_count
-from nemotron_h.planning.inference import BYTES, InferenceMemory, Serving, memory_by_layer
-from nemotron_h.planning.memory import GIB
+from nemotron_h.planning.inference import InferenceMemory, Serving, memory_by_layer
 from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 
 WIDTHS = ("ffn_hidden_size", "hidden_size", "mamba_num_heads", "mamba_head_dim")

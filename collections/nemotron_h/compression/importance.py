@@ -25,9 +25,8 @@ from nemotron_h.compression.child import check_parent
 from nemotron_h.compression.measure import Advance, measure_layers, measure_widths
 from nemotron_h.compression.unfinished import Unfinished
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256
+from nemotron_h.core.files import file_sha256, write_json
 from nemotron_h.core.text_files import read_json_object
-from nemotron_h.data.manifest import write_json
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.schema.recipe import AGGREGATIONS, METRICS, ORDERS
 

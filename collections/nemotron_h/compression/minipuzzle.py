@@ -33,7 +33,6 @@ from nemotron_h.compression import distillations, importance, ranking, report
 from nemotron_h.compression.candidates import Candidate, Candidates
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.compression.importance import Importance, Scores
-from nemotron_h.compression.progress import StageProgress
 from nemotron_h.compression.recovery import recovered, sentence
 from nemotron_h.compression.scoring import Predictions, Score, predict
 from nemotron_h.compression.selection import child_of
@@ -42,16 +41,18 @@ from nemotron_h.compression.speed import generation_speed
 from nemotron_h.compression.stages import Pipeline, Stage, content_digest
 from nemotron_h.compression.task_scores import task_scores
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import write_json
+from nemotron_h.core.progress import StageProgress
+from nemotron_h.core.sizes import GIB
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.calibration import calibration_sampler, calibration_windows, text_record
 from nemotron_h.data.feed.validation import ValidationText
-from nemotron_h.data.manifest import check_manifest, write_json
+from nemotron_h.data.manifest import check_manifest
 from nemotron_h.export import hf_writer
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.trained_tokenizer import check_data, tokenizer_for
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.launch.runs import Run
-from nemotron_h.planning.memory import GIB
 from nemotron_h.recipe.checks import count_of, definition_of
 from nemotron_h.schema.recipe import RecipeConfig
 

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import write_json
 from nemotron_h.core.strict import from_json
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend
@@ -154,17 +153,6 @@ class Manifest:
 def data_root(root: str | Path | None = None) -> Path:
     """The data root: the argument, else `$NEMOTRON_H_DATA`, else `./data`."""
     return Path(root or os.environ.get(ROOT_VARIABLE) or "data").expanduser()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = None) -> Manifest:

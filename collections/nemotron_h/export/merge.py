@@ -14,7 +14,7 @@ from nemotron_h.checkpoint.adapters import AdaptedWeights, adapter_record
 from nemotron_h.checkpoint.reader import WEIGHTS, read_record
 from nemotron_h.checkpoint.torch_dist import Advance
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.manifest import write_json
+from nemotron_h.core.files import write_json
 from nemotron_h.export.folder import new_folder
 
 RECIPE = "recipe.yaml"

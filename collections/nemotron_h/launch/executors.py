@@ -14,7 +14,8 @@ from nemo_run.core.packaging.base import Packager
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.launch.kubernetes import KubernetesExecutor
-from nemotron_h.launch.place import check_agrees, check_here, folder_of, root_at
+from nemotron_h.launch.place import check_agrees, folder_of, root_at
+from nemotron_h.platform.ranks import check_here
 from nemotron_h.schema.cluster import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
 
 # Ends a chain early. A run that is complete exits with 0, a mistake of the user with 2: the next job would do the same.

@@ -1,12 +1,11 @@
 """The place of a command's runs: this machine, or that of a cluster file; and the check that a recipe fits there.
 
-Imports no NeMo, and torch only to count GPUs.
+Imports no NeMo and no torch.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from pathlib import Path
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
 from nemotron_h.launch.load import is_cluster, load
+from nemotron_h.platform.ranks import check_here
 from nemotron_h.schema.cluster import Cluster, KubernetesCluster, SlurmCluster
 from nemotron_h.schema.recipe import RecipeConfig
 
 #: of a recipe, beside `data.root`: relative paths that start in the cluster's `work_dir`
 PATHS = ("log.dir", "init.checkpoint", "distill.teacher", "distill.teacher_logits", "minipuzzle.parent")
-#: what launchers tell each of their processes: how many there are of them (torchrun, srun, mpirun)
-RANKS = ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def take(args: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
@@ -55,40 +53,6 @@ def take(args: Sequence[str]) -> tuple[str | None, list[str], list[str]]:
     if name is not None and not is_cluster(name):
         return None, [], [f"run.executor={name}", *(f"run.executor.{key}" for key in keys), *rest]
     return name, keys, rest
-
-
-def is_rank(ranks: int) -> bool:
-    """Tell whether torchrun, srun, mpirun or a hand started this process as one of so many ranks."""
-    return bool(os.environ.get("NODE_RANK")) or any(os.environ.get(name) == str(ranks) for name in RANKS)
-
-
-def check_here(nodes: int, devices: int, origin: str = "", gpus: int | None = None) -> None:
-    """Refuse a layout that one command on this machine cannot start.
-
-    Args:
-        nodes, devices: of the recipe: `parallel.nodes`, `parallel.devices`.
-        origin: stands before the key.
-        gpus: of this machine; None counts them. Without any, ranks are processes on the CPU.
-    Errors:
-        UserError: names the key, the number and what to set.
-    """
-    if nodes > 1:
-        raise UserError(
-            f"{origin}parallel.nodes = {nodes}: {nodes * devices:,} ranks, and this command starts them on one machine",
-            hint="add executor=slurm or executor=FILE.yaml, which submits (docs/clusters.md); or set parallel.nodes=1 "
-            "(trainer.num_nodes=1) and a model and layout that this machine takes",
-        )
-    if gpus is None:
-        import torch
-
-        # where there are none, Megatron is told of one (platform/cpu.py)
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus and devices > gpus:
-        raise UserError(
-            f"{origin}parallel.devices = {devices}, this machine has {gpus} {'GPU' if gpus == 1 else 'GPUs'}",
-            hint=f"set parallel.devices={gpus} (trainer.devices={gpus}) and a layout that divides it, or submit with "
-            "executor=FILE.yaml (docs/clusters.md)",
-        )
 
 
 def check_agrees(cluster: Cluster, nodes: int, devices: int, keys: tuple[str, str]) -> None:

@@ -33,7 +33,7 @@ SETTINGS: dict[str, Setting] = {
     "gradient_accumulation_fusion": Setting(
         True,
         False,
-        "the same for megatron-core's own layers: the output layer (`platform.megatron_fixes` does it without Apex) and "
+        "the same for megatron-core's own layers: the output layer (`platform.megatron_fixes`, without Apex) and "
         "the embedding, whose gradient is then the rows that the batch has in place of the whole vocabulary's",
     ),
     "cross_entropy_loss_fusion": Setting(

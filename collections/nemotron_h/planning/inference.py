@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, ModelDefinition
-
-#: bytes per value: FP4 has one 8-bit scale per 16 values (4.5 bits), which makes the paper's 29.5 GiB of the 56B
-BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}
+from nemotron_h.core.sizes import BYTES
 
 
 @dataclass(frozen=True)

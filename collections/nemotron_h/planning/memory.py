@@ -24,7 +24,6 @@ from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMB
 from nemotron_h.architecture.gemms import gemm_table
 from nemotron_h.schema.recipe import AdapterSchema
 
-GIB = 2**30
 BACKENDS = ("gpu", "cpu")
 
 #: bytes of a weight, and of what the optimizer keeps for it (float32 main weight where the weight is not, two moments)
@@ -265,9 +264,9 @@ class _Rank:
 
     def weight(self, matrix: str) -> int:
         """What the backward of a layer's product allocates beside the gradient of its input: the gradient of the weight
-        before it is summed (on a GPU the product sums it itself, model/gpu_options.py: fuse_weight_gradients), and the copy
-        of oneDNN's float32 products (ops/linear.py), the narrower factor. A frozen weight has neither; its adapter has
-        a gradient of the input of its own, which is added, and DoRA's lengths have those of the output.
+        before it is summed (on a GPU the product sums it itself, model/gpu_options.py: fuse_weight_gradients), and the
+        copy of oneDNN's float32 products (ops/linear.py), the narrower factor. A frozen weight has neither; its adapter
+        has a gradient of the input of its own, which is added, and DoRA's lengths have those of the output.
         """
         outputs, inputs = shape_of(matrix, self.d)
         if self.layout.frozen:

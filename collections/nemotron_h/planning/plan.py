@@ -11,11 +11,12 @@ from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.definition import LAYER_NAMES, ModelDefinition
 from nemotron_h.architecture.gemms import GemmGroup, fold, gemm_table
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.sizes import BYTES
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon
 from nemotron_h.planning.flops import FlopsByPart, flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
-from nemotron_h.planning.inference import BYTES, InferenceMemory, Serving, inference_memory
+from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_flops, sweep
 from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, padded_vocabulary, plan_memory
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nemotron_h.core.sizes import gib
 from nemotron_h.planning.layouts import Row, best
-from nemotron_h.planning.memory import GIB, largest_stage
+from nemotron_h.planning.memory import largest_stage
 from nemotron_h.planning.plan import Plan, parts_by_stage
 
 
@@ -19,11 +20,6 @@ def _table(console: Console, title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
-
-
-def gib(size: float) -> str:
-    """Bytes in GiB, or MiB where small."""
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
 def _time(seconds: float) -> str:

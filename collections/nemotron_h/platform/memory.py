@@ -6,8 +6,7 @@ import psutil
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-
-GIB = 2**30
+from nemotron_h.core.sizes import GIB
 
 
 def available(device: str = "cpu") -> int:

@@ -11,10 +11,10 @@ from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMB
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.core.duration import seconds_of
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.sizes import BYTES
 from nemotron_h.core.strict import check_folder, check_name, check_one_of, nearest
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.planning.inference import BYTES
 from nemotron_h.recipe.overrides import check_overrides
 from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import (

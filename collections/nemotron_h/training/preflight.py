@@ -12,7 +12,7 @@ from nemo.utils.app_state import AppState
 from nemotron_h.architecture.adapters import check_adapter, trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.planning.show import gib
+from nemotron_h.core.sizes import gib
 from nemotron_h.platform.memory import check_training_fits
 
 #: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments

@@ -25,9 +25,9 @@ from nemotron_h.checkpoint.reader import WEIGHTS
 from nemotron_h.core import children
 from nemotron_h.core.duration import seconds_of
 from nemotron_h.core.errors import UserError
-from nemotron_h.launch.place import check_here, is_rank
 from nemotron_h.model import adapters
 from nemotron_h.platform import cpu, exit_codes, loopback, megatron_fixes, slurm
+from nemotron_h.platform.ranks import check_here, is_rank
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
 

@@ -2,8 +2,8 @@
 
 A window holds whole conversations, each with states and attention of its own (`seq_idx`), and padding behind them that
 is in no loss. Global batch `g` holds the windows `[g * global_batch_size, (g + 1) * global_batch_size)` of
-`PackedOrder`, whatever the world size; which rank takes which balances their work. As in `data.feed.datamodule`, reading
-starts where the trainer's step says, so a resumed run goes on with the next window.
+`PackedOrder`, whatever the world size; which rank takes which balances their work. As in `data.feed.datamodule`,
+reading starts where the trainer's step says, so a resumed run goes on with the next window.
 """
 
 from __future__ import annotations

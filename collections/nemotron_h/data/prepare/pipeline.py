@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256
+from nemotron_h.core.files import file_sha256, write_json
 from nemotron_h.core.locks import locked
 from nemotron_h.core.progress import ProgressLine
 from nemotron_h.core.strict import from_json
@@ -43,7 +43,6 @@ from nemotron_h.data.manifest import (
     TokenizerManifest,
     data_root,
     split_problem,
-    write_json,
 )
 from nemotron_h.data.prepare import sources as reading
 from nemotron_h.data.prepare.fetch import fetch

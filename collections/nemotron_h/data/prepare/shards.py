@@ -22,10 +22,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from nemotron_h.core.files import write_json
 from nemotron_h.data.blend import PREFERENCE, Source
 from nemotron_h.data.chat import ChatTemplate, Encoded
 from nemotron_h.data.indexed import write_index
-from nemotron_h.data.manifest import SPLITS, probe, write_json
+from nemotron_h.data.manifest import SPLITS, probe
 from nemotron_h.data.messages import ChatError
 from nemotron_h.data.pairs import encode_pair
 from nemotron_h.data.prepare.extend import extended

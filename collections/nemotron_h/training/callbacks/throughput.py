@@ -9,10 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from nemotron_h.core.sizes import GIB
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
 
-GIB = 2**30
 #: driver's name -> `configs/gpus.yaml`. Other boards of a chip (H100 PCIe and NVL) have lower peaks and are not in it.
 DEVICES = {
     "NVIDIA H100 80GB HBM3": "h100",

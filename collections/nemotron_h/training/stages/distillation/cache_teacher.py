@@ -1,7 +1,7 @@
 """Write a cache of a teacher's logits: forward passes over the windows of a distillation, in the order of the run.
 
-`python -m nemotron_h.training.stages.distillation.cache_teacher RECIPE.yaml`, of which torchrun starts one for each GPU: the teacher is
-split over `parallel.tensor` ranks, and the files are shared out among what remains.
+`python -m nemotron_h.training.stages.distillation.cache_teacher RECIPE.yaml`, of which torchrun starts one for each
+GPU: the teacher is split over `parallel.tensor` ranks, and the files are shared out among what remains.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 from rich.console import Console  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 
-from nemotron_h.checkpoint import folders
-from nemotron_h.compression.progress import StageProgress  # noqa: E402
+from nemotron_h.checkpoint import folders  # noqa: E402
 from nemotron_h.core.errors import UserError, report  # noqa: E402
+from nemotron_h.core.progress import StageProgress  # noqa: E402
+from nemotron_h.core.sizes import gib  # noqa: E402
 from nemotron_h.data.feed.datamodule import BlendDataModule  # noqa: E402
 from nemotron_h.inference.trained_tokenizer import check_data  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
 from nemotron_h.ops.distillation_loss import HiddenTeacher  # noqa: E402
 from nemotron_h.ops.teacher_logits import kept_logits  # noqa: E402
-from nemotron_h.planning.show import gib  # noqa: E402
 from nemotron_h.planning.teacher_logits import ids_dtype  # noqa: E402
 from nemotron_h.platform import cpu, megatron_fixes  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
