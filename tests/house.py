@@ -1,0 +1,61 @@
+"""The rooms of the library: their floors, and what the files of each import."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+LIBRARY = Path(__file__).parents[1] / "collections/nemotron_h"
+#: from the ground up; a file imports rooms of lower floors alone, and its own
+FLOORS = (
+    ("core", "ops"),
+    ("schema",),
+    ("architecture",),
+    ("data", "precision"),
+    ("platform",),
+    ("checkpoint", "model"),
+    ("inference",),
+    ("export", "recipe"),
+    ("evaluation", "planning"),
+    ("training",),
+    ("launch",),
+    ("comparison", "compression"),
+    ("cli",),
+)
+FRAMEWORKS = frozenset({"lightning", "megatron", "nemo", "nemo_run", "transformer_engine"})
+#: these know neither PyTorch nor a framework: a plan or an error in a recipe takes a second
+WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe"})
+#: what follows NeMo and Megatron when they move; of `data`, the modules that feed NeMo's trainer
+KNOW_FRAMEWORKS = frozenset({"model", "platform", "precision", "training", "launch"})
+
+
+def modules() -> dict[str, Path]:
+    """Return module name (without `nemotron_h.`) -> file."""
+    files = sorted(LIBRARY.rglob("*.py"))
+    return {".".join(file.relative_to(LIBRARY).with_suffix("").parts): file for file in files}
+
+
+def room(module: str) -> str:
+    """Return the room of a module, its first folder."""
+    return module.split(".")[0]
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Yield what a file imports, in functions too: modules, and names of modules as `module.name`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def edges() -> dict[tuple[str, str], set[str]]:
+    """Return (room, room that it imports) -> the files that do."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for module, file in modules().items():
+        for name in imports(file):
+            if name.startswith("nemotron_h.") and room(name.removeprefix("nemotron_h.")) != room(module):
+                pair = (room(module), room(name.removeprefix("nemotron_h.")))
+                found.setdefault(pair, set()).add(module)
+    return found

@@ -1,0 +1,46 @@
+"""The house is what docs/architecture.md says: rooms on floors, imports that go down, walls that stay."""
+
+from __future__ import annotations
+
+import house
+
+YAML = {"configs", "data_blends", "recipes"}  # folders beside the library
+
+
+def test_imports_go_down() -> None:
+    floor = {name: number for number, names in enumerate(house.FLOORS) for name in names}
+    assert {house.room(module) for module in house.modules()} == {*floor, "__init__", "__main__"}
+    upward = {
+        f"{above} imports {below}": sorted(files)
+        for (above, below), files in house.edges().items()
+        if above != "__main__" and below not in YAML and floor[above] <= floor[below]
+    }
+    assert not upward
+
+
+def test_rooms_know_what_they_may() -> None:
+    wrong = []
+    for module, file in house.modules().items():
+        packages = {name.split(".")[0] for name in house.imports(file)}
+        if house.room(module) in house.WITHOUT_TORCH and "torch" in packages:
+            wrong.append(f"{module} imports torch")
+        if packages & house.FRAMEWORKS and house.room(module) not in house.KNOW_FRAMEWORKS:
+            wrong.append(f"{module} imports {', '.join(sorted(packages & house.FRAMEWORKS))}")
+    assert wrong == ALLOWED
+
+
+#: data modules and tokenizers are NeMo's own kinds; ops hands squared ReLU to Transformer Engine
+ALLOWED = [
+    "data.feed.datamodule imports nemo",
+    "data.feed.prepared_module imports lightning, megatron, nemo",
+    "data.tokenizer imports nemo",
+    "ops.activation imports transformer_engine",
+]
+
+
+def test_files_are_short() -> None:
+    lengths = {module: len(file.read_text().splitlines()) for module, file in house.modules().items()}
+    assert {module for module, length in lengths.items() if length > 500} == STILL_LONG
+
+
+STILL_LONG = {"compression.minipuzzle", "data.blend", "planning.memory", "recipe.checks"}
