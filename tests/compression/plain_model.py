@@ -7,7 +7,10 @@ from small_model import scale_one
 
 from nemotron_h.architecture.blocks.families import family_of
 from nemotron_h.architecture.definition import Expect, ModelDefinition
-from nemotron_h.inference.model import AttentionWeights, FFNWeights, GenerationModel, MambaWeights
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.model.blocks.attention import AttentionWeights
+from nemotron_h.model.blocks.ffn import FFNWeights
+from nemotron_h.model.blocks.mamba import MambaWeights
 
 WIDTHS = {
     "M": {
@@ -54,14 +57,14 @@ def model(d: ModelDefinition, dtype: torch.dtype = torch.float64, seed: int = 0)
         if symbol == "M":
             return MambaWeights(
                 norm,
-                take(f"{n}.in_proj", d.in_proj_size, d.hidden_size),
-                take(f"{n}.conv1d.weight", d.conv_channels, d.conv_kernel),
-                take(f"{n}.conv1d.bias", d.conv_channels),
+                take(f"{n}.in_proj", d.block("M").in_proj_size, d.hidden_size),
+                take(f"{n}.conv1d.weight", d.block("M").conv_channels, d.conv_kernel),
+                take(f"{n}.conv1d.bias", d.block("M").conv_channels),
                 take(f"{n}.A_log", d.mamba_num_heads),
                 take(f"{n}.D", d.mamba_num_heads),
                 take(f"{n}.dt_bias", d.mamba_num_heads),
-                take(f"{n}.gated.norm.weight", d.d_inner),
-                take(f"{n}.out_proj", d.hidden_size, d.d_inner),
+                take(f"{n}.gated.norm.weight", d.block("M").d_inner),
+                take(f"{n}.out_proj", d.hidden_size, d.block("M").d_inner),
             )
         if symbol == "*":
             queries = d.num_attention_heads * d.head_dim
