@@ -14,13 +14,13 @@ import sys
 import torch
 from typer.testing import CliRunner
 
-from nemotron_h.runtime import cpu
+from nemotron_h.platform import cpu
 
 cpu.install()
 
 from megatron.core.dist_checkpointing import load_plain_tensors  # noqa: E402
 
-from nemotron_h.cli import app  # noqa: E402
+from nemotron_h.cli.main import app  # noqa: E402
 
 
 def sha256_of(tensor: torch.Tensor) -> str:

@@ -17,7 +17,7 @@ import yaml
 from continued import ADAPTER, BASE, outcome, processor
 from typer.testing import CliRunner
 
-from nemotron_h.cli import app
+from nemotron_h.cli.main import app
 
 HERE = Path(__file__).parent
 EXPECTED = json.loads((HERE / "expected.json").read_text())
