@@ -22,7 +22,7 @@ from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.compression.child import Child, child_definition
-from nemotron_h.compression.forward import Forward, Mask
+from nemotron_h.compression.forward import Forward
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
@@ -92,7 +92,7 @@ class Masked:
             # inputs of the layer's last matrix; all that is before it acts on each of them alone
             inner = of_layer[-1][1]
             mask = None if inner is None else self._mask(inner, self._matrix(layer).inputs)
-            x = x + self.forward.layer(self.forward.weights(layer), x, mask=Mask(mask, mask))
+            x = x + self.forward.layer(layer, self.forward.weights(layer), x, mask=mask)
         return self.forward.logits(x)
 
     def _matrix(self, layer: int) -> Matrix:
