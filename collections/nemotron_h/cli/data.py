@@ -165,7 +165,7 @@ def peek(
 
 
 def _recorded(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's record says of its data."""
+    """Return what a checkpoint's record says of its data."""
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 
     found = find_checkpoint(checkpoint)

@@ -20,7 +20,7 @@ PAPER_GAP = 1e-3
 
 
 def draw_gap(found: Results, path: Path) -> None:
-    """Percent over tokens, training above validation; the suffix decides the format."""
+    """Plot percent over tokens, training above validation; the suffix decides the format."""
     made = found.comparison
     figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
     parts = (
@@ -53,7 +53,7 @@ def draw_gap(found: Results, path: Path) -> None:
 
 
 def draw_casts(title: str, casts: list[dict[str, Any]], path: Path) -> None:
-    """A row for each FP8 product of a run, a column for each operand and measured step."""
+    """Plot a row for each FP8 matmul of a run and a column for each operand and measured step."""
     rows = {(row["layer"], row["product"]): row["type"] for row in casts}
     order = {key: number for number, key in enumerate(sorted(rows, key=lambda key: key[0]))}
     steps = sorted({row["step"] for row in casts})

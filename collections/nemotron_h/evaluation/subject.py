@@ -32,7 +32,7 @@ class Subject:
 
     @classmethod
     def of(cls, path: Path, tokenizer: Path | None) -> Subject:
-        """The checkpoint that `path` means.
+        """Return the checkpoint that `path` means.
 
         Errors:
             UserError: there is none, it is damaged, or its tokenizer is not there or of another size.

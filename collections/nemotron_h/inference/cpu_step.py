@@ -41,7 +41,7 @@ class _Normed:
         self.gain = math.sqrt(shape[-1])
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """[batch, channels], to be multiplied by `gain`."""
+        """Return [batch, channels], to be multiplied by `gain`."""
         torch.linalg.vector_norm(self.whole, dim=-1, keepdim=True, out=self.length)
         torch.div(self.values, self.length, out=self.result)
         return self.flat.mul_(weight)
@@ -77,7 +77,7 @@ class _Mixer:
         self.gated = _Normed(batch, groups, size // groups, eps=d.norm_epsilon, dtype=dtype)
 
     def __call__(self, w: MambaWeights, state: MambaState) -> Tensor:
-        """What `out_proj` multiplies, without the gain of `gated`, from `projected`."""
+        """Return the input of `out_proj`, without the gain of `gated`, from `projected`."""
         torch.cat([state.conv, self.newest], dim=1, out=self.taps)
         state.conv.copy_(self.kept)
         torch.sum(self.taps.mul_(w.conv_weight.t()), dim=1, out=self.convolved).add_(w.conv_bias)

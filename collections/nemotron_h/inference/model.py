@@ -94,16 +94,16 @@ class GenerationModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and activations."""
+        """Return the dtype of the weights and activations."""
         return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.embedding.device
 
     def to(self, dtype: torch.dtype) -> GenerationModel:
-        """A copy in another dtype; Mamba's A, D and dt_bias stay in float32 at least."""
+        """Return a copy in another dtype; Mamba's A, D and dt_bias stay in float32 at least."""
 
         def cast(weights: MambaWeights | AttentionWeights | FFNWeights) -> MambaWeights | AttentionWeights | FFNWeights:
             exact = ("A", "D", "dt_bias")
@@ -115,7 +115,7 @@ class GenerationModel:
         return GenerationModel(self.definition, embedding, [cast(w) for w in self.layers], final_norm, output)
 
     def new_states(self, batch: int, capacity: int) -> States:
-        """States before the first token; see `States.empty`."""
+        """Return the states before the first token; see `States.empty`."""
         return States.empty(self.definition, batch, capacity, self.dtype, self.device)
 
     @torch.inference_mode()
@@ -223,7 +223,7 @@ class GenerationModel:
         return F.linear(y, w.out_proj)
 
     def _mamba_extend(self, h: Tensor, w: MambaWeights, state: MambaState, last: int) -> Tensor:
-        """Outputs of the `last` tokens."""
+        """Return the outputs of the `last` tokens."""
         d = self.definition
         if last == h.shape[1]:
             z, xbc, dt = F.linear(h, w.in_proj).split([d.d_inner, d.conv_channels, d.mamba_num_heads], dim=-1)
@@ -247,14 +247,14 @@ class GenerationModel:
         return self._mamba_out(y, z, w)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
-        """Cosines and sines at these positions, [positions, 1, 1, channels]; None without rotary positions."""
+        """Return cosines and sines at these positions, [positions, 1, 1, channels]; None without rotary positions."""
         if self.rotary_frequencies is None:
             return None
         angles = torch.outer(positions.float(), self.rotary_frequencies)[:, None, None]
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def split_qkv(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [..., groups, heads per group, head_dim], keys and values [..., groups, head_dim]."""
+        """Return queries [..., groups, heads per group, head_dim], keys and values [..., groups, head_dim]."""
         d = self.definition
         per_group = qkv.unflatten(-1, (d.num_query_groups, -1, d.head_dim))
         q_and_k, v = per_group[..., :-1, :], per_group[..., -1, :]
@@ -283,7 +283,7 @@ def load_model(
     lazy: bool = False,
     tokens: int | None = None,
 ) -> GenerationModel:
-    """A model with the weights of a training checkpoint, of any parallel layout and with or without Transformer Engine.
+    """Load the weights of a training checkpoint, of any parallel layout and with or without Transformer Engine.
 
     Args:
         checkpoint: a checkpoint or run folder.
@@ -322,7 +322,7 @@ def lay_out(weights: LayerWeights) -> None:
 
 
 def column_major(matrix: Tensor) -> Tensor:
-    """The same matrix, on the CPU stored column by column.
+    """Return the same matrix, on the CPU stored column by column.
 
     Products of several rows then take 0.4 to 0.8 of the time, those of one row or of hundreds the same; the
     convolution's taps lie one after the other.

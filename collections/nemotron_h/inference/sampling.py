@@ -13,7 +13,7 @@ from nemotron_h.core.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Filters apply in this order: temperature, top-k, top-p.
+    """Settings of the choice of tokens. Filters apply in this order: temperature, top-k, top-p.
 
     Attributes:
         temperature: divides the scores; 0 always takes the most probable token.
@@ -36,12 +36,12 @@ class Sampling:
             raise UserError(f"top-p = {self.top_p}; it has to be above 0 and at most 1 (all tokens)")
 
     def generators(self, rows: int) -> list[torch.Generator]:
-        """One generator per row, in host memory, so that a GPU draws what the CPU draws."""
+        """Return one generator per row, in host memory, so that a GPU draws what the CPU draws."""
         return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """The next token of every row.
+    """Choose the next token of every row.
 
     Args:
         logits: [batch, vocabulary].

@@ -48,7 +48,7 @@ class States:
     def empty(
         cls, definition: ModelDefinition, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> States:
-        """States before the first token.
+        """Return the states before the first token.
 
         Args:
             batch: sequences.
@@ -73,7 +73,7 @@ class States:
         return cls([layer(symbol) for symbol in d.pattern], lengths, positions.to(device))
 
     def rows(self, begin: int, end: int) -> States:
-        """Some of the sequences: a view, so what is done to it is done to the whole."""
+        """Return a view of some of the sequences: changes to it are changes to the whole."""
 
         def view(layer: MambaState | KeyValueCache | None) -> MambaState | KeyValueCache | None:
             return None if layer is None else type(layer)(*(t[begin:end] for t in vars(layer).values()))
@@ -91,7 +91,7 @@ class States:
                     setattr(layer, name, new)
 
     def advance(self, tokens: int, on_device: bool = True) -> None:
-        """Every sequence has read so many tokens more.
+        """Count so many more tokens as read by every sequence.
 
         Args:
             on_device: False where the device has counted them already (a CUDA graph does).
@@ -101,5 +101,5 @@ class States:
             self.positions += tokens
 
     def bytes(self) -> int:
-        """Memory of all states."""
+        """Return the memory of all states."""
         return sum(t.nbytes for layer in self.layers if layer is not None for t in vars(layer).values())

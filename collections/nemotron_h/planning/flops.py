@@ -50,26 +50,26 @@ class FlopsByPart:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     @property
     def linear(self) -> float:
-        """The layers' linear projections: what FP8 can take (paper 2.3). The output matrix is not among them."""
+        """Return the FLOPs of the layers' projections, which FP8 can take (paper 2.3), without the output matrix."""
         return self.mamba_projections + self.attention_projections + self.ffn
 
     @property
     def rest(self) -> float:
-        """All but `linear`: BF16 products, convolution and scan."""
+        """Return all but `linear`: BF16 matmuls, convolution and scan."""
         return self.total - self.linear
 
     def shares(self) -> dict[str, float]:
-        """Part -> share of the total."""
+        """Return part -> share of the total."""
         return {f.name: getattr(self, f.name) / self.total for f in fields(self)}
 
 
 def ssd_flops(definition: ModelDefinition, chunk: int = CHUNK) -> float:
-    """Forward operations per token of one scan.
+    """Return the forward operations per token of one scan.
 
     C B^T per group, the decayed [chunk, chunk] matrix times x per head, B^T x into the chunk's state, and C times the
     incoming state. Passing states between chunks is elementwise.
@@ -81,7 +81,7 @@ def ssd_flops(definition: ModelDefinition, chunk: int = CHUNK) -> float:
 
 @dataclass(frozen=True)
 class _Step:
-    """One operation of a layer's forward.
+    """Operation of a layer's forward.
 
     Attributes:
         part: of `FlopsByPart`.
@@ -97,7 +97,7 @@ class _Step:
 
 
 def _steps(d: ModelDefinition, symbol: str, seq_length: int, chunk: int) -> list[_Step]:
-    """What a layer does, in order."""
+    """Return the operations of a layer, in order."""
 
     def matrix(part: str, name: str) -> _Step:
         outputs, inputs = shape_of(name, d)
@@ -128,7 +128,7 @@ def flops_per_token(
     adapter: AdapterSchema | None = None,
     micro_batch: int = 1,
 ) -> FlopsByPart:
-    """Operations per token of a sequence.
+    """Return the operations per token of a sequence.
 
     Args:
         definition: any of the family: hybrid, Mamba-2 alone, Transformer.
@@ -156,7 +156,7 @@ def flops_per_token(
 def recomputed_per_token(
     definition: ModelDefinition, seq_length: int, layers: dict[str, bool], adapter: AdapterSchema | None = None
 ) -> float:
-    """Operations per token that a backward pass does again.
+    """Return the operations per token that a backward pass does again.
 
     Args:
         layers: layer type (`mamba`, `attention`, `ffn`) -> whether its layers keep their input only.

@@ -34,11 +34,11 @@ class Gpu:
 
     @property
     def memory(self) -> int:
-        """Bytes that a layout may plan with."""
+        """Return the bytes that a layout may plan with."""
         return int(self.memory_gb * 1e9)
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of the GEMMs of a recipe's precision.
+        """Return the FLOP/s of the GEMMs of a recipe's precision.
 
         Errors:
             UserError: the GPU does not multiply FP8.
@@ -51,7 +51,7 @@ class Gpu:
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of this name.
+    """Return the GPU of this name.
 
     Errors:
         UserError: there is none; names the nearest.

@@ -26,18 +26,18 @@ class InferenceMemory:
 
     @property
     def cache(self) -> float:
-        """All but the weights."""
+        """Return all but the weights."""
         return self.kv_cache + self.ssm_states + self.conv_states
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return self.weights + self.cache
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What is held besides the model, and at how many bytes a value; see `BYTES`.
+    """State of generation besides the model, and its bytes per value; see `BYTES`.
 
     Attributes:
         context: tokens of each sequence, prompt and answer.
@@ -54,7 +54,7 @@ class Serving:
 
 
 def inference_memory(definition: ModelDefinition, serving: Serving) -> InferenceMemory:
-    """Memory of a model and its sequences."""
+    """Return the memory of a model and its sequences."""
     parts = memory_by_layer(definition, serving)
     of_layers = [parts[symbol] for symbol in definition.pattern]
     return InferenceMemory(
@@ -64,7 +64,7 @@ def inference_memory(definition: ModelDefinition, serving: Serving) -> Inference
 
 
 def memory_by_layer(definition: ModelDefinition, serving: Serving) -> dict[str, InferenceMemory]:
-    """Memory of one layer of each type, by its letter, and under "" of what is outside of the layers.
+    """Return the memory of one layer of each type, by its letter, and under "" of what is outside of the layers.
 
     The model's memory is the sum over its layers, so that of another number of layers is a matter of arithmetic.
     """

@@ -55,7 +55,7 @@ GPU_WORKSPACE = 96 * 2**20
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is trained: the keys of a recipe that memory depends on.
+    """Layout of a training: the keys of a recipe that memory depends on.
 
     Attributes:
         tensor, pipeline, data: ranks per axis.
@@ -101,30 +101,30 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """All ranks."""
+        """Return all ranks."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def base_precision(self) -> str:
-        """The precision of the weights: FP8 keeps them in bfloat16."""
+        """Return the precision of the weights: FP8 keeps them in bfloat16."""
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
     def fp8(self) -> bool:
-        """Whether the GEMMs keep their inputs in FP8. On the CPU FP8 is emulated, in bfloat16's sizes."""
+        """Return True if the GEMMs keep their inputs in FP8. On the CPU FP8 is emulated, in bfloat16's sizes."""
         return self.precision.startswith("fp8") and self.backend == "gpu"
 
     @property
     def frozen(self) -> bool:
-        """Whether adapters are trained and the weights are not."""
+        """Return True if adapters are trained and the weights are not."""
         return self.adapter.kind != "none"
 
     def adapted(self, matrix: str) -> bool:
-        """Whether a matrix has an adapter."""
+        """Return True if a matrix has an adapter."""
         return self.frozen and matrix in self.adapter.targets
 
     def recompute(self, symbol: str) -> str:
-        """The recompute setting of a layer type."""
+        """Return the recompute setting of a layer type."""
         return getattr(self, f"recompute_{LAYER_NAMES[symbol]}")
 
 
@@ -157,16 +157,16 @@ class StageMemory:
 
     @property
     def states(self) -> int:
-        """What is there between steps."""
+        """Return the bytes that stay between steps."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.teacher
 
     @property
     def peak(self) -> int:
-        """All parts."""
+        """Return the sum of all parts."""
         return self.states + sum(self.activations.values()) + self.working
 
     def parts(self) -> dict[str, int]:
-        """Part -> bytes, in the order of a table; zero parts left out."""
+        """Return part -> bytes, in the order of a table; zero parts left out."""
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -193,13 +193,13 @@ class _Layer:
 
 
 def padded_vocabulary(definition: ModelDefinition, tensor: int) -> int:
-    """Rows of the embedding and output matrices over all tensor-parallel ranks."""
+    """Return the rows of the embedding and output matrices over all tensor-parallel ranks."""
     multiple = VOCABULARY_MULTIPLE * tensor
     return math.ceil(definition.vocab_size / multiple) * multiple
 
 
 def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
-    """Parameters of one rank of a stage: all of them, and how many of these stay in float32 in any precision."""
+    """Return the parameters of one rank of a stage: (all, of these in float32 in any precision)."""
     d, t = definition, layout.tensor
     total = in_float32 = 0
     for index in pipeline_layers(d.num_layers, layout.pipeline)[stage]:
@@ -213,7 +213,7 @@ def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> 
 
 
 def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
-    """Adapters' numbers of one rank of a stage: all of them, and how many of these stay in float32 in any precision."""
+    """Return the adapter parameters of one rank of a stage: (all, of these in float32 in any precision)."""
     total = in_float32 = 0
     for index in pipeline_layers(definition.num_layers, layout.pipeline)[stage]:
         for matrix, symbol in TARGETS.items():
@@ -227,13 +227,13 @@ def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tu
 
 
 def _rank_shape(definition: ModelDefinition, layout: Layout, matrix: str) -> tuple[int, int]:
-    """Outputs and inputs of a rank's part of a matrix."""
+    """Return the outputs and inputs of a rank's part of a matrix."""
     outputs, inputs = shape_of(matrix, definition)
     return (outputs, inputs // layout.tensor) if matrix in ROW_PARALLEL else (outputs // layout.tensor, inputs)
 
 
 def _fp8_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
-    """Weights of one rank of a stage whose products FP8 takes."""
+    """Return the weights of one rank of a stage whose matmuls FP8 takes."""
     table = gemm_table(definition, layout.precision, layout.tensor, tokens=1, bf16_edge_layers=layout.bf16_edge_layers)
     layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
     return sum(gemm.n * gemm.k for gemm in table if gemm.dtype == "FP8" and gemm.layer in layers)
@@ -259,14 +259,15 @@ class _Rank:
         self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
 
     def act(self, width: int) -> int:
-        """An activation [tokens, width / tensor]."""
+        """Return the bytes of an activation [tokens, width / tensor]."""
         return self.tokens * width // self.layout.tensor * self.e
 
     def weight(self, matrix: str) -> int:
-        """What the backward of a layer's product allocates beside the gradient of its input: the gradient of the weight
-        before it is summed (on a GPU the product sums it itself, model/gpu_options.py: fuse_weight_gradients), and the
-        copy of oneDNN's float32 products (ops/linear.py), the narrower factor. A frozen weight has neither; its adapter
-        has a gradient of the input of its own, which is added, and DoRA's lengths have those of the output.
+        """Return the bytes that the backward of a layer's matmul allocates beside the gradient of its input: the
+        gradient of the weight before it is summed (on a GPU the product sums it itself, model/gpu_options.py:
+        fuse_weight_gradients), and the copy of oneDNN's float32 products (ops/linear.py), the narrower factor. A frozen
+        weight has neither; its adapter has a gradient of the input of its own, which is added, and DoRA's lengths have
+        those of the output.
         """
         outputs, inputs = shape_of(matrix, self.d)
         if self.layout.frozen:
@@ -278,24 +279,24 @@ class _Rank:
         return outputs * inputs // self.layout.tensor * self.e + copy + self.wide(outputs * inputs)
 
     def wide(self, elements: int) -> int:
-        """In float32 during a widened product with a matrix of so many elements: the matrix, and a block of rows."""
+        """Return the float32 bytes during a widened matmul with so many elements: the matrix, a block of rows."""
         through = self.layout.widened and self.cpu and not self.float32 and self.layout.tensor == 1
         return 4 * elements + WIDE_BLOCK if through else 0
 
     def saved_input(self, matrix: str, size: int, layer_in_fp8: bool) -> int:
-        """A GEMM's input as it is kept: one byte a value where it is quantised. For a frozen weight it is not kept, for
-        its adapter it is, in the activations' precision, with what the adapter keeps beside.
+        """Return the bytes of a GEMM's input as it is kept: one byte a value where it is quantised. For a frozen weight
+        it is not kept, for its adapter it is, in the activations' precision, with what the adapter keeps beside.
         """
         if self.layout.frozen:
             return size + self.adapter_kept(matrix, size) if self.layout.adapted(matrix) else 0
         return size // self.e if layer_in_fp8 else size
 
     def outputs(self, matrix: str) -> int:
-        """The output of a product."""
+        """Return the bytes of a matmul's output."""
         return self.residual if matrix in ROW_PARALLEL else self.act(shape_of(matrix, self.d)[0])
 
     def adapter_kept(self, matrix: str, size: int) -> int:
-        """Beside its input: A x; dropout's mask; of DoRA the output before it is scaled."""
+        """Return the bytes that an adapter keeps beside its input: A x, dropout's mask, DoRA's unscaled output."""
         adapter = self.layout.adapter
         kept = self.tokens * adapter.rank * self.e
         if adapter.dropout:
@@ -303,21 +304,21 @@ class _Rank:
         return kept + (self.outputs(matrix) if adapter.kind == "dora" else 0)
 
     def lengths(self, matrices: Iterable[str]) -> int:
-        """What DoRA allocates in a forward for the lengths of the largest matrix: its rows and their squares."""
+        """Return the bytes of DoRA's lengths of the largest matrix in a forward: its rows and their squares."""
         if self.layout.adapter.kind != "dora":
             return 0
         shapes = [_rank_shape(self.d, self.layout, matrix) for matrix in matrices if self.layout.adapted(matrix)]
         return 2 * 4 * max((outputs * inputs for outputs, inputs in shapes), default=0)
 
     def adapter_backward(self, matrix: str) -> int:
-        """The adapter's gradient of the input, beside the frozen weight's; DoRA's two of the output."""
+        """Return the bytes of the adapter's input gradient, beside the frozen weight's; DoRA's two of the output."""
         if not self.layout.adapted(matrix):
             return 0
         size = self.act(shape_of(matrix, self.d)[1]) if matrix in ROW_PARALLEL else self.residual
         return size + (2 * self.outputs(matrix) if self.layout.adapter.kind == "dora" else 0)
 
     def layer(self, index: int) -> _Layer:
-        """A layer under the recompute settings."""
+        """Return a layer under the recompute settings."""
         symbol = self.d.pattern[index]
         edge = self.layout.bf16_edge_layers
         fp8 = self.layout.fp8 and edge <= index < self.d.num_layers - edge
@@ -333,7 +334,7 @@ class _Rank:
         return full
 
     def _input(self, matrix: str, fp8: bool) -> int:
-        """What any layer keeps first: its input, the normalised input of its first matrix, and the norm's rows."""
+        """Return the bytes that any layer keeps first: its input, that of its first matrix, and the norm's rows."""
         return self.residual + self.saved_input(matrix, self.residual, fp8) + self.norm_rows
 
     def _ffn(self, fp8: bool) -> _Layer:
@@ -408,24 +409,24 @@ class _Rank:
 
     @property
     def fused(self) -> bool:
-        """Whether mamba-ssm's fused kernel takes this rank's widths (`nemotron_h.model.mixer.fused_obstacle`)."""
+        """Return True if mamba-ssm's fused kernel takes this rank's widths (`model.mixer.fused_obstacle`)."""
         d, t = self.d, self.layout.tensor
         return not self.cpu and not (d.conv_channels // t % FUSED_ALIGNMENT or d.in_proj_size // t % FUSED_ALIGNMENT)
 
     def chunk_states(self) -> int:
-        """Elements of the states at the edges of a scan's chunks."""
+        """Return the elements of the states at the edges of a scan's chunks."""
         chunks = self.layout.micro_batch * math.ceil(self.layout.seq_length // self.layout.context / KERNEL_CHUNK)
         return chunks * self.d.d_inner // self.layout.tensor * self.d.mamba_state_dim
 
     def _segment(self) -> tuple[int, int]:
-        """Tokens of a segment of our scan, and of its chunks (ops/ssd.py)."""
+        """Return the tokens of a segment of our scan, and of its chunks (ops/ssd.py)."""
         chunk = min(CPU_CHUNK, self.layout.seq_length)
         heads = self.d.mamba_num_heads // self.layout.tensor
         tokens = max(CPU_SEGMENT_ELEMENTS // (heads * chunk), chunk)
         return max(tokens // chunk, 1) * chunk, chunk
 
     def scan_scratch(self) -> int:
-        """Bytes of the buffers of our scan's backward, whose size does not grow with the sequence (ops/ssd.py)."""
+        """Return the bytes of the scan's backward buffers, whose size does not grow with the sequence (ops/ssd.py)."""
         d, t = self.d, self.layout.tensor
         step, chunk = self._segment()
         tokens = min(step, self.tokens)
@@ -434,7 +435,7 @@ class _Rank:
         return 4 * (tokens * (3 * heads * chunk + 9 * inner + 5 * width) + states)
 
     def segment_starts(self) -> int:
-        """Bytes of the states that our scan keeps, one per segment of each sequence (ops/ssd.py)."""
+        """Return the bytes of the states that our scan keeps, one per segment of each sequence (ops/ssd.py)."""
         d, t = self.d, self.layout.tensor
         length = self.layout.seq_length
         step, chunk = self._segment()
@@ -442,7 +443,7 @@ class _Rank:
         return self.layout.micro_batch * segments * d.d_inner // t * d.mamba_state_dim * 4
 
     def head(self) -> _Layer:
-        """Final norm, output matrix and loss."""
+        """Return the final norm, output matrix and loss."""
         d = self.d
         rows = padded_vocabulary(d, self.layout.tensor)
         small = self.tokens * 32  # labels' positions, sums and losses
@@ -461,8 +462,8 @@ class _Rank:
         return _Layer(entry + self.logits + small, max(product, loss))
 
     def distilling_head(self, teacher_states: int) -> _Layer:
-        """The same of a distillation: the loss takes its gradients in the forward, chunk by chunk of tokens, and keeps
-        those of the states and of the output matrix (ops/distillation_loss.py).
+        """Return `head` of a distillation: the loss takes its gradients in the forward, chunk by chunk of tokens, and
+        keeps those of the states and of the output matrix (ops/distillation_loss.py).
 
         Args:
             teacher_states: bytes of the teacher's, gathered.
@@ -482,14 +483,15 @@ class _Rank:
         return _Layer(kept, max(2 * chunk * rows * self.e + max(block, product), matrix * self.e))
 
     def forward_peak(self, layers: range) -> int:
-        """The most that a pass without gradients holds in one of these layers, from its input to its output."""
+        """Return the peak bytes of a pass without gradients in one of these layers, from its input to its output."""
         again = replace(self.layout, recompute_mamba="none", recompute_ffn="none", recompute_attention="none")
         rank = _Rank(self.d, again)
         return max((rank.layer(index).kept + rank.residual for index in layers), default=0)
 
     def buffers(self, stage: int) -> int:
-        """Allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs' workspaces and the stand-ins for
-        weight gradients, one of each shape, that Transformer Engine returns where the product has summed them.
+        """Return the bytes that are allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs'
+        workspaces and the stand-ins for weight gradients, one of each shape, that Transformer Engine returns where the
+        product has summed them.
         """
         if self.cpu:
             return 2 * self.gathered  # the buffer, and gloo's copy
@@ -503,7 +505,7 @@ class _Rank:
 
 
 def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> StageMemory:
-    """Memory of one rank of a pipeline stage."""
+    """Return the memory of one rank of a pipeline stage."""
     rank = _Rank(definition, layout)
     base = rank_parameters(definition, layout, stage)
     adapters = rank_adapters(definition, layout, stage)
@@ -530,13 +532,13 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
 
 
 def _sized(layout: Layout, parameters: tuple[int, int], by_precision: dict[str, int]) -> int:
-    """Bytes of parameters, (all, of these in float32)."""
+    """Return the bytes of parameters, (all, of these in float32)."""
     total, in_float32 = parameters
     return (total - in_float32) * by_precision[layout.base_precision] + in_float32 * by_precision["fp32"]
 
 
 def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, rank: _Rank) -> Iterator[StageMemory]:
-    """The states of a stage with what is held on top, at each moment that may be the peak."""
+    """Yield the states of a stage with what is held on top, at each moment that may be the peak."""
     stage, last = states.stage, states.stage == layout.pipeline - 1
     layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
     in_flight = min(layout.micro_batches, layout.pipeline - stage)  # one forward, one backward (1F1B)
@@ -568,7 +570,8 @@ def _moments(definition: ModelDefinition, layout: Layout, states: StageMemory, r
 
 
 def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMemory) -> int:
-    """Clipping copies the largest gradient; gloo scatters the sums of gradients through a copy of all of them.
+    """Return the bytes of the optimizer's step: clipping copies the largest gradient; gloo scatters the sums of
+    gradients through a copy of all of them.
 
     Moments in bfloat16 are float32 for a part of the weights at a time. Beside float32 moments, gradient sums in
     bfloat16 are float32 for all.
@@ -589,20 +592,20 @@ def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMe
 
 
 def plan_memory(definition: ModelDefinition, layout: Layout) -> list[StageMemory]:
-    """Memory of one rank of every pipeline stage; the largest decides whether the layout fits."""
+    """Return the memory of one rank of every pipeline stage; the largest decides whether the layout fits."""
     return [stage_memory(definition, layout, stage) for stage in range(layout.pipeline)]
 
 
 def largest_stage(definition: ModelDefinition, layout: Layout) -> StageMemory:
-    """The stage that needs most."""
+    """Return the stage that needs most."""
     return max(plan_memory(definition, layout), key=lambda stage: stage.peak)
 
 
 def checkpoint_bytes(
     definition: ModelDefinition, precision: str, adapter: AdapterSchema | None = None
 ) -> dict[str, int]:
-    """Bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32). Of a run
-    with adapters it holds those alone.
+    """Return bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32).
+    Of a run with adapters it holds those alone.
     """
     base = "fp32" if precision == "fp32" else "bf16"
     trained = trained_parameters(adapter or AdapterSchema(), definition)

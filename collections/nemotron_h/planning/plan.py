@@ -71,21 +71,21 @@ class Plan:
 
     @property
     def largest(self) -> StageMemory:
-        """The stage that needs most memory."""
+        """Return the stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained: the adapters', or all."""
+        """Return the parameters that are trained: the adapters', or all."""
         return trained_parameters(self.layout.adapter, self.definition)
 
     @property
     def fits(self) -> bool:
-        """Whether the largest stage fits the GPU."""
+        """Return True if the largest stage fits the GPU."""
         return self.largest.peak <= self.gpu.memory
 
     def layers(self) -> dict[str, dict[str, int]]:
-        """Layer type -> how many and their parameters together."""
+        """Return layer type -> number of layers and their parameters together."""
         d = self.definition
         return {
             name: {"layers": d.count(symbol), "parameters": d.count(symbol) * d.layer_parameters(symbol)}
@@ -94,7 +94,7 @@ class Plan:
         }
 
     def sweep(self) -> list[Row]:
-        """Other layouts of the same batch on the same GPUs, fastest first."""
+        """Return other layouts of the same batch on the same GPUs, fastest first."""
         return sweep(self.definition, self.layout, self.gpu, self.schedule.tokens_per_second)
 
     def _teacher(self) -> dict[str, Any] | None:
@@ -104,7 +104,7 @@ class Plan:
         return {"model": model.name, "parameters": model.parameters, "flops_per_token": self.teacher_flops.total}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; bytes, seconds and operations are numbers."""
+        """Return plain values; bytes, seconds and operations are numbers."""
         schedule = self.schedule
         return {
             "recipe": self.name,
@@ -226,7 +226,7 @@ def make_plan(
 
 
 def _cache_bytes(recipe: RecipeConfig, definition: ModelDefinition, layout: Layout, origin: str) -> int:
-    """Bytes of the teacher's logits on disk, where the recipe reads them from there."""
+    """Return the bytes of the teacher's logits on disk, where the recipe reads them from there."""
     if recipe.stage != "distill" or not recipe.distill.teacher_logits:
         return 0
     data = recipe.data
@@ -237,7 +237,7 @@ def _cache_bytes(recipe: RecipeConfig, definition: ModelDefinition, layout: Layo
 
 
 def parts_by_stage(stages: Sequence[StageMemory]) -> list[str]:
-    """Names of all parts, in the order of a table."""
+    """Return the names of all parts, in the order of a table."""
     names: dict[str, None] = {}
     for stage in stages:
         names.update(dict.fromkeys(stage.parts()))

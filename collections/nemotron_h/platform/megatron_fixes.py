@@ -91,7 +91,7 @@ def _flatten_products_of_frozen_weights() -> None:
 
 
 def _order_mixed_precision_groups() -> None:
-    """Number the parameters of a group as the optimizer holds them: float32 ones first.
+    """Order the parameters of a group as the optimizer holds them: float32 ones first.
 
     `DistributedOptimizer` numbers them in the order of the gradient buffers, but lists float32 parameters before the
     float32 copies of bfloat16 ones. A group that has both (Mamba's A_log, D and dt_bias beside norms) then saves and

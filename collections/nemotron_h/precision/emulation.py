@@ -21,7 +21,7 @@ Quantize = Callable[[Tensor, torch.dtype], tuple[Quantized, Quantized]]
 
 
 def _per_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
-    """One scale, so the same values serve both directions."""
+    """Quantise with one scale, so that the same values serve both directions."""
     quantized = quantize_tensor(x, dtype)
     return quantized, quantized
 
@@ -32,7 +32,7 @@ def _square_blocks(x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]
 
 
 def _summed_blocks(x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
-    """Blocks lie along the axis that is summed over, so each direction is quantised from the original."""
+    """Quantise in blocks along the axis that is summed over, so that each direction is quantised from the original."""
     return quantize_blocks(x, dtype, (1, BLOCK)), quantize_blocks(x, dtype, (BLOCK, 1))
 
 
@@ -53,12 +53,12 @@ RECIPES = {
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T, float32."""
+    """Return a @ b.T, float32."""
     return linear.product(a, b) if linear.takes(a, b) else a @ b.t()
 
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, a_rows: bool = False, b_rows: bool = False) -> Tensor:
-    """`a @ b.T`, summed in float32, in `dtype`; `a_rows`, `b_rows`: take the transpose of that operand."""
+    """Multiply `a @ b.T`, summed in float32, in `dtype`; `a_rows`, `b_rows`: take the transpose of that operand."""
     if a.block is None and b.block is None:
         left, right, factor = decode(a.values), decode(b.values), a.scale_inv * b.scale_inv
     else:
@@ -94,7 +94,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor, recipe: str) -> Tensor:
-    """`x @ weight.T` with operands in float8, differentiable once.
+    """Multiply `x @ weight.T` with operands in float8, differentiable once.
 
     Args:
         x: bfloat16 or float32 [..., inputs].

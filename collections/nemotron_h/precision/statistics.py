@@ -42,7 +42,7 @@ class CastStatistics:
         )
 
     def shares(self) -> dict[str, float]:
-        """`underflow`, `saturation` and `overflow` as shares of the values that are not zero."""
+        """Return `underflow`, `saturation` and `overflow` as shares of the values that are not zero."""
         of = max(self.nonzero, 1)
         return {
             "underflow": self.underflowed / of,
@@ -83,6 +83,6 @@ def cast_counts(x: Tensor, operand: str, recipe: str) -> Tensor:
 
 
 def as_statistics(counts: Tensor) -> CastStatistics:
-    """What `cast_counts` returned; waits for the device."""
+    """Return the statistics of `cast_counts`' counts; waits for the device."""
     amax, *rest = counts.tolist()
     return CastStatistics(amax, *(int(count) for count in rest))

@@ -86,7 +86,7 @@ class ModelSchema:
 
 @dataclass
 class DataSchema:
-    """Which blend, and how it is cut into batches.
+    """Blend, and its split into batches.
 
     Attributes:
         blend: name of a file in `data_blends/`, or a path.
@@ -143,7 +143,7 @@ class OptimSchema:
 
 @dataclass
 class ParallelSchema:
-    """How the model and the batch are split over ranks. Data parallel is what remains of nodes * devices."""
+    """Split of the model and the batch over ranks. Data parallel is what remains of nodes * devices."""
 
     nodes: int = number(1, least=1, most=2**20)
     devices: int = number(1, least=1, most=2**20)
@@ -155,7 +155,7 @@ class ParallelSchema:
 
 @dataclass
 class PrecisionOptionsSchema:
-    """How an FP8 precision is applied; the others read none of it.
+    """Options of an FP8 precision; the others read none of it.
 
     Attributes:
         bf16_edge_layers: layers of the pattern at each end that stay in BF16. 2 are the "4 GEMMs" of the paper's
@@ -172,7 +172,7 @@ class PrecisionOptionsSchema:
 
 @dataclass
 class RecomputeSchema:
-    """What the backward pass computes again instead of keeping, by layer type.
+    """Activations that the backward pass computes again instead of keeping, by layer type.
 
     Attributes:
         mamba, attention: `none`, or `layer` (only the layer's input is kept).
@@ -186,7 +186,7 @@ class RecomputeSchema:
 
 @dataclass
 class ResumeSchema:
-    """How a run continues from its checkpoint.
+    """Rules by which a run continues from its checkpoint.
 
     Attributes:
         blend_change: null, or `from_step`: a resumed run may take another blend, seed, seq_length or global_batch_size
@@ -198,7 +198,7 @@ class ResumeSchema:
 
 @dataclass
 class InitSchema:
-    """What a run starts from, where it has no checkpoint of its own.
+    """Start of a run that has no checkpoint of its own.
 
     Attributes:
         checkpoint: a run's folder or one of its checkpoints: weights are taken, the optimizer starts anew. Null draws
@@ -294,7 +294,7 @@ class CheckpointSchema:
 
 @dataclass
 class LogSchema:
-    """Where a run writes and how often it reports.
+    """Folder that a run writes to, and how often it reports.
 
     Attributes:
         dir: parent of the run's folder.
@@ -313,7 +313,7 @@ class LogSchema:
 
 @dataclass
 class GridSchema:
-    """What the candidates of a compression vary in: each a list of values; an empty one keeps the parent's.
+    """Axes in which the candidates of a compression vary: each a list of values; an empty one keeps the parent's.
 
     Attributes:
         attention, mamba, ffn: how many layers of a type stay.
@@ -334,7 +334,7 @@ class GridSchema:
 
 @dataclass
 class BudgetSchema:
-    """What a candidate may cost: memory of inference, parameters, or both.
+    """Cost that a candidate may have: memory of inference, parameters, or both.
 
     Attributes:
         memory_gib: most GiB of weights, keys and values, and states, for `sequences` of `context` tokens.

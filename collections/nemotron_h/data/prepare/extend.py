@@ -60,7 +60,7 @@ def extended(
     is_held_out: Callable[[Document], bool],
     record: ShardRecord,
 ) -> Iterator[Document | Bad]:
-    """Documents joined to long ones; those held out are joined among themselves.
+    """Yield documents joined to long ones; those held out are joined among themselves.
 
     Args:
         items: conversations, in order; all are held in memory.
@@ -93,7 +93,7 @@ def extended(
 
 
 def without_system(turns: Conversation) -> Conversation:
-    """A conversation whose system message, which only a sample's start could hold, begins its first turn instead."""
+    """Move the system message, which only a sample's start could hold, to the beginning of the first turn."""
     if turns[0].role != SYSTEM:
         return turns
     return (replace(turns[1], content=f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:])
@@ -102,8 +102,8 @@ def without_system(turns: Conversation) -> Conversation:
 def join(
     parts: Sequence[Part], spec: Extend, template: ChatTemplate, draw: np.random.Generator
 ) -> Iterator[Conversation]:
-    """Long conversations out of all parts, each of which is in one of them. The last may be shorter than the others; a
-    part longer than a sample stays alone.
+    """Yield long conversations out of all parts, each of which is in one of them. The last may be shorter than the
+    others; a part longer than a sample stays alone.
     """
     longest = parse_count(spec.tokens)
     shortest = parse_count(spec.min_tokens) if spec.min_tokens else longest
@@ -134,7 +134,7 @@ def join(
 
 
 def spread_out(related: list[Part], others: list[Part], draw: np.random.Generator) -> list[Part]:
-    """All parts in one order: the others as they are, each related one at a random place of its own equal stretch."""
+    """Return all parts in one order: the others as they are, each related one anywhere in its own equal stretch."""
     gaps = np.linspace(0, len(others) + 1, len(related) + 1)
     places = []
     for begin, end in pairwise(gaps):
@@ -150,7 +150,7 @@ def spread_out(related: list[Part], others: list[Part], draw: np.random.Generato
 def refer_back(
     segments: list[Conversation], target: int, spec: Extend, template: ChatTemplate, draw: np.random.Generator
 ) -> list[Conversation]:
-    """The segments with turns between them that refer to an earlier one, as many as asked for and as fit."""
+    """Return the segments with turns between them that refer to an earlier one, as many as asked for and as fit."""
 
     def size(of: list[Conversation]) -> int:
         return len(template.encode(tuple(turn for segment in of for turn in segment)).ids)
@@ -170,8 +170,8 @@ def refer_back(
 
 
 def reference_to(segments: list[Conversation], draw: np.random.Generator) -> Conversation | None:
-    """A question about one earlier turn, and its answer: that turn is quoted, in words that no other begins with, and
-    what stands on its other side is repeated. None where no turn can be told apart.
+    """Return a question about one earlier turn, and its answer: that turn is quoted, in words that no other begins
+    with, and what stands on its other side is repeated. None where no turn can be told apart.
     """
     turns = [turn for segment in segments for turn in segment]
     exchanges = [(turns[n], turns[n + 1]) for n in range(0, len(turns), 2)]
@@ -197,7 +197,7 @@ def _quote(text: str) -> str:
 
 
 class Topics:
-    """Which conversations are about the same: the more rare words two share, the more they are."""
+    """Index of conversations by topic: the more rare words two share, the more related they are."""
 
     def __init__(self, conversations: list[Conversation]) -> None:
         self._words = [self._of(turns) for turns in conversations]
@@ -213,7 +213,7 @@ class Topics:
         return list(dict.fromkeys(found))[:_WORDS]
 
     def related(self, topic: int, among: Any) -> list[int]:
-        """Conversations of `among` that share words with `topic`, the most related first."""
+        """Return the conversations of `among` that share words with `topic`, the most related first."""
         scores: dict[int, float] = defaultdict(float)
         for word in self._words[topic]:
             where = self._where[word]

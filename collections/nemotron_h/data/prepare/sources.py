@@ -29,7 +29,7 @@ _EXCERPT = 160  # characters of a bad record that the quarantine keeps
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a file found.
+    """Statistics of one pass over a file.
 
     Args:
         size: bytes.
@@ -73,7 +73,7 @@ class Document:
         return self.conversation or ()
 
     def parts(self) -> list[str]:
-        """Its text, or the texts of its turns."""
+        """Return its text, or the texts of its turns."""
         if self.conversation is None and self.pair is None:
             return [self.text]
         return [text for turn in self.turns() for text in (turn.reasoning, turn.content) if text]
@@ -90,7 +90,7 @@ class Bad:
 
 
 def is_line_based(source: Source, path: str) -> bool:
-    """Whether the file can be cut at any line end."""
+    """Return True if the file can be split at any line end."""
     return (source.format == "jsonl" or source.split_on == "\n") and not compression(path)
 
 
@@ -177,7 +177,7 @@ def _parquet(item: Input):
 
 
 def read_documents(source: Source, pieces: list[Piece]) -> Iterator[Document | Bad]:
-    """The documents and the unreadable records of a shard, in order."""
+    """Yield the documents and the unreadable records of a shard, in order."""
     for piece in pieces:
         yield from _READERS[source.format](source, piece)
 
@@ -411,7 +411,7 @@ def _dig(value: Any, keys: list[str]) -> Any:
 
 
 def _strings(value: Any) -> list[str]:
-    """A string as it is; the strings of (nested) lists as one text, a line each."""
+    """Return a string as it is, and the strings of (nested) lists as one text, a line each."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):

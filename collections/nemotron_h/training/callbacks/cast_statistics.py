@@ -46,7 +46,7 @@ class CastStatisticsCallback(pl.Callback):
         self.counts: dict[Key, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Which products are in FP8."""
+        """Find the matmuls that are in FP8."""
         plugin = trainer.precision_plugin
         self.recipe = plugin.recipe if isinstance(plugin, PrecisionPlugin) and plugin.recipe in FP8_FORMATS else ""
         if not self.recipe:
@@ -88,7 +88,7 @@ class CastStatisticsCallback(pl.Callback):
                 logger.log_metrics(scalars, trainer.global_step - 1)  # the step that Lightning gives this loss
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Other callbacks may run the model again to say what went wrong."""
+        """Stop watching: other callbacks may run the model again to say what went wrong."""
         self._release()
 
     def _release(self) -> None:
@@ -97,7 +97,7 @@ class CastStatisticsCallback(pl.Callback):
         self.hooks = []
 
     def _products(self, pl_module: pl.LightningModule) -> Iterator[tuple[int, str, nn.Module]]:
-        """This rank's FP8 products."""
+        """Yield this rank's FP8 matmuls."""
         model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
         for layer in model.decoder.layers:
             for path, module in layer.named_modules():
@@ -106,7 +106,7 @@ class CastStatisticsCallback(pl.Callback):
                     yield layer.layer_number - 1, name, module
 
     def _watch(self, layer: int, name: str) -> Any:
-        """A hook that counts a product's operands the first time that it sees each."""
+        """Return a hook that counts a matmul's operands the first time that it sees each."""
         column = name in COLUMN_PARALLEL
 
         def count(operand: str, x: Tensor, split: bool) -> None:
@@ -144,13 +144,13 @@ class CastStatisticsCallback(pl.Callback):
 
 
 def operand_of(module: nn.Module, x: Tensor) -> Tensor:
-    """What a product multiplies, of what its module is given: Transformer Engine's may normalise it first."""
+    """Return a matmul's operand from its module's input, which Transformer Engine may normalise first."""
     weight = getattr(module, "layer_norm_weight", None)
     return x if weight is None else rms_norm(x, weight, eps=module.eps)
 
 
 def together(ranks: Iterable[dict[Key, CastStatistics]]) -> dict[Key, CastStatistics]:
-    """The ranks' statistics added up. What several ranks hold alike counts several times, which changes no share."""
+    """Add up the ranks' statistics. Values that several ranks hold alike count several times, so no share changes."""
     merged: dict[Key, CastStatistics] = {}
     for part in ranks:
         for key, statistics in part.items():
