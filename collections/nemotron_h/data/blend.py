@@ -86,7 +86,7 @@ class Source:
     Args:
         category: the category of the phases that it fills.
         format: one of `FORMATS`. jsonl, json (an array or an object of records), parquet: records with `text_fields`;
-            text: a file is a document, or is cut at `split_on`; python: a `.py` file is a document; docstrings: the
+            text: a file is a document, or is split at `split_on`; python: a `.py` file is a document; docstrings: the
             docstrings of a `.py` file are one document; html: the visible text of a page; megatron: a ready
             `.bin/.idx` prefix, used in place.
         path: file, glob (`**` allowed), folder, or a list of them; `~` and `${oc.env:NAME}` work; relative paths

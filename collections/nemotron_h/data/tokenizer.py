@@ -141,10 +141,10 @@ class _RankTokenizer(Tokenizer):
 
 
 def _segments(text: str) -> Iterator[str]:
-    """Cut a long text, because tiktoken's regular expression overflows on runs of about a million characters.
+    """Split a long text, because tiktoken's regular expression overflows on runs of about a million characters.
 
     The family's pattern never joins a line end with a letter or digit after it, so cutting there changes no token.
-    Only a stretch without such a place is cut anywhere.
+    Only a stretch without such a place is split anywhere.
     """
     start = 0
     while len(text) - start > _SEGMENT_CHARACTERS:

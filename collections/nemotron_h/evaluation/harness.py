@@ -21,7 +21,7 @@ from nemotron_h.platform import environments
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _HUB_TIMEOUT_S = 10
 _LAST_WORDS = 2000
-#: ours: prompt and answer together, cut only beyond. The released models' sequence length; no position ends there, and
+#: ours: prompt and answer, truncated only beyond. The released models' sequence length; no position ends there, and
 #: the harness would otherwise take that of the training, which may be shorter than a question
 _MAX_LENGTH = 8192
 

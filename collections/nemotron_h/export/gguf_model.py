@@ -40,7 +40,7 @@ _WHOLE = {
     "lm_head.weight": "output.weight",
 }
 _LAYERS = "backbone.layers."
-#: tensors of two axes that no product takes as a matrix; llama.cpp reads them in float32
+#: tensors of two axes that no matmul takes as a matrix; llama.cpp reads them in float32
 _EXACT = ("ssm_conv1d", "ssm_a", "ssm_d", "ssm_norm")
 
 

@@ -1,7 +1,7 @@
 """One token of every sequence on the CPU, in as few operations as there can be.
 
 A small model's step is short against what PyTorch takes per operation. So every operation writes into buffers that are
-made once per batch, and so are the views of them; products add to the residual stream themselves and scale what a norm
+made once per batch, and so are the views of them; matmuls add to the residual stream themselves and scale what a norm
 left unscaled.
 """
 
@@ -29,7 +29,7 @@ class _Normed:
     """The last dimension of `values`, divided by its length in one operation after the length itself.
 
     A constant channel behind the others holds what epsilon adds: sqrt(sum of squares + channels * epsilon) is then a
-    plain length. The root mean square is that length / sqrt(channels): `gain`, left to the product that follows.
+    plain length. The root mean square is that length / sqrt(channels): `gain`, left to the matmul that follows.
     """
 
     def __init__(self, *shape: int, eps: float, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from nemotron_h.inference.sampling import Sampling, choose
 from nemotron_h.inference.states import States
 
 #: ours: tokens of a prefill pass, of all its sequences together. It bounds the memory of activations, and is long
-#: enough for full-speed products
+#: enough for full-speed matmuls
 PASS_TOKENS = 1024
 PASS_TOKENS_GPU = 8192
 

@@ -324,7 +324,7 @@ def lay_out(weights: LayerWeights) -> None:
 def column_major(matrix: Tensor) -> Tensor:
     """Return the same matrix, on the CPU stored column by column.
 
-    Products of several rows then take 0.4 to 0.8 of the time, those of one row or of hundreds the same; the
+    Matmuls of several rows then take 0.4 to 0.8 of the time, those of one row or of hundreds the same; the
     convolution's taps lie one after the other.
     """
     return matrix.t().contiguous().t() if matrix.device.type == "cpu" else matrix

@@ -64,8 +64,8 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     cumulative = probabilities.cumsum(-1)
-    drawn = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators]).to(logits.device)
-    # right: a draw that equals an edge belongs to the next token, so a token of probability 0 is never chosen
-    place = torch.searchsorted(cumulative, (drawn * cumulative[:, -1])[:, None], right=True)
+    uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators]).to(logits.device)
+    # right: a number that equals an edge belongs to the next token, so a token of probability 0 is never chosen
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
     place = place.clamp_(max=probabilities.shape[-1] - 1)
     return (place if tokens is None else tokens.gather(-1, place)).squeeze(-1)

@@ -55,7 +55,7 @@ def _split_kernel(
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     keys = tl.arange(0, KEYS)
-    # rows beyond the group's heads pad the product to the least that tensor cores take
+    # rows beyond the group's heads pad the matmul to the least that tensor cores take
     q_at = q_ptr + batch * q_batch + group * q_group + rows[:, None] * DIM + dims[None, :]
     q = tl.load(q_at, mask=rows[:, None] < HEADS, other=0.0)
     base = batch * kv_batch + group * kv_group

@@ -1,6 +1,6 @@
 """The loss of knowledge distillation from hidden states, without the logits of either model for more than a few tokens.
 
-The output layers' products, both softmaxes, the divergence and its gradients are taken chunk by chunk of tokens in the
+The output layers' matmuls, both softmaxes, the divergence and its gradients are taken chunk by chunk of tokens in the
 forward pass, as fused cross entropies do; a chunk's logits are gone before the next one's are made. Full logits would
 be [tokens, vocabulary] of both models and several float32 copies: at 8,192 tokens and 131,072 words 4 GiB a copy.
 """
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_h.ops import linear
 from nemotron_h.ops.main_grad import handed_over
 
-#: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the products to be efficient
+#: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the matmuls to be efficient
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: ours: logits whose float32 values are held at once. Smaller ones stay in a CPU's cache and are no faster where other
 #: processes keep a thread waiting at the end of each operation
@@ -37,7 +37,7 @@ class Objective:
         reverse: KL(student || teacher) instead of KL(teacher || student).
         kl_weight: of the divergence.
         lm_weight: of the cross entropy with the labels, at temperature 1.
-        top_k: None, or: the teacher's distribution is cut to its k likeliest tokens and divided by their sum, the
+        top_k: None, or: the teacher's distribution is truncated to its k likeliest tokens and divided by their sum, the
             student's stays whole. Forward only: the reverse divergence would be infinite.
     Errors:
         ValueError: a value out of its range.
@@ -104,7 +104,7 @@ def distillation_loss(
 ) -> DistillationLoss:
     """Return the loss, with its gradients wrt `hidden` and `weight`; the teacher gets none.
 
-    Products are in the tensors' dtype, all else in float32 (float64 for float64 tensors), and the gradient of `weight`
+    Matmuls are in the tensors' dtype, all else in float32 (float64 for float64 tensors), and the gradient of `weight`
     is summed in float32. A `weight` with Megatron's `main_grad` gets its gradient added there, without another copy.
     With a `group` the gradient of `hidden` is this rank's part of a sum over ranks, as of a column-parallel layer.
 
@@ -165,14 +165,14 @@ class _DistillationLoss(torch.autograd.Function):
         kl, lm = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = _product(hidden[rows], weight)
+            logits = _matmul(hidden[rows], weight)
             chunk = _Chunk(logits, logits_of(teacher, rows, objective, group), labels[rows], objective, group)
             kl[rows], lm[rows] = chunk.measure()
             dlogits = chunk.gradient(token_weights[rows]) if differentiate else None
             if dhidden is not None:
-                dhidden[rows] = _product(dlogits, weight.t())
+                dhidden[rows] = _matmul(dlogits, weight.t())
             if dweight is not None:
-                _add_product(dweight, dlogits, hidden[rows])
+                _add_matmul(dweight, dlogits, hidden[rows])
             del logits, chunk, dlogits  # before the next chunk's are made
         ctx.dhidden, ctx.dweight = dhidden, dweight
         ctx.weight = weight if dweight is not None else None
@@ -357,7 +357,7 @@ def logits_of(
     if isinstance(teacher, TeacherLogits):
         logits = teacher.logits[rows].clone()
     else:
-        logits = _product(teacher.hidden[rows], teacher.weight)
+        logits = _matmul(teacher.hidden[rows], teacher.weight)
     return logits if objective.top_k is None else top_logits(logits, objective.top_k, group)
 
 
@@ -389,22 +389,22 @@ def _takes(a: Tensor, b: Tensor) -> bool:
     return a.dtype == torch.float32 and linear.takes(a, b)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b.T, in oneDNN where that is faster."""
-    return linear.product(a.contiguous(), b) if _takes(a, b) else a @ b.t()
+    return linear.matmul(a.contiguous(), b) if _takes(a, b) else a @ b.t()
 
 
 def _zeros(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros to sum the weight's gradient in, with the strides that `_add_product` adds at."""
+    """Return zeros to sum the weight's gradient in, with the strides that `_add_matmul` adds at."""
     if _takes(hidden, weight):
         return torch.zeros(weight.shape[::-1], dtype=dtype, device=weight.device).t()
     return torch.zeros_like(weight, dtype=dtype)
 
 
-def _add_product(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
+def _add_matmul(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
     """Add rows.T @ inputs to `total`, which may be wider than the matmul's operands."""
     if _takes(rows, inputs):
-        total += linear.product(inputs.t().contiguous(), rows.t()).t()
+        total += linear.matmul(inputs.t().contiguous(), rows.t()).t()
     elif total.dtype == rows.dtype:
         total.addmm_(rows.t(), inputs)
     elif total.is_cuda:

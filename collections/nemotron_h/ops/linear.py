@@ -1,11 +1,11 @@
-"""`x @ weight.T` on the CPU through oneDNN's float32 products, with its backward.
+"""`x @ weight.T` on the CPU through oneDNN's float32 matmuls, with its backward.
 
 torch multiplies float32 matrices with MKL, which keeps to AVX2 on processors that are not Intel's: half of what their
 AVX-512 units can do. oneDNN (torch's own, where bfloat16 goes too) uses them; it stays in float32 throughout.
 
 A processor without bfloat16 units multiplies bfloat16 matrices at a fifth of its float32 speed, Intel's AVX512-BF16 at
 two thirds. There the operands are widened, which is exact, multiplied and summed in float32, and the result is rounded,
-as in the slow product.
+as in the slow matmul.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(a.split(rows), b.split(rows), strict=True)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b.T over the last axes, of tensors that `takes` accepts.
 
     oneDNN wants `a` dense and copies it otherwise; `b` may be strided.
@@ -81,11 +81,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+def _transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a.T @ b of matrices that `takes` accepts, summed in float32."""
     # Of the two transposes the narrower is the first operand, the one that is copied.
     if a.shape[1] > b.shape[1]:
-        return _transposed_product(b, a).t()
+        return _transposed_matmul(b, a).t()
     if a.dtype == torch.float32:
         return _multiply(a.t(), b.t())
     total = torch.zeros(a.shape[1], b.shape[1])
@@ -98,7 +98,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight asks for no x
-        return product(x, weight)
+        return matmul(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -107,9 +107,9 @@ class _Linear(torch.autograd.Function):
         dx = dweight = None
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
-            dx = product(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
+            dx = matmul(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
-            dweight = _transposed_product(rows, x.reshape(-1, x.shape[-1]))
+            dweight = _transposed_matmul(rows, x.reshape(-1, x.shape[-1]))
         return dx, dweight
 
 

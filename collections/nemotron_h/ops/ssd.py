@@ -10,12 +10,12 @@ chunk, with ``cum`` the running sum of ``a`` and ``u = dt x``:
     y_i   = sum_{j<i} (C_i.B_j) exp(cum_i - cum_j) u_j  +  exp(cum_i) C_i^T S_in  +  (dt_i C_i.B_i + D) x_i
     S_out = exp(cum_end) S_in + sum_j exp(cum_end - cum_j) B_j u_j^T
 
-so that everything but the chunk-to-chunk state is a matrix product. Differences of ``cum`` are taken before the
-exponential: every exponent is <= 0, so nothing overflows. The diagonal (j = i) is kept out of the products: it needs
+so that everything but the chunk-to-chunk state is a matmul. Differences of ``cum`` are taken before the
+exponential: every exponent is <= 0, so nothing overflows. The diagonal (j = i) is kept out of the matmuls: it needs
 no decay, joins the skip term for free, and without it the backward's sums for ``cum`` subtract only numbers of their
 own size.
 
-Why it is laid out this way (CPU): the products with the state take all heads of a group as the columns of one matrix,
+Why it is laid out this way (CPU): the matmuls with the state take all heads of a group as the columns of one matrix,
 C.B^T is shared by the heads of a group, and the work goes in segments whose [chunk, chunk] matrices stay in cache.
 The backward keeps the inputs and the state at each segment's start, and recomputes the rest.
 """
@@ -61,7 +61,7 @@ class _Segment:
 
 
 class _Scratch:
-    """Buffers that a segment's temporaries take again and again, and the products between them.
+    """Buffers that a segment's temporaries take again and again, and the matmuls between them.
 
     Memory that malloc returns to the system and fetches anew costs more in page faults than most operations here.
     """
@@ -302,7 +302,7 @@ def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, 
     With W_ij = dM_ij M_ij (M the [chunk, chunk] weights), a_t of this chunk gets the sum of W over i >= t > j: rows
     i >= t less columns j >= t, as what lies in both cancels. It also gets what the states carry across it: from the
     chunk's start to y_i (i >= t), from u_j (j < t) to the chunk's end, and from start to end. Only sums of one and the
-    same W are subtracted, so little is lost where the decay is fast or the products are rounded.
+    same W are subtracted, so little is lost where the decay is fast or the matmuls are rounded.
     """
     s, g, b, c, r, p = seg.x.shape
     n = seg.B.shape[-1]
@@ -387,7 +387,7 @@ def ssd_chunk_scan(
         seq_idx: integer [batch, length], the document of each token, non-decreasing along the length. The state is
             zeroed where it changes; ``initial_state`` belongs to the first document, the final state to the last.
         return_final_state: also return the state after the last token.
-        matmul_dtype: torch.bfloat16 multiplies (and stores each product) in bfloat16, the rest as before; 1.3 times as
+        matmul_dtype: torch.bfloat16 multiplies (and stores each result) in bfloat16, the rest as before; 1.3 times as
             fast where the processor has such instructions. Outputs and gradients are then off by about 1e-2 of their
             largest value. None multiplies in the compute dtype.
 

@@ -1,13 +1,13 @@
 """Floating-point operations per token of any model of the family, by part. Pure arithmetic.
 
-Conventions: a multiply-add is 2 operations. Matrix products, the convolution and the attention core count; norms,
+Conventions: a multiply-add is 2 operations. Matmuls, the convolution and the attention core count; norms,
 activations, the softmax and the optimizer do not (under 1 % together). The causal core is counted as what a causal
 kernel has to do, the triangle with its diagonal: (L + 1) / 2 keys per query on average. The state-space scan is counted
 in its chunked form (Dao and Gu 2024) with whole [chunk, chunk] matrices, as the kernels multiply them. A backward pass
-is two products for every one of the forward, so training is three times the forward. What a backward computes again is
+is two matmuls for every one of the forward, so training is three times the forward. What a backward computes again is
 no work of the model and not counted, here or in an MFU; `recomputed_per_token` has it.
 
-With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one product, the
+With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one matmul, the
 gradient of its input (also that of the first layer's, as training computes it); where activations multiply, in scan and
 attention core, it stays two.
 """
@@ -36,7 +36,7 @@ class FlopsByPart:
         attention_core: scores and weighted values.
         ffn: both matrices of every FFN.
         head: the output matrix. The embedding is a lookup and costs nothing.
-        adapters: LoRA's or DoRA's own products.
+        adapters: LoRA's or DoRA's own matmuls.
     """
 
     mamba_projections: float = 0.0

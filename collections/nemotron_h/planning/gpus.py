@@ -17,7 +17,7 @@ class Gpu:
 
     Attributes:
         name: as `--gpu` takes it.
-        bf16, fp8: dense matrix products with float32 accumulation, in TFLOP/s; None where there are none.
+        bf16, fp8: dense matmuls with float32 accumulation, in TFLOP/s; None where there are none.
         memory_gb: 10^9 bytes.
         bandwidth_gb_s: of its memory, 10^9 bytes per second.
         per_node: GPUs that NVLink connects; tensor parallelism stays within.

@@ -20,7 +20,7 @@ from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import Layout, largest_stage
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig
 
-#: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and products
+#: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and matmuls
 #: that get smaller)
 TENSOR_COST = 0.04
 #: ours: the same for context parallelism

@@ -36,7 +36,7 @@ LEAN_OPTIMIZER_BYTES = {"fp32": 8, "bf16": 6}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 #: elements whose moments the lean optimizer has in float32 at a time (platform/lean_adam.py: PIECE)
 LEAN_PIECE = 1 << 28
-#: operands and results that a widened product has in float32 at a time (ops/linear.py: BLOCK_BYTES)
+#: operands and results that a widened matmul has in float32 at a time (ops/linear.py: BLOCK_BYTES)
 WIDE_BLOCK = 4 << 20
 
 #: as `make_vocab_size_divisible_by`, NeMo's and Megatron's default: per tensor-parallel rank
@@ -71,7 +71,7 @@ class Layout:
         recompute_mamba, recompute_ffn, recompute_attention: as the recipe's `recompute`.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
         backend: `gpu` or `cpu`.
-        widened: on the CPU bfloat16 products go through float32 (ops/linear.py: widens_bfloat16).
+        widened: on the CPU bfloat16 matmuls go through float32 (ops/linear.py: widens_bfloat16).
         copied: on the CPU torch's own have their results in float32 first (ops/linear.py: lacks_bfloat16_units).
         teacher: of a distillation that loads it: a model that is split as the trained one, and only runs forward.
     """
@@ -264,8 +264,8 @@ class _Rank:
 
     def weight(self, matrix: str) -> int:
         """Return the bytes that the backward of a layer's matmul allocates beside the gradient of its input: the
-        gradient of the weight before it is summed (on a GPU the product sums it itself, model/gpu_options.py:
-        fuse_weight_gradients), and the copy of oneDNN's float32 products (ops/linear.py), the narrower factor. A frozen
+        gradient of the weight before it is summed (on a GPU the matmul sums it itself, model/gpu_options.py:
+        fuse_weight_gradients), and the copy of oneDNN's float32 matmuls (ops/linear.py), the narrower factor. A frozen
         weight has neither; its adapter has a gradient of the input of its own, which is added, and DoRA's lengths have
         those of the output.
         """
@@ -342,10 +342,10 @@ class _Rank:
         inner = self.act(d.ffn_hidden_size)
         fc2 = self.saved_input("linear_fc2", inner, fp8)
         product = inner + self.weight("linear_fc2")
-        kept = self._input("linear_fc1", fp8) + inner + fc2  # relu(x), and relu(x)^2, the second product's input
+        kept = self._input("linear_fc1", fp8) + inner + fc2  # relu(x), and relu(x)^2, the second matmul's input
         backward = self.residual + self.gathered + product
         if self.layout.recompute_ffn == "activation":
-            # the first product's output is kept; relu(x) and relu(x)^2 come again before the second's backward
+            # the first matmul's output is kept; relu(x) and relu(x)^2 come again before the second's backward
             return _Layer(kept=self._input("linear_fc1", fp8) + inner, backward=backward + inner + fc2)
         return _Layer(kept, backward)
 
@@ -491,7 +491,7 @@ class _Rank:
     def buffers(self, stage: int) -> int:
         """Return the bytes that are allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs'
         workspaces and the stand-ins for weight gradients, one of each shape, that Transformer Engine returns where the
-        product has summed them.
+        matmul has summed them.
         """
         if self.cpu:
             return 2 * self.gathered  # the buffer, and gloo's copy

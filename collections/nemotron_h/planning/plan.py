@@ -47,7 +47,7 @@ class Plan:
         context: tokens of a sequence in inference.
         inference: bytes of a BF16 model with one sequence of so many tokens.
         inference_fp4: the same in FP4 (paper 3): weights and keys and values.
-        gemms: matrix products of the layers and their precision.
+        gemms: matmuls of the layers and their precision.
     """
 
     name: str

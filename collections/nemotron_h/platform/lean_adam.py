@@ -58,7 +58,7 @@ def pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:
         yield piece
 
 
-def joined(param: Tensor, remainder: Tensor) -> Tensor:
+def fuse(param: Tensor, remainder: Tensor) -> Tensor:
     """Fuse a bfloat16 weight and its remainder, the lower 16 bits (int16), to the float32 main weight.
 
     The weight is the main weight rounded; where the remainder's first bit is set, it was rounded up.
@@ -67,8 +67,8 @@ def joined(param: Tensor, remainder: Tensor) -> Tensor:
     return ((upper << 16) | (remainder.int() & 0xFFFF)).view(torch.float32)
 
 
-def parted(main: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a float32 main weight into the bfloat16 weight and the remainder: `joined` gives it back, bit for
+def split(main: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a float32 main weight into the bfloat16 weight and the remainder: `fuse` gives it back, bit for
     bit.
     """
     bits = main.detach().contiguous().view(torch.int32)
@@ -118,13 +118,13 @@ def lean_adam() -> type:
                 return super().get_unscaled_state(param, state_name)
             if param.dtype == torch.float32:  # the step updates it and leaves the copy that is kept of it
                 return param.detach()
-            return joined(param, self.state[param][state_name])
+            return fuse(param, self.state[param][state_name])
 
         def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
             if state_name == "master_param" and unscaled_state.dtype == torch.float32:
                 weight = unscaled_state
                 if param.dtype == torch.bfloat16:
-                    weight, unscaled_state = parted(unscaled_state)
+                    weight, unscaled_state = split(unscaled_state)
                 param.data.copy_(weight)
             super().set_scaled_state(param, state_name, unscaled_state)
 

@@ -1,7 +1,7 @@
-"""FP8 linear layers without FP8 hardware: float8 casts around products in float32.
+"""FP8 linear layers without FP8 hardware: float8 casts around matmuls in float32.
 
-Casts, formats and scales are those of Transformer Engine's linear layers, in all three products (output, gradient of
-the input, gradient of the weight). What differs is the order in which products are summed, and the speed.
+Casts, formats and scales are those of Transformer Engine's linear layers, in all three matmuls (output, gradient of
+the input, gradient of the weight). What differs is the order in which matmuls are summed, and the speed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_h.ops import linear
 from nemotron_h.precision.scaling import BLOCK, E4M3, E5M2, Quantized, decode, quantize_blocks, quantize_tensor
 
-#: (matrix, float8 format) -> the matrix quantised for products that sum over its columns, and for those over its rows
+#: (matrix, float8 format) -> the matrix quantised for matmuls that sum over its columns, and for those over its rows
 Quantize = Callable[[Tensor, torch.dtype], tuple[Quantized, Quantized]]
 
 
@@ -52,9 +52,9 @@ RECIPES = {
 }
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b.T, float32."""
-    return linear.product(a, b) if linear.takes(a, b) else a @ b.t()
+    return linear.matmul(a, b) if linear.takes(a, b) else a @ b.t()
 
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, a_rows: bool = False, b_rows: bool = False) -> Tensor:
@@ -63,7 +63,7 @@ def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, a_rows: bool = Fals
         left, right, factor = decode(a.values), decode(b.values), a.scale_inv * b.scale_inv
     else:
         left, right, factor = a.dequantize(), b.dequantize(), None
-    out = _product(left.t() if a_rows else left, right.t() if b_rows else right)
+    out = _matmul(left.t() if a_rows else left, right.t() if b_rows else right)
     return (out if factor is None else out.mul_(factor)).to(dtype)
 
 

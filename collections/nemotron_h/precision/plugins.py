@@ -25,7 +25,7 @@ class PrecisionPlugin(MegatronMixedPrecision):
     Attributes:
         recipe: the recipe's `precision`.
         bf16_edge_layers: layers at each end that stay in BF16, with FP8.
-        emulated: FP8 by float8 casts around float32 products.
+        emulated: FP8 by float8 casts around float32 matmuls.
     """
 
     recipe: str

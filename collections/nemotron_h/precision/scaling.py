@@ -1,7 +1,7 @@
 """Float8 quantisation with the scales that Transformer Engine 2.11 computes, in plain PyTorch.
 
-A tensor is multiplied by `scale = largest value of the format / amax` and cast, saturating, to the nearest float8; the
-product is undone by `1 / scale`. amax is the largest magnitude now: of the whole tensor, or of each block.
+A tensor is multiplied by `scale = largest value of the format / amax` and cast, saturating, to the nearest float8;
+`1 / scale` undoes the scaling. amax is the largest magnitude now: of the whole tensor, or of each block.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def cast_counts(x: Tensor, operand: str, recipe: str) -> Tensor:
         x: bfloat16 or float32 [..., columns].
         operand: `activation`, `weight` or `gradient`.
         recipe: `fp8_current_scaling` or `fp8_blockwise`. Blockwise activations and gradients are cast twice; counted is
-            the cast for the first product that reads them (output, and gradient of the input).
+            the cast for the first matmul that reads them (output, and gradient of the input).
     Returns:
         float64 [5], the fields of `CastStatistics` in order; `as_statistics` reads it.
     Errors:

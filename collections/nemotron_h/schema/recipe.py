@@ -160,7 +160,7 @@ class PrecisionOptionsSchema:
     Attributes:
         bf16_edge_layers: layers of the pattern at each end that stay in BF16. 2 are the "4 GEMMs" of the paper's
             introduction (an `M-` or `*-` has 4), 4 the "4 layers" of its section 2.3.
-        fp8_backend: `te` (Transformer Engine), `emulate` (float8 casts around float32 products, slow), or `auto`:
+        fp8_backend: `te` (Transformer Engine), `emulate` (float8 casts around float32 matmuls, slow), or `auto`:
             Transformer Engine on a GPU, emulation on the CPU.
         measured_steps: steps, from 1, at which every FP8 operand's amax, underflow and saturation are measured.
     """
@@ -233,7 +233,7 @@ class AdapterSchema:
         kind: `none` (all weights are trained), `lora` (W + alpha/rank B A), or `dora` (its rows also have a trained
             length).
         rank: columns of B and rows of A.
-        alpha: the adapter's product is multiplied by alpha / rank.
+        alpha: the adapter's output is multiplied by alpha / rank.
         dropout: of the adapter's input, in training; 0 to below 1.
         targets: which matrices: `in_proj`, `out_proj` (Mamba-2), `linear_qkv`, `linear_proj` (attention), `linear_fc1`,
             `linear_fc2` (FFN).
@@ -260,7 +260,7 @@ class DistillSchema:
             its states to the teacher's width, which is no part of the child.
         hidden_layers: whose outputs are compared: pairs of a student's layer and a teacher's, numbered from 0. Empty
             compares the states before the output layer.
-        top_k: null, or how many of the teacher's likeliest tokens its distribution is cut to.
+        top_k: null, or how many of the teacher's likeliest tokens its distribution is truncated to.
         teacher_logits: null, or the folder of a cache of the teacher's logits, which `nemotron-h distill-cache` writes:
             training reads it and loads no teacher.
     """

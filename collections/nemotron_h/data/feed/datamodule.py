@@ -144,7 +144,7 @@ class BlendDataSampler(PreparedDataSampler):
         return super().on_megatron_step_start(step)
 
     def on_megatron_step_end(self, step: MegatronStep) -> None:
-        """Log the number of the phase (from 1), so that the switches are drawn with the loss."""
+        """Log the number of the phase (from 1), so that the switches are plotted with the loss."""
         super().on_megatron_step_end(step)
         if step.trainer and getattr(step.trainer, "training", False):
             step.pl_module.log("blend_phase", float(self._data.phase_number(step.step_i)), batch_size=1)

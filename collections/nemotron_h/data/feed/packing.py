@@ -135,11 +135,11 @@ class PackedOrder:
 
     def _pack(self, index: int) -> list[list[Item]]:
         items = [Item(name, number) for name in self.names for number in self._taken(name, index).tolist()]
-        draw = np.random.default_rng([self.seed, index])
-        items = [items[place] for place in draw.permutation(len(items)).tolist()]
+        rng = np.random.default_rng([self.seed, index])
+        items = [items[place] for place in rng.permutation(len(items)).tolist()]
         lengths = np.array([self.lengths[item.source][item.number] for item in items])
         bins = best_fit(lengths, self.seq_length)
-        return [[items[place] for place in sorted(bins[number])] for number in draw.permutation(len(bins)).tolist()]
+        return [[items[place] for place in sorted(bins[number])] for number in rng.permutation(len(bins)).tolist()]
 
     def _taken(self, name: str, index: int) -> np.ndarray:
         """Return the numbers of a source's conversations in a round: those that begin inside its positions."""
@@ -147,8 +147,8 @@ class PackedOrder:
         total = self._totals[name]
         parts = []
         for epoch in range(begin // total, -(-end // total)):
-            draw = np.random.default_rng([self.seed, 1 + self.names.index(name), epoch])
-            order = draw.permutation(len(self.lengths[name]))
+            rng = np.random.default_rng([self.seed, 1 + self.names.index(name), epoch])
+            order = rng.permutation(len(self.lengths[name]))
             starts = epoch * total + np.cumsum(self.lengths[name][order], dtype=np.int64) - self.lengths[name][order]
             parts.append(order[(starts >= begin) & (starts < end)])
         return np.concatenate(parts)

@@ -31,8 +31,8 @@ class Pairs:
     """The pairs of one split of a source that fit into a window.
 
     A pair takes the positions of both its conversations. Of one longer than the window, `cut` ends both at half of it
-    (one takes what the other leaves); a pair whose cut conversations are equal, or teach nothing, is left out, and with
-    `drop` every longer one is.
+    (one takes what the other leaves); a pair whose truncated conversations are equal, or teach nothing, is left out;
+    `drop` leaves out every longer one.
 
     Args:
         stream: the tokens of all.
@@ -42,7 +42,7 @@ class Pairs:
     Attributes:
         lengths: positions that each takes, int64 [pairs].
         rewards: of each, float32 [pairs, 2], NaN where there are none.
-        cut, dropped: how many were cut, and left out.
+        cut, dropped: how many were truncated, and left out.
         tokens_lost: tokens of both that are not seen.
     """
 

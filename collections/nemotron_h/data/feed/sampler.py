@@ -295,7 +295,7 @@ class BlendSampler:
         epoch, place = np.divmod(position, self._windows[source])
         key = mix64(self._keys[source] + epoch.astype(_U) * _U(0x9E3779B97F4A7C15))
         window = permute(place, self._windows[source], key)
-        # Each epoch cuts the stream at other places; what does not fill a window at the end lies elsewhere each time.
+        # Each epoch splits the stream at other places; what does not fill a window at the end lies elsewhere each time.
         shift = (mix64(key) % self._tokens[source].astype(_U)).astype(np.int64)
         start = (shift + window * self.seq_length) % self._tokens[source]
         return SampleBlock(phase, source, epoch, window, start)

@@ -39,7 +39,7 @@ class Conversations:
     """The conversations of one split of a source that fit into a window.
 
     A conversation of n tokens takes n - 1 positions: each predicts the token after it. A longer one than the window is
-    cut at the window's end (`too_long` is `cut`), or left out (`drop`); one whose cut part has nothing to learn is left
+    truncated to it (`too_long` is `cut`), or left out (`drop`); one whose truncated part has nothing to learn is left
     out too.
 
     Args:
@@ -49,7 +49,7 @@ class Conversations:
 
     Attributes:
         lengths: positions that each takes, int64 [conversations].
-        cut, dropped: how many were cut, and left out.
+        cut, dropped: how many were truncated, and left out.
         tokens_lost: tokens of both that are not seen.
     """
 
@@ -223,7 +223,7 @@ class ConversationDataModule(PreparedDataModule):
         micro_batch_size: windows per micro-batch and rank.
         global_batch_size: windows per step, all ranks together.
         seed: of order and packing.
-        too_long: what becomes of conversations that are longer than a window: `cut` at its end, or `drop`.
+        too_long: what becomes of conversations that are longer than a window: `cut` truncates, `drop` leaves out.
         num_workers: processes that read ahead; 0 reads in the training process.
         persistent_workers: keep those processes between validation runs.
 

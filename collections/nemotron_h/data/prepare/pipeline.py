@@ -1,7 +1,7 @@
 """Preparing a blend: sources -> documents -> tokens -> `.bin/.idx`, in parallel, restartable, the same bytes every
 time.
 
-Each source is cut into shards by its files alone. Worker processes turn shards into tokens; a shard is finished when
+Each source is split into shards by its files alone. Worker processes turn shards into tokens; a shard is finished when
 its record is renamed into place, so a killed run continues with the missing shards. When a source's shards are
 complete they are joined in order, duplicates are dropped (the first stays) and the result is renamed into place.
 `manifest.json` comes last.

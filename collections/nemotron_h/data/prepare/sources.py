@@ -1,6 +1,6 @@
 """From files to documents: finding a source's files, cutting them into shards, and reading the documents of a shard.
 
-The cut depends on the files alone, never on the number of workers, so the prepared bytes do not either.
+The split depends on the files alone, never on the number of workers, so the prepared bytes do not either.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Scan:
     Args:
         size: bytes.
         sha256: of the content.
-        cuts: (byte offset, number of the line that begins there, from 1), where a line-based file may be cut; the
+        cuts: (byte offset, number of the line that begins there, from 1), where a line-based file may be split; the
             first is (0, 1).
     """
 
@@ -95,7 +95,7 @@ def is_line_based(source: Source, path: str) -> bool:
 
 
 def scan(path: str, line_based: bool) -> Scan:
-    """Hash a file and, when it is line-based, find where it can be cut (about every `MIN_SHARD_BYTES`).
+    """Hash a file and, when it is line-based, find where it can be split (about every `MIN_SHARD_BYTES`).
 
     Errors:
         UserError: it is a ZIP archive.
@@ -121,7 +121,7 @@ def scan(path: str, line_based: bool) -> Scan:
 
 
 def plan_shards(source: Source, inputs: list[Input], scans: list[Scan]) -> list[list[Piece]]:
-    """Cut a source into shards of roughly equal size: between 1 and 64 MiB, at most about 64 of them while they stay
+    """Split a source into shards of roughly equal size: between 1 and 64 MiB, at most about 64 of them while they stay
     below that.
     """
     total = sum(s.size for s in scans)

@@ -19,20 +19,20 @@ from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.plugins import PrecisionPlugin
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
 
-#: products whose inputs sequence parallelism gathers; of the others it splits the outputs
+#: matmuls whose inputs sequence parallelism gathers; of the others it splits the outputs
 COLUMN_PARALLEL = ("in_proj", "linear_qkv", "linear_fc1")
-#: (layer, product, operand)
+#: (layer, matmul, operand)
 Key = tuple[int, str, str]
 
 
 class CastStatisticsCallback(pl.Callback):
-    """Measure the operands of every FP8 product in the first micro-batch of some steps.
+    """Measure the operands of every FP8 matmul in the first micro-batch of some steps.
 
-    Operands are quantised once more beside the run's own product, with the emulation's arithmetic, which has the
+    Operands are quantised once more beside the run's own matmul, with the emulation's arithmetic, which has the
     scales of Transformer Engine, so a GPU's run is measured alike. Activation and gradient are those of the layer's
     input and output, the gradient that of one micro-batch as the backward pass has it. Where a norm is fused into the
-    product it is computed again, in the model's dtype. Writes `<run>/cast_statistics.json` and, with a logger, scalars
-    `fp8_<statistic>_<operand>/layer_<number>_<product>`.
+    matmul it is computed again, in the model's dtype. Writes `<run>/cast_statistics.json` and, with a logger, scalars
+    `fp8_<statistic>_<operand>/layer_<number>_<matmul>`.
 
     Args:
         steps: to measure, from 1.
@@ -57,7 +57,7 @@ class CastStatisticsCallback(pl.Callback):
         self.kinds = {number: LAYER_NAMES[symbol] for number, symbol in enumerate(definition.pattern)}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Watch this step's products, if it is one to measure."""
+        """Watch this step's matmuls, if it is one to measure."""
         if not self.recipe or trainer.global_step + 1 not in self.steps:
             return
         self.counts = {}

@@ -30,7 +30,7 @@ def as_table(groups: list[GemmGroup], whose: str = "") -> Table:
 
 
 class GemmTable(pl.Callback):
-    """Print every matrix product of an FP8 run, FP8 or BF16 and why; refuse what cannot run."""
+    """Print every matmul of an FP8 run, FP8 or BF16 and why; refuse what cannot run."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Print the table before the model is built.

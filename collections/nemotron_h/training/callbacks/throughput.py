@@ -30,7 +30,7 @@ class Throughput(pl.Callback):
 
     Operations are those of the model (`nemotron_h.planning.flops`): nothing for what a backward pass computes again,
     and with adapters no gradients of frozen weights.
-    MFU is given against the data-sheet peak of the GPU in the dtype of the products (FP8 where the run uses it) and in
+    MFU is given against the data-sheet peak of the GPU in the dtype of the matmuls (FP8 where the run uses it) and in
     BF16, where the GPU is known; a CPU has neither.
 
     Args:
