@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.definition import ATTENTION, MAMBA, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.inference.model import (
     AttentionWeights,
     FFNWeights,
@@ -32,7 +32,7 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
         return vector(size, 0.5, 1.5)
 
     def layer(symbol: str) -> MambaWeights | AttentionWeights | FFNWeights:
-        if symbol == MAMBA:
+        if symbol == "M":
             return MambaWeights(
                 norm(),
                 matrix(d.in_proj_size, d.hidden_size),
@@ -44,7 +44,7 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
                 norm(d.d_inner),
                 matrix(d.hidden_size, d.d_inner),
             )
-        if symbol == ATTENTION:
+        if symbol == "*":
             queries = d.num_attention_heads * d.head_dim
             return AttentionWeights(
                 norm(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from small_model import scale_one
 
-from nemotron_h.architecture.definition import ATTENTION, MAMBA, Expect, ModelDefinition, family_of
+from nemotron_h.architecture.blocks.families import family_of
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.inference.model import AttentionWeights, FFNWeights, GenerationModel, MambaWeights
 
 WIDTHS = {
@@ -50,7 +51,7 @@ def model(d: ModelDefinition, dtype: torch.dtype = torch.float64, seed: int = 0)
 
     def layer(n: int, symbol: str):
         norm = take(f"{n}.norm.weight", d.hidden_size)
-        if symbol == MAMBA:
+        if symbol == "M":
             return MambaWeights(
                 norm,
                 take(f"{n}.in_proj", d.in_proj_size, d.hidden_size),
@@ -62,7 +63,7 @@ def model(d: ModelDefinition, dtype: torch.dtype = torch.float64, seed: int = 0)
                 take(f"{n}.gated.norm.weight", d.d_inner),
                 take(f"{n}.out_proj", d.hidden_size, d.d_inner),
             )
-        if symbol == ATTENTION:
+        if symbol == "*":
             queries = d.num_attention_heads * d.head_dim
             rows = queries + 2 * d.num_query_groups * d.head_dim
             return AttentionWeights(

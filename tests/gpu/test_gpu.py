@@ -182,7 +182,7 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
     start()
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from nemotron_h.architecture.adapters import TARGETS
+    from nemotron_h.architecture.adapters import owners
     from nemotron_h.model import adapters, init, layers
     from nemotron_h.model.attention import ScaledDotProductAttention
     from nemotron_h.schema.recipe import AdapterSchema
@@ -198,7 +198,7 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
             ("plain", plain, torch.bfloat16),
             ("exact", plain, torch.float32),
         ):
-            built = model(spec, dtype, adapter=AdapterSchema(kind, 8, 16.0, 0.0, list(TARGETS))).train()
+            built = model(spec, dtype, adapter=AdapterSchema(kind, 8, 16.0, 0.0, list(owners()))).train()
             for place, layer in adapters.adapted(built):
                 # the same numbers under both wrappers, and in both dtypes
                 init.fill(layer.adapter.b, place.removeprefix("module."), init.normal(0.06), 7)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from small_models import MODELS, as_definition
 
-from nemotron_h.architecture.adapters import TARGETS, trained_parameters
+from nemotron_h.architecture.adapters import owners, trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.architecture.rank import Layout
 from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
-from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_adapters, rank_parameters
+from nemotron_h.planning.memory import largest_stage, plan_memory, rank_adapters, rank_parameters
 from nemotron_h.recipe.compose import compose
 from nemotron_h.schema.recipe import AdapterSchema
 
@@ -28,7 +29,7 @@ EVERYTHING = {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_a
 
 def adapter(kind: str, **changes: Any) -> dict[str, Any]:
     """Settings of an adapter on every matrix."""
-    return {"kind": kind, "rank": 16, "alpha": 16.0, "targets": list(TARGETS), **changes}
+    return {"kind": kind, "rank": 16, "alpha": 16.0, "targets": list(owners()), **changes}
 
 
 def definition_100m() -> ModelDefinition:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.data.phases import Horizon
 from nemotron_h.launch import runs as launch
 from nemotron_h.launch.place import HERE, Place
@@ -31,7 +31,7 @@ PLACES = {"data": ("root", "workers")}
 def counted(definition: ModelDefinition) -> ModelDefinition:
     """The definition with the counts that come out of it as its `expect`."""
     d = definition
-    return dataclasses.replace(d, expect=Expect(d.count(MAMBA), d.count(ATTENTION), d.count(FFN), d.parameters))
+    return d.counted()
 
 
 def model_part(definition: ModelDefinition) -> ModelSchema:

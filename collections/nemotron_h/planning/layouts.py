@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.gemms import check_gemms
+from nemotron_h.architecture.rank import Layout
 from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.core.errors import UserError
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
-from nemotron_h.planning.memory import Layout, largest_stage
+from nemotron_h.planning.memory import largest_stage
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig
 
 #: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and matmuls

@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from nemotron_h.architecture.adapters import trained_parameters
-from nemotron_h.architecture.definition import LAYER_NAMES, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.gemms import GemmGroup, fold, gemm_table
+from nemotron_h.architecture.rank import Layout, padded_vocabulary
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.sizes import BYTES
 from nemotron_h.data.blend import load_blend
@@ -18,7 +19,7 @@ from nemotron_h.planning.flops import FlopsByPart, flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_flops, sweep
-from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, padded_vocabulary, plan_memory
+from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memory
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
 from nemotron_h.recipe.checks import count_of, definition_of
@@ -86,11 +87,13 @@ class Plan:
 
     def layers(self) -> dict[str, dict[str, int]]:
         """Return layer type -> number of layers and their parameters together."""
-        d = self.definition
+        blocks = self.definition.blocks
         return {
-            name: {"layers": d.count(symbol), "parameters": d.count(symbol) * d.layer_parameters(symbol)}
-            for symbol, name in LAYER_NAMES.items()
-            if d.count(symbol)
+            kind.name: {
+                "layers": self.definition.count(kind.letter),
+                "parameters": sum(block.parameters for block in blocks if block.letter == kind.letter),
+            }
+            for kind in self.definition.kinds
         }
 
     def sweep(self) -> list[Row]:

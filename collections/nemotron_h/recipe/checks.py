@@ -7,7 +7,8 @@ import dataclasses
 from omegaconf import OmegaConf
 
 from nemotron_h.architecture.adapters import check_adapter
-from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, definition_from_dict
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.core.duration import seconds_of
 from nemotron_h.core.errors import UserError
@@ -198,19 +199,6 @@ def has_own_part(recipe: RecipeConfig, stage: str, origin: str) -> bool:
     return True
 
 
-#: key of `minipuzzle.grid` -> the letter of the layers that it counts, or the key of the model that it narrows
-GRID = {
-    "attention": ATTENTION,
-    "mamba": MAMBA,
-    "ffn": FFN,
-    "depth": "num_layers",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "hidden_size": "hidden_size",
-    "mamba_num_heads": "mamba_num_heads",
-    "mamba_head_dim": "mamba_head_dim",
-}
-
-
 def check_minipuzzle(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """The part `minipuzzle`, of that stage and of no other."""
     part = recipe.minipuzzle
@@ -255,9 +243,10 @@ def _check_grid(grid: GridSchema, definition: ModelDefinition, origin: str) -> N
     values = dataclasses.asdict(grid)
     if not any(values.values()):
         raise UserError(f"{origin}: minipuzzle.grid varies nothing", hint=f"give values of {', '.join(values)}")
+    counts = layer_counts(definition)
     for key, given in values.items():
-        counted = key in LAYER_NAMES.values()
-        most = definition.count(GRID[key]) if counted else getattr(definition, GRID[key])
+        counted = key in counts
+        most = counts[key] if counted else getattr(definition, "num_layers" if key == "depth" else key)
         for value in given:
             if not (0 if counted else 1) <= value <= most:
                 raise UserError(
@@ -369,9 +358,14 @@ def _check_hidden_layers(recipe: RecipeConfig, origin: str) -> None:
             )
 
 
+def layer_counts(definition: ModelDefinition) -> dict[str, int]:
+    """Return name of a kind of layers -> how many there are."""
+    return {kind.name: definition.count(letter) for letter, kind in KINDS.items()}
+
+
 def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """Known values, and only for layer types that the model has."""
-    counts = {name: definition.count(symbol) for symbol, name in LAYER_NAMES.items()}
+    counts = layer_counts(definition)
     for kind, allowed in RECOMPUTE.items():
         value = getattr(recipe.recompute, kind)
         check_one_of(f"recompute.{kind}", value, allowed, f"{origin}: ")

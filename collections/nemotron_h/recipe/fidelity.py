@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA
+from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.data.blend import load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
@@ -89,8 +89,7 @@ def derived(recipe: RecipeConfig) -> dict[str, Any]:
     ranks = parallel.nodes * parallel.devices
     ends = [phase.until for phase in phases if phase.until is not None]
     return {
-        "derived.layers": f"{definition.count(MAMBA)} Mamba-2, {definition.count(ATTENTION)} attention, "
-        f"{definition.count(FFN)} FFN",
+        "derived.layers": ", ".join(f"{definition.count(letter)} {kind.title}" for letter, kind in KINDS.items()),
         "derived.num_layers": definition.num_layers,
         "derived.ranks": ranks,
         "derived.data_parallel": ranks // (parallel.tensor * parallel.pipeline),

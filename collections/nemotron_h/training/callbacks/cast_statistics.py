@@ -13,7 +13,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
-from nemotron_h.architecture.definition import LAYER_NAMES
 from nemotron_h.architecture.gemms import CAST_STATISTICS, FP8_FORMATS, gemm_table
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.plugins import PrecisionPlugin
@@ -54,7 +53,7 @@ class CastStatisticsCallback(pl.Callback):
         definition = pl_module.config.definition()
         table = gemm_table(definition, self.recipe, tokens=1, bf16_edge_layers=plugin.bf16_edge_layers)
         self.measured = {(gemm.layer, gemm.name) for gemm in table if gemm.dtype == "FP8"}
-        self.kinds = {number: LAYER_NAMES[symbol] for number, symbol in enumerate(definition.pattern)}
+        self.kinds = {number: block.name for number, block in enumerate(definition.blocks)}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         """Watch this step's matmuls, if it is one to measure."""

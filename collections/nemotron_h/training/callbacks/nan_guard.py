@@ -11,7 +11,6 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
-from nemotron_h.architecture.definition import LAYER_NAMES
 from nemotron_h.core.errors import UserError
 
 
@@ -112,10 +111,10 @@ def _named_parts(model: nn.Module) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     if getattr(model, "pre_process", True):
         parts["the embedding"] = model.embedding
-    pattern = model.config.hybrid_override_pattern
+    blocks = model.config.definition().blocks
     for layer in model.decoder.layers:
         number = layer.layer_number - 1
-        parts[f"layer {number} ({LAYER_NAMES[pattern[number]]})"] = layer
+        parts[f"layer {number} ({blocks[number].name})"] = layer
     if getattr(model, "post_process", True):
         parts["the final norm"] = model.decoder.final_norm
         parts["the output layer"] = model.output_layer
