@@ -1,4 +1,4 @@
-"""What a comparison came to: gaps, noise and casts as JSON, and the short table. Imports no torch."""
+"""Results of a comparison: gaps, noise and casts as JSON, and the short table. Imports no torch."""
 
 from __future__ import annotations
 

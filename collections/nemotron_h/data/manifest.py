@@ -1,4 +1,4 @@
-"""What a prepared blend consists of: `manifest.json`, and the quick check that training makes before it starts.
+"""Contents of a prepared blend: `manifest.json`, and the quick check that training makes before it starts.
 
 Layout under the data root (`--root`, else the environment's `NEMOTRON_H_DATA`, else `./data`):
 

@@ -1,4 +1,4 @@
-"""Where the phases of a blend switch inside one run: exact integer arithmetic, no torch.
+"""Switches of a blend's phases inside one run: exact integer arithmetic, no torch.
 
 Rule: a position in tokens becomes a step by rounding `tokens / (seq_length * global_batch_size)` to the nearest whole
 step (halves go up). The same rule gives the run's number of steps, and every switch is computed from the run's

@@ -1,4 +1,4 @@
-"""What a blend means for a run: shares per phase, switches, tokens and epochs per source, disk. Imports no torch."""
+"""Summary of a blend over a run: shares per phase, switches, tokens and epochs per source, disk. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One small tokenizer interface over own BPE, Hugging Face folders, tiktoken (Tekken) vocabularies and SentencePiece
+"""A small tokenizer interface over own BPE, Hugging Face folders, tiktoken (Tekken) vocabularies and SentencePiece
 models.
 
 The classes answer to the names of NeMo's `TokenizerSpec` and of Megatron's tokenizers; `nemo_tokenizer` registers

@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint with its record and tokenizer."""
+"""The subject of an evaluation: a checkpoint with its record and tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One token of every sequence on the CPU, in as few operations as there can be.
+"""Decode one token of every sequence on the CPU, in as few operations as there can be.
 
 A small model's step is short against what PyTorch takes per operation. So every operation writes into buffers that are
 made once per batch, and so are the views of them; matmuls add to the residual stream themselves and scale what a norm

@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has read: constant size for Mamba-2, keys and values for attention."""
+"""State of a model after the tokens it has read: constant size for Mamba-2, keys and values for attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a student's states are from its teacher's: the intermediate-state loss of a distillation."""
+"""Distance of a student's states from its teacher's: the intermediate-state loss of a distillation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation of the ops runs: the mamba-ssm and causal-conv1d kernels on a GPU (and ours in Triton, for the
+"""Select the implementation of the ops: the mamba-ssm and causal-conv1d kernels on a GPU (and ours in Triton, for the
 attention of generation), plain PyTorch elsewhere.
 
 All come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm`` and ``.attention``, so the model holds

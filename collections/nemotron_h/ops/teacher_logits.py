@@ -1,4 +1,4 @@
-"""What a cache keeps of a teacher's logits: computed as the loss computes them, so that both give the same bits."""
+"""The teacher's logits that a cache keeps: computed as the loss computes them, so that both give the same bits."""
 
 from __future__ import annotations
 

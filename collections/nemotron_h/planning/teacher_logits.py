@@ -1,4 +1,4 @@
-"""How a teacher's logits are kept on disk, and what a token of them takes. Pure arithmetic."""
+"""Size and dtypes of a teacher's logits on disk, per token. Pure arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether this machine can run FP8 through Transformer Engine, and if not, what to do about it."""
+"""Check that this machine can run FP8 through Transformer Engine, and say what to do if not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What importing megatron-core needs: no GPU, also with a PyTorch that was built for CUDA, and tuned kernels kept."""
+"""Import megatron-core without a GPU, also with a PyTorch that was built for CUDA, and keep tuned kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cast to float8 does to an operand: its largest magnitude, and the shares that underflow and saturate."""
+"""Statistics of an operand's cast to float8: its largest magnitude, and the shares that underflow and saturate."""
 
 from __future__ import annotations
 

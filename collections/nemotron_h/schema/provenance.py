@@ -1,4 +1,4 @@
-"""Where each value of a composed recipe was written: the file and line that won, and the source stated for it."""
+"""Origins of a composed recipe's values: the file and line that won, and the source stated for it."""
 
 from __future__ import annotations
 

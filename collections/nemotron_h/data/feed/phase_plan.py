@@ -1,4 +1,4 @@
-"""What decides the order of a run's data, what of it goes into a checkpoint, and how a run continues from there.
+"""The order of a run's data: what decides it, what of it goes into a checkpoint, how a run continues from there.
 
 `DataPlan` names everything that the order depends on; two equal plans feed equal batches. `DataOrder` is a plan that
 is being followed: it knows where it took over, and turns steps into samples. No torch.

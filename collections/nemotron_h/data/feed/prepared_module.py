@@ -1,4 +1,4 @@
-"""What the data modules of all stages share: the prepared blend, its tokenizer, and how a rank's loader is made.
+"""The base of every stage's data module: the prepared blend, its tokenizer, and how a rank's loader is made.
 
 The classes have no `__init__`: NeMo's `IOMixin` records the arguments of a module's own constructor.
 """

@@ -1,4 +1,4 @@
-"""Which document window feeds sample number `i` of a run: a pure function of (plan, seed, i). No torch, no index files.
+"""Map sample number `i` of a run to a document window: a pure function of (plan, seed, i). No torch, no index files.
 
 A run is a list of segments (the phases, in samples), each with fixed shares of the sources. Three steps give the
 window of a sample, each in closed form, so that memory and start-up do not depend on the length of the run:

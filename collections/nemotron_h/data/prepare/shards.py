@@ -1,4 +1,4 @@
-"""What the worker processes of a preparation do: a shard of text to tokens, and a source's shards to one `.bin/.idx`
+"""Work of a preparation's processes: a shard of text to tokens, and a source's shards to one `.bin/.idx`
 pair per split.
 
 A shard's files count only once its record (`<prefix>.json`) is there; it is renamed into place last.

@@ -1,4 +1,4 @@
-"""What an adapter trains: printed before the model is built."""
+"""Print what an adapter trains before the model is built."""
 
 from __future__ import annotations
 

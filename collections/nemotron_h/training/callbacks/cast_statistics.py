@@ -1,4 +1,4 @@
-"""At chosen steps, what FP8 does to every operand: amax, and the shares that underflow, saturate and overflow."""
+"""Statistics of FP8's casts at chosen steps, by operand: amax, and the shares that underflow, saturate and overflow."""
 
 from __future__ import annotations
 

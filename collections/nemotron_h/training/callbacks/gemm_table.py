@@ -1,4 +1,4 @@
-"""What runs in which precision: printed, and checked against data and machine, before the model is built."""
+"""Print the precision of every matmul and check it against data and machine before the model is built."""
 
 from __future__ import annotations
 

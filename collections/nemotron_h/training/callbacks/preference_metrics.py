@@ -1,4 +1,4 @@
-"""What preference training is judged by: reward margin and accuracy, and log-probabilities of both answers."""
+"""Metrics of preference training: reward margin and accuracy, and log-probabilities of both answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One progress line, and a summary at the end."""
+"""Print one progress line, and a summary at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a run is, in exact operations: tokens/s, TFLOP/s and MFU per GPU, and memory."""
+"""Throughput of a run in exact operations: tokens/s, TFLOP/s and MFU per GPU, and memory."""
 
 from __future__ import annotations
 
