@@ -87,7 +87,7 @@ def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
     try:
         values = dict(record["model"])
         definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"])})
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
     definition.validate_structure(origin)
     return definition

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -13,13 +14,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-#: of layer types, as the paper draws them
-COLOURS = {"*": "#2ca02c", "-": "#1f77b4", "M": "#d62728"}
-NAMES = {"*": "attention", "-": "FFN", "M": "Mamba-2"}
+from nemotron_h.architecture.blocks.registry import KINDS
+
+#: colours of the kinds of layers, in the registry's order: Mamba-2, attention and FFN as the paper plots them
+_STYLES = ("red", "#d62728"), ("green", "#2ca02c"), ("blue", "#1f77b4"), ("orange", "#ff7f0e"), ("purple", "#9467bd")
+_NAMES, COLOURS = ({letter: style[n] for letter, style in zip(KINDS, cycle(_STYLES), strict=False)} for n in range(2))
+#: what the colours of `patterns` mean: red Mamba-2, blue FFN, green attention
+KEY = ", ".join(f"{_NAMES[letter]} {KINDS[letter].title}" for letter in sorted(KINDS, reverse=True))
 
 
 def as_image(figure: Figure) -> str:
-    """A figure as the `src` of an image."""
+    """Return a figure as the `src` of an image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)
@@ -27,12 +32,12 @@ def as_image(figure: Figure) -> str:
 
 
 def importance(pattern: str, values: Sequence[float], metric: str) -> Figure:
-    """What removing each layer changes (figure 9)."""
+    """Plot what removing each layer changes (figure 9)."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     axis.plot(range(len(values)), values, color="0.6", linewidth=1, zorder=1)
-    for symbol, name in NAMES.items():
+    for symbol, kind in sorted(KINDS.items()):
         layers = [n for n, letter in enumerate(pattern) if letter == symbol]
-        axis.scatter(layers, [values[n] for n in layers], s=28, color=COLOURS[symbol], label=name, zorder=2)
+        axis.scatter(layers, [values[n] for n in layers], s=28, color=COLOURS[symbol], label=kind.title, zorder=2)
     axis.set(xlabel="layer", ylabel=f"{metric} when it is removed", yscale="log" if min(values) > 0 else "linear")
     axis.legend(frameon=False, ncols=3)
     return figure
@@ -46,7 +51,7 @@ def candidates(
     chosen: Sequence[str],
     front: Sequence[int],
 ) -> Figure:
-    """Candidates by what they cost and how they score (figure 10)."""
+    """Plot candidates by what they cost and how they score (figure 10)."""
     figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
     axis.scatter([r[cost] for r in rows], [r["accuracy"] for r in rows], s=18, color="#1f77b4", label="candidates")
     best = [rows[n] for n in front]
@@ -69,7 +74,7 @@ def candidates(
 
 
 def patterns(pattern: str, dropped: Mapping[str, Sequence[int]]) -> Figure:
-    """Which layers each chosen candidate drops (figure 11)."""
+    """Plot which layers each chosen candidate drops (figure 11)."""
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.45 * len(dropped)), layout="constrained")
     for number, symbol in enumerate(pattern):
         axis.axvline(number, color=COLOURS[symbol], linestyle=":", linewidth=0.9)
@@ -82,11 +87,11 @@ def patterns(pattern: str, dropped: Mapping[str, Sequence[int]]) -> Figure:
     return figure
 
 
-def orders(found: Mapping[str, Sequence[float]], parent: float) -> Figure:
-    """Loss over the number of dropped layers, in the order of importance and in two others."""
+def orders(curves: Mapping[str, Sequence[float]], parent: float) -> Figure:
+    """Plot loss over the number of dropped layers, in the order of importance and in two others."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     styles = {"importance": "#1f77b4", "random": "#ff7f0e", "reversed": "#d62728"}
-    for name, losses in found.items():
+    for name, losses in curves.items():
         axis.plot(range(len(losses)), losses, marker="o", markersize=4, color=styles.get(name), label=name)
     axis.axhline(parent, color="0.5", linestyle=":", label="parent")
     axis.set(xlabel="layers dropped", ylabel="validation loss, untrained")
@@ -95,7 +100,7 @@ def orders(found: Mapping[str, Sequence[float]], parent: float) -> Figure:
 
 
 def recovery(tokens: Sequence[float], divergences: Sequence[float]) -> Figure:
-    """The child's divergence from the parent over the distillation."""
+    """Plot the child's divergence from the parent over the distillation."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     axis.plot(tokens, divergences, marker="o", markersize=4, color="#1f77b4")
     axis.set(xlabel="tokens of distillation", ylabel="validation divergence, nats", ylim=(0, None))
