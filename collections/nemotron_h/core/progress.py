@@ -51,7 +51,7 @@ class ProgressLine:
             self._bar.stop()
 
     def advance(self, amount: float, name: str) -> None:
-        """`amount` more bytes are done, of source `name`."""
+        """Count `amount` more bytes of source `name` as done."""
         self._done += amount
         if self._bar:
             self._bar.update(self._task, advance=amount, description=name)
@@ -99,7 +99,7 @@ class StageProgress:
             self.bar.stop()
 
     def advance(self, amount: int = 1) -> None:
-        """So much more is done."""
+        """Count so much more as done."""
         self.done += amount
         if self.bar:
             self.bar.update(self.task, advance=amount)

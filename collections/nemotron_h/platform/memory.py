@@ -10,7 +10,7 @@ from nemotron_h.core.sizes import GIB
 
 
 def available(device: str = "cpu") -> int:
-    """Bytes that can be had now: of a GPU, or of this machine without swapping.
+    """Return the bytes that can be had now: of a GPU, or of this machine without swapping.
 
     Args:
         device: `cpu`, or `cuda`, maybe with a number.
@@ -23,7 +23,7 @@ def available(device: str = "cpu") -> int:
 
 
 def total(device: str) -> int:
-    """Bytes of a GPU, used or not; asked without taking any of it."""
+    """Return the bytes of a GPU, used or not; asked without taking any of it."""
     import torch
 
     return torch.cuda.get_device_properties(torch.device(device)).total_memory

@@ -123,18 +123,18 @@ class MicroBatches(Sampler[list[int]]):
 
 
 class BlendDataSampler(PreparedDataSampler):
-    """What `MegatronStrategy` asks about batches: sizes, the sampler of a loader, and the count of consumed samples."""
+    """Answers to `MegatronStrategy` about batches: sizes, a loader's sampler, and the count of consumed samples."""
 
     _data: BlendDataModule
 
     def micro_batches(
         self, dataset: Dataset, first: Callable[[], int], samples: int | None, rank: int, size: int
     ) -> MicroBatches:
-        """Micro-batches of consecutive samples."""
+        """Return micro-batches of consecutive samples."""
         return MicroBatches(first, samples, self.micro_batch_size, rank, size)
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
-        """Samples consumed after so many steps of the run: `init_global_step` stays 0 here."""
+        """Return the samples consumed after so many steps of the run: `init_global_step` stays 0 here."""
         return self._data.order.sample_at(steps_since_resume)
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
@@ -144,7 +144,7 @@ class BlendDataSampler(PreparedDataSampler):
         return super().on_megatron_step_start(step)
 
     def on_megatron_step_end(self, step: MegatronStep) -> None:
-        """Log the number of the phase (from 1), so that the switches are drawn with the loss."""
+        """Log the number of the phase (from 1), so that the switches are plotted with the loss."""
         super().on_megatron_step_end(step)
         if step.trainer and getattr(step.trainer, "training", False):
             step.pl_module.log("blend_phase", float(self._data.phase_number(step.step_i)), batch_size=1)
@@ -212,7 +212,7 @@ class BlendDataModule(PreparedDataModule):
 
     @cached_property
     def blend_spec(self) -> Blend:
-        """The blend as written.
+        """Return the blend as written.
 
         Raises:
             UserError: its sources are conversations.
@@ -234,7 +234,7 @@ class BlendDataModule(PreparedDataModule):
         self._resumed, self._opened = None, False
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
+        """Return micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
 
         Raises:
             UserError: the trainer was restored to a step that the data was not.
@@ -246,11 +246,11 @@ class BlendDataModule(PreparedDataModule):
         return self._loader(self.windows("train"))
 
     def val_dataloader(self) -> DataLoader:
-        """The fixed validation list."""
+        """Return the fixed validation list."""
         return self._loader(self.windows("validation"))
 
     def windows(self, split: str) -> Dataset:
-        """The samples of `train`, without end, or of `validation`, by number."""
+        """Return the samples of `train`, without end, or of `validation`, by number."""
         training = split == "train"
         sampler, samples = (self.order.sampler, ENDLESS) if training else self._validation
         streams = {name: self.manifest.stream(name, split) for name in sampler.names}
@@ -258,7 +258,7 @@ class BlendDataModule(PreparedDataModule):
         return windows if self.beside is None else self.beside(windows, split)
 
     def state_dict(self) -> dict[str, Any]:
-        """The data plan and what of it was consumed, for the checkpoint."""
+        """Return the data plan and what of it was consumed, for the checkpoint."""
         return self.order.state_dict(self.trainer.global_step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -281,8 +281,8 @@ class BlendDataModule(PreparedDataModule):
             say("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
 
     def record(self) -> dict[str, Any]:
-        """What a run's record says of its data: the blend, the tokenizer, the sha256 of every file that is read, the
-        order and how far it was followed.
+        """Return the data's part of a run's record: the blend, the tokenizer, the sha256 of every file that is read,
+        the order and how far it was followed.
         """
         return {**self._prepared_record(self._horizon().tokens), "order": self.state_dict()}
 
@@ -293,11 +293,11 @@ class BlendDataModule(PreparedDataModule):
     # the order
 
     def next_sample(self) -> int:
-        """The sample that the trainer's next step begins with."""
+        """Return the sample that the trainer's next step begins with."""
         return self.order.sample_at(self.trainer.global_step)
 
     def phase_number(self, step: int) -> int:
-        """The number of a step's phase, from 1."""
+        """Return the number of a step's phase, from 1."""
         return self.order.plan.phases.index(self.order.phase_at(step)) + 1
 
     def announce_switch(self, step: int) -> None:
@@ -348,7 +348,7 @@ class BlendDataModule(PreparedDataModule):
 
     @cached_property
     def _validation(self) -> tuple[BlendSampler, int]:
-        """The sampler of the validation list and its length."""
+        """Return the sampler of the validation list and its length."""
         text = ValidationText.of(self.blend_spec, self.manifest, self.seq_length)
         if text.left_out:
             names = ", ".join(text.left_out)

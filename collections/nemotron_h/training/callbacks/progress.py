@@ -1,4 +1,4 @@
-"""One progress line, and a summary at the end."""
+"""Print one progress line, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemotron_h.training.callbacks.throughput import Throughput
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
+    """Return hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -43,16 +43,16 @@ class ProgressLine(ProgressBar):
         self.disabled = False
 
     def disable(self) -> None:
-        """Lightning calls this on ranks other than 0."""
+        """Stay silent; Lightning calls this on ranks other than 0."""
         self.disabled = True
 
     def enable(self) -> None:
-        """Counterpart of `disable`."""
+        """Show the line again, after `disable`."""
         self.disabled = False
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the line can be rewritten."""
+        """Return True if the line can be rewritten."""
         return sys.stdout.isatty()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,7 +125,7 @@ class ProgressLine(ProgressBar):
         return "".join(cb.line() + "  " for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The summary, after the last checkpoint."""
+        """Print the summary, after the last checkpoint."""
         if self.disabled or not self.losses["loss"]:
             return
         run_dir = Path(trainer.checkpoint_callback.dirpath).parent
