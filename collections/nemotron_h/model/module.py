@@ -315,7 +315,7 @@ class NemotronHConfig(SSMConfig):
             check_adapter(
                 self.adapter,
                 self.definition(),
-                "model.config.adapter",
+                "adapter",
                 pipeline=self.pipeline_model_parallel_size,
             )
             adapters.attach(model, self.adapter, self.init_seed)
