@@ -136,6 +136,12 @@ def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], 
     assert "Traceback" not in output
 
 
+def test_the_help_says_which_keys_are_taken(app) -> None:
+    for command in ("pretrain", "finetune", "distill"):
+        said = CliRunner().invoke(app, ["llm", command, "--help"]).output.split("Options")[0]
+        assert "by its key in the recipe: tokens=163_840" in re.sub(r"[│\s]+", " ", said), said
+
+
 def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.MonkeyPatch) -> None:
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.strict import ranges

@@ -78,4 +78,6 @@ for _command in sorted(set(STAGES.values())):
     _register_files(_command)
 
 
+for _entry in {entry for entry, _ in BUILDERS.values()}:
+    _entry.cli_entrypoint.help_str += nemo_cli.HELP
 nemo_cli.install()
