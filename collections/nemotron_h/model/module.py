@@ -16,7 +16,7 @@ from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
 
 from nemotron_h.architecture.adapters import check_adapter
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.architecture.definition import ATTENTION, FFN, WIDTHS, Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, gpu_options, init
@@ -25,6 +25,7 @@ from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer
 from nemotron_h.model.mixer import NemotronHMixer
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
+from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
 
 
@@ -273,28 +274,9 @@ class NemotronHConfig(SSMConfig):
     def definition(self) -> ModelDefinition:
         """The definition that these numbers make, without its `expect`."""
         pattern = self.hybrid_override_pattern
-        return ModelDefinition(
-            name=self.definition_name,
-            family=self.family,
-            pattern=pattern,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size if FFN in pattern else 0,
-            num_attention_heads=self.num_attention_heads if ATTENTION in pattern else 0,
-            num_query_groups=self.num_query_groups if ATTENTION in pattern else 0,
-            head_dim=self.kv_channels,
-            mamba_num_heads=self.mamba_num_heads,
-            mamba_head_dim=self.mamba_head_dim,
-            mamba_num_groups=self.mamba_num_groups,
-            mamba_state_dim=self.mamba_state_dim,
-            vocab_size=self.vocab_size,
-            conv_kernel=self.conv_kernel,
-            position_embedding=self.position_embedding_type,
-            rope_base=self.rotary_base,
-            rope_percent=self.rotary_percent,
-            norm_epsilon=self.layernorm_epsilon,
-            init_std=self.init_method_std,
-            expect=Expect(pattern.count(MAMBA), pattern.count(ATTENTION), pattern.count(FFN), 0),
-        )
+        values = {key: getattr(self, name) for key, name in MODEL.items()}
+        values |= {key: 0 for symbol, keys in WIDTHS.items() if symbol not in pattern for key in keys}
+        return ModelDefinition(**values, expect=Expect(*(pattern.count(symbol) for symbol in WIDTHS), 0))
 
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
@@ -363,28 +345,7 @@ class NemotronHConfig(SSMConfig):
     def of_definition(self, definition: ModelDefinition, **changes: Any) -> NemotronHConfig:
         """The configuration of another model in this one's layout and precision."""
         values = {f.name: getattr(self, f.name) for f in fields(NemotronHConfig) if f.init}
-        values |= {
-            "definition_name": definition.name,
-            "family": definition.family,
-            "hybrid_override_pattern": definition.pattern,
-            "num_layers": definition.num_layers,
-            "hidden_size": definition.hidden_size,
-            "ffn_hidden_size": definition.ffn_hidden_size,
-            "num_attention_heads": definition.num_attention_heads,
-            "num_query_groups": definition.num_query_groups,
-            "kv_channels": definition.head_dim,
-            "mamba_num_heads": definition.mamba_num_heads,
-            "mamba_head_dim": definition.mamba_head_dim,
-            "mamba_num_groups": definition.mamba_num_groups,
-            "mamba_state_dim": definition.mamba_state_dim,
-            "vocab_size": definition.vocab_size,
-            "conv_kernel": definition.conv_kernel,
-            "position_embedding_type": definition.position_embedding,
-            "rotary_base": definition.rope_base,
-            "rotary_percent": definition.rope_percent,
-            "layernorm_epsilon": definition.norm_epsilon,
-            "init_method_std": definition.init_std,
-        }
+        values |= {"num_layers": definition.num_layers, **nemo_fields(definition)}
         return NemotronHConfig(**{**values, **changes})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from nemotron_h.schema.recipe import AdapterSchema, DistillSchema, ModelSchema, RecomputeSchema
 
@@ -22,6 +23,12 @@ MODEL = {
     for each in fields(ModelSchema)
     if each.name not in ("expect", "sources")
 }
+
+
+def nemo_fields(model: Any) -> dict[str, Any]:
+    """Return a model (`ModelSchema`, `ModelDefinition`) as arguments of `NemotronHConfig`."""
+    return {name: getattr(model, key) for key, name in MODEL.items()}
+
 
 #: key of the graph that NeMo runs -> key of the recipe, where both mean one value by two names
 SAME = {
