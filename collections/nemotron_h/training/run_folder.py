@@ -10,6 +10,7 @@ from nemo import lightning as nl
 
 from nemotron_h.core import locks
 from nemotron_h.core.errors import UserError, naming
+from nemotron_h.core.progress import STEPS
 
 #: what errors call the folder: its keys
 KEYS = "the run's folder (log.dir and name)"
@@ -34,6 +35,7 @@ class RunFolder(nl.NeMoLogger):
             return super().setup(trainer, resume_if_exists, task_config)
 
     def _setup_files_to_move(self, log_dir: Path, app_state: Any) -> None:
-        """Leave the lock in its place: NeMo moves the files of an earlier start into a folder of their own."""
+        """Leave the lock and the steps in their place: NeMo moves files of an earlier start into a folder of theirs."""
         super()._setup_files_to_move(log_dir, app_state)
-        app_state.files_to_move = [path for path in app_state.files_to_move if path.name != locks.LOCK]
+        stay = (locks.LOCK, STEPS)
+        app_state.files_to_move = [path for path in app_state.files_to_move if path.name not in stay]
