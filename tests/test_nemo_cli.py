@@ -245,19 +245,20 @@ def test_a_value_has_the_name_of_its_recipe_key(app, tmp_path: Path) -> None:
     from nemotron_h.training.stages import pretrain
 
     (tmp_path / "own.yaml").write_text("defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\n")
-    values = ["tokens=163_840", "parallel.devices=2", "parallel.tensor=2", "log.dir=there", "checkpoint.keep=-1"]
+    values = ["tokens=163_840", "parallel.devices=2", "parallel.tensor=2", "log.dir=there", "name=one"]
+    values.append("checkpoint.keep=-1")
     graph = ["trainer.val_check_interval=7"]
     task = RunContext(name="pretrain", factory=f"nemotron_h_recipe(path={tmp_path}/own.yaml)").parse_fn(
         llm.pretrain, [*values, *graph]
     )
     assert (task.trainer.max_steps, task.trainer.devices, task.optim.warmup_steps) == (20, 2, 10)
     assert (task.trainer.strategy.tensor_model_parallel_size, task.trainer.val_check_interval) == (2, 7)
-    assert (task.log.explicit_log_dir, task.log.ckpt.keep) == ("there/own", -1)
+    assert (task.log.explicit_log_dir, task.log.ckpt.keep) == ("there/one", -1)
     composed = compose(f"{tmp_path}/own.yaml", values)
     composed.overrides = graph
     assert pretrain.build(composed) == task
     old = ["trainer.devices=2", "trainer.strategy.tensor_model_parallel_size=2", "log.ckpt.keep=-1"]
-    again = [*values[:1], *old, "log.explicit_log_dir=there/own", *graph]
+    again = [*values[:1], *old, "log.explicit_log_dir=there/one", *graph]
     by_graph_keys = RunContext(name="pretrain", factory="nemotron_h_tiny").parse_fn(llm.pretrain, again)
     assert (by_graph_keys.trainer.strategy, by_graph_keys.log) == (task.trainer.strategy, task.log)
 

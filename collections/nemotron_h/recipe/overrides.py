@@ -113,10 +113,10 @@ def assigned(settings: Sequence[str], recipe: RecipeConfig) -> list[str]:
     assignments = []
     for setting in settings:
         key, operator, value = parts(setting)
-        if key and operator != "=":
-            current = functools.reduce(lambda part, name: getattr(part, name, None), key.split("."), recipe)
-            value = _number(setting, operator, values.get(key, str(current)), value)
         if key in recipe_keys():
+            if operator != "=":
+                current = functools.reduce(lambda part, name: getattr(part, name, None), key.split("."), recipe)
+                value = _number(setting, operator, values.get(key, str(current)), value)
             values[key] = value
             setting = f"{key}={value}"
         assignments.append(setting)
@@ -128,9 +128,9 @@ def _number(setting: str, operator: str, before: str, value: str) -> str:
         raise UserError(f"{setting}: {operator} is for lists of NeMo's", hint="write key=value")
     try:
         number = _ARITHMETIC[operator](*map(_read_number, (before, value)))
+        return str(number) if math.isfinite(number) else f".{number}".replace(".-", "-.")  # YAML's .inf
     except (ValueError, ZeroDivisionError, OverflowError) as error:
         raise UserError(f"{setting}: {before} {operator[0]} {value} is no number", hint="write key=value") from error
-    return str(number) if math.isfinite(number) else f".{number}".replace(".-", "-.")
 
 
 def _read_number(text: str) -> float:

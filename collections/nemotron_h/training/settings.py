@@ -181,7 +181,7 @@ def check_steps(task: nemo_run.Partial) -> None:
         and_decay = f" and its decay {decay:,}" if decay else ""
         raise UserError(
             f"the run has {steps:,} steps (trainer.max_steps), its warm-up {warmup:,}{and_decay} (optim)",
-            hint=f"raise trainer.max_steps, or set a shorter optim.warmup_steps{' or decay_steps' if decay else ''}",
+            hint=f"raise tokens, or lower optim.warmup_tokens{' or optim.decay_tokens' if decay else ''}",
         )
 
 
