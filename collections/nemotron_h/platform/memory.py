@@ -74,6 +74,6 @@ def check_training_fits(trained: int, frozen: int, nodes: int, devices: int, gpu
         raise UserError(
             f"{origin}: training takes at least {need / GIB:,.1f} GiB on each node (weights, gradients, optimizer), "
             f"{where}: {there / GIB:,.1f} GiB",
-            hint="take more GPUs (parallel.devices, trainer.devices), submit with executor=FILE.yaml "
+            hint="take more GPUs (parallel.devices), submit with executor=FILE.yaml "
             "(docs/clusters.md), or take a smaller model; nemotron-h plan says what each rank holds",
         )

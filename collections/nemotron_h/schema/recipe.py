@@ -415,7 +415,7 @@ class RecipeConfig:
         preference: stage preference alone: the loss over pairs of answers.
         distill: stages distill and minipuzzle alone: the teacher (minipuzzle's is the parent) and the loss.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
-            (`trainer.max_steps=20`); a run writes here what its command line changed.
+            (`trainer.max_steps=20`); a run writes here what its command line set beyond them.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
     """
 

@@ -165,11 +165,10 @@ class BlendDataModule(PreparedDataModule):
         micro_batch_size: samples per micro-batch and rank.
         global_batch_size: samples per step, all ranks together.
         seed: of the data order.
-        horizon_steps: length of the run that the phases divide; default: the trainer's `max_steps`. Set it to train
-            only a part of a longer plan, or to keep the switches to come when a run is made longer; those behind it
-            stay where they were.
-        horizon_tokens: the exact tokens behind those steps, where the recipe states tokens: switches are computed from
-            them as long as they round to the run's steps, and from the steps when the run was made longer or shorter.
+        horizon_tokens: length of the run that the phases divide, the recipe's `tokens`. A trainer whose `max_steps`
+            ends earlier trains the beginning of it; one that goes on for longer stretches the phases to its length.
+        horizon_steps: the same in steps, in place of both: keeps the switches to come when a run is made longer; those
+            behind it stay where they were.
         document_reset: give the model `seq_idx`, so that it can reset its state where documents begin.
         num_workers: processes that read ahead; 0 reads in the training process (tens of microseconds a sample from a
             warm page cache).
@@ -334,12 +333,12 @@ class BlendDataModule(PreparedDataModule):
 
     def _horizon(self) -> Horizon:
         tokens_per_step = self.seq_length * self.global_batch_size
-        steps = self.horizon_steps or self.trainer.max_steps
+        horizon = Horizon(self.horizon_tokens or 0, tokens_per_step)
+        steps = self.horizon_steps or max(self.trainer.max_steps, horizon.steps)
         if steps < 1:
             raise UserError(
-                "the phases of the blend need the run's length", "Set trainer.max_steps or data.horizon_steps."
+                "the phases of the blend need the run's length", "Set tokens, trainer.max_steps or data.horizon_steps."
             )
-        horizon = Horizon(self.horizon_tokens or 0, tokens_per_step)
         return horizon if horizon.steps == steps else Horizon.from_steps(steps, tokens_per_step)
 
     def _plan(self) -> DataPlan:

@@ -191,9 +191,9 @@ def recipe_text(recipe: dict[str, Any], path: Path, changes: Sequence[Mapping[st
             f"# A resume changed settings; run again, the recipe has the new values from its first step on.\n{changed}"
         )
     return (
-        "# The complete recipe of a run; `overrides` is what its command line changed. To run it again:\n"
+        "# The complete recipe of a run; `overrides` is what its command line set beyond its keys. To run it again:\n"
         f"#   cd {shlex.quote(str(Path.cwd()))}\n"
-        f"#   {command_of(recipe['stage'], path)} log.explicit_log_dir=ANOTHER\n"
+        f"#   {command_of(recipe['stage'], path)} log.dir=ANOTHER\n"
         "# More settings may follow; later ones win. run.json, beside this file, has versions and data hashes.\n"
         + changed
         + to_yaml(recipe)
