@@ -68,7 +68,7 @@ def whole(parent: ModelDefinition) -> Candidate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a candidate costs.
+    """Costs of a candidate.
 
     Attributes:
         parameters: without vocabulary padding.
@@ -86,7 +86,7 @@ class Candidates:
     """The candidates of a grid within a budget: iterate to get them, lazily and in a fixed order.
 
     Args:
-        parent: what is compressed.
+        parent: the model that is compressed.
         grid, budget: of the recipe; see the schema. Without `budget.context` memory is that of one token.
         layer_scores: [layers], by which layers stay; `grid.depth` needs them.
     Errors:

@@ -1,4 +1,4 @@
-"""From a candidate's numbers to a child: the most important layers and channels stay."""
+"""Choose the layers and channels of a candidate's child: the most important ones stay."""
 
 from __future__ import annotations
 
