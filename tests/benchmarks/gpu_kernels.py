@@ -59,10 +59,10 @@ def floors(
 
     return {
         "GEMM": tokens * ((linear - edge) / fast + (edge + flops.head) / peaks["bf16"]),
-        "SSD scan": max(tokens * flops.ssd / peaks["bf16"], bytes_at(mamba * (5 * d.d_inner + 3 * states))),
-        "convolution": bytes_at(mamba * 5 * d.conv_channels),
+        "SSD scan": max(tokens * flops.ssd / peaks["bf16"], bytes_at(mamba * (5 * d.block("M").d_inner + 3 * states))),
+        "convolution": bytes_at(mamba * 5 * d.block("M").conv_channels),
         "attention": tokens * flops.attention_core / peaks["bf16"],
-        "norms": bytes_at((layers + 1) * 5 * d.hidden_size + mamba * 8 * d.d_inner),
+        "norms": bytes_at((layers + 1) * 5 * d.hidden_size + mamba * 8 * d.block("M").d_inner),
         "squared ReLU": bytes_at(ffn * 5 * d.ffn_hidden_size),
         "cross entropy": bytes_at(2 * d.vocab_size),
         "additions and other elementwise": bytes_at(layers * 4 * d.hidden_size),

@@ -6,14 +6,10 @@ import torch
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.inference.model import (
-    AttentionWeights,
-    FFNWeights,
-    GenerationModel,
-    MambaWeights,
-    column_major,
-    lay_out,
-)
+from nemotron_h.inference.model import GenerationModel, column_major, lay_out
+from nemotron_h.model.blocks.attention import AttentionWeights
+from nemotron_h.model.blocks.ffn import FFNWeights
+from nemotron_h.model.blocks.mamba import MambaWeights
 
 
 def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, seed: int = 0) -> GenerationModel:
@@ -35,14 +31,14 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
         if symbol == "M":
             return MambaWeights(
                 norm(),
-                matrix(d.in_proj_size, d.hidden_size),
-                matrix(d.conv_channels, d.conv_kernel),
-                vector(d.conv_channels, -1, 1),
+                matrix(d.block("M").in_proj_size, d.hidden_size),
+                matrix(d.block("M").conv_channels, d.conv_kernel),
+                vector(d.block("M").conv_channels, -1, 1),
                 -vector(d.mamba_num_heads, 0.05, 4, exact),
                 vector(d.mamba_num_heads, -1, 1, exact),
                 vector(d.mamba_num_heads, -4, 1, exact),
-                norm(d.d_inner),
-                matrix(d.hidden_size, d.d_inner),
+                norm(d.block("M").d_inner),
+                matrix(d.hidden_size, d.block("M").d_inner),
             )
         if symbol == "*":
             queries = d.num_attention_heads * d.head_dim

@@ -7,7 +7,10 @@ from small_model import scale_one
 
 from nemotron_h.architecture.blocks.families import family_of
 from nemotron_h.architecture.definition import Expect, ModelDefinition
-from nemotron_h.inference.model import AttentionWeights, FFNWeights, GenerationModel, MambaWeights
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.model.blocks.attention import AttentionWeights
+from nemotron_h.model.blocks.ffn import FFNWeights
+from nemotron_h.model.blocks.mamba import MambaWeights
 
 WIDTHS = {
     "M": {

@@ -49,7 +49,7 @@ def test_forward_is_the_training_model_s_and_generation_s(tmp_path: Path, megatr
     forward, ids = Forward(loaded), torch.from_numpy(windows())
     x = forward.embed(ids)
     for index in range(loaded.definition.num_layers):
-        x = x + forward.layer(forward.weights(index), x)
+        x = x + forward.layer(index, forward.weights(index), x)
     with torch.no_grad():
         assert relative_error(forward.logits(x), trained(ids)[..., :300]) < 1e-5
     generated = loaded.logits(loaded.extend(ids, loaded.new_states(*ids.shape)))
@@ -89,7 +89,7 @@ def test_widths_against_their_formulas(model, found: Importance) -> None:
     inputs = []
     for index in range(d.num_layers):
         inputs.append(torch.nn.functional.rms_norm(x, x.shape[-1:], model.layers[index].norm, d.norm_epsilon))
-        x = x + forward.layer(forward.weights(index), x)
+        x = x + forward.layer(index, forward.weights(index), x)
     activations = {
         "layers.6.neurons": (inputs[6] @ model.layers[6].up.T).clamp(min=0) ** 2,
         "layers.5.x": inputs[5] @ model.layers[5].in_proj[d.blocks[5].d_inner : 2 * d.blocks[5].d_inner].T,

@@ -156,7 +156,8 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
     assert te.HAVE_TE, "Transformer Engine does not import"
 
     def plain() -> Any:
-        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
     losses = {}
@@ -188,7 +189,8 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
     from nemotron_h.schema.recipe import AdapterSchema
 
     def plain() -> Any:
-        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
     for kind in ("lora", "dora"):
@@ -247,7 +249,8 @@ def test_fused_mixer_equals_separate_kernels() -> None:
     from nemotron_h.model.attention import ScaledDotProductAttention
 
     def plain() -> Any:
-        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     for documents in (False, True):
         (loss, gradients), (loss_apart, apart) = (

@@ -87,7 +87,7 @@ def test_against_torch_s_counter(name: str) -> None:
     again = 0.0
     if "M" in d.pattern:
         gram = 2 * chunk * d.mamba_num_groups * d.mamba_state_dim
-        again = d.count("M") * (gram + 4 * d.mamba_state_dim * d.d_inner)
+        again = d.count("M") * (gram + 4 * d.mamba_state_dim * d.block("M").d_inner)
     assert backward.get_total_flops() / (batch * length) == pytest.approx(2 * expected + again, rel=0.01)
 
 
@@ -115,7 +115,9 @@ def test_adapters_against_torch_s_counter(kind: str, targets: list[str]) -> None
         built(input_ids=tokens, labels=tokens).mean().backward()
     planned = flops_per_token(d, length, chunk=chunk, adapter=adapter, micro_batch=batch)
     core = planned.attention_core * (2 * length / (length + 1) - 1)
-    again = d.count("M") * (2 * chunk * d.mamba_num_groups * d.mamba_state_dim + 4 * d.mamba_state_dim * d.d_inner)
+    again = d.count("M") * (
+        2 * chunk * d.mamba_num_groups * d.mamba_state_dim + 4 * d.mamba_state_dim * d.block("M").d_inner
+    )
     expected = planned.total - planned.convolution + core + again
     assert counted.get_total_flops() / (batch * length) == pytest.approx(expected, rel=1e-3)
     whole = flops_per_token(d, length, chunk=chunk)

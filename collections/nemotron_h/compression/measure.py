@@ -66,7 +66,7 @@ def measure_layers(
             streams[index] = whole
             for part in _parts(forward, [*streams[:index].flatten(0, 1).unbind(), *whole.unbind()]):
                 x = torch.stack(part)
-                x += forward.layer(weights, x)
+                x += forward.layer(index, weights, x)
                 for stream, row in zip(part, x, strict=True):
                     stream.copy_(row)
         for row in range(len(tokens)):
@@ -171,7 +171,10 @@ def measure_widths(
         x = forward.embed(torch.from_numpy(windows[first : first + rows]))
         for index in range(model.definition.num_layers):
             x = x + forward.layer(
-                forward.weights(index), x, lambda part, values, index=index: add(f"layers.{index}.{part}", values)
+                index,
+                forward.weights(index),
+                x,
+                lambda part, values, index=index: add(f"layers.{index}.{part}", values),
             )
         add("final_norm", forward.final(x))
         advance(len(x))

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.blocks.block import Cut, Matrix, stays
+from nemotron_h.architecture.blocks.block import Cut, Indices, stays
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.compression.child import Child, child_definition
-from nemotron_h.compression.forward import Forward, Mask
+from nemotron_h.compression.forward import Forward
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
@@ -88,19 +88,15 @@ class Masked:
     def logits(self, tokens: Tensor) -> Tensor:
         """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
         x = self.forward.embed(tokens)
-        for layer, of_layer in zip(self.child.layers, cuts(self.forward.definition, self.child), strict=True):
-            # inputs of the layer's last matrix; all that is before it acts on each of them alone
-            inner = of_layer[-1][1]
-            mask = None if inner is None else self._mask(inner, self._matrix(layer).inputs)
-            x = x + self.forward.layer(self.forward.weights(layer), x, mask=Mask(mask, mask))
+        for layer in self.child.layers:
+            stay = self.forward.model.running[layer].masks(self.child.kept[layer])
+            mask = {name: self._mask(indices, size) for name, (indices, size) in stay.items()}
+            x = x + self.forward.layer(layer, self.forward.weights(layer), x, mask=mask)
         return self.forward.logits(x)
 
-    def _matrix(self, layer: int) -> Matrix:
-        return self.forward.definition.blocks[layer].matrices()[-1]
-
-    def _mask(self, kept: np.ndarray, size: int) -> Tensor:
+    def _mask(self, indices: Indices, size: int) -> Tensor:
         mask = torch.zeros(size, **self._like)
-        mask[torch.from_numpy(kept)] = 1
+        mask[torch.from_numpy(indices)] = 1
         return mask
 
 

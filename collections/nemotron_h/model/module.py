@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
-from megatron.core.transformer.attention import SelfAttention
 from nemo.collections.llm import MambaModel, SSMConfig
 from nemo.collections.llm.gpt.model.base import get_batch_on_this_cp_rank
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
 
 from nemotron_h.architecture.adapters import check_adapter
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, gpu_options, init
+from nemotron_h.model.blocks.running import InitialWeights
 from nemotron_h.model.embedding import AccumulatingEmbedding
-from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, plain_stack_spec, stack_spec
-from nemotron_h.model.mixer import NemotronHMixer
+from nemotron_h.model.layers import plain_stack_spec, stack_spec
+from nemotron_h.model.megatron_layers import CpuColumnParallelLinear
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 from nemotron_h.schema.recipe import AdapterSchema
@@ -178,17 +179,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
             init.fill(self.embedding.word_embeddings.weight, "embedding", weight, axis=0, **shard)
         if self.post_process:
             init.fill(self.output_layer.weight, "output_layer", weight, axis=0, **shard)
-        for layer in self.decoder.layers:
-            name = f"layers.{layer.layer_number - 1}"
-            if isinstance(layer, NemotronHMambaLayer):
-                mixer: NemotronHMixer = layer.mixer
-                mixer.initialize(f"{name}.mixer", seed)
-            elif isinstance(layer.self_attention, SelfAttention):
-                init.fill(layer.self_attention.linear_qkv.weight, f"{name}.linear_qkv", weight, axis=0, **shard)
-                init.fill(layer.self_attention.linear_proj.weight, f"{name}.linear_proj", residual, axis=1, **shard)
-            else:
-                init.fill(layer.mlp.linear_fc1.weight, f"{name}.linear_fc1", weight, axis=0, **shard)
-                init.fill(layer.mlp.linear_fc2.weight, f"{name}.linear_fc2", residual, axis=1, **shard)
+        self.decoder.initialize(InitialWeights(weight, residual, seed, shard))
 
 
 @dataclass
@@ -198,6 +189,7 @@ class NemotronHConfig(SSMConfig):
     Attributes beyond NeMo's:
         definition_name: the model definition that the numbers come from.
         family: the rules that the pattern follows.
+        overrides: layer -> widths of its own.
         vocab_size: the vocabulary of the tokenizer, before padding.
         conv_kernel: window of the causal convolution.
         init_seed: seed of the initial weights.
@@ -212,6 +204,7 @@ class NemotronHConfig(SSMConfig):
 
     definition_name: str = ""
     family: str = "nemotron_h"
+    overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     vocab_size: int = 0
     conv_kernel: int = 4
     init_seed: int = 1234
@@ -259,11 +252,13 @@ class NemotronHConfig(SSMConfig):
         pattern = self.hybrid_override_pattern
         if pattern:
             self.num_layers = len(pattern)
+            widths = {key for letter in pattern for key in KINDS[letter].widths}
             # NeMo refuses 0, which is how a width is left out; no layer reads these
-            if ATTENTION not in pattern:
+            if "num_attention_heads" not in widths:
                 self.num_attention_heads = self.num_query_groups = self.mamba_num_heads
-            if FFN not in pattern:
+            if "ffn_hidden_size" not in widths:
                 self.ffn_hidden_size = self.hidden_size
+        self.overrides = {int(number): dict(widths) for number, widths in self.overrides.items()}
         if self.adapter == AdapterSchema():
             self.adapter = None
         if self.adapter is not None:
@@ -273,14 +268,15 @@ class NemotronHConfig(SSMConfig):
     def definition(self) -> ModelDefinition:
         """The definition that these numbers make, without its `expect`."""
         pattern = self.hybrid_override_pattern
-        return ModelDefinition(
+        widths = {key for letter in pattern for key in KINDS[letter].widths}
+        definition = ModelDefinition(
             name=self.definition_name,
             family=self.family,
             pattern=pattern,
             hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size if FFN in pattern else 0,
-            num_attention_heads=self.num_attention_heads if ATTENTION in pattern else 0,
-            num_query_groups=self.num_query_groups if ATTENTION in pattern else 0,
+            ffn_hidden_size=self.ffn_hidden_size if "ffn_hidden_size" in widths else 0,
+            num_attention_heads=self.num_attention_heads if "num_attention_heads" in widths else 0,
+            num_query_groups=self.num_query_groups if "num_query_groups" in widths else 0,
             head_dim=self.kv_channels,
             mamba_num_heads=self.mamba_num_heads,
             mamba_head_dim=self.mamba_head_dim,
@@ -293,8 +289,10 @@ class NemotronHConfig(SSMConfig):
             rope_percent=self.rotary_percent,
             norm_epsilon=self.layernorm_epsilon,
             init_std=self.init_method_std,
-            expect=Expect(pattern.count(MAMBA), pattern.count(ATTENTION), pattern.count(FFN), 0),
+            overrides=self.overrides,
+            expect=Expect(),
         )
+        return replace(definition, expect=replace(definition.counts(), parameters=0))
 
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
@@ -384,6 +382,7 @@ class NemotronHConfig(SSMConfig):
             "rotary_percent": definition.rope_percent,
             "layernorm_epsilon": definition.norm_epsilon,
             "init_method_std": definition.init_std,
+            "overrides": definition.overrides,
         }
         return NemotronHConfig(**{**values, **changes})
 

@@ -14,12 +14,12 @@ from nemo.utils.app_state import AppState
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.adapters import adapter_record, find_base
-from nemotron_h.checkpoint.reader import find_checkpoint, read_record
+from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.recipe.checks import check_blend_change
-from nemotron_h.training.callbacks.run_record import plain, vars_of
+from nemotron_h.training.callbacks.run_record import plain
 from nemotron_h.training.preflight import check_layout
 
 
@@ -239,13 +239,12 @@ class ResumeRun(nl.AutoResume):
 
     @staticmethod
     def _check_model(path: Path, model: Any, hint: str) -> None:
-        recorded = read_record(path)["model"]
-        current = plain(vars_of(model.config))
-        skip = {"expect", "sources"}
+        recorded = read_definition(read_record(path), f"checkpoint {path}")
+        current = model.config.definition()
         changed = [
-            f"{key}: {recorded.get(key)} in the checkpoint, {current[key]} now"
-            for key in current
-            if key not in skip and recorded.get(key) != current[key]
+            f"{key}: {getattr(recorded, key)} in the checkpoint, {getattr(current, key)} now"
+            for key in (field.name for field in dataclasses.fields(current))
+            if key not in ("expect", "sources") and getattr(recorded, key) != getattr(current, key)
         ]
         if changed:
             raise UserError(f"checkpoint {path} is of another model: {'; '.join(changed)}", hint=hint)

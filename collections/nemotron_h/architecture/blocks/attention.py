@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from nemotron_h.architecture.blocks.block import (
     Block,
     Cut,
@@ -135,6 +133,8 @@ class Attention(Block):
 
     def _query_key_value_order(self) -> Indices:
         """Order ours (group by group its queries, its key, its value) as theirs: all queries, all keys, all values."""
+        import numpy as np  # a plan does without
+
         groups, per_group = self.num_query_groups, self.num_attention_heads // self.num_query_groups
         rows = np.arange(groups * (per_group + 2) * self.head_dim).reshape(groups, per_group + 2, self.head_dim)
         parts = (rows[:, :per_group], rows[:, per_group], rows[:, per_group + 1])

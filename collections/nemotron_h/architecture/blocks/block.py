@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nemotron_h.architecture.rank import Rank
 
 Shape = tuple[int, ...]
-Indices = np.ndarray
+Indices: TypeAlias = "np.ndarray"
 #: rows and columns of a tensor that stay; None is all of them
-Cut = tuple[Indices | None, Indices | None]
+Cut: TypeAlias = "tuple[Indices | None, Indices | None]"
 
 
 @dataclass(frozen=True)

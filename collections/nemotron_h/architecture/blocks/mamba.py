@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from nemotron_h.architecture.blocks.block import (
     Axis,
     Block,
@@ -139,7 +137,7 @@ class Mamba(Block):
         in_weight = rank.weight(in_proj)
         # projected, the scan's output, the norm's output
         base = rank.input(in_proj, fp8) + projected + inner + out + rows
-        fused = self._fused(rank)
+        fused = self.fused(rank)
         if fused:
             kept = base
             states = self._chunk_states(rank)
@@ -162,7 +160,7 @@ class Mamba(Block):
         )
         return LayerMemory(kept, rank.residual + max(out_weight, kernel, fuse, project))
 
-    def _fused(self, rank: Rank) -> bool:
+    def fused(self, rank: Rank) -> bool:
         """Tell whether mamba-ssm's fused kernel takes this rank's widths (`nemotron_h.model.mixer.fused_obstacle`)."""
         t = rank.layout.tensor
         return not rank.cpu and not (
@@ -243,6 +241,8 @@ class Mamba(Block):
 
     def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
         """Return what stays of each tensor; B and C stay whole."""
+        import numpy as np  # a plan does without
+
         heads, inner = kept["heads"], self.inner_channels(kept["heads"], kept["channels"])
         stream, channels = stays(hidden, self.hidden_size), stays(inner, self.d_inner)
         states = np.arange(2 * self.group_states)

@@ -60,6 +60,7 @@ def model_config(
         rotary_percent=model.rope_percent,
         layernorm_epsilon=model.norm_epsilon,
         init_method_std=model.init_std,
+        overrides=dict(model.overrides),
         seq_length=seq_length,
         init_seed=init_seed,
         recompute_mamba=recompute.mamba,
