@@ -46,7 +46,7 @@ def test_files_are_short() -> None:
     assert {module for module, length in lengths.items() if length > 500} == STILL_LONG
 
 
-STILL_LONG = {"compression.minipuzzle", "data.blend"}
+STILL_LONG = {"data.blend"}
 
 
 def test_the_document_shows_this_house() -> None:

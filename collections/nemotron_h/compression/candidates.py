@@ -7,7 +7,7 @@ no torch.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from math import ceil, prod
@@ -23,7 +23,8 @@ from nemotron_h.planning.inference import InferenceMemory, Serving, layer_memory
 from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 
 _LISTS = tuple(f.name for f in fields(GridSchema) if f.name != "depth")
-#: lists of the grid: numbers of layers, by the names of their kinds, and widths, by their keys in the model
+#: lists of the grid: numbers of layers, by the names of their kinds, and widths, by their keys in the model; all layers
+#: of a kind without a list stay
 COUNTS = tuple(name for name in _LISTS if name in {kind.name for kind in KINDS.values()})
 WIDTHS = tuple(name for name in _LISTS if name not in COUNTS)
 #: letters of `COUNTS`
@@ -68,7 +69,7 @@ def whole(parent: ModelDefinition) -> Candidate:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a candidate costs.
+    """Costs of a candidate.
 
     Attributes:
         parameters: without vocabulary padding.
@@ -86,7 +87,7 @@ class Candidates:
     """The candidates of a grid within a budget: iterate to get them, lazily and in a fixed order.
 
     Args:
-        parent: what is compressed.
+        parent: the model that is compressed.
         grid, budget: of the recipe; see the schema. Without `budget.context` memory is that of one token.
         layer_scores: [layers], by which layers stay; `grid.depth` needs them.
     Errors:
@@ -144,9 +145,7 @@ class Candidates:
         """Return what a candidate costs; exact for its parameters."""
         other, per_layer = self._parts(candidate.widths)
         parts = [(1, other), *zip(candidate, per_layer, strict=False)]
-        memory = InferenceMemory(
-            *(sum(n * getattr(part.memory, f.name) for n, part in parts) for f in fields(InferenceMemory))
-        )
+        memory = _memory((n, part.memory) for n, part in parts)
         unread = other.memory.total - other.read
         return Cost(sum(n * part.parameters for n, part in parts), memory, memory.total - unread)
 
@@ -200,7 +199,7 @@ class Candidates:
         return self.cost(least), f"the smallest ({said})"
 
     def _parts(self, widths: dict[str, int]) -> tuple[Cost, list[Cost]]:
-        """Return what is there anyway costs, and one layer of each of `COUNTS`, in a model of these widths."""
+        """Return what stays in any candidate costs, and one layer of each of `COUNTS`, in a model of these widths."""
         budget, shape = self.budget, replace(self.parent, **widths)
         value = BYTES[budget.weights]
         serving = Serving(
@@ -210,12 +209,24 @@ class Candidates:
             kv_bytes=BYTES[budget.kv_cache],
             ssm_bytes=BYTES[budget.states],
         )
-        blocks = [shape.block(letter) for letter in _LETTERS]
-        memory = [layer_memory(block, serving) for block in blocks]
-        other = InferenceMemory(shape.other_parameters * value, 0.0, 0.0, 0.0)
+
+        def layer(letter: str) -> Cost:
+            block = shape.block(letter)
+            memory = layer_memory(block, serving)
+            return Cost(block.parameters, memory, memory.total)
+
+        stay = [layer(letter) for letter in self.parent.pattern if letter not in _LETTERS]
+        outside = InferenceMemory(shape.other_parameters * value, 0.0, 0.0, 0.0)
+        memory = _memory((1, part) for part in (outside, *(each.memory for each in stay)))
         unread = shape.vocab_size * shape.hidden_size * value  # rows of the embedding are looked up
-        layers = [Cost(block.parameters, part, part.total) for block, part in zip(blocks, memory, strict=True)]
-        return Cost(shape.other_parameters, other, other.total - unread), layers
+        parameters = shape.other_parameters + sum(each.parameters for each in stay)
+        return Cost(parameters, memory, memory.total - unread), [layer(letter) for letter in _LETTERS]
+
+
+def _memory(parts: Iterable[tuple[int, InferenceMemory]]) -> InferenceMemory:
+    """Return the sum of numbers of parts."""
+    counted = list(parts)
+    return InferenceMemory(*(sum(n * getattr(part, f.name) for n, part in counted) for f in fields(InferenceMemory)))
 
 
 def _by_kind(parent: ModelDefinition, grid: GridSchema) -> list[tuple[int, ...]]:
@@ -229,15 +240,17 @@ def _by_depth(parent: ModelDefinition, grid: GridSchema, scores: np.ndarray | No
     if scores is None:
         raise ValueError("grid.depth needs the layers' scores")
     listed = {letter: counts for letter, name in zip(_LETTERS, COUNTS, strict=True) if (counts := getattr(grid, name))}
-    free = [n for n in np.argsort(-scores, kind="stable") if parent.pattern[n] not in listed]
+    varied = set(_LETTERS) - set(listed)
+    free = [n for n in np.argsort(-scores, kind="stable") if parent.pattern[n] in varied]
+    stay = sum(letter not in _LETTERS for letter in parent.pattern)
     combinations: set[tuple[int, ...]] = set()
     for depth in sorted(set(grid.depth)):
         for fixed in product(*listed.values()):
-            rest = depth - sum(fixed)
+            rest = depth - stay - sum(fixed)
             if not 0 <= rest <= len(free):
                 raise UserError(
-                    f"grid.depth = {depth} cannot be made of {sum(fixed)} layers of the types with a list and at most "
-                    f"{len(free)} others",
+                    f"grid.depth = {depth} cannot be made of {stay + sum(fixed)} layers of the types with a list and at "
+                    f"most {len(free)} others",
                     hint="change grid.depth, or the numbers of the types",
                 )
             filled = "".join(parent.pattern[n] for n in free[:rest])

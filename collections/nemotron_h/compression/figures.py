@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -18,9 +17,16 @@ from nemotron_h.architecture.blocks.registry import KINDS
 
 #: colours of the kinds of layers, in the registry's order: Mamba-2, attention and FFN as the paper plots them
 _STYLES = ("red", "#d62728"), ("green", "#2ca02c"), ("blue", "#1f77b4"), ("orange", "#ff7f0e"), ("purple", "#9467bd")
-_NAMES, COLOURS = ({letter: style[n] for letter, style in zip(KINDS, cycle(_STYLES), strict=False)} for n in range(2))
-#: what the colours of `patterns` mean: red Mamba-2, blue FFN, green attention
-KEY = ", ".join(f"{_NAMES[letter]} {KINDS[letter].title}" for letter in sorted(KINDS, reverse=True))
+
+
+def _style(letter: str) -> tuple[str, str]:
+    """Return name and value of a kind's colour."""
+    return _STYLES[list(KINDS).index(letter) % len(_STYLES)]
+
+
+def colours(pattern: str) -> str:
+    """Return the meaning of the colours in a figure: red Mamba-2, blue FFN, green attention."""
+    return ", ".join(f"{_style(letter)[0]} {KINDS[letter].title}" for letter in sorted(set(pattern), reverse=True))
 
 
 def as_image(figure: Figure) -> str:
@@ -35,9 +41,9 @@ def importance(pattern: str, values: Sequence[float], metric: str) -> Figure:
     """Plot what removing each layer changes (figure 9)."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     axis.plot(range(len(values)), values, color="0.6", linewidth=1, zorder=1)
-    for symbol, kind in sorted(KINDS.items()):
-        layers = [n for n, letter in enumerate(pattern) if letter == symbol]
-        axis.scatter(layers, [values[n] for n in layers], s=28, color=COLOURS[symbol], label=kind.title, zorder=2)
+    for symbol in sorted(set(pattern)):
+        layers, label = [n for n, letter in enumerate(pattern) if letter == symbol], KINDS[symbol].title
+        axis.scatter(layers, [values[n] for n in layers], s=28, color=_style(symbol)[1], label=label, zorder=2)
     axis.set(xlabel="layer", ylabel=f"{metric} when it is removed", yscale="log" if min(values) > 0 else "linear")
     axis.legend(frameon=False, ncols=3)
     return figure
@@ -77,7 +83,7 @@ def patterns(pattern: str, dropped: Mapping[str, Sequence[int]]) -> Figure:
     """Plot which layers each chosen candidate drops (figure 11)."""
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.45 * len(dropped)), layout="constrained")
     for number, symbol in enumerate(pattern):
-        axis.axvline(number, color=COLOURS[symbol], linestyle=":", linewidth=0.9)
+        axis.axvline(number, color=_style(symbol)[1], linestyle=":", linewidth=0.9)
     for row, layers in enumerate(dropped.values()):
         axis.scatter(layers, [row] * len(layers), s=45, color="black", zorder=3)
     axis.set_yticks(range(len(dropped)), list(dropped), fontsize="small")

@@ -43,7 +43,7 @@ NORM = "norm"
 
 @dataclass(frozen=True)
 class Scores:
-    """One number per layer and channel; what has the higher number stays.
+    """Numbers for layers and channels; those with the higher ones stay.
 
     Attributes:
         layers: [layers].
@@ -148,7 +148,7 @@ class Importance:
                 {"layer": number, "type": block.name, self.metric: float(value), "mean_rank": float(rank)}
                 for number, (block, value, rank) in enumerate(zip(self.definition.blocks, values, ranks, strict=True))
             ],
-            "model": asdict(self.definition),
+            "model": _record(self.definition),
             "sha256": file_sha256(folder / VALUES),
         }
         write_json(folder / RECORD, record)
@@ -180,6 +180,11 @@ class Importance:
         if definition is not None:
             check_parent(recorded, definition, f"importance {folder}")
         return cls(recorded, record["metric"], layers, tensors, record["settings"])
+
+
+def _record(definition: ModelDefinition) -> dict[str, Any]:
+    """Return a definition as the artefact states it, `overrides` only where layers have widths of their own."""
+    return {key: value for key, value in asdict(definition).items() if key != "overrides" or value}
 
 
 def measure(
@@ -223,7 +228,7 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     text = hashlib.sha256(layer_windows.tobytes() + width_windows.tobytes()).hexdigest()
-    so_far = Unfinished(unfinished, json.dumps([record, metric, text, asdict(d)], sort_keys=True))
+    so_far = Unfinished(unfinished, json.dumps([record, metric, text, _record(d)], sort_keys=True))
     weight = work(d, 1, 0)
     layers = measure_layers(
         model, layer_windows, metric, lambda done: advance(done * weight), device, so_far.layers, so_far.keep_layers

@@ -143,7 +143,7 @@ def _pictures(
     dropped = {name: sorted(set(range(parent.num_layers)) - layers[name]) for name in ranking["chosen"]}
     yield (
         "Layers that the chosen candidates drop",
-        f"Dotted lines are the parent's layers: {figures.KEY} (paper, figure 11).",
+        f"Dotted lines are the parent's layers: {figures.colours(parent.pattern)} (paper, figure 11).",
         image(figures.patterns(parent.pattern, dropped)),
     )
     yield (

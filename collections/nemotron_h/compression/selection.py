@@ -1,4 +1,4 @@
-"""From a candidate's numbers to a child: the most important layers and channels stay."""
+"""Choose the layers and channels of a candidate's child: the most important ones stay."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def top_channels(block: Block, scores: np.ndarray | None, widths: Mapping[str, i
 
 def child_of(parent: ModelDefinition, scores: Scores, candidate: Candidate) -> Child:
     """Return the child that a candidate stands for: the same layers and channels each time."""
-    layers = top_layers(parent.pattern, scores.layers, candidate.layers)
+    # layers of a kind that a grid has no list for stay
+    counts = {**{letter: parent.count(letter) for letter in parent.pattern}, **candidate.layers}
+    layers = top_layers(parent.pattern, scores.layers, counts)
     widths = candidate.widths
     chosen = {layer: top_channels(parent.blocks[layer], scores.inner.get(layer), widths) for layer in layers}
     child = Child(layers, top(scores.hidden, candidate.hidden_size), chosen)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.blocks.block import Cut, Matrix, stays
+from nemotron_h.architecture.blocks.block import Cut, Indices, stays
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
@@ -95,12 +95,9 @@ class Masked:
             x = x + self.forward.layer(layer, self.forward.weights(layer), x, mask=mask)
         return self.forward.logits(x)
 
-    def _matrix(self, layer: int) -> Matrix:
-        return self.forward.definition.blocks[layer].matrices()[-1]
-
-    def _mask(self, kept: np.ndarray, size: int) -> Tensor:
+    def _mask(self, indices: Indices, size: int) -> Tensor:
         mask = torch.zeros(size, **self._like)
-        mask[torch.from_numpy(kept)] = 1
+        mask[torch.from_numpy(indices)] = 1
         return mask
 
 
