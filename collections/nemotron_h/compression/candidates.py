@@ -249,8 +249,8 @@ def _by_depth(parent: ModelDefinition, grid: GridSchema, scores: np.ndarray | No
             rest = depth - stay - sum(fixed)
             if not 0 <= rest <= len(free):
                 raise UserError(
-                    f"grid.depth = {depth} cannot be made of {stay + sum(fixed)} layers of the types with a list and at "
-                    f"most {len(free)} others",
+                    f"grid.depth = {depth} cannot be made of {stay + sum(fixed)} layers of the types with a list and at"
+                    f" most {len(free)} others",
                     hint="change grid.depth, or the numbers of the types",
                 )
             filled = "".join(parent.pattern[n] for n in free[:rest])
