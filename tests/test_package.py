@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,19 +11,16 @@ import pytest
 from nemotron_h.recipe.compose import compose, configs_dir, known_recipes, recipes_dir
 from nemotron_h.schema.recipe import PIPELINES
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_package_is_listed() -> None:
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+def test_every_package_is_found() -> None:
+    """With setup.py, which `pip install` runs: a folder of the library without an `__init__.py` would not ship."""
+    code = "import runpy, setuptools as s; s.setup = lambda packages: print(*packages); runpy.run_path('setup.py')"
+    listed = set(subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split())
     library = ROOT / "collections" / "nemotron_h"
-    found = {".".join(("nemotron_h", *path.parent.relative_to(library).parts)) for path in library.rglob("__init__.py")}
-    assert listed == found | {"nemotron_h.configs", "nemotron_h.data_blends", "nemotron_h.recipes"}
+    modules = {".".join(("nemotron_h", *path.parent.relative_to(library).parts)) for path in library.rglob("*.py")}
+    assert listed == modules | {"nemotron_h.configs", "nemotron_h.data_blends", "nemotron_h.recipes"}
 
 
 def test_installed_folders_are_the_repository_s() -> None:
@@ -44,8 +42,6 @@ def test_every_recipe_composes_and_is_a_short_diff(name: str) -> None:
 
 
 def test_composing_imports_no_torch() -> None:
-    import subprocess
-
     code = (
         "import sys; from nemotron_h.recipe.compose import compose;"
         "compose('nemotron_h_tiny/pretrain'); print('torch' in sys.modules)"

@@ -84,7 +84,8 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
     """The runs, by kind and seed; pruned checkpoints are written."""
     from nemotron_h.compression import distillations
     from nemotron_h.compression.child import child_definition
-    from nemotron_h.compression.minipuzzle import WINNER, candidate_of
+    from nemotron_h.compression.pipeline.context import candidate_of
+    from nemotron_h.compression.pipeline.select import WINNER
     from nemotron_h.compression.selection import child_of
     from nemotron_h.compression.slicing import write_child
 
@@ -96,7 +97,7 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
         drawn = child_of(made.definition, scores.shuffle(seed), candidate)
         start = folder / f"pruned-random-{seed}"
         if not (start / "integrity.json").exists():
-            write_child(made.parent_checkpoint, drawn, start, f"random-{seed}")
+            write_child(made.parent.checkpoint, drawn, start, f"random-{seed}")
         given = dataclasses.replace(made.recipe, data=dataclasses.replace(made.recipe.data, seed=1000 + seed))
         given.init_seed = 1000 + seed
         students = {
@@ -106,10 +107,10 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
         for kind, (definition, checkpoint) in students.items():
             name = f"{kind}-{seed}"
             found[kind, seed] = distillations.run_of(
-                given, name, definition, checkpoint, made.parent_checkpoint, given.tokens, folder
+                given, name, definition, checkpoint, made.parent.checkpoint, given.tokens, folder
             )
         scratch = distillations.run_of(
-            given, f"scratch-{seed}", made.definition_of(candidate), start, made.parent_checkpoint, given.tokens, folder
+            given, f"scratch-{seed}", made.definition_of(candidate), start, made.parent.checkpoint, given.tokens, folder
         )
         scratch.recipe.stage, scratch.recipe.init.checkpoint, scratch.recipe.distill = "pretrain", None, None
         scratch.recipe.sources = {}  # they speak of a distillation
@@ -121,9 +122,10 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
 
 def report(made, runs: dict, out: Path, console: Console) -> None:
     """Measure every run on the held-out text that no choice has seen, and print."""
-    from nemotron_h.compression.minipuzzle import HALVES, REPORTED, WINNER
+    from nemotron_h.compression.pipeline.select import WINNER
+    from nemotron_h.compression.pipeline.text import HALVES, REPORTED
 
-    winner, parent = made.read("select", WINNER), made.parent_score(REPORTED).loss
+    winner, parent = made.read("select", WINNER), made.parent.own_score(REPORTED).loss
     pruned = winner["pruned"]["loss"]
     losses: dict[str, dict[int, float]] = {}
     for (kind, seed), run in runs.items():

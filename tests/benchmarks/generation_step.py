@@ -18,8 +18,10 @@ from random_model import random_model  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from nemotron_h.inference.generate import Generation  # noqa: E402
-from nemotron_h.inference.model import AttentionWeights, GenerationModel, MambaWeights  # noqa: E402
+from nemotron_h.inference.model import GenerationModel  # noqa: E402
 from nemotron_h.inference.sampling import Sampling  # noqa: E402
+from nemotron_h.model.blocks.attention import AttentionWeights  # noqa: E402
+from nemotron_h.model.blocks.mamba import MambaWeights  # noqa: E402
 from nemotron_h.recipe.checks import definition_of  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from nemotron_h.architecture.definition import FFN, MAMBA, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.planning.flops import flops_per_token
 
 #: a part and the kernel names that belong to it; the first that matches counts
@@ -45,13 +45,13 @@ def floors(
     """
     d, tokens = definition, seq_length * micro_batches
     flops = flops_per_token(d, seq_length, training=True)
-    mamba, ffn = d.count(MAMBA), d.count(FFN)
+    mamba, ffn = d.count("M"), d.count("-")
     layers, states = d.num_layers, 2 * d.mamba_num_groups * d.mamba_state_dim
     linear = flops.linear
     edge = 0.0
     if fp8:  # two layers at each end stay in BF16 (paper 2.3)
         kept = [*d.pattern[:2], *d.pattern[-2:]]
-        edge = flops.mamba_projections * kept.count(MAMBA) / max(mamba, 1) + flops.ffn * kept.count(FFN) / max(ffn, 1)
+        edge = flops.mamba_projections * kept.count("M") / max(mamba, 1) + flops.ffn * kept.count("-") / max(ffn, 1)
     fast = peaks["fp8"] if fp8 else peaks["bf16"]
 
     def bytes_at(values_per_token: float, size: int = 2) -> float:
@@ -59,10 +59,10 @@ def floors(
 
     return {
         "GEMM": tokens * ((linear - edge) / fast + (edge + flops.head) / peaks["bf16"]),
-        "SSD scan": max(tokens * flops.ssd / peaks["bf16"], bytes_at(mamba * (5 * d.d_inner + 3 * states))),
-        "convolution": bytes_at(mamba * 5 * d.conv_channels),
+        "SSD scan": max(tokens * flops.ssd / peaks["bf16"], bytes_at(mamba * (5 * d.block("M").d_inner + 3 * states))),
+        "convolution": bytes_at(mamba * 5 * d.block("M").conv_channels),
         "attention": tokens * flops.attention_core / peaks["bf16"],
-        "norms": bytes_at((layers + 1) * 5 * d.hidden_size + mamba * 8 * d.d_inner),
+        "norms": bytes_at((layers + 1) * 5 * d.hidden_size + mamba * 8 * d.block("M").d_inner),
         "squared ReLU": bytes_at(ffn * 5 * d.ffn_hidden_size),
         "cross entropy": bytes_at(2 * d.vocab_size),
         "additions and other elementwise": bytes_at(layers * 4 * d.hidden_size),

@@ -5,15 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.definition import ATTENTION, MAMBA, ModelDefinition
-from nemotron_h.inference.model import (
-    AttentionWeights,
-    FFNWeights,
-    GenerationModel,
-    MambaWeights,
-    column_major,
-    lay_out,
-)
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.inference.model import GenerationModel, column_major, lay_out
+from nemotron_h.model.blocks.attention import AttentionWeights
+from nemotron_h.model.blocks.ffn import FFNWeights
+from nemotron_h.model.blocks.mamba import MambaWeights
 
 
 def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, seed: int = 0) -> GenerationModel:
@@ -32,19 +28,19 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
         return vector(size, 0.5, 1.5)
 
     def layer(symbol: str) -> MambaWeights | AttentionWeights | FFNWeights:
-        if symbol == MAMBA:
+        if symbol == "M":
             return MambaWeights(
                 norm(),
-                matrix(d.in_proj_size, d.hidden_size),
-                matrix(d.conv_channels, d.conv_kernel),
-                vector(d.conv_channels, -1, 1),
+                matrix(d.block("M").in_proj_size, d.hidden_size),
+                matrix(d.block("M").conv_channels, d.conv_kernel),
+                vector(d.block("M").conv_channels, -1, 1),
                 -vector(d.mamba_num_heads, 0.05, 4, exact),
                 vector(d.mamba_num_heads, -1, 1, exact),
                 vector(d.mamba_num_heads, -4, 1, exact),
-                norm(d.d_inner),
-                matrix(d.hidden_size, d.d_inner),
+                norm(d.block("M").d_inner),
+                matrix(d.hidden_size, d.block("M").d_inner),
             )
-        if symbol == ATTENTION:
+        if symbol == "*":
             queries = d.num_attention_heads * d.head_dim
             return AttentionWeights(
                 norm(),

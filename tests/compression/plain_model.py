@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from small_model import scale_one
 
-from nemotron_h.architecture.definition import ATTENTION, MAMBA, Expect, ModelDefinition, family_of
-from nemotron_h.inference.model import AttentionWeights, FFNWeights, GenerationModel, MambaWeights
+from nemotron_h.architecture.blocks.families import family_of
+from nemotron_h.architecture.definition import Expect, ModelDefinition
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.model.blocks.attention import AttentionWeights
+from nemotron_h.model.blocks.ffn import FFNWeights
+from nemotron_h.model.blocks.mamba import MambaWeights
 
 WIDTHS = {
     "M": {
@@ -50,26 +54,27 @@ def model(d: ModelDefinition, dtype: torch.dtype = torch.float64, seed: int = 0)
 
     def layer(n: int, symbol: str):
         norm = take(f"{n}.norm.weight", d.hidden_size)
-        if symbol == MAMBA:
+        b = d.blocks[n]
+        if symbol == "M":
             return MambaWeights(
                 norm,
-                take(f"{n}.in_proj", d.in_proj_size, d.hidden_size),
-                take(f"{n}.conv1d.weight", d.conv_channels, d.conv_kernel),
-                take(f"{n}.conv1d.bias", d.conv_channels),
-                take(f"{n}.A_log", d.mamba_num_heads),
-                take(f"{n}.D", d.mamba_num_heads),
-                take(f"{n}.dt_bias", d.mamba_num_heads),
-                take(f"{n}.gated.norm.weight", d.d_inner),
-                take(f"{n}.out_proj", d.hidden_size, d.d_inner),
+                take(f"{n}.in_proj", b.in_proj_size, d.hidden_size),
+                take(f"{n}.conv1d.weight", b.conv_channels, b.conv_kernel),
+                take(f"{n}.conv1d.bias", b.conv_channels),
+                take(f"{n}.A_log", b.mamba_num_heads),
+                take(f"{n}.D", b.mamba_num_heads),
+                take(f"{n}.dt_bias", b.mamba_num_heads),
+                take(f"{n}.gated.norm.weight", b.d_inner),
+                take(f"{n}.out_proj", d.hidden_size, b.d_inner),
             )
-        if symbol == ATTENTION:
-            queries = d.num_attention_heads * d.head_dim
-            rows = queries + 2 * d.num_query_groups * d.head_dim
+        if symbol == "*":
+            queries = b.num_attention_heads * b.head_dim
+            rows = queries + 2 * b.num_query_groups * b.head_dim
             return AttentionWeights(
                 norm, take(f"{n}.qkv", rows, d.hidden_size), take(f"{n}.proj", d.hidden_size, queries)
             )
         return FFNWeights(
-            norm, take(f"{n}.up", d.ffn_hidden_size, d.hidden_size), take(f"{n}.down", d.hidden_size, d.ffn_hidden_size)
+            norm, take(f"{n}.up", b.ffn_hidden_size, d.hidden_size), take(f"{n}.down", d.hidden_size, b.ffn_hidden_size)
         )
 
     embedding = take("embedding", d.vocab_size, d.hidden_size)

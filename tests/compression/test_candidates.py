@@ -12,8 +12,13 @@ import plain_model
 import pytest
 import yaml
 
+from nemotron_h.architecture.blocks.ffn import FFN
+from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.compression.candidates import Candidate, Candidates, Cost, whole
+from nemotron_h.compression.child import child_definition
+from nemotron_h.compression.importance import Scores
+from nemotron_h.compression.selection import child_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.sizes import BYTES
 from nemotron_h.planning.inference import Serving, inference_memory
@@ -198,6 +203,31 @@ def test_depth_takes_the_most_important_of_the_types_without_a_list() -> None:
         layers(depth=[7], attention=[0])
     with pytest.raises(ValueError, match="needs the layers' scores"):
         Candidates(d, GridSchema(depth=[3]), everything)
+
+
+def test_layers_of_a_kind_without_a_list_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count, and are as narrow as the others whose width they share."""
+
+    class Other(FFN):
+        letter, name = "G", "other"
+
+    monkeypatch.setitem(KINDS, "G", Other)
+    d = plain_model.definition("MG-M*G-")
+    scores = Scores(
+        np.arange(7.0),
+        np.arange(48.0),
+        {n: np.arange(80.0) for n in (1, 2, 5, 6)} | dict.fromkeys((0, 3), np.ones((16, 16))),
+    )
+    grid = GridSchema(depth=[4], ffn_hidden_size=[40])
+    (candidate,) = candidates = Candidates(d, grid, BudgetSchema(context=64), scores.layers)
+    assert (candidate.layers, candidate.name) == ({"*": 1, "M": 0, "-": 1}, "a1-m0-f1-ffn40-h48-heads16x16")
+    child = child_of(d, scores, candidate)
+    assert child.layers == (1, 4, 5, 6)
+    definition = child_definition(d, child, "child")
+    assert (definition.pattern, definition.ffn_hidden_size, definition.overrides) == ("G*G-", 40, {})
+    cost = candidates.cost(candidate)
+    assert cost.parameters == definition.parameters
+    assert cost.memory == inference_memory(definition, Serving(64))
 
 
 def test_limits_that_exclude_each_other(parent: ModelDefinition) -> None:

@@ -18,7 +18,7 @@ from nemotron_h.compression.child import Child
 from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.importance import Importance, Scores, work
 from nemotron_h.compression.importance import measure as measure_all
-from nemotron_h.compression.selection import child_of, kept_layers
+from nemotron_h.compression.selection import child_of, top_layers
 from nemotron_h.compression.slicing import Masked, slice_model
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
@@ -49,7 +49,7 @@ def test_forward_is_the_training_model_s_and_generation_s(tmp_path: Path, megatr
     forward, ids = Forward(loaded), torch.from_numpy(windows())
     x = forward.embed(ids)
     for index in range(loaded.definition.num_layers):
-        x = x + forward.layer(forward.weights(index), x)
+        x = x + forward.layer(index, forward.weights(index), x)
     with torch.no_grad():
         assert relative_error(forward.logits(x), trained(ids)[..., :300]) < 1e-5
     generated = loaded.logits(loaded.extend(ids, loaded.new_states(*ids.shape)))
@@ -89,10 +89,10 @@ def test_widths_against_their_formulas(model, found: Importance) -> None:
     inputs = []
     for index in range(d.num_layers):
         inputs.append(torch.nn.functional.rms_norm(x, x.shape[-1:], model.layers[index].norm, d.norm_epsilon))
-        x = x + forward.layer(forward.weights(index), x)
+        x = x + forward.layer(index, forward.weights(index), x)
     activations = {
         "layers.6.neurons": (inputs[6] @ model.layers[6].up.T).clamp(min=0) ** 2,
-        "layers.5.x": inputs[5] @ model.layers[5].in_proj[d.d_inner : 2 * d.d_inner].T,
+        "layers.5.x": inputs[5] @ model.layers[5].in_proj[d.blocks[5].d_inner : 2 * d.blocks[5].d_inner].T,
         "layers.3.norm": inputs[3],
     }
     for name, values in activations.items():
@@ -214,14 +214,14 @@ def test_selection_by_hand() -> None:
     """Heads stay by group, and by their scores over the channels that stay; the same channels in all heads."""
     d = plain_model.definition("M-", mamba_num_heads=4, mamba_head_dim=3, ffn_hidden_size=4)
     x = np.array([[5, 0, 1], [1, 9, 0], [4, 0, 0], [2, 2, 0]], dtype=float)  # channel 1 is the strongest, then 0
-    scores = Scores(np.array([0.0, 1.0]), np.arange(48.0), {1: np.array([3.0, 1, 2, 1])}, {0: x})
+    scores = Scores(np.array([0.0, 1.0]), np.arange(48.0), {0: x, 1: np.array([3.0, 1, 2, 1])})
     child = child_of(d, scores, Candidate(0, 1, 1, 2, 40, 2, 1))
-    assert child.channels[0].tolist() == [1]
-    assert child.heads[0].tolist() == [1, 3]  # without the cut of channels, head 2 is stronger than 3
-    assert child.neurons[1].tolist() == [0, 2]
+    assert child.kept[0]["channels"].tolist() == [1]
+    assert child.kept[0]["heads"].tolist() == [1, 3]  # without the cut of channels, head 2 is stronger than 3
+    assert child.kept[1]["neurons"].tolist() == [0, 2]
     assert child.hidden.tolist() == list(range(8, 48))
     two = child_of(d, scores, Candidate(0, 1, 1, 2, 40, 2, 3))
-    assert two.heads[0].tolist() == [1, 2]
+    assert two.kept[0]["heads"].tolist() == [1, 2]
 
 
 def test_importance_beats_its_controls(model, found: Importance) -> None:
@@ -272,7 +272,7 @@ def test_published_importance_gives_the_published_candidate() -> None:
     scores = np.full(parent.num_layers, 1000.0)
     for layers in PUBLISHED.values():
         scores[layers] = np.arange(len(layers))
-    kept = set(kept_layers(parent.pattern, scores, {"*": 5, "M": 44, "-": 49}))
+    kept = set(top_layers(parent.pattern, scores, {"*": 5, "M": 44, "-": 49}))
     dropped = {7, 29, 73, 77, 79, 81, 83, 84, 86, 87, 88, 89, 90, 91, 93, 95, 96, 97, 99, 101}
     published = set(range(parent.num_layers)) - dropped
     assert "".join(parent.pattern[n] for n in sorted(published)) == child.pattern

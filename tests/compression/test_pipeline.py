@@ -56,10 +56,11 @@ def test_the_result_is_of_text_that_no_choice_has_seen(compressed: tuple[Tiny, R
     result = json.loads((tiny.root / "export" / "result.json").read_text())
     ranking = json.loads((tiny.root / "score" / "ranking.json").read_text())
     made = tiny.made()
+    text = made.text.held_out
     assert result["text"]["report"] == "the second half of each source's validation text"
     assert result["validation"]["parent"]["loss"] != ranking["parent"]["loss"]
-    assert not {tuple(w) for w in made.text["choice"].tolist()} & {tuple(w) for w in made.text["report"].tolist()}
-    child = made.score(load_model(child_of(tiny), dtype=torch.float32), "report")
+    assert not {tuple(w) for w in text["choice"].tolist()} & {tuple(w) for w in text["report"].tolist()}
+    child = made.parent.score(load_model(child_of(tiny), dtype=torch.float32), "report")
     assert result["validation"]["child"] == pytest.approx(vars(child))
     loss = {word: score["loss"] for word, score in result["validation"].items()}
     assert loss["parent"] < loss["child"] < loss["pruned"]

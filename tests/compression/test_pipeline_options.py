@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from tiny_pipeline import Tiny
 
-from nemotron_h.compression import minipuzzle
+from nemotron_h.compression.pipeline import candidates
 from nemotron_h.core.errors import UserError
 from nemotron_h.launch.runs import Run
 
@@ -107,7 +107,7 @@ def test_a_measured_speed(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(0.1 < row["speedup"] < 10 for row in rows)
     # what was measured is kept, and decides: only the two of five layers stay
     speeds = {row["name"]: 2.0 if row["mamba"] + row["ffn"] == 4 else 1.0 for row in rows}
-    monkeypatch.setattr(minipuzzle, "generation_speed", lambda model, _: speeds.get(model.definition.name[5:], 1.0))
+    monkeypatch.setattr(candidates, "generation_speed", lambda model, _: speeds.get(model.definition.name[5:], 1.0))
     made, _ = compress(tiny, tmp_path, measured[0], "minipuzzle.budget.speedup=1.5", last="score")
     assert set(kept(made)) == {name for name, speed in speeds.items() if speed == 2}
     with pytest.raises(UserError, match=r"minipuzzle.budget.speedup = 1000: no candidate generates as fast") as raised:

@@ -13,7 +13,9 @@ from tiny_pipeline import Tiny
 from typer.testing import Result
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.compression import minipuzzle, unfinished
+from nemotron_h.compression import unfinished
+from nemotron_h.compression.pipeline import context
+from nemotron_h.compression.pipeline import select as select_stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
 
@@ -50,7 +52,7 @@ def importance(tiny: Tiny, patch: Patch) -> None:
 
 
 def candidates(tiny: Tiny, patch: Patch) -> None:
-    in_call(patch, minipuzzle, "child_definition", 2)
+    in_call(patch, context, "child_definition", 2)
 
 
 def score(tiny: Tiny, patch: Patch) -> None:
@@ -63,13 +65,13 @@ def short_distil(tiny: Tiny, patch: Patch) -> None:
 
 
 def select(tiny: Tiny, patch: Patch) -> None:
-    original = minipuzzle.write_json
+    original = select_stage.write_json
 
     def half(path: Path, content: object) -> None:
         original(path.with_name("unfinished.json"), content)
         raise KeyboardInterrupt
 
-    patch.setattr(minipuzzle, "write_json", half)
+    patch.setattr(select_stage, "write_json", half)
 
 
 def distil(tiny: Tiny, patch: Patch) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nemotron_h.compression.ranking import order, pareto, places
-from nemotron_h.compression.scoring import Predictions, Score
+from nemotron_h.compression.scoring import Predictions, Score, order, pareto, places
 
 
 def scores(*pairs: tuple[float, float]) -> list[Score]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from small_model import relative_error, small_config, small_model
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
 from nemotron_h.compression import slicing
+from nemotron_h.compression.candidates import Candidates
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
+from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 
 AXES = ("layers", "hidden", "neurons", "heads", "channels", "all")
 
@@ -36,19 +39,24 @@ def draw_child(d: ModelDefinition, axis: str, seed: int = 0) -> Child:
 
     layers = tuple(some(d.num_layers, 0.75).tolist()) if on("layers") else None
     whole = Child.whole(d, layers)
+    hidden = some(d.hidden_size) if on("hidden") else whole.hidden
+    kept = {layer: dict(axes) for layer, axes in whole.kept.items()}
     per_group = d.mamba_num_heads // max(d.mamba_num_groups, 1)
-    return Child(
-        whole.layers,
-        some(d.hidden_size) if on("hidden") else whole.hidden,
-        {n: some(d.ffn_hidden_size) if on("neurons") else kept for n, kept in whole.neurons.items()},
-        {
-            n: np.concatenate([some(per_group) + g * per_group for g in range(d.mamba_num_groups)])
-            if on("heads")
-            else kept
-            for n, kept in whole.heads.items()
-        },
-        {n: some(d.mamba_head_dim) if on("channels") else kept for n, kept in whole.channels.items()},
-    )
+    for name, draw_one in (
+        ("neurons", lambda: some(d.ffn_hidden_size)),
+        ("heads", lambda: np.concatenate([some(per_group) + g * per_group for g in range(d.mamba_num_groups)])),
+        ("channels", lambda: some(d.mamba_head_dim)),
+    ):
+        for axes in kept.values():
+            if on(name) and name in axes:
+                axes[name] = draw_one()
+    return Child(whole.layers, hidden, kept)
+
+
+def exchanged(child: Child, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Child:
+    """Return the child with another choice on one axis of every layer."""
+    kept = {n: {key: change(v) if key == name else v for key, v in axes.items()} for n, axes in child.kept.items()}
+    return replace(child, kept=kept)
 
 
 def tokens(length: int = 60, seed: int = 0) -> torch.Tensor:
@@ -67,6 +75,38 @@ def test_slice_computes_what_the_masked_parent_does(axis: str, groups: int) -> N
     unmasked = slicing.Masked(parent, Child.whole(d))
     assert slicing.logits_error(unmasked, parent, tokens()) < 1e-12
     assert slicing.logits_error(unmasked, sliced, tokens()) > 0.1
+
+
+def uneven_child(d: ModelDefinition) -> Child:
+    """Return a child of `M-M*-M-` whose third and last layer keep fewer channels than the others of their kinds."""
+    child = Child.whole(d, (0, 2, 3, 4, 5, 6))
+    per_group = d.mamba_num_heads // d.mamba_num_groups
+    heads = np.concatenate([np.arange(1, per_group, 2) + g * per_group for g in range(d.mamba_num_groups)])
+    narrow = {2: {"heads": heads, "channels": np.arange(0, 10, 2)}, 6: {"neurons": np.arange(3, 53)}}
+    return replace(child, hidden=np.arange(8, d.hidden_size), kept={**child.kept, **narrow})
+
+
+def test_layers_of_one_kind_may_differ() -> None:
+    """The definition states most layers' widths once and the others' in `overrides`; the slice computes the same."""
+    d = plain_model.definition()
+    parent, child = plain_model.model(d), uneven_child(d)
+    sliced = slicing.slice_model(parent, child)
+    assert sliced.definition.pattern == "MM*-M-"
+    assert (sliced.definition.mamba_num_heads, sliced.definition.ffn_hidden_size) == (16, 80)
+    assert sliced.definition.overrides == {1: {"mamba_num_heads": 8, "mamba_head_dim": 5}, 5: {"ffn_hidden_size": 50}}
+    sizes = sum(t.numel() for w in sliced.layers for t in vars(w).values()) + 2 * 300 * 40 + 40
+    assert sliced.definition.expect.parameters == sizes
+    assert slicing.logits_error(slicing.Masked(parent, child), sliced, tokens()) < 1e-12
+    # a child of that child, by another choice in every layer
+    again = Child.whole(sliced.definition, (0, 1, 3, 5))
+    again = exchanged(exchanged(again, "channels", lambda kept: kept[1:]), "neurons", lambda kept: kept[::2])
+    quarter = slicing.slice_model(sliced, again)
+    assert quarter.definition.overrides == {1: {"mamba_num_heads": 8, "mamba_head_dim": 4}, 3: {"ffn_hidden_size": 25}}
+    assert slicing.logits_error(slicing.Masked(sliced, again), quarter, tokens()) < 1e-12
+    with pytest.raises(UserError, match=r"small has widths of their own in layers 2, 5 \(model.overrides\)"):
+        Candidates(
+            replace(d, overrides={5: {"mamba_head_dim": 8}, 2: {"mamba_head_dim": 8}}), GridSchema(), BudgetSchema()
+        )
 
 
 @pytest.mark.parametrize(
@@ -93,16 +133,16 @@ def test_gate_sees_a_wrong_slice() -> None:
         return np.sort(np.append(kept[1:], np.setdiff1d(np.arange(size), kept)[0]))
 
     per_group = d.mamba_num_heads // d.mamba_num_groups
-    kept_per_group = len(next(iter(child.heads.values()))) // d.mamba_num_groups
+    kept_per_group = next(len(axes["heads"]) for axes in child.kept.values() if "heads" in axes) // d.mamba_num_groups
 
     def other_heads(kept: np.ndarray) -> np.ndarray:
         return np.concatenate([other(kept[:kept_per_group], per_group), kept[kept_per_group:]])
 
     wrong = [
-        replace(child, heads={n: other_heads(kept) for n, kept in child.heads.items()}),
+        exchanged(child, "heads", other_heads),
         replace(child, hidden=other(child.hidden, d.hidden_size)),
-        replace(child, neurons={n: other(kept, d.ffn_hidden_size) for n, kept in child.neurons.items()}),
-        replace(child, channels={n: other(kept, d.mamba_head_dim) for n, kept in child.channels.items()}),
+        exchanged(child, "neurons", lambda kept: other(kept, d.ffn_hidden_size)),
+        exchanged(child, "channels", lambda kept: other(kept, d.mamba_head_dim)),
     ]
     masked = slicing.Masked(parent, child)
     for mistaken in wrong:
@@ -119,10 +159,12 @@ def test_impossible_children() -> None:
         (replace(whole, layers=(0, 9)), "layers: not ascending numbers from 0 to 6"),
         (replace(whole, layers=(1, 0)), "layers: not ascending"),
         (replace(whole, hidden=np.arange(49)), "hidden: not ascending numbers from 0 to 47"),
-        (replace(whole, neurons={1: np.arange(80)}), r"neurons: given for layers \[1\], the kept ffn are \[1, 4, 6\]"),
-        (replace(whole, heads={**whole.heads, 0: np.arange(15)}), "heads: the layers keep different numbers"),
         (
-            replace(whole, heads=dict.fromkeys((0, 2, 5), np.arange(2, 16))),
+            replace(whole, kept={**whole.kept, 4: {}, 6: {}}),
+            r"neurons: given for layers \[1\], the kept ffn are \[1, 4, 6\]",
+        ),
+        (
+            exchanged(whole, "heads", lambda _: np.arange(2, 16)),
             r"heads of layer 0: the groups keep \[6, 8\], not one number",
         ),
     ):
@@ -182,6 +224,14 @@ def test_written_child(parent: Path, tmp_path: Path) -> None:
     assert definition_from_dict(text, "model.yaml") == made
 
 
+def test_layers_that_differ_are_written_and_read(parent: Path, tmp_path: Path) -> None:
+    d = read_definition(read_record(find_checkpoint(parent)), "")
+    made = slicing.write_child(parent, uneven_child(d), tmp_path / "child", "uneven")
+    assert made.overrides == {1: {"mamba_num_heads": 4, "mamba_head_dim": 5}, 5: {"ffn_hidden_size": 50}}
+    assert load_model(tmp_path / "child").definition == made
+    assert definition_from_dict(yaml.safe_load((tmp_path / "child" / "model.yaml").read_text()), "model.yaml") == made
+
+
 def test_child_goes_on_as_any_other_model(parent: Path, tmp_path: Path) -> None:
     """Megatron loads it, computes the same, and gives gradients to all of its weights; a child of a child is cut."""
     from megatron.core import dist_checkpointing
@@ -230,7 +280,7 @@ def test_wrong_child_is_not_saved(parent: Path, tmp_path: Path, monkeypatch: pyt
     def wrong(d: ModelDefinition, child: Child) -> list:
         made = right(d, child)
         (rows, columns), *rest = made[0]
-        return [((rows.flip(0), columns), *rest), *made[1:]]
+        return [((np.flip(rows), columns), *rest), *made[1:]]
 
     monkeypatch.setattr(slicing, "cuts", wrong)
     with pytest.raises(UserError, match="computes something else than its masked parent: logits differ by"):

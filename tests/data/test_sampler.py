@@ -182,7 +182,7 @@ def test_errors_name_the_source() -> None:
 def test_a_thousand_sources_and_20_trillion_tokens_open_in_two_seconds_and_300_megabytes() -> None:
     program = """
         import random, re, time
-        from nemotron_h.data.sampler import BlendSampler, Segment
+        from nemotron_h.data.feed.sampler import BlendSampler, Segment
 
         rng = random.Random(0)
         tokens = {f"source{n:04d}": rng.randrange(10**7, 10**11) for n in range(1000)}

@@ -157,7 +157,8 @@ def training_step(model: Any, setting: dict[str, Any]) -> Callable[[], float]:
 
 def measure(model: Any, setting: dict[str, Any]) -> dict[str, Any]:
     """Bytes of a setting: planned by part, and on a GPU measured between steps and at the peak of the third."""
-    from nemotron_h.planning.memory import Layout, largest_stage
+    from nemotron_h.architecture.rank import Layout
+    from nemotron_h.planning.memory import largest_stage
 
     gpu = torch.cuda.is_available()
     layout = Layout(precision="bf16", backend="gpu" if gpu else "cpu", **setting)

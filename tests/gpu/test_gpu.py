@@ -156,7 +156,8 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
     assert te.HAVE_TE, "Transformer Engine does not import"
 
     def plain() -> Any:
-        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
     losses = {}
@@ -182,13 +183,14 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
     start()
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from nemotron_h.architecture.adapters import TARGETS
+    from nemotron_h.architecture.adapters import owners
     from nemotron_h.model import adapters, init, layers
     from nemotron_h.model.attention import ScaledDotProductAttention
     from nemotron_h.schema.recipe import AdapterSchema
 
     def plain() -> Any:
-        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
     for kind in ("lora", "dora"):
@@ -198,7 +200,7 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
             ("plain", plain, torch.bfloat16),
             ("exact", plain, torch.float32),
         ):
-            built = model(spec, dtype, adapter=AdapterSchema(kind, 8, 16.0, 0.0, list(TARGETS))).train()
+            built = model(spec, dtype, adapter=AdapterSchema(kind, 8, 16.0, 0.0, list(owners()))).train()
             for place, layer in adapters.adapted(built):
                 # the same numbers under both wrappers, and in both dtypes
                 init.fill(layer.adapter.b, place.removeprefix("module."), init.normal(0.06), 7)
@@ -247,7 +249,8 @@ def test_fused_mixer_equals_separate_kernels() -> None:
     from nemotron_h.model.attention import ScaledDotProductAttention
 
     def plain() -> Any:
-        return layers._stack(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
+        return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     for documents in (False, True):
         (loss, gradients), (loss_apart, apart) = (

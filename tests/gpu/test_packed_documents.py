@@ -83,7 +83,7 @@ def model(pattern: str, precision: str, adapted: bool, changes: dict[str, Any], 
     from megatron.core.transformer.module import Float16Module
     from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
-    from nemotron_h.architecture.adapters import TARGETS
+    from nemotron_h.architecture.adapters import owners
     from nemotron_h.model import adapters, init
     from nemotron_h.model.module import NemotronHConfig
     from nemotron_h.precision.plugins import plugin
@@ -107,7 +107,7 @@ def model(pattern: str, precision: str, adapted: bool, changes: dict[str, Any], 
         "init_method_std": 0.06,
         "fuse_weight_gradients": False,  # there is no gradient buffer without Megatron's DDP
         "gradient_accumulation_fusion": False,
-        "adapter": AdapterSchema("lora", 8, 16.0, 0.0, list(TARGETS)) if adapted else None,
+        "adapter": AdapterSchema("lora", 8, 16.0, 0.0, list(owners())) if adapted else None,
     }
     config = NemotronHConfig(**{**values, **changes, **layout})
     backend = "te" if precision.startswith("fp8") else "auto"

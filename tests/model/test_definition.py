@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
 
-from nemotron_h.architecture.definition import WIDTHS, Expect, ModelDefinition
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 
 #: changes that make the small definition a pure one, its unneeded widths left out
-TRANSFORMER = {"family": "transformer", "pattern": "*-*-", **dict.fromkeys(WIDTHS["M"], 0)}
-MAMBA2 = {"family": "mamba2", "pattern": "MM", **dict.fromkeys(WIDTHS["*"] + WIDTHS["-"], 0)}
+TRANSFORMER = {"family": "transformer", "pattern": "*-*-", **dict.fromkeys(KINDS["M"].widths, 0)}
+MAMBA2 = {"family": "mamba2", "pattern": "MM", **dict.fromkeys(KINDS["*"].widths + KINDS["-"].widths, 0)}
 ROPE = {"position_embedding": "rope", "rope_base": 10000, "rope_percent": 1.0}
 
 
@@ -38,8 +38,7 @@ def definition(**changes) -> ModelDefinition:
     made = ModelDefinition(**values)
     if "expect" in changes:
         return made
-    counts = Expect(*(made.count(s) for s in "M*-"), made.parameters)
-    return dataclasses.replace(made, expect=counts)
+    return made if set(made.pattern) - set(KINDS) else made.counted()
 
 
 @pytest.mark.usefixtures("megatron")

@@ -10,9 +10,9 @@ from small_models import MODELS, as_definition
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemotron_h.architecture.adapters import TARGETS
+from nemotron_h.architecture.adapters import owners
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.planning.flops import flops_per_token, recomputed_per_token, ssd_flops
+from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.recipe.compose import compose
 from nemotron_h.schema.recipe import AdapterSchema
 
@@ -87,13 +87,13 @@ def test_against_torch_s_counter(name: str) -> None:
     again = 0.0
     if "M" in d.pattern:
         gram = 2 * chunk * d.mamba_num_groups * d.mamba_state_dim
-        again = d.count("M") * (gram + 4 * d.mamba_state_dim * d.d_inner)
+        again = d.count("M") * (gram + 4 * d.mamba_state_dim * d.block("M").d_inner)
     assert backward.get_total_flops() / (batch * length) == pytest.approx(2 * expected + again, rel=0.01)
 
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("targets", [list(TARGETS), ["in_proj", "linear_fc2"]], ids=["all", "two"])
+@pytest.mark.parametrize("targets", [list(owners()), ["in_proj", "linear_fc2"]], ids=["all", "two"])
 def test_adapters_against_torch_s_counter(kind: str, targets: list[str]) -> None:
     """The same with frozen weights, by parts that the counter names alike: exactly, with our scan's recomputation."""
     from nemotron_h.model.module import NemotronHConfig
@@ -115,7 +115,9 @@ def test_adapters_against_torch_s_counter(kind: str, targets: list[str]) -> None
         built(input_ids=tokens, labels=tokens).mean().backward()
     planned = flops_per_token(d, length, chunk=chunk, adapter=adapter, micro_batch=batch)
     core = planned.attention_core * (2 * length / (length + 1) - 1)
-    again = d.count("M") * (2 * chunk * d.mamba_num_groups * d.mamba_state_dim + 4 * d.mamba_state_dim * d.d_inner)
+    again = d.count("M") * (
+        2 * chunk * d.mamba_num_groups * d.mamba_state_dim + 4 * d.mamba_state_dim * d.block("M").d_inner
+    )
     expected = planned.total - planned.convolution + core + again
     assert counted.get_total_flops() / (batch * length) == pytest.approx(expected, rel=1e-3)
     whole = flops_per_token(d, length, chunk=chunk)
@@ -136,7 +138,7 @@ def test_scan_against_torch_s_counter(chunk: int) -> None:
     b, c = torch.randn(batch, length, groups, state), torch.randn(batch, length, groups, state)
     with FlopCounterMode(display=False) as counted:
         ssd_chunk_scan(x, torch.rand(batch, length, heads), -torch.rand(heads), b, c, chunk_size=chunk)
-    assert counted.get_total_flops() == length * ssd_flops(d, chunk)
+    assert counted.get_total_flops() == length * d.block("M").scan_flops(chunk)
 
 
 def test_recomputed_layers_are_their_forward() -> None:

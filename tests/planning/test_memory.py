@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from small_models import MODELS, as_definition
 
-from nemotron_h.architecture.adapters import TARGETS, trained_parameters
+from nemotron_h.architecture.adapters import owners, trained_parameters
+from nemotron_h.architecture.blocks import mamba
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.architecture.rank import Layout, Rank
 from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
-from nemotron_h.planning.memory import Layout, largest_stage, plan_memory, rank_adapters, rank_parameters
+from nemotron_h.planning.memory import largest_stage, plan_memory, rank_adapters, rank_parameters
 from nemotron_h.recipe.compose import compose
 from nemotron_h.schema.recipe import AdapterSchema
 
@@ -28,7 +30,7 @@ EVERYTHING = {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_a
 
 def adapter(kind: str, **changes: Any) -> dict[str, Any]:
     """Settings of an adapter on every matrix."""
-    return {"kind": kind, "rank": 16, "alpha": 16.0, "targets": list(TARGETS), **changes}
+    return {"kind": kind, "rank": 16, "alpha": 16.0, "targets": list(owners()), **changes}
 
 
 def definition_100m() -> ModelDefinition:
@@ -185,26 +187,27 @@ def test_states_of_adapters_on_a_gpu() -> None:
 
 def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
     from nemotron_h.model.mixer import FUSED_ALIGNMENT, fused_obstacle
-    from nemotron_h.planning import memory
 
-    assert memory.FUSED_ALIGNMENT == FUSED_ALIGNMENT
+    assert mamba.FUSED_ALIGNMENT == FUSED_ALIGNMENT
     for name in ("nemotron_h_4b", "nemotron_h_8b", "nano_9b_v2"):
         d = definition_from_dict(asdict(compose(name).model), name)
         for tensor in (1, 2, 4, 8):
-            rank = memory._Rank(d, Layout(seq_length=8192, tensor=tensor))
-            assert rank.fused == (not fused_obstacle(d.conv_channels // tensor, d.in_proj_size // tensor))
+            rank, block = Rank(d, Layout(seq_length=8192, tensor=tensor)), d.block("M")
+            obstacle = fused_obstacle(block.conv_channels // tensor, block.in_proj_size // tensor)
+            assert block.fused(rank) == (not obstacle)
 
 
 def test_constants_are_the_code_s() -> None:
+    from nemotron_h.architecture import rank
     from nemotron_h.ops import distillation_loss, linear, select, ssd
     from nemotron_h.planning import flops, memory
     from nemotron_h.platform import lean_adam
 
     assert memory.LEAN_PIECE == lean_adam.PIECE
-    assert memory.KERNEL_CHUNK == flops.CHUNK == select.KERNEL_CHUNK
-    assert memory.CPU_CHUNK == ssd.CPU_CHUNK
-    assert memory.CPU_SEGMENT_ELEMENTS == ssd.SEGMENT_ELEMENTS
-    assert memory.WIDE_BLOCK == linear.BLOCK_BYTES
+    assert mamba.KERNEL_CHUNK == flops.CHUNK == select.KERNEL_CHUNK
+    assert mamba.CPU_CHUNK == ssd.CPU_CHUNK
+    assert mamba.CPU_SEGMENT_ELEMENTS == ssd.SEGMENT_ELEMENTS
+    assert rank.WIDE_BLOCK == linear.BLOCK_BYTES
     assert memory.LOSS_CHUNK == distillation_loss.CHUNK_ELEMENTS
     assert memory.LOSS_BLOCK == distillation_loss.BLOCK_ELEMENTS
 

@@ -135,10 +135,12 @@ def test_states_per_sequence(name: str, ssm_mib: int, kv_kib: int) -> None:
 def test_states_are_those_that_generation_allocates() -> None:
     import torch
 
-    from nemotron_h.inference.states import MambaState, States
+    from nemotron_h.inference.states import States
+    from nemotron_h.model.blocks.mamba import MambaState
+    from nemotron_h.model.blocks.registry import running_layers
 
     d = definition("nemotron_h_tiny")
-    states = States.empty(d, 3, 200, torch.bfloat16, torch.device("meta"))
+    states = States.empty(running_layers(d), 3, 200, torch.bfloat16, torch.device("meta"))
     mamba = [layer for layer in states.layers if isinstance(layer, MambaState)]
     memory = inference_memory(d, Serving(200, sequences=3))
     assert memory.ssm_states == sum(layer.ssm.nbytes for layer in mamba)

@@ -18,7 +18,7 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
-from nemotron_h.model.layers import CpuColumnParallelLinear, CpuRowParallelLinear  # noqa: E402
+from nemotron_h.model.megatron_layers import CpuColumnParallelLinear, CpuRowParallelLinear  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 
 TOKENS, INPUTS, OUTPUTS, LARGEST = 256, 256, 512, 6.0

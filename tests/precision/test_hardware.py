@@ -88,7 +88,7 @@ def test_an_engine_that_breaks_the_import_of_nemo_is_named(tmp_path: Path) -> No
     (package / "__init__.py").write_text('raise OSError("libcublas.so.13: cannot open")')
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.11.0\n")
     done = subprocess.run(
-        [sys.executable, "-c", "from nemotron_h.runtime import quiet; quiet.hush()"],
+        [sys.executable, "-c", "from nemotron_h.platform import quiet; quiet.hush()"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

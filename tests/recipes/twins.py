@@ -20,7 +20,8 @@ import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from megatron.core import num_microbatches_calculator, parallel_state  # noqa: E402
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition  # noqa: E402
+from nemotron_h.architecture.blocks.registry import KINDS  # noqa: E402
+from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: E402
 from nemotron_h.data.blend import load_blend  # noqa: E402
 from nemotron_h.data.prepare.pipeline import prepare  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
@@ -71,7 +72,7 @@ class Losses(pl.Callback):
 def head_of(family: str, pattern: str) -> str:
     """The pattern's head that follows its family's rules: to the first attention layer and its FFN, or two pairs."""
     if family == "nemotron_h":
-        return pattern[: pattern.index(ATTENTION) + 2]
+        return pattern[: pattern.index("*") + 2]
     return pattern[:4]
 
 
@@ -79,14 +80,14 @@ def shrunken(name: str) -> list[str]:
     """The overrides that make a recipe's twin."""
     recipe = compose(name)
     model, pattern = recipe.model, head_of(recipe.model.family, recipe.model.pattern)
-    lacking = {key for letter, keys in WIDTHS.items() if letter not in pattern for key in keys}
+    lacking = {key for letter, kind in KINDS.items() if letter not in pattern for key in kind.widths}
     widths = {key: value for key, value in SMALL.items() if key not in lacking}
     kept = ("family", "conv_kernel", "position_embedding", "rope_base", "rope_percent", "norm_epsilon", "init_std")
-    nothing = {key: 0 for keys in WIDTHS.values() for key in keys}
+    nothing = {key: 0 for kind in KINDS.values() for key in kind.widths}
     shape = {**nothing, **widths, **{key: getattr(model, key) for key in kept}, "pattern": pattern}
     parameters = ModelDefinition(name="twin", expect=Expect(0, 0, 0, 0), **shape).parameters
     expect = {"parameters": parameters}
-    expect |= {key: pattern.count(letter) for key, letter in (("mamba", MAMBA), ("attention", ATTENTION), ("ffn", FFN))}
+    expect |= {kind.name: pattern.count(letter) for letter, kind in KINDS.items()}
     step = BATCH * LENGTH
     values = {
         **{f"model.{key}": value for key, value in widths.items()},

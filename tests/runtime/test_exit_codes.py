@@ -8,7 +8,7 @@ import sys
 import pytest
 
 SCRIPT = (
-    "import io, sys; from nemotron_h.core.errors import UserError; from nemotron_h.runtime import exit_codes;"
+    "import io, sys; from nemotron_h.core.errors import UserError; from nemotron_h.platform import exit_codes;"
     "exit_codes.install(); exit_codes.install(); {}"
 )
 

@@ -5,36 +5,29 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition, pipeline_layers
+from nemotron_h.architecture.blocks.block import Block, Matrix
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import nearest
 from nemotron_h.schema.recipe import ADAPTERS, AdapterSchema
 
-#: name of a matrix -> the layer type that has it; all matrices of the layers
-TARGETS = {
-    "in_proj": MAMBA,
-    "out_proj": MAMBA,
-    "linear_qkv": ATTENTION,
-    "linear_proj": ATTENTION,
-    "linear_fc1": FFN,
-    "linear_fc2": FFN,
-}
-#: those whose inputs, not outputs, are split over the tensor-parallel ranks
-ROW_PARALLEL = ("out_proj", "linear_proj", "linear_fc2")
+
+def targets(definition: ModelDefinition) -> dict[str, list[Matrix]]:
+    """Return the matrices of a model's layers by name, one of each layer that has it; kinds as in the registry."""
+    ordered = sorted(definition.blocks, key=lambda block: list(KINDS).index(block.letter))
+    matrices: dict[str, list[Matrix]] = {}
+    for block in ordered:
+        for matrix in block.matrices():
+            matrices.setdefault(matrix.name, []).append(matrix)
+    return matrices
 
 
-def shape_of(target: str, definition: ModelDefinition) -> tuple[int, int]:
-    """Outputs and inputs of a matrix that the model has."""
-    d = definition
-    queries = d.num_attention_heads * d.head_dim
-    return {
-        "in_proj": (d.in_proj_size, d.hidden_size),
-        "out_proj": (d.hidden_size, d.d_inner),
-        "linear_qkv": (queries + 2 * d.num_query_groups * d.head_dim, d.hidden_size),
-        "linear_proj": (d.hidden_size, queries),
-        "linear_fc1": (d.ffn_hidden_size, d.hidden_size),
-        "linear_fc2": (d.hidden_size, d.ffn_hidden_size),
-    }[target]
+def owners() -> dict[str, type[Block]]:
+    """Return the kind that has a matrix of each name, of all kinds that there are."""
+    widths = dict.fromkeys((key for kind in KINDS.values() for key in kind.widths), 1)
+    of_kinds = {kind: kind.of({"hidden_size": 1, "rope_percent": 0.0, **widths}) for kind in KINDS.values()}
+    return {matrix.name: kind for kind, block in of_kinds.items() for matrix in block.matrices()}
 
 
 @dataclass(frozen=True)
@@ -57,18 +50,16 @@ class Coverage:
 
 
 def coverage(adapter: AdapterSchema, definition: ModelDefinition) -> list[Coverage]:
-    """Every matrix of the model's layers, adapted or not, in the order of `TARGETS`."""
-    rows = []
-    for target, symbol in TARGETS.items():
-        layers = definition.count(symbol)
-        if not layers:
-            continue
-        outputs, inputs = shape_of(target, definition)
-        trained = adapter.rank * (outputs + inputs) + (outputs if adapter.kind == "dora" else 0)
-        adapted = adapter.kind != "none" and target in adapter.targets
-        rows.append(
-            Coverage(target, LAYER_NAMES[symbol], layers, layers * outputs * inputs, layers * trained * adapted)
+    """Return every matrix of the model's layers, adapted or not, kinds in the order of the registry."""
+    kinds, rows = owners(), []
+    for target, matrices in targets(definition).items():
+        trained = sum(
+            adapter.rank * (matrix.outputs + matrix.inputs) + (matrix.outputs if adapter.kind == "dora" else 0)
+            for matrix in matrices
         )
+        adapted = adapter.kind != "none" and target in adapter.targets
+        weights = sum(matrix.size for matrix in matrices)
+        rows.append(Coverage(target, kinds[target].name, len(matrices), weights, trained * adapted))
     return rows
 
 
@@ -108,9 +99,9 @@ def check_adapter(adapter: AdapterSchema, definition: ModelDefinition, key: str,
     if not 0 <= adapter.dropout < 1:
         raise UserError(f"{key}.dropout = {adapter.dropout} is not in [0, 1)")
     _check_targets(adapter, definition, key)
-    adapted = {TARGETS[target] for target in adapter.targets}
     for stage, layers in enumerate(pipeline_layers(definition.num_layers, pipeline)):
-        if adapted.isdisjoint(definition.pattern[layers.start : layers.stop]):
+        matrices = {matrix.name for layer in layers for matrix in definition.blocks[layer].matrices()}
+        if matrices.isdisjoint(adapter.targets):
             raise UserError(
                 f"{key}.targets = {adapter.targets} are in no layer of pipeline stage {stage} of {pipeline}, which "
                 "would train nothing",
@@ -119,24 +110,25 @@ def check_adapter(adapter: AdapterSchema, definition: ModelDefinition, key: str,
 
 
 def _check_targets(adapter: AdapterSchema, definition: ModelDefinition, key: str) -> None:
-    has = [target for target, symbol in TARGETS.items() if definition.count(symbol)]
+    matrices, kinds = targets(definition), owners()
+    has = ", ".join(matrices)
     if not adapter.targets:
-        raise UserError(f"{key}.targets is empty", hint=f"{definition.name} has {', '.join(has)}")
+        raise UserError(f"{key}.targets is empty", hint=f"{definition.name} has {has}")
     for target in adapter.targets:
-        if target not in TARGETS:
+        if target not in kinds:
             raise UserError(
                 f"{key}.targets has {target!r}, which matches nothing",
-                hint=f"{nearest(target, TARGETS)}{definition.name} has {', '.join(has)}.",
+                hint=f"{nearest(target, kinds)}{definition.name} has {has}.",
             )
-        if target not in has:
-            kind = LAYER_NAMES[TARGETS[target]]
+        if target not in matrices:
             raise UserError(
-                f"{key}.targets has {target!r}, which matches nothing: {definition.name} has no {kind} layers",
-                hint=f"it has {', '.join(has)}",
+                f"{key}.targets has {target!r}, which matches nothing: {definition.name} has no {kinds[target].name} "
+                "layers",
+                hint=f"it has {has}",
             )
         if adapter.targets.count(target) > 1:
             raise UserError(f"{key}.targets names {target!r} twice", hint="name it once")
-        smaller = min(shape_of(target, definition))
+        smaller = min(min(matrix.outputs, matrix.inputs) for matrix in matrices[target])
         if adapter.rank > smaller:
             raise UserError(
                 f"{key}.rank = {adapter.rank} is above the smaller side of {target}, {smaller}: the adapter would be "

@@ -6,48 +6,40 @@ holds the numbers once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.architecture.blocks.families import FAMILIES, WITHOUT_POSITIONS, check_pattern
+from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_number, nearest, ranges
 from nemotron_h.schema.recipe import ModelSchema
 
-MAMBA, ATTENTION, FFN = "M", "*", "-"
-LAYER_NAMES = {MAMBA: "mamba", ATTENTION: "attention", FFN: "ffn"}
-
-#: families of patterns; each has its rules in `ModelDefinition._validate_pattern`
-PRUNED = "pruned"
-FAMILIES = ("nemotron_h", "transformer", "mamba2", PRUNED)
 POSITION_EMBEDDINGS = ("none", "rope")
-
-#: keys that belong to one type of layer: required where the pattern has it, and not allowed elsewhere
-WIDTHS = {
-    MAMBA: ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel"),
-    ATTENTION: ("num_attention_heads", "num_query_groups", "head_dim"),
-    FFN: ("ffn_hidden_size",),
-}
-
-
 _WHOLE = {each.name for each in fields(ModelSchema) if each.type == "int"}
+#: what a block is made of: numbers of the model
+_BLOCK_KEYS = tuple(each.name for each in fields(ModelSchema) if each.type in ("int", "float"))
 
 
 @dataclass(frozen=True)
 class Expect:
     """Counts that the definition states and loading checks; parameters are without vocabulary padding."""
 
-    mamba: int
-    attention: int
-    ffn: int
-    parameters: int
+    mamba: int = 0
+    attention: int = 0
+    ffn: int = 0
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
 class ModelDefinition:
-    """A model of the family: one letter per layer, and one set of widths for all layers of a type.
+    """A model of the family: one letter per layer, one set of widths, and other widths in some layers.
 
-    Widths of layer types that the pattern lacks are 0, which is how they are left out.
+    Widths of kinds of layers that the pattern lacks are 0, which is how they are left out.
 
     Attributes:
         name: the name of the definition, as in `configs/model/<name>.yaml`.
@@ -67,6 +59,7 @@ class ModelDefinition:
         vocab_size: rows of the (untied) embedding and output matrices, before padding.
         norm_epsilon: of every RMSNorm.
         init_std: standard deviation of the initial weights.
+        overrides: layer -> widths of its own, such as `{18: {num_query_groups: 4}}`; a searched child's layers differ.
         expect: counts that must come out.
         sources: where the values come from (`paper 2.1`, `ours: ...`), by key.
     """
@@ -91,60 +84,66 @@ class ModelDefinition:
     rope_percent: float = 0.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Hydra and JSON have numbers of layers as text
+        numbered = {int(n) if str(n).isdecimal() else n: dict(widths) for n, widths in self.overrides.items()}
+        object.__setattr__(self, "overrides", numbered)
 
     @property
     def num_layers(self) -> int:
-        """Layers of all types."""
+        """Return the layers of all kinds."""
         return len(self.pattern)
 
     @property
-    def d_inner(self) -> int:
-        """Channels of a Mamba-2 mixer."""
-        return self.mamba_num_heads * self.mamba_head_dim
-
-    @property
-    def conv_channels(self) -> int:
-        """Channels of the causal convolution: x, B and C."""
-        return self.d_inner + 2 * self.mamba_num_groups * self.mamba_state_dim
-
-    @property
-    def in_proj_size(self) -> int:
-        """Output width of a mixer's input projection: z, x, B, C and dt."""
-        return self.d_inner + self.conv_channels + self.mamba_num_heads
-
-    @property
     def rotary_dim(self) -> int:
-        """Channels of each head that are rotated; 0 without rotary positions."""
+        """Return the channels of each head that are rotated; 0 without rotary positions."""
         return int(self.head_dim * self.rope_percent)
 
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the layers, each with its own widths."""
+        return tuple(self.block(letter, self.overrides.get(index, {})) for index, letter in enumerate(self.pattern))
+
+    @property
+    def kinds(self) -> tuple[type[Block], ...]:
+        """Return the kinds of the layers that there are, in the order of the registry."""
+        return tuple(kind for letter, kind in KINDS.items() if letter in self.pattern)
+
+    def block(self, letter: str, overrides: Mapping[str, int] | None = None) -> Block:
+        """Return a layer of this letter with the model's widths, some of them overridden."""
+        widths = {name: getattr(self, name) for name in _BLOCK_KEYS}
+        return KINDS[letter].of({**widths, **(overrides or {})})
+
     def count(self, symbol: str) -> int:
-        """How many layers have this letter."""
+        """Return how many layers have this letter."""
         return self.pattern.count(symbol)
 
     def layer_parameters(self, symbol: str) -> int:
-        """Parameters of one layer, its input norm included."""
-        hidden = self.hidden_size
-        if symbol == MAMBA:
-            convolution = self.conv_channels * (self.conv_kernel + 1)
-            per_head = 3 * self.mamba_num_heads  # A_log, D, dt_bias
-            projections = hidden * (self.in_proj_size + self.d_inner)
-            return hidden + projections + convolution + per_head + self.d_inner
-        if symbol == ATTENTION:
-            query = self.num_attention_heads * self.head_dim
-            key_value = 2 * self.num_query_groups * self.head_dim
-            return hidden + hidden * (2 * query + key_value)
-        return hidden + 2 * hidden * self.ffn_hidden_size
+        """Return the parameters of a layer of the model's widths, its input norm included."""
+        return self.block(symbol).parameters
 
     @property
     def parameters(self) -> int:
-        """All parameters, without vocabulary padding."""
-        return sum(self.layer_parameters(symbol) for symbol in self.pattern) + self.other_parameters
+        """Return all parameters, without vocabulary padding."""
+        return sum(block.parameters for block in self.blocks) + self.other_parameters
 
     @property
     def other_parameters(self) -> int:
-        """Parameters outside of the layers: embedding, output, final norm."""
+        """Return the parameters outside of the layers: embedding, output, final norm."""
         return 2 * self.vocab_size * self.hidden_size + self.hidden_size
+
+    def counts(self) -> Expect:
+        """Return what `expect` has to be."""
+        kinds = {kind.name: self.count(kind.letter) for kind in KINDS.values()}
+        names = {each.name for each in fields(Expect)}
+        return Expect(**{name: n for name, n in kinds.items() if name in names}, parameters=self.parameters)
+
+    def counted(self) -> ModelDefinition:
+        """Return the same model with `expect` filled in."""
+        return replace(self, expect=self.counts())
 
     def validate(self, origin: str) -> None:
         """Check pattern, divisibility and `expect`.
@@ -155,7 +154,7 @@ class ModelDefinition:
             UserError: names the key, the origin, and the value that would fit.
         """
         self.validate_structure(origin)
-        actual = Expect(self.count(MAMBA), self.count(ATTENTION), self.count(FFN), self.parameters)
+        actual = self.counts()
         if actual != self.expect:
             wrong = [
                 f"{f.name}: {getattr(actual, f.name):,} counted, {getattr(self.expect, f.name):,} expected"
@@ -174,8 +173,9 @@ class ModelDefinition:
             if value not in known:
                 hint = f"{nearest(value, known)}Known: {', '.join(known)}."
                 raise UserError(f"{origin}: model.{key} = {value!r} is unknown", hint=hint)
-        self._validate_pattern(origin)
+        check_pattern(self.pattern, self.family, origin)
         self._validate_widths(origin)
+        self._validate_overrides(origin)
         self._validate_positions(origin)
         unknown = sorted(set(self.sources) - {f.name for f in fields(self)})
         if unknown:
@@ -183,52 +183,9 @@ class ModelDefinition:
             raise UserError(
                 f"{origin}: model.sources names {', '.join(unknown)}, which a model does not have", hint=hint
             )
-        for symbol, dividend, divisor in (
-            (ATTENTION, "num_attention_heads", "num_query_groups"),
-            (MAMBA, "mamba_num_heads", "mamba_num_groups"),
-        ):
-            if symbol in self.pattern:
-                self._validate_divides(origin, dividend, divisor)
-
-    def _validate_pattern(self, origin: str) -> None:
-        pattern = self.pattern
-        unknown = sorted(set(pattern) - set(LAYER_NAMES))
-        if not pattern or unknown:
-            raise UserError(
-                f"{origin}: model.pattern has {('unknown letters ' + ' '.join(unknown)) if unknown else 'no layers'}",
-                hint="use M (Mamba-2), * (attention) and - (FFN), one letter per layer",
-            )
-        if self.family == PRUNED:
-            return
-        if self.family == "mamba2":
-            other = next((index for index, symbol in enumerate(pattern) if symbol != MAMBA), None)
-            if other is not None:
-                raise UserError(
-                    f"{origin}: model.pattern has {pattern[other]} at layer {other}; family mamba2 has M alone",
-                    hint=f"nearest: {MAMBA * len(pattern)}; or set model.family to nemotron_h",
-                )
-        elif self.family == "transformer":
-            pairs = (ATTENTION + FFN) * max(1, len(pattern) // 2)
-            if pattern != pairs:
-                raise UserError(
-                    f"{origin}: model.pattern = {pattern} is not *- over and over, as family transformer has it",
-                    hint=f"nearest: {pairs}; or set model.family to nemotron_h",
-                )
-        else:
-            self._validate_hybrid_pattern(origin)
-
-    def _validate_hybrid_pattern(self, origin: str) -> None:
-        pattern = self.pattern
-        if pattern[0] != MAMBA:
-            raise UserError(f"{origin}: model.pattern starts with {pattern[0]}; the first layer is M (paper 2.1)")
-        if pattern[-1] != FFN:
-            raise UserError(f"{origin}: model.pattern ends with {pattern[-1]}; the last layer is - (paper 2.1)")
-        for index, symbol in enumerate(pattern):
-            if symbol == ATTENTION and pattern[index + 1] != FFN:
-                raise UserError(
-                    f"{origin}: model.pattern has attention at layer {index} that is not followed by an FFN",
-                    hint="attention always directly precedes an FFN (paper 2.1): write *-",
-                )
+        for index, block in enumerate(self.blocks):
+            for dividend, divisor in block.divides:
+                _check_divides(block, dividend, divisor, origin, index if index in self.overrides else None)
 
     def _validate_widths(self, origin: str) -> None:
         for key, allowed in ranges(ModelSchema).items():
@@ -238,16 +195,34 @@ class ModelDefinition:
             check_number(f"model.{key}", value, allowed, f"{origin}: ")
             if isinstance(value, float) and key in _WHOLE:
                 raise UserError(f"{origin}: model.{key} = {value} is not a whole number")
-        for symbol, keys in WIDTHS.items():
-            for key in keys:
-                if symbol in self.pattern:
+        for kind in KINDS.values():
+            for key in kind.widths:
+                if kind in self.kinds:
                     self._validate_positive(origin, key)
-                elif getattr(self, key):
+                elif getattr(self, key) and not any(key in other.widths for other in self.kinds):
                     raise UserError(
                         f"{origin}: model.{key} = {getattr(self, key)} has no use: "
-                        f"the pattern has no {symbol} ({LAYER_NAMES[symbol]}) layer",
-                        hint=f"leave model.{key} out, or add {symbol} to model.pattern",
+                        f"the pattern has no {kind.letter} ({kind.name}) layer",
+                        hint=f"leave model.{key} out, or add {kind.letter} to model.pattern",
                     )
+
+    def _validate_overrides(self, origin: str) -> None:
+        for index, widths in self.overrides.items():
+            key = f"{origin}: model.overrides.{index}"
+            if not isinstance(index, int) or not 0 <= index < self.num_layers:
+                raise UserError(
+                    f"{key}: the model has no such layer", hint=f"layers are numbered 0 to {self.num_layers - 1}"
+                )
+            kind = KINDS[self.pattern[index]]
+            for name, value in widths.items():
+                if name not in kind.widths:
+                    raise UserError(
+                        f"{key}.{name}: a {kind.name} layer has no such width",
+                        hint=f"{nearest(name, kind.widths)}Known: {', '.join(kind.widths)}.",
+                    )
+                check_number(f"model.overrides.{index}.{name}", value, ranges(ModelSchema)[name], f"{origin}: ")
+                if isinstance(value, float) or value <= 0:
+                    raise UserError(f"{key}.{name} = {value} is not a positive whole number")
 
     def _validate_positive(self, origin: str, key: str) -> None:
         if (value := getattr(self, key)) <= 0:
@@ -262,12 +237,12 @@ class ModelDefinition:
                         hint=f"leave model.{key} out, or set model.position_embedding to rope",
                     )
             return
-        if self.family == "nemotron_h":
+        if self.family in WITHOUT_POSITIONS:
             raise UserError(
                 f"{origin}: model.position_embedding = {self.position_embedding}; the family has none (paper 2.1)",
                 hint="nearest: none",
             )
-        if ATTENTION not in self.pattern:
+        if not any(kind.attends for kind in self.kinds):
             raise UserError(
                 f"{origin}: model.position_embedding = {self.position_embedding}, "
                 "but the pattern has no attention layer to apply it in",
@@ -284,16 +259,6 @@ class ModelDefinition:
                 hint=f"nearest: {closest}",
             )
 
-    def _validate_divides(self, origin: str, dividend: str, divisor: str) -> None:
-        a, b = getattr(self, dividend), getattr(self, divisor)
-        if a % b:
-            fits = [n for n in range(1, a + 1) if a % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - b))
-            raise UserError(
-                f"{origin}: model.{dividend} = {a} is not a multiple of model.{divisor} = {b}",
-                hint=f"the nearest {divisor} that divides {a} is {nearest}",
-            )
-
     def validate_tensor_parallel(self, size: int, origin: str, key: str = "parallel.tensor") -> None:
         """Check that every sharded dimension splits over `size` ranks.
 
@@ -303,14 +268,11 @@ class ModelDefinition:
         Errors:
             UserError: names the dimensions, and the nearest size that fits.
         """
-        by_type = {
-            MAMBA: ("mamba_num_groups", "mamba_num_heads"),
-            ATTENTION: ("num_query_groups", "num_attention_heads"),
-            FFN: ("ffn_hidden_size",),
-        }
-        sharded = {
-            name: getattr(self, name) for symbol in by_type if symbol in self.pattern for name in by_type[symbol]
-        }
+        sharded: dict[str, int] = {}
+        for index, block in enumerate(self.blocks):
+            own = self.overrides.get(index, {})
+            for name in block.sharded:
+                sharded[f"overrides.{index}.{name}" if name in own else name] = getattr(block, name)
         bad = {name: value for name, value in sharded.items() if size < 1 or value % size}
         if bad:
             fits = [n for n in range(1, max(sharded.values()) + 1) if all(v % n == 0 for v in sharded.values())]
@@ -340,17 +302,19 @@ def pipeline_layers(num_layers: int, stages: int) -> list[range]:
 def definition_from_dict(values: dict[str, Any], origin: str) -> ModelDefinition:
     """Build and validate a definition from plain values (the `model` part of a recipe)."""
     expect = Expect(**values["expect"])
-    definition = ModelDefinition(**{**values, "expect": expect, "sources": dict(values.get("sources") or {})})
+    maps = {"sources": dict(values.get("sources") or {}), "overrides": dict(values.get("overrides") or {})}
+    definition = ModelDefinition(**{**values, "expect": expect, **maps})
     definition.validate(origin)
     return definition
 
 
-def family_of(pattern: str) -> str:
-    """The family whose rules a pattern follows; `pruned` where it follows those of none."""
-    for family in ("mamba2", "transformer", "nemotron_h"):
-        try:
-            ModelDefinition("", pattern, 1, 1, Expect(0, 0, 0, 0), family)._validate_pattern("")
-        except UserError:
-            continue
-        return family
-    return PRUNED
+def _check_divides(block: Block, dividend: str, divisor: str, origin: str, layer: int | None) -> None:
+    """Check that one width of a block is a multiple of another; `layer` is that of an override."""
+    a, b = getattr(block, dividend), getattr(block, divisor)
+    if a % b:
+        where = "model" if layer is None else f"model.overrides.{layer}"
+        fits = [n for n in range(1, a + 1) if a % n == 0]
+        raise UserError(
+            f"{origin}: {where}.{dividend} = {a} is not a multiple of {where}.{divisor} = {b}",
+            hint=f"the nearest {divisor} that divides {a} is {min(fits, key=lambda n: abs(n - b))}",
+        )

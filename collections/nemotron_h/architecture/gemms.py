@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 
 #: precision of a recipe -> formats of weights and activations, and of gradients
@@ -24,15 +24,6 @@ OUTPUT_LAYER = "output_layer"
 OPERANDS = ("activation", "weight", "gradient")
 #: file of a run's folder: what its casts to float8 did, at the steps that were measured
 CAST_STATISTICS = "cast_statistics.json"
-#: product -> keys of the model that its inputs and outputs come from
-_WIDTHS = {
-    "in_proj": ("hidden_size", "mamba_num_heads"),
-    "out_proj": ("mamba_num_heads", "hidden_size"),
-    "linear_qkv": ("hidden_size", "head_dim"),
-    "linear_proj": ("head_dim", "hidden_size"),
-    "linear_fc1": ("hidden_size", "ffn_hidden_size"),
-    "linear_fc2": ("ffn_hidden_size", "hidden_size"),
-}
 
 
 @dataclass(frozen=True)
@@ -46,6 +37,7 @@ class Gemm:
         m, n, k: tokens, outputs and inputs.
         dtype: `FP8`, `BF16` or `FP32`.
         why: of FP8 its formats, else what keeps the product out of it; empty where nothing is in FP8.
+        keys: of the model, that inputs and outputs come from.
     """
 
     layer: int
@@ -56,6 +48,7 @@ class Gemm:
     k: int
     dtype: str
     why: str
+    keys: tuple[str, str]
 
 
 def gemm_table(
@@ -80,37 +73,20 @@ def gemm_table(
     in_fp8 = f"{formats[0]} weights and activations, {formats[1]} gradients" if formats else ""
     ends = "layer" if bf16_edge_layers == 1 else f"{bf16_edge_layers} layers"
     table = []
-    for layer, symbol in enumerate(definition.pattern):
+    for layer, block in enumerate(definition.blocks):
         edge = ""
         if layer < bf16_edge_layers:
             edge = f"first {ends}"
         elif layer >= definition.num_layers - bf16_edge_layers:
             edge = f"last {ends}"
         dtype, why = (plain, edge if formats else "") if edge or not formats else ("FP8", in_fp8)
-        for name, n, k in _products(definition, symbol, tensor_parallel):
-            table.append(Gemm(layer, LAYER_NAMES[symbol], name, tokens, n, k, dtype, why))
-    head = -(-definition.vocab_size // tensor_parallel)
-    why = "output layer" if formats else ""
-    table.append(Gemm(definition.num_layers, "output", OUTPUT_LAYER, tokens, head, definition.hidden_size, plain, why))
+        for matrix in block.matrices():
+            n, k = matrix.on_rank(tensor_parallel)
+            table.append(Gemm(layer, block.name, matrix.name, tokens, n, k, dtype, why, matrix.keys))
+    head, width = -(-definition.vocab_size // tensor_parallel), definition.hidden_size
+    why, keys = "output layer" if formats else "", ("hidden_size", "vocab_size")
+    table.append(Gemm(definition.num_layers, "output", OUTPUT_LAYER, tokens, head, width, plain, why, keys))
     return table
-
-
-def _products(definition: ModelDefinition, symbol: str, tensor_parallel: int) -> list[tuple[str, int, int]]:
-    """Name, outputs and inputs of a layer's products on one rank."""
-    d, tp = definition, tensor_parallel
-    if symbol == MAMBA:
-        return [("in_proj", d.in_proj_size // tp, d.hidden_size), ("out_proj", d.hidden_size, d.d_inner // tp)]
-    if symbol == ATTENTION:
-        query, key_value = d.num_attention_heads * d.head_dim, 2 * d.num_query_groups * d.head_dim
-        return [
-            ("linear_qkv", (query + key_value) // tp, d.hidden_size),
-            ("linear_proj", d.hidden_size, query // tp),
-        ]
-    assert symbol == FFN
-    return [
-        ("linear_fc1", d.ffn_hidden_size // tp, d.hidden_size),
-        ("linear_fc2", d.hidden_size, d.ffn_hidden_size // tp),
-    ]
 
 
 @dataclass(frozen=True)
@@ -180,7 +156,7 @@ def check_gemms(
         )
     _check_tokens(precision, seq_length, micro_batch_size, tensor_parallel if sequence_parallel else 1, where)
     for gemm in rows:
-        for width, key in zip((gemm.k, gemm.n), _WIDTHS[gemm.name], strict=True):
+        for width, key in zip((gemm.k, gemm.n), gemm.keys, strict=True):
             if width % MULTIPLE:
                 raise UserError(
                     f"{where}{gemm.name} of the {gemm.kind} layers is {gemm.k} x {gemm.n} per rank (model.{key} = "

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
@@ -33,6 +33,8 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
         found = read_yaml(path, f"{origin}: model = {path}")
         if not isinstance(found, dict):
             raise UserError(f"{origin}: model = {path}: it holds no keys", hint="see the files of configs/model")
+        if isinstance(overrides := found.get("overrides"), dict):
+            found["overrides"] = {str(layer): widths for layer, widths in overrides.items()}  # as Hydra reads keys
         return found
     if not path.is_dir():
         raise UserError(f"{origin}: model = {path}: there is no such file or checkpoint")
@@ -42,7 +44,7 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
         recorded = read_json_object(path / folders.RECORD).get("model")
         known = {f.name for f in dataclasses.fields(ModelSchema)} - {"expect"}
         values = {key: value for key, value in dict(recorded).items() if key in known}
-        none = dataclasses.asdict(Expect(0, 0, 0, 0))
+        none = dataclasses.asdict(Expect())
         model = typed(ModelSchema, {**values, "expect": none}, f"{path / folders.RECORD}: model")
     except (UserError, TypeError, ValueError) as error:
         reason = error.message if isinstance(error, UserError) else "it has no `model`"
@@ -50,6 +52,5 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
             f"{origin}: model = {path}: it is no checkpoint with a readable {folders.RECORD}: {reason}",
             hint="name a run's folder or one of its checkpoints",
         ) from error
-    counted = ModelDefinition(**{**dataclasses.asdict(model), "expect": Expect(0, 0, 0, 0)})
-    expect = Expect(*(counted.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), counted.parameters)
-    return {**values, "expect": dataclasses.asdict(expect)}
+    counts = ModelDefinition(**{**dataclasses.asdict(model), "expect": Expect()}).counts()
+    return {**values, "expect": dataclasses.asdict(counts)}

@@ -86,8 +86,10 @@ def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
     """
     try:
         values = dict(record["model"])
-        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"])})
-    except (KeyError, TypeError) as error:
+        # keys of JSON are text
+        overrides = {int(layer): widths for layer, widths in values.get("overrides", {}).items()}
+        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"]), "overrides": overrides})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
     definition.validate_structure(origin)
     return definition

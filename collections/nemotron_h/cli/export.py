@@ -35,7 +35,7 @@ NoTokenizerOption = Annotated[bool, typer.Option("--no-tokenizer", help="Leave t
 @export_app.callback()
 @import_app.callback()
 def _group() -> None:
-    """A group even while it has one command."""
+    """Keep this a group even while it has one command."""
 
 
 def progress(title: str, size: int) -> StageProgress:
@@ -121,7 +121,7 @@ def _check_dtype(dtype: str | None, known: Iterable[str]) -> None:
 
 
 def _find(checkpoint: Path, tokenizer: Path | None, no_tokenizer: bool) -> tuple[Path, Tokenizer | None]:
-    """The checkpoint, and its tokenizer unless it is left out; it is one that can be written."""
+    """Return the checkpoint, which can be written, and its tokenizer unless it is left out."""
     if tokenizer and no_tokenizer:
         raise UserError("--tokenizer and --no-tokenizer exclude each other")
     from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record

@@ -73,7 +73,7 @@ def minipuzzle(
     made = MiniPuzzle(recipe, console, origin=origin, place=place)
     if not status:
         waiting = [title for title, state in made.pipeline.states().items() if state.word != "done"]
-        check(recipe, made.definition, [stage] if stage else waiting, made.device, origin)
+        check(recipe, made.definition, [stage] if stage else waiting, made.parent.device, origin)
         made.pipeline.run(stage)
         return
     if stage is not None:

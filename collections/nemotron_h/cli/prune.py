@@ -47,10 +47,10 @@ def importance(
 
     from nemotron_h.checkpoint.folders import INTEGRITY
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
-    from nemotron_h.compression.importance import Importance, measure, work
+    from nemotron_h.compression.importance import measure_text
     from nemotron_h.core.files import file_sha256
     from nemotron_h.data.blend import load_blend
-    from nemotron_h.data.feed.calibration import calibration_windows, text_record
+    from nemotron_h.data.feed.calibration import text_record
     from nemotron_h.data.manifest import check_manifest
     from nemotron_h.export.folder import new_folder
     from nemotron_h.inference.model import load_model
@@ -61,33 +61,27 @@ def importance(
         raise UserError(f"{checkpoint} does not tell its sequence length", hint="give --seq-length")
     text = load_blend(blend)
     manifest = check_manifest(root, text)
-    layer_windows, width_windows = (
-        calibration_windows(text, manifest, samples, length) for samples in (layer_samples, neuron_samples)
-    )
     on_gpu = torch.cuda.is_available()
-    model = load_model(checkpoint, dtype=torch.bfloat16 if on_gpu else torch.float32)
-    settings = {
-        "checkpoint": str(checkpoint.absolute()),
-        "checkpoint_sha256": file_sha256(checkpoint / INTEGRITY),
-        **text_record(text, manifest),
-    }
-    total = work(model.definition, layer_samples, neuron_samples)
-    with StageProgress(Console(stderr=True), "windows through the model", total) as bar:
-        found: Importance = measure(
-            model,
-            layer_windows,
-            width_windows,
-            metric=metric,
-            settings=settings,
-            advance=bar.advance,
-            device="cuda" if on_gpu else None,
-            unfinished=out.with_name(out.name + UNFINISHED),
-        )
+    measured = measure_text(
+        lambda: load_model(checkpoint, dtype=torch.bfloat16 if on_gpu else torch.float32),
+        text,
+        manifest,
+        length,
+        (layer_samples, neuron_samples),
+        console=Console(stderr=True),
+        metric=metric,
+        settings={
+            "checkpoint": str(checkpoint.absolute()),
+            "checkpoint_sha256": file_sha256(checkpoint / INTEGRITY),
+            **text_record(text, manifest),
+        },
+        device="cuda" if on_gpu else None,
+        unfinished=out.with_name(out.name + UNFINISHED),
+    )
     with new_folder(out, 0) as folder:
-        found.save(folder)
-    least = found.ranks().argsort()[:5].tolist()
-    names = ", ".join(f"{number} ({found.definition.pattern[number]})" for number in least)
-    typer.echo(f"{out}: {layer_samples} and {neuron_samples} samples of {length:,} tokens; least important: {names}")
+        measured.save(folder)
+    samples = f"{layer_samples} and {neuron_samples} samples of {length:,} tokens"
+    typer.echo(f"{out}: {samples}; least important: {measured.least()}")
 
 
 def prune(
@@ -106,10 +100,10 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of a random order.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
 ) -> None:
-    """Cut a smaller model out of a checkpoint: the most important layers and channels stay.
+    """Prune a checkpoint to a smaller model: the most important layers and channels stay.
 
     The child is an ordinary checkpoint with a definition of its own (model.yaml): it is fine-tuned, generates and is
-    exported as any other. It is written only if it computes what the parent computes without what was cut.
+    exported as any other. It is written only if it computes what the parent computes without what was pruned.
     """
     from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
     from nemotron_h.compression import slicing

@@ -6,62 +6,70 @@ no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from math import ceil, prod
-from typing import NamedTuple
 
 import numpy as np
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.architecture.blocks.registry import KINDS, kind_named
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.sizes import BYTES, GIB
 from nemotron_h.data.blend import parse_count
-from nemotron_h.planning.inference import InferenceMemory, Serving, memory_by_layer
+from nemotron_h.planning.inference import InferenceMemory, Serving, layer_memory
 from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 
-WIDTHS = ("ffn_hidden_size", "hidden_size", "mamba_num_heads", "mamba_head_dim")
+_LISTS = tuple(f.name for f in fields(GridSchema) if f.name != "depth")
+#: lists of the grid: numbers of layers, by the names of their kinds, and widths, by their keys in the model; all layers
+#: of a kind without a list stay
+COUNTS = tuple(name for name in _LISTS if name in {kind.name for kind in KINDS.values()})
+WIDTHS = tuple(name for name in _LISTS if name not in COUNTS)
+#: letters of `COUNTS`
+_LETTERS = tuple(kind_named(name).letter for name in COUNTS)
+#: the letters in the order in which counts are written: 44M/49-/5*
+_WRITTEN = tuple(sorted(_LETTERS, reverse=True))
+#: widths in a candidate's name
+_TAGS = {"ffn_hidden_size": "-ffn", "hidden_size": "-h", "mamba_num_heads": "-heads", "mamba_head_dim": "x"}
 
 
-class Candidate(NamedTuple):
+class Candidate(namedtuple("Candidate", (*COUNTS, *WIDTHS))):
     """Numbers of layers and widths of a child; as of `GridSchema`."""
 
-    attention: int
-    mamba: int
-    ffn: int
-    ffn_hidden_size: int
-    hidden_size: int
-    mamba_num_heads: int
-    mamba_head_dim: int
+    __slots__ = ()
 
-    def count(self, symbol: str) -> int:
-        """Layers of a type."""
-        return getattr(self, LAYER_NAMES[symbol])
+    @property
+    def layers(self) -> dict[str, int]:
+        """Return letter -> how many layers of the kind stay."""
+        return dict(zip(_LETTERS, self, strict=False))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return key of the model -> width."""
+        return dict(zip(WIDTHS, self[len(COUNTS) :], strict=True))
 
     @property
     def name(self) -> str:
-        """Its numbers, for files and tables: `a5-m44-f49-ffn30720-h8192-heads256x64`."""
-        layers = f"a{self.attention}-m{self.mamba}-f{self.ffn}"
-        return (
-            f"{layers}-ffn{self.ffn_hidden_size}-h{self.hidden_size}-heads{self.mamba_num_heads}x{self.mamba_head_dim}"
-        )
+        """Return its numbers, for files and tables: `a5-m44-f49-ffn30720-h8192-heads256x64`."""
+        layers = "-".join(f"{kind[0]}{count}" for kind, count in zip(COUNTS, self, strict=False))
+        return layers + "".join(f"{_TAGS.get(key, f'-{key}')}{width}" for key, width in self.widths.items())
 
     @property
     def counts(self) -> str:
-        """`44M/49-/5*`."""
-        return f"{self.mamba}{MAMBA}/{self.ffn}{FFN}/{self.attention}{ATTENTION}"
+        """Return its layers: `44M/49-/5*`."""
+        return "/".join(f"{self.layers[letter]}{letter}" for letter in _WRITTEN)
 
 
 def whole(parent: ModelDefinition) -> Candidate:
-    """The candidate that keeps everything."""
-    counts = (parent.count(symbol) for symbol in (ATTENTION, MAMBA, FFN))
-    return Candidate(*counts, *(getattr(parent, key) for key in WIDTHS))
+    """Return the candidate that keeps everything."""
+    return Candidate(*map(parent.count, _LETTERS), *(getattr(parent, key) for key in WIDTHS))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a candidate costs.
+    """Costs of a candidate.
 
     Attributes:
         parameters: without vocabulary padding.
@@ -79,27 +87,35 @@ class Candidates:
     """The candidates of a grid within a budget: iterate to get them, lazily and in a fixed order.
 
     Args:
-        parent: what is compressed.
+        parent: the model that is compressed.
         grid, budget: of the recipe; see the schema. Without `budget.context` memory is that of one token.
         layer_scores: [layers], by which layers stay; `grid.depth` needs them.
     Errors:
-        UserError: a width that the parent's groups do not divide; a depth that no layers make; no candidate fits, which
-            names the smallest one.
+        UserError: a parent whose layers differ in widths; a width that the parent's groups do not divide; a depth that
+            no layers make; no candidate fits, which names the smallest one.
     """
 
     def __init__(
         self, parent: ModelDefinition, grid: GridSchema, budget: BudgetSchema, layer_scores: np.ndarray | None = None
     ) -> None:
         self.parent, self.budget = parent, budget
-        self.layers = _by_depth(parent, grid, layer_scores) if grid.depth else _by_type(parent, grid)
+        if parent.overrides:
+            own = ", ".join(map(str, sorted(parent.overrides)))
+            raise UserError(
+                f"model {parent.name} has widths of their own in layers {own} (model.overrides); a grid states one for "
+                "all layers of a kind",
+                hint="compress the model that it was pruned from",
+            )
+        self.layers = _by_depth(parent, grid, layer_scores) if grid.depth else _by_kind(parent, grid)
         self.widths = {key: sorted(set(getattr(grid, key) or [getattr(parent, key)])) for key in WIDTHS}
-        groups = parent.mamba_num_groups
-        for heads in self.widths["mamba_num_heads"]:
-            if groups and heads % groups:
-                raise UserError(
-                    f"grid.mamba_num_heads has {heads}, which is no multiple of the {groups} groups of {parent.name}",
-                    hint="every group has to keep as many heads as the others",
-                )
+        for axis in {axis for block in parent.blocks for axis in block.axes()}:
+            for size in self.widths.get(axis.key, ()):
+                if size % axis.groups:
+                    raise UserError(
+                        f"grid.{axis.key} has {size}, which is no multiple of the {axis.groups} groups of "
+                        f"{parent.name}",
+                        hint=f"every group has to keep as many {axis.name} as the others",
+                    )
         self._parameters = None if budget.parameters is None else parse_count(budget.parameters)
         self._least = 0 if budget.least_parameters is None else parse_count(budget.least_parameters)
         self._memory = None if budget.memory_gib is None else budget.memory_gib * GIB
@@ -108,39 +124,35 @@ class Candidates:
         self._check()
 
     def __len__(self) -> int:
-        """Combinations of the grid, those outside of the budget included."""
+        """Return the combinations of the grid, those outside of the budget included."""
         return len(self.layers) * prod(len(values) for values in self.widths.values())
 
     def __iter__(self) -> Iterator[Candidate]:
         # every cost is linear in the numbers of layers
-        given = (self._parameters, self._memory, self._read)
-        most, memory, read = (float("inf") if limit is None else limit for limit in given)
+        limits = (self._parameters, self._memory, self._read)
+        most, memory, read = (float("inf") if limit is None else limit for limit in limits)
+        counts = np.array(self.layers)  # [combinations, kinds]
         for widths in product(*self.widths.values()):
-            fixed, per_a, per_m, per_f = self._linear(widths)
-            p0, pa, pm, pf = (part[0] for part in (fixed, per_a, per_m, per_f))
-            b0, ba, bm, bf = (part[1] for part in (fixed, per_a, per_m, per_f))
-            unread = b0 - fixed[2]
-            for a, m, f in self.layers:
-                size = b0 + a * ba + m * bm + f * bf
-                if self._least <= p0 + a * pa + m * pm + f * pf <= most and size <= memory and size - unread <= read:
-                    yield Candidate(a, m, f, *widths)
+            other, per_layer = self._parts(dict(zip(WIDTHS, widths, strict=True)))
+            parameters = other.parameters + counts @ [part.parameters for part in per_layer]
+            size = other.memory.total + counts @ [part.memory.total for part in per_layer]
+            unread = other.memory.total - other.read
+            fit = (self._least <= parameters) & (parameters <= most) & (size <= memory) & (size - unread <= read)
+            for layers in counts[fit].tolist():
+                yield Candidate(*layers, *widths)
 
     def cost(self, candidate: Candidate) -> Cost:
-        """What a candidate costs; exact for its parameters."""
-        shape = self._shape(candidate[3:])
-        parts = self._memory_parts(shape)
-        total = [
-            sum(candidate.count(symbol) * getattr(parts[symbol], key) for symbol in LAYER_NAMES)
-            + getattr(parts[""], key)
-            for key in ("weights", "kv_cache", "ssm_states", "conv_states")
-        ]
-        memory = InferenceMemory(*total)
-        return Cost(self._count(shape, candidate), memory, memory.total - self._embedding(shape))
+        """Return what a candidate costs; exact for its parameters."""
+        other, per_layer = self._parts(candidate.widths)
+        parts = [(1, other), *zip(candidate, per_layer, strict=False)]
+        memory = _memory((n, part.memory) for n, part in parts)
+        unread = other.memory.total - other.read
+        return Cost(sum(n * part.parameters for n, part in parts), memory, memory.total - unread)
 
     def smallest(self, by: Callable[[Cost], float]) -> Candidate:
-        """The candidate of the grid, within the budget or not, that costs least."""
+        """Return the candidate of the grid, within the budget or not, that costs least."""
         widths = [values[0] for values in self.widths.values()]
-        return min((Candidate(*layers, *widths) for layers in self.layers), key=lambda made: by(self.cost(made)))
+        return min((Candidate(*layers, *widths) for layers in self.layers), key=lambda each: by(self.cost(each)))
 
     def _check(self) -> None:
         budget = self.budget
@@ -171,7 +183,6 @@ class Candidates:
                 f"{cost.read / GIB:.2f} GiB a step, which makes {best:.3f} times",
                 hint=f"lower budget.speedup to {best:.3f} or less, or widen the grid",
             )
-
         if next(iter(self), None) is None:
             limits = (
                 f"budget.{f.name} = {value}" for f in fields(budget) if (value := getattr(budget, f.name)) is not None
@@ -182,68 +193,67 @@ class Candidates:
             )
 
     def _least_of(self, by: Callable[[Cost], float]) -> tuple[Cost, str]:
-        made = self.smallest(by)
-        return self.cost(
-            made
-        ), f"the smallest ({made.counts}, FFN {made.ffn_hidden_size:,}, hidden {made.hidden_size:,})"
+        """Return the least cost, and the words for the candidate that has it."""
+        least = self.smallest(by)
+        said = f"{least.counts}, FFN {least.ffn_hidden_size:,}, hidden {least.hidden_size:,}"
+        return self.cost(least), f"the smallest ({said})"
 
-    def _shape(self, widths: tuple[int, ...]) -> ModelDefinition:
-        """The parent at other widths; its pattern stands for nothing."""
-        return replace(self.parent, **dict(zip(WIDTHS, widths, strict=True)))
-
-    def _memory_parts(self, shape: ModelDefinition) -> dict[str, InferenceMemory]:
-        budget = self.budget
-        return memory_by_layer(
-            shape,
-            Serving(
-                budget.context or 1,
-                budget.sequences,
-                weight_bytes=BYTES[budget.weights],
-                kv_bytes=BYTES[budget.kv_cache],
-                ssm_bytes=BYTES[budget.states],
-            ),
+    def _parts(self, widths: dict[str, int]) -> tuple[Cost, list[Cost]]:
+        """Return what stays in any candidate costs, and one layer of each of `COUNTS`, in a model of these widths."""
+        budget, shape = self.budget, replace(self.parent, **widths)
+        value = BYTES[budget.weights]
+        serving = Serving(
+            budget.context or 1,
+            budget.sequences,
+            weight_bytes=value,
+            kv_bytes=BYTES[budget.kv_cache],
+            ssm_bytes=BYTES[budget.states],
         )
 
-    def _embedding(self, shape: ModelDefinition) -> float:
-        return shape.vocab_size * shape.hidden_size * BYTES[self.budget.weights]
+        def layer(letter: str) -> Cost:
+            block = shape.block(letter)
+            memory = layer_memory(block, serving)
+            return Cost(block.parameters, memory, memory.total)
 
-    def _count(self, shape: ModelDefinition, candidate: Candidate) -> int:
-        layers = sum(candidate.count(symbol) * shape.layer_parameters(symbol) for symbol in LAYER_NAMES)
-        return layers + shape.other_parameters
-
-    def _linear(self, widths: tuple[int, ...]) -> tuple[tuple[float, float, float], ...]:
-        """(parameters, memory, read) of what is there anyway, and of one more attention, Mamba-2 and FFN layer."""
-        shape = self._shape(widths)
-        parts = self._memory_parts(shape)
-        fixed = (shape.other_parameters, parts[""].total, parts[""].total - self._embedding(shape))
-        per = [(shape.layer_parameters(s), parts[s].total, parts[s].total) for s in (ATTENTION, MAMBA, FFN)]
-        return (fixed, *per)
+        stay = [layer(letter) for letter in self.parent.pattern if letter not in _LETTERS]
+        outside = InferenceMemory(shape.other_parameters * value, 0.0, 0.0, 0.0)
+        memory = _memory((1, part) for part in (outside, *(each.memory for each in stay)))
+        unread = shape.vocab_size * shape.hidden_size * value  # rows of the embedding are looked up
+        parameters = shape.other_parameters + sum(each.parameters for each in stay)
+        return Cost(parameters, memory, memory.total - unread), [layer(letter) for letter in _LETTERS]
 
 
-def _by_type(parent: ModelDefinition, grid: GridSchema) -> list[tuple[int, int, int]]:
-    """Numbers of attention, Mamba-2 and FFN layers: every combination of the grid's."""
-    axes = (sorted(set(getattr(grid, LAYER_NAMES[s]) or [parent.count(s)])) for s in (ATTENTION, MAMBA, FFN))
+def _memory(parts: Iterable[tuple[int, InferenceMemory]]) -> InferenceMemory:
+    """Return the sum of numbers of parts."""
+    counted = list(parts)
+    return InferenceMemory(*(sum(n * getattr(part, f.name) for n, part in counted) for f in fields(InferenceMemory)))
+
+
+def _by_kind(parent: ModelDefinition, grid: GridSchema) -> list[tuple[int, ...]]:
+    """Return numbers of layers, in the order of `COUNTS`: every combination of the grid's."""
+    axes = (sorted(set(getattr(grid, name) or [n])) for name, n in zip(COUNTS, whole(parent), strict=False))
     return list(product(*axes))
 
 
-def _by_depth(parent: ModelDefinition, grid: GridSchema, scores: np.ndarray | None) -> list[tuple[int, int, int]]:
-    """Numbers of layers where the most important of the types without a list fill up to a depth."""
+def _by_depth(parent: ModelDefinition, grid: GridSchema, scores: np.ndarray | None) -> list[tuple[int, ...]]:
+    """Return numbers of layers where the most important of the kinds without a list fill up to a depth."""
     if scores is None:
         raise ValueError("grid.depth needs the layers' scores")
-    symbols = (ATTENTION, MAMBA, FFN)
-    listed = [symbol for symbol in symbols if getattr(grid, LAYER_NAMES[symbol])]
-    free = [n for n in np.argsort(-scores, kind="stable") if parent.pattern[n] not in listed]
-    found: set[tuple[int, int, int]] = set()
+    listed = {letter: counts for letter, name in zip(_LETTERS, COUNTS, strict=True) if (counts := getattr(grid, name))}
+    varied = set(_LETTERS) - set(listed)
+    free = [n for n in np.argsort(-scores, kind="stable") if parent.pattern[n] in varied]
+    stay = sum(letter not in _LETTERS for letter in parent.pattern)
+    combinations: set[tuple[int, ...]] = set()
     for depth in sorted(set(grid.depth)):
-        for fixed in product(*(getattr(grid, LAYER_NAMES[symbol]) for symbol in listed)):
-            rest = depth - sum(fixed)
+        for fixed in product(*listed.values()):
+            rest = depth - stay - sum(fixed)
             if not 0 <= rest <= len(free):
                 raise UserError(
-                    f"grid.depth = {depth} cannot be made of {sum(fixed)} layers of the types with a list and at most "
-                    f"{len(free)} others",
+                    f"grid.depth = {depth} cannot be made of {stay + sum(fixed)} layers of the types with a list and at"
+                    f" most {len(free)} others",
                     hint="change grid.depth, or the numbers of the types",
                 )
-            kept = "".join(parent.pattern[n] for n in free[:rest])
-            counts = {**{symbol: kept.count(symbol) for symbol in symbols}, **dict(zip(listed, fixed, strict=True))}
-            found.add((counts[ATTENTION], counts[MAMBA], counts[FFN]))
-    return sorted(found)
+            filled = "".join(parent.pattern[n] for n in free[:rest])
+            counts = {**{letter: filled.count(letter) for letter in _LETTERS}, **dict(zip(listed, fixed, strict=True))}
+            combinations.add(tuple(counts[letter] for letter in _LETTERS))
+    return sorted(combinations)

@@ -14,87 +14,76 @@ Imports no torch. The interface of this part of the package:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from nemotron_h.architecture.definition import (
-    ATTENTION,
-    FFN,
-    LAYER_NAMES,
-    MAMBA,
-    WIDTHS,
-    Expect,
-    ModelDefinition,
-    family_of,
-)
+from nemotron_h.architecture.blocks.block import Axis, Indices
+from nemotron_h.architecture.blocks.families import family_of
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
-
-Indices = np.ndarray
 
 
 @dataclass(frozen=True)
 class Child:
-    """What stays of a parent; every list is ascending, in the parent's numbers.
+    """The part of a parent that stays; every list is ascending, in the parent's numbers.
 
     Attributes:
         layers: the parent's layers.
         hidden: channels of the residual stream.
-        neurons: FFN layer of the parent -> its neurons; the same number in every layer.
-        heads: Mamba-2 layer of the parent -> its heads; the same number in every layer and group, because a group's
-            heads share B and C.
-        channels: Mamba-2 layer of the parent -> channels of a head, the same ones in all its heads.
+        kept: layer of the parent -> axis of its block -> what stays of it. Layers may keep different numbers; the
+            groups of a layer keep one number (a group's heads share B and C).
     """
 
     layers: tuple[int, ...]
     hidden: Indices
-    neurons: Mapping[int, Indices]
-    heads: Mapping[int, Indices]
-    channels: Mapping[int, Indices]
+    kept: Mapping[int, Mapping[str, Indices]]
 
     @classmethod
     def whole(cls, parent: ModelDefinition, layers: tuple[int, ...] | None = None) -> Child:
-        """The parent itself, or some of its layers at their whole width."""
-        kept = tuple(range(parent.num_layers)) if layers is None else layers
-
-        def of(symbol: str, size: int) -> dict[int, Indices]:
-            return {layer: np.arange(size) for layer in kept if parent.pattern[layer] == symbol}
-
-        return cls(
-            kept,
-            np.arange(parent.hidden_size),
-            of(FFN, parent.ffn_hidden_size),
-            of(MAMBA, parent.mamba_num_heads),
-            of(MAMBA, parent.mamba_head_dim),
-        )
+        """Return the parent itself, or some of its layers at their whole width."""
+        layers = tuple(range(parent.num_layers)) if layers is None else layers
+        kept = {layer: {axis.name: np.arange(axis.size) for axis in parent.blocks[layer].axes()} for layer in layers}
+        return cls(layers, np.arange(parent.hidden_size), kept)
 
     def check(self, parent: ModelDefinition) -> None:
-        """Whether this can be a child of `parent`.
+        """Check that this can be a child of `parent`.
 
         Errors:
-            ValueError: numbers that the parent does not have, not ascending, of unequal count, or missing.
+            ValueError: numbers that the parent does not have, not ascending, missing, or unequal among groups.
         """
         _check_ascending("layers", np.asarray(self.layers, dtype=np.int64), parent.num_layers)
         _check_ascending("hidden", self.hidden, parent.hidden_size)
-        for key, symbol, kept, size in (
-            ("neurons", FFN, self.neurons, parent.ffn_hidden_size),
-            ("heads", MAMBA, self.heads, parent.mamba_num_heads),
-            ("channels", MAMBA, self.channels, parent.mamba_head_dim),
-        ):
-            wanted = [layer for layer in self.layers if parent.pattern[layer] == symbol]
-            if sorted(kept) != wanted:
-                raise ValueError(f"{key}: given for layers {sorted(kept)}, the kept {LAYER_NAMES[symbol]} are {wanted}")
-            for layer, indices in kept.items():
-                _check_ascending(f"{key} of layer {layer}", indices, size)
-            if len({len(indices) for indices in kept.values()}) > 1:
-                raise ValueError(f"{key}: the layers keep different numbers of them")
-        per_group = parent.mamba_num_heads // max(parent.mamba_num_groups, 1)
-        for layer, heads in self.heads.items():
-            counts = np.bincount(heads // per_group, minlength=parent.mamba_num_groups)
-            if len(set(counts.tolist())) > 1:
-                raise ValueError(f"heads of layer {layer}: the groups keep {counts.tolist()}, not one number")
+        having = _by_axis({layer: tuple(axes) for layer, axes in self.kept.items()})
+        wanted = _by_axis({layer: tuple(axis.name for axis in parent.blocks[layer].axes()) for layer in self.layers})
+        for name in sorted({*having, *wanted}):
+            if having.get(name) != wanted.get(name):
+                layers = wanted.get(name, [])
+                kinds = " and ".join(dict.fromkeys(parent.blocks[layer].name for layer in layers)) or "layers with it"
+                raise ValueError(f"{name}: given for layers {having.get(name, [])}, the kept {kinds} are {layers}")
+        for layer in self.layers:
+            for axis in parent.blocks[layer].axes():
+                _check_axis(axis, layer, self.kept[layer][axis.name])
+
+
+def _by_axis(axes: Mapping[int, tuple[str, ...]]) -> dict[str, list[int]]:
+    """Return name of an axis -> the layers that have it, of layer -> names of its axes."""
+    layers: dict[str, list[int]] = {}
+    for layer in sorted(axes):
+        for name in axes[layer]:
+            layers.setdefault(name, []).append(layer)
+    return layers
+
+
+def _check_axis(axis: Axis, layer: int, indices: Indices) -> None:
+    _check_ascending(f"{axis.name} of layer {layer}", indices, axis.size)
+    counts = np.bincount(indices // (axis.size // axis.groups), minlength=axis.groups).tolist()
+    if len(set(counts)) > 1:
+        raise ValueError(f"{axis.name} of layer {layer}: the groups keep {counts}, not one number")
 
 
 def _check_ascending(key: str, indices: Indices, size: int) -> None:
@@ -103,34 +92,40 @@ def _check_ascending(key: str, indices: Indices, size: int) -> None:
 
 
 def child_definition(parent: ModelDefinition, child: Child, name: str) -> ModelDefinition:
-    """The definition of a child: an ordinary one, with its own pattern, widths and `expect`.
+    """Return the definition of a child: an ordinary one, with its own pattern, widths and `expect`.
+
+    The model's widths are those that most layers have; the other layers state theirs in `overrides`.
 
     Errors:
         ValueError: see `Child.check`.
     """
     child.check(parent)
     pattern = "".join(parent.pattern[layer] for layer in child.layers)
-    values: dict[str, object] = {"hidden_size": len(child.hidden)}
-    for key, kept in (
-        ("ffn_hidden_size", child.neurons),
-        ("mamba_num_heads", child.heads),
-        ("mamba_head_dim", child.channels),
-    ):
-        if kept:
-            values[key] = len(next(iter(kept.values())))
-    if ATTENTION not in pattern:
+    of_layers = [_widths(parent, child, layer) for layer in child.layers]
+    # widths of kinds that are gone are left out
+    values: dict[str, object] = {key: 0 for kind in KINDS.values() for key in kind.widths}
+    for key in {key for widths in of_layers for key in widths}:
+        # of equally common ones the first layer's
+        ((values[key], _),) = Counter(widths[key] for widths in of_layers if key in widths).most_common(1)
+    own = {n: {k: w for k, w in widths.items() if w != values[k]} for n, widths in enumerate(of_layers)}
+    values["overrides"] = {n: widths for n, widths in own.items() if widths}
+    if not any(parent.blocks[layer].attends for layer in child.layers):
         values.update(position_embedding="none", rope_base=0, rope_percent=0.0)
-    # widths of layer types that are gone are left out
-    values.update({key: 0 for symbol, keys in WIDTHS.items() if symbol not in pattern for key in keys})
-    values["pattern"] = pattern
+    values.update(hidden_size=len(child.hidden), pattern=pattern)
     changed = sorted(key for key, value in values.items() if value != getattr(parent, key))
     sources = {key: text for key, text in parent.sources.items() if key not in changed}
     sources.update({key: f"pruned from {parent.name}" for key in changed if values[key]})
     check_name("the child's name", name)
-    made = replace(parent, name=name, family=family_of(pattern), expect=Expect(0, 0, 0, 0), sources=sources, **values)
-    made.validate_structure(name)
-    counts = Expect(*(made.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), made.parameters)
-    return replace(made, expect=counts)
+    definition = replace(parent, name=name, family=family_of(pattern), expect=Expect(), sources=sources, **values)
+    definition.validate_structure(name)
+    return definition.counted()
+
+
+def _widths(parent: ModelDefinition, child: Child, layer: int) -> dict[str, int]:
+    """Return the widths of a layer in the child, by their keys in the model."""
+    block = parent.blocks[layer]
+    widths = {key: getattr(block, key) for key in block.widths}
+    return {**widths, **{axis.key: len(child.kept[layer][axis.name]) for axis in block.axes()}}
 
 
 def check_parent(recorded: ModelDefinition, given: ModelDefinition, what: str) -> None:
@@ -141,8 +136,8 @@ def check_parent(recorded: ModelDefinition, given: ModelDefinition, what: str) -
     """
     differ = [
         f"{key}: {value} there, {getattr(given, key)} here"
-        for key, value in vars(recorded).items()
-        if value != getattr(given, key) and key not in ("name", "sources", "expect")
+        for key, value in asdict(recorded).items()
+        if key not in ("name", "sources", "expect") and value != getattr(given, key)
     ]
     if not differ:
         return

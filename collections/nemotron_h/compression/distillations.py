@@ -1,4 +1,4 @@
-"""The training runs of a compression: each is an ordinary recipe of stage `distill`, run by `nemo llm`.
+"""Make the training runs of a compression: each is an ordinary recipe of stage `distill`, run by `nemo llm`.
 
 Imports no torch.
 """
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.data.phases import Horizon
 from nemotron_h.launch import runs as launch
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.launch.runs import Run
-from nemotron_h.recipe.checks import check, count_of, definition_of
+from nemotron_h.recipe.checks import check, definition_of
+from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
 
 #: what a distillation's result depends on, beside teacher, student and data: parts of the recipe
@@ -28,35 +29,29 @@ MATTERS = (
 PLACES = {"data": ("root", "workers")}
 
 
-def counted(definition: ModelDefinition) -> ModelDefinition:
-    """The definition with the counts that come out of it as its `expect`."""
-    d = definition
-    return dataclasses.replace(d, expect=Expect(d.count(MAMBA), d.count(ATTENTION), d.count(FFN), d.parameters))
-
-
 def model_part(definition: ModelDefinition) -> ModelSchema:
-    """The definition as a recipe's part."""
-    values = dataclasses.asdict(counted(definition))
+    """Return the definition as a recipe's part."""
+    values = dataclasses.asdict(definition.counted())
     return ModelSchema(**{**values, "expect": ExpectSchema(**values["expect"])})
 
 
 def settings(recipe: RecipeConfig) -> dict[str, object]:
-    """The keys that change what a distillation comes to, for a stage's inputs."""
-    found = {}
+    """Return the keys that change what a distillation comes to, for a stage's inputs."""
+    inputs = {}
     for part in MATTERS:
         value = getattr(recipe, part)
         value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         if isinstance(value, dict):
-            found |= {f"{part}.{key}": entry for key, entry in value.items() if key not in PLACES.get(part, ())}
+            inputs |= {f"{part}.{key}": entry for key, entry in value.items() if key not in PLACES.get(part, ())}
         else:
-            found[part] = value
-    return found
+            inputs[part] = value
+    return inputs
 
 
 def run_of(
     recipe: RecipeConfig, name: str, student: ModelDefinition, start: Path, teacher: Path, tokens: str, folder: Path
 ) -> Run:
-    """A distillation as a run.
+    """Return a distillation as a run.
 
     Args:
         recipe: of the compression, whose data, optimizer, precision and layout are taken.
@@ -69,26 +64,26 @@ def run_of(
     Errors:
         UserError: the student does not fit the layout or the precision.
     """
-    made = copy.deepcopy(recipe)
-    made.stage, made.name, made.tokens, made.minipuzzle = "distill", name, str(tokens), None
-    made.model = model_part(student)
-    made.init.checkpoint = str(start)
-    made.distill = dataclasses.replace(made.distill or DistillSchema(), teacher=str(teacher))
-    made.log.dir = str(folder)
-    made.sources = {key: text for key, text in made.sources.items() if not key.startswith("minipuzzle")}
-    check(made, f"recipe {recipe.name}, distillation {name}")
-    return Run(name, made)
+    own = copy.deepcopy(recipe)
+    own.stage, own.name, own.tokens, own.minipuzzle = "distill", name, str(tokens), None
+    own.model = model_part(student)
+    own.init.checkpoint = str(start)
+    own.distill = dataclasses.replace(own.distill or DistillSchema(), teacher=str(teacher))
+    own.log.dir = str(folder)
+    own.sources = {key: text for key, text in own.sources.items() if not key.startswith("minipuzzle")}
+    check(own, f"recipe {recipe.name}, distillation {name}")
+    return Run(name, own)
 
 
 def steps_of(run: Run) -> int:
-    """Steps of a run."""
+    """Return the steps of a run."""
     data = run.recipe.data
     tokens = count_of(run.recipe.tokens, "tokens", f"recipe {run.name}")
     return Horizon(tokens, data.seq_length * data.global_batch_size).steps
 
 
 def train(run: Run, title: str, console: Console, place: Place = HERE) -> Path:
-    """Train what is missing of a run; its folder."""
+    """Train what is missing of a run and return its folder."""
     steps = steps_of(run)
     if not launch.is_finished(run, steps):
         launch.train(run, title, steps, console, place)

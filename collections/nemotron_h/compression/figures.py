@@ -13,13 +13,24 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-#: of layer types, as the paper draws them
-COLOURS = {"*": "#2ca02c", "-": "#1f77b4", "M": "#d62728"}
-NAMES = {"*": "attention", "-": "FFN", "M": "Mamba-2"}
+from nemotron_h.architecture.blocks.registry import KINDS
+
+#: colours of the kinds of layers, in the registry's order: Mamba-2, attention and FFN as the paper plots them
+_STYLES = ("red", "#d62728"), ("green", "#2ca02c"), ("blue", "#1f77b4"), ("orange", "#ff7f0e"), ("purple", "#9467bd")
+
+
+def _style(letter: str) -> tuple[str, str]:
+    """Return name and value of a kind's colour."""
+    return _STYLES[list(KINDS).index(letter) % len(_STYLES)]
+
+
+def colours(pattern: str) -> str:
+    """Return the meaning of the colours in a figure: red Mamba-2, blue FFN, green attention."""
+    return ", ".join(f"{_style(letter)[0]} {KINDS[letter].title}" for letter in sorted(set(pattern), reverse=True))
 
 
 def as_image(figure: Figure) -> str:
-    """A figure as the `src` of an image."""
+    """Return a figure as the `src` of an image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)
@@ -27,12 +38,12 @@ def as_image(figure: Figure) -> str:
 
 
 def importance(pattern: str, values: Sequence[float], metric: str) -> Figure:
-    """What removing each layer changes (figure 9)."""
+    """Plot what removing each layer changes (figure 9)."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     axis.plot(range(len(values)), values, color="0.6", linewidth=1, zorder=1)
-    for symbol, name in NAMES.items():
-        layers = [n for n, letter in enumerate(pattern) if letter == symbol]
-        axis.scatter(layers, [values[n] for n in layers], s=28, color=COLOURS[symbol], label=name, zorder=2)
+    for symbol in sorted(set(pattern)):
+        layers, label = [n for n, letter in enumerate(pattern) if letter == symbol], KINDS[symbol].title
+        axis.scatter(layers, [values[n] for n in layers], s=28, color=_style(symbol)[1], label=label, zorder=2)
     axis.set(xlabel="layer", ylabel=f"{metric} when it is removed", yscale="log" if min(values) > 0 else "linear")
     axis.legend(frameon=False, ncols=3)
     return figure
@@ -46,7 +57,7 @@ def candidates(
     chosen: Sequence[str],
     front: Sequence[int],
 ) -> Figure:
-    """Candidates by what they cost and how they score (figure 10)."""
+    """Plot candidates by what they cost and how they score (figure 10)."""
     figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
     axis.scatter([r[cost] for r in rows], [r["accuracy"] for r in rows], s=18, color="#1f77b4", label="candidates")
     best = [rows[n] for n in front]
@@ -69,10 +80,10 @@ def candidates(
 
 
 def patterns(pattern: str, dropped: Mapping[str, Sequence[int]]) -> Figure:
-    """Which layers each chosen candidate drops (figure 11)."""
+    """Plot which layers each chosen candidate drops (figure 11)."""
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.45 * len(dropped)), layout="constrained")
     for number, symbol in enumerate(pattern):
-        axis.axvline(number, color=COLOURS[symbol], linestyle=":", linewidth=0.9)
+        axis.axvline(number, color=_style(symbol)[1], linestyle=":", linewidth=0.9)
     for row, layers in enumerate(dropped.values()):
         axis.scatter(layers, [row] * len(layers), s=45, color="black", zorder=3)
     axis.set_yticks(range(len(dropped)), list(dropped), fontsize="small")
@@ -82,11 +93,11 @@ def patterns(pattern: str, dropped: Mapping[str, Sequence[int]]) -> Figure:
     return figure
 
 
-def orders(found: Mapping[str, Sequence[float]], parent: float) -> Figure:
-    """Loss over the number of dropped layers, in the order of importance and in two others."""
+def orders(curves: Mapping[str, Sequence[float]], parent: float) -> Figure:
+    """Plot loss over the number of dropped layers, in the order of importance and in two others."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     styles = {"importance": "#1f77b4", "random": "#ff7f0e", "reversed": "#d62728"}
-    for name, losses in found.items():
+    for name, losses in curves.items():
         axis.plot(range(len(losses)), losses, marker="o", markersize=4, color=styles.get(name), label=name)
     axis.axhline(parent, color="0.5", linestyle=":", label="parent")
     axis.set(xlabel="layers dropped", ylabel="validation loss, untrained")
@@ -95,7 +106,7 @@ def orders(found: Mapping[str, Sequence[float]], parent: float) -> Figure:
 
 
 def recovery(tokens: Sequence[float], divergences: Sequence[float]) -> Figure:
-    """The child's divergence from the parent over the distillation."""
+    """Plot the child's divergence from the parent over the distillation."""
     figure, axis = plt.subplots(figsize=(9, 3.2), layout="constrained")
     axis.plot(tokens, divergences, marker="o", markersize=4, color="#1f77b4")
     axis.set(xlabel="tokens of distillation", ylabel="validation divergence, nats", ylim=(0, None))

@@ -8,50 +8,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nemotron_h.architecture.definition import FFN, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.reader import read_definition
 from nemotron_h.compression.child import check_parent
 from nemotron_h.compression.measure import Advance, measure_layers, measure_widths
 from nemotron_h.compression.unfinished import Unfinished
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256, write_json
+from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.text_files import read_json_object
+from nemotron_h.data.blend import Blend
+from nemotron_h.data.feed.calibration import calibration_windows
+from nemotron_h.data.manifest import Manifest
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.schema.recipe import AGGREGATIONS, METRICS, ORDERS
 
 VALUES, RECORD = "importance.safetensors", "importance.json"
 FILES = (RECORD, VALUES)
+#: end of the names of normalised inputs among the activations, of which the hidden size's scores are made
+NORM = "norm"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One number per layer and channel; what has the higher number stays.
+    """Numbers for layers and channels; those with the higher ones stay.
 
     Attributes:
         layers: [layers].
         hidden: [hidden_size].
-        neurons: FFN layer -> [ffn_hidden_size].
-        x: Mamba-2 layer -> [heads, head_dim].
+        inner: layer -> [size of axis, ...] over the axes of its block, where it has some.
     """
 
     layers: np.ndarray
     hidden: np.ndarray
-    neurons: Mapping[int, np.ndarray]
-    x: Mapping[int, np.ndarray]
+    inner: Mapping[int, np.ndarray]
 
     def ordered(self, order: str, seed: int = 0) -> Scores:
-        """These scores (`importance`), or a control that they have to beat: `random` by `seed`, or `reversed`.
+        """Return these scores (`importance`), or a control that they have to beat: `random` by `seed`, or `reversed`.
 
         Errors:
             UserError: unknown order.
@@ -61,29 +66,25 @@ class Scores:
         return {"importance": lambda: self, "random": lambda: self.shuffle(seed), "reversed": self.reverse}[order]()
 
     def reverse(self) -> Scores:
-        """The opposite order."""
-        return Scores(
-            -self.layers,
-            -self.hidden,
-            {layer: -values for layer, values in self.neurons.items()},
-            # of squares the sum decides: the negative would change nothing
-            {layer: values.max() - values for layer, values in self.x.items()},
-        )
+        """Return the opposite order."""
+        # over several axes the sum of squares decides: the negative would change nothing
+        inner = {layer: -values if values.ndim == 1 else values.max() - values for layer, values in self.inner.items()}
+        return Scores(-self.layers, -self.hidden, inner)
 
     def shuffle(self, seed: int) -> Scores:
-        """An order drawn by `seed`."""
-        draw = np.random.default_rng(seed)
+        """Return a random order, the same for each `seed`."""
+        rng = np.random.default_rng(seed)
+        by_axes = sorted(self.inner.items(), key=lambda item: (item[1].ndim, item[0]))
         return Scores(
-            draw.random(self.layers.shape),
-            draw.random(self.hidden.shape),
-            {layer: draw.random(values.shape) for layer, values in sorted(self.neurons.items())},
-            {layer: draw.random(values.shape) for layer, values in sorted(self.x.items())},
+            rng.random(self.layers.shape),
+            rng.random(self.hidden.shape),
+            {layer: rng.random(values.shape) for layer, values in by_axes},
         )
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What was measured of a model.
+    """Measured values of a model.
 
     Attributes:
         definition: of the model.
@@ -100,14 +101,14 @@ class Importance:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def ranks(self) -> Tensor:
-        """The mean over samples of each layer's rank among all layers, 0 for the least important: [layers].
+        """Return the mean over samples of each layer's rank among all layers, 0 for the least important: [layers].
 
         The paper averages rankings, not values (3.2): a sample with large errors then counts as any other.
         """
         return self.layers.argsort(dim=1, stable=True).argsort(dim=1).double().mean(0)
 
     def scores(self, aggregation: str = "mean_l2") -> Scores:
-        """The scores by which layers and channels stay.
+        """Return the scores by which layers and channels stay.
 
         Args:
             aggregation: of activations, one of `AGGREGATIONS`.
@@ -117,22 +118,22 @@ class Importance:
         if aggregation not in AGGREGATIONS:
             raise UserError(f"aggregation {aggregation!r} is unknown", hint=f"use one of {', '.join(AGGREGATIONS)}")
         number = AGGREGATIONS.index(aggregation)
-        d = self.definition
-
-        def of(symbol: str, part: str) -> dict[int, np.ndarray]:
-            kept = [layer for layer in range(d.num_layers) if d.pattern[layer] == symbol]
-            return {layer: self.activations[f"layers.{layer}.{part}"][number].numpy() for layer in kept}
-
-        norms = [values[number] for name, values in self.activations.items() if name.endswith("norm")]
-        heads = (d.mamba_num_heads, d.mamba_head_dim)
+        norms, inner = [], {}
+        for name, values in self.activations.items():
+            if name.endswith(NORM):
+                norms.append(values[number])
+            else:  # layers.I.NAME
+                layer = int(name.split(".")[1])
+                sizes = [axis.size for axis in self.definition.blocks[layer].axes()]
+                inner[layer] = values[number].reshape(sizes).numpy()
         # where two layers have one mean rank, the mean value decides
         order = np.lexsort((self.layers.mean(0).numpy(), self.ranks().numpy()))
-        return Scores(
-            layers=order.argsort().astype(float),
-            hidden=torch.stack(norms).sum(0).numpy(),
-            neurons=of(FFN, "neurons"),
-            x={layer: values.reshape(heads) for layer, values in of(MAMBA, "x").items()},
-        )
+        return Scores(order.argsort().astype(float), torch.stack(norms).sum(0).numpy(), inner)
+
+    def least(self, count: int = 4) -> str:
+        """Return the first layers to go, for a line of text: `3 (-), 0 (M)`."""
+        layers = self.scores().layers.argsort()[:count].tolist()
+        return ", ".join(f"{layer} ({self.definition.pattern[layer]})" for layer in layers)
 
     def save(self, folder: Path) -> None:
         """Write the artefact into `folder`, which exists."""
@@ -144,10 +145,10 @@ class Importance:
             "metric": self.metric,
             "aggregations": list(AGGREGATIONS),
             "layers": [
-                {"layer": number, "type": LAYER_NAMES[symbol], self.metric: float(value), "mean_rank": float(rank)}
-                for number, (symbol, value, rank) in enumerate(zip(self.definition.pattern, values, ranks, strict=True))
+                {"layer": number, "type": block.name, self.metric: float(value), "mean_rank": float(rank)}
+                for number, (block, value, rank) in enumerate(zip(self.definition.blocks, values, ranks, strict=True))
             ],
-            "model": asdict(self.definition),
+            "model": _record(self.definition),
             "sha256": file_sha256(folder / VALUES),
         }
         write_json(folder / RECORD, record)
@@ -167,7 +168,7 @@ class Importance:
         except UserError as error:
             raise UserError(f"{folder} holds no importance that can be read: {error.message}", hint=again) from error
         try:
-            found, sha = read_definition(record, str(folder / RECORD)), record["sha256"]
+            recorded, sha = read_definition(record, str(folder / RECORD)), record["sha256"]
             if record["aggregations"] != list(AGGREGATIONS):
                 raise UserError(f"{folder / RECORD} is of another version: {record['aggregations']}", hint=again)
             if file_sha256(folder / VALUES) != sha:
@@ -177,8 +178,13 @@ class Importance:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} holds no importance that can be read: {error}", hint=again) from error
         if definition is not None:
-            check_parent(found, definition, f"importance {folder}")
-        return cls(found, record["metric"], layers, tensors, record["settings"])
+            check_parent(recorded, definition, f"importance {folder}")
+        return cls(recorded, record["metric"], layers, tensors, record["settings"])
+
+
+def _record(definition: ModelDefinition) -> dict[str, Any]:
+    """Return a definition as the artefact states it, `overrides` only where layers have widths of their own."""
+    return {key: value for key, value in asdict(definition).items() if key != "overrides" or value}
 
 
 def measure(
@@ -222,17 +228,44 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     text = hashlib.sha256(layer_windows.tobytes() + width_windows.tobytes()).hexdigest()
-    kept = Unfinished(unfinished, json.dumps([record, metric, text, asdict(d)], sort_keys=True))
+    so_far = Unfinished(unfinished, json.dumps([record, metric, text, _record(d)], sort_keys=True))
     weight = work(d, 1, 0)
     layers = measure_layers(
-        model, layer_windows, metric, lambda done: advance(done * weight), device, kept.layers, kept.keep_layers
+        model, layer_windows, metric, lambda done: advance(done * weight), device, so_far.layers, so_far.keep_layers
     )
-    kept.layers = layers
-    activations = measure_widths(model, width_windows, advance, device, kept.sums, kept.keep_widths)
-    kept.remove()
+    so_far.layers = layers
+    activations = measure_widths(model, width_windows, advance, device, so_far.sums, so_far.keep_widths)
+    so_far.remove()
     return Importance(d, metric, layers, activations, record)
 
 
+def measure_text(
+    load: Callable[[], GenerationModel],
+    blend: Blend,
+    manifest: Manifest,
+    seq_length: int,
+    samples: tuple[int, int],
+    *,
+    console: Console,
+    **options: Any,
+) -> Importance:
+    """Measure on the training text of a prepared blend, with progress.
+
+    Args:
+        load: returns the model, when it is known that there is enough text.
+        seq_length: tokens of a window.
+        samples: windows for layers, and for widths; the fewer are the first of the more.
+        options: of `measure`.
+    Errors:
+        UserError: see `measure`; a source has too little text.
+    """
+    windows = calibration_windows(blend, manifest, max(samples), seq_length)
+    layer_windows, width_windows = (windows[:count] for count in samples)
+    model = load()
+    with StageProgress(console, "windows through the model", work(model.definition, *samples)) as bar:
+        return measure(model, layer_windows, width_windows, advance=bar.advance, **options)
+
+
 def work(definition: ModelDefinition, layer_samples: int, width_samples: int) -> int:
-    """The work of `measure`, in windows through the whole model: half a model per removed layer, and one."""
+    """Return the work of `measure`, in windows through the whole model: half a model per removed layer, and one."""
     return layer_samples * (1 + definition.num_layers // 2) + width_samples

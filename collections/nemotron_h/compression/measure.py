@@ -1,4 +1,4 @@
-"""Measure what a model's layers and channels matter, by forward passes alone.
+"""Measure how much a model's layers and channels matter, by forward passes alone.
 
 A layer's removal changes nothing before it, so all removals go through the model together: at layer `i` the streams of
 the whole model and of the models without layer 0, ..., i-1 run through the layer, and what went into it becomes the
@@ -34,7 +34,7 @@ def measure_layers(
     done: Tensor | None = None,
     keep: Callable[[Tensor], None] = lambda _: None,
 ) -> Tensor:
-    """What removing each layer changes, per window.
+    """Measure what removing each layer changes, per window.
 
     Args:
         windows: token ids, int64 [samples, length].
@@ -51,10 +51,10 @@ def measure_layers(
     forward = Forward(model, device=device)
     layers, hidden = model.definition.num_layers, model.definition.hidden_size
     rows = max(1, STREAM_ELEMENTS // ((layers + 1) * windows.shape[1] * hidden))
-    found = torch.empty(len(windows), layers, dtype=torch.float64)
+    values = torch.empty(len(windows), layers, dtype=torch.float64)
     start = 0 if done is None else len(done)
     if start:
-        found[:start] = done
+        values[:start] = done
         advance(start)
     for first in range(start, len(windows), rows):
         tokens = torch.from_numpy(windows[first : first + rows])
@@ -66,29 +66,28 @@ def measure_layers(
             streams[index] = whole
             for part in _parts(forward, [*streams[:index].flatten(0, 1).unbind(), *whole.unbind()]):
                 x = torch.stack(part)
-                x += forward.layer(weights, x)
+                x += forward.layer(index, weights, x)
                 for stream, row in zip(part, x, strict=True):
                     stream.copy_(row)
         for row in range(len(tokens)):
             compare = _mean_square if metric == "mse" else _divergence
-            found[first + row] = compare(forward, whole[row], streams[:layers, row]).cpu()
+            values[first + row] = compare(forward, whole[row], streams[:layers, row]).cpu()
         advance(len(tokens))
-        keep(found[: first + len(tokens)])
-    return found
+        keep(values[: first + len(tokens)])
+    return values
 
 
 def _parts(forward: Forward, rows: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Rows that go through a layer together."""
+    """Yield the rows that go through a layer together."""
     count = max(1, LAYER_ELEMENTS // (len(rows[0]) * widest(forward)))
     for first in range(0, len(rows), count):
         yield rows[first : first + count]
 
 
 def widest(forward: Forward) -> int:
-    """Channels of the widest activation in a layer."""
-    d = forward.definition
-    queries = (d.num_attention_heads + 2 * d.num_query_groups) * d.head_dim
-    return max(d.hidden_size, d.ffn_hidden_size, d.in_proj_size, queries)
+    """Return the channels of the widest activation in a layer."""
+    definition = forward.definition
+    return max(definition.hidden_size, *(m.outputs for block in definition.blocks for m in block.matrices()))
 
 
 def _mean_square(forward: Forward, whole: Tensor, removed: Tensor) -> Tensor:
@@ -120,11 +119,11 @@ class Sums:
 
     @classmethod
     def zero(cls, width: int) -> Sums:
-        """Of no samples."""
+        """Return sums of no samples."""
         return cls(torch.zeros(4, width, dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
-        """Of [samples, length, width]."""
+        """Add values [samples, length, width]."""
         wide = torch.float64 if values.dtype == torch.float64 else torch.float32
         mean = values.abs().mean(1, dtype=wide).double()
         norm = torch.linalg.vector_norm(values, dim=1, dtype=wide).double()
@@ -133,7 +132,7 @@ class Sums:
         self.samples += len(values)
 
     def values(self) -> Tensor:
-        """float64 [aggregations, width], in the order of `AGGREGATIONS`."""
+        """Return float64 [aggregations, width], in the order of `AGGREGATIONS`."""
         mean, squares, mean_squares, norms = self.sums
         return torch.stack([mean / self.samples, squares.sqrt(), mean_squares.sqrt(), norms / self.samples])
 
@@ -147,7 +146,7 @@ def measure_widths(
     done: dict[str, Sums] | None = None,
     keep: Callable[[dict[str, Sums]], None] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """How strongly every channel is active, in one forward pass.
+    """Measure how strongly every channel is active, in one forward pass.
 
     Args:
         windows: token ids, int64 [samples, length].
@@ -172,9 +171,12 @@ def measure_widths(
         x = forward.embed(torch.from_numpy(windows[first : first + rows]))
         for index in range(model.definition.num_layers):
             x = x + forward.layer(
-                forward.weights(index), x, lambda part, values, index=index: add(f"layers.{index}.{part}", values)
+                index,
+                forward.weights(index),
+                x,
+                lambda part, values, index=index: add(f"layers.{index}.{part}", values),
             )
         add("final_norm", forward.final(x))
         advance(len(x))
         keep(sums)
-    return {name: found.values() for name, found in sums.items()}
+    return {name: each.values() for name, each in sums.items()}

@@ -30,21 +30,18 @@ def stage_bytes(recipe: RecipeConfig, definition: ModelDefinition, device: str) 
     """
     part, parent = recipe.minipuzzle, definition.parameters
     both = parent + min(parent, _cut_parameters(definition, part.grid))
-    held = dict.fromkeys(("importance", "score", "short-distil", "distil", "export"), parent) | {"score": both}
+    parameters = dict.fromkeys(("importance", "score", "short-distil", "distil", "export"), parent) | {"score": both}
     if part.budget.speedup is not None and part.budget.speedup_by == "measured":
-        held["candidates"] = both
-    return {stage: parameters * VALUE_BYTES[device] for stage, parameters in held.items()}
+        parameters["candidates"] = both
+    return {stage: number * VALUE_BYTES[device] for stage, number in parameters.items()}
 
 
 def _cut_parameters(definition: ModelDefinition, grid: GridSchema) -> int:
     """Return the parameters of layers that some candidate narrows: those are copied, all others are the parent's."""
     widths = {key: min(values) for key in WIDTHS if (values := getattr(grid, key))}
     narrow = dataclasses.replace(definition, **widths)
-    cut = sum(
-        definition.count(symbol) * definition.layer_parameters(symbol)
-        for symbol in set(definition.pattern)
-        if narrow.layer_parameters(symbol) != definition.layer_parameters(symbol)
-    )
+    pairs = zip(definition.blocks, narrow.blocks, strict=True)
+    cut = sum(block.parameters for block, other in pairs if other.parameters != block.parameters)
     outside = definition.other_parameters
     return cut + (outside if narrow.other_parameters != outside else 0)
 

@@ -1,4 +1,4 @@
-"""How much of the loss that pruning cost a distillation brought back (as the paper's 3.4 does with accuracies)."""
+"""Tell how much of the loss that pruning cost a distillation brought back (as the paper's 3.4 with accuracies)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ LEAST_COST = 2e-3
 
 
 def recovered(parent: float, pruned: float, child: float) -> float | None:
-    """The share of pruned - parent that the child no longer has; None where pruning cost nothing.
+    """Return the share of pruned - parent that the child no longer has; None where pruning cost nothing.
 
     Args:
         parent, pruned, child: losses on the same text, in nats per token.
@@ -16,7 +16,7 @@ def recovered(parent: float, pruned: float, child: float) -> float | None:
 
 
 def sentence(parent: float, pruned: float, child: float) -> str:
-    """The same in words, which say where the share means little."""
+    """Return the same in words, which say where the share means little."""
     share, cost = recovered(parent, pruned, child), (pruned - parent) / parent
     if share is None:
         return "pruning cost nothing on this text, so there was nothing to recover"

@@ -1,4 +1,4 @@
-"""The report of a compression: one HTML page with its pictures inside, made of what the stages left."""
+"""Write the report of a compression: one HTML page with its pictures inside, made of what the stages left."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.console import Console
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.compression import figures
 from nemotron_h.compression.importance import Importance
-from nemotron_h.compression.ranking import pareto
 from nemotron_h.compression.recovery import sentence
+from nemotron_h.compression.scoring import pareto
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.paired import read_losses
 from nemotron_h.data.blend import parse_count
@@ -58,7 +58,7 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
         folder: of the compression; its stages but the last are finished.
         recipe: of the compression.
         parent: its model.
-        result: what the last stage found; see `MiniPuzzle._export`.
+        result: of the last stage, `export/result.json`.
         out: the page.
     """
 
@@ -66,13 +66,13 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
         return json.loads(folder.joinpath(*path).read_text())
 
     ranking, short = read("score", "ranking.json"), read("short-distil", "results.json")
-    winner, made = read("select", "winner.json"), read("distil", "results.json")
-    found, chosen = ranking["candidates"], ranking["chosen"]
-    row = next(r for r in found if r["name"] == winner["name"])
+    winner, distilled = read("select", "winner.json"), read("distil", "results.json")
+    chosen = ranking["chosen"]
+    row = next(r for r in ranking["candidates"] if r["name"] == winner["name"])
     importance = Importance.load(folder / "importance")
-    child = made["child"]
+    parent_score, child = distilled["parent"], distilled["child"]
     tasks = sorted(child.get("evaluated", {}))
-    rows = [("parent", [*_cells(made["parent"]), *[""] * len(tasks)])]
+    rows = [("parent", [*_cells(parent_score), *[""] * len(tasks)])]
     for name in chosen:
         before, after = short[name]["pruned"], short[name]["short"]
         pairs = [f"{a} → {b}" for a, b in zip(_cells(before), _cells(after), strict=True)]
@@ -91,11 +91,13 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
             },
             child={"parameters": row["parameters"], "pattern": row["pattern"], "ffn": row["ffn_hidden_size"]},
             checkpoint=child["checkpoint"],
-            recovery=sentence(made["parent"]["loss"], result["validation"]["pruned"]["loss"], made["child"]["loss"]),
+            recovery=sentence(
+                distilled["parent"]["loss"], result["validation"]["pruned"]["loss"], distilled["child"]["loss"]
+            ),
             columns=["accuracy", "agreement", "loss", *tasks],
             tasks=tasks,
             rows=rows,
-            tokens=made["parent"]["tokens"],
+            tokens=parent_score["tokens"],
             text=result["text"],
             pictures=list(_pictures(recipe, parent, importance, ranking, child, result)),
             stages=[
@@ -120,7 +122,7 @@ def _pictures(
     child: dict[str, Any],
     result: dict[str, Any],
 ) -> Any:
-    image, part, found = figures.as_image, recipe.minipuzzle, ranking["candidates"]
+    image, part, rows = figures.as_image, recipe.minipuzzle, ranking["candidates"]
     values = importance.layers.mean(0).tolist()
     yield (
         "Importance of the layers",
@@ -130,18 +132,18 @@ def _pictures(
     by_memory = part.budget.memory_gib is not None
     cost, label = ("memory_gib", "memory of inference, GiB") if by_memory else ("parameters", "parameters")
     limit = part.budget.memory_gib if by_memory else parse_count(part.budget.parameters)
-    front = pareto([r[cost] for r in found], [r["accuracy"] for r in found])
+    front = pareto([r[cost] for r in rows], [r["accuracy"] for r in rows])
     yield (
         "Candidates",
-        f"{len(found)} within the budget, scored on {result['text']['choice']}; the circled ones were distilled "
+        f"{len(rows)} within the budget, scored on {result['text']['choice']}; the circled ones were distilled "
         "(paper, figure 10).",
-        image(figures.candidates(found, cost, label, limit, ranking["chosen"], front)),
+        image(figures.candidates(rows, cost, label, limit, ranking["chosen"], front)),
     )
-    rows = {r["name"]: r for r in found}
-    dropped = {name: sorted(set(range(parent.num_layers)) - set(rows[name]["layers"])) for name in ranking["chosen"]}
+    layers = {r["name"]: set(r["layers"]) for r in rows}
+    dropped = {name: sorted(set(range(parent.num_layers)) - layers[name]) for name in ranking["chosen"]}
     yield (
         "Layers that the chosen candidates drop",
-        "Dotted lines are the parent's layers: red Mamba-2, blue FFN, green attention (paper, figure 11).",
+        f"Dotted lines are the parent's layers: {figures.colours(parent.pattern)} (paper, figure 11).",
         image(figures.patterns(parent.pattern, dropped)),
     )
     yield (
@@ -160,11 +162,11 @@ def _pictures(
 
 
 def recovery_curve(run: Path, recipe: RecipeConfig) -> list[tuple[int, float]]:
-    """(tokens, validation loss of the distillation) of a run; empty where it kept no events."""
+    """Return (tokens, validation loss of the distillation) of a run; nothing where it kept no events."""
     per_step = recipe.data.seq_length * recipe.data.global_batch_size
     try:
-        found = read_losses(run, parse_count(recipe.tokens) // per_step).validation
+        losses = read_losses(run, parse_count(recipe.tokens) // per_step).validation
     except UserError as error:
         Console(stderr=True).print(f"no recovery curve: {error.message}", markup=False)
         return []
-    return [(step * per_step, loss) for step, loss in found.items()]
+    return [(step * per_step, loss) for step, loss in losses.items()]

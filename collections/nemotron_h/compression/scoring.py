@@ -1,4 +1,5 @@
-"""How good a model is on validation text without training it: next-token accuracy, agreement with its parent, loss.
+"""Score models on validation text without training them, and rank them: next-token accuracy, agreement with the parent,
+loss.
 
 Both accuracies are the paper's (3.3): how often the greedy prediction is the text's next token, and how often it is the
 parent's greedy prediction. A model is a `GenerationModel`, so a candidate is a list of its parent's layers and slices
@@ -7,7 +8,7 @@ of their weights; no checkpoint is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Score:
-    """What a model did on some text.
+    """Results of a model on some text.
 
     Attributes:
         accuracy: share of positions whose most probable token is the text's next one.
@@ -46,7 +47,7 @@ class Predictions:
     loss: float
 
     def score(self, text: np.ndarray, parent: np.ndarray) -> Score:
-        """Hold them against the text [samples, seq_length + 1] and the parent's predictions [samples, seq_length]."""
+        """Compare them with the text [samples, seq_length + 1] and the parent's predictions [samples, seq_length]."""
         return Score(
             accuracy=float((self.greedy == text[:, 1:]).mean()),
             agreement=float((self.greedy == parent).mean()),
@@ -71,11 +72,46 @@ def predict(model: GenerationModel, text: np.ndarray, batch: int, advance: Advan
         part = torch.from_numpy(text[first : first + batch])
         hidden = model.extend(part[:, :-1], model.new_states(len(part), length)).flatten(0, 1)
         labels = part[:, 1:].flatten().to(model.device)
-        found = []
+        parts = []
         for chunk, wanted in zip(hidden.split(rows), labels.split(rows), strict=True):
             logits = model.logits(chunk).float()
-            found.append(logits.argmax(-1))
+            parts.append(logits.argmax(-1))
             total += float(F.cross_entropy(logits, wanted, reduction="sum"))
-        greedy[first : first + batch] = torch.cat(found).view(len(part), length).cpu().numpy()
+        greedy[first : first + batch] = torch.cat(parts).view(len(part), length).cpu().numpy()
         advance(labels.numel())
     return Predictions(greedy, total / greedy.size)
+
+
+def places(values: Sequence[float]) -> np.ndarray:
+    """Return the place of each value, the largest first, from 1; equal values share the mean of their places."""
+    row = np.asarray(values, dtype=float)
+    larger = (row[None, :] > row[:, None]).sum(1)
+    equal = (row[None, :] == row[:, None]).sum(1)
+    return larger + (equal + 1) / 2
+
+
+def order(scores: Sequence[Score], combine: str = "sum") -> list[int]:
+    """Return the numbers of the candidates, the best first.
+
+    Args:
+        combine: one of `schema.RANKS`: `sum` of the two places, the `worst` of them, or the place by `accuracy` or
+            `agreement` alone. The paper says that both are used (3.3), not how. Ties: lower loss, then number.
+    """
+    accuracy = places([score.accuracy for score in scores])
+    agreement = places([score.agreement for score in scores])
+    combined = {
+        "sum": accuracy + agreement,
+        "worst": np.maximum(accuracy, agreement),
+        "accuracy": accuracy,
+        "agreement": agreement,
+    }[combine]
+    return sorted(range(len(scores)), key=lambda number: (combined[number], scores[number].loss, number))
+
+
+def pareto(costs: Sequence[float], values: Sequence[float]) -> list[int]:
+    """Return the entries that no other beats with a lower or equal cost and a higher value, cheapest first."""
+    front: list[int] = []
+    for number in sorted(range(len(costs)), key=lambda n: (costs[n], -values[n], n)):
+        if not front or values[number] > values[front[-1]]:
+            front.append(number)
+    return front

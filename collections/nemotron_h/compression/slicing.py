@@ -16,20 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, ModelDefinition
+from nemotron_h.architecture.blocks.block import Cut, Indices, stays
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.compression.child import Child, child_definition
-from nemotron_h.compression.forward import Forward, Mask
+from nemotron_h.compression.forward import Forward
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
 from nemotron_h.inference import trained_tokenizer
 from nemotron_h.inference.model import GenerationModel, load_model
 
-#: rows and columns of a weight that stay; None is all of them
-Cut = tuple[Tensor | None, Tensor | None]
 #: ours: largest difference of logits between masked parent and child in float32, of the largest logit; 118 layers round
 #: to 1e-5, and a wrong slice is off by the logits themselves
 TOLERANCE = 1e-3
@@ -38,62 +37,31 @@ CHECK_TOKENS = 80
 
 
 def cuts(parent: ModelDefinition, child: Child) -> list[tuple[Cut, ...]]:
-    """What stays of each weight of each kept layer, in the order of `names.weights` and of the layers' dataclasses."""
-    hidden = _kept(child.hidden, parent.hidden_size)
-    made: list[tuple[Cut, ...]] = []
-    for layer in child.layers:
-        symbol = parent.pattern[layer]
-        if symbol == ATTENTION:
-            made.append(((hidden, None), (None, hidden), (hidden, None)))
-        elif symbol == FFN:
-            neurons = _kept(child.neurons[layer], parent.ffn_hidden_size)
-            made.append(((hidden, None), (neurons, hidden), (hidden, neurons)))
-        else:
-            made.append(_mamba_cuts(parent, child.heads[layer], child.channels[layer], hidden))
-    return made
-
-
-def inner_channels(parent: ModelDefinition, heads: np.ndarray, channels: np.ndarray) -> np.ndarray:
-    """The kept channels among the heads x head_dim of a mixer."""
-    return (heads[:, None] * parent.mamba_head_dim + channels[None, :]).reshape(-1)
-
-
-def _mamba_cuts(d: ModelDefinition, heads: np.ndarray, channels: np.ndarray, hidden: Tensor | None) -> tuple[Cut, ...]:
-    chosen = inner_channels(d, heads, channels)
-    inner, head = _kept(chosen, d.d_inner), _kept(heads, d.mamba_num_heads)
-    states = np.arange(2 * d.mamba_num_groups * d.mamba_state_dim)  # B and C stay: a group's heads share them
-    conv = _kept(np.concatenate([chosen, d.d_inner + states]), d.conv_channels)
-    rows = [chosen, d.d_inner + chosen, 2 * d.d_inner + states, d.d_inner + d.conv_channels + heads]  # z, x, B C, dt
-    in_proj = _kept(np.concatenate(rows), d.in_proj_size)
-    per_head = [(head, None)] * 3  # A_log, D, dt_bias
-    return (hidden, None), (in_proj, hidden), (conv, None), (conv, None), *per_head, (inner, None), (hidden, inner)
-
-
-def _kept(indices: np.ndarray, size: int) -> Tensor | None:
-    return None if len(indices) == size else torch.from_numpy(np.ascontiguousarray(indices))
+    """Return what stays of each weight of each layer that stays, in the order of `names.weights`."""
+    return [parent.blocks[layer].cuts(child.kept[layer], child.hidden) for layer in child.layers]
 
 
 def cut(tensor: Tensor, rows_and_columns: Cut) -> Tensor:
-    """The part of a weight that stays; the weight itself where that is all."""
-    rows, columns = (None if kept is None else kept.to(tensor.device) for kept in rows_and_columns)
-    if columns is not None:
-        tensor = tensor.index_select(1, columns)
-    return tensor if rows is None else tensor.index_select(0, rows)
+    """Return the part of a weight that stays; the weight itself where that is all."""
+    for axis, indices in enumerate(rows_and_columns):
+        if indices is not None:
+            tensor = tensor.index_select(axis, torch.from_numpy(np.ascontiguousarray(indices)).to(tensor.device))
+    return tensor
 
 
 def slice_model(model: GenerationModel, child: Child, name: str = "child") -> GenerationModel:
-    """The child in memory. What is not cut is the parent's own memory.
+    """Return the child in memory; what is not cut is the parent's own memory.
 
     Args:
         model: the parent.
         name: of the child's definition.
     """
     definition = child_definition(model.definition, child, name)
-    hidden = _kept(child.hidden, model.definition.hidden_size)
+    hidden = stays(child.hidden, model.definition.hidden_size)
     layers = []
     for layer, of_layer in zip(child.layers, cuts(model.definition, child), strict=True):
         w = model.layers[layer]
-        parts = (cut(getattr(w, field.name), kept) for field, kept in zip(fields(w), of_layer, strict=True))
+        parts = (cut(getattr(w, field.name), part) for field, part in zip(fields(w), of_layer, strict=True))
         layers.append(type(w)(*parts))
     return GenerationModel(
         definition,
@@ -118,24 +86,18 @@ class Masked:
         self.forward = Forward(model, hidden)
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """[rows, length, vocabulary] of int64 [rows, length]."""
-        d, child = self.forward.definition, self.child
-        x = self.forward.embed(tokens)
-        for layer, symbol in enumerate(d.pattern):
-            keep = float(layer in child.layers)
-            mask = Mask()
-            if keep and symbol == FFN:
-                mask = Mask(neurons=self._mask(child.neurons[layer], d.ffn_hidden_size))
-            elif keep and symbol == MAMBA:
-                inner = inner_channels(d, child.heads[layer], child.channels[layer])
-                mask = Mask(inner=self._mask(inner, d.d_inner))
-            if keep:
-                x = x + self.forward.layer(self.forward.weights(layer), x, mask=mask)
+        """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
+        x, blocks = self.forward.embed(tokens), self.forward.definition.blocks
+        for layer, of_layer in zip(self.child.layers, cuts(self.forward.definition, self.child), strict=True):
+            # inputs of the layer's last matrix; all that is before it acts on each of them alone
+            inner = of_layer[-1][1]
+            mask = None if inner is None else self._mask(inner, blocks[layer].matrices()[-1].inputs)
+            x = x + self.forward.layer(layer, self.forward.weights(layer), x, mask=mask)
         return self.forward.logits(x)
 
-    def _mask(self, kept: np.ndarray, size: int) -> Tensor:
+    def _mask(self, indices: Indices, size: int) -> Tensor:
         mask = torch.zeros(size, **self._like)
-        mask[torch.from_numpy(kept)] = 1
+        mask[torch.from_numpy(indices)] = 1
         return mask
 
 
@@ -188,42 +150,34 @@ def write_child(
 
 
 def child_size(checkpoint: Path, child: Child) -> int:
-    """Bytes of the tensors that `write_child` writes."""
+    """Return the bytes of the tensors that `write_child` writes."""
     source = ModelSource(find_checkpoint(Path(checkpoint)))
     return size(child_definition(source.definition, child, "child"), source.dtype)
 
 
 def _reader(source: ModelSource, child: Child, definition: ModelDefinition) -> Callable[[Weight], Mapping[str, Tensor]]:
-    """Gives the tensors of each of the child's weights, cut from the parent's."""
-    parent = source.definition
-    hidden = _kept(child.hidden, parent.hidden_size)
-    of_layers = [kept for layer in cuts(parent, child) for kept in layer]
+    """Return what gives the tensors of each of the child's weights, cut from the parent's."""
+    hidden = stays(child.hidden, source.definition.hidden_size)
+    of_layers = [part for layer in cuts(source.definition, child) for part in layer]
     every_cut = [(None, hidden), *of_layers, (hidden, None), (None, hidden)]
-    origins = dict(zip(_names(weights(definition)), zip(_rows_of(parent, child), every_cut, strict=True), strict=True))
+    of_parent = zip(_rows_of(source.definition, child), every_cut, strict=True)
+    origins = {next(iter(row.ours)): origin for row, origin in zip(weights(definition), of_parent, strict=True)}
 
     def read(row: Weight) -> Mapping[str, Tensor]:
-        origin, kept = origins[next(iter(row.ours))]
+        origin, part = origins[next(iter(row.ours))]
         theirs = source.read(set(origin.theirs), source.dtype)
         whole = torch.cat(list(origin.to_ours(torch.cat([theirs[their] for their in origin.theirs])).values()))
-        parts = cut(whole, kept).split([shape[0] for shape in row.ours.values()])
+        parts = cut(whole, part).split([shape[0] for shape in row.ours.values()])
         return {key: part.contiguous() for key, part in zip(row.ours, parts, strict=True)}
 
     return read
 
 
-def _names(rows: Any) -> list[str]:
-    return [next(iter(row.ours)) for row in rows]
-
-
 def _rows_of(parent: ModelDefinition, child: Child) -> list[Weight]:
-    """The parent's weights that the child's are cut from, in the child's order."""
-    kept = {f"decoder.layers.{layer}." for layer in child.layers}
-
-    def stays(row: Weight) -> bool:
-        name = next(iter(row.ours))
-        return not name.startswith("decoder.layers.") or ".".join(name.split(".")[:3]) + "." in kept
-
-    return [row for row in weights(parent) if stays(row)]
+    """Return the parent's weights that the child's are cut from, in the child's order."""
+    prefixes = tuple(f"decoder.layers.{layer}." for layer in child.layers)
+    names = ((row, next(iter(row.ours))) for row in weights(parent))
+    return [row for row, name in names if name.startswith(prefixes) or not name.startswith("decoder.layers.")]
 
 
 def check_child(checkpoint: Path, child: Child, written: Path) -> None:
@@ -264,7 +218,7 @@ def check_parameters(definition: ModelDefinition, written: Path) -> None:
 
 @torch.inference_mode()
 def logits_error(masked: Masked, sliced: GenerationModel, tokens: Tensor) -> float:
-    """Largest difference of the logits, of the largest logit."""
+    """Return the largest difference of the logits, of the largest logit."""
     expected = masked.logits(tokens).double()
     states = sliced.new_states(*tokens.shape)
     actual = sliced.logits(sliced.extend(tokens, states)).double()

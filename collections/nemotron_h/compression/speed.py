@@ -1,4 +1,4 @@
-"""Tokens per second of generation, measured on this machine."""
+"""Measure tokens per second of generation on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPT, WARMUP, STEPS = 64, 4, 32
 
 
 def generation_speed(model: GenerationModel, sequences: int, repeats: int = 3) -> float:
-    """Tokens per second over all sequences; the fastest of some repeats, which other work disturbed least."""
+    """Return tokens per second over all sequences; the fastest of some repeats, which other work disturbed least."""
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.definition.vocab_size, (sequences, PROMPT), generator=draw)
     states = model.new_states(sequences, PROMPT + repeats * (WARMUP + STEPS))

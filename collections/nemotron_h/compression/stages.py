@@ -1,4 +1,4 @@
-"""Stages with declared inputs and outputs: run in order, resumed where they were interrupted, skipped when nothing that
+"""Run stages with declared inputs and outputs in order: resumed where they were interrupted, skipped when nothing that
 they depend on has changed. Imports no torch.
 
 A stage writes into `<folder>/<name>`. `begun.json` holds the inputs that it was begun with, by label; `stage.json` is
@@ -30,13 +30,13 @@ RECORD = "stage.json"
 BEGUN = "begun.json"
 ASIDE = ".before"
 
-#: label -> plain JSON value; what a stage's result depends on
+#: label -> plain JSON value: a stage's result depends on these
 Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a pipeline.
+    """Step of a pipeline.
 
     Attributes:
         name: also of its folder.
@@ -58,7 +58,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class State:
-    """Where a stage stands.
+    """State of a stage.
 
     Attributes:
         word: `done`, `changed` (done with other inputs), `interrupted`, `waiting` (for another stage) or `to do`.
@@ -88,7 +88,7 @@ class Pipeline:
     say: Callable[[str], None] = print
 
     def stage(self, name: str) -> Stage:
-        """The stage of this name.
+        """Return the stage of this name.
 
         Errors:
             UserError: there is none.
@@ -100,32 +100,32 @@ class Pipeline:
         raise UserError(f"there is no stage {name!r}", hint=f"{nearest(name, names)}Known: {', '.join(names)}.")
 
     def path(self, name: str) -> Path:
-        """The folder of a finished stage."""
+        """Return the folder of a stage."""
         return self.folder / name
 
     def states(self) -> dict[str, State]:
-        """Where every stage stands, by name, in order."""
-        found: dict[str, State] = {}
+        """Return where every stage stands, by name, in order."""
+        states: dict[str, State] = {}
         for stage in self.stages:
-            waits = next((name for name in stage.needs if found[name].word != "done"), None)
+            waits = next((name for name in stage.needs if states[name].word != "done"), None)
             if waits is not None:
-                found[stage.name] = State("waiting", f"for {waits}")
+                states[stage.name] = State("waiting", f"for {waits}")
                 continue
             record = _read(self.path(stage.name) / RECORD)
             inputs = self._inputs(stage)
             begun = _read(self.path(stage.name) / BEGUN)
             if record is not None and record["inputs"] == inputs:
                 problem = self._damage(stage, record)
-                found[stage.name] = (
+                states[stage.name] = (
                     State("changed", problem) if problem else State("done", "", record["result"], record["seconds"])
                 )
             elif begun is not None and begun["inputs"] == inputs:
-                found[stage.name] = State("interrupted")
+                states[stage.name] = State("interrupted")
             elif record is not None:
-                found[stage.name] = State("changed", "; ".join(differences(record["inputs"], inputs)))
+                states[stage.name] = State("changed", "; ".join(differences(record["inputs"], inputs)))
             else:
-                found[stage.name] = State("to do")
-        return found
+                states[stage.name] = State("to do")
+        return states
 
     def run(self, only: str | None = None) -> None:
         """Run what is not done, in order.
@@ -195,17 +195,12 @@ class Pipeline:
         self.say(f"what was there before is now {aside}")
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
-        """Everything that the stage depends on, through JSON, so that it compares with what was written."""
-        given = {f"{name}/{file}": value for name in stage.needs for file, value in self.outputs(name).items()}
-        return json.loads(json.dumps({**stage.inputs(), **given}))
-
-    def outputs(self, name: str) -> Inputs:
-        """The hashes of a stage's outputs, by file; empty where it is not finished."""
-        record = _read(self.path(name) / RECORD)
-        return record["outputs"] if record else {}
+        """Return all that the stage depends on, through JSON, so that it compares with what was written."""
+        needs = {f"{name}/{file}": sha for name in stage.needs for file, sha in outputs(self.path(name)).items()}
+        return json.loads(json.dumps({**stage.inputs(), **needs}))
 
     def _damage(self, stage: Stage, record: Mapping[str, Any]) -> str:
-        """The first output that is not what was written."""
+        """Return the first output that is not what was written, "" where all are."""
         for name, expected in record["outputs"].items():
             path = self.path(stage.name) / name
             if not path.exists():
@@ -215,8 +210,16 @@ class Pipeline:
         return ""
 
 
+def outputs(stage: Path) -> Inputs:
+    """Return the hashes of a stage's outputs, by file, of its folder; nothing where it is not finished."""
+    record = _read(stage / RECORD)
+    return record["outputs"] if record else {}
+
+
 def digest(path: Path) -> str:
-    """sha256 of a file; what stands for a checkpoint, or a run's newest; of other folders, of their files' hashes."""
+    """Return the sha256 of a file; `content_digest` of a checkpoint or a run's newest; of other folders, the sha256 of
+    their files' hashes.
+    """
     if path.is_file():
         return file_sha256(path)
     from nemotron_h.checkpoint import folders
@@ -230,7 +233,7 @@ def digest(path: Path) -> str:
 
 
 def content_digest(checkpoint: Path) -> str:
-    """What stands for a checkpoint's weights: sha256 of the part of its integrity file that lists the tensors' files.
+    """Return the sha256 of the part of a checkpoint's integrity file that lists the tensors' files, for its weights.
 
     The other files of a checkpoint hold dates, paths, a number drawn for each write and the trainer's counters, which
     differ between two runs to the same weights.
@@ -246,14 +249,14 @@ def content_digest(checkpoint: Path) -> str:
 
 
 def differences(before: Inputs, now: Inputs) -> list[str]:
-    """The inputs that differ, each with its values where they are short."""
-    found = []
+    """Return the inputs that differ, each with its values where they are short."""
+    changes = []
     for label in sorted({*before, *now}):
         old, new = before.get(label), now.get(label)
         if old != new:
             short = all(len(str(value)) <= 40 for value in (old, new))
-            found.append(f"{label}: {old} before, {new} now" if short else label)
-    return found
+            changes.append(f"{label}: {old} before, {new} now" if short else label)
+    return changes
 
 
 def _read(path: Path) -> dict[str, Any] | None:

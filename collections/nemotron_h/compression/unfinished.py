@@ -1,4 +1,4 @@
-"""What an interrupted measurement has come to, so that the next attempt goes on from there."""
+"""Keep what an interrupted measurement has come to, so that the next attempt goes on from there."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Unfinished:
         self.sums = {name: Sums(values, int(about["samples"])) for name, values in tensors.items()}
 
     def keep_layers(self, values: Tensor) -> None:
-        """Values of the windows so far."""
+        """Keep the values of the windows so far."""
         self.layers = values
         self._write()
 
     def keep_widths(self, sums: dict[str, Sums]) -> None:
-        """Sums over the windows so far."""
+        """Keep the sums over the windows so far."""
         self.sums = sums
         self._write()
 
@@ -59,7 +59,7 @@ class Unfinished:
         if self.path is None or time.monotonic() - self._written < WRITE_EVERY_S:
             return
         samples = next(iter(self.sums.values())).samples if self.sums else 0
-        tensors = {"layers": self.layers, **{name: found.sums for name, found in self.sums.items()}}
+        tensors = {"layers": self.layers, **{name: each.sums for name, each in self.sums.items()}}
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         metadata = {"key": self.key, "samples": str(samples)}
         save_file({name: torch.clone(values) for name, values in tensors.items()}, temporary, metadata)
@@ -67,6 +67,6 @@ class Unfinished:
         self._written = time.monotonic()
 
     def remove(self) -> None:
-        """The measurement is finished."""
+        """Remove the file: the measurement is finished."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Set
 from typing import Any
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, WIDTHS, Expect, ModelDefinition, family_of
+from nemotron_h.architecture.blocks.families import family_of
+from nemotron_h.architecture.blocks.registry import KINDS, kind_named
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
 
@@ -51,11 +52,11 @@ _LARGEST = 2**31  # ours: beyond any width
 #: sizes that transformers requires to be positive, for layer types that a pattern lacks
 _UNUSED_WIDTH = 1
 _LAYER_TYPES = {
-    "mamba": MAMBA,
-    "linear_attention": MAMBA,
-    "attention": ATTENTION,
-    "full_attention": ATTENTION,
-    "mlp": FFN,
+    "mamba": "mamba",
+    "linear_attention": "mamba",
+    "attention": "attention",
+    "full_attention": "attention",
+    "mlp": "ffn",
 }
 
 
@@ -63,8 +64,9 @@ def check_expressible(definition: ModelDefinition) -> None:
     """Refuse a model that the type `nemotron_h` cannot express.
 
     Errors:
-        UserError: the model has rotary positions.
+        UserError: the model has rotary positions, other widths in some layers, or other kinds of layers.
     """
+    check_uniform(definition, f"Hugging Face's {MODEL_TYPE}", set(_LAYER_TYPES.values()))
     if definition.position_embedding != "none":
         raise UserError(
             f"model {definition.name} has {definition.position_embedding} positions; "
@@ -73,11 +75,32 @@ def check_expressible(definition: ModelDefinition) -> None:
         )
 
 
+def check_uniform(definition: ModelDefinition, reader: str, kinds: Set[str]) -> None:
+    """Refuse a model of layers that a format has no place for.
+
+    Args:
+        reader: the format, in words.
+        kinds: names of the kinds of layers that it can hold, all of one width.
+    Errors:
+        UserError: names the layers.
+    """
+    other = sorted({kind.name for kind in definition.kinds} - kinds)
+    if other:
+        raise UserError(f"model {definition.name} has {', '.join(other)} layers, which {reader} does not know")
+    if definition.overrides:
+        layers = ", ".join(map(str, sorted(definition.overrides)))
+        raise UserError(
+            f"model {definition.name} has widths of their own in layers {layers} (model.overrides); {reader} states "
+            "one width for all layers of a kind",
+            hint="keep it as a checkpoint of ours: plan, training, generation and compression take it",
+        )
+
+
 def to_config(
     definition: ModelDefinition, *, dtype: str, max_positions: int, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """The content of `config.json`: what readers need and no more, because several take an unknown key for a hint of
-    another model (mixture-of-experts keys above all).
+    """Return the content of `config.json`: what readers need and no more, because several take an unknown key for a
+    hint of another model (mixture-of-experts keys above all).
 
     Args:
         definition: the model.
@@ -100,14 +123,14 @@ def to_config(
         # reads it from a trained model. The architecture has no clamp.
         "time_step_min": 0.0,
         # transformers' cache asks an attention layer for the length so far
-        "use_cache": ATTENTION in definition.pattern,
+        "use_cache": any(kind.attends for kind in definition.kinds),
         **token_ids,
         "torch_dtype": dtype,
     }
 
 
 def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefinition:
-    """The definition, with its counts in `expect`, that a `config.json` describes.
+    """Return the definition, with its counts in `expect`, that a `config.json` describes.
 
     Args:
         config: the file's content, as transformers, the hub or `to_config` wrote it.
@@ -120,7 +143,8 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
     _check_architecture(config, origin)
     pattern = _pattern(config, origin)
     values: dict[str, Any] = {"pattern": pattern}
-    unused = {key for symbol, keys in WIDTHS.items() if symbol not in pattern for key in keys}
+    needed = {key for letter in pattern for key in KINDS[letter].widths}
+    unused = {key for kind in KINDS.values() for key in kind.widths} - needed
     for ours, theirs in KEYS.items():
         if ours == "pattern" or ours in unused:
             continue
@@ -128,10 +152,9 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
         if key not in config and ours in ("norm_epsilon", "init_std"):
             continue  # the definition's defaults are transformers'
         values[ours] = _positive(config.get(key), theirs, origin, whole=ours not in ("norm_epsilon", "init_std"))
-    definition = ModelDefinition(name=name, family=family_of(pattern), expect=Expect(0, 0, 0, 0), **values)
+    definition = ModelDefinition(name=name, family=family_of(pattern), expect=Expect(), **values)
     definition.validate_structure(origin)
-    counts = Expect(*(definition.count(symbol) for symbol in (MAMBA, ATTENTION, FFN)), definition.parameters)
-    return replace(definition, expect=counts)
+    return definition.counted()
 
 
 def max_positions_of(config: Mapping[str, Any], origin: str) -> int | None:
@@ -158,7 +181,7 @@ def _positive(value: Any, key: str, origin: str, *, whole: bool) -> int | float:
 
 
 def definition_name(folder_name: str) -> str:
-    """A folder's name as a definition's: lower case, words joined by `_`."""
+    """Return a folder's name as a definition's: lower case, words joined by `_`."""
     return re.sub(r"\W+", "_", folder_name.lower(), flags=re.ASCII).strip("_")[:100] or "imported"
 
 
@@ -187,7 +210,7 @@ def _check_architecture(config: Mapping[str, Any], origin: str) -> None:
 
 
 def _number(value: Any) -> float:
-    """transformers 5 writes infinity as `{"__float__": "Infinity"}`."""
+    """Return a number, infinity too, which transformers 5 writes as `{"__float__": "Infinity"}`."""
     return float(value["__float__"] if isinstance(value, Mapping) else value)
 
 
@@ -200,7 +223,7 @@ def _pattern(config: Mapping[str, Any], origin: str) -> str:
         unknown = sorted({str(kind) for kind in types} - set(_LAYER_TYPES))
         if unknown:
             raise UserError(f"{origin}: layers of type {', '.join(unknown)}, which this family does not have")
-        pattern = "".join(_LAYER_TYPES[kind] for kind in types)
+        pattern = "".join(kind_named(_LAYER_TYPES[kind]).letter for kind in types)
     if not isinstance(pattern, str):
         raise UserError(f"{origin}: hybrid_override_pattern is {pattern!r}; a letter for each layer is needed")
     layers = config.get("num_hidden_layers", len(pattern))

@@ -16,7 +16,8 @@ _SPARE = 64 << 20
 
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not.
+    """Yield a temporary folder beside `out` that takes its name when the block ends well, and is removed when it does
+    not.
 
     Args:
         out: must not exist.

@@ -19,7 +19,7 @@ Value = bool | int | float | str | list[int] | list[str]
 
 @dataclass(frozen=True)
 class TensorType:
-    """How a tensor's numbers lie in the file.
+    """Layout of a tensor's numbers in the file.
 
     Attributes:
         code: the format's number of the type.

@@ -25,7 +25,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will write.
+    """Plan of an export to a Hugging Face folder.
 
     Attributes:
         source: the checkpoint.

@@ -11,28 +11,52 @@ import sys
 from collections.abc import Sequence
 
 from nemotron_h.core.errors import UserError, report
-from nemotron_h.recipe.compose import compose, factory_of, known_recipes, stage_of
+from nemotron_h.launch.place import take
+from nemotron_h.recipe.compose import compose, factory_of, known_recipes, names_model, stage_of
+from nemotron_h.recipe.overrides import split
 from nemotron_h.schema.recipe import STAGES, file_of_factory
 
+#: `key=@FILE.yaml`, as nemo-run takes it
+FILE = re.compile(r"=@[\w./\\-]+\.(ya?ml|json|toml)(:\w+)?$", re.IGNORECASE)
+_YAML = re.compile(r"--yaml(=|$)")
 _FACTORY = re.compile(r"(?:--factory|-f)(?:=|$)")
-_FILE = re.compile(r"nemotron_h_recipe\(\s*path\s*=\s*(['\"]?)(.+?)\1\s*\)")
+_PATH = re.compile(r"nemotron_h_recipe\(\s*path\s*=\s*(['\"]?)(.+?)\1\s*\)")
 
 
-def recipe_of(arguments: Sequence[str]) -> str | None:
-    """Return the recipe that a command line of `nemo` names, as `compose` takes it; None if it is not one of ours.
+def of_recipe(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the settings of a recipe, `model=NAME` among them, and those of the built task.
+
+    Errors:
+        UserError: as of `split`.
+    """
+    models = [argument for argument in arguments if names_model(argument)]
+    values, others = split([argument for argument in arguments if argument not in models])
+    return [*models, *values], others
+
+
+def recipe_of(arguments: Sequence[str]) -> tuple[str, list[str]] | None:
+    """Return the recipe that a command line of `nemo` names and its values there, as `compose` takes them.
 
     Args:
         arguments: without the name of the program: `llm pretrain --factory NAME ...`.
+    Returns:
+        None where it names none of ours, or where a file (`--yaml`) or the factory (`NAME(student=...)`) changes it.
+    Errors:
+        UserError: as of `split` and `take`.
     """
     at = next((i for i, argument in enumerate(arguments) if _FACTORY.match(argument)), None)
-    if at is None:
+    settings = [argument for argument in arguments[2:] if "=" in argument and not argument.startswith("-")]
+    if at is None or any(map(_YAML.match, arguments)) or any(FILE.search(setting) for setting in settings):
         return None
     _, equals, factory = arguments[at].partition("=")
     factory = factory if equals else "".join(arguments[at + 1 : at + 2])
-    if file := _FILE.fullmatch(factory):
-        return file_of_factory(file[2])
     shipped = {(STAGES.get(stage_of(name)), factory_of(name)): name for name in known_recipes()}
-    return shipped.get(("".join(arguments[1:2]), factory.split("(")[0]))
+    file = _PATH.fullmatch(factory)
+    recipe = file_of_factory(file[2]) if file else shipped.get((arguments[1], factory))
+    if recipe is None:
+        return None
+    _, _, settings = take([setting for setting in settings if setting != factory])
+    return recipe, of_recipe(settings)[0]
 
 
 def main() -> None:
@@ -40,7 +64,7 @@ def main() -> None:
     try:
         recipe = recipe_of(sys.argv[1:])
         if recipe is not None:
-            compose(recipe)
+            compose(*recipe)
     except UserError as error:
         report(error)
         sys.exit(error.EXIT_CODE)

@@ -33,7 +33,6 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from nemotron_h.architecture.adapters import ROW_PARALLEL, TARGETS
 from nemotron_h.model import init
 from nemotron_h.schema.recipe import AdapterSchema
 
@@ -178,13 +177,15 @@ def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
     """
     model.requires_grad_(False)
     config = model.config
+    blocks = config.definition().blocks
     for layer in model.decoder.layers:
         number = layer.layer_number - 1
+        matrices = {matrix.name: matrix for matrix in blocks[number].matrices()}
         for name, linear in list(layer.named_modules()):
             target = name.rpartition(".")[2]
-            if target not in TARGETS or target not in settings.targets:
+            if target not in matrices or target not in settings.targets:
                 continue
-            row_parallel = target in ROW_PARALLEL
+            row_parallel = matrices[target].split == "inputs"
             if hasattr(linear, "return_layernorm_output"):
                 linear.return_layernorm_output = True
             linear.adapter = Adapter(settings, linear.weight, row_parallel, config.sequence_parallel)

@@ -1,190 +1,103 @@
-"""The layer stack on Megatron's parallel layers, with Transformer Engine where a GPU has it."""
+"""The stack of layers on Megatron's parallel layers, with Transformer Engine where a GPU has it."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.fp8_utils import get_fp8_context, is_first_last_bf16_layer
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
-from megatron.core.ssm.mlp_layer import MLPLayer
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    checkpoint,
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_block import MambaStack
+from megatron.core.tensor_parallel import checkpoint
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from nemotron_h.architecture.definition import pipeline_layers
 from nemotron_h.model.attention import Documents, ScaledDotProductAttention, engine_attention
+from nemotron_h.model.blocks.registry import running_layers
+from nemotron_h.model.blocks.running import InitialWeights, Parts, Running, Surroundings
 from nemotron_h.model.gpu_options import has_kernels
-from nemotron_h.model.mixer import NemotronHMixer
-from nemotron_h.ops import linear
-from nemotron_h.ops.norm import rms_norm
-from nemotron_h.precision.emulation import fp8_linear
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm over the last axis, float32 inside (`nemotron_h.ops.norm`).
-
-    Marks its weight for the gradient reduction that sequence parallelism needs, which megatron-core's wrapper of
-    torch's norm refuses.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps = eps
-        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` [..., hidden_size]; same shape and dtype."""
-        return rms_norm(x, self.weight, eps=self.eps)
-
-
-class _CpuProduct:
-    """Multiply with `nemotron_h.ops.linear` where it applies and Megatron asks for nothing beyond the product.
-
-    `fp8_emulation` names the FP8 recipe to emulate instead; the stack sets it in the layers that are not BF16.
-    """
-
-    fp8_emulation: str | None = None
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
-        if self.fp8_emulation is not None:
-            return self._fp8_product(input, weight, **kwargs)
-        extras = ("bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer")
-        plain = not args and all(kwargs[name] is None or kwargs[name] is False for name in extras)
-        if plain and linear.takes(input, weight):
-            return linear.linear(input, weight)
-        if not weight.requires_grad:
-            # torch multiplies each row with a copy of the weight unless its strides say that they follow on each other,
-            # which those of a transposed [1, sequence] do not
-            input = input.flatten().view(input.shape)
-        return super()._forward_impl(input, weight, *args, **kwargs)
-
-    def _fp8_product(
-        self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, **_: object
-    ) -> Tensor:
-        """Quantises what the ranks gathered: its amax is their largest, which Transformer Engine reduces likewise."""
-        if sequence_parallel:
-            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
-        elif allreduce_dgrad:
-            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
-        return fp8_linear(input, weight, self.fp8_emulation)
-
-
-class CpuColumnParallelLinear(_CpuProduct, ColumnParallelLinear):
-    """megatron-core's, faster on the CPU."""
-
-
-class CpuRowParallelLinear(_CpuProduct, RowParallelLinear):
-    """megatron-core's, faster on the CPU."""
-
-
-class NemotronHMambaLayer(MambaLayer):
-    """megatron-core's Mamba layer (norm, mixer, residual) that also hands `seq_idx` to the mixer."""
-
-    def forward(self, hidden_states: Tensor, seq_idx: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """[sequence, batch, hidden] to the same."""
-        residual = hidden_states
-        out = self.mixer(self.norm(hidden_states.to(self.config.params_dtype)), seq_idx=seq_idx)
-        add = self.mamba_bda(training=self.training, fused=self.config.bias_dropout_fusion)
-        return add(out, residual, self.hidden_dropout)
-
-
-class RecomputingMLP(MLP):
-    """megatron-core's FFN that computes its activation again in the backward pass instead of keeping it."""
-
-    def forward(self, hidden_states: Tensor, per_token_scale: None = None) -> tuple[Tensor, Tensor | None]:
-        """[sequence, batch, hidden] to the same, and the output projection's bias (None)."""
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(hidden_states, per_token_scale)
-        inner, _ = self.linear_fc1(hidden_states)
-        again = CheckpointWithoutOutput(fp8=None)  # the activation has no FP8 state; `False` would be taken as true
-        activated = again.checkpoint(self.activation_func, inner)
-        out, bias = self.linear_fc2(activated)
-        again.discard_output_and_register_recompute(out)
-        return out, bias
+from nemotron_h.model.megatron_layers import CpuColumnParallelLinear, CpuMatmul, CpuRowParallelLinear, RMSNorm
+from nemotron_h.schema.nemo_names import MODEL
 
 
 class NemotronHStack(MambaStack):
-    """megatron-core's hybrid stack with own weights' initialisation, uneven pipeline stages and `seq_idx`.
+    """The blocks of a model, or of a pipeline stage of it, and the final norm.
 
-    megatron-core 0.15 gives every stage `num_layers // stages` layers, and so drops the remainder.
+    megatron-core's stack knows three letters, gives all layers one width and every stage `num_layers // stages` of
+    them; of it stay the checkpoint's layout and the interface to pipeline schedules.
 
     Attributes:
+        running: how each of the layers runs.
         taps: number of a layer -> its output [sequence, batch, hidden] of the last pass, of layers that are in it.
     """
 
-    def __init__(self, config: TransformerConfig, submodules: MambaStackSubmodules, **kwargs: object) -> None:
-        post_process = bool(kwargs.get("post_process", True))
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: Parts,
+        pre_process: bool = True,
+        post_process: bool = True,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: object,
+    ) -> None:
+        MegatronModule.__init__(self, config=config)
+        self.pre_process, self.post_process, self.post_layer_norm = pre_process, post_process, True
+        self.pp_group, self.input_tensor = pg_collection.pp, None
+        self.taps: dict[int, Tensor | None] = {}
+        stage = pipeline_layers(config.num_layers, self.pp_group.size())[self.pp_group.rank()]
+        self.running: list[Running] = running_layers(config.definition())[stage.start : stage.stop]
         # Only the stack's layers: emulated FP8 has no such product, the output layer, built after it, is never FP8
         before = config.gradient_accumulation_fusion
         config.gradient_accumulation_fusion = config.fuse_weight_gradients and not config.fp8_emulation
-        super().__init__(config, submodules, **{**kwargs, "post_layer_norm": False})
+        layers = zip(stage, self.running, strict=True)
+        self.layers = nn.ModuleList(
+            self._build(number, running, submodules, pg_collection) for number, running in layers
+        )
         config.gradient_accumulation_fusion = before
-        self.post_layer_norm = True
-        self.taps: dict[int, Tensor | None] = {}
-        offset = pipeline_layers(config.num_layers, self.pp_group.size())[self.pp_group.rank()].start
-        for index, layer in enumerate(self.layers):
-            # Transformer layers derive their number from an even split
-            layer.layer_number = offset + index + 1
-            if config.fp8_emulation and not is_first_last_bf16_layer(config, offset + index):
-                for module in layer.modules():
-                    if isinstance(module, _CpuProduct):
-                        module.fp8_emulation = config.fp8_emulation
-            if isinstance(layer, MLPLayer) and config.recompute_ffn == "activation":
-                # megatron-core's layer builds no MLP but its own; the class adds no state
-                layer.mlp.__class__ = RecomputingMLP
+        self.num_layers_per_pipeline_rank = len(self.layers)
         if post_process:
             norm = te.TENorm if has_kernels() else RMSNorm
             self.final_norm = norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
-    def _select_layers_for_pipeline_parallel(self, layer_type_list: list[str]) -> tuple[int, list[str]]:
-        layers = pipeline_layers(len(layer_type_list), self.pp_group.size())[self.pp_group.rank()]
-        return layers.start, layer_type_list[layers.start : layers.stop]
+    def _build(self, number: int, running: Running, parts: Parts, groups: ProcessGroupCollection) -> nn.Module:
+        """Return Megatron's layer of this number."""
+        config = layer_config(self.config, number)
+        with get_fp8_context(self.config, number, is_init=True):
+            layer = build_module(
+                running.layer_spec(parts), config=config, layer_number=number + 1, pg_collection=groups
+            )
+        layer.layer_number = number + 1  # transformer layers derive theirs from an even split
+        if config.fp8_emulation and not is_first_last_bf16_layer(config, number):
+            for module in layer.modules():
+                if isinstance(module, CpuMatmul):
+                    module.fp8_emulation = config.fp8_emulation
+        running.prepare_layer(layer, config)
+        return layer
 
-    def _recomputed(self, layer: MegatronModule) -> bool:
-        """Whether the backward pass computes this layer again from its input."""
-        if isinstance(layer, NemotronHMambaLayer):
-            return self.config.recompute_mamba == "layer"
-        config = self.config
-        return (config.recompute_ffn if isinstance(layer, MLPLayer) else config.recompute_attention) == "layer"
+    def initialize(self, draw: InitialWeights) -> None:
+        """Set the initial weights of every layer."""
+        for layer, running in zip(self.layers, self.running, strict=True):
+            running.initialize(layer, f"layers.{layer.layer_number - 1}", draw)
 
     def _run_layer(
-        self,
-        layer: MegatronModule,
-        hidden_states: Tensor,
-        documents: Documents | None,
-        seq_idx: Tensor | None,
-        rotary: Tensor | None,
+        self, layer: MegatronModule, running: Running, hidden_states: Tensor, around: Surroundings
     ) -> Tensor:
-        """One layer, kept or to be recomputed. What a layer runs under (its precision) is entered inside `run`, so
-        that the second run is under it too.
+        """Return a layer's output, kept or to be recomputed.
+
+        What a layer runs under (its precision) is entered inside `run`, so that the second run is under it too.
         """
 
         def run(hidden: Tensor) -> Tensor:
             with get_fp8_context(self.config, layer.layer_number - 1):  # none where the layer is BF16
-                if isinstance(layer, NemotronHMambaLayer):
-                    return layer(hidden, seq_idx=seq_idx)
-                return layer(hidden_states=hidden, attention_mask=documents, rotary_pos_emb=rotary)[0]
+                return running.forward(layer, hidden, around)
 
-        if self.training and torch.is_grad_enabled() and self._recomputed(layer):
+        recomputed = getattr(self.config, f"recompute_{running.kind.name}", "none") == "layer"
+        if self.training and torch.is_grad_enabled() and recomputed:
             return checkpoint(run, False, hidden_states)
         return run(hidden_states)
 
@@ -196,7 +109,7 @@ class NemotronHStack(MambaStack):
         rotary_pos_emb: Tensor | None = None,
         **_: object,
     ) -> Tensor:
-        """[sequence, batch, hidden] through this stage's layers.
+        """Return [sequence, batch, hidden] after this stage's layers.
 
         Args:
             hidden_states: the embeddings; ignored on later pipeline stages, which read `input_tensor`.
@@ -207,8 +120,9 @@ class NemotronHStack(MambaStack):
         if not self.pre_process:
             hidden_states = self.input_tensor
         documents = None if seq_idx is None else Documents.of(seq_idx)
-        for layer in self.layers:
-            hidden_states = self._run_layer(layer, hidden_states, documents, seq_idx, rotary_pos_emb)
+        around = Surroundings(documents, seq_idx, rotary_pos_emb)
+        for layer, running in zip(self.layers, self.running, strict=True):
+            hidden_states = self._run_layer(layer, running, hidden_states, around)
             if layer.layer_number - 1 in self.taps:
                 self.taps[layer.layer_number - 1] = hidden_states
         if self.post_process:
@@ -216,55 +130,26 @@ class NemotronHStack(MambaStack):
         return make_viewless_tensor(inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
 
 
-def _stack(column: type, row: type, attention: type, norm: type | None) -> ModuleSpec:
-    """The stack's classes; `norm` is None where the column-parallel layer normalises its own input."""
-    own_norm = {} if norm is None else {"norm": norm}
-    return ModuleSpec(
-        module=NemotronHStack,
-        submodules=MambaStackSubmodules(
-            mamba_layer=ModuleSpec(
-                module=NemotronHMambaLayer,
-                submodules=MambaLayerSubmodules(
-                    mixer=ModuleSpec(
-                        module=NemotronHMixer, submodules=MambaMixerSubmodules(in_proj=column, out_proj=row)
-                    ),
-                    mamba_bda=get_bias_dropout_add,
-                    **own_norm,
-                ),
-            ),
-            attention_layer=ModuleSpec(
-                module=TransformerLayer,
-                submodules=TransformerLayerSubmodules(
-                    self_attention=ModuleSpec(
-                        module=SelfAttention,
-                        params={"attn_mask_type": AttnMaskType.causal},
-                        submodules=SelfAttentionSubmodules(
-                            linear_qkv=column, core_attention=attention, linear_proj=row
-                        ),
-                    ),
-                    self_attn_bda=get_bias_dropout_add,
-                    **({} if norm is None else {"input_layernorm": norm}),
-                ),
-            ),
-            mlp_layer=ModuleSpec(
-                module=MLPLayer,
-                submodules=TransformerLayerSubmodules(
-                    mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
-                    mlp_bda=get_bias_dropout_add,
-                    **({} if norm is None else {"pre_mlp_layernorm": norm}),
-                ),
-            ),
-        ),
-    )
+def layer_config(config: TransformerConfig, number: int) -> TransformerConfig:
+    """Return the configuration of one layer: the model's, with the widths that the layer has of its own."""
+    widths = config.overrides.get(number)
+    if not widths:
+        return config
+    own = copy.copy(config)
+    for key, value in widths.items():
+        setattr(own, MODEL[key], value)
+    return own
 
 
 def stack_spec() -> ModuleSpec:
-    """The stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
+    """Return the stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
     if has_kernels():
-        return _stack(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, engine_attention(), norm=None)
+        parts = Parts(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, engine_attention(), norm=None)
+        return ModuleSpec(module=NemotronHStack, submodules=parts)
     return plain_stack_spec()
 
 
 def plain_stack_spec() -> ModuleSpec:
-    """The stack in PyTorch's operations; also the one that emulates FP8."""
-    return _stack(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm)
+    """Return the stack in PyTorch's operations; also the one that emulates FP8."""
+    parts = Parts(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm)
+    return ModuleSpec(module=NemotronHStack, submodules=parts)

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
-from megatron.core.transformer.attention import SelfAttention
 from nemo.collections.llm import MambaModel, SSMConfig
 from nemo.collections.llm.gpt.model.base import get_batch_on_this_cp_rank
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
 
 from nemotron_h.architecture.adapters import check_adapter
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, Expect, ModelDefinition
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, gpu_options, init
+from nemotron_h.model.blocks.running import InitialWeights
 from nemotron_h.model.embedding import AccumulatingEmbedding
-from nemotron_h.model.layers import CpuColumnParallelLinear, NemotronHMambaLayer, plain_stack_spec, stack_spec
-from nemotron_h.model.mixer import NemotronHMixer
+from nemotron_h.model.layers import plain_stack_spec, stack_spec
+from nemotron_h.model.megatron_layers import CpuColumnParallelLinear
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
+from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
 
 
-def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
-    """Take the next micro-batch and keep what this pipeline stage needs."""
+def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str, Any]:
+    """Take the next micro-batch and keep what this pipeline stage needs.
+
+    Args:
+        last_stage: keys that the loss of a training stage reads, beside labels and their mask.
+    """
     batch = next(dataloader_iter)
     if isinstance(batch, tuple) and len(batch) == 3:
         batch = batch[0]
@@ -37,9 +43,7 @@ def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
     if parallel_state.is_pipeline_first_stage():
         needed |= {"tokens", "position_ids"}
     if parallel_state.is_pipeline_last_stage():
-        needed |= {"labels", "loss_mask"}
-        needed |= {"pairs", "reference", "reward_gap"}  # preferences
-        needed |= {"teacher_values", "teacher_ids"}  # a distillation from stored logits
+        needed |= {"labels", "loss_mask", *last_stage}
     moved = {key: value.cuda(non_blocking=True) if key in needed else None for key, value in batch.items()}
     moved["sample_ids"] = batch.get("sample_ids")  # for callbacks, on the CPU
     return get_batch_on_this_cp_rank(moved)
@@ -178,17 +182,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
             init.fill(self.embedding.word_embeddings.weight, "embedding", weight, axis=0, **shard)
         if self.post_process:
             init.fill(self.output_layer.weight, "output_layer", weight, axis=0, **shard)
-        for layer in self.decoder.layers:
-            name = f"layers.{layer.layer_number - 1}"
-            if isinstance(layer, NemotronHMambaLayer):
-                mixer: NemotronHMixer = layer.mixer
-                mixer.initialize(f"{name}.mixer", seed)
-            elif isinstance(layer.self_attention, SelfAttention):
-                init.fill(layer.self_attention.linear_qkv.weight, f"{name}.linear_qkv", weight, axis=0, **shard)
-                init.fill(layer.self_attention.linear_proj.weight, f"{name}.linear_proj", residual, axis=1, **shard)
-            else:
-                init.fill(layer.mlp.linear_fc1.weight, f"{name}.linear_fc1", weight, axis=0, **shard)
-                init.fill(layer.mlp.linear_fc2.weight, f"{name}.linear_fc2", residual, axis=1, **shard)
+        self.decoder.initialize(InitialWeights(weight, residual, seed, shard))
 
 
 @dataclass
@@ -198,6 +192,7 @@ class NemotronHConfig(SSMConfig):
     Attributes beyond NeMo's:
         definition_name: the model definition that the numbers come from.
         family: the rules that the pattern follows.
+        overrides: layer -> widths of its own.
         vocab_size: the vocabulary of the tokenizer, before padding.
         conv_kernel: window of the causal convolution.
         init_seed: seed of the initial weights.
@@ -212,6 +207,7 @@ class NemotronHConfig(SSMConfig):
 
     definition_name: str = ""
     family: str = "nemotron_h"
+    overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     vocab_size: int = 0
     conv_kernel: int = 4
     init_seed: int = 1234
@@ -235,7 +231,6 @@ class NemotronHConfig(SSMConfig):
     attention_backend: Any = "auto"
     mamba_stack_spec: Callable = stack_spec
     forward_step_fn: Callable = forward_step
-    data_step_fn: Callable = data_step
     # `model.gpu_options` says why each is on or off
     fuse_weight_gradients: bool = field(default_factory=gpu_options.default("fuse_weight_gradients"))
     gradient_accumulation_fusion: bool = field(default_factory=gpu_options.default("gradient_accumulation_fusion"))
@@ -259,11 +254,13 @@ class NemotronHConfig(SSMConfig):
         pattern = self.hybrid_override_pattern
         if pattern:
             self.num_layers = len(pattern)
+            widths = {key for letter in pattern for key in KINDS[letter].widths}
             # NeMo refuses 0, which is how a width is left out; no layer reads these
-            if ATTENTION not in pattern:
+            if "num_attention_heads" not in widths:
                 self.num_attention_heads = self.num_query_groups = self.mamba_num_heads
-            if FFN not in pattern:
+            if "ffn_hidden_size" not in widths:
                 self.ffn_hidden_size = self.hidden_size
+        self.overrides = {int(number): dict(widths) for number, widths in self.overrides.items()}
         if self.adapter == AdapterSchema():
             self.adapter = None
         if self.adapter is not None:
@@ -273,28 +270,11 @@ class NemotronHConfig(SSMConfig):
     def definition(self) -> ModelDefinition:
         """The definition that these numbers make, without its `expect`."""
         pattern = self.hybrid_override_pattern
-        return ModelDefinition(
-            name=self.definition_name,
-            family=self.family,
-            pattern=pattern,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size if FFN in pattern else 0,
-            num_attention_heads=self.num_attention_heads if ATTENTION in pattern else 0,
-            num_query_groups=self.num_query_groups if ATTENTION in pattern else 0,
-            head_dim=self.kv_channels,
-            mamba_num_heads=self.mamba_num_heads,
-            mamba_head_dim=self.mamba_head_dim,
-            mamba_num_groups=self.mamba_num_groups,
-            mamba_state_dim=self.mamba_state_dim,
-            vocab_size=self.vocab_size,
-            conv_kernel=self.conv_kernel,
-            position_embedding=self.position_embedding_type,
-            rope_base=self.rotary_base,
-            rope_percent=self.rotary_percent,
-            norm_epsilon=self.layernorm_epsilon,
-            init_std=self.init_method_std,
-            expect=Expect(pattern.count(MAMBA), pattern.count(ATTENTION), pattern.count(FFN), 0),
-        )
+        values = {key: getattr(self, name) for key, name in MODEL.items()}
+        needed = {key for letter in pattern for key in KINDS[letter].widths}
+        values |= {key: 0 for kind in KINDS.values() for key in kind.widths if key not in needed}
+        definition = ModelDefinition(**values, expect=Expect())
+        return replace(definition, expect=replace(definition.counts(), parameters=0))
 
     def configure_model(
         self, tokenizer: Any, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: Any = None
@@ -315,7 +295,7 @@ class NemotronHConfig(SSMConfig):
             check_adapter(
                 self.adapter,
                 self.definition(),
-                "model.config.adapter",
+                "adapter",
                 pipeline=self.pipeline_model_parallel_size,
             )
             adapters.attach(model, self.adapter, self.init_seed)
@@ -363,33 +343,18 @@ class NemotronHConfig(SSMConfig):
     def of_definition(self, definition: ModelDefinition, **changes: Any) -> NemotronHConfig:
         """The configuration of another model in this one's layout and precision."""
         values = {f.name: getattr(self, f.name) for f in fields(NemotronHConfig) if f.init}
-        values |= {
-            "definition_name": definition.name,
-            "family": definition.family,
-            "hybrid_override_pattern": definition.pattern,
-            "num_layers": definition.num_layers,
-            "hidden_size": definition.hidden_size,
-            "ffn_hidden_size": definition.ffn_hidden_size,
-            "num_attention_heads": definition.num_attention_heads,
-            "num_query_groups": definition.num_query_groups,
-            "kv_channels": definition.head_dim,
-            "mamba_num_heads": definition.mamba_num_heads,
-            "mamba_head_dim": definition.mamba_head_dim,
-            "mamba_num_groups": definition.mamba_num_groups,
-            "mamba_state_dim": definition.mamba_state_dim,
-            "vocab_size": definition.vocab_size,
-            "conv_kernel": definition.conv_kernel,
-            "position_embedding_type": definition.position_embedding,
-            "rotary_base": definition.rope_base,
-            "rotary_percent": definition.rope_percent,
-            "layernorm_epsilon": definition.norm_epsilon,
-            "init_method_std": definition.init_std,
-        }
+        values |= {"num_layers": definition.num_layers, **nemo_fields(definition)}
         return NemotronHConfig(**{**values, **changes})
 
 
 class NemotronHModel(MambaModel):
-    """The Lightning module; NeMo's, over `NemotronHConfig`."""
+    """The Lightning module; NeMo's, over `NemotronHConfig`.
+
+    Attributes:
+        batch_keys: of a batch, that this stage's loss reads beside labels and their mask.
+    """
+
+    batch_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -399,6 +364,10 @@ class NemotronHModel(MambaModel):
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+
+    def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
+        """Take the next micro-batch."""
+        return data_step(dataloader_iter, self.batch_keys)
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run may change of the loss, by recipe key."""

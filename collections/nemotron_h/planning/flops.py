@@ -1,23 +1,24 @@
 """Floating-point operations per token of any model of the family, by part. Pure arithmetic.
 
-Conventions: a multiply-add is 2 operations. Matrix products, the convolution and the attention core count; norms,
+Conventions: a multiply-add is 2 operations. Matmuls, the convolution and the attention core count; norms,
 activations, the softmax and the optimizer do not (under 1 % together). The causal core is counted as what a causal
 kernel has to do, the triangle with its diagonal: (L + 1) / 2 keys per query on average. The state-space scan is counted
 in its chunked form (Dao and Gu 2024) with whole [chunk, chunk] matrices, as the kernels multiply them. A backward pass
-is two products for every one of the forward, so training is three times the forward. What a backward computes again is
+is two matmuls for every one of the forward, so training is three times the forward. What a backward computes again is
 no work of the model and not counted, here or in an MFU; `recomputed_per_token` has it.
 
-With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one product, the
+With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one matmul, the
 gradient of its input (also that of the first layer's, as training computes it); where activations multiply, in scan and
 attention core, it stays two.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 
-from nemotron_h.architecture.adapters import shape_of
-from nemotron_h.architecture.definition import ATTENTION, LAYER_NAMES, MAMBA, ModelDefinition
+from nemotron_h.architecture.blocks.block import Operation
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.schema.recipe import AdapterSchema
 
 #: tokens of a chunk of the scan on a GPU (`nemotron_h.ops.select.KERNEL_CHUNK`)
@@ -36,7 +37,7 @@ class FlopsByPart:
         attention_core: scores and weighted values.
         ffn: both matrices of every FFN.
         head: the output matrix. The embedding is a lookup and costs nothing.
-        adapters: LoRA's or DoRA's own products.
+        adapters: LoRA's or DoRA's own matmuls.
     """
 
     mamba_projections: float = 0.0
@@ -50,74 +51,22 @@ class FlopsByPart:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     @property
     def linear(self) -> float:
-        """The layers' linear projections: what FP8 can take (paper 2.3). The output matrix is not among them."""
+        """Return the FLOPs of the layers' projections, which FP8 can take (paper 2.3), without the output matrix."""
         return self.mamba_projections + self.attention_projections + self.ffn
 
     @property
     def rest(self) -> float:
-        """All but `linear`: BF16 products, convolution and scan."""
+        """Return all but `linear`: BF16 matmuls, convolution and scan."""
         return self.total - self.linear
 
     def shares(self) -> dict[str, float]:
-        """Part -> share of the total."""
+        """Return part -> share of the total."""
         return {f.name: getattr(self, f.name) / self.total for f in fields(self)}
-
-
-def ssd_flops(definition: ModelDefinition, chunk: int = CHUNK) -> float:
-    """Forward operations per token of one scan.
-
-    C B^T per group, the decayed [chunk, chunk] matrix times x per head, B^T x into the chunk's state, and C times the
-    incoming state. Passing states between chunks is elementwise.
-    """
-    d = definition
-    within = 2 * chunk * (d.mamba_num_groups * d.mamba_state_dim + d.d_inner)
-    return within + 4 * d.mamba_state_dim * d.d_inner
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One operation of a layer's forward.
-
-    Attributes:
-        part: of `FlopsByPart`.
-        forward: operations per token.
-        matrix: name of the weight that adapters can be put on, or "".
-        of_activations: whether both factors are activations, not one of them a weight.
-    """
-
-    part: str
-    forward: float
-    matrix: str = ""
-    of_activations: bool = False
-
-
-def _steps(d: ModelDefinition, symbol: str, seq_length: int, chunk: int) -> list[_Step]:
-    """What a layer does, in order."""
-
-    def matrix(part: str, name: str) -> _Step:
-        outputs, inputs = shape_of(name, d)
-        return _Step(part, 2 * outputs * inputs, name)
-
-    if symbol == MAMBA:
-        return [
-            matrix("mamba_projections", "in_proj"),
-            _Step("convolution", 2 * d.conv_channels * d.conv_kernel),
-            _Step("ssd", ssd_flops(d, min(chunk, seq_length)), of_activations=True),
-            matrix("mamba_projections", "out_proj"),
-        ]
-    if symbol == ATTENTION:
-        core = 4 * d.num_attention_heads * d.head_dim * (seq_length + 1) / 2
-        return [
-            matrix("attention_projections", "linear_qkv"),
-            _Step("attention_core", core, of_activations=True),
-            matrix("attention_projections", "linear_proj"),
-        ]
-    return [matrix("ffn", "linear_fc1"), matrix("ffn", "linear_fc2")]
 
 
 def flops_per_token(
@@ -128,7 +77,7 @@ def flops_per_token(
     adapter: AdapterSchema | None = None,
     micro_batch: int = 1,
 ) -> FlopsByPart:
-    """Operations per token of a sequence.
+    """Return the operations per token of a sequence.
 
     Args:
         definition: any of the family: hybrid, Mamba-2 alone, Transformer.
@@ -141,12 +90,14 @@ def flops_per_token(
     adapter = adapter or AdapterSchema()
     frozen = adapter.kind != "none"
     d, parts = definition, dict.fromkeys((f.name for f in fields(FlopsByPart)), 0.0)
-    steps = [(d.count(symbol), step) for symbol in set(d.pattern) for step in _steps(d, symbol, seq_length, chunk)]
-    for count, step in (*steps, (1, _Step("head", 2 * d.hidden_size * d.vocab_size))):
+    steps = [
+        (count, step) for block, count in Counter(d.blocks).items() for step in block.operations(seq_length, chunk)
+    ]
+    for count, step in (*steps, (1, Operation("head", 2 * d.hidden_size * d.vocab_size))):
         backward = 2 if step.of_activations or not frozen else 1
         parts[step.part] += count * step.forward * (1 + backward * training)
-        if frozen and step.matrix in adapter.targets:
-            outputs, inputs = shape_of(step.matrix, d)
+        if frozen and step.matrix and step.matrix.name in adapter.targets:
+            outputs, inputs = step.matrix.outputs, step.matrix.inputs
             parts["adapters"] += count * 2 * adapter.rank * (inputs + outputs) * (1 + 2 * training)
             if adapter.kind == "dora":  # B A, once for all tokens of a forward
                 parts["adapters"] += count * 2 * adapter.rank * inputs * outputs / (micro_batch * seq_length)
@@ -156,16 +107,16 @@ def flops_per_token(
 def recomputed_per_token(
     definition: ModelDefinition, seq_length: int, layers: dict[str, bool], adapter: AdapterSchema | None = None
 ) -> float:
-    """Operations per token that a backward pass does again.
+    """Return the operations per token that a backward pass does again.
 
     Args:
-        layers: layer type (`mamba`, `attention`, `ffn`) -> whether its layers keep their input only.
+        layers: name of a kind -> whether its layers keep their input only.
         adapter: as in `flops_per_token`; DoRA's norms are left out.
     """
-    d, total = definition, 0.0
-    for symbol in set(d.pattern):
-        for step in _steps(d, symbol, seq_length, CHUNK) if layers[LAYER_NAMES[symbol]] else ():
-            total += d.count(symbol) * step.forward
-            if adapter and adapter.kind != "none" and step.matrix in adapter.targets:
-                total += d.count(symbol) * 2 * adapter.rank * sum(shape_of(step.matrix, d))
+    total = 0.0
+    for block, count in Counter(definition.blocks).items():
+        for step in block.operations(seq_length, CHUNK) if layers.get(block.name) else ():
+            total += count * step.forward
+            if adapter and adapter.kind != "none" and step.matrix and step.matrix.name in adapter.targets:
+                total += count * 2 * adapter.rank * (step.matrix.outputs + step.matrix.inputs)
     return total

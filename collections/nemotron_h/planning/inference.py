@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA, ModelDefinition
+from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.sizes import BYTES
 
 
@@ -26,18 +27,18 @@ class InferenceMemory:
 
     @property
     def cache(self) -> float:
-        """All but the weights."""
+        """Return all but the weights."""
         return self.kv_cache + self.ssm_states + self.conv_states
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return self.weights + self.cache
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What is held besides the model, and at how many bytes a value; see `BYTES`.
+    """State of generation besides the model, and its bytes per value; see `BYTES`.
 
     Attributes:
         context: tokens of each sequence, prompt and answer.
@@ -54,27 +55,17 @@ class Serving:
 
 
 def inference_memory(definition: ModelDefinition, serving: Serving) -> InferenceMemory:
-    """Memory of a model and its sequences."""
-    parts = memory_by_layer(definition, serving)
-    of_layers = [parts[symbol] for symbol in definition.pattern]
+    """Return the memory of a model and its sequences."""
+    parts = [layer_memory(block, serving) for block in definition.blocks]
     return InferenceMemory(
         weights=definition.parameters * serving.weight_bytes,
-        **{key: sum(getattr(part, key) for part in of_layers) for key in ("kv_cache", "ssm_states", "conv_states")},
+        **{key: sum(getattr(part, key) for part in parts) for key in ("kv_cache", "ssm_states", "conv_states")},
     )
 
 
-def memory_by_layer(definition: ModelDefinition, serving: Serving) -> dict[str, InferenceMemory]:
-    """Memory of one layer of each type, by its letter, and under "" of what is outside of the layers.
-
-    The model's memory is the sum over its layers, so that of another number of layers is a matter of arithmetic.
-    """
-    d, s = definition, serving
-    keys = s.sequences * s.context * 2 * d.num_query_groups * d.head_dim * s.kv_bytes
-    ssm = s.sequences * d.d_inner * d.mamba_state_dim * s.ssm_bytes
-    conv = s.sequences * max(d.conv_kernel - 1, 0) * d.conv_channels * s.conv_bytes
-    return {
-        "": InferenceMemory(d.other_parameters * s.weight_bytes, 0, 0, 0),
-        ATTENTION: InferenceMemory(d.layer_parameters(ATTENTION) * s.weight_bytes, keys, 0, 0),
-        MAMBA: InferenceMemory(d.layer_parameters(MAMBA) * s.weight_bytes, 0, ssm, conv),
-        FFN: InferenceMemory(d.layer_parameters(FFN) * s.weight_bytes, 0, 0, 0),
-    }
+def layer_memory(block: Block, serving: Serving) -> InferenceMemory:
+    """Return the memory of one layer; the model's is the sum over its layers."""
+    bytes_of = {"kv_cache": serving.kv_bytes, "ssm_states": serving.ssm_bytes, "conv_states": serving.conv_bytes}
+    states = block.states(serving.context)
+    sizes = {part: serving.sequences * states.get(part, 0) * size for part, size in bytes_of.items()}
+    return InferenceMemory(block.parameters * serving.weight_bytes, **sizes)

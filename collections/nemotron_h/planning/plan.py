@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any
 
 from nemotron_h.architecture.adapters import trained_parameters
-from nemotron_h.architecture.definition import LAYER_NAMES, ModelDefinition
+from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.gemms import GemmGroup, fold, gemm_table
+from nemotron_h.architecture.rank import Layout, padded_vocabulary
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.sizes import BYTES
 from nemotron_h.data.blend import load_blend
@@ -18,10 +19,11 @@ from nemotron_h.planning.flops import FlopsByPart, flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_flops, sweep
-from nemotron_h.planning.memory import Layout, StageMemory, checkpoint_bytes, padded_vocabulary, plan_memory
+from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memory
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
-from nemotron_h.recipe.checks import count_of, definition_of
+from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import RecipeConfig
 
 
@@ -47,7 +49,7 @@ class Plan:
         context: tokens of a sequence in inference.
         inference: bytes of a BF16 model with one sequence of so many tokens.
         inference_fp4: the same in FP4 (paper 3): weights and keys and values.
-        gemms: matrix products of the layers and their precision.
+        gemms: matmuls of the layers and their precision.
     """
 
     name: str
@@ -71,30 +73,32 @@ class Plan:
 
     @property
     def largest(self) -> StageMemory:
-        """The stage that needs most memory."""
+        """Return the stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained: the adapters', or all."""
+        """Return the parameters that are trained: the adapters', or all."""
         return trained_parameters(self.layout.adapter, self.definition)
 
     @property
     def fits(self) -> bool:
-        """Whether the largest stage fits the GPU."""
+        """Return True if the largest stage fits the GPU."""
         return self.largest.peak <= self.gpu.memory
 
     def layers(self) -> dict[str, dict[str, int]]:
-        """Layer type -> how many and their parameters together."""
-        d = self.definition
+        """Return layer type -> number of layers and their parameters together."""
+        blocks = self.definition.blocks
         return {
-            name: {"layers": d.count(symbol), "parameters": d.count(symbol) * d.layer_parameters(symbol)}
-            for symbol, name in LAYER_NAMES.items()
-            if d.count(symbol)
+            kind.name: {
+                "layers": self.definition.count(kind.letter),
+                "parameters": sum(block.parameters for block in blocks if block.letter == kind.letter),
+            }
+            for kind in self.definition.kinds
         }
 
     def sweep(self) -> list[Row]:
-        """Other layouts of the same batch on the same GPUs, fastest first."""
+        """Return other layouts of the same batch on the same GPUs, fastest first."""
         return sweep(self.definition, self.layout, self.gpu, self.schedule.tokens_per_second)
 
     def _teacher(self) -> dict[str, Any] | None:
@@ -104,7 +108,7 @@ class Plan:
         return {"model": model.name, "parameters": model.parameters, "flops_per_token": self.teacher_flops.total}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; bytes, seconds and operations are numbers."""
+        """Return plain values; bytes, seconds and operations are numbers."""
         schedule = self.schedule
         return {
             "recipe": self.name,
@@ -226,7 +230,7 @@ def make_plan(
 
 
 def _cache_bytes(recipe: RecipeConfig, definition: ModelDefinition, layout: Layout, origin: str) -> int:
-    """Bytes of the teacher's logits on disk, where the recipe reads them from there."""
+    """Return the bytes of the teacher's logits on disk, where the recipe reads them from there."""
     if recipe.stage != "distill" or not recipe.distill.teacher_logits:
         return 0
     data = recipe.data
@@ -237,7 +241,7 @@ def _cache_bytes(recipe: RecipeConfig, definition: ModelDefinition, layout: Layo
 
 
 def parts_by_stage(stages: Sequence[StageMemory]) -> list[str]:
-    """Names of all parts, in the order of a table."""
+    """Return the names of all parts, in the order of a table."""
     names: dict[str, None] = {}
     for stage in stages:
         names.update(dict.fromkeys(stage.parts()))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron_h.architecture.definition import ATTENTION, FFN, MAMBA
+from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.data.blend import load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.checks import count_of, definition_of
+from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose, configs_dir, known_recipes
+from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -88,8 +90,7 @@ def derived(recipe: RecipeConfig) -> dict[str, Any]:
     ranks = parallel.nodes * parallel.devices
     ends = [phase.until for phase in phases if phase.until is not None]
     return {
-        "derived.layers": f"{definition.count(MAMBA)} Mamba-2, {definition.count(ATTENTION)} attention, "
-        f"{definition.count(FFN)} FFN",
+        "derived.layers": ", ".join(f"{definition.count(letter)} {kind.title}" for letter, kind in KINDS.items()),
         "derived.num_layers": definition.num_layers,
         "derived.ranks": ranks,
         "derived.data_parallel": ranks // (parallel.tensor * parallel.pipeline),
@@ -142,7 +143,8 @@ def document() -> str:
             )
             parts += [f"| `{row.key}` | {shown(row.ours)} | {row.source} |" for row in rows(name)]
             continue
-        parts.append(f"\n## {model}\n\n{papers[model]['about']}\n\n| key | paper | recipe | |\n|---|---|---|---|")
+        about = textwrap.fill(papers[model]["about"], 120)
+        parts.append(f"\n## {model}\n\n{about}\n\n| key | paper | recipe | |\n|---|---|---|---|")
         for row in rows(name):
             cited = f"{shown(row.published)} ({row.citation})" if row.published is not None else "-"
             parts.append(f"| `{row.key}` | {cited} | {shown(row.ours)} | {row.verdict} |")

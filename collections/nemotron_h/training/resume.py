@@ -14,12 +14,12 @@ from nemo.utils.app_state import AppState
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.adapters import adapter_record, find_base
-from nemotron_h.checkpoint.reader import find_checkpoint, read_record
+from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.recipe.checks import check_blend_change
-from nemotron_h.training.callbacks.run_record import plain, vars_of
+from nemotron_h.training.callbacks.run_record import plain
 from nemotron_h.training.preflight import check_layout
 
 
@@ -99,7 +99,7 @@ class ResumeRun(nl.AutoResume):
         if self.restore_config is not None:
             raise UserError(
                 "resume.restore_config is NeMo's, and builds what a checkpoint's context names",
-                hint="resume.init_checkpoint=CHECKPOINT takes its weights",
+                hint="init.checkpoint=CHECKPOINT takes its weights",
             )
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
@@ -121,10 +121,10 @@ class ResumeRun(nl.AutoResume):
             elif model.config.adapter is not None:
                 raise UserError(
                     "an adapter needs the weights that it changes: init.checkpoint is not set",
-                    hint="name a run or a checkpoint: init.checkpoint in the recipe, or resume.init_checkpoint=RUN",
+                    hint="name a run or a checkpoint: init.checkpoint=RUN",
                 )
             return
-        elsewhere = "restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR"
+        elsewhere = "restore the recipe, or write this run elsewhere: log.dir=DIR"
         self._check_model(path, model, elsewhere)
         self._check_initial_weights(path, trainer, model, elsewhere)
         self._check_adapter(path, model, elsewhere)
@@ -239,13 +239,12 @@ class ResumeRun(nl.AutoResume):
 
     @staticmethod
     def _check_model(path: Path, model: Any, hint: str) -> None:
-        recorded = read_record(path)["model"]
-        current = plain(vars_of(model.config))
-        skip = {"expect", "sources"}
+        recorded = read_definition(read_record(path), f"checkpoint {path}")
+        current = model.config.definition()
         changed = [
-            f"{key}: {recorded.get(key)} in the checkpoint, {current[key]} now"
-            for key in current
-            if key not in skip and recorded.get(key) != current[key]
+            f"{key}: {getattr(recorded, key)} in the checkpoint, {getattr(current, key)} now"
+            for key in (field.name for field in dataclasses.fields(current))
+            if key not in ("expect", "sources") and getattr(recorded, key) != getattr(current, key)
         ]
         if changed:
             raise UserError(f"checkpoint {path} is of another model: {'; '.join(changed)}", hint=hint)
@@ -258,6 +257,6 @@ class ResumeRun(nl.AutoResume):
             if trainer.global_rank == 0:
                 print(
                     f"the run in {AppState().log_dir} is complete: step {step} of {trainer.max_steps}\n"
-                    f"to train on, raise trainer.max_steps; for a new run use log.explicit_log_dir=DIR"
+                    f"to train on, raise tokens; for a new run use log.dir=DIR"
                 )
             raise SystemExit(0)

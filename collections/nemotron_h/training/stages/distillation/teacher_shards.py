@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nemotron_h.architecture.rank import padded_vocabulary
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import whole_file
 from nemotron_h.data.feed.datamodule import BlendDataModule, WindowDataset
-from nemotron_h.planning.memory import padded_vocabulary
 from nemotron_h.training.stages.distillation.teacher_cache import Header, check_complete, check_fits, shard_path
 
 OPEN_FILES = 16

@@ -22,7 +22,7 @@ from nemotron_h.schema.recipe import PREFERENCE_LOSSES, RecipeConfig
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.resume import ResumeRun
-from nemotron_h.training.stages.preference.loss import PreferenceLoss
+from nemotron_h.training.stages.preference.loss import BATCH_KEYS, PreferenceLoss
 from nemotron_h.training.stages.preference.reference import ReferenceLogprobs
 from nemotron_h.training.stages.pretrain import assemble
 from nemotron_h.training.stages.sft import adapt
@@ -37,6 +37,8 @@ class PreferenceModel(NemotronHModel):
 
     The others are those of `NemotronHModel`.
     """
+
+    batch_keys = BATCH_KEYS
 
     def __init__(
         self,
@@ -90,7 +92,7 @@ class PreferenceResume(ResumeRun):
         elif self.init_checkpoint is None:
             raise UserError(
                 "init.checkpoint is missing: the weights that training starts from are also its reference",
-                hint="name the run of the fine-tuning: init.checkpoint in the recipe, or resume.init_checkpoint=RUN",
+                hint="name the run of the fine-tuning: init.checkpoint=RUN",
             )
         else:
             checkpoint = find_checkpoint(Path(self.init_checkpoint).expanduser()).resolve()

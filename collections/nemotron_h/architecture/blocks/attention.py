@@ -1,0 +1,146 @@
+"""Grouped-query attention, without positions or with rotary ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nemotron_h.architecture.blocks.block import (
+    Block,
+    Cut,
+    Indices,
+    LayerMemory,
+    Matrix,
+    Operation,
+    Tensors,
+    input_norm,
+    stays,
+)
+
+if TYPE_CHECKING:
+    from nemotron_h.architecture.rank import Rank
+
+
+@dataclass(frozen=True)
+class Attention(Block):
+    """Grouped-query attention; the attributes are as in `ModelDefinition`.
+
+    Attributes:
+        rotary_dim: channels of each head that are rotated.
+    """
+
+    letter: ClassVar[str] = "*"
+    name: ClassVar[str] = "attention"
+    title: ClassVar[str] = "attention"
+    widths: ClassVar[tuple[str, ...]] = ("num_attention_heads", "num_query_groups", "head_dim")
+    divides: ClassVar[tuple[tuple[str, str], ...]] = (("num_attention_heads", "num_query_groups"),)
+    sharded: ClassVar[tuple[str, ...]] = ("num_query_groups", "num_attention_heads")
+    attends: ClassVar[bool] = True
+    llama_cpp: ClassVar[Mapping[str, str]] = {
+        "norm.weight": "attn_norm.weight",
+        "mixer.q_proj.weight": "attn_q.weight",
+        "mixer.k_proj.weight": "attn_k.weight",
+        "mixer.v_proj.weight": "attn_v.weight",
+        "mixer.o_proj.weight": "attn_output.weight",
+    }
+
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    rotary_dim: int = 0
+
+    @classmethod
+    def of(cls, widths: Mapping[str, Any]) -> Attention:
+        """Return the block with the widths of a layer."""
+        values = [widths[key] for key in ("hidden_size", *cls.widths)]
+        return cls(*values, rotary_dim=int(widths["head_dim"] * widths["rope_percent"]))
+
+    @property
+    def queries(self) -> int:
+        """Return the width of all queries, and of the attention's output."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Return the width of all keys, and of all values."""
+        return self.num_query_groups * self.head_dim
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Return queries, keys and values in one, and the output projection."""
+        hidden, part = self.hidden_size, "attention_projections"
+        qkv = self.queries + 2 * self.keys
+        return (
+            Matrix("linear_qkv", qkv, hidden, "outputs", part, ("hidden_size", "head_dim")),
+            Matrix("linear_proj", hidden, self.queries, "inputs", part, ("head_dim", "hidden_size")),
+        )
+
+    def operations(self, seq_length: int, chunk: int) -> Iterator[Operation]:
+        """Yield projections and core: scores and weighted values, the causal triangle with its diagonal."""
+        qkv, projection = super().operations(seq_length, chunk)
+        yield qkv
+        yield Operation("attention_core", 4 * self.queries * (seq_length + 1) / 2, of_activations=True)
+        yield projection
+
+    def states(self, context: int) -> dict[str, int]:
+        """Return keys and values."""
+        return {"kv_cache": context * 2 * self.keys}
+
+    def memory(self, rank: Rank, fp8: bool) -> LayerMemory:
+        """Return what training keeps and allocates."""
+        qkv, projection = self.matrices()
+        layout, t = rank.layout, rank.layout.tensor
+        q, kv, out = rank.act(self.queries), rank.act(2 * self.keys), rank.act(self.queries)
+        rows = rank.tokens * self.num_attention_heads // t * 4  # log-sum-exp
+        kept = rank.input(qkv, fp8) + out + rows
+        if layout.frozen:
+            given = out if layout.adapted(projection.name) and not layout.adapter.dropout else 0
+            kept += rank.saved_input(projection, out, fp8) - given  # the output is kept anyway
+        elif fp8:
+            kept += rank.saved_input(projection, out, True)
+        rows_copied = layout.documents and layout.micro_batch > 1
+        if rank.cpu and not rows_copied:
+            # keys and values are views of the projection's output; queries are copied unless there is one group
+            kept += q + kv + (q if self.num_query_groups // t > 1 or self.rotary_dim else 0)
+            kept += kv // 2 if self.rotary_dim else 0
+        else:
+            kept += q + kv
+        if rows_copied or (rank.cpu and layout.documents):
+            kept += out  # of all documents, beside what the kernel keeps: joined, or back in the order of the rows
+        project = rank.gathered + out + rank.weight(projection)
+        attend = out + q + kv  # gradients of the output, queries, keys and values
+        split = attend + (q + kv) - 2 * q
+        if not rank.cpu:
+            attend += 2 * q  # cuDNN sums the queries' gradient in float32
+        return LayerMemory(kept, rank.residual + max(project, attend, split))
+
+    def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
+        """Yield norm, queries with keys and values, and the output projection."""
+        qkv, hidden = f"{ours}self_attention.linear_qkv", self.hidden_size
+        yield input_norm(hidden, f"{ours}input_layernorm.weight", f"{qkv}.layer_norm_weight", theirs)
+        yield Tensors(
+            {f"{qkv}.weight": (self.queries + 2 * self.keys, hidden)},
+            {
+                f"{theirs}mixer.{name}_proj.weight": (rows, hidden)
+                for name, rows in (("q", self.queries), ("k", self.keys), ("v", self.keys))
+            },
+            order=self._query_key_value_order(),
+        )
+        yield Tensors(
+            {f"{ours}self_attention.linear_proj.weight": (hidden, self.queries)},
+            {f"{theirs}mixer.o_proj.weight": (hidden, self.queries)},
+        )
+
+    def _query_key_value_order(self) -> Indices:
+        """Order ours (group by group its queries, its key, its value) as theirs: all queries, all keys, all values."""
+        import numpy as np  # a plan does without
+
+        groups, per_group = self.num_query_groups, self.num_attention_heads // self.num_query_groups
+        rows = np.arange(groups * (per_group + 2) * self.head_dim).reshape(groups, per_group + 2, self.head_dim)
+        parts = (rows[:, :per_group], rows[:, per_group], rows[:, per_group + 1])
+        return np.concatenate([part.reshape(-1) for part in parts])
+
+    def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
+        """Return what stays of norm, queries with keys and values, and the output projection."""
+        stream = stays(hidden, self.hidden_size)
+        return (stream, None), (None, stream), (stream, None)

@@ -1,0 +1,235 @@
+"""A block: all that is known of one kind of layer without running it. Imports no torch.
+
+A model is a list of blocks. Parameters, FLOPs, memory, states, adapters, pruning, tensor names and the table of matmuls
+are asked of them; how a block runs is in `model/blocks/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nemotron_h.architecture.rank import Rank
+
+Shape = tuple[int, ...]
+Indices: TypeAlias = "np.ndarray"
+#: rows and columns of a tensor that stay; None is all of them
+Cut: TypeAlias = "tuple[Indices | None, Indices | None]"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weight of a linear layer, [outputs, inputs].
+
+    Attributes:
+        name: of Megatron's module.
+        split: what tensor-parallel ranks split: `outputs` (column parallel) or `inputs` (row parallel).
+        part: of `planning.flops.FlopsByPart`.
+        keys: of the model, that inputs and outputs come from.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    split: str
+    part: str
+    keys: tuple[str, str]
+
+    @property
+    def size(self) -> int:
+        """Return its number of parameters."""
+        return self.outputs * self.inputs
+
+    def on_rank(self, tensor: int) -> tuple[int, int]:
+        """Return outputs and inputs of the part that one of `tensor` ranks has."""
+        if self.split == "inputs":
+            return self.outputs, self.inputs // tensor
+        return self.outputs // tensor, self.inputs
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a forward pass.
+
+    Attributes:
+        part: of `planning.flops.FlopsByPart`.
+        forward: FLOPs per token.
+        matrix: the weight, or None.
+        of_activations: both factors are activations, none is a weight.
+    """
+
+    part: str
+    forward: float
+    matrix: Matrix | None = None
+    of_activations: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """The same numbers under both of their names: Megatron's checkpoint (`ours`) and Hugging Face's (`theirs`).
+
+    Attributes:
+        ours, theirs: names and shapes; along the first axis both sum to the same number of rows.
+        fused: our name where Transformer Engine's layers hold a norm inside the projection that follows it, or "".
+        order: for each row of `theirs`, the row of `ours` that it is; None where both are in one order.
+        exact: in float32 whatever the model's dtype; the scan's decays are exponentials of it.
+        padded: rows of padding, which depend on the layout that trained, may follow in `ours`.
+    """
+
+    ours: dict[str, Shape]
+    theirs: dict[str, Shape]
+    fused: str = ""
+    order: Indices | None = None
+    exact: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """Bytes of one layer and micro-batch.
+
+    Attributes:
+        kept: between its forward and its backward.
+        backward: on top of that, at the worst moment of its backward.
+    """
+
+    kept: int
+    backward: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Channels of a block that pruning may remove.
+
+    Attributes:
+        name: as in importance artefacts and errors.
+        key: of the model, that states how many there are.
+        size: how many there are.
+        groups: each keeps the same number of them.
+    """
+
+    name: str
+    key: str
+    size: int
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of a model, with the widths that it has there.
+
+    Attributes of a kind:
+        letter: in a pattern.
+        name: in recipes (`recompute.<name>`, `expect.<name>`), tables and errors.
+        title: in sentences.
+        widths: keys of the model that this kind needs; a pattern without a kind that needs a key must leave it out.
+        divides: pairs of keys of which the first is a multiple of the second.
+        sharded: keys that tensor-parallel ranks split, the one that says most first.
+        attends: attention's positions and documents matter to it.
+        llama_cpp: Hugging Face's name of a tensor, inside the layer -> llama.cpp's.
+    """
+
+    letter: ClassVar[str]
+    name: ClassVar[str]
+    title: ClassVar[str]
+    widths: ClassVar[tuple[str, ...]]
+    divides: ClassVar[tuple[tuple[str, str], ...]] = ()
+    sharded: ClassVar[tuple[str, ...]] = ()
+    attends: ClassVar[bool] = False
+    llama_cpp: ClassVar[Mapping[str, str]] = {}
+
+    hidden_size: int
+
+    @classmethod
+    def of(cls, widths: Mapping[str, Any]) -> Block:
+        """Return the block with the widths of a layer, by their keys in the model."""
+        return cls(widths["hidden_size"], *(widths[key] for key in cls.widths))
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Return the weights of the linear layers, in the order in which a forward pass uses them."""
+        raise NotImplementedError
+
+    def matrix(self, name: str) -> Matrix:
+        """Return one of the matrices."""
+        return next(each for each in self.matrices() if each.name == name)
+
+    def vectors(self) -> int:
+        """Return the parameters beside the matrices and the input norm."""
+        return 0
+
+    def float32_parameters(self) -> int:
+        """Return the parameters that stay in float32 in any precision."""
+        return 0
+
+    @property
+    def parameters(self) -> int:
+        """Return all parameters, the input norm included."""
+        return self.hidden_size + sum(matrix.size for matrix in self.matrices()) + self.vectors()
+
+    def operations(self, seq_length: int, chunk: int) -> Iterator[Operation]:
+        """Yield what a forward pass does, in order.
+
+        Args:
+            seq_length: tokens of a sequence.
+            chunk: tokens of a chunk of the scan.
+        """
+        for matrix in self.matrices():
+            yield Operation(matrix.part, 2 * matrix.size, matrix)
+
+    def states(self, context: int) -> dict[str, int]:
+        """Return the values that a sequence of `context` tokens keeps, by part of `planning.inference`."""
+        return {}
+
+    def memory(self, rank: Rank, fp8: bool) -> LayerMemory:
+        """Return what training keeps and allocates, without recomputation of the whole layer.
+
+        Args:
+            rank: sizes of one rank's tensors.
+            fp8: this layer's matmuls run in FP8.
+        """
+        raise NotImplementedError
+
+    def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
+        """Yield all tensors, in the order in which the layer applies them.
+
+        Args:
+            ours, theirs: prefixes of the layer's names.
+        """
+        raise NotImplementedError
+
+    def llama_cpp_shape(self, name: str, shape: Shape) -> Shape:
+        """Return the shape of one of llama.cpp's tensors, of that in Hugging Face's file."""
+        return shape
+
+    def axes(self) -> tuple[Axis, ...]:
+        """Return what pruning may remove beside the layer and channels of the residual stream."""
+        return ()
+
+    def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
+        """Return what stays of each of `tensors`.
+
+        Args:
+            kept: axis -> what stays of it, ascending.
+            hidden: channels of the residual stream that stay.
+        """
+        raise NotImplementedError
+
+
+def stays(indices: Indices, size: int) -> Indices | None:
+    """Return the indices that stay of `size`, None where all do."""
+    return None if len(indices) == size else indices
+
+
+def input_norm(hidden_size: int, ours: str, fused: str, theirs: str) -> Tensors:
+    """Return the norm before a layer.
+
+    Args:
+        ours, fused: its name as a layer of its own, and inside the projection that follows.
+        theirs: prefix of the layer's names.
+    """
+    shape = (hidden_size,)
+    return Tensors({ours: shape}, {f"{theirs}norm.weight": shape}, fused=fused)

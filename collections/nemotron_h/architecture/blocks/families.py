@@ -1,0 +1,74 @@
+"""Families of patterns, each with its rules."""
+
+from __future__ import annotations
+
+from nemotron_h.architecture.blocks.attention import Attention
+from nemotron_h.architecture.blocks.ffn import FFN
+from nemotron_h.architecture.blocks.mamba import Mamba
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.core.errors import UserError
+
+#: any order, as removing layers leaves it
+PRUNED = "pruned"
+#: what has rules, the narrowest first
+_RULED = ("mamba2", "transformer", "nemotron_h")
+FAMILIES = ("nemotron_h", "transformer", "mamba2", PRUNED)
+#: families without position embeddings (paper 2.1)
+WITHOUT_POSITIONS = ("nemotron_h",)
+
+_M, _A, _F = Mamba.letter, Attention.letter, FFN.letter
+
+
+def check_pattern(pattern: str, family: str, origin: str) -> None:
+    """Check a pattern's letters and the rules of its family.
+
+    Errors:
+        UserError: names the layer, and the nearest pattern where there is one.
+    """
+    unknown = sorted(set(pattern) - set(KINDS))
+    if not pattern or unknown:
+        letters = [f"{letter} ({kind.title})" for letter, kind in KINDS.items()]
+        raise UserError(
+            f"{origin}: model.pattern has {('unknown letters ' + ' '.join(unknown)) if unknown else 'no layers'}",
+            hint=f"use {', '.join(letters[:-1])} and {letters[-1]}, one letter per layer",
+        )
+    if family == "mamba2":
+        other = next((index for index, letter in enumerate(pattern) if letter != _M), None)
+        if other is not None:
+            raise UserError(
+                f"{origin}: model.pattern has {pattern[other]} at layer {other}; family mamba2 has M alone",
+                hint=f"nearest: {_M * len(pattern)}; or set model.family to nemotron_h",
+            )
+    elif family == "transformer":
+        pairs = (_A + _F) * max(1, len(pattern) // 2)
+        if pattern != pairs:
+            raise UserError(
+                f"{origin}: model.pattern = {pattern} is not *- over and over, as family transformer has it",
+                hint=f"nearest: {pairs}; or set model.family to nemotron_h",
+            )
+    elif family == "nemotron_h":
+        _check_hybrid(pattern, origin)
+
+
+def _check_hybrid(pattern: str, origin: str) -> None:
+    if pattern[0] != _M:
+        raise UserError(f"{origin}: model.pattern starts with {pattern[0]}; the first layer is M (paper 2.1)")
+    if pattern[-1] != _F:
+        raise UserError(f"{origin}: model.pattern ends with {pattern[-1]}; the last layer is - (paper 2.1)")
+    for index, letter in enumerate(pattern):
+        if letter == _A and pattern[index + 1] != _F:
+            raise UserError(
+                f"{origin}: model.pattern has attention at layer {index} that is not followed by an FFN",
+                hint="attention always directly precedes an FFN (paper 2.1): write *-",
+            )
+
+
+def family_of(pattern: str) -> str:
+    """Return the family whose rules a pattern follows; `pruned` where it follows those of none."""
+    for family in _RULED:
+        try:
+            check_pattern(pattern, family, "")
+        except UserError:
+            continue
+        return family
+    return PRUNED

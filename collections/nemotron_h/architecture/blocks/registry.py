@@ -1,0 +1,16 @@
+"""The kinds of blocks: a line for each."""
+
+from __future__ import annotations
+
+from nemotron_h.architecture.blocks.attention import Attention
+from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.architecture.blocks.ffn import FFN
+from nemotron_h.architecture.blocks.mamba import Mamba
+
+#: letter in a pattern -> kind
+KINDS: dict[str, type[Block]] = {kind.letter: kind for kind in (Mamba, Attention, FFN)}
+
+
+def kind_named(name: str) -> type[Block]:
+    """Return the kind of a name."""
+    return next(kind for kind in KINDS.values() if kind.name == name)

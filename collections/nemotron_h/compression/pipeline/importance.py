@@ -1,0 +1,52 @@
+"""Stage `importance`: how much each layer and neuron matters (paper 3.2).
+
+    nemotron-h minipuzzle RECIPE --stage importance
+
+Depends on the parent's weights and the training text. Writes importance.json and importance.safetensors; `unfinished`
+holds what an interrupted measurement has come to.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemotron_h.compression.importance import FILES, measure_text
+from nemotron_h.compression.pipeline.context import Context
+from nemotron_h.compression.stages import Stage
+from nemotron_h.data.feed.calibration import text_record
+
+
+def stage(c: Context) -> Stage:
+    """Return the stage."""
+    title = "how much each layer and neuron matters"
+    return Stage("importance", title, (), FILES, partial(inputs, c), partial(run, c))
+
+
+def inputs(c: Context) -> dict[str, Any]:
+    """Return what the result depends on."""
+    keys = ("layer_samples", "neuron_samples", "layer_metric")
+    return {
+        **c.parent.inputs(),
+        **c.text.inputs("train"),
+        "dtype": str(c.parent.dtype),
+        **{f"minipuzzle.{key}": getattr(c.part, key) for key in keys},
+    }
+
+
+def run(c: Context, folder: Path) -> str:
+    """Measure the parent."""
+    importance = measure_text(
+        lambda: c.parent.model,
+        c.text.blend,
+        c.text.manifest,
+        c.text.seq_length,
+        (c.part.layer_samples, c.part.neuron_samples),
+        console=c.console,
+        metric=c.part.layer_metric,
+        settings={**c.parent.inputs(), "text": text_record(c.text.blend, c.text.manifest)},
+        unfinished=folder / "unfinished",
+    )
+    importance.save(folder)
+    return f"least important layers: {importance.least()}"

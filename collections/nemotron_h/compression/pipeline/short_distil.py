@@ -1,0 +1,69 @@
+"""Stage `short-distil`: the best candidates, cut out and distilled for a short time each (paper 3.3).
+
+    nemotron-h minipuzzle RECIPE --stage short-distil
+
+Reads importance and score/ranking.json. Writes NAME-pruned (a checkpoint) and NAME (a run) for each candidate, and
+results.json; `measured.json` holds the candidates that an interrupted attempt is through with.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemotron_h.compression import distillations
+from nemotron_h.compression.pipeline.context import Context, candidate_of
+from nemotron_h.compression.pipeline.score import RANKING
+from nemotron_h.compression.pipeline.text import CHOICE, REPORTED
+from nemotron_h.compression.stages import Stage
+from nemotron_h.core.files import write_json
+
+RESULTS = "results.json"
+
+
+def stage(c: Context) -> Stage:
+    """Return the stage."""
+    title, needs = f"the best {c.part.short} for {c.part.short_tokens} tokens each", ("importance", "score")
+    return Stage("short-distil", title, needs, (RESULTS,), partial(inputs, c), partial(run, c))
+
+
+def inputs(c: Context) -> dict[str, Any]:
+    """Return what the result depends on, beside importance and ranking."""
+    return {
+        **c.distillation_inputs(),
+        **c.parent.score_inputs(CHOICE, REPORTED),
+        "minipuzzle.short_tokens": c.part.short_tokens,
+        "minipuzzle.evaluate": c.part.evaluate,
+    }
+
+
+def run(c: Context, folder: Path) -> str:
+    """Distil the chosen candidates one after the other; on a cluster all their jobs are queued at once."""
+    ranking = c.read("score", RANKING)
+    rows = {row["name"]: row for row in ranking["candidates"]}
+    chosen = [candidate_of(rows[name]) for name in ranking["chosen"]]
+    path = folder / "measured.json"
+    measured: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    runs = {
+        each.name: c.distillation(each.name, each, folder / f"{each.name}-pruned", c.part.short_tokens, folder)
+        for each in chosen
+    }
+    if c.place.submits:
+        missing = [candidate for candidate in chosen if candidate.name not in measured]
+        for candidate in missing:
+            c.pruned(folder, candidate)
+        distillations.submit([runs[candidate.name] for candidate in missing], c.place, c.console)
+    for number, candidate in enumerate(chosen, 1):
+        if candidate.name in measured:
+            continue
+        pruned = c.pruned(folder, candidate)
+        short = c.trained(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}")
+        measured[candidate.name] = {"pruned": c.measure(pruned), "short": c.measure(short)}
+        write_json(path, measured)
+    results = {each.name: {**measured[each.name], "candidate": each._asdict()} for each in chosen}
+    write_json(folder / RESULTS, results)
+    return "; ".join(
+        f"{name}: loss {r['pruned']['loss']:.3f} -> {r['short']['loss']:.3f}" for name, r in results.items()
+    )

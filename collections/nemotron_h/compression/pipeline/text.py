@@ -1,0 +1,99 @@
+"""Text of a compression: a blend's training text, and its held-out text in two halves.
+
+Candidates and winner are chosen on one half; the other, which no choice has seen, is reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from nemotron_h.core.errors import UserError
+from nemotron_h.data.blend import load_blend
+from nemotron_h.data.feed.calibration import calibration_sampler
+from nemotron_h.data.feed.validation import ValidationText
+from nemotron_h.data.manifest import check_manifest
+from nemotron_h.recipe.counts import count_of
+from nemotron_h.schema.recipe import RecipeConfig
+
+CHOICE, REPORTED = "choice", "report"
+HALVES = {
+    half: f"the {nth} half of each source's validation text" for half, nth in ((CHOICE, "first"), (REPORTED, "second"))
+}
+
+
+@contextmanager
+def named(key: str, hint: str = "") -> Iterator[None]:
+    """Put a key of the recipe in front of errors, and a hint behind those that have none."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error.message}", error.hint or hint) from error
+
+
+class Text:
+    """The blend of a compression.
+
+    Args:
+        recipe: of the compression.
+        origin: stands for the recipe in errors.
+    Errors:
+        UserError: the blend is not prepared.
+    """
+
+    def __init__(self, recipe: RecipeConfig, origin: str) -> None:
+        self.recipe, self.origin, self.seq_length = recipe, origin, recipe.data.seq_length
+        self.blend = load_blend(recipe.data.blend)
+        with named(f"{origin}: data"):
+            self.manifest = check_manifest(recipe.data.root, self.blend)
+
+    def check(self) -> None:
+        """Check that there is enough of it.
+
+        Errors:
+            UserError: fewer samples than importance is to be measured on, or fewer held-out tokens than are scored.
+        """
+        part, origin = self.recipe.minipuzzle, self.origin
+        for key in ("layer_samples", "neuron_samples"):
+            samples = getattr(part, key)
+            with named(f"{origin}: minipuzzle.{key} = {samples:,}"):
+                calibration_sampler(self.blend, self.manifest, samples, self.seq_length)
+        with named(f"{origin}: minipuzzle.score_tokens = {part.score_tokens}, of each half of the validation text"):
+            for half in self._halves.values():
+                half.check(self._samples)
+
+    @cached_property
+    def held_out(self) -> dict[str, np.ndarray]:
+        """Return held-out windows, int64 [samples, seq_length + 1], by half: `CHOICE`, `REPORTED`."""
+        return {name: half.read(self.manifest, self._samples) for name, half in self._halves.items()}
+
+    def inputs(self, split: str) -> dict[str, Any]:
+        """Return a stage's inputs: the text of a split, by content."""
+        sources = {name: text for name, text in self.manifest.texts(split).items() if name in self.blend.sources}
+        text = hashlib.sha256(json.dumps([self.blend.hash(), sources], sort_keys=True).encode()).hexdigest()
+        return {f"{split} text": text, "data.seq_length": self.seq_length}
+
+    def held_out_inputs(self, *halves: str) -> dict[str, Any]:
+        """Return a stage's inputs: halves of the held-out text."""
+        return {
+            **self.inputs("validation"),
+            "held-out text": [HALVES[half] for half in halves],
+            "minipuzzle.score_tokens": self.recipe.minipuzzle.score_tokens,
+        }
+
+    @cached_property
+    def _halves(self) -> dict[str, ValidationText]:
+        halves = ValidationText.halves(self.blend, self.manifest, self.seq_length)
+        return dict(zip((CHOICE, REPORTED), halves, strict=True))
+
+    @property
+    def _samples(self) -> int:
+        """Return the windows of each half."""
+        tokens = count_of(self.recipe.minipuzzle.score_tokens, "minipuzzle.score_tokens", self.origin)
+        return tokens // self.seq_length

@@ -1,0 +1,19 @@
+"""How each kind of block runs: a line for each."""
+
+from __future__ import annotations
+
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.model.blocks.attention import RunningAttention
+from nemotron_h.model.blocks.ffn import RunningFFN
+from nemotron_h.model.blocks.mamba import RunningMamba
+from nemotron_h.model.blocks.running import Running
+
+#: letter in a pattern -> how it runs
+RUNNING: dict[str, type[Running]] = {
+    running.kind.letter: running for running in (RunningMamba, RunningAttention, RunningFFN)
+}
+
+
+def running_layers(definition: ModelDefinition) -> list[Running]:
+    """Return the layers of a model as they run."""
+    return [RUNNING[block.letter](block, definition.norm_epsilon) for block in definition.blocks]

@@ -1,0 +1,200 @@
+"""How a kind of layer runs: on Megatron's layers in training, on plain tensors in generation and compression.
+
+Imports no Megatron: generation does without it. What needs it is imported where Megatron's layers are built.
+
+Axes: b batch, l tokens, h hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.ops.select import Ops
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from nemotron_h.model.attention import Documents
+    from nemotron_h.model.blocks.cpu_step import Residual
+
+#: cosines and sines of rotary positions, [positions, 1, 1, channels]
+Rotary = tuple[Tensor, Tensor]
+#: told of the name and the values [b, l, channels] of what a layer computes
+Watch = Callable[[str, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Classes that Megatron's layers are built of.
+
+    Attributes:
+        column, row: column- and row-parallel linear layers.
+        attention: core attention.
+        norm: before a layer; None where the column-parallel layer normalises its own input.
+    """
+
+    column: type
+    row: type
+    attention: type
+    norm: type | None
+
+    def own_norm(self, name: str) -> dict[str, type]:
+        """Return the norm as a submodule of this name, nothing where the projection has it inside."""
+        return {} if self.norm is None else {name: self.norm}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a layer of a training pass is told beside its input.
+
+    Attributes:
+        documents: of each row, for attention; None is one document a row.
+        seq_idx: int32 [b, l], the document of each token, or None.
+        rotary: angles [l, 1, 1, channels], or None.
+    """
+
+    documents: Documents | None = None
+    seq_idx: Tensor | None = None
+    rotary: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Draws weights from (seed, global name), whatever the layout.
+
+    Attributes:
+        weight, residual: distributions of matrices, and of those that add to the residual stream.
+        seed: of the model.
+        shard: keyword arguments of `model.init.fill`.
+    """
+
+    weight: Any
+    residual: Any
+    seed: int
+    shard: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Positions of a batch that reads one token each.
+
+    Attributes:
+        positions, lengths: int64 [b], on the device, before the token and with it.
+        longest: of all sequences, with the token.
+        ragged: the sequences differ in length.
+        rotary: of the positions, or None.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+    longest: int
+    ragged: bool
+    rotary: Rotary | None
+
+
+class State:
+    """State of one layer for a batch; its tensors have the batch as first axis."""
+
+    def rows(self, begin: int, end: int) -> State:
+        """Return some of the sequences: a view."""
+        return type(self)(*(t[begin:end] for t in vars(self).values()))
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for sequences of so many tokens; what was read stays."""
+
+
+class Running:
+    """A layer of a model as it runs.
+
+    Attributes of a kind:
+        kind: its block.
+        Weights: dataclass of its tensors in generation, in the order of `Block.tensors`.
+        exact: fields of `Weights` that stay in float32 at least.
+
+    Args:
+        block: the layer's widths.
+        epsilon: of norms.
+    """
+
+    kind: ClassVar[type[Block]]
+    Weights: ClassVar[type]
+    exact: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, block: Block, epsilon: float) -> None:
+        self.block, self.epsilon = block, epsilon
+
+    # training
+
+    @classmethod
+    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+        """Return the spec of Megatron's layer."""
+        raise NotImplementedError
+
+    def prepare_layer(self, layer: Any, config: Any) -> None:
+        """Change a layer that Megatron has built, as the configuration asks."""
+
+    def initialize(self, layer: Any, name: str, draw: InitialWeights) -> None:
+        """Set the initial weights of Megatron's layer; `name` is its global name."""
+        raise NotImplementedError
+
+    def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
+        """Return what Megatron's layer makes of [l, b, h]."""
+        raise NotImplementedError
+
+    # generation
+
+    def loaded(self, weights: Any) -> Any:
+        """Return weights as steps use them, of those that a checkpoint holds."""
+        return weights
+
+    def state(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device) -> State | None:
+        """Return the state before the first token; None where the layer remembers nothing."""
+        return None
+
+    def extend(self, ops: Ops, w: Any, h: Tensor, state: Any, start: int, rotary: Rotary | None, last: int) -> Tensor:
+        """Read tokens.
+
+        Args:
+            h: [b, l, h], normalised.
+            state: updated.
+            start: position of the first token.
+            last: tokens at the end whose outputs are wanted.
+        Returns:
+            [b, last, h].
+        """
+        raise NotImplementedError
+
+    def step(self, ops: Ops, w: Any, h: Tensor, state: Any, at: Step) -> Tensor:
+        """Read one token of every sequence, [b, h] normalised; return [b, h] and update the state."""
+        raise NotImplementedError
+
+    def cpu_buffers(self, batch: int, dtype: torch.dtype) -> Any:
+        """Return the buffers of `cpu_step`, made once per batch; layers of equal widths share them."""
+        raise NotImplementedError
+
+    def cpu_step(self, buffers: Any, residual: Residual, w: Any, h: Tensor, state: Any, at: Step) -> None:
+        """Read one token of every sequence on the CPU, in as few operations as there can be, and add to the residual.
+
+        Args:
+            h: [b, h], to be multiplied by `residual.gain`.
+        """
+        raise NotImplementedError
+
+    # compression
+
+    def whole(
+        self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
+    ) -> Tensor:
+        """Return the layer's output [b, l, h] over windows from empty states.
+
+        Args:
+            watch: told of what pruning measures, under the name of the importance artefact.
+            mask: 1 or 0 for each input of the layer's last matrix, or None: what stays of its inner channels.
+        """
+        raise NotImplementedError
