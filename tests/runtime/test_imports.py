@@ -67,7 +67,8 @@ def test_unused_packages_are_hidden_while_nemo_is_imported_and_come_back(
     def function() -> None: ...
 
     monkeypatch.setattr(imports.torch.cuda, "is_available", lambda: False)
-    compiler = imports.torch.compile
+    monkeypatch.delitem(sys.modules, "nemo.collections.llm", raising=False)
+    compiler, frozen = imports.torch.compile, gc.get_freeze_count()
     with imports.without_unused():
         hidden = [name for name in imports.UNUSED if sys.modules.get(name, ...) is None]
         assert not any(RequirementCache(name) for name in hidden)
@@ -77,5 +78,6 @@ def test_unused_packages_are_hidden_while_nemo_is_imported_and_come_back(
         assert not gc.isenabled()
     assert imports.torch.compile is compiler
     assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
     assert all(importlib.util.find_spec(name) for name in imports.UNUSED)
     assert RequirementCache("matplotlib")

@@ -32,7 +32,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path, needed: int) -> Iterator[Path]:
-    """As `new_folder`, the name of a file."""
+    """Yield the name of a file to write, which becomes `out` as a folder of `new_folder` does."""
     with _unfinished(out, needed) as temporary:
         yield temporary
 

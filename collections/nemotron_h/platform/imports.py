@@ -58,8 +58,10 @@ def without_unused() -> Iterator[None]:
 
     megatron-core wraps its fused functions in `torch.compile` while it is imported, which loads the compiler. Without a
     GPU the model's options leave these functions alone (`model.gpu_options`), and nothing is wrapped. What modules
-    create while they load lives as long as the process: collecting garbage searches it again and again, for nothing.
+    create while they load lives as long as the process: collecting garbage would search it again and again, for
+    nothing, now and later.
     """
+    first = "nemo.collections.llm" not in sys.modules
     hidden = [name for name in UNUSED if name not in sys.modules]
     check, compiler, collecting = RequirementCache._check_requirement, torch.compile, gc.isenabled()
 
@@ -81,5 +83,7 @@ def without_unused() -> Iterator[None]:
         RequirementCache._check_requirement, torch.compile = check, compiler
         for name in hidden:
             sys.modules.pop(name, None)
+        if first:
+            gc.freeze()
         if collecting:
             gc.enable()
