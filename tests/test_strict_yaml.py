@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from nemotron_h.core import strict_yaml
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict_yaml import parse_settings, parse_yaml
 from nemotron_h.data.blend import load_blend
@@ -73,3 +75,10 @@ def test_a_file_of_the_defaults_is_read_as_strictly(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("defaults: [base, _self_]\nname: mine\n")
     with pytest.raises(UserError, match=r"base\.yaml: not valid YAML: line 3, column 1: duplicate key name"):
         compose.compose(str(tmp_path / "mine.yaml"))
+
+
+def test_the_library_reads_yaml_in_one_place() -> None:
+    library = Path(strict_yaml.__file__).parents[1]
+    loads = re.compile(r"yaml\.\w*load|OmegaConf\.load")
+    files = [file for file in library.rglob("*.py") if loads.search(file.read_text(encoding="utf-8"))]
+    assert [str(file.relative_to(library)) for file in files] == []
