@@ -30,7 +30,7 @@ demo: $(STAMP) ## fetch real text, pretrain nemotron_h_tiny on the CPU, print a 
 demo-compress: export CUDA_VISIBLE_DEVICES :=
 demo-compress: $(STAMP) ## pretrain a parent on two cores, compress it to two thirds (MiniPuzzle), write a report
 	@$(BIN)/nemotron-h data prepare --blend sample_small
-	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes trainer.devices=2 data.micro_batch_size=8 trainer.max_steps=240 data.horizon_tokens=1966080 trainer.val_check_interval=80 log.explicit_log_dir=runs/nemotron_h_tiny_parent
+	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes parallel.devices=2 data.micro_batch_size=8 tokens=1966080 log.validate_every_steps=80 name=nemotron_h_tiny_parent
 	@$(BIN)/nemotron-h minipuzzle nemotron_h_tiny parallel.devices=2 data.micro_batch_size=8 minipuzzle.parent=runs/nemotron_h_tiny_parent
 	@echo "report: runs/nemotron_h_tiny_minipuzzle/export/report.html"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+
 import house
 
 YAML = {"configs", "data_blends", "recipes"}  # folders beside the library
@@ -44,3 +47,11 @@ def test_files_are_short() -> None:
 
 
 STILL_LONG = {"data.blend"}
+
+
+def test_the_document_shows_this_house() -> None:
+    docs = house.LIBRARY.parents[1] / "docs"
+    script = runpy.run_path(str(docs / "draw_house.py"))
+    assert script["PICTURE"].read_text() == script["svg"](), "run: python docs/draw_house.py"
+    rows = re.findall(r"^\| `(\w+)` \|", (docs / "architecture.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(room for floor in house.FLOORS for room in floor)

@@ -72,7 +72,7 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         (
             "nemotron_h_tiny",
             ("trainer.strategy.tensor_model_parallel_size=4", "trainer.devices=4"),
-            ("tensor_model_parallel_size = 4 does not divide mamba_num_groups = 2", "sizes that fit: 1, 2"),
+            ("parallel.tensor = 4 does not divide mamba_num_groups = 2", "sizes that fit: 1, 2"),
         ),
         (
             "nemotron_h_tiny",
@@ -81,7 +81,11 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
         ),
         ("nemotron_h_tiny", (), ("data prepare",)),  # nothing is prepared in this folder
         ("nemotron_h_tiny", ("data.blend=sample_smal",), ("no blend named 'sample_smal'", "sample_small")),
-        ("nemotron_h_tiny", ("data.micro_batch_size=3",), ("micro_batch_size 3",)),
+        (
+            "nemotron_h_tiny",
+            ("data.micro_batch_size=3",),
+            ("data.global_batch_size = 16 is not a multiple of data.micro_batch_size",),
+        ),
         # numbers: in the range of the recipe's key of that name, finite anywhere; a run longer than its warm-up
         ("nemotron_h_tiny", ("optim.clip_grad=nan",), ("optim.clip_grad = nan is not a finite number",)),
         ("nemotron_h_tiny", ("optim.peak_lr*=inf",), ("optim.peak_lr = inf is not a finite number",)),
@@ -93,6 +97,27 @@ def pretrain(app, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
             ("the run has 10 steps (trainer.max_steps), its warm-up 10 (optim)",),
         ),
         ("nemotron_h_tiny", ("trainer.plugins.name=fp61",), ("precision = 'fp61'",)),
+        # what a recipe's checks refuse, by either name, and names that contradict each other
+        (
+            "nemotron_h_tiny",
+            ("trainer.devices=2",),
+            ("data.global_batch_size = 16 is not a multiple", "parallel.nodes * parallel.devices = 2"),
+        ),
+        ("nemotron_h_tiny", ("parallel.devices=3", "parallel.tensor=2"), ("= 3 is not a multiple of parallel.tensor",)),
+        ("nemotron_h_tiny", ("tokens=8192",), ("optim.warmup_tokens (81,920) is not shorter than the run",)),
+        ("nemotron_h_tiny", ("tokns=8192",), ("unknown key tokns", "Did you mean tokens?")),
+        ("nemotron_h_tiny", ("parallel.tensr=2",), ("parallel has no 'tensr'", "Did you mean tensor?")),
+        ("nemotron_h_tiny", ("distill.top_k=4",), ("distill is unused: stage is pretrain",)),
+        (
+            "nemotron_h_tiny",
+            ("trainer.devices=2", "parallel.devices=1"),
+            ("trainer.devices=2 and parallel.devices=1 set one value", "keep one of them: parallel.devices=1"),
+        ),
+        (
+            "nemotron_h_tiny",
+            ("log.dir=a", "log.explicit_log_dir=b"),
+            ("log.explicit_log_dir=b and log.dir=a set one value",),
+        ),
         ("nemotron_h_recipe(path=no.yaml)", (), ("no recipe file no.yaml",)),
         ("nemotron_h_recipe(pathh=no.yaml)", (), ("--factory nemotron_h_recipe(...)", "it takes: path")),
         (
@@ -109,6 +134,12 @@ def test_mistakes_are_named(pretrain, factory: str, arguments: tuple[str, ...], 
         assert text in output.replace("\n", " "), output
     assert len(output.splitlines()) < 40, "more than one screen"
     assert "Traceback" not in output
+
+
+def test_the_help_says_which_keys_are_taken(app) -> None:
+    for command in ("pretrain", "finetune", "distill"):
+        said = CliRunner().invoke(app, ["llm", command, "--help"]).output.split("Options")[0]
+        assert "by its key in the recipe: tokens=163_840" in re.sub(r"[│\s]+", " ", said), said
 
 
 def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,12 +228,80 @@ def test_what_a_command_changes_travels_in_the_task_and_its_record_builds_the_sa
 
     sent = ZlibJSONSerializer().deserialize(ZlibJSONSerializer().serialize(task))  # as an executor does
     record = next(c for c in sent.trainer.callbacks if c.__fn_or_cls__ is RunRecord)
-    assert sorted(record.recipe["overrides"]) == sorted(
-        [*changed, "optim.weight_decay=0.2", "optim.warmup_steps=1", "optim.beta1=0.8"]
-    )
+    assert sorted(record.recipe["overrides"]) == ["optim.warmup_steps=1", "trainer.max_steps=3"]
+    optim = {key: record.recipe["optim"][key] for key in ("peak_lr", "weight_decay", "beta1")}
+    assert optim == {"peak_lr": pytest.approx(4e-3), "weight_decay": 0.2, "beta1": 0.8}
+    assert record.recipe["data"]["root"] == "elsewhere"
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(record.recipe, path, []))
     assert pretrain.build(compose(str(path))) == task
+
+
+def test_a_value_has_the_name_of_its_recipe_key(app, tmp_path: Path) -> None:
+    from nemo.collections import llm
+    from nemo_run.cli.api import RunContext
+
+    from nemotron_h.recipe.compose import compose
+    from nemotron_h.training.stages import pretrain
+
+    (tmp_path / "own.yaml").write_text("defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\n")
+    values = ["tokens=163_840", "parallel.devices=2", "parallel.tensor=2", "log.dir=there", "name=one"]
+    values.append("checkpoint.keep=-1")
+    graph = ["trainer.val_check_interval=7"]
+    task = RunContext(name="pretrain", factory=f"nemotron_h_recipe(path={tmp_path}/own.yaml)").parse_fn(
+        llm.pretrain, [*values, *graph]
+    )
+    assert (task.trainer.max_steps, task.trainer.devices, task.optim.warmup_steps) == (20, 2, 10)
+    assert (task.trainer.strategy.tensor_model_parallel_size, task.trainer.val_check_interval) == (2, 7)
+    assert (task.log.explicit_log_dir, task.log.ckpt.keep) == ("there/one", -1)
+    composed = compose(f"{tmp_path}/own.yaml", values)
+    composed.overrides = graph
+    assert pretrain.build(composed) == task
+    old = ["trainer.devices=2", "trainer.strategy.tensor_model_parallel_size=2", "log.ckpt.keep=-1"]
+    again = [*values[:1], *old, "log.explicit_log_dir=there/one", *graph]
+    by_graph_keys = RunContext(name="pretrain", factory="nemotron_h_tiny").parse_fn(llm.pretrain, again)
+    assert (by_graph_keys.trainer.strategy, by_graph_keys.log) == (task.trainer.strategy, task.log)
+
+
+#: graph -> settings of its recipe, so that as many values as can be differ from the defaults
+DIFFERENT = {
+    "nemotron_h_tiny/pretrain": (
+        *("init_seed=5", "data.workers=3", "checkpoint.every_steps=7", "checkpoint.keep=9", "recompute.mamba=layer"),
+        *("recompute.ffn=activation", "recompute.attention=layer", "init.checkpoint=there", "parallel.nodes=3"),
+        *("parallel.devices=4", "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"),
+        *("data.global_batch_size=48", "precision=bf16", "optim.gradients=bf16"),
+    ),
+    "nemotron_h_56b/pretrain": ("precision_options.bf16_edge_layers=3", "precision_options.fp8_backend=emulate"),
+    "nemotron_h_tiny/sft_lora": ("adapter.rank=3", "adapter.alpha=5", "adapter.dropout=0.5"),
+    "nemotron_h_8b/preference": ("preference.beta=0.7", "preference.gt_reward_scale=3", "preference.reward_gap=2"),
+    "nemotron_h_tiny/distill": ("distill.temperature=2", "distill.lm_weight=3", "distill.top_k=5"),
+}
+#: keys that name no single value of the graph
+BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "model.", "optim.schedule", "optim.warmup_tokens")
+BY_THEMSELVES += ("optim.decay_tokens", "checkpoint.leave_after", "precision_options.measured_steps")
+
+
+def test_one_table_has_the_graph_s_name_of_every_value(app) -> None:
+    from nemotron_h.launch.factories import BUILDERS
+    from nemotron_h.recipe.compose import compose
+    from nemotron_h.recipe.overrides import recipe_keys
+    from nemotron_h.schema.nemo_names import DERIVED, SAME
+    from nemotron_h.training.settings import _value_of, unknown_key
+
+    left = {key for key in recipe_keys() if not key.startswith(BY_THEMSELVES)}
+    for name, values in DIFFERENT.items():
+        recipe = compose(name, values)
+        task = BUILDERS[recipe.stage][1](recipe)
+        for graph, key in [*SAME.items(), *((key, key) for key in sorted(left))]:
+            part, _, field = key.rpartition(".")
+            holder = getattr(recipe, part) if part else recipe
+            if holder is None or _value_of(task, graph) is None:
+                continue
+            assert _value_of(task, graph) == getattr(holder, field), (graph, key)
+            left.discard(key)
+        if name == "nemotron_h_tiny/pretrain":
+            assert not [key for key in DERIVED if unknown_key(task, key)]
+    assert left == {"distill.teacher_logits", "resume.blend_change", "data.root"}, "None, here"
 
 
 def refusal(function: Callable, *arguments: Any) -> str:

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 SLURM = ("executor=slurm", "executor.account=ABC", "executor.partition=batch", "executor.work_dir=/shared/me")
 KUBERNETES = ("executor=kubernetes", "executor.namespace=team", "executor.image=registry/i:1", "executor.claim=work")
-EIGHT = ("trainer.num_nodes=2", "trainer.devices=8", "trainer.strategy.tensor_model_parallel_size=2")
+EIGHT = ("parallel.nodes=2", "parallel.devices=8", "parallel.tensor=2", "data.micro_batch_size=2")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_kubernetes_manifest(dry_run) -> None:
 
 
 def test_local_command(dry_run) -> None:
-    code, printed = dry_run("nemotron_h_tiny", "executor=local", "trainer.devices=2")
+    code, printed = dry_run("nemotron_h_tiny", "executor=local", "trainer.devices=2", "data.micro_batch_size=8")
     assert code == 0, printed
     assert re.search(r"^torchrun .*--nproc-per-node 2 ", printed, re.M)
 
@@ -196,13 +196,16 @@ def test_python_and_torchrun_are_this_ones_also_in_an_environment_that_is_not_ac
     ("arguments", "expected"),
     [
         (("executor=slurm",), ("slurm.yaml: account, partition, work_dir are placeholders", "executor.account=")),
-        ((*SLURM, "executor.nodes=4"), ("executor.nodes = 4, trainer.num_nodes = 1", "set trainer.num_nodes=4")),
-        ((*SLURM, "executor.devices=8"), ("executor.devices = 8, trainer.devices = 1",)),
+        ((*SLURM, "executor.nodes=4"), ("executor.nodes = 4, parallel.nodes = 1", "set parallel.nodes=4")),
+        ((*SLURM, "executor.devices=8"), ("executor.devices = 8, parallel.devices = 1",)),
         ((*SLURM, "executor.acount=x"), ("unknown key acount", "Did you mean account?")),
         (("executor.account=x",), ("executor.account=x without an executor", "executor=slurm")),
-        (("executor=local", "trainer.num_nodes=2"), ("parallel.nodes = 2: 2 ranks", "set parallel.nodes=1")),
+        (
+            ("executor=local", "parallel.nodes=2", "data.micro_batch_size=8"),
+            ("parallel.nodes = 2: 2 ranks", "set parallel.nodes=1"),
+        ),
         ((*SLURM, "executor.setup=[source /me/nemo_run/bin/activate]"), ("executor.setup: ", "replaces /nemo_run")),
-        ((*SLURM, "trainer.devices=3", EIGHT[2]), ("set trainer.devices and trainer.num_nodes",)),
+        ((*SLURM, "trainer.devices=3", EIGHT[2]), ("parallel.nodes * parallel.devices = 3 is not a multiple",)),
     ],
 )
 def test_mistakes_are_named_before_anything_is_submitted(dry_run, arguments, expected) -> None:
@@ -300,7 +303,7 @@ def test_a_local_run_takes_the_place_of_the_command(nemo, monkeypatch: pytest.Mo
 
 
 def test_more_nodes_than_this_machine_are_refused_before_work(nemo, tmp_path: Path) -> None:
-    code, said = nemo("trainer.num_nodes=768", "trainer.devices=8")
+    code, said = nemo("parallel.nodes=768", "parallel.devices=8", "data.global_batch_size=98304", "tokens=1B")
     assert code == 2, said
     assert "error: parallel.nodes = 768: 6,144 ranks" in said
     assert not (tmp_path / "runs").exists()

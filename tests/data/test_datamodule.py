@@ -333,6 +333,13 @@ def test_validation_length_and_sources_too_small_for_it(prepared: Path, monkeypa
         started(module(prepared, seq_length=1500)).val_dataloader()
 
 
+@pytest.mark.parametrize(("planned", "late"), [(1000, 600), (100, 60), (40, 60)])
+def test_a_run_that_ends_earlier_is_the_beginning_of_the_planned_one(prepared: Path, planned: int, late: int) -> None:
+    """The trainer makes 100 steps; the phases divide what the recipe plans, or those where they are more."""
+    data = started(module(prepared, horizon_steps=None, horizon_tokens=planned * 16 * SEQ))
+    assert [phase.first_step for phase in data.order.plan.phases] == [0, late]
+
+
 # bad input
 
 

@@ -118,7 +118,7 @@ def test_mistakes(tmp_path: Path, options: list[str], message: str) -> None:
 def test_it_imports_neither_torch_nor_nemo() -> None:
     code = (
         "import sys\nimport nemotron_h.cli.main\n"
-        "import nemotron_h.data.show, nemotron_h.data.draw, nemotron_h.data.feed.peek\n"
+        "import nemotron_h.data.show, nemotron_h.data.plot, nemotron_h.data.feed.peek\n"
         "assert not {'torch', 'nemo', 'megatron', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": ""})

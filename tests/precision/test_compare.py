@@ -386,7 +386,7 @@ class Forked:
     def __init__(self, run: Run, *_: object) -> None:
         write_recipe(run)
         folder, output = run.recipe_file.parent, run.recipe_file.with_suffix(".out")
-        self.output = starting._Output(lambda: output)
+        self.output, self.steps = starting._Output(lambda: output), starting.Steps(run.folder)
         self.code = FORKS.run(str(WORKER), str(run.recipe_file), folder=folder, name=run.name)
 
     def over(self) -> bool:

@@ -1,4 +1,4 @@
-"""The new size of `docs/recipes.md`, made as the page says."""
+"""Commands of README, Makefile and docs compose; the new size of `docs/recipes.md` is made as the page says."""
 
 from __future__ import annotations
 
@@ -8,8 +8,34 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.recipe.check import examine
+from nemotron_h.recipe.compose import compose, factory_of, known_recipes, stage_of
+from nemotron_h.recipe.overrides import parts, split
+from nemotron_h.schema.nemo_names import SAME
+from nemotron_h.schema.recipe import STAGES
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "recipes.md"
+RECIPES = {(STAGES.get(stage_of(name)), factory_of(name)): name for name in known_recipes()}
+COMMAND = re.compile(r"nemo llm (\w+) --factory (\w+)((?: [^\s#`]+)*)")
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return (recipe, arguments) of every `nemo llm` with a shipped recipe that the pages show."""
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md")))
+    shown = sorted(set(COMMAND.findall(pages)))
+    return [(RECIPES[command, name], arguments) for command, name, arguments in shown if (command, name) in RECIPES]
+
+
+def test_a_command_of_the_pages_composes_and_names_values_by_the_recipe_s_keys() -> None:
+    assert len(commands()) > 10
+    for recipe, arguments in commands():
+        settings = [argument for argument in arguments.split() if parts(argument)[0]]
+        assert not [setting for setting in settings if parts(setting)[0] in SAME], arguments
+        values, others = split([setting for setting in settings if not setting.startswith("executor")])
+        if values:
+            compose(recipe, values)
+        beside = {"resume.resume_from_path", "resume.must_exist", "trainer.max_steps", "data.horizon_steps"}
+        assert {parts(setting)[0] for setting in others} <= beside, arguments
 
 
 def test_the_new_size_of_the_page_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

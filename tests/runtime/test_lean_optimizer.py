@@ -15,10 +15,10 @@ def test_a_weight_and_its_remainder_are_the_main_weight() -> None:
     scale = 10.0 ** torch.randint(-37, 37, (200_000,), generator=draw).float()
     edges = torch.tensor([0.0, -0.0, 1.0, 1 + 2**-8, 1 + 2**-9, -1 - 2**-8, 3e-45, -1e-40, 1.17e-38])
     main = torch.cat([torch.randn(200_000, generator=draw) * scale, edges])
-    weight, remainder = lean_adam.parted(main)
+    weight, remainder = lean_adam.split(main)
     assert weight.dtype == torch.bfloat16
     assert remainder.dtype == torch.int16
-    assert torch.equal(lean_adam.joined(weight, remainder).view(torch.int32), main.view(torch.int32))
+    assert torch.equal(lean_adam.fuse(weight, remainder).view(torch.int32), main.view(torch.int32))
     ties = (main.view(torch.int32) & 0xFFFF) == 0x8000  # torch rounds those to even
     assert torch.equal(weight[~ties], main.bfloat16()[~ties])
     assert remainder.ne(0).any()

@@ -106,11 +106,17 @@ class Small:
         return self.folder / name / "small"
 
     def train(
-        self, name: str, *options: str, ranks: int = 1, check: bool = True, recipe: Path | None = None
+        self,
+        name: str,
+        *options: str,
+        ranks: int = 1,
+        check: bool = True,
+        recipe: Path | None = None,
+        program: Path = WORKER,
     ) -> subprocess.CompletedProcess:
         """Run the recipe in a process of its own, or one for each rank; see `worker.py` for the options."""
         code = FORKS.run(
-            str(WORKER), str(recipe or self.recipe(name)), *options, folder=self.folder, name=name, ranks=ranks
+            str(program), str(recipe or self.recipe(name)), *options, folder=self.folder, name=name, ranks=ranks
         )
         return self._done(name, code, check)
 

@@ -14,6 +14,7 @@ import torch
 from small_run import Small, assert_same, events, run_records, without_last
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.core import progress
 
 STEPS = 12
 pytestmark = pytest.mark.slow
@@ -29,6 +30,8 @@ def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, di
     out = small.train("resumed")
     assert "resumed at step 8" in out.stdout
     assert_same(small, "resumed", "straight")
+    lines = (small.run_dir("resumed") / progress.STEPS).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 5, 9, 10, 12], "of three processes"
     # the steps that validations follow, counted from 0
     assert list(events(small.run_dir("straight"))["val_loss"]) == [5, 11]
     losses = [float.fromhex(straight[s]["loss"]) for s in range(1, STEPS + 1)]

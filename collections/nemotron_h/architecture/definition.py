@@ -87,6 +87,11 @@ class ModelDefinition:
     overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Hydra and JSON have numbers of layers as text
+        numbered = {int(n) if str(n).isdecimal() else n: dict(widths) for n, widths in self.overrides.items()}
+        object.__setattr__(self, "overrides", numbered)
+
     @property
     def num_layers(self) -> int:
         """Return the layers of all kinds."""

@@ -56,7 +56,7 @@ def find_base(checkpoint: Path, named: str | Path | None = None) -> Path:
     was = f"the adapter of {checkpoint} was trained on {recorded['checkpoint']}"
     hint = (
         "restore that folder; or, where it was moved, name it: --base DIR of merge-adapter and export peft, "
-        "resume.init_checkpoint=DIR of a run"
+        "init.checkpoint=DIR of a run"
     )
     if found:
         raise UserError(f"{was}; {found[-1]} is another checkpoint", hint=hint)

@@ -33,6 +33,8 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
         found = read_yaml(path, f"{origin}: model = {path}")
         if not isinstance(found, dict):
             raise UserError(f"{origin}: model = {path}: it holds no keys", hint="see the files of configs/model")
+        if isinstance(overrides := found.get("overrides"), dict):
+            found["overrides"] = {str(layer): widths for layer, widths in overrides.items()}  # as Hydra reads keys
         return found
     if not path.is_dir():
         raise UserError(f"{origin}: model = {path}: there is no such file or checkpoint")

@@ -99,7 +99,7 @@ def chat(
 
 
 def warnings_of(opened: Opened, template: ChatTemplate) -> Iterator[str]:
-    """Why answers may not be answers."""
+    """Yield the reasons why answers may not be answers."""
     if template.plain_markers:
         yield (
             f"the tokenizer lacks {', '.join(template.plain_markers)}; the template's markers are read as ordinary text"
@@ -168,7 +168,7 @@ def _answer(session: ChatSession, text: str) -> None:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C fills the list, once; a second one is an interrupt as ever."""
+    """Fill the list on Ctrl-C, once; a second one is an interrupt as ever."""
     seen: list[int] = []
 
     def handle(number: int, frame: object) -> None:

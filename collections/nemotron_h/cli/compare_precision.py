@@ -1,4 +1,4 @@
-"""`nemotron-h compare-precision`: train a pair that differs in precision alone, and draw the relative loss gap."""
+"""`nemotron-h compare-precision`: train a pair that differs in precision alone, and plot the relative loss gap."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def compare_precision(
     check_shared(place)
     train(made, console, jobs, place)
     found = results(made, window)
-    from nemotron_h.comparison.figure import draw_casts, draw_gap
+    from nemotron_h.comparison.figure import plot_casts, plot_gap
 
     written = [made.out / "gap.png", made.out / "comparison.json"]
-    draw_gap(found, written[0])
+    plot_gap(found, written[0])
     written[1].write_text(json.dumps(found.as_dict(), indent=1))
     for run, casts in found.casts.items():
         written.append(made.out / f"casts-{run}.png")
-        draw_casts(f"{made.recipe}, {run}", casts, written[-1])
+        plot_casts(f"{made.recipe}, {run}", casts, written[-1])
     console.print(found.table())
     for line in [*found.missing_lines(), *found.cast_lines(), f"written: {', '.join(map(str, written))}"]:
         console.print(line, markup=False)

@@ -68,7 +68,7 @@ def show(
     seq_length: SeqLengthOption = None,
     global_batch: GlobalBatchOption = None,
     root: RootOption = None,
-    png: Annotated[Path | None, typer.Option("--png", help="Also draw the shares over the run.")] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Also plot the shares over the run.")] = None,
 ) -> None:
     """Show phases x categories, where the phases switch, and tokens, epochs and disk of every source.
 
@@ -84,9 +84,9 @@ def show(
     console = Console(highlight=False)
     shown.show(view, console)
     if png is not None:
-        from nemotron_h.data.draw import draw
+        from nemotron_h.data.plot import plot
 
-        draw(view, png)
+        plot(view, png)
         console.print(f"Wrote {png}", soft_wrap=True, markup=False)
 
 
@@ -165,7 +165,7 @@ def peek(
 
 
 def _recorded(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint's record says of its data."""
+    """Return what a checkpoint's record says of its data."""
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 
     found = find_checkpoint(checkpoint)

@@ -85,7 +85,7 @@ def evaluate(
 
 
 def _invocations(names: list[str], suite: str | None, shots: int | None) -> list[Invocation]:
-    """Runs of the harness: tasks that share their number of examples run together."""
+    """Return the runs of the harness: tasks that share their number of examples run together."""
     found: list[Invocation] = []
     if suite is not None:
         for row in load_suite(suite):

@@ -35,11 +35,11 @@ NoTokenizerOption = Annotated[bool, typer.Option("--no-tokenizer", help="Leave t
 @export_app.callback()
 @import_app.callback()
 def _group() -> None:
-    """A group even while it has one command."""
+    """Keep this a group even while it has one command."""
 
 
 def progress() -> Progress:
-    """Bytes done of all, with the time that remains."""
+    """Return a bar of the bytes done of all, with the time that remains."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))
 
@@ -125,7 +125,7 @@ def _check_dtype(dtype: str | None, known: Iterable[str]) -> None:
 
 
 def _find(checkpoint: Path, tokenizer: Path | None, no_tokenizer: bool) -> tuple[Path, Tokenizer | None]:
-    """The checkpoint, and its tokenizer unless it is left out; it is one that can be written."""
+    """Return the checkpoint, which can be written, and its tokenizer unless it is left out."""
     if tokenizer and no_tokenizer:
         raise UserError("--tokenizer and --no-tokenizer exclude each other")
     from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record

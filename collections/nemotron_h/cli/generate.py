@@ -134,7 +134,7 @@ def _continue(
     streaming: bool,
     total: _Speed,
 ) -> Iterator[dict[str, Any]]:
-    """One batch; its rows in the order of the prompts, each as soon as it and those before it are complete."""
+    """Yield the rows of one batch in the order of the prompts, each as soon as it and those before it are complete."""
     from nemotron_h.inference.generate import Generation
     from nemotron_h.inference.text import StoppingText
 
@@ -184,7 +184,7 @@ def _continue(
 
 
 def read_prompts(file: str) -> list[str]:
-    """Prompts of a file: a line each, empty lines left out; of a .jsonl, the field `prompt` of each line.
+    """Return the prompts of a file: a line each, empty lines left out; of a .jsonl, the field `prompt` of each line.
 
     Errors:
         UserError: it is missing or no UTF-8, has no prompts, or a line is no such record.

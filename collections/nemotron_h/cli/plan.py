@@ -56,6 +56,6 @@ def plan(
             console.width = 140  # a pipe has no width of its own
         show_sweep(made, rows, console) if sweep else show(made, console)
     if out is not None:
-        from nemotron_h.planning.figure import draw
+        from nemotron_h.planning.figure import plot
 
-        draw(made, out)
+        plot(made, out)

@@ -100,10 +100,10 @@ def prune(
     seed: Annotated[int, typer.Option(help="Of a random order.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
 ) -> None:
-    """Cut a smaller model out of a checkpoint: the most important layers and channels stay.
+    """Prune a checkpoint to a smaller model: the most important layers and channels stay.
 
     The child is an ordinary checkpoint with a definition of its own (model.yaml): it is fine-tuned, generates and is
-    exported as any other. It is written only if it computes what the parent computes without what was cut.
+    exported as any other. It is written only if it computes what the parent computes without what was pruned.
     """
     from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
     from nemotron_h.compression import slicing

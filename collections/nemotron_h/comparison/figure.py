@@ -19,8 +19,8 @@ from nemotron_h.comparison.results import Results
 PAPER_GAP = 1e-3
 
 
-def draw_gap(found: Results, path: Path) -> None:
-    """Percent over tokens, training above validation; the suffix decides the format."""
+def plot_gap(found: Results, path: Path) -> None:
+    """Plot percent over tokens, training above validation; the suffix decides the format."""
     made = found.comparison
     figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
     parts = (
@@ -52,8 +52,8 @@ def draw_gap(found: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_casts(title: str, casts: list[dict[str, Any]], path: Path) -> None:
-    """A row for each FP8 product of a run, a column for each operand and measured step."""
+def plot_casts(title: str, casts: list[dict[str, Any]], path: Path) -> None:
+    """Plot a row for each FP8 matmul of a run and a column for each operand and measured step."""
     rows = {(row["layer"], row["product"]): row["type"] for row in casts}
     order = {key: number for number, key in enumerate(sorted(rows, key=lambda key: key[0]))}
     steps = sorted({row["step"] for row in casts})

@@ -1,4 +1,4 @@
-"""What a comparison came to: gaps, noise and casts as JSON, and the short table. Imports no torch."""
+"""Results of a comparison: gaps, noise and casts as JSON, and the short table. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemotron_h.data.show import short_count
 
 
 class OverPairs(NamedTuple):
-    """Of the last gaps of several pairs; the error is the standard one of the mean.
+    """Mean of the last gaps of several pairs, with its standard error.
 
     The median is there because one pair whose runs learn something at different times moves the mean by more than FP8.
     """
@@ -30,7 +30,7 @@ class OverPairs(NamedTuple):
 
 
 def over_pairs(curves: Sequence[Curve]) -> OverPairs:
-    """Over two pairs or more."""
+    """Return the statistics over two pairs or more."""
     last = [curve.summary()["last"] for curve in curves]
     return OverPairs(statistics.mean(last), statistics.stdev(last) / len(last) ** 0.5, statistics.median(last))
 
@@ -59,7 +59,7 @@ class Results:
     missing: dict[str, tuple[int, ...]]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in plain containers."""
+        """Return all of it in plain containers."""
         made = self.comparison
         curves = {"train": self.train, "validation": self.validation}
         noise = {"train": self.noise_train, "validation": self.noise_validation}
@@ -80,7 +80,7 @@ class Results:
         }
 
     def table(self) -> Table:
-        """Last and largest gap, of the pair and of the noise."""
+        """Return a table of the last and largest gap, of the pair and of the noise."""
         made = self.comparison
         tokens = short_count(made.steps * made.tokens_per_step)
         table = Table(
@@ -111,13 +111,13 @@ class Results:
         return table
 
     def missing_lines(self) -> list[str]:
-        """What the curves leave out."""
+        """Return a line for each run with steps that the curves leave out."""
         return [
             f"{run} has no loss of step {', '.join(map(str, steps))}: left out" for run, steps in self.missing.items()
         ]
 
     def cast_lines(self) -> list[str]:
-        """Where FP8 loses most, a line for each operand of an FP8 run."""
+        """Return the operands for which FP8 loses most, a line for each operand of an FP8 run."""
         lines = []
         for run, operand in itertools.product(self.casts, OPERANDS):
             rows = [row for row in self.casts[run] if row["operand"] == operand]
@@ -132,7 +132,7 @@ class Results:
 
 
 def read_casts(folder: Path) -> list[dict[str, Any]]:
-    """What a run's processes measured, by step. NeMo moves the files of earlier ones to `run_0`, `run_1` and so on."""
+    """Return what a run's processes measured, by step. NeMo moves earlier files to `run_0`, `run_1` and so on."""
     by_step: dict[int, list[dict[str, Any]]] = {}
     for file in sorted(folder.rglob(CAST_STATISTICS), key=lambda file: file.stat().st_mtime):
         rows = read_json(file)

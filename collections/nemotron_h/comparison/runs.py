@@ -30,7 +30,7 @@ FIXED = ("trainer.max_steps", "trainer.plugins", "log.explicit_log_dir", "log.te
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """Runs to compare, and the settings that they share.
 
     Attributes:
         recipe: its name.
@@ -54,13 +54,13 @@ class Comparison:
 
     @property
     def paired(self) -> list[tuple[Run, Run]]:
-        """(`against`, `precision`) of the same initial weights."""
+        """Return the pairs (`against`, `precision`) of the same initial weights."""
         first, against, more = self.runs[0], self.runs[1 : 1 + self.seeds], self.runs[1 + self.seeds :]
         return list(zip(against[: self.pairs], (first, *more), strict=True))
 
     @property
     def others(self) -> tuple[Run, ...]:
-        """`against` from other initial weights."""
+        """Return the runs of `against` from other initial weights."""
         return self.runs[2 : 1 + self.seeds]
 
 
@@ -75,7 +75,7 @@ def comparison(
     pairs: int = 1,
     place: Place = HERE,
 ) -> Comparison:
-    """The runs, checked as far as that goes without starting them.
+    """Return the runs, checked as far as that goes without starting them.
 
     Args:
         name: a shipped recipe, or the path of a YAML file.
@@ -128,7 +128,7 @@ def comparison(
 def _common(
     whole: RecipeConfig, name: str, steps: int, tokens_per_step: int, out: Path, overrides: Sequence[str]
 ) -> RecipeConfig:
-    """The recipe with what all runs share: length, folder, logging."""
+    """Return the recipe with what all runs share: length, folder, logging."""
     if whole.stage != "pretrain":
         raise UserError(f"{name} is a recipe of stage {whole.stage}; compared are pretraining runs")
     for setting in whole.overrides:
@@ -145,7 +145,7 @@ def _common(
 
 
 def _variant(common: RecipeConfig, run_name: str, precision: str, seed: int, steps: int, name: str) -> RecipeConfig:
-    """One run's recipe, checked."""
+    """Return one run's recipe, checked."""
     options = PrecisionOptionsSchema()
     if precision in FP8_FORMATS:
         quarters = sorted({1, *(max(1, steps * n // 4) for n in (1, 2, 3, 4))})

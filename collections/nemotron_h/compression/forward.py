@@ -6,7 +6,6 @@ Importance watches it; the gate of a slice masks it, so that the parent computes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -46,9 +45,7 @@ class Forward:
             return weights
         return type(weights)(*(getattr(weights, f.name).to(self.device, non_blocking=True) for f in fields(weights)))
 
-    def layer(
-        self, number: int, w: Any, x: Tensor, watch: Watch | None = None, mask: Mapping[str, Tensor] | None = None
-    ) -> Tensor:
+    def layer(self, number: int, w: Any, x: Tensor, watch: Watch | None = None, mask: Tensor | None = None) -> Tensor:
         """Return what a layer adds to the residual stream `x` [rows, length, hidden].
 
         Args:
@@ -61,7 +58,7 @@ class Forward:
             watch("norm", h)
         # positions count from the window's start
         rotary = self.model.rotary(torch.arange(h.shape[1], device=self.device))
-        out = self.model.running[number].whole(self.ops, w, h, rotary, watch, mask or {})
+        out = self.model.running[number].whole(self.ops, w, h, rotary, watch, mask)
         return out if self.hidden is None else out * self.hidden
 
     def final(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ _LASTING = {
 
 
 class UserError(Exception):
-    """Something the user can fix: bad input, missing data, no network, a full disk.
+    """Mistake that the user can fix: bad input, missing data, no network, a full disk.
 
     The command line prints `message` and `hint` without a traceback and exits with `EXIT_CODE`.
 

@@ -12,7 +12,7 @@ _PIECE = 1 << 20
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file's content, read in pieces."""
+    """Return the hex sha256 of a file's content, read in pieces."""
     with open(path, "rb") as file:
         if hasattr(hashlib, "file_digest"):  # from Python 3.11 on
             return hashlib.file_digest(file, "sha256").hexdigest()

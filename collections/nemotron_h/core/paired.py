@@ -39,7 +39,7 @@ class Curve:
     gap: np.ndarray
 
     def summary(self) -> dict[str, float]:
-        """The last gap and the largest by magnitude, each with where it is."""
+        """Return the last gap and the largest by magnitude, each with where it is."""
         at = int(np.abs(self.gap).argmax())
         return {
             "last": float(self.gap[-1]),
@@ -49,12 +49,12 @@ class Curve:
         }
 
     def as_dict(self) -> dict[str, list]:
-        """Plain lists."""
+        """Return the curve as plain lists."""
         return {"tokens": self.tokens.tolist(), "gap": self.gap.tolist()}
 
 
 def read_losses(folder: Path, steps: int) -> Losses:
-    """Losses of a run, from all of its processes; of a step that several of them trained, the last.
+    """Return the losses of a run, from all of its processes; of a step that several of them trained, the last.
 
     Args:
         folder: of the run.
@@ -91,7 +91,7 @@ def read_losses(folder: Path, steps: int) -> Losses:
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last `window` values, from the first that has so many on: [n - window + 1] of [n].
+    """Return the mean of the last `window` values, from the first that has so many on: [n - window + 1] of [n].
 
     A NaN is left out; where all of a window are, the mean is NaN too.
     """
@@ -102,13 +102,13 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def relative_gap(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(reference - other) / reference: (BF16 - FP8) / BF16 of the paper's figure 5."""
+    """Return (reference - other) / reference: (BF16 - FP8) / BF16 of the paper's figure 5."""
     return (reference - other) / reference
 
 
 def train_curve(reference: Losses, other: Losses, tokens_per_step: int, window: int) -> Curve:
-    """The gap of the training losses, each smoothed over `window` steps, at the window's end. A step that one of the
-    two lacks is left out of both.
+    """Return the gap of the training losses, each smoothed over `window` steps, at the window's end. A step that one of
+    the two lacks is left out of both.
     """
     steps = range(1, max(reference.train) + 1)
     both = reference.train.keys() & other.train.keys()
@@ -122,7 +122,7 @@ def train_curve(reference: Losses, other: Losses, tokens_per_step: int, window: 
 
 
 def validation_curve(reference: Losses, other: Losses, tokens_per_step: int) -> Curve | None:
-    """The gap of the validation losses; None where there are none."""
+    """Return the gap of the validation losses; None where there are none."""
     steps = sorted(reference.validation.keys() & other.validation.keys())
     if not steps:
         return None

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def nearest(word: str, known: Any) -> str:
-    """`Did you mean X? ` for the nearest of the known words, or an empty string."""
+    """Return `Did you mean X? ` for the nearest of the known words, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"Did you mean {found[0]}? " if found else ""
 

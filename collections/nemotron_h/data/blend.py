@@ -81,12 +81,12 @@ class Extend:
 
 @dataclass
 class Source:
-    """Where one stream of documents comes from and how it becomes tokens.
+    """Stream of documents: its origin, and how it becomes tokens.
 
     Args:
         category: the category of the phases that it fills.
         format: one of `FORMATS`. jsonl, json (an array or an object of records), parquet: records with `text_fields`;
-            text: a file is a document, or is cut at `split_on`; python: a `.py` file is a document; docstrings: the
+            text: a file is a document, or is split at `split_on`; python: a `.py` file is a document; docstrings: the
             docstrings of a `.py` file are one document; html: the visible text of a page; megatron: a ready
             `.bin/.idx` prefix, used in place.
         path: file, glob (`**` allowed), folder, or a list of them; `~` and `${oc.env:NAME}` work; relative paths
@@ -131,13 +131,11 @@ class Source:
     stands_for: str = ""
 
     def paths(self) -> list[str]:
-        """`path` as a list."""
+        """Return `path` as a list."""
         return [str(path) for path in _list(self.path)] if self.path else []
 
     def settings_hash(self) -> str:
-        """sha256 of what decides the source's documents, besides the content of its files: not where they lie, not
-        weights.
-        """
+        """Return the sha256 of the settings that decide a source's documents, without paths of files and weights."""
         keys = ("format", "text_fields", "join", "split_on", "validation", "deduplicate")
         content: dict[str, Any] = {key: getattr(self, key) for key in keys}
         if self.chat:
@@ -150,7 +148,7 @@ class Source:
 
 @dataclass
 class Tokenizer:
-    """Which tokenizer a blend is prepared with.
+    """Tokenizer that a blend is prepared with.
 
     Args:
         kind: `bpe` (own byte-level BPE, trained from `train_on` unless `path` is given), `huggingface` (a folder),
@@ -178,13 +176,13 @@ class Tokenizer:
     pattern: str = ""
 
     def is_trained(self) -> bool:
-        """Whether preparation trains it, rather than taking a given one."""
+        """Return True if preparation trains it, rather than taking a given one."""
         return self.kind == "bpe" and not (self.path or self.fetch or self.blend)
 
 
 @dataclass
 class Until:
-    """Where a phase ends; exactly one is given.
+    """End of a phase; exactly one key is given.
 
     Args:
         fraction: of the run's tokens, in (0, 1).
@@ -197,7 +195,7 @@ class Until:
     last_tokens: Any = None
 
     def end(self, total_tokens: int) -> float:
-        """The token position where the phase ends in a run of `total_tokens`."""
+        """Return the token position where the phase ends in a run of `total_tokens`."""
         if self.fraction is not None:
             return self.fraction * total_tokens
         return parse_count(self.tokens) if self.tokens is not None else total_tokens - parse_count(self.last_tokens)
@@ -220,11 +218,11 @@ class Phase:
     normalize: bool = False
 
     def weight_sum(self) -> float:
-        """Sum of the weights as written."""
+        """Return the sum of the weights as written."""
         return math.fsum(self.weights.values())
 
     def category_shares(self) -> dict[str, float]:
-        """Category -> share of the phase's tokens; sums to 1."""
+        """Return category -> share of the phase's tokens; shares sum to 1."""
         total = self.weight_sum()
         return {category: weight / total for category, weight in self.weights.items()}
 
@@ -248,7 +246,7 @@ class Blend:
     path: str = field(default="", metadata={"omegaconf_ignore": True})  # of the file it was read from
 
     def source_shares(self, phase: int) -> dict[str, float]:
-        """Source -> share of the tokens of phase number `phase` (from 0); sums to 1, sources without a share are 0."""
+        """Return source -> share of the tokens of phase number `phase` (from 0); 0 for an absent one, sums to 1."""
         category_weight: dict[str, float] = {}
         for source in self.sources.values():
             category_weight[source.category] = category_weight.get(source.category, 0.0) + source.weight
@@ -259,24 +257,24 @@ class Blend:
         }
 
     def is_chat(self) -> bool:
-        """Whether its sources are conversations, or pairs of them."""
+        """Return True if its sources are conversations, or pairs of them."""
         return any(source.chat for source in self.sources.values())
 
     def holds(self) -> str:
-        """What its sources are: `TEXTS`, `CONVERSATIONS` or `PAIRS`."""
+        """Return the kind of its sources: `TEXTS`, `CONVERSATIONS` or `PAIRS`."""
         if any(source.chat == PREFERENCE for source in self.sources.values()):
             return PAIRS
         return CONVERSATIONS if self.is_chat() else TEXTS
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, without the path of the file."""
+        """Return the blend in plain containers, without the path of the file."""
         content = dataclasses.asdict(self)
         del content["path"]
         return content
 
     def hash(self) -> str:
-        """sha256 of all that decides which tokens a run sees and when: everything but descriptions, licences and
-        limits that only warn.
+        """Return the sha256 of all that decides which tokens a run sees and when: everything but descriptions, licences
+        and limits that only warn.
         """
         content = self.to_dict()
         del content["description"]
@@ -338,7 +336,7 @@ def load_blend(name_or_path: str | Path) -> Blend:
 
 
 def _problems(blend: Blend) -> Iterator[str]:
-    """What contradicts itself in a blend, each as one line naming the key."""
+    """Yield the contradictions of a blend, each as one line naming the key."""
     yield from _name_problems("name", blend.name)
     if not blend.sources:
         yield "sources: a blend needs at least one"

@@ -72,7 +72,7 @@ class Encoded:
 
 
 def template_source(name_or_path: str) -> str:
-    """The Jinja text of a template: `nemotron_h`, or a file.
+    """Return the Jinja text of a template: `nemotron_h`, or a file.
 
     Raises:
         UserError: there is no such file, or it is no text.
@@ -92,7 +92,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - jinja2's own form
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """Called by jinja2 at the tag."""
+        """Parse the tag; called by jinja2."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
@@ -154,15 +154,15 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Called by jinja2 for `**`."""
+        """Compute `**` within bounds; called by jinja2."""
         if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _POWER_BITS:
             raise OverflowError(f"a number of more than {_POWER_BITS:,} bits")
         return super().call_binop(context, operator, left, right)
 
 
 def _compiled(source: str) -> tuple[jinja2.Template, frozenset[str]]:
-    """A template with what Hugging Face's tokenizers offer it, but for the date of today: the same data gives the same
-    tokens. Beside it, the names of all fields that it asks for.
+    """Compile a template with what Hugging Face's tokenizers offer it, but for the date of today: the same data
+    gives the same tokens. Beside it, the names of all fields that it asks for.
     """
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
@@ -227,7 +227,7 @@ class ChatTemplate:
             raise UserError(f"chat_template: {error}", hint) from error
 
     def encode(self, turns: Conversation) -> Encoded:
-        """Tokens and loss mask.
+        """Return the tokens and the loss mask.
 
         Raises:
             ChatError: the template refuses the conversation, or does not tell its assistant turns apart.
@@ -241,7 +241,7 @@ class ChatTemplate:
         return Encoded(ids, loss)
 
     def prompt(self, turns: Conversation) -> list[int]:
-        """Tokens before the next answer: those that `encode` gives to the conversation up to there.
+        """Return the tokens before the next answer: those that `encode` gives to the conversation up to there.
 
         Raises:
             ChatError: as `encode`.
@@ -249,7 +249,8 @@ class ChatTemplate:
         return [i for text, _ in self.segments(turns, add_generation_prompt=True) for i in self.tokens(text)]
 
     def following(self, turns: Conversation) -> list[int]:
-        """Tokens behind the last answer and its end marker, up to the next answer: the end of what `prompt` gives.
+        """Return the tokens behind the last answer and its end marker, up to the next answer: the end of what `prompt`
+        gives.
 
         Raises:
             ChatError: as `encode`.
@@ -257,7 +258,7 @@ class ChatTemplate:
         return self.tokens(self.segments(turns, add_generation_prompt=True)[-1][0])
 
     def answer_end(self) -> str:
-        """What the template writes behind an answer's text: its end marker and what stands around it.
+        """Return the text that the template writes behind an answer: its end marker and what stands around it.
 
         Raises:
             ChatError: as `encode`.
@@ -267,7 +268,8 @@ class ChatTemplate:
         return answer.partition(_EXAMPLE)[2]
 
     def segments(self, turns: Conversation, add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
-        """The rendered text in stretches, each with whether it is in the loss; messages are escaped (see `_escaped`).
+        """Return the rendered text in stretches, each with whether it is in the loss; messages are escaped (see
+        `_escaped`).
 
         Raises:
             ChatError: as `encode`.
@@ -288,7 +290,7 @@ class ChatTemplate:
         return [(part, trained) for part, trained in [*found, (text[place:], False)] if part]
 
     def _escaped(self, turns: Sequence[Turn]) -> list[dict[str, str]]:
-        """Messages in which no special token can be found: a private character is put behind its first letter."""
+        """Return the messages with no special token left to find: a private character follows its first letter."""
         for turn in turns:
             text = turn.content + turn.reasoning
             reserved = next((letter for letter in _RESERVED if letter in text), None)
@@ -308,7 +310,7 @@ class ChatTemplate:
         return message
 
     def tokens(self, text: str) -> list[int]:
-        """Tokens of text as the template writes it: names of special tokens become single ids."""
+        """Return the tokens of text as the template writes it: names of special tokens become single ids."""
         ids: list[int] = []
         for number, part in enumerate(self._special.split(text)):
             if number % 2:
@@ -361,7 +363,7 @@ class ChatTemplate:
         return whole, spans
 
     def _end(self, text: str, start: int) -> int:
-        """Where an answer ends: behind its last special token, when nothing but white space follows that."""
+        """Return the end of an answer: behind its last special token, when nothing but white space follows that."""
         last = None
         for last in self._special.finditer(text, start):  # noqa: B007
             pass

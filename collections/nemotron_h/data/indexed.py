@@ -29,7 +29,7 @@ _AGAIN = "Run nemotron-h data verify to see what changed; restore the file or pr
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest token type that Megatron uses and that holds every id: uint16 up to 65,535 ids, else int32."""
+    """Return Megatron's smallest token type that holds every id: uint16 up to 65,535 ids, else int32."""
     return np.dtype(np.uint16 if vocab_size <= 65_535 else np.int32)
 
 
@@ -45,7 +45,7 @@ class IndexHeader:
 
     @property
     def file_size(self) -> int:
-        """Bytes of a complete index."""
+        """Return the bytes of a complete index."""
         return _HEADER.size + self.sequences * 12 + self.marks * 8
 
 
@@ -130,7 +130,7 @@ def _opened(path: str, modified: int) -> BinaryIO:
 
 
 def index_is_plain(path: str | Path) -> bool:
-    """Whether offsets and marks of an `.idx` file say: one sequence per document, in order, without gaps."""
+    """Return True if offsets and marks of an `.idx` file say: one sequence per document, in order, without gaps."""
     header, lengths = read_index_header(path), read_lengths(path)
     if header.marks != header.sequences + 1:
         return False

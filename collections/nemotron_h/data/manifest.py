@@ -1,4 +1,4 @@
-"""What a prepared blend consists of: `manifest.json`, and the quick check that training makes before it starts.
+"""Contents of a prepared blend: `manifest.json`, and the quick check that training makes before it starts.
 
 Layout under the data root (`--root`, else the environment's `NEMOTRON_H_DATA`, else `./data`):
 
@@ -37,7 +37,7 @@ _PROBE_BLOCKS, _PROBE_BYTES = 16, 4096
 
 @dataclass
 class SplitManifest:
-    """One `.bin/.idx` pair.
+    """Facts of one `.bin/.idx` pair.
 
     Args:
         prefix: path without `.bin`; relative paths start at the folder of `manifest.json`.
@@ -67,7 +67,7 @@ class SplitManifest:
 
 @dataclass
 class SourceManifest:
-    """What became of one source.
+    """Result of preparing one source.
 
     Args:
         category: of the blend's phases.
@@ -123,7 +123,7 @@ class Manifest:
     folder: str = field(default="", metadata={"omegaconf_ignore": True})
 
     def prefix(self, source: str, split: str) -> str | None:
-        """Absolute prefix of a source's `.bin/.idx`, or None when the source has no such split."""
+        """Return the absolute prefix of a source's `.bin/.idx`, or None when the source has no such split."""
         entry = self.sources[source].splits.get(split)
         return None if entry is None else str(Path(self.folder) / entry.prefix)
 
@@ -132,15 +132,15 @@ class Manifest:
         return TokenStream(self.prefix(source, split), self.tokenizer.vocab_size)
 
     def tokens(self, split: str = "train") -> dict[str, int]:
-        """Source -> number of tokens of a split (0 where it has none)."""
+        """Return source -> number of tokens of a split (0 where it has none)."""
         return {name: s.splits[split].tokens if split in s.splits else 0 for name, s in self.sources.items()}
 
     def texts(self, split: str) -> dict[str, str]:
-        """Source -> sha256 of its text of a split; those that have one."""
+        """Return source -> sha256 of its text of a split, for those that have one."""
         return {name: s.splits[split].sha256_bin for name, s in self.sources.items() if split in s.splits}
 
     def tokenizer_path(self) -> str:
-        """Absolute path of the tokenizer's folder."""
+        """Return the absolute path of the tokenizer's folder."""
         return str(Path(self.folder) / self.tokenizer.path)
 
     def save(self) -> None:
@@ -151,7 +151,7 @@ class Manifest:
 
 
 def data_root(root: str | Path | None = None) -> Path:
-    """The data root: the argument, else `$NEMOTRON_H_DATA`, else `./data`."""
+    """Return the data root: the argument, else `$NEMOTRON_H_DATA`, else `./data`."""
     return Path(root or os.environ.get(ROOT_VARIABLE) or "data").expanduser()
 
 
@@ -184,7 +184,7 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
 
 
 def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
-    """The check before training: everything is there, of the right size and made by this tokenizer, for these sources.
+    """Check before training that everything is there, of the right size, by this tokenizer and for these sources.
 
     Reads only the manifest, the files' sizes and the `.idx` headers: milliseconds per source. `verify` compares
     contents.
@@ -218,7 +218,7 @@ def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
 
 
 def split_problem(manifest: Manifest, source: str, split: str) -> str:
-    """What sizes and headers say is wrong with one `.bin/.idx` pair; empty when nothing is."""
+    """Return the fault of one `.bin/.idx` pair by sizes and headers; empty when there is none."""
     entry = manifest.sources[source].splits[split]
     prefix = manifest.prefix(source, split)
     for suffix in (".bin", ".idx"):
@@ -249,7 +249,7 @@ def split_problem(manifest: Manifest, source: str, split: str) -> str:
 
 
 def probe(prefix: str) -> str:
-    """sha256 over 16 evenly spaced blocks of 4 KiB of each of `prefix`.bin and `prefix`.idx."""
+    """Return the sha256 over 16 evenly spaced blocks of 4 KiB of each of `prefix`.bin and `prefix`.idx."""
     digest = hashlib.sha256()
     for suffix in (".bin", ".idx"):
         with open(prefix + suffix, "rb", buffering=0) as file:

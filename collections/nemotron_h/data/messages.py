@@ -26,7 +26,7 @@ _FIELDS = {"role", "from", "content", "value", "weight", "train", *REASONING_FIE
 
 
 class ChatError(ValueError):
-    """Why one conversation cannot be used; whoever reads it adds file and position."""
+    """Reason why one conversation cannot be used; whoever reads it adds file and position."""
 
 
 class Refused(ChatError):
@@ -196,20 +196,20 @@ def _list(record: dict[str, Any], name: str) -> Any:
 
 
 def _messages(record: dict[str, Any]) -> Iterator[Turn]:
-    """OpenAI: `{"messages": [{"role": ..., "content": ...}]}`; content is text, or a list of text parts."""
+    """Yield the turns of OpenAI's `{"messages": [{"role": ..., "content": ...}]}`; content is text or text parts."""
     yield Turn(SYSTEM, text_field(record, "system", default=""))
     yield from read_messages(_list(record, "messages"), "messages")
 
 
 def _sharegpt(record: dict[str, Any]) -> Iterator[Turn]:
-    """ShareGPT: `{"conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}`, and maybe `system`."""
+    """Yield ShareGPT's turns: `{"conversations": [{"from": "human", "value": ...}, ...]}`, and maybe `system`."""
     yield Turn(SYSTEM, text_field(record, "system", default=""))
     yield from read_messages(_list(record, "conversations"), "conversations")
 
 
 def _alpaca(record: dict[str, Any]) -> Iterator[Turn]:
-    """Alpaca: `instruction`, `output`, and maybe `input` (put under the instruction after an empty line), `system`, and
-    `history` (pairs of earlier turns).
+    """Yield the turns of Alpaca: `instruction`, `output`, and maybe `input` (put under the instruction after an empty
+    line), `system`, and `history` (pairs of earlier turns).
     """
     yield Turn(SYSTEM, text_field(record, "system", default=""))
     for pair in record.get("history") or []:
@@ -222,7 +222,7 @@ def _alpaca(record: dict[str, Any]) -> Iterator[Turn]:
 
 
 def _prompt_response(record: dict[str, Any]) -> Iterator[Turn]:
-    """`prompt` and `response` (or `completion`), and maybe `system`."""
+    """Yield the turns of `prompt` and `response` (or `completion`), and maybe `system`."""
     yield Turn(SYSTEM, text_field(record, "system", default=""))
     yield Turn(USER, text_field(record, "prompt"))
     yield Turn(ASSISTANT, text_field(record, "response", "completion"))

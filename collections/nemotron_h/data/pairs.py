@@ -43,7 +43,7 @@ class Pair:
     rewards: tuple[float, float] = (math.nan, math.nan)
 
     def text(self) -> str:
-        """What stands for the pair where equal ones are looked for."""
+        """Return the text that stands for the pair where equal ones are looked for."""
         sides = [
             [[t.role, t.content, *([t.reasoning] if t.reasoning else [])] for t in side]
             for side in (self.chosen, self.rejected)
@@ -52,7 +52,7 @@ class Pair:
 
 
 def read_pair(record: Any) -> Pair:
-    """A record as a pair.
+    """Return a record as a pair.
 
     The prompt is a text or a list of messages in `prompt`, OpenAI's `messages`, or ShareGPT's `conversations`, with
     `system` beside it if need be. `chosen` and `rejected` are texts, messages, or lists of messages; where these begin
@@ -156,7 +156,7 @@ def _rewards(record: dict[str, Any]) -> tuple[float, float]:
 
 
 def encode_pair(template: ChatTemplate, pair: Pair) -> Encoded:
-    """Tokens of both, the chosen conversation first; in the mask, `REJECTED` is added in the second.
+    """Return the tokens of both, the chosen conversation first; in the mask, `REJECTED` is added in the second.
 
     Raises:
         ChatError: the template refuses one, or writes both alike.

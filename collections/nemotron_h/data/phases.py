@@ -1,4 +1,4 @@
-"""Where the phases of a blend switch inside one run: exact integer arithmetic, no torch.
+"""Switches of a blend's phases inside one run: exact integer arithmetic, no torch.
 
 Rule: a position in tokens becomes a step by rounding `tokens / (seq_length * global_batch_size)` to the nearest whole
 step (halves go up). The same rule gives the run's number of steps, and every switch is computed from the run's
@@ -31,16 +31,16 @@ class Horizon:
 
     @classmethod
     def from_steps(cls, steps: int, tokens_per_step: int) -> Horizon:
-        """A run of exactly `steps` steps."""
+        """Return a run of exactly `steps` steps."""
         return cls(steps * tokens_per_step, tokens_per_step)
 
     def step_at(self, tokens: int | Fraction) -> int:
-        """The whole step nearest to a position in tokens; halves go up."""
+        """Return the whole step nearest to a position in tokens; halves go up."""
         return int((tokens / Fraction(self.tokens_per_step) + Fraction(1, 2)) // 1)
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """Return the steps of the whole run."""
         return self.step_at(self.tokens)
 
 
@@ -60,7 +60,7 @@ class PhaseSpan:
 
 
 def phase_end(until: Until, horizon: Horizon) -> Fraction:
-    """The position in tokens where a phase ends. A fraction counts as the decimal it was written as."""
+    """Return the position in tokens where a phase ends. A fraction counts as the decimal it was written as."""
     if until.fraction is not None:
         return Fraction(str(until.fraction)) * horizon.tokens
     if until.tokens is not None:
@@ -69,7 +69,7 @@ def phase_end(until: Until, horizon: Horizon) -> Fraction:
 
 
 def phase_spans(phases: Sequence[Phase], horizon: Horizon) -> list[PhaseSpan]:
-    """The steps of every phase; together they cover the run once, without gaps.
+    """Return the steps of every phase; together they cover the run once, without gaps.
 
     Raises:
         UserError: when the run has no step, or a phase would be empty or end outside of the run: its switch does not

@@ -1,4 +1,4 @@
-"""What a blend means for a run: shares per phase, switches, tokens and epochs per source, disk. Imports no torch."""
+"""Summary of a blend over a run: shares per phase, switches, tokens and epochs per source, disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
 def short_count(tokens: float | Fraction) -> str:
-    """A count in the unit that fits, with four significant digits: `14.62T`, `380B`, `983K`."""
+    """Return a count in the unit that fits, with four significant digits: `14.62T`, `380B`, `983K`."""
     for size, unit in _UNITS:
         if tokens >= size * 0.99995:
             return f"{float(tokens / size):.4g}{unit}"
@@ -52,12 +52,12 @@ class PhaseShares:
 
     @property
     def tokens(self) -> Fraction:
-        """Length of the phase."""
+        """Return the length of the phase."""
         return self.end - self.begin
 
     @property
     def normalised(self) -> bool:
-        """Whether the shares differ from the weights as written (in percent)."""
+        """Return True if the shares differ from the weights as written (in percent)."""
         return abs(self.written_sum - 100) > 1e-9
 
 
@@ -81,12 +81,12 @@ class SourceUse:
 
     @property
     def epochs(self) -> float | None:
-        """Passes over its training text; None when one of the two is not known."""
+        """Return the passes over its training text; None when one of the two is not known."""
         return self.tokens / self.prepared if self.tokens is not None and self.prepared else None
 
     @property
     def too_many(self) -> bool:
-        """Whether it is repeated more often than its limit."""
+        """Return True if it is repeated more often than its limit."""
         return self.epochs is not None and self.epochs > self.max_epochs
 
 
@@ -109,15 +109,15 @@ class Overview:
 
     @property
     def categories(self) -> list[str]:
-        """In the order in which the phases name them."""
+        """Return the categories in the order in which the phases name them."""
         return list(dict.fromkeys(c for phase in self.phases for c in phase.categories))
 
     def run_share(self, category: str) -> float:
-        """A category's share of the whole run's tokens."""
+        """Return a category's share of the whole run's tokens."""
         return sum(p.categories.get(category, 0.0) * float(p.tokens) for p in self.phases) / self.tokens
 
     def warnings(self) -> list[str]:
-        """A line for each source that is repeated more often than its `max_epochs`."""
+        """Return a line for each source that is repeated more often than its `max_epochs`."""
         return [
             f"{s.name}: {s.epochs:,.2f} epochs over the run, its limit is {s.max_epochs:g} "
             f"(sources.{s.name}.max_epochs): {short_count(s.tokens / s.max_epochs)} tokens would be enough text"
@@ -129,7 +129,7 @@ class Overview:
 def overview(
     blend: Blend, root: str | Path | None = None, tokens: int | None = None, tokens_per_step: int | None = None
 ) -> Overview:
-    """What a blend means for a run.
+    """Return the consequences of a blend for a run.
 
     Args:
         blend: from `load_blend`.

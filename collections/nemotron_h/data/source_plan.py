@@ -1,4 +1,4 @@
-"""The sources of a blend as they are now: their files, hashed, cut into shards, and what decides their documents."""
+"""The sources of a blend as they are now: their files, hashed, split into shards, and what decides their documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One small tokenizer interface over own BPE, Hugging Face folders, tiktoken (Tekken) vocabularies and SentencePiece
+"""A small tokenizer interface over own BPE, Hugging Face folders, tiktoken (Tekken) vocabularies and SentencePiece
 models.
 
 The classes answer to the names of NeMo's `TokenizerSpec` and of Megatron's tokenizers; `nemo_tokenizer` registers
@@ -141,10 +141,10 @@ class _RankTokenizer(Tokenizer):
 
 
 def _segments(text: str) -> Iterator[str]:
-    """Cut a long text, because tiktoken's regular expression overflows on runs of about a million characters.
+    """Split a long text, because tiktoken's regular expression overflows on runs of about a million characters.
 
     The family's pattern never joins a line end with a letter or digit after it, so cutting there changes no token.
-    Only a stretch without such a place is cut anywhere.
+    Only a stretch without such a place is split anywhere.
     """
     start = 0
     while len(text) - start > _SEGMENT_CHARACTERS:
@@ -295,7 +295,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None) -> Tokenizer:
 
 
 def nemo_tokenizer(path: str | Path) -> Tokenizer:
-    """`load_tokenizer`, known to NeMo as one of its own `TokenizerSpec`s."""
+    """Load a tokenizer as `load_tokenizer` does, known to NeMo as one of its own `TokenizerSpec`s."""
     from nemo.collections.common.tokenizers.tokenizer_spec import TokenizerSpec
 
     TokenizerSpec.register(Tokenizer)
@@ -346,7 +346,7 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int, path: str |
 
 
 def _set_pipeline(library: Any, pattern: str) -> None:
-    """What the tokenizers library does around merges: split by the pattern, write bytes as characters."""
+    """Set the tokenizers library's steps around merges: split by the pattern, write bytes as characters."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -356,7 +356,7 @@ def _set_pipeline(library: Any, pattern: str) -> None:
 
 
 def _all_merges(vocab: dict[str, int], special: Sequence[str]) -> list[tuple[str, str]]:
-    """Every split of every token into two tokens, by rank: tiktoken merges any of them, and so must the saved file."""
+    """Return all splits of every token into two, by rank: tiktoken merges any of them, so the saved file must too."""
     merges, skipped = [], set(special)
     for token in sorted(vocab, key=vocab.get):
         if token not in skipped:

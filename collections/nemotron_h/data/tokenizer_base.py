@@ -55,19 +55,19 @@ class Tokenizer:
 
     # what a kind implements
     def text_to_ids(self, text: str) -> list[int]:
-        """Token ids of a text; text that looks like a special token is encoded as ordinary text."""
+        """Return the token ids of a text; text that looks like a special token is encoded as ordinary text."""
         raise NotImplementedError
 
     def ids_to_text(self, ids: Sequence[int], remove_special_tokens: bool = False) -> str:
-        """The text of token ids, decoded as a whole so that characters spread over tokens survive."""
+        """Return the text of token ids, decoded as a whole so that characters spread over tokens survive."""
         raise NotImplementedError
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        """Printable token names; not for putting texts together."""
+        """Return printable token names; not for putting texts together."""
         raise NotImplementedError
 
     def tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
-        """The inverse of `ids_to_tokens`; a single name gives a single id.
+        """Return the inverse of `ids_to_tokens`; a single name gives a single id.
 
         Raises:
             KeyError: for a name that the vocabulary lacks.
@@ -78,46 +78,46 @@ class Tokenizer:
 
     @property
     def vocab(self) -> dict[str, int]:
-        """Token name -> id."""
+        """Return token name -> id."""
         if not hasattr(self, "_vocab"):
             names = self.ids_to_tokens(range(self.vocab_size))
             self._vocab = {name: i for i, name in reversed(list(enumerate(names)))}
         return self._vocab
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of many texts."""
+        """Return the token ids of many texts."""
         return [self.text_to_ids(text) for text in texts]
 
     @property
     def special_tokens(self) -> dict[str, int]:
-        """Names of the special tokens, which no text encodes to, and their ids."""
+        """Return special token -> id; no text encodes to one."""
         raise NotImplementedError
 
     # derived, under the names that NeMo and Megatron use
     def text_to_tokens(self, text: str) -> list[str]:
-        """Token names of a text."""
+        """Return the token names of a text."""
         return self.ids_to_tokens(self.text_to_ids(text))
 
     def tokens_to_text(self, tokens: Sequence[str]) -> str:
-        """The text of token names."""
+        """Return the text of token names."""
         return self.ids_to_text([self.vocab[token] for token in tokens])
 
     def tokenize(self, text: str) -> list[int]:
-        """Megatron's name for `text_to_ids`."""
+        """Return `text_to_ids`, by Megatron's name."""
         return self.text_to_ids(text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Megatron's name for `ids_to_text`."""
+        """Return `ids_to_text`, by Megatron's name."""
         return self.ids_to_text(ids)
 
     @property
     def inv_vocab(self) -> dict[int, str]:
-        """Id -> token name."""
+        """Return id -> token name."""
         return dict(enumerate(self.ids_to_tokens(range(self.vocab_size))))
 
     @property
     def eos_id(self) -> int:
-        """The end-of-document id under its other name."""
+        """Return the end-of-document id under its other name."""
         return self.eod_id
 
     eod = property(lambda self: self.eod_id)
@@ -127,7 +127,7 @@ class Tokenizer:
 
     @property
     def name(self) -> str:
-        """The class's name."""
+        """Return the class's name."""
         return type(self).__name__
 
     @property
@@ -138,7 +138,7 @@ class Tokenizer:
         )
 
     def fingerprint(self) -> str:
-        """sha256 over the tokenizer's files: equal fingerprints give equal tokens."""
+        """Return the sha256 over the tokenizer's files: equal fingerprints give equal tokens."""
         return fingerprint(self.path)
 
     def token_bytes(self) -> list[bytes]:
@@ -167,7 +167,7 @@ class Tokenizer:
 
 
 def byte_characters() -> dict[int, str]:
-    """Byte -> the printable character that byte-level tokenizer files write for it (GPT-2's table)."""
+    """Return byte -> the printable character that byte-level tokenizer files write for it (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -206,7 +206,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 over names and contents of all files of a tokenizer folder."""
+    """Return the sha256 over names and contents of all files of a tokenizer folder."""
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(path).rglob("*") if p.is_file()):
         content = file.read_bytes()

@@ -21,14 +21,14 @@ from nemotron_h.platform import environments
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
 _HUB_TIMEOUT_S = 10
 _LAST_WORDS = 2000
-#: ours: prompt and answer together, cut only beyond. The released models' sequence length; no position ends there, and
+#: ours: prompt and answer, truncated only beyond. The released models' sequence length; no position ends there, and
 #: the harness would otherwise take that of the training, which may be shorter than a question
 _MAX_LENGTH = 8192
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """One run of the harness.
+    """Run of the harness.
 
     Attributes:
         tasks: its names.
@@ -45,7 +45,7 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of the harness share.
+    """Settings that all runs of the harness share.
 
     Attributes:
         dtype: `float32` or `bfloat16`, of the model.
@@ -61,7 +61,7 @@ class Settings:
 
 
 def environment(say: Callable[[str], None]) -> Path:
-    """The interpreter of the harness' environment, in the cache folder; made on first use (2 GB).
+    """Return the interpreter of the harness' environment, in the cache folder; made on first use (2 GB).
 
     Errors:
         UserError: it cannot be installed.
@@ -70,7 +70,7 @@ def environment(say: Callable[[str], None]) -> Path:
 
 
 def check_interpreter(python: Path) -> Path:
-    """A user's own environment.
+    """Check a user's own environment and return its interpreter.
 
     Errors:
         UserError: it is no interpreter with lm-evaluation-harness.
@@ -89,7 +89,7 @@ def check_interpreter(python: Path) -> Path:
 
 
 def check_hub() -> None:
-    """Can data sets be downloaded?
+    """Check that data sets can be downloaded.
 
     Errors:
         UserError: no, with what to do.
@@ -113,7 +113,7 @@ def check_hub() -> None:
 def command(
     python: Path | str, model: Path | str, run: Invocation, settings: Settings, tasks: Path | str, out: Path | str
 ) -> list[str]:
-    """The command line of the harness.
+    """Return the command line of the harness.
 
     Args:
         python: its interpreter.
@@ -139,7 +139,7 @@ def command(
 
 
 def shown(line: Sequence[str]) -> str:
-    """A command line as a shell reads it."""
+    """Return a command line as a shell reads it."""
     return shlex.join(line)
 
 
@@ -173,7 +173,7 @@ def run(line: Sequence[str], *, local: bool, out: Path) -> list[dict[str, Any]]:
 
 
 def parse(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What `run` returns, of the harness' file of results."""
+    """Return the results, as `run` does, of the harness' file."""
     entries = []
     for task, values in results["results"].items():
         metrics = {}

@@ -41,7 +41,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Score:
-    """What a text scored.
+    """Score of a text.
 
     Attributes:
         tokens: predicted tokens.
@@ -57,17 +57,17 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Return nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Return exp(loss)."""
         return math.exp(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers, unlike the others."""
+        """Return the bits per byte, which compare between tokenizers, unlike loss and perplexity."""
         return self.nats / math.log(2) / self.text_bytes
 
 
@@ -87,7 +87,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, blend: Blend, manifest: Manifest, seq_length: int) -> HeldOut:
-        """What a prepared blend holds out.
+        """Return the held-out text of a prepared blend.
 
         Errors:
             UserError: nothing.
@@ -113,7 +113,7 @@ class HeldOut:
 
 
 def sequences(manifest: Manifest, source: str, seq_length: int, document_reset: bool, limit: int) -> Iterator[Sequence]:
-    """The held-out text of a source in the order of its file: windows of `seq_length`, or conversations.
+    """Yield the held-out text of a source in the order of its file: windows of `seq_length`, or conversations.
 
     Args:
         manifest: of the prepared blend.
@@ -209,7 +209,7 @@ def _batches(texts: Iterator[Sequence]) -> Iterator[list[Sequence]]:
 
 
 def _stderr(sums: np.ndarray, counts: np.ndarray) -> float:
-    """Of a ratio of two sums over sequences; nan for one sequence."""
+    """Return the standard error of a ratio of two sums over sequences; nan for one sequence."""
     number = len(sums)
     if number < 2:
         return math.nan
@@ -218,7 +218,7 @@ def _stderr(sums: np.ndarray, counts: np.ndarray) -> float:
 
 
 def weighted(scores: dict[str, Score], shares: dict[str, float]) -> tuple[float, float]:
-    """Loss of the whole blend and its standard error: the categories' by their shares, as a run's `val_loss`."""
+    """Return the loss of the whole blend, categories by their shares as in `val_loss`, and its standard error."""
     total = math.fsum(shares[name] for name in scores)
     parts = {name: shares[name] / total for name in scores}
     loss = math.fsum(part * scores[name].loss for name, part in parts.items())

@@ -35,7 +35,7 @@ def measure_blend(
     settings: Settings,
     console: Console,
 ) -> None:
-    """Held-out loss by category: printed, and added to the record.
+    """Measure the held-out loss by category, print it and add it to the record.
 
     Args:
         subject: the checkpoint.
@@ -112,7 +112,7 @@ def measure_blend(
 
 
 def _wanted(manifest: Any, sources: list[str], tokens: int) -> dict[str, int]:
-    """Predicted tokens of each source of a category, in proportion to its held-out text."""
+    """Return the number of predicted tokens of each source of a category, in proportion to its held-out text."""
     held = manifest.tokens("validation")
     whole = sum(held[name] for name in sources)
     if not tokens or tokens >= whole:
@@ -121,7 +121,7 @@ def _wanted(manifest: Any, sources: list[str], tokens: int) -> dict[str, int]:
 
 
 def measure_tasks(subject: Subject, runs: list[Invocation], settings: Settings, python: Path, console: Console) -> None:
-    """Tasks of lm-evaluation-harness on the exported model: printed, and added to the record.
+    """Run tasks of lm-evaluation-harness on the exported model, print the results and add them to the record.
 
     Args:
         subject: the checkpoint.
@@ -180,7 +180,7 @@ def _print(entries: list[dict[str, Any]]) -> None:
 
 
 def _prepared(subject: Subject, blend_name: str | None, root: Path | None) -> tuple[Blend, Manifest, int]:
-    """The blend, its prepared data and the run's sequence length."""
+    """Return the blend, its prepared data and the run's sequence length."""
     data, written, record_file = subject.data, subject.recipe_data, subject.checkpoint / "run.json"
     if not (named := blend_name or written.get("blend")):
         raise UserError(f"{record_file} does not tell the blend of the run", hint="name it: --blend NAME")

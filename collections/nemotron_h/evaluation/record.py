@@ -15,13 +15,13 @@ FILE = "evaluations.json"
 
 
 def path_of(checkpoint: Path) -> Path:
-    """In the run's folder; a checkpoint that is in no run has its own."""
+    """Return the path in the run's folder; a checkpoint that is in no run has its own."""
     folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
     return folder / FILE
 
 
 def read(checkpoint: Path) -> list[dict[str, Any]]:
-    """All evaluations so far, oldest first.
+    """Return all evaluations so far, oldest first.
 
     Errors:
         UserError: the file is damaged.

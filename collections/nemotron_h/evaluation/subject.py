@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint with its record and tokenizer."""
+"""The subject of an evaluation: a checkpoint with its record and tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Subject:
 
     @classmethod
     def of(cls, path: Path, tokenizer: Path | None) -> Subject:
-        """The checkpoint that `path` means.
+        """Return the checkpoint that `path` means.
 
         Errors:
             UserError: there is none, it is damaged, or its tokenizer is not there or of another size.

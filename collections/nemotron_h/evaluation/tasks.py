@@ -71,17 +71,17 @@ def _folder() -> Path:
 
 
 def local_tasks() -> list[str]:
-    """Their names."""
+    """Return the names of local tasks."""
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
 def suites() -> list[str]:
-    """Their names."""
+    """Return the names of suites."""
     return sorted(path.stem for path in (_folder() / "suites").glob("*.yaml"))
 
 
 def load_task(name: str) -> LocalTask:
-    """A local task.
+    """Return a local task.
 
     Errors:
         UserError: there is none of the name, or its file has a mistake.
@@ -93,7 +93,7 @@ def load_task(name: str) -> LocalTask:
 
 
 def load_suite(name: str) -> list[SuiteTask]:
-    """A suite's tasks, in order.
+    """Return a suite's tasks, in order.
 
     Errors:
         UserError: there is none of the name.

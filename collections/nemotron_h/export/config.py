@@ -99,8 +99,8 @@ def check_uniform(definition: ModelDefinition, reader: str, kinds: Set[str]) -> 
 def to_config(
     definition: ModelDefinition, *, dtype: str, max_positions: int, token_ids: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """The content of `config.json`: what readers need and no more, because several take an unknown key for a hint of
-    another model (mixture-of-experts keys above all).
+    """Return the content of `config.json`: what readers need and no more, because several take an unknown key for a
+    hint of another model (mixture-of-experts keys above all).
 
     Args:
         definition: the model.
@@ -130,7 +130,7 @@ def to_config(
 
 
 def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefinition:
-    """The definition, with its counts in `expect`, that a `config.json` describes.
+    """Return the definition, with its counts in `expect`, that a `config.json` describes.
 
     Args:
         config: the file's content, as transformers, the hub or `to_config` wrote it.
@@ -181,7 +181,7 @@ def _positive(value: Any, key: str, origin: str, *, whole: bool) -> int | float:
 
 
 def definition_name(folder_name: str) -> str:
-    """A folder's name as a definition's: lower case, words joined by `_`."""
+    """Return a folder's name as a definition's: lower case, words joined by `_`."""
     return re.sub(r"\W+", "_", folder_name.lower(), flags=re.ASCII).strip("_")[:100] or "imported"
 
 
@@ -210,7 +210,7 @@ def _check_architecture(config: Mapping[str, Any], origin: str) -> None:
 
 
 def _number(value: Any) -> float:
-    """transformers 5 writes infinity as `{"__float__": "Infinity"}`."""
+    """Return a number, infinity too, which transformers 5 writes as `{"__float__": "Infinity"}`."""
     return float(value["__float__"] if isinstance(value, Mapping) else value)
 
 

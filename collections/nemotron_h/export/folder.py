@@ -17,7 +17,8 @@ _SPARE = 64 << 20
 
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name when the block ends well, and is removed when it does not.
+    """Yield a temporary folder beside `out` that takes its name when the block ends well, and is removed when it does
+    not.
 
     Args:
         out: must not exist.
@@ -32,7 +33,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path, needed: int) -> Iterator[BinaryIO]:
-    """As `new_folder`, a file open for writing."""
+    """Yield a file open for writing, which takes its name as `new_folder` does."""
     with _unfinished(out, needed) as temporary, temporary.open("wb") as file:
         yield file
 

@@ -23,7 +23,7 @@ _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
 @dataclass(frozen=True)
 class TensorType:
-    """How a tensor's numbers lie in the file.
+    """Layout of a tensor's numbers in the file.
 
     Attributes:
         code: the format's number of the type.
@@ -56,17 +56,17 @@ class TensorEntry:
 
     @property
     def size(self) -> int:
-        """Bytes, without what aligns the next tensor."""
+        """Return the bytes, without what aligns the next tensor."""
         return torch.Size(self.shape).numel() // self.type.block * self.type.block_bytes
 
 
 def aligned(size: int) -> int:
-    """The next place where a tensor may begin."""
+    """Return the next place where a tensor may begin."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def head(values: Mapping[str, Value], tensors: Sequence[TensorEntry]) -> bytes:
-    """Everything before the first tensor's bytes."""
+    """Return the bytes before the first tensor's."""
     parts = [_MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(values))]
     for key, value in values.items():
         parts += [_string(key), *_value(key, value)]
@@ -80,7 +80,7 @@ def head(values: Mapping[str, Value], tensors: Sequence[TensorEntry]) -> bytes:
 
 
 def write_tensor(file: BinaryIO, entry: TensorEntry, tensor: Tensor) -> None:
-    """The bytes of the next tensor, and what aligns the one after it."""
+    """Write the bytes of the next tensor, and what aligns the one after it."""
     if tuple(tensor.shape) != entry.shape:
         raise ValueError(f"{entry.name} is {tuple(tensor.shape)}, planned as {entry.shape}")
     content = _q8_0(tensor) if entry.type is Q8_0 else tensor.to(entry.type.torch_dtype).contiguous()
@@ -90,7 +90,7 @@ def write_tensor(file: BinaryIO, entry: TensorEntry, tensor: Tensor) -> None:
 
 
 def _q8_0(tensor: Tensor) -> Tensor:
-    """Blocks of 32 numbers of a row: a float16 scale, then 32 int8. The largest of a block becomes 127."""
+    """Quantise blocks of 32 numbers of a row: a float16 scale, then 32 int8. The largest of a block becomes 127."""
     blocks = tensor.float().reshape(-1, BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0)
@@ -106,7 +106,7 @@ def _string(text: str) -> bytes:
 
 
 def _value(key: str, value: Value) -> list[bytes]:
-    """A value's type and bytes. Whole numbers are unsigned where alone and signed in lists, as llama.cpp reads them."""
+    """Return a value's type and bytes; integers are unsigned alone and signed in lists, as llama.cpp reads them."""
     if isinstance(value, bool):
         return [struct.pack("<I?", _BOOL, value)]
     if isinstance(value, int):

@@ -25,12 +25,12 @@ _WHOLE = {
     "lm_head.weight": "output.weight",
 }
 _LAYERS = "backbone.layers."
-#: tensors of two axes that no product takes as a matrix; llama.cpp reads them in float32
+#: tensors of two axes that no matmul takes as a matrix; llama.cpp reads them in float32
 _EXACT = ("ssm_conv1d", "ssm_a", "ssm_d", "ssm_norm")
 
 
 def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorType) -> dict[str, Value]:
-    """What the head of the file tells of the model.
+    """Return the values in the head of the file that tell of the model.
 
     Args:
         definition: the model.
@@ -89,7 +89,7 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
 
 @dataclass(frozen=True)
 class GgufWeight:
-    """One tensor of the file.
+    """Tensor of the file.
 
     Attributes:
         row: of the table of weights; it holds the tensor under `theirs`.
@@ -102,14 +102,14 @@ class GgufWeight:
     entry: TensorEntry
 
     def convert(self, tensor: Tensor) -> Tensor:
-        """From Hugging Face's numbers to llama.cpp's."""
+        """Convert Hugging Face's numbers to llama.cpp's."""
         if self.theirs.endswith("A_log"):
             tensor = -tensor.exp()
         return tensor.reshape(self.entry.shape)
 
 
 def weights(definition: ModelDefinition, rows: list[Weight], file_type: TensorType) -> list[GgufWeight]:
-    """All tensors of the file, in its order.
+    """Return all tensors of the file, in its order.
 
     Args:
         definition: the model.

@@ -73,7 +73,7 @@ def _check_model(model: dict[str, Any], normalizer: Any, tokenizer: Tokenizer) -
 
 
 def _pre_tokenizer(found: Any, tokenizer: Tokenizer) -> str:
-    """llama.cpp's name for how a text is split into words."""
+    """Return llama.cpp's name for the rule that splits a text into words."""
     steps = (found or {}).get("pretokenizers", [found or {}])
     patterns = [step.get("pattern", {}).get("Regex") for step in steps if step.get("type") == "Split"]
     by_bytes = [step for step in steps if step.get("type") == "ByteLevel"]

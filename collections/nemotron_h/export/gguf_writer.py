@@ -24,7 +24,7 @@ TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will write.
+    """Plan of an export to GGUF.
 
     Attributes:
         source: the checkpoint.

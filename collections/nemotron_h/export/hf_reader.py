@@ -79,7 +79,7 @@ class TensorFolder:
         return sorted(set(names.values()))
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """Return one tensor."""
         return self._files[name].get_tensor(name)
 
     def __enter__(self) -> TensorFolder:

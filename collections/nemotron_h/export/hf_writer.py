@@ -25,7 +25,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will write.
+    """Plan of an export to a Hugging Face folder.
 
     Attributes:
         source: the checkpoint.
@@ -103,5 +103,5 @@ def write(plan: Plan, out: Path, tokenizer: Tokenizer | None, advance: Advance =
 
 
 def write_json(path: Path, content: object) -> None:
-    """Indented, as Hugging Face's libraries write it."""
+    """Write JSON indented as Hugging Face's libraries do."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

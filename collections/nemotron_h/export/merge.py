@@ -22,7 +22,7 @@ RECIPE = "recipe.yaml"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge will write.
+    """Plan of a merge.
 
     Attributes:
         checkpoint: of the adapter.

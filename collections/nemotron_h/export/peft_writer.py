@@ -33,7 +33,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What an export will write.
+    """Plan of an export to PEFT.
 
     Attributes:
         weights: the adapter's checkpoint and its base.
@@ -115,7 +115,7 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
 
 
 def _module(theirs: str) -> str:
-    """The module of transformers' model that a weight of an exported folder is loaded into, as PEFT names it."""
+    """Return the module of transformers' model that a weight of an exported folder is loaded into, as PEFT names it."""
     return f"base_model.model.model.{theirs.removeprefix('backbone.').removesuffix('.weight')}"
 
 
@@ -124,14 +124,14 @@ def _is_whole(row: Weight) -> bool:
 
 
 def _parts(file: AdaptedWeights, row: Weight) -> dict[str, list[str]]:
-    """Part of the adapter -> the names of the tensors that join to it; A has one."""
+    """Return part of the adapter -> the names of the tensors that join to it; A has one."""
     names = [file.adapter_names(name) for name in row.ours]
     parts = {part: list(dict.fromkeys(each[part] for each in names)) for part in names[0]}
     return parts if file.dora else {part: parts[part] for part in ("a", "b")}
 
 
 def _empty(file: AdaptedWeights, row: Weight) -> list[Tensor]:
-    """Tensors without memory, of the sizes that will be written."""
+    """Return tensors without memory, of the sizes that will be written."""
     if _is_whole(row):
         return [torch.empty(file.shapes[name], dtype=file.dtypes[name], device="meta") for name in row.ours]
     times = {"a": len(row.theirs)}
@@ -143,7 +143,7 @@ def _empty(file: AdaptedWeights, row: Weight) -> list[Tensor]:
 
 
 def _whole(file: AdaptedWeights, row: Weight) -> dict[str, Tensor]:
-    """The merged matrix."""
+    """Return the merged matrix."""
     ((ours, shape), (theirs, _)) = *row.ours.items(), *row.theirs.items()
     tensor = torch.empty(shape, dtype=file.dtypes[ours])
     file.read({ours: tensor})
@@ -151,7 +151,7 @@ def _whole(file: AdaptedWeights, row: Weight) -> dict[str, Tensor]:
 
 
 def _adapter(file: AdaptedWeights, row: Weight) -> dict[str, Tensor]:
-    """The adapters of a row's matrices."""
+    """Return the adapters of a row's matrices."""
     joined = {}
     for part, names in _parts(file, row).items():
         tensors = {n: torch.empty(file.adapter.shapes[n], dtype=file.adapter.dtypes[n]) for n in names}

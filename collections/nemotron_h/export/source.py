@@ -14,7 +14,7 @@ from nemotron_h.checkpoint.reader import read_definition, read_record
 
 
 class ModelSource:
-    """What an export reads. Opening it reads no weights.
+    """Weights of a checkpoint as an export reads them. Opening it reads no weights.
 
     Args:
         checkpoint: as `find_checkpoint` returns it.
@@ -36,7 +36,7 @@ class ModelSource:
         self.seq_length: int | None = (record.get("data") or {}).get("seq_length")
 
     def read(self, wanted: Set[str], dtype: torch.dtype) -> dict[str, Tensor]:
-        """These tensors, by their names in Hugging Face's model; the exact ones are float32 whatever `dtype` is."""
+        """Return tensors by their names in Hugging Face's model; the exact ones are float32 in any `dtype`."""
         targets: dict[str, Tensor] = {}
         wholes: list[tuple[Weight, Tensor]] = []
         for row in self.rows:
@@ -52,7 +52,7 @@ class ModelSource:
         return {name: tensor for row, whole in wholes for name, tensor in _theirs(row, whole, wanted)}
 
     def _names_in(self, row: Weight) -> dict[str, tuple[int, ...]]:
-        """The row's names and shapes in this checkpoint: Transformer Engine's names, and the vocabulary's padding."""
+        """Return a row's names and shapes here: Transformer Engine's names, and the vocabulary's padding."""
         shapes = self._file.shapes
         if row.fused in shapes:
             return {row.fused: next(iter(row.ours.values()))}

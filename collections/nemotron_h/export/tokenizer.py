@@ -42,7 +42,7 @@ FILES = (
 
 
 def check_exportable(tokenizer: Tokenizer) -> None:
-    """Before any work.
+    """Check the tokenizer before any work.
 
     Errors:
         UserError: the kind has no form that Hugging Face's libraries read.
@@ -111,7 +111,7 @@ def copy(tokenizer: HuggingFaceTokenizer, out: Path) -> Tokenizer:
 
 
 def token_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """The ids that `config.json` names; without a tokenizer none, so that readers do not assume their defaults."""
+    """Return the ids that `config.json` names; none without a tokenizer, so that readers assume no defaults."""
     if tokenizer is None:
         return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return {

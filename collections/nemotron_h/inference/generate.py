@@ -13,13 +13,13 @@ from nemotron_h.inference.sampling import Sampling, choose
 from nemotron_h.inference.states import States
 
 #: ours: tokens of a prefill pass, of all its sequences together. It bounds the memory of activations, and is long
-#: enough for full-speed products
+#: enough for full-speed matmuls
 PASS_TOKENS = 1024
 PASS_TOKENS_GPU = 8192
 
 
 def pass_tokens(model: GenerationModel) -> int:
-    """Tokens of a prefill pass where the model is."""
+    """Return the tokens of a prefill pass on the model's device."""
     return PASS_TOKENS if model.device.type == "cpu" else PASS_TOKENS_GPU
 
 
@@ -72,7 +72,7 @@ def extend_in_passes(
 def _prefill_together(
     model: GenerationModel, prompts: Sequence[Sequence[int]], states: States, chunk: int, last: torch.Tensor
 ) -> None:
-    """Rows side by side, at most `chunk` tokens of each per pass."""
+    """Run rows side by side, at most `chunk` tokens of each per pass."""
     lengths = [len(prompt) for prompt in prompts]
     rows, done = len(prompts), 0
     while rows:
@@ -124,7 +124,7 @@ class Generation:
         self._ended[row] = True
 
     def __iter__(self) -> Iterator[list[int | None]]:
-        """One entry per prompt: its next token, or None once it has ended. Ends when all have."""
+        """Yield one entry per prompt: its next token, or None once it has ended. Ends when all have."""
         prompts, ended = self.prompts, self._ended
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         generators = self.sampling.generators(len(prompts))
@@ -157,7 +157,7 @@ def generate(
     stop_ids: Collection[int] = (),
     graph: bool | None = None,
 ) -> list[list[int]]:
-    """The whole continuation of each prompt; see `Generation`."""
+    """Return the whole continuation of each prompt; see `Generation`."""
     found: list[list[int]] = [[] for _ in prompts]
     for items in Generation(model, prompts, max_tokens=max_tokens, sampling=sampling, stop_ids=stop_ids, graph=graph):
         for continuation, token in zip(found, items, strict=True):
@@ -167,8 +167,10 @@ def generate(
 
 
 def check_prompts(model: GenerationModel, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
-    """Errors:
-    UserError: see `Generation`.
+    """Check prompts and length.
+
+    Errors:
+        UserError: see `Generation`.
     """
     if max_tokens < 1:
         raise UserError(f"max-tokens = {max_tokens}; it has to be 1 or more")

@@ -27,7 +27,7 @@ class Stepper:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Scores [batch, vocabulary] of the token after `tokens` (int64 [batch]); overwritten by the next step."""
+        """Return scores [batch, vocabulary] of the token after `tokens` (int64 [batch]), until the next step."""
         if not self.wanted or not self.warm:
             self.warm = True
             return self.model.logits(self.model.step(tokens, self.states))

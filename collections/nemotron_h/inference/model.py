@@ -59,17 +59,16 @@ class GenerationModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and activations."""
+        """Return the dtype of the weights and activations."""
         return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         return self.embedding.device
 
     def to(self, dtype: torch.dtype) -> GenerationModel:
         """Return a copy in another dtype; what is exact (Mamba's A, D and dt_bias) stays in float32 at least."""
-
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def cast(weights: Any, exact: tuple[str, ...]) -> Any:
@@ -81,7 +80,7 @@ class GenerationModel:
         return GenerationModel(self.definition, embedding, layers, final_norm, output)
 
     def new_states(self, batch: int, capacity: int) -> States:
-        """States before the first token; see `States.empty`."""
+        """Return the states before the first token; see `States.empty`."""
         return States.empty(self.running, batch, capacity, self.dtype, self.device)
 
     @torch.inference_mode()
@@ -147,7 +146,7 @@ class GenerationModel:
         return F.rms_norm(x, weight.shape, weight, self.definition.norm_epsilon)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
-        """Cosines and sines at these positions, [positions, 1, 1, channels]; None without rotary positions."""
+        """Return cosines and sines at these positions, [positions, 1, 1, channels]; None without rotary positions."""
         if self.rotary_frequencies is None:
             return None
         angles = torch.outer(positions.float(), self.rotary_frequencies)[:, None, None]
@@ -155,7 +154,7 @@ class GenerationModel:
 
 
 class CpuBuffers:
-    """What a step of a batch on the CPU writes into; layers of equal widths share it.
+    """Buffers of a step of a batch on the CPU; layers of equal widths share them.
 
     Args:
         model: in one of `CPU_STEP_DTYPES`.
@@ -186,7 +185,7 @@ def load_model(
     lazy: bool = False,
     tokens: int | None = None,
 ) -> GenerationModel:
-    """A model with the weights of a training checkpoint, of any parallel layout and with or without Transformer Engine.
+    """Load the weights of a training checkpoint, of any parallel layout and with or without Transformer Engine.
 
     Args:
         checkpoint: a checkpoint or run folder.
@@ -225,9 +224,9 @@ def lay_out(weights: Any) -> None:
 
 
 def column_major(matrix: Tensor) -> Tensor:
-    """The same matrix, on the CPU stored column by column.
+    """Return the same matrix, on the CPU stored column by column.
 
-    Products of several rows then take 0.4 to 0.8 of the time, those of one row or of hundreds the same; the
+    Matmuls of several rows then take 0.4 to 0.8 of the time, those of one row or of hundreds the same; the
     convolution's taps lie one after the other.
     """
     return matrix.t().contiguous().t() if matrix.device.type == "cpu" else matrix

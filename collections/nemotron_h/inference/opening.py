@@ -19,7 +19,7 @@ DEVICES = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Opened:
-    """What `open_checkpoint` finds.
+    """Parts of a checkpoint that `open_checkpoint` returns.
 
     Attributes:
         checkpoint: its folder.

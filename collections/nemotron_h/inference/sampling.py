@@ -13,7 +13,7 @@ from nemotron_h.core.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Filters apply in this order: temperature, top-k, top-p.
+    """Settings of the choice of tokens. Filters apply in this order: temperature, top-k, top-p.
 
     Attributes:
         temperature: divides the scores; 0 always takes the most probable token.
@@ -36,12 +36,12 @@ class Sampling:
             raise UserError(f"top-p = {self.top_p}; it has to be above 0 and at most 1 (all tokens)")
 
     def generators(self, rows: int) -> list[torch.Generator]:
-        """One generator per row, in host memory, so that a GPU draws what the CPU draws."""
+        """Return one generator per row, in host memory, so that a GPU draws what the CPU draws."""
         return [torch.Generator().manual_seed(self.seed + row) for row in range(rows)]
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
-    """The next token of every row.
+    """Choose the next token of every row.
 
     Args:
         logits: [batch, vocabulary].
@@ -64,8 +64,8 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     cumulative = probabilities.cumsum(-1)
-    drawn = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators]).to(logits.device)
-    # right: a draw that equals an edge belongs to the next token, so a token of probability 0 is never chosen
-    place = torch.searchsorted(cumulative, (drawn * cumulative[:, -1])[:, None], right=True)
+    uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators]).to(logits.device)
+    # right: a number that equals an edge belongs to the next token, so a token of probability 0 is never chosen
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
     place = place.clamp_(max=probabilities.shape[-1] - 1)
     return (place if tokens is None else tokens.gather(-1, place)).squeeze(-1)

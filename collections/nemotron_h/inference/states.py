@@ -1,4 +1,4 @@
-"""What a model remembers of the tokens it has read: constant size for Mamba-2, keys and values for attention."""
+"""State of a model after the tokens it has read: constant size for Mamba-2, keys and values for attention."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class States:
         return cls(of_layers, lengths, positions.to(device))
 
     def rows(self, begin: int, end: int) -> States:
-        """Return some of the sequences: a view, so what is done to it is done to the whole."""
+        """Return a view of some of the sequences: changes to it are changes to the whole."""
         layers = [None if layer is None else layer.rows(begin, end) for layer in self.layers]
         return States(layers, self.lengths[begin:end], self.positions[begin:end])
 
@@ -51,7 +51,7 @@ class States:
                 layer.reserve(capacity)
 
     def advance(self, tokens: int, on_device: bool = True) -> None:
-        """Every sequence has read so many tokens more.
+        """Count so many more tokens as read by every sequence.
 
         Args:
             on_device: False where the device has counted them already (a CUDA graph does).
@@ -61,5 +61,5 @@ class States:
             self.positions += tokens
 
     def bytes(self) -> int:
-        """Memory of all states."""
+        """Return the memory of all states."""
         return sum(t.nbytes for layer in self.layers if layer is not None for t in vars(layer).values())

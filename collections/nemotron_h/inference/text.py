@@ -19,7 +19,7 @@ class TextStream:
         self.context = self.shown = 0
 
     def add(self, token: int) -> str:
-        """The text that this token completes; empty inside a character."""
+        """Return the text that this token completes; empty inside a character."""
         self.ids.append(token)
         text = self._new_text()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -28,7 +28,7 @@ class TextStream:
         return text
 
     def finish(self) -> str:
-        """What is left, incomplete characters as U+FFFD."""
+        """Return the rest, incomplete characters as U+FFFD."""
         text = self._new_text()
         self.context = self.shown = len(self.ids)
         return text
@@ -56,11 +56,11 @@ class StoppingText(TextStream):
         self._held = ""
 
     def add(self, token: int) -> str:
-        """The text that this token completes and that no stop string can take back."""
+        """Return the text that this token completes and that no stop string can take back."""
         return self._pass(super().add(token))
 
     def finish(self) -> str:
-        """What is left."""
+        """Return the rest."""
         if self.stopped_by is not None:
             return ""
         shown = self._pass(super().finish())

@@ -34,7 +34,7 @@ def executor(cluster: Cluster, task: run.Partial, recipe: str) -> run.Config:
         UserError: nodes or devices of the cluster file are not those of the recipe; more than one node on this machine.
     """
     nodes, devices = task.trainer.num_nodes, task.trainer.devices
-    check_agrees(cluster, nodes, devices, ("trainer.num_nodes", "trainer.devices"))
+    check_agrees(cluster, nodes, devices, ("parallel.nodes", "parallel.devices"))
     _move(task, cluster)
     if isinstance(cluster, SlurmCluster):
         return _slurm(cluster, nodes, devices, recipe)

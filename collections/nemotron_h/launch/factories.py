@@ -13,10 +13,9 @@ from nemo.collections import llm  # noqa: E402
 
 from nemotron_h.checkpoint.definition import is_path  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402
-from nemotron_h.launch import cluster_cli, nemo_cli  # noqa: E402
+from nemotron_h.launch import nemo_cli  # noqa: E402
 from nemotron_h.recipe.compose import compose, factory_of, known_recipes, stage_of  # noqa: E402
 from nemotron_h.schema.recipe import STAGES, command_of, file_of_factory  # noqa: E402
-from nemotron_h.training.callbacks import run_record  # noqa: E402
 from nemotron_h.training.stages import pretrain, sft  # noqa: E402
 from nemotron_h.training.stages.distillation import stage as distill  # noqa: E402
 from nemotron_h.training.stages.preference import stage as preference  # noqa: E402
@@ -35,7 +34,7 @@ def _register(recipe: str) -> None:
     target, build = BUILDERS[stage]
 
     def factory() -> run.Partial:
-        return build(compose(recipe))
+        return build(compose(recipe, nemo_cli.recipe_values()))
 
     def distillation(student: str | None = None, teacher: str | None = None) -> run.Partial:
         """`--factory "NAME(student=runs/CHILD, teacher=runs/PARENT)"`: checkpoints; the student's model is its own."""
@@ -45,7 +44,7 @@ def _register(recipe: str) -> None:
                 f"model={student if is_path(student) else f'./{student}'}",
                 f"init.checkpoint={json.dumps(student)}",
             ]
-        return build(compose(recipe, changes))
+        return build(compose(recipe, [*changes, *nemo_cli.recipe_values()]))
 
     made = distillation if stage == "distill" else factory
     made.__name__ = made.__qualname__ = name
@@ -65,7 +64,7 @@ def _register_files(command: str) -> None:
     def nemotron_h_recipe(path: str) -> run.Partial:
         """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
         path = file_of_factory(path)
-        recipe = compose(path)
+        recipe = compose(path, nemo_cli.recipe_values())
         if STAGES.get(recipe.stage) != command:
             hint = f"run it with: {command_of(recipe.stage, path)}"
             raise UserError(f"{path} is a recipe of stage {recipe.stage}", hint=hint)
@@ -79,5 +78,6 @@ for _command in sorted(set(STAGES.values())):
     _register_files(_command)
 
 
-nemo_cli.install(run_record.note)
-cluster_cli.install()
+for _entry in {entry for entry, _ in BUILDERS.values()}:
+    _entry.cli_entrypoint.help_str += nemo_cli.HELP
+nemo_cli.install()

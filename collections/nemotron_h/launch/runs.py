@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.progress import Step, Steps
 from nemotron_h.launch.jobs import RECORD, Job, Watch
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.recipe.text import to_yaml
@@ -35,9 +36,8 @@ from nemotron_h.schema.recipe import STAGES, RecipeConfig, factory_of_file
 LEFT_EARLY = 75
 #: a run gets so long to write a checkpoint when this command is told to end
 GRACE_S = 600
-#: between looks at what a run has printed
+#: between looks at what a run reports
 POLL_S = 0.5
-_STEP = re.compile(r"step\s+(\d+)/(\d+)\s+loss\s+(\S+)")
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def train(run: Run, title: str, steps: int, console: Console, place: Place = HER
         begun = _begin(run, place, console)
         try:
             while not begun.over():
-                line.show(begun.output.new())
+                line.show(begun.steps.new())
                 time.sleep(POLL_S)
-            line.show(begun.output.new())
+            line.show(begun.steps.new())
         finally:
             _end([begun], console)
     _check_ended(run, steps, begun)
@@ -189,25 +189,11 @@ class _Output:
 
     Args:
         newest: the file that it prints to now, or None.
-        begin: byte that it begins at, behind earlier tries.
+        begin: byte that this try begins at, in the file of now.
     """
 
     def __init__(self, newest: Callable[[], Path | None], begin: int = 0) -> None:
         self.newest, self.begin = newest, begin
-        self.file, self.read = newest(), begin
-
-    def new(self) -> list[str]:
-        """Return the whole lines that were written since the last call."""
-        file = self.newest()
-        if file != self.file:
-            self.file, self.read, self.begin = file, 0, 0
-        if file is None or not file.is_file():
-            return []
-        with file.open("rb") as opened:
-            opened.seek(self.read)
-            whole = opened.read().rpartition(b"\n")[0]
-        self.read += len(whole) + bool(whole)
-        return whole.decode(errors="replace").splitlines()
 
     def text(self) -> str:
         """Return all that it printed in the newest file."""
@@ -222,6 +208,7 @@ class _Process:
 
     def __init__(self, run: Run, place: Place) -> None:
         write_recipe(run)
+        self.steps = Steps(run.folder)
         path = run.recipe_file.with_suffix(".log")
         with path.open("a") as log:
             self.output = _Output(lambda: path, log.tell())
@@ -255,7 +242,7 @@ class _Job:
         if self.job is None or not self.job.is_queued():
             self.job = _submit(run, place)
             self.job.record(self.record)
-        self.output = _Output(self.job.log)
+        self.output, self.steps = _Output(self.job.log), Steps(run.folder)
         self.watch = Watch(self.job, lambda line: console.print(f"{run.name}: {line}", highlight=False, markup=False))
 
     def over(self) -> bool:
@@ -339,7 +326,7 @@ def _end(begun: Sequence[_Process | _Job], console: Console) -> None:
 
 
 class _Line:
-    """A live bar with an ETA on a terminal, some of the run's own lines (which have one too) elsewhere."""
+    """A live bar with an ETA on a terminal, lines of some steps (which have one too) elsewhere."""
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
         self.console, self.title, self.steps = console, title, steps
@@ -366,19 +353,14 @@ class _Line:
         if self.bar:
             self.bar.stop()
 
-    def show(self, lines: Sequence[str]) -> None:
-        """Show the steps among lines that the run printed."""
-        for text in lines:
-            found = _STEP.search(text)
-            if found:
-                self.step(int(found.group(1)), text.strip())
-
-    def step(self, step: int, text: str) -> None:
-        """Show the line of a step."""
-        if self.bar:
-            if not self.shown:  # starting took minutes, perhaps: not the pace of a step
-                self.bar.reset(self.task, completed=step, loss="")
-            self.bar.update(self.task, completed=step, loss=text.split("tokens/s")[0].split("  ", 1)[-1])
-        elif not self.shown or step % max(1, self.steps // 10) == 0 or step == self.steps:
-            self.console.print(f"{self.title}: {text}", highlight=False, markup=False, soft_wrap=True)
-        self.shown = True
+    def show(self, steps: Sequence[Step]) -> None:
+        """Show what the run reports."""
+        for step in steps:
+            if self.bar:
+                if not self.shown:  # starting took minutes, perhaps: not the pace of a step
+                    self.bar.reset(self.task, completed=step.step, loss="")
+                self.bar.update(self.task, completed=step.step, loss=step.losses())
+            elif not self.shown or step.step % max(1, self.steps // 10) == 0 or step.step == self.steps:
+                text = f"{self.title}: {step.line()}"
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.shown = True

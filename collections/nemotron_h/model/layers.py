@@ -22,9 +22,7 @@ from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.model.blocks.running import InitialWeights, Parts, Running, Surroundings
 from nemotron_h.model.gpu_options import has_kernels
 from nemotron_h.model.megatron_layers import CpuColumnParallelLinear, CpuMatmul, CpuRowParallelLinear, RMSNorm
-
-#: of a block's widths, those that Megatron names otherwise
-MEGATRON_WIDTHS = {"head_dim": "kv_channels"}
+from nemotron_h.schema.nemo_names import MODEL
 
 
 class NemotronHStack(MambaStack):
@@ -139,7 +137,7 @@ def layer_config(config: TransformerConfig, number: int) -> TransformerConfig:
         return config
     own = copy.copy(config)
     for key, value in widths.items():
-        setattr(own, MEGATRON_WIDTHS.get(key, key), value)
+        setattr(own, MODEL[key], value)
     return own
 
 

@@ -26,6 +26,7 @@ from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import CpuColumnParallelLinear
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
+from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
 
 
@@ -268,30 +269,10 @@ class NemotronHConfig(SSMConfig):
     def definition(self) -> ModelDefinition:
         """The definition that these numbers make, without its `expect`."""
         pattern = self.hybrid_override_pattern
-        widths = {key for letter in pattern for key in KINDS[letter].widths}
-        definition = ModelDefinition(
-            name=self.definition_name,
-            family=self.family,
-            pattern=pattern,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.ffn_hidden_size if "ffn_hidden_size" in widths else 0,
-            num_attention_heads=self.num_attention_heads if "num_attention_heads" in widths else 0,
-            num_query_groups=self.num_query_groups if "num_query_groups" in widths else 0,
-            head_dim=self.kv_channels,
-            mamba_num_heads=self.mamba_num_heads,
-            mamba_head_dim=self.mamba_head_dim,
-            mamba_num_groups=self.mamba_num_groups,
-            mamba_state_dim=self.mamba_state_dim,
-            vocab_size=self.vocab_size,
-            conv_kernel=self.conv_kernel,
-            position_embedding=self.position_embedding_type,
-            rope_base=self.rotary_base,
-            rope_percent=self.rotary_percent,
-            norm_epsilon=self.layernorm_epsilon,
-            init_std=self.init_method_std,
-            overrides=self.overrides,
-            expect=Expect(),
-        )
+        values = {key: getattr(self, name) for key, name in MODEL.items()}
+        needed = {key for letter in pattern for key in KINDS[letter].widths}
+        values |= {key: 0 for kind in KINDS.values() for key in kind.widths if key not in needed}
+        definition = ModelDefinition(**values, expect=Expect())
         return replace(definition, expect=replace(definition.counts(), parameters=0))
 
     def configure_model(
@@ -313,7 +294,7 @@ class NemotronHConfig(SSMConfig):
             check_adapter(
                 self.adapter,
                 self.definition(),
-                "model.config.adapter",
+                "adapter",
                 pipeline=self.pipeline_model_parallel_size,
             )
             adapters.attach(model, self.adapter, self.init_seed)
@@ -361,29 +342,7 @@ class NemotronHConfig(SSMConfig):
     def of_definition(self, definition: ModelDefinition, **changes: Any) -> NemotronHConfig:
         """The configuration of another model in this one's layout and precision."""
         values = {f.name: getattr(self, f.name) for f in fields(NemotronHConfig) if f.init}
-        values |= {
-            "definition_name": definition.name,
-            "family": definition.family,
-            "hybrid_override_pattern": definition.pattern,
-            "num_layers": definition.num_layers,
-            "hidden_size": definition.hidden_size,
-            "ffn_hidden_size": definition.ffn_hidden_size,
-            "num_attention_heads": definition.num_attention_heads,
-            "num_query_groups": definition.num_query_groups,
-            "kv_channels": definition.head_dim,
-            "mamba_num_heads": definition.mamba_num_heads,
-            "mamba_head_dim": definition.mamba_head_dim,
-            "mamba_num_groups": definition.mamba_num_groups,
-            "mamba_state_dim": definition.mamba_state_dim,
-            "vocab_size": definition.vocab_size,
-            "conv_kernel": definition.conv_kernel,
-            "position_embedding_type": definition.position_embedding,
-            "rotary_base": definition.rope_base,
-            "rotary_percent": definition.rope_percent,
-            "layernorm_epsilon": definition.norm_epsilon,
-            "init_method_std": definition.init_std,
-            "overrides": definition.overrides,
-        }
+        values |= {"num_layers": definition.num_layers, **nemo_fields(definition)}
         return NemotronHConfig(**{**values, **changes})
 
 

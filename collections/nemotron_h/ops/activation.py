@@ -14,7 +14,7 @@ ENGINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """One pass each way, and one saved tensor; autograd of the two operations takes four passes more."""
+    """Squared ReLU in one pass each way and one saved tensor; autograd of two operations takes four passes more."""
 
     @staticmethod
     def forward(ctx, x):
@@ -47,7 +47,7 @@ class _EngineSquaredReLU(torch.autograd.Function):
 
 @functools.cache
 def _engine() -> ModuleType | None:
-    """Transformer Engine's compiled functions, or None."""
+    """Return Transformer Engine's compiled functions, or None."""
     try:
         import transformer_engine.pytorch  # noqa: F401 (loads the library that the next import needs)
         import transformer_engine_torch
@@ -57,7 +57,7 @@ def _engine() -> ModuleType | None:
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2 of any shape. Named, so that configurations can be saved."""
+    """Return relu(x)^2 of any shape. Named, so that configurations can be saved."""
     if x.is_cuda and x.dtype in ENGINE_DTYPES and _engine() is not None:
         return _EngineSquaredReLU.apply(x)
     return _SquaredReLU.apply(x)

@@ -13,7 +13,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 
 def attention_chunk(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """A run of new tokens at one position of every sequence: each sees what came before it, and itself.
+    """Attend from a run of new tokens at one position of every sequence: each sees what came before it, and
+    itself.
 
     Args:
         q: [batch, length, groups, heads per group, head_dim].
@@ -40,7 +41,7 @@ def attention_chunk(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tens
 
 
 def _on_cpu(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """The new tokens among themselves and over those before, joined by their sums: so neither part needs a mask."""
+    """Attend among the new tokens and over those before, joined by their sums: so neither part needs a mask."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     own, own_sum = flash(q, keys[:, :, start:], values[:, :, start:], 0.0, True)
     if not start:
@@ -51,7 +52,7 @@ def _on_cpu(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
 
 
 def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int, ragged: bool) -> Tensor:
-    """One token of every sequence, each over its own number of keys.
+    """Attend from one token of every sequence, each over its own number of keys.
 
     Args:
         q: [batch, groups, heads per group, head_dim].

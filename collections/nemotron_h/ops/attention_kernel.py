@@ -55,7 +55,7 @@ def _split_kernel(
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     keys = tl.arange(0, KEYS)
-    # rows beyond the group's heads pad the product to the least that tensor cores take
+    # rows beyond the group's heads pad the matmul to the least that tensor cores take
     q_at = q_ptr + batch * q_batch + group * q_group + rows[:, None] * DIM + dims[None, :]
     q = tl.load(q_at, mask=rows[:, None] < HEADS, other=0.0)
     base = batch * kv_batch + group * kv_group
@@ -85,7 +85,7 @@ def _split_kernel(
 
 @triton.jit
 def _join_kernel(partial_ptr, stats_ptr, out_ptr, splits, HEADS: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
-    """Output of one head of one sequence; an empty stretch has the largest score -inf and weighs nothing."""
+    """Compute one head of one sequence; an empty stretch has the largest score -inf and weighs nothing."""
     row = tl.program_id(0)
     pair = (row // HEADS).to(tl.int64)
     head = row % HEADS
@@ -127,19 +127,19 @@ def _append_kernel(
 
 
 def splits_for(pairs: int, capacity: int, processors: int) -> int:
-    """Stretches that the keys of each sequence and group are cut into: enough to fill the GPU, none without a block."""
+    """Return the splits of the keys of each sequence and group: enough to fill the GPU, none without a block."""
     wanted = math.ceil(PROGRAMS_PER_PROCESSOR * processors / pairs)
     return max(1, min(wanted, math.ceil(capacity / BLOCK), MAX_SPLITS))
 
 
 def takes(q: Tensor, keys: Tensor) -> bool:
-    """Whether the kernels can read these: a power of two channels, dense within a sequence and group."""
+    """Return True if the kernels can read these: a power of two channels, dense within a sequence and group."""
     dim = keys.shape[-1]
     return dim >= 16 and dim & (dim - 1) == 0 and keys.stride()[-2:] == (dim, 1) and q.dtype != torch.float64
 
 
 def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *_: object) -> Tensor:
-    """As `nemotron_h.ops.attention.attention_step`, for tensors that `takes` accepts; `values` lies as `keys` does."""
+    """Attend as `ops.attention.attention_step`, for tensors that `takes` accepts; `values` lies as `keys` does."""
     batch, groups, heads, dim = q.shape
     q = q if q.stride()[-2:] == (dim, 1) else q.contiguous()
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -174,7 +174,7 @@ def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *_:
 
 
 def cache_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
-    """As `nemotron_h.ops.attention.cache_append`, for tensors that `takes` accepts."""
+    """Append as `nemotron_h.ops.attention.cache_append`, for tensors that `takes` accepts."""
     batch, groups, dim = key.shape
     _append_kernel[(batch * groups,)](
         key,

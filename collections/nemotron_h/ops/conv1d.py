@@ -19,7 +19,9 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def _correlate(x: Tensor, weight: Tensor) -> Tensor:
-    """y[t] = sum_k weight[:, k] * x[t + k] for x [rows + K - 1, batch, channels] (contiguous), weight [channels, K]."""
+    """Return y[t] = sum_k weight[:, k] * x[t + k] for x [rows + K - 1, batch, channels] (contiguous), weight [channels,
+    K].
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         # Channels-last image of height = length and width = batch: oneDNN has a depthwise kernel for exactly this.
         image = x.unsqueeze(0).permute(0, 3, 1, 2)
@@ -38,7 +40,7 @@ def _blocks(length: int, row_elements: int, halo: int) -> Iterator[tuple[int, in
 
 
 def _window(x: Tensor, initial: Tensor | None, t0: int, t1: int, halo: int, dtype: torch.dtype) -> Tensor:
-    """Tokens t0 - halo to t1 as a new [rows, batch, channels] buffer; those before the start are the initial state."""
+    """Copy tokens t0 - halo to t1 to a new [rows, batch, channels] buffer; before the start the initial state."""
     batch, _, channels = x.shape
     out = torch.empty(t1 - t0 + halo, batch, channels, dtype=dtype, device=x.device)
     missing = max(halo - t0, 0)
@@ -52,7 +54,7 @@ def _window(x: Tensor, initial: Tensor | None, t0: int, t1: int, halo: int, dtyp
 
 
 def _same_document(seq_idx: Tensor | None, halo: int) -> Tensor | None:
-    """same[d - 1, t, b]: token t - d (d = 1..halo) is of token t's document, as are those before the first token."""
+    """Return same[d - 1, t, b]: token t - d (d = 1..halo) is of t's document, as are those before the first token."""
     if seq_idx is None:
         return None
     doc = seq_idx.transpose(0, 1)
@@ -77,7 +79,7 @@ def _preactivation(window: Tensor, weight: Tensor, bias: Tensor | None, same: Te
 
 
 def _tap_by_tap(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, silu: bool, y: Tensor) -> None:
-    """One document, straight from ``x`` into ``y``: without the copies on both sides of a library call."""
+    """Convolve one document straight from ``x`` into ``y``: without the copies on both sides of a library call."""
     batch, length, channels = x.shape
     halo = weight.shape[1] - 1
     taps = weight.t().contiguous()
@@ -174,12 +176,12 @@ def _fix_dx(dx: Tensor, dz: Tensor, w: Tensor, same: Tensor, t0: int) -> None:
 
 
 def _shift_up(same: Tensor, d: int) -> Tensor:
-    """Row t becomes row t + d; past the end nothing is cut (there the gradient is zero already)."""
+    """Shift row t to row t + d; past the end nothing is lost (there the gradient is zero already)."""
     return torch.cat([same[d:], torch.ones_like(same[:d])])[: same.shape[0]]
 
 
 def _initial_gradient(first: Tensor, w: Tensor, same: Tensor | None) -> Tensor:
-    """Gradient of the halo tokens before the start, [halo, batch, channels], from dz of the first tokens."""
+    """Return the gradient of the halo tokens before the start, [halo, batch, channels], from dz of the first tokens."""
     halo = first.shape[0]
     out = torch.zeros_like(first)
     for t in range(halo):
@@ -203,7 +205,7 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``act(bias + sum_k weight[:, k] * x[t - width + 1 + k])`` per channel, differentiable once.
+    """Return ``act(bias + sum_k weight[:, k] * x[t - width + 1 + k])`` per channel, differentiable once.
 
     Any strides will do; channels should be the fastest dimension. The output follows the memory order of ``x``: a
     view of [length, batch, channels] activations gives such a view back.
@@ -251,7 +253,7 @@ def causal_conv1d(
 
 
 def conv_state(x: Tensor, halo: int, seq_idx: Tensor | None = None, initial_state: Tensor | None = None) -> Tensor:
-    """The last ``halo`` inputs of the last token's document, [batch, halo, channels]; see ``causal_conv1d``."""
+    """Return the last ``halo`` inputs of the last token's document, [batch, halo, channels]; see ``causal_conv1d``."""
     missing = max(halo - x.shape[1], 0)
     state = x[:, x.shape[1] - (halo - missing) :]
     if seq_idx is not None:
@@ -275,7 +277,8 @@ def causal_conv1d_step(
     *,
     activation: str | None = "silu",
 ) -> Tensor:
-    """One token, for generation: shifts ``x`` into ``state`` IN PLACE and returns y. Not differentiable.
+    """Convolve one token, for generation: shifts ``x`` into ``state`` IN PLACE and returns y. Not
+    differentiable.
 
     Args:
         state: [batch, width - 1, channels], the last inputs, oldest first.

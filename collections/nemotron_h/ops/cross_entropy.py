@@ -74,7 +74,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
 def vocabulary_cross_entropy(
     logits: Tensor, labels: Tensor, group: torch.distributed.ProcessGroup | None = None
 ) -> Tensor:
-    """-log softmax(logits)[label] per token. OVERWRITES ``logits``; differentiable once.
+    """Return -log softmax(logits)[label] per token. OVERWRITES ``logits``; differentiable once.
 
     Args:
         logits: [..., vocabulary of this rank], contiguous; used up.

@@ -1,6 +1,6 @@
 """The loss of knowledge distillation from hidden states, without the logits of either model for more than a few tokens.
 
-The output layers' products, both softmaxes, the divergence and its gradients are taken chunk by chunk of tokens in the
+The output layers' matmuls, both softmaxes, the divergence and its gradients are taken chunk by chunk of tokens in the
 forward pass, as fused cross entropies do; a chunk's logits are gone before the next one's are made. Full logits would
 be [tokens, vocabulary] of both models and several float32 copies: at 8,192 tokens and 131,072 words 4 GiB a copy.
 """
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from nemotron_h.ops import linear
 from nemotron_h.ops.main_grad import handed_over
 
-#: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the products to be efficient
+#: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the matmuls to be efficient
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: ours: logits whose float32 values are held at once. Smaller ones stay in a CPU's cache and are no faster where other
 #: processes keep a thread waiting at the end of each operation
@@ -28,7 +28,7 @@ BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised for each token: `kl_weight * temperature^2 * KL + lm_weight * cross entropy`.
+    """Loss of each token: `kl_weight * temperature^2 * KL + lm_weight * cross entropy`.
 
     The square keeps the size of the gradients as the temperature changes (Hinton et al. 2015).
 
@@ -37,7 +37,7 @@ class Objective:
         reverse: KL(student || teacher) instead of KL(teacher || student).
         kl_weight: of the divergence.
         lm_weight: of the cross entropy with the labels, at temperature 1.
-        top_k: None, or: the teacher's distribution is cut to its k likeliest tokens and divided by their sum, the
+        top_k: None, or: the teacher's distribution is truncated to its k likeliest tokens and divided by their sum, the
             student's stays whole. Forward only: the reverse divergence would be infinite.
     Errors:
         ValueError: a value out of its range.
@@ -102,9 +102,9 @@ def distillation_loss(
     group: torch.distributed.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
 ) -> DistillationLoss:
-    """The loss, with its gradients wrt `hidden` and `weight`; the teacher gets none.
+    """Return the loss, with its gradients wrt `hidden` and `weight`; the teacher gets none.
 
-    Products are in the tensors' dtype, all else in float32 (float64 for float64 tensors), and the gradient of `weight`
+    Matmuls are in the tensors' dtype, all else in float32 (float64 for float64 tensors), and the gradient of `weight`
     is summed in float32. A `weight` with Megatron's `main_grad` gets its gradient added there, without another copy.
     With a `group` the gradient of `hidden` is this rank's part of a sum over ranks, as of a column-parallel layer.
 
@@ -151,7 +151,7 @@ def distillation_loss(
 
 
 def tokens_of_a_chunk(weight: Tensor) -> int:
-    """How many tokens' logits exist at once, by the output layer's rows [vocabulary of this rank, width]."""
+    """Return the tokens whose logits exist at once, by the output layer's rows [vocabulary of this rank, width]."""
     return max(1, CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // weight.shape[0])
 
 
@@ -165,14 +165,14 @@ class _DistillationLoss(torch.autograd.Function):
         kl, lm = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = _product(hidden[rows], weight)
+            logits = _matmul(hidden[rows], weight)
             chunk = _Chunk(logits, logits_of(teacher, rows, objective, group), labels[rows], objective, group)
             kl[rows], lm[rows] = chunk.measure()
             dlogits = chunk.gradient(token_weights[rows]) if differentiate else None
             if dhidden is not None:
-                dhidden[rows] = _product(dlogits, weight.t())
+                dhidden[rows] = _matmul(dlogits, weight.t())
             if dweight is not None:
-                _add_product(dweight, dlogits, hidden[rows])
+                _add_matmul(dweight, dlogits, hidden[rows])
             del logits, chunk, dlogits  # before the next chunk's are made
         ctx.dhidden, ctx.dweight = dhidden, dweight
         ctx.weight = weight if dweight is not None else None
@@ -225,7 +225,7 @@ class _Chunk:
         self.in_place = logits.dtype == self.wide and one_softmax and not objective.reverse
 
     def measure(self) -> tuple[Tensor, Tensor]:
-        """Divergence and cross entropy of each token, [tokens]."""
+        """Return divergence and cross entropy of each token, [tokens]."""
         inverse = 1 / self.objective.temperature
         models = [self.student] if self.dense is None else [self.student, self.dense]
         largest = torch.stack([torch.cat([model[rows].amax(1) for rows in self._blocks()]) for model in models])
@@ -271,7 +271,7 @@ class _Chunk:
         return kl, self.lm
 
     def gradient(self, token_weights: Tensor) -> Tensor:
-        """Of the weighted sum of losses, wrt the student's logits and in their memory; after `measure`."""
+        """Return the gradient of the weighted sum wrt the student's logits, in their memory; after `measure`."""
         objective = self.objective
         inverse = 1 / objective.temperature
         kl_scale = token_weights * objective.kl_weight * objective.temperature
@@ -310,7 +310,7 @@ class _Chunk:
         return self.student
 
     def _subtract_targets(self, gradient: Tensor, rows: slice, kl_scale: Tensor, lm_scale: Tensor) -> None:
-        """What the loss asks of single words: the label, and the teacher's largest."""
+        """Subtract the targets that are single words: the label, and the teacher's largest."""
         if self.objective.lm_weight:
             gradient.scatter_add_(
                 1, self.label[rows], -(lm_scale[rows].unsqueeze(1) * self.label_here[rows]).to(gradient.dtype)
@@ -324,11 +324,11 @@ class _Chunk:
         return (slice(i, i + step) for i in range(0, self.student.shape[0], step))
 
     def _shifted(self, logits: Tensor, rows: slice, largest: Tensor) -> Tensor:
-        """logit - largest of some rows, in a wide copy."""
+        """Return logit - largest of some rows, in a wide copy."""
         return logits[rows].to(self.wide) - largest[rows].unsqueeze(1)
 
     def _local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where words of the whole vocabulary are in this rank's, and whether they are there."""
+        """Return the indices of words in this rank's part of the vocabulary, and whether they are there."""
         width = self.student.shape[1]
         local = ids - (0 if self.group is None else self.group.rank() * width)
         return local.clamp(0, width - 1), (local >= 0) & (local < width)
@@ -338,7 +338,7 @@ class _Chunk:
 
 
 def all_reduce(values: Tensor, op: torch.distributed.ReduceOp, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """Reduced over the ranks that hold the vocabulary, in place."""
+    """Reduce over the ranks that hold the vocabulary, in place."""
     if group is not None and group.size() > 1:
         torch.distributed.all_reduce(values, op, group=group)
     return values
@@ -350,19 +350,19 @@ def logits_of(
     objective: Objective,
     group: torch.distributed.ProcessGroup | None,
 ) -> Tensor | TopLogits:
-    """The teacher's side of some tokens, cut to its largest where the objective says so."""
+    """Return the teacher's side of some tokens, truncated to its largest where the objective says so."""
     if isinstance(teacher, TopLogits):
         kept = teacher.logits.shape[1] if objective.top_k is None else objective.top_k
         return TopLogits(teacher.logits[rows, :kept], teacher.ids[rows, :kept])
     if isinstance(teacher, TeacherLogits):
         logits = teacher.logits[rows].clone()
     else:
-        logits = _product(teacher.hidden[rows], teacher.weight)
+        logits = _matmul(teacher.hidden[rows], teacher.weight)
     return logits if objective.top_k is None else top_logits(logits, objective.top_k, group)
 
 
 def top_logits(logits: Tensor, k: int, group: torch.distributed.ProcessGroup | None = None) -> TopLogits:
-    """The k largest of each row, in falling order, over a vocabulary that may be split over ranks.
+    """Return the k largest of each row, in falling order, over a vocabulary that may be split over ranks.
 
     Args:
         logits: [tokens, vocabulary of this rank].
@@ -385,26 +385,26 @@ def top_logits(logits: Tensor, k: int, group: torch.distributed.ProcessGroup | N
 
 
 def _takes(a: Tensor, b: Tensor) -> bool:
-    """float32 alone: with widened bfloat16 products a distillation on two ranks was not equal to one on one rank."""
+    """Return True for float32: with widened bfloat16 matmuls two ranks' distillation was not that of one."""
     return a.dtype == torch.float32 and linear.takes(a, b)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T, in oneDNN where that is faster."""
-    return linear.product(a.contiguous(), b) if _takes(a, b) else a @ b.t()
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b.T, in oneDNN where that is faster."""
+    return linear.matmul(a.contiguous(), b) if _takes(a, b) else a @ b.t()
 
 
 def _zeros(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where the weight's gradient is summed, with the strides that `_add_product` adds at."""
+    """Return zeros to sum the weight's gradient in, with the strides that `_add_matmul` adds at."""
     if _takes(hidden, weight):
         return torch.zeros(weight.shape[::-1], dtype=dtype, device=weight.device).t()
     return torch.zeros_like(weight, dtype=dtype)
 
 
-def _add_product(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
-    """total += rows.T @ inputs, where `total` may be wider than the product's operands."""
+def _add_matmul(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
+    """Add rows.T @ inputs to `total`, which may be wider than the matmul's operands."""
     if _takes(rows, inputs):
-        total += linear.product(inputs.t().contiguous(), rows.t()).t()
+        total += linear.matmul(inputs.t().contiguous(), rows.t()).t()
     elif total.dtype == rows.dtype:
         total.addmm_(rows.t(), inputs)
     elif total.is_cuda:

@@ -28,7 +28,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def lookup(ids: Tensor, weight: Tensor) -> Tensor:
-    """``weight[ids]``; the gradient goes to ``weight.main_grad`` where Megatron's DDP has made that buffer.
+    """Return ``weight[ids]``; the gradient goes to ``weight.main_grad`` where Megatron's DDP has made that buffer.
 
     A dense gradient is as large as the vocabulary: zeros are written, read and added for every row that no token has.
 

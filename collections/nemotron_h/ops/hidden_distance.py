@@ -1,4 +1,4 @@
-"""How far a student's states are from its teacher's: the intermediate-state loss of a distillation."""
+"""Distance of a student's states from its teacher's: the intermediate-state loss of a distillation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def hidden_distance(own: Tensor, theirs: Tensor, projection: Tensor | None = None) -> Tensor:
-    """1 - cosine of each token's states, [tokens], in float32 (float64 for float64 states).
+    """Return 1 - cosine of each token's states, [tokens], in float32 (float64 for float64 states).
 
     Args:
         own: [tokens, width], the student's.

@@ -1,11 +1,11 @@
-"""`x @ weight.T` on the CPU through oneDNN's float32 products, with its backward.
+"""`x @ weight.T` on the CPU through oneDNN's float32 matmuls, with its backward.
 
 torch multiplies float32 matrices with MKL, which keeps to AVX2 on processors that are not Intel's: half of what their
 AVX-512 units can do. oneDNN (torch's own, where bfloat16 goes too) uses them; it stays in float32 throughout.
 
 A processor without bfloat16 units multiplies bfloat16 matrices at a fifth of its float32 speed, Intel's AVX512-BF16 at
 two thirds. There the operands are widened, which is exact, multiplied and summed in float32, and the result is rounded,
-as in the slow product.
+as in the slow matmul.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ BLOCK_BYTES = 4 << 20
 
 
 def _is_x86_without_amx() -> bool:
-    """Of other processors than x86 torch does not say what they have."""
+    """Return True if this is an x86 without AMX; of other processors torch does not say what they have."""
     return platform.machine().lower() in ("x86_64", "amd64") and not torch.cpu._is_amx_tile_supported()
 
 
 def lacks_bfloat16_units() -> bool:
-    """Whether this processor is an x86 without AVX512-BF16 and AMX."""
+    """Return True if this processor is an x86 without AVX512-BF16 and AMX."""
     return _is_x86_without_amx() and not torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
 def widens_bfloat16() -> bool:
-    """Whether bfloat16 products of this processor go through float32: an x86 that is slower in bfloat16.
+    """Return True if bfloat16 matmuls of this processor go through float32: an x86 that is slower in bfloat16.
 
     That is one without bfloat16 units, or Intel's with AVX512-BF16 and without AMX (a virtual machine may hide it):
     it multiplies no more numbers a cycle than in float32, AMD's twice as many.
@@ -44,8 +44,8 @@ def widens_bfloat16() -> bool:
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` multiplies these: on the CPU, outside autocast, in a torch that has oneDNN, and float32, or
-    bfloat16 where that is widened.
+    """Return True if `linear` multiplies these: on the CPU, outside autocast, in a torch that has oneDNN, and float32,
+    or bfloat16 where that is widened.
     """
     return (
         x.dtype == weight.dtype
@@ -62,13 +62,13 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _blocks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows of both that are together worth a block of float32."""
+    """Yield rows of both that are together worth a block of float32."""
     rows = max(1, BLOCK_BYTES // (4 * (a.shape[1] + b.shape[1])))
     return zip(a.split(rows), b.split(rows), strict=True)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T over the last axes, of tensors that `takes` accepts.
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b.T over the last axes, of tensors that `takes` accepts.
 
     oneDNN wants `a` dense and copies it otherwise; `b` may be strided.
     """
@@ -81,11 +81,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
-    """a.T @ b of matrices that `takes` accepts, summed in float32."""
+def _transposed_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a.T @ b of matrices that `takes` accepts, summed in float32."""
     # Of the two transposes the narrower is the first operand, the one that is copied.
     if a.shape[1] > b.shape[1]:
-        return _transposed_product(b, a).t()
+        return _transposed_matmul(b, a).t()
     if a.dtype == torch.float32:
         return _multiply(a.t(), b.t())
     total = torch.zeros(a.shape[1], b.shape[1])
@@ -98,7 +98,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight asks for no x
-        return product(x, weight)
+        return matmul(x, weight)
 
     @staticmethod
     @once_differentiable
@@ -107,14 +107,14 @@ class _Linear(torch.autograd.Function):
         dx = dweight = None
         rows = dy.reshape(-1, dy.shape[-1])
         if ctx.needs_input_grad[0]:
-            dx = product(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
+            dx = matmul(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
-            dweight = _transposed_product(rows, x.reshape(-1, x.shape[-1]))
+            dweight = _transposed_matmul(rows, x.reshape(-1, x.shape[-1]))
         return dx, dweight
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`, differentiable once.
+    """Return `x @ weight.T`, differentiable once.
 
     Args:
         x: float32 [..., inputs], any strides; bfloat16 where `widens_bfloat16`.

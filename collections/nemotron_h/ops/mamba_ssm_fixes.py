@@ -48,7 +48,7 @@ def _restart_sums_with_documents() -> None:
 
     @functools.wraps(original)
     def sums(dt: Tensor, A: Tensor, chunk_size: int, **options: Any) -> tuple[Tensor, Tensor]:
-        """Sums and step sizes, float32 [batch, heads, chunks, chunk_size]."""
+        """Return cumulative sums and step sizes, float32 [batch, heads, chunks, chunk_size]."""
         total, steps = original(dt, A, chunk_size, **options)
         seq_idx = getattr(now, "seq_idx", None)
         if seq_idx is None:

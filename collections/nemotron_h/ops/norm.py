@@ -14,7 +14,7 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def _order(t: Tensor) -> list[int]:
-    """The leading dimensions by falling stride (memory order), then the last dimension."""
+    """Return the leading dimensions by falling stride (memory order), then the last dimension."""
     return [*sorted(range(t.dim() - 1), key=lambda i: -t.stride(i)), t.dim() - 1]
 
 
@@ -79,7 +79,8 @@ def _gated(y: Tensor, z: Tensor | None) -> Tensor:
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps: float = 1e-5) -> Tensor:
-    """Mamba-2's output norm, gate first: ``h = y * silu(z)``, then ``weight * h / sqrt(mean(h^2) + eps)`` per group.
+    """Return Mamba-2's output norm, gate first: ``h = y * silu(z)``, then ``weight * h / sqrt(mean(h^2) + eps)`` per
+    group.
 
     Args:
         y, z: [..., d], any strides.
@@ -100,13 +101,14 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
-    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, as ``gated_rms_norm`` without gate and groups."""
+    """Return ``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension, without gate and groups."""
     _check("rms_norm", x, weight, x.shape[-1])
     return _GroupRMSNorm.apply(x, None, weight, 1, eps)
 
 
 def rms_norm_inference(x: Tensor, weight: Tensor, z: Tensor | None = None, *, group_size: int, eps: float) -> Tensor:
-    """`gated_rms_norm` (`rms_norm` without `z`): not differentiable, as few operations as there can be.
+    """Compute `gated_rms_norm` (`rms_norm` without `z`): not differentiable, in as few operations as there can
+    be.
 
     Args:
         x, z: [..., d].

@@ -1,4 +1,4 @@
-"""Which implementation of the ops runs: the mamba-ssm and causal-conv1d kernels on a GPU (and ours in Triton, for the
+"""Select the implementation of the ops: the mamba-ssm and causal-conv1d kernels on a GPU (and ours in Triton, for the
 attention of generation), plain PyTorch elsewhere.
 
 All come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm`` and ``.attention``, so the model holds
@@ -33,7 +33,7 @@ KERNEL_CHUNK = 128
 
 @dataclass(frozen=True)
 class Ops:
-    """One function per op; the signatures are those of the functions in ``nemotron_h.ops`` they default to."""
+    """Operations by name; the signatures are those of the functions in ``nemotron_h.ops`` they default to."""
 
     ssd: Callable[..., Tensor | tuple[Tensor, Tensor]] = ssd_chunk_scan
     conv1d: Callable[..., Tensor | tuple[Tensor, Tensor]] = causal_conv1d
@@ -51,7 +51,7 @@ class Ops:
 
 
 def select_ops(device: torch.device | None = None) -> Ops:
-    """The ops for this process; logged once, by rank 0.
+    """Select the ops for this process; logged once, by rank 0.
 
     ``NEMOTRON_H_OPS=torch`` or ``=mamba_ssm`` forces one.
 
@@ -298,7 +298,8 @@ def _kernel_fused_mixer(
     chunk_size: int | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor:
-    """All between the two projections, for training: the kernel keeps less for its backward than the ops one by one.
+    """Run all between the two projections, for training: the kernel keeps less for its backward than the ops one by
+    one.
 
     Args:
         zxbcdt: [batch, length, 2 * heads * head_dim + 2 * groups * state + heads], the input projection's output.

@@ -10,12 +10,12 @@ chunk, with ``cum`` the running sum of ``a`` and ``u = dt x``:
     y_i   = sum_{j<i} (C_i.B_j) exp(cum_i - cum_j) u_j  +  exp(cum_i) C_i^T S_in  +  (dt_i C_i.B_i + D) x_i
     S_out = exp(cum_end) S_in + sum_j exp(cum_end - cum_j) B_j u_j^T
 
-so that everything but the chunk-to-chunk state is a matrix product. Differences of ``cum`` are taken before the
-exponential: every exponent is <= 0, so nothing overflows. The diagonal (j = i) is kept out of the products: it needs
+so that everything but the chunk-to-chunk state is a matmul. Differences of ``cum`` are taken before the
+exponential: every exponent is <= 0, so nothing overflows. The diagonal (j = i) is kept out of the matmuls: it needs
 no decay, joins the skip term for free, and without it the backward's sums for ``cum`` subtract only numbers of their
 own size.
 
-Why it is laid out this way (CPU): the products with the state take all heads of a group as the columns of one matrix,
+Why it is laid out this way (CPU): the matmuls with the state take all heads of a group as the columns of one matrix,
 C.B^T is shared by the heads of a group, and the work goes in segments whose [chunk, chunk] matrices stay in cache.
 The backward keeps the inputs and the state at each segment's start, and recomputes the rest.
 """
@@ -40,7 +40,7 @@ SEGMENT_ELEMENTS = 1 << 18
 
 @dataclass
 class _Segment:
-    """What forward and backward both need of one segment: ``s`` chunks of ``c`` tokens of ``b`` sequences.
+    """Sizes and views that forward and backward need of one segment: ``s`` chunks of ``c`` tokens of ``b`` sequences.
 
     Heads are split as (g groups, r heads per group). "Head layout" is [s, g, b, r, c, ...], "wide" is [s, g, b, c, r,
     ...].
@@ -61,7 +61,7 @@ class _Segment:
 
 
 class _Scratch:
-    """Buffers that a segment's temporaries take again and again, and the products between them.
+    """Buffers that a segment's temporaries take again and again, and the matmuls between them.
 
     Memory that malloc returns to the system and fetches anew costs more in page faults than most operations here.
     """
@@ -71,7 +71,7 @@ class _Scratch:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor; it lives until the name is asked for again."""
+        """Return an uninitialised tensor; it lives until the name is asked for again."""
         dtype = dtype or self.dtype
         size = math.prod(shape)
         buffer = self.buffers.get((name, dtype))
@@ -80,12 +80,12 @@ class _Scratch:
         return buffer[:size].view(shape)
 
     def cast(self, name: str, source: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """``source`` in the compute dtype: itself where it is already, else a dense copy."""
+        """Return ``source`` in the compute dtype: itself where it is already, else a dense copy."""
         dtype = dtype or self.dtype
         return source if source.dtype == dtype else self(name, *source.shape, dtype=dtype).copy_(source)
 
     def bmm(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        """``a @ b`` over any number of leading dimensions, as one batched product into ``out`` (contiguous)."""
+        """Return ``a @ b`` over any number of leading dimensions, as one batched matmul into ``out`` (contiguous)."""
         a, b, result = a.flatten(0, -3), b.flatten(0, -3), out.flatten(0, -3)
         if self.matmul_dtype == self.dtype:
             torch.bmm(a, b, out=result)
@@ -101,12 +101,12 @@ class _Scratch:
 
 
 def _scale(t: Tensor, by: Tensor, out: Tensor) -> Tensor:
-    """``t * by[..., None]``."""
+    """Return ``t * by[..., None]``."""
     return torch.mul(t, by.unsqueeze(-1), out=out)
 
 
 def _wide(t: Tensor, c: int, groups: int | None) -> Tensor:
-    """[b, l, h, ...] -> [s, g, b, c, r, ...] (a view); with ``groups=None`` [b, l, g, ...] -> [s, g, b, c, ...]."""
+    """View [b, l, h, ...] as [s, g, b, c, r, ...]; with ``groups=None`` [b, l, g, ...] as [s, g, b, c, ...]."""
     t = t.unflatten(1, (-1, c))
     if groups is None:
         return t.permute(1, 3, 0, 2, *range(4, t.dim()))
@@ -115,7 +115,7 @@ def _wide(t: Tensor, c: int, groups: int | None) -> Tensor:
 
 
 def _segments(batch: int, length: int, heads: int, chunk: int) -> Iterator[tuple[slice, list[tuple[int, int, int]]]]:
-    """Blocks of sequences, each with its (begin, end, chunk) list; the last segment may be one shorter chunk."""
+    """Yield blocks of sequences, each with its (begin, end, chunk) list; the last segment may be one shorter chunk."""
     tokens = max(SEGMENT_ELEMENTS // (heads * chunk), chunk)
     block = max(1, tokens // max(length, 1))
     step = max(tokens // chunk, 1) * chunk
@@ -177,7 +177,7 @@ def _prepare(
 
 
 def _states(seg: _Segment, start: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
-    """States [s + 1, g, b, n, r * p] at the chunk edges, and decay_out * u (wide) they were made of."""
+    """Return the states [s + 1, g, b, n, r * p] at the chunk edges, and decay_out * u (wide) they were made of."""
     s, g, b, c, r, p = seg.x.shape
     wide_out = _scale(seg.x, (seg.dt * seg.decay_out).transpose(3, 4), scratch("wide_out", *seg.x.shape))
     edges = scratch("edges", s + 1, *start.shape)
@@ -191,12 +191,12 @@ def _states(seg: _Segment, start: Tensor, scratch: _Scratch) -> tuple[Tensor, Te
 
 
 def _to_internal(state: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """[b, h, p, n] -> [g, b, n, r * p]."""
+    """Permute [b, h, p, n] to [g, b, n, r * p]."""
     return state.to(dtype).unflatten(1, (groups, -1)).permute(1, 0, 4, 2, 3).flatten(3).contiguous()
 
 
 def _to_external(state: Tensor, heads: int) -> Tensor:
-    """[g, b, n, r * p] -> [b, h, p, n]."""
+    """Permute [g, b, n, r * p] to [b, h, p, n]."""
     g = state.shape[0]
     return state.unflatten(-1, (heads // g, -1)).permute(1, 0, 3, 4, 2).flatten(1, 2).contiguous()
 
@@ -283,7 +283,7 @@ class _ChunkScan(torch.autograd.Function):
 
 
 def _segment_forward(seg: _Segment, incoming: Tensor, out: Tensor, scratch: _Scratch) -> None:
-    """y of one segment into ``out`` (wide), from the states [s, g, b, n, r * p] its chunks start with."""
+    """Write y of one segment into ``out`` (wide), from the states [s, g, b, n, r * p] its chunks start with."""
     s, g, b, c, r, p = seg.x.shape
     across = scratch.bmm(seg.C, incoming, scratch("across", s, g, b, c, r * p)).view(seg.x.shape)
     u = _scale(seg.x.transpose(3, 4), seg.dt, scratch("u", s, g, b, r, c, p))
@@ -297,12 +297,12 @@ def _segment_forward(seg: _Segment, incoming: Tensor, out: Tensor, scratch: _Scr
 
 
 def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, A: Tensor, scratch: _Scratch):
-    """Gradients of one segment; ``dy`` wide, ``dstate`` the gradient of the segment's last state.
+    """Return the gradients of one segment; ``dy`` wide, ``dstate`` the gradient of the segment's last state.
 
     With W_ij = dM_ij M_ij (M the [chunk, chunk] weights), a_t of this chunk gets the sum of W over i >= t > j: rows
     i >= t less columns j >= t, as what lies in both cancels. It also gets what the states carry across it: from the
     chunk's start to y_i (i >= t), from u_j (j < t) to the chunk's end, and from start to end. Only sums of one and the
-    same W are subtracted, so little is lost where the decay is fast or the products are rounded.
+    same W are subtracted, so little is lost where the decay is fast or the matmuls are rounded.
     """
     s, g, b, c, r, p = seg.x.shape
     n = seg.B.shape[-1]
@@ -369,7 +369,7 @@ def ssd_chunk_scan(
     return_final_state: bool = False,
     matmul_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The whole scan, differentiable once in every floating-point argument.
+    """Run the whole scan, differentiable once in every floating-point argument.
 
     Any strides will do; the output follows the memory order of ``x`` (a [batch, length, ...] view of [length, batch,
     ...] activations gives such a view back, so no transposing copy is made on either side).
@@ -387,7 +387,7 @@ def ssd_chunk_scan(
         seq_idx: integer [batch, length], the document of each token, non-decreasing along the length. The state is
             zeroed where it changes; ``initial_state`` belongs to the first document, the final state to the last.
         return_final_state: also return the state after the last token.
-        matmul_dtype: torch.bfloat16 multiplies (and stores each product) in bfloat16, the rest as before; 1.3 times as
+        matmul_dtype: torch.bfloat16 multiplies (and stores each result) in bfloat16, the rest as before; 1.3 times as
             fast where the processor has such instructions. Outputs and gradients are then off by about 1e-2 of their
             largest value. None multiplies in the compute dtype.
 
@@ -423,7 +423,7 @@ def ssd_step(
     *,
     dt_softplus: bool = True,
 ) -> Tensor:
-    """One token of the scan, for generation: updates ``state`` IN PLACE and returns y. Not differentiable.
+    """Run one token of the scan, for generation: updates ``state`` IN PLACE and returns y. Not differentiable.
 
     Args:
         state: [batch, heads, head_dim, state], float32 (or float64).

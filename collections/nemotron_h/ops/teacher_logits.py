@@ -1,4 +1,4 @@
-"""What a cache keeps of a teacher's logits: computed as the loss computes them, so that both give the same bits."""
+"""The teacher's logits that a cache keeps: computed as the loss computes them, so that both give the same bits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class KeptLogits(NamedTuple):
 def kept_logits(
     teacher: HiddenTeacher, k: int | None, group: torch.distributed.ProcessGroup | None = None
 ) -> KeptLogits:
-    """The teacher's logits, or the k largest of each token, chunk by chunk.
+    """Return the teacher's logits, or the k largest of each token, chunk by chunk.
 
     Args:
         teacher: its states and this rank's part of its output layer.
@@ -60,7 +60,7 @@ def _logsumexp(logits: Tensor, group: torch.distributed.ProcessGroup | None) -> 
 
 
 def _gathered(logits: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """[tokens, vocabulary] of all ranks."""
+    """Gather the logits of all ranks, [tokens, vocabulary]."""
     if group is None or group.size() == 1:
         return logits
     whole = logits.new_zeros(logits.shape[0], group.size(), logits.shape[1])

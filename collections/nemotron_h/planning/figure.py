@@ -14,7 +14,7 @@ from nemotron_h.core.sizes import GIB
 from nemotron_h.planning.plan import Plan, parts_by_stage
 
 
-def draw(plan: Plan, path: Path) -> None:
+def plot(plan: Plan, path: Path) -> None:
     """Write the picture; the suffix decides the format.
 
     Errors:

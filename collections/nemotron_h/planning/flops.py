@@ -1,13 +1,13 @@
 """Floating-point operations per token of any model of the family, by part. Pure arithmetic.
 
-Conventions: a multiply-add is 2 operations. Matrix products, the convolution and the attention core count; norms,
+Conventions: a multiply-add is 2 operations. Matmuls, the convolution and the attention core count; norms,
 activations, the softmax and the optimizer do not (under 1 % together). The causal core is counted as what a causal
 kernel has to do, the triangle with its diagonal: (L + 1) / 2 keys per query on average. The state-space scan is counted
 in its chunked form (Dao and Gu 2024) with whole [chunk, chunk] matrices, as the kernels multiply them. A backward pass
-is two products for every one of the forward, so training is three times the forward. What a backward computes again is
+is two matmuls for every one of the forward, so training is three times the forward. What a backward computes again is
 no work of the model and not counted, here or in an MFU; `recomputed_per_token` has it.
 
-With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one product, the
+With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one matmul, the
 gradient of its input (also that of the first layer's, as training computes it); where activations multiply, in scan and
 attention core, it stays two.
 """
@@ -37,7 +37,7 @@ class FlopsByPart:
         attention_core: scores and weighted values.
         ffn: both matrices of every FFN.
         head: the output matrix. The embedding is a lookup and costs nothing.
-        adapters: LoRA's or DoRA's own products.
+        adapters: LoRA's or DoRA's own matmuls.
     """
 
     mamba_projections: float = 0.0
@@ -51,21 +51,21 @@ class FlopsByPart:
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return sum(getattr(self, f.name) for f in fields(self))
 
     @property
     def linear(self) -> float:
-        """The layers' linear projections: what FP8 can take (paper 2.3). The output matrix is not among them."""
+        """Return the FLOPs of the layers' projections, which FP8 can take (paper 2.3), without the output matrix."""
         return self.mamba_projections + self.attention_projections + self.ffn
 
     @property
     def rest(self) -> float:
-        """All but `linear`: BF16 products, convolution and scan."""
+        """Return all but `linear`: BF16 matmuls, convolution and scan."""
         return self.total - self.linear
 
     def shares(self) -> dict[str, float]:
-        """Part -> share of the total."""
+        """Return part -> share of the total."""
         return {f.name: getattr(self, f.name) / self.total for f in fields(self)}
 
 
@@ -77,7 +77,7 @@ def flops_per_token(
     adapter: AdapterSchema | None = None,
     micro_batch: int = 1,
 ) -> FlopsByPart:
-    """Operations per token of a sequence.
+    """Return the operations per token of a sequence.
 
     Args:
         definition: any of the family: hybrid, Mamba-2 alone, Transformer.
@@ -107,7 +107,7 @@ def flops_per_token(
 def recomputed_per_token(
     definition: ModelDefinition, seq_length: int, layers: dict[str, bool], adapter: AdapterSchema | None = None
 ) -> float:
-    """Operations per token that a backward pass does again.
+    """Return the operations per token that a backward pass does again.
 
     Args:
         layers: name of a kind -> whether its layers keep their input only.

@@ -17,7 +17,7 @@ class Gpu:
 
     Attributes:
         name: as `--gpu` takes it.
-        bf16, fp8: dense matrix products with float32 accumulation, in TFLOP/s; None where there are none.
+        bf16, fp8: dense matmuls with float32 accumulation, in TFLOP/s; None where there are none.
         memory_gb: 10^9 bytes.
         bandwidth_gb_s: of its memory, 10^9 bytes per second.
         per_node: GPUs that NVLink connects; tensor parallelism stays within.
@@ -34,11 +34,11 @@ class Gpu:
 
     @property
     def memory(self) -> int:
-        """Bytes that a layout may plan with."""
+        """Return the bytes that a layout may plan with."""
         return int(self.memory_gb * 1e9)
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of the GEMMs of a recipe's precision.
+        """Return the FLOP/s of the GEMMs of a recipe's precision.
 
         Errors:
             UserError: the GPU does not multiply FP8.
@@ -51,7 +51,7 @@ class Gpu:
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of this name.
+    """Return the GPU of this name.
 
     Errors:
         UserError: there is none; names the nearest.

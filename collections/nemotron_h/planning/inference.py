@@ -27,18 +27,18 @@ class InferenceMemory:
 
     @property
     def cache(self) -> float:
-        """All but the weights."""
+        """Return all but the weights."""
         return self.kv_cache + self.ssm_states + self.conv_states
 
     @property
     def total(self) -> float:
-        """All parts."""
+        """Return the sum of all parts."""
         return self.weights + self.cache
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What is held besides the model, and at how many bytes a value; see `BYTES`.
+    """State of generation besides the model, and its bytes per value; see `BYTES`.
 
     Attributes:
         context: tokens of each sequence, prompt and answer.
@@ -55,7 +55,7 @@ class Serving:
 
 
 def inference_memory(definition: ModelDefinition, serving: Serving) -> InferenceMemory:
-    """Memory of a model and its sequences."""
+    """Return the memory of a model and its sequences."""
     parts = [layer_memory(block, serving) for block in definition.blocks]
     return InferenceMemory(
         weights=definition.parameters * serving.weight_bytes,

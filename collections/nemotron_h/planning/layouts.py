@@ -21,7 +21,7 @@ from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import largest_stage
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig
 
-#: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and products
+#: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and matmuls
 #: that get smaller)
 TENSOR_COST = 0.04
 #: ours: the same for context parallelism
@@ -36,7 +36,7 @@ RECOMPUTE = {
 
 
 def layout_of(recipe: RecipeConfig) -> Layout:
-    """The layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.recipe.checks`)."""
+    """Return the layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.recipe.checks`)."""
     parallel, data, again = recipe.parallel, recipe.data, recipe.recompute
     replicas = parallel.nodes * parallel.devices // (parallel.tensor * parallel.pipeline)
     return Layout(
@@ -62,8 +62,8 @@ def layout_of(recipe: RecipeConfig) -> Layout:
 
 
 def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
-    """The model that a distillation loads beside its student: of the checkpoint that the recipe names, or, where that
-    is not on this machine, the shipped model of the run's name. None where none is loaded.
+    """Return the model that a distillation loads beside its student: of the checkpoint that the recipe names, or, where
+    that is not on this machine, the shipped model of the run's name. None where none is loaded.
 
     Errors:
         UserError: the checkpoint is not here, and no shipped model has its name.
@@ -84,14 +84,14 @@ def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
 
 
 def step_flops(definition: ModelDefinition, layout: Layout) -> float:
-    """Operations of a step per token: forward and backward, and of a teacher the forward."""
+    """Return the operations of a step per token: forward and backward, and of a teacher the forward."""
     adapted = {"adapter": layout.adapter, "micro_batch": layout.micro_batch}
     own = flops_per_token(definition, layout.seq_length, **adapted).total
     return own if layout.teacher is None else own + flops_per_token(layout.teacher, layout.seq_length, False).total
 
 
 def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
-    """Useful work per time of a layout, relative to one without parallelism or recomputation.
+    """Return the useful work per time of a layout, relative to one without parallelism or recomputation.
 
     A simple model, ours: the pipeline idles (P - 1) of (m + P - 1) of its time, every doubling of tensor or context
     parallelism costs `TENSOR_COST` or `CONTEXT_COST`, recomputed operations take time as all others.
@@ -125,7 +125,7 @@ def _with_pipeline(layout: Layout, size: int) -> Layout | None:
 
 
 def _spread(changed: Layout, before: Layout, replicas: int, ranks: int) -> Layout | None:
-    """The changed layout with the batch spread over its data-parallel ranks, or None where that cannot be."""
+    """Spread the batch over the data-parallel ranks of the changed layout, or return None where that cannot be."""
     batch = before.micro_batch * before.micro_batches * before.data
     if replicas < 1 or replicas * changed.tensor * changed.pipeline * changed.context != ranks:
         return None
@@ -135,7 +135,7 @@ def _spread(changed: Layout, before: Layout, replicas: int, ranks: int) -> Layou
 
 
 def tensor_sizes(definition: ModelDefinition, largest: int) -> list[int]:
-    """Powers of two up to `largest` that every sharded dimension divides by."""
+    """Return the powers of two up to `largest` that every sharded dimension divides by."""
     sizes = []
     for size in (1, 2, 4, 8, 16):
         try:
@@ -148,7 +148,7 @@ def tensor_sizes(definition: ModelDefinition, largest: int) -> list[int]:
 
 
 def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iterator[list[tuple[str, Layout | None]]]:
-    """Kinds of change, each from the smallest step to the largest."""
+    """Yield kinds of change, each from the smallest step to the largest."""
     yield [
         ("recompute.ffn=activation", replace(layout, recompute_ffn="activation")),
         ("recompute.ffn=layer", replace(layout, recompute_ffn="layer")),
@@ -190,7 +190,7 @@ def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iter
 
 
 def refusal(definition: ModelDefinition, layout: Layout) -> str:
-    """Why training does not take the layout; empty where it does."""
+    """Return the reason why training does not take the layout; empty where it does."""
     if layout.context > 1:
         return "planned only: training refuses context parallel"
     if layout.sequence and layout.seq_length % layout.tensor:
@@ -216,7 +216,7 @@ def refusal(definition: ModelDefinition, layout: Layout) -> str:
 
 
 def remedies(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> list[Remedy]:
-    """Changes to settings, each of which makes the layout fit the GPU; empty where none of those tried does.
+    """Return changes to settings, each of which makes the layout fit the GPU; empty where none of those tried does.
 
     The smallest step of every kind (recompute, micro-batch, sequence, tensor and pipeline parallel, more GPUs) that
     suffices; with all layers recomputed on top where no single kind does.
@@ -265,7 +265,7 @@ class Row:
 
 
 def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_second: float) -> list[Row]:
-    """Layouts of the same batch on the same number of GPUs, fastest first.
+    """Return layouts of the same batch on the same number of GPUs, fastest first.
 
     Args:
         layout: the recipe's own; `tokens_per_second` is what it reaches, the others follow by `relative_speed`.
@@ -295,5 +295,5 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
 
 
 def best(rows: list[Row]) -> Row | None:
-    """The fastest row that fits and that training takes; of equally fast ones that which recomputes least."""
+    """Return the fastest row that fits and that training takes; of equally fast ones that which recomputes least."""
     return next((row for row in rows if row.fits and not row.refused), None)

@@ -75,16 +75,16 @@ class StageMemory:
 
     @property
     def states(self) -> int:
-        """What is there between steps."""
+        """Return the bytes that stay between steps."""
         return self.weights + self.gradients + self.optimizer + self.buffers + self.teacher
 
     @property
     def peak(self) -> int:
-        """All parts."""
+        """Return the sum of all parts."""
         return self.states + sum(self.activations.values()) + self.working
 
     def parts(self) -> dict[str, int]:
-        """Part -> bytes, in the order of a table; zero parts left out."""
+        """Return part -> bytes, in the order of a table; zero parts left out."""
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -125,7 +125,7 @@ def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tu
 
 
 def _fp8_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
-    """Weights of one rank of a stage whose products FP8 takes."""
+    """Return the weights of one rank of a stage whose matmuls FP8 takes."""
     table = gemm_table(definition, layout.precision, layout.tensor, tokens=1, bf16_edge_layers=layout.bf16_edge_layers)
     layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
     return sum(gemm.n * gemm.k for gemm in table if gemm.dtype == "FP8" and gemm.layer in layers)
@@ -135,7 +135,7 @@ class _TrainingRank(Rank):
     """Sizes of one rank's tensors, with those of the output layer, the loss and the buffers."""
 
     def head(self) -> LayerMemory:
-        """Final norm, output matrix and loss."""
+        """Return the final norm, output matrix and loss."""
         d = self.d
         rows = padded_vocabulary(d, self.layout.tensor)
         small = self.tokens * 32  # labels' positions, sums and losses
@@ -154,8 +154,8 @@ class _TrainingRank(Rank):
         return LayerMemory(entry + self.logits + small, max(product, loss))
 
     def distilling_head(self, teacher_states: int) -> LayerMemory:
-        """The same of a distillation: the loss takes its gradients in the forward, chunk by chunk of tokens, and keeps
-        those of the states and of the output matrix (ops/distillation_loss.py).
+        """Return `head` of a distillation: the loss takes its gradients in the forward, chunk by chunk of tokens, and
+        keeps those of the states and of the output matrix (ops/distillation_loss.py).
 
         Args:
             teacher_states: bytes of the teacher's, gathered.
@@ -175,14 +175,15 @@ class _TrainingRank(Rank):
         return LayerMemory(kept, max(2 * chunk * rows * self.e + max(block, product), matrix * self.e))
 
     def forward_peak(self, layers: range) -> int:
-        """The most that a pass without gradients holds in one of these layers, from its input to its output."""
+        """Return the peak bytes of a pass without gradients in one of these layers, from its input to its output."""
         again = replace(self.layout, recompute_mamba="none", recompute_ffn="none", recompute_attention="none")
         rank = _TrainingRank(self.d, again)
         return max((rank.layer(index).kept + rank.residual for index in layers), default=0)
 
     def buffers(self, stage: int) -> int:
-        """Allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs' workspaces and the stand-ins for
-        weight gradients, one of each shape, that Transformer Engine returns where the product has summed them.
+        """Return the bytes that are allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs'
+        workspaces and the stand-ins for weight gradients, one of each shape, that Transformer Engine returns where the
+        matmul has summed them.
         """
         if self.cpu:
             return 2 * self.gathered  # the buffer, and gloo's copy
@@ -196,7 +197,7 @@ class _TrainingRank(Rank):
 
 
 def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> StageMemory:
-    """Memory of one rank of a pipeline stage."""
+    """Return the memory of one rank of a pipeline stage."""
     rank = _TrainingRank(definition, layout)
     base = rank_parameters(definition, layout, stage)
     adapters = rank_adapters(definition, layout, stage)
@@ -223,7 +224,7 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
 
 
 def _sized(layout: Layout, parameters: tuple[int, int], by_precision: dict[str, int]) -> int:
-    """Bytes of parameters, (all, of these in float32)."""
+    """Return the bytes of parameters, (all, of these in float32)."""
     total, in_float32 = parameters
     return (total - in_float32) * by_precision[layout.base_precision] + in_float32 * by_precision["fp32"]
 
@@ -231,7 +232,7 @@ def _sized(layout: Layout, parameters: tuple[int, int], by_precision: dict[str, 
 def _moments(
     definition: ModelDefinition, layout: Layout, states: StageMemory, rank: _TrainingRank
 ) -> Iterator[StageMemory]:
-    """The states of a stage with what is held on top, at each moment that may be the peak."""
+    """Yield the states of a stage with what is held on top, at each moment that may be the peak."""
     stage, last = states.stage, states.stage == layout.pipeline - 1
     layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
     in_flight = min(layout.micro_batches, layout.pipeline - stage)  # one forward, one backward (1F1B)
@@ -264,7 +265,8 @@ def _moments(
 
 
 def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMemory) -> int:
-    """Clipping copies the largest gradient; gloo scatters the sums of gradients through a copy of all of them.
+    """Return the bytes of the optimizer's step: clipping copies the largest gradient; gloo scatters the sums of
+    gradients through a copy of all of them.
 
     Moments in bfloat16 are float32 for a part of the weights at a time. Beside float32 moments, gradient sums in
     bfloat16 are float32 for all.
@@ -286,20 +288,20 @@ def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMe
 
 
 def plan_memory(definition: ModelDefinition, layout: Layout) -> list[StageMemory]:
-    """Memory of one rank of every pipeline stage; the largest decides whether the layout fits."""
+    """Return the memory of one rank of every pipeline stage; the largest decides whether the layout fits."""
     return [stage_memory(definition, layout, stage) for stage in range(layout.pipeline)]
 
 
 def largest_stage(definition: ModelDefinition, layout: Layout) -> StageMemory:
-    """The stage that needs most."""
+    """Return the stage that needs most."""
     return max(plan_memory(definition, layout), key=lambda stage: stage.peak)
 
 
 def checkpoint_bytes(
     definition: ModelDefinition, precision: str, adapter: AdapterSchema | None = None
 ) -> dict[str, int]:
-    """Bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32). Of a run
-    with adapters it holds those alone.
+    """Return bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32).
+    Of a run with adapters it holds those alone.
     """
     base = "fp32" if precision == "fp32" else "bf16"
     trained = trained_parameters(adapter or AdapterSchema(), definition)

@@ -48,7 +48,7 @@ class Plan:
         context: tokens of a sequence in inference.
         inference: bytes of a BF16 model with one sequence of so many tokens.
         inference_fp4: the same in FP4 (paper 3): weights and keys and values.
-        gemms: matrix products of the layers and their precision.
+        gemms: matmuls of the layers and their precision.
     """
 
     name: str
@@ -72,21 +72,21 @@ class Plan:
 
     @property
     def largest(self) -> StageMemory:
-        """The stage that needs most memory."""
+        """Return the stage that needs most memory."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained: the adapters', or all."""
+        """Return the parameters that are trained: the adapters', or all."""
         return trained_parameters(self.layout.adapter, self.definition)
 
     @property
     def fits(self) -> bool:
-        """Whether the largest stage fits the GPU."""
+        """Return True if the largest stage fits the GPU."""
         return self.largest.peak <= self.gpu.memory
 
     def layers(self) -> dict[str, dict[str, int]]:
-        """Layer type -> how many and their parameters together."""
+        """Return layer type -> number of layers and their parameters together."""
         blocks = self.definition.blocks
         return {
             kind.name: {
@@ -97,7 +97,7 @@ class Plan:
         }
 
     def sweep(self) -> list[Row]:
-        """Other layouts of the same batch on the same GPUs, fastest first."""
+        """Return other layouts of the same batch on the same GPUs, fastest first."""
         return sweep(self.definition, self.layout, self.gpu, self.schedule.tokens_per_second)
 
     def _teacher(self) -> dict[str, Any] | None:
@@ -107,7 +107,7 @@ class Plan:
         return {"model": model.name, "parameters": model.parameters, "flops_per_token": self.teacher_flops.total}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; bytes, seconds and operations are numbers."""
+        """Return plain values; bytes, seconds and operations are numbers."""
         schedule = self.schedule
         return {
             "recipe": self.name,
@@ -229,7 +229,7 @@ def make_plan(
 
 
 def _cache_bytes(recipe: RecipeConfig, definition: ModelDefinition, layout: Layout, origin: str) -> int:
-    """Bytes of the teacher's logits on disk, where the recipe reads them from there."""
+    """Return the bytes of the teacher's logits on disk, where the recipe reads them from there."""
     if recipe.stage != "distill" or not recipe.distill.teacher_logits:
         return 0
     data = recipe.data
@@ -240,7 +240,7 @@ def _cache_bytes(recipe: RecipeConfig, definition: ModelDefinition, layout: Layo
 
 
 def parts_by_stage(stages: Sequence[StageMemory]) -> list[str]:
-    """Names of all parts, in the order of a table."""
+    """Return the names of all parts, in the order of a table."""
     names: dict[str, None] = {}
     for stage in stages:
         names.update(dict.fromkeys(stage.parts()))

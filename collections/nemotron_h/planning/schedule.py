@@ -19,13 +19,13 @@ DEFAULT_MFU = {
 
 
 def default_mfu(precision: str) -> tuple[float, str]:
-    """The assumed utilisation of the peak rate of a recipe's precision, and its source."""
+    """Return the assumed utilisation of the peak rate of a recipe's precision, and its source."""
     return DEFAULT_MFU["fp8" if precision.startswith("fp8") else "bf16"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a run takes.
+    """Duration of a run.
 
     Attributes:
         tokens, steps, warmup_steps: of the run.
@@ -47,21 +47,21 @@ class Schedule:
 
     @property
     def seconds(self) -> float:
-        """Training alone, without starts, validation and failures."""
+        """Return the seconds of training alone, without starts, validation and failures."""
         return self.tokens / self.tokens_per_second
 
     @property
     def step_seconds(self) -> float:
-        """Of one step."""
+        """Return the seconds of one step."""
         return self.seconds / self.steps
 
     @property
     def gpu_hours(self) -> float:
-        """Of the whole run."""
+        """Return the GPU-hours of the whole run."""
         return self.seconds / 3600 * self.gpus
 
     def date(self, step: int) -> datetime | None:
-        """When a step begins; None without a start."""
+        """Return the date when a step begins; None without a start."""
         return None if self.start is None else self.start + timedelta(seconds=step * self.step_seconds)
 
 
@@ -75,7 +75,7 @@ def plan_schedule(
     checkpoint_every: int,
     start: datetime | None = None,
 ) -> Schedule:
-    """The schedule of a run.
+    """Return the schedule of a run.
 
     Args:
         tokens, tokens_per_step, warmup_tokens: as in the recipe.

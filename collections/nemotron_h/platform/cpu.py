@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Patch:
-    """One name that is answered by the CPU: `owner.name`, what answers for it, and who asks."""
+    """Name that the CPU answers: `owner.name`, what answers for it, and who asks."""
 
     owner: str
     name: str
@@ -41,7 +41,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _factory(original: Callable) -> Callable:
-    """A tensor factory whose `device="cuda"` means the CPU; pinned memory needs a GPU, so it is plain memory."""
+    """Return a tensor factory whose `device="cuda"` means the CPU; pinned memory needs a GPU, so it is plain memory."""
 
     @functools.wraps(original)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -87,7 +87,7 @@ def _identity(original: Any) -> Callable:
 
 
 def _megatrons(name: str) -> Callable[[Any], Any]:
-    """megatron-core's own function, which it takes where neither Transformer Engine nor Apex is installed."""
+    """Return the megatron-core function that it takes where neither Transformer Engine nor Apex is installed."""
     return lambda original: getattr(import_module("megatron.core.utils"), name)
 
 
@@ -205,7 +205,7 @@ def _resolve(owner: str) -> Any:
 
 
 def gpu_visible() -> bool:
-    """Whether PyTorch sees a GPU; the patches do not change the answer."""
+    """Return True if PyTorch sees a GPU; the patches do not change the answer."""
     return torch.cuda.is_available()
 
 

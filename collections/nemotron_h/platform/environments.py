@@ -18,24 +18,24 @@ MARK = "requirements.sha256"
 
 
 def ready(folder: Path, requirements: Path) -> Path | None:
-    """The interpreter of the environment in `folder`, or None where it is not there or of other pins."""
+    """Return the interpreter of the environment in `folder`, or None where it is not there or of other pins."""
     mark, python = folder / MARK, interpreter(folder)
     wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
     return python if python.is_file() and mark.is_file() and mark.read_text() == wanted else None
 
 
 def interpreter(folder: Path) -> Path:
-    """Where an environment's interpreter is."""
+    """Return the path of an environment's interpreter."""
     return folder / "bin" / "python"
 
 
 def packages(requirements: Path) -> list[str]:
-    """What is installed, pinned."""
+    """Return the installed packages with their pins."""
     return [line for line in requirements.read_text().splitlines() if line and not line.startswith("#")]
 
 
 def make(folder: Path, requirements: Path, say: Callable[[str], None] = lambda _: None) -> Path:
-    """The interpreter of the environment in `folder`, which is made anew unless it has these pins.
+    """Return the interpreter of the environment in `folder`, which is built anew unless it has these pins.
 
     Args:
         folder: of the environment; created.

@@ -1,4 +1,4 @@
-"""Whether this machine can run FP8 through Transformer Engine, and if not, what to do about it."""
+"""Check that this machine can run FP8 through Transformer Engine, and say what to do if not."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def check_one_kind(names: Sequence[str]) -> None:
 
 
 def check_import(wanted: str, least: str, otherwise: str = ELSE) -> None:
-    """Transformer Engine is there, imports, and is new enough.
+    """Check that Transformer Engine is there, imports, and is new enough.
 
     Args:
         wanted: what needs it.
@@ -99,7 +99,8 @@ def check_import(wanted: str, least: str, otherwise: str = ELSE) -> None:
 
 
 def check_engine_does_not_break_imports() -> None:
-    """NeMo imports Transformer Engine in every run, and takes only an `ImportError` for its absence.
+    """Check that Transformer Engine imports or is absent: NeMo imports it in every run, and takes only an `ImportError`
+    for its absence.
 
     Errors:
         UserError: it is installed and fails in another way, such as a CUDA library that does not load.

@@ -1,4 +1,4 @@
-"""What importing megatron-core needs: no GPU, also with a PyTorch that was built for CUDA, and tuned kernels kept."""
+"""Import megatron-core without a GPU, also with a PyTorch that was built for CUDA, and keep tuned kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def keep_tuned_kernels() -> None:
 
 @contextlib.contextmanager
 def without_gpu_builds() -> Iterator[None]:
-    """Inside the block no extension is compiled; a no-op where a GPU is visible.
+    """Compile no extension inside the block; a no-op where a GPU is visible.
 
     `megatron.core.inference.unified_memory` compiles an allocator while it is imported and takes three errors for
     "there is none". A PyTorch for CUDA on a machine with a CUDA toolkit and no visible GPU raises a fourth (an

@@ -25,7 +25,7 @@ PIECE = 1 << 28
 
 
 def check(moments: str, distributed_optimizer: bool) -> None:
-    """Whether this process can keep its moments so.
+    """Check that this process can keep its moments so.
 
     Errors:
         UserError: an unknown dtype, or `bf16` without a GPU, Transformer Engine or the distributed optimizer.
@@ -45,7 +45,7 @@ def check(moments: str, distributed_optimizer: bool) -> None:
 
 
 def pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters in their order, as many at a time as have `PIECE` elements."""
+    """Yield the parameters in their order, as many at a time as have `PIECE` elements."""
     piece: list[Tensor] = []
     elements = 0
     for p in params:
@@ -58,8 +58,8 @@ def pieces(params: list[Tensor]) -> Iterator[list[Tensor]]:
         yield piece
 
 
-def joined(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 main weight of a bfloat16 weight and its remainder, the lower 16 bits (int16).
+def fuse(param: Tensor, remainder: Tensor) -> Tensor:
+    """Fuse a bfloat16 weight and its remainder, the lower 16 bits (int16), to the float32 main weight.
 
     The weight is the main weight rounded; where the remainder's first bit is set, it was rounded up.
     """
@@ -67,8 +67,10 @@ def joined(param: Tensor, remainder: Tensor) -> Tensor:
     return ((upper << 16) | (remainder.int() & 0xFFFF)).view(torch.float32)
 
 
-def parted(main: Tensor) -> tuple[Tensor, Tensor]:
-    """The bfloat16 weight and the remainder of a float32 main weight: `joined` gives it back, bit for bit."""
+def split(main: Tensor) -> tuple[Tensor, Tensor]:
+    """Split a float32 main weight into the bfloat16 weight and the remainder: `fuse` gives it back, bit for
+    bit.
+    """
     bits = main.detach().contiguous().view(torch.int32)
     remainder = bits.to(torch.int16)  # the lower half
     upper = (bits >> 16) + (remainder < 0).int()
@@ -76,7 +78,7 @@ def parted(main: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lean_adam() -> type:
-    """The class; a function, as Transformer Engine is imported where it is wanted.
+    """Return the optimizer's class; a function, as Transformer Engine is imported where it is wanted.
 
     Errors:
         ImportError: Transformer Engine is not installed.
@@ -116,13 +118,13 @@ def lean_adam() -> type:
                 return super().get_unscaled_state(param, state_name)
             if param.dtype == torch.float32:  # the step updates it and leaves the copy that is kept of it
                 return param.detach()
-            return joined(param, self.state[param][state_name])
+            return fuse(param, self.state[param][state_name])
 
         def set_scaled_state(self, param: Tensor, state_name: str, unscaled_state: Tensor) -> None:
             if state_name == "master_param" and unscaled_state.dtype == torch.float32:
                 weight = unscaled_state
                 if param.dtype == torch.bfloat16:
-                    weight, unscaled_state = parted(unscaled_state)
+                    weight, unscaled_state = split(unscaled_state)
                 param.data.copy_(weight)
             super().set_scaled_state(param, state_name, unscaled_state)
 
@@ -131,7 +133,7 @@ def lean_adam() -> type:
 
 @contextlib.contextmanager
 def chosen() -> Iterator[None]:
-    """Inside the block Megatron's optimizers are made of it."""
+    """Make Megatron's optimizers of it inside the block."""
     original = megatron_optimizer.Adam
     megatron_optimizer.Adam = lean_adam()
     try:

@@ -45,7 +45,7 @@ def _multiply_shapes_with_numpy_2() -> None:
 
 def _accumulate_weight_gradients_without_apex() -> None:
     """Let torch do what megatron-core's linear layers have Apex's extension for: add a weight's gradient to the float32
-    gradient buffer inside the product. torch has had products with a float32 result since 2.8.
+    gradient buffer inside the matmul. torch has had matmuls with a float32 result since 2.8.
     """
     if layers._grad_accum_fusion_available:
         return
@@ -69,7 +69,7 @@ def _flatten_products_of_frozen_weights() -> None:
     """Multiply by a frozen weight what has two axes, forward and backward.
 
     Where the axes of [sequence, batch, channels] do not lie in memory in that order (as with one sequence behind the
-    mixer), `matmul` by a weight without a gradient takes the batched product, for which the CPU copies the weight once
+    mixer), `matmul` by a weight without a gradient takes the batched matmul, for which the CPU copies the weight once
     for every position: gigabytes.
     """
     product = layers.LinearWithFrozenWeight
@@ -91,7 +91,7 @@ def _flatten_products_of_frozen_weights() -> None:
 
 
 def _order_mixed_precision_groups() -> None:
-    """Number the parameters of a group as the optimizer holds them: float32 ones first.
+    """Order the parameters of a group as the optimizer holds them: float32 ones first.
 
     `DistributedOptimizer` numbers them in the order of the gradient buffers, but lists float32 parameters before the
     float32 copies of bfloat16 ones. A group that has both (Mamba's A_log, D and dt_bias beside norms) then saves and

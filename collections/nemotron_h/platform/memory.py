@@ -10,7 +10,7 @@ from nemotron_h.core.sizes import GIB
 
 
 def available(device: str = "cpu") -> int:
-    """Bytes that can be had now: of a GPU, or of this machine without swapping.
+    """Return the bytes that can be had now: of a GPU, or of this machine without swapping.
 
     Args:
         device: `cpu`, or `cuda`, maybe with a number.
@@ -23,7 +23,7 @@ def available(device: str = "cpu") -> int:
 
 
 def total(device: str) -> int:
-    """Bytes of a GPU, used or not; asked without taking any of it."""
+    """Return the bytes of a GPU, used or not; asked without taking any of it."""
     import torch
 
     return torch.cuda.get_device_properties(torch.device(device)).total_memory
@@ -74,6 +74,6 @@ def check_training_fits(trained: int, frozen: int, nodes: int, devices: int, gpu
         raise UserError(
             f"{origin}: training takes at least {need / GIB:,.1f} GiB on each node (weights, gradients, optimizer), "
             f"{where}: {there / GIB:,.1f} GiB",
-            hint="take more GPUs (parallel.devices, trainer.devices), submit with executor=FILE.yaml "
+            hint="take more GPUs (parallel.devices), submit with executor=FILE.yaml "
             "(docs/clusters.md), or take a smaller model; nemotron-h plan says what each rank holds",
         )

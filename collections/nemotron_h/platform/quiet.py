@@ -28,7 +28,7 @@ NOISY = (
 
 
 def verbose() -> bool:
-    """Whether the user asked for everything."""
+    """Return True if the user asked for everything."""
     return os.environ.get("NEMOTRON_H_VERBOSE", "") not in ("", "0")
 
 

@@ -29,7 +29,7 @@ def check_here(nodes: int, devices: int, origin: str = "", gpus: int | None = No
         raise UserError(
             f"{origin}parallel.nodes = {nodes}: {nodes * devices:,} ranks, and this command starts them on one machine",
             hint="add executor=slurm or executor=FILE.yaml, which submits (docs/clusters.md); or set parallel.nodes=1 "
-            "(trainer.num_nodes=1) and a model and layout that this machine takes",
+            "and a model and layout that this machine takes",
         )
     if gpus is None:
         import torch
@@ -39,6 +39,6 @@ def check_here(nodes: int, devices: int, origin: str = "", gpus: int | None = No
     if gpus and devices > gpus:
         raise UserError(
             f"{origin}parallel.devices = {devices}, this machine has {gpus} {'GPU' if gpus == 1 else 'GPUs'}",
-            hint=f"set parallel.devices={gpus} (trainer.devices={gpus}) and a layout that divides it, or submit with "
+            hint=f"set parallel.devices={gpus} and a layout that divides it, or submit with "
             "executor=FILE.yaml (docs/clusters.md)",
         )

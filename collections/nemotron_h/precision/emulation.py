@@ -1,7 +1,7 @@
-"""FP8 linear layers without FP8 hardware: float8 casts around products in float32.
+"""FP8 linear layers without FP8 hardware: float8 casts around matmuls in float32.
 
-Casts, formats and scales are those of Transformer Engine's linear layers, in all three products (output, gradient of
-the input, gradient of the weight). What differs is the order in which products are summed, and the speed.
+Casts, formats and scales are those of Transformer Engine's linear layers, in all three matmuls (output, gradient of
+the input, gradient of the weight). What differs is the order in which matmuls are summed, and the speed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.autograd.function import once_differentiable
 from nemotron_h.ops import linear
 from nemotron_h.precision.scaling import BLOCK, E4M3, E5M2, Quantized, decode, quantize_blocks, quantize_tensor
 
-#: (matrix, float8 format) -> the matrix quantised for products that sum over its columns, and for those over its rows
+#: (matrix, float8 format) -> the matrix quantised for matmuls that sum over its columns, and for those over its rows
 Quantize = Callable[[Tensor, torch.dtype], tuple[Quantized, Quantized]]
 
 
 def _per_tensor(x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
-    """One scale, so the same values serve both directions."""
+    """Quantise with one scale, so that the same values serve both directions."""
     quantized = quantize_tensor(x, dtype)
     return quantized, quantized
 
@@ -32,7 +32,7 @@ def _square_blocks(x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]
 
 
 def _summed_blocks(x: Tensor, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
-    """Blocks lie along the axis that is summed over, so each direction is quantised from the original."""
+    """Quantise in blocks along the axis that is summed over, so that each direction is quantised from the original."""
     return quantize_blocks(x, dtype, (1, BLOCK)), quantize_blocks(x, dtype, (BLOCK, 1))
 
 
@@ -52,18 +52,18 @@ RECIPES = {
 }
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T, float32."""
-    return linear.product(a, b) if linear.takes(a, b) else a @ b.t()
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b.T, float32."""
+    return linear.matmul(a, b) if linear.takes(a, b) else a @ b.t()
 
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype, a_rows: bool = False, b_rows: bool = False) -> Tensor:
-    """`a @ b.T`, summed in float32, in `dtype`; `a_rows`, `b_rows`: take the transpose of that operand."""
+    """Multiply `a @ b.T`, summed in float32, in `dtype`; `a_rows`, `b_rows`: take the transpose of that operand."""
     if a.block is None and b.block is None:
         left, right, factor = decode(a.values), decode(b.values), a.scale_inv * b.scale_inv
     else:
         left, right, factor = a.dequantize(), b.dequantize(), None
-    out = _product(left.t() if a_rows else left, right.t() if b_rows else right)
+    out = _matmul(left.t() if a_rows else left, right.t() if b_rows else right)
     return (out if factor is None else out.mul_(factor)).to(dtype)
 
 
@@ -94,7 +94,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor, recipe: str) -> Tensor:
-    """`x @ weight.T` with operands in float8, differentiable once.
+    """Multiply `x @ weight.T` with operands in float8, differentiable once.
 
     Args:
         x: bfloat16 or float32 [..., inputs].

@@ -25,7 +25,7 @@ class PrecisionPlugin(MegatronMixedPrecision):
     Attributes:
         recipe: the recipe's `precision`.
         bf16_edge_layers: layers at each end that stay in BF16, with FP8.
-        emulated: FP8 by float8 casts around float32 products.
+        emulated: FP8 by float8 casts around float32 matmuls.
     """
 
     recipe: str
@@ -34,12 +34,12 @@ class PrecisionPlugin(MegatronMixedPrecision):
 
 
 def fp32() -> PrecisionPlugin:
-    """Weights, activations and gradients in float32."""
+    """Return weights, activations and gradients in float32."""
     return PrecisionPlugin(precision="32", params_dtype=torch.float32, pipeline_dtype=torch.float32)
 
 
 def bf16(**fp8: object) -> PrecisionPlugin:
-    """Weights and activations in bfloat16; main weights, gradient sums and optimizer state in float32 (paper 2.4)."""
+    """Return bfloat16 weights and activations; main weights, gradient sums and moments in float32 (paper 2.4)."""
     return PrecisionPlugin(
         precision="bf16-mixed",
         params_dtype=torch.bfloat16,
@@ -59,7 +59,7 @@ FP8 = {
 
 
 def fp8(name: str, bf16_edge_layers: int, emulate: bool) -> PrecisionPlugin:
-    """BF16, with the GEMMs of the layers in FP8 except `bf16_edge_layers` layers at each end.
+    """Return the BF16 plugin with the GEMMs of the layers in FP8 except `bf16_edge_layers` layers at each end.
 
     Weights stay in bfloat16 between steps (no `fp8_param_gather`): checkpoints then hold no FP8 and any precision
     resumes from any other.
@@ -79,7 +79,7 @@ def fp8(name: str, bf16_edge_layers: int, emulate: bool) -> PrecisionPlugin:
 
 
 def plugin(name: str, bf16_edge_layers: int = 2, fp8_backend: str = "auto", gradients: str = "fp32") -> PrecisionPlugin:
-    """The plugin of this name.
+    """Return the plugin of this name.
 
     Args:
         name: one of `fp32`, `bf16`, `fp8_current_scaling`, `fp8_blockwise`.

@@ -1,7 +1,7 @@
 """Float8 quantisation with the scales that Transformer Engine 2.11 computes, in plain PyTorch.
 
-A tensor is multiplied by `scale = largest value of the format / amax` and cast, saturating, to the nearest float8; the
-product is undone by `1 / scale`. amax is the largest magnitude now: of the whole tensor, or of each block.
+A tensor is multiplied by `scale = largest value of the format / amax` and cast, saturating, to the nearest float8;
+`1 / scale` undoes the scaling. amax is the largest magnitude now: of the whole tensor, or of each block.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Quantized:
     block: tuple[int, int] | None = None
 
     def dequantize(self) -> Tensor:
-        """float32 [rows, columns]."""
+        """Return the values in float32 [rows, columns]."""
         values = decode(self.values)
         if self.block is None:
             return values * self.scale_inv
@@ -45,7 +45,7 @@ class Quantized:
 
 
 def decode(values: Tensor) -> Tensor:
-    """float8 as float32, exactly; by table on the CPU, where torch's own conversion takes twice as long."""
+    """Decode float8 to float32, exactly; by table on the CPU, where torch's conversion takes twice as long."""
     if values.device.type != "cpu":
         return values.float()
     table = torch.arange(256, dtype=torch.uint8).view(values.dtype).float()
@@ -53,7 +53,7 @@ def decode(values: Tensor) -> Tensor:
 
 
 def scale_from_amax(amax: Tensor, dtype: torch.dtype, largest_scale: float, power_of_2: bool) -> Tensor:
-    """The factor before the cast, float32; 1 where amax is 0, infinite or not a number.
+    """Return the factor before the cast, float32; 1 where amax is 0, infinite or not a number.
 
     Args:
         amax: float32, any shape.
@@ -70,13 +70,13 @@ def scale_from_amax(amax: Tensor, dtype: torch.dtype, largest_scale: float, powe
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 to the nearest float8, ties to even; magnitudes beyond the format become its largest value."""
+    """Cast float32 to the nearest float8, ties to even; magnitudes beyond the format become its largest value."""
     limit = torch.finfo(dtype).max
     return x.clamp(-limit, limit).to(dtype)
 
 
 def quantize_tensor(x: Tensor, dtype: torch.dtype) -> Quantized:
-    """One scale for all of `x`, [rows, columns] in bfloat16 or float32."""
+    """Quantise `x`, [rows, columns] in bfloat16 or float32, with one scale."""
     amax = x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
     power_of_2 = os.environ.get(TENSOR_POWERS_OF_2) == "1"
     scale = scale_from_amax(amax, dtype, torch.finfo(torch.float32).max, power_of_2)
@@ -84,7 +84,7 @@ def quantize_tensor(x: Tensor, dtype: torch.dtype) -> Quantized:
 
 
 def quantize_blocks(x: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> Quantized:
-    """One scale for each block of `x`, [rows, columns] in bfloat16 or float32; blocks at the edges may be smaller."""
+    """Quantise `x`, [rows, columns] in bfloat16 or float32, with a scale per block; edge blocks may be smaller."""
     (rows, columns), (high, wide) = x.shape, block
     padded = F.pad(x.float(), (0, -columns % wide, 0, -rows % high))
     tiles = padded.view(padded.shape[0] // high, high, padded.shape[1] // wide, wide)

@@ -1,4 +1,4 @@
-"""What a cast to float8 does to an operand: its largest magnitude, and the shares that underflow and saturate."""
+"""Statistics of an operand's cast to float8: its largest magnitude, and the shares that underflow and saturate."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CastStatistics:
         )
 
     def shares(self) -> dict[str, float]:
-        """`underflow`, `saturation` and `overflow` as shares of the values that are not zero."""
+        """Return `underflow`, `saturation` and `overflow` as shares of the values that are not zero."""
         of = max(self.nonzero, 1)
         return {
             "underflow": self.underflowed / of,
@@ -59,7 +59,7 @@ def cast_counts(x: Tensor, operand: str, recipe: str) -> Tensor:
         x: bfloat16 or float32 [..., columns].
         operand: `activation`, `weight` or `gradient`.
         recipe: `fp8_current_scaling` or `fp8_blockwise`. Blockwise activations and gradients are cast twice; counted is
-            the cast for the first product that reads them (output, and gradient of the input).
+            the cast for the first matmul that reads them (output, and gradient of the input).
     Returns:
         float64 [5], the fields of `CastStatistics` in order; `as_statistics` reads it.
     Errors:
@@ -83,6 +83,6 @@ def cast_counts(x: Tensor, operand: str, recipe: str) -> Tensor:
 
 
 def as_statistics(counts: Tensor) -> CastStatistics:
-    """What `cast_counts` returned; waits for the device."""
+    """Return the statistics of `cast_counts`' counts; waits for the device."""
     amax, *rest = counts.tolist()
     return CastStatistics(amax, *(int(count) for count in rest))

@@ -54,7 +54,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     Errors:
         UserError: names the key, the origin and what would fit.
     """
-    check_overrides(recipe.overrides, origin)
+    check_overrides(recipe.overrides, f"{origin}: overrides")
     definition = definition_of(recipe, origin)
     check_names(recipe, origin)
     check_checkpoint(recipe.checkpoint, origin)
@@ -445,19 +445,25 @@ def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str)
         _divides("data.seq_length", data.seq_length, "parallel.tensor (parallel.sequence)", parallel.tensor, origin)
     ranks, model_ranks = parallel.nodes * parallel.devices, parallel.tensor * parallel.pipeline
     _divides("parallel.nodes * parallel.devices", ranks, "parallel.tensor * parallel.pipeline", model_ranks, origin)
+    replicas = ranks // model_ranks
     _divides(
         "data.global_batch_size",
         data.global_batch_size,
-        f"data.micro_batch_size * data-parallel size ({data.micro_batch_size} * {ranks // model_ranks})",
-        data.micro_batch_size * (ranks // model_ranks),
+        f"data.micro_batch_size * data-parallel size ({data.micro_batch_size} * {replicas})",
+        data.micro_batch_size * replicas,
         origin,
+        f"; parallel.nodes * parallel.devices = {ranks} leaves {replicas} data-parallel ranks, "
+        f"data.micro_batch_size may be at most {data.global_batch_size // replicas}"
+        if 1 < replicas <= data.global_batch_size
+        else "",
     )
 
 
-def _divides(key: str, value: int, by: str, size: int, origin: str) -> None:
+def _divides(key: str, value: int, by: str, size: int, origin: str, also: str = "") -> None:
     if value % size:
         fits = max(1, (2 * value + size) // (2 * size)) * size
-        raise UserError(f"{origin}: {key} = {value} is not a multiple of {by} = {size}", hint=f"the nearest is {fits}")
+        hint = f"the nearest is {fits}{also}"
+        raise UserError(f"{origin}: {key} = {value} is not a multiple of {by} = {size}", hint=hint)
 
 
 def check_sources(recipe: RecipeConfig, origin: str) -> None:

@@ -28,6 +28,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_interpolations, culprit, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
 from nemotron_h.recipe.checks import check
+from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
 from nemotron_h.schema.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -83,11 +84,12 @@ def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
     Args:
         name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`, or `nemotron_h_tiny` for its pretraining), or the
             path of a YAML file.
-        overrides: `optim.peak_lr=3e-4` sets a value, `model=nemotron_h_8b` exchanges a part by name. A recipe or an
-            override may also give `model` as a path (see `checkpoint.definition`): a pruned child's checkpoint, or a
-            YAML file.
+        overrides: `optim.peak_lr=3e-4` sets a value, `optim.peak_lr*=2` changes it, `model=nemotron_h_8b` exchanges a
+            part by name. A recipe or an override may also give `model` as a path (see `checkpoint.definition`): a
+            pruned child's checkpoint, or a YAML file.
     Returns:
-        the recipe with every value set, checked by `check`. Its `sources` are those of the values that stand.
+        the recipe with every value set, checked by `check`. Its `sources` are those of the values that stand, its
+        `overrides` what no key of it says.
     Errors:
         UserError: unknown recipe, key or group, wrong type, missing or impossible value.
     """
@@ -100,7 +102,8 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
     groups = {folder.name for folder in configs_dir().iterdir() if folder.is_dir()}
     stored = [override.split("=", 1)[1] for override in overrides if override.startswith("model=")]
     stored = [path for path in stored if is_path(path)]
-    overrides = [override for override in overrides if override not in [f"model={path}" for path in stored]]
+    model = [f"model={path}" for path in stored]
+    overrides = [override for override in overrides if override not in model]
     parts = [override for override in overrides if override.split("=")[0] in groups]
     values = [override for override in overrides if override not in parts]
     composed, layers = _merge(directory, name, parts, origin)
@@ -115,16 +118,36 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
             layers.append(Layer(path, "model"))
         else:
             from_record = [f"model.{key}" for key, _ in leaves(OmegaConf.to_container(composed.model))]
-    recipe = typed(RecipeConfig, composed, origin)
-    given = parse_settings(values, "override")
+    recipe, settled = _settled(typed(RecipeConfig, composed, origin), f"{origin}: overrides")
+    given = parse_settings(assigned(values, recipe), "override")
+    overridden = [key for key, _ in leaves(OmegaConf.to_container(given))]
+    recipe.overrides = superseded(recipe.overrides, [*overridden, *(part.split("=")[0] for part in (*parts, *model))])
     if values:
         recipe = typed(recipe, given, "override")
     check(recipe, origin)
-    found = origins(layers, [*from_record, *(key for key, _ in leaves(OmegaConf.to_container(given)))])
+    found = origins(layers, [*from_record, *settled, *overridden])
     sources = current_sources(dataclasses.asdict(recipe), found)
     recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}
     recipe.model.sources = {key[len("model.") :]: text for key, text in sources.items() if key.startswith("model.")}
     return Composed(recipe, layers, found, sources)
+
+
+def names_model(setting: str) -> bool:
+    """Tell whether a setting exchanges a recipe's model: `model=NAME` of `configs/model`, or a path."""
+    key, _, value = setting.partition("=")
+    return key == "model" and (is_path(value) or (configs_dir() / "model" / f"{value}.yaml").is_file())
+
+
+def _settled(recipe: RecipeConfig, origin: str) -> tuple[RecipeConfig, list[str]]:
+    """Return a recipe with those of its `overrides` in their places that set keys of it, and these keys."""
+    check_overrides(recipe.overrides, origin)
+    values, overrides = split(recipe.overrides)
+    if not values:
+        return recipe, []
+    given = parse_settings(assigned(values, recipe), origin)
+    recipe = typed(recipe, given, origin)
+    recipe.overrides = overrides
+    return recipe, [key for key, _ in leaves(OmegaConf.to_container(given))]
 
 
 def locate(name_or_path: str) -> tuple[Path, str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,8 @@ def document() -> str:
             )
             parts += [f"| `{row.key}` | {shown(row.ours)} | {row.source} |" for row in rows(name)]
             continue
-        parts.append(f"\n## {model}\n\n{papers[model]['about']}\n\n| key | paper | recipe | |\n|---|---|---|---|")
+        about = textwrap.fill(papers[model]["about"], 120)
+        parts.append(f"\n## {model}\n\n{about}\n\n| key | paper | recipe | |\n|---|---|---|---|")
         for row in rows(name):
             cited = f"{shown(row.published)} ({row.citation})" if row.published is not None else "-"
             parts.append(f"| `{row.key}` | {cited} | {shown(row.ours)} | {row.verdict} |")

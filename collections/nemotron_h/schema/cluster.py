@@ -16,7 +16,7 @@ from nemotron_h.schema.recipe import COUNT
 
 @dataclass
 class Cluster:
-    """What every kind has.
+    """Keys that every kind of cluster has.
 
     Attributes:
         kind: `local`, `slurm` or `kubernetes`.
@@ -34,7 +34,7 @@ class Cluster:
 
 @dataclass
 class LocalCluster(Cluster):
-    """This machine, in a process of its own (torchrun for more than one device)."""
+    """Process of its own on this machine (torchrun for more than one device)."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where each value of a composed recipe was written: the file and line that won, and the source stated for it."""
+"""Origins of a composed recipe's values: the file and line that won, and the source stated for it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written: the layer's number in the merge, and the line.
+    """Place in which a value was written: the layer's number in the merge, and the line.
 
     Attributes:
         rank: larger wins; -1 is the schema's default.
@@ -44,7 +44,7 @@ DEFAULT = Origin(-1)
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value that is not a mapping with content, as dotted key and value, in order."""
+    """Yield every value that is not a mapping with content, as dotted key and value, in order."""
     for key, value in values.items():
         dotted = f"{prefix}.{key}" if prefix else str(key)
         if isinstance(value, Mapping) and value:
@@ -54,7 +54,7 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Origin]:
-    """Dotted key -> where the winning value was written; keys that no file writes are absent.
+    """Return dotted key -> place in which the winning value was written; keys that no file writes are absent.
 
     Args:
         layers: the files in the order of the merge.
@@ -70,7 +70,7 @@ def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Ori
 
 
 def current_sources(values: Mapping[str, Any], found: Mapping[str, Origin]) -> dict[str, str]:
-    """Dotted key of a value -> the source stated for it, without the stale ones.
+    """Return dotted key of a value -> the source stated for it, without the stale ones.
 
     A source speaks of the value that its own file, or a file merged before it, gave: `paper 2.4` in a base says nothing
     about the value that a recipe puts in its place. One stated for a whole part (`optim`) speaks of that part's values

@@ -80,14 +80,14 @@ class ModelSchema:
     rope_percent: float = number(0.0, least=0, most=1)
     norm_epsilon: float = number(1e-5, above=0, most=1)
     init_std: float = number(0.02, above=0, most=10)
-    overrides: dict[int, dict[str, int]] = field(default_factory=dict)
+    overrides: dict[str, dict[str, int]] = field(default_factory=dict)
     expect: ExpectSchema = field(default_factory=ExpectSchema)
     sources: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class DataSchema:
-    """Which blend, and how it is cut into batches.
+    """Blend, and its split into batches.
 
     Attributes:
         blend: name of a file in `data_blends/`, or a path.
@@ -144,7 +144,7 @@ class OptimSchema:
 
 @dataclass
 class ParallelSchema:
-    """How the model and the batch are split over ranks. Data parallel is what remains of nodes * devices."""
+    """Split of the model and the batch over ranks. Data parallel is what remains of nodes * devices."""
 
     nodes: int = number(1, least=1, most=2**20)
     devices: int = number(1, least=1, most=2**20)
@@ -156,12 +156,12 @@ class ParallelSchema:
 
 @dataclass
 class PrecisionOptionsSchema:
-    """How an FP8 precision is applied; the others read none of it.
+    """Options of an FP8 precision; the others read none of it.
 
     Attributes:
         bf16_edge_layers: layers of the pattern at each end that stay in BF16. 2 are the "4 GEMMs" of the paper's
             introduction (an `M-` or `*-` has 4), 4 the "4 layers" of its section 2.3.
-        fp8_backend: `te` (Transformer Engine), `emulate` (float8 casts around float32 products, slow), or `auto`:
+        fp8_backend: `te` (Transformer Engine), `emulate` (float8 casts around float32 matmuls, slow), or `auto`:
             Transformer Engine on a GPU, emulation on the CPU.
         measured_steps: steps, from 1, at which every FP8 operand's amax, underflow and saturation are measured.
     """
@@ -173,7 +173,7 @@ class PrecisionOptionsSchema:
 
 @dataclass
 class RecomputeSchema:
-    """What the backward pass computes again instead of keeping, by layer type.
+    """Activations that the backward pass computes again instead of keeping, by layer type.
 
     Attributes:
         mamba, attention: `none`, or `layer` (only the layer's input is kept).
@@ -187,7 +187,7 @@ class RecomputeSchema:
 
 @dataclass
 class ResumeSchema:
-    """How a run continues from its checkpoint.
+    """Rules by which a run continues from its checkpoint.
 
     Attributes:
         blend_change: null, or `from_step`: a resumed run may take another blend, seed, seq_length or global_batch_size
@@ -199,7 +199,7 @@ class ResumeSchema:
 
 @dataclass
 class InitSchema:
-    """What a run starts from, where it has no checkpoint of its own.
+    """Start of a run that has no checkpoint of its own.
 
     Attributes:
         checkpoint: a run's folder or one of its checkpoints: weights are taken, the optimizer starts anew. Null draws
@@ -234,7 +234,7 @@ class AdapterSchema:
         kind: `none` (all weights are trained), `lora` (W + alpha/rank B A), or `dora` (its rows also have a trained
             length).
         rank: columns of B and rows of A.
-        alpha: the adapter's product is multiplied by alpha / rank.
+        alpha: the adapter's output is multiplied by alpha / rank.
         dropout: of the adapter's input, in training; 0 to below 1.
         targets: which matrices: `in_proj`, `out_proj` (Mamba-2), `linear_qkv`, `linear_proj` (attention), `linear_fc1`,
             `linear_fc2` (FFN).
@@ -261,7 +261,7 @@ class DistillSchema:
             its states to the teacher's width, which is no part of the child.
         hidden_layers: whose outputs are compared: pairs of a student's layer and a teacher's, numbered from 0. Empty
             compares the states before the output layer.
-        top_k: null, or how many of the teacher's likeliest tokens its distribution is cut to.
+        top_k: null, or how many of the teacher's likeliest tokens its distribution is truncated to.
         teacher_logits: null, or the folder of a cache of the teacher's logits, which `nemotron-h distill-cache` writes:
             training reads it and loads no teacher.
     """
@@ -295,7 +295,7 @@ class CheckpointSchema:
 
 @dataclass
 class LogSchema:
-    """Where a run writes and how often it reports.
+    """Folder that a run writes to, and how often it reports.
 
     Attributes:
         dir: parent of the run's folder.
@@ -314,7 +314,7 @@ class LogSchema:
 
 @dataclass
 class GridSchema:
-    """What the candidates of a compression vary in: each a list of values; an empty one keeps the parent's.
+    """Axes in which the candidates of a compression vary: each a list of values; an empty one keeps the parent's.
 
     Attributes:
         attention, mamba, ffn: how many layers of a type stay.
@@ -335,7 +335,7 @@ class GridSchema:
 
 @dataclass
 class BudgetSchema:
-    """What a candidate may cost: memory of inference, parameters, or both.
+    """Cost that a candidate may have: memory of inference, parameters, or both.
 
     Attributes:
         memory_gib: most GiB of weights, keys and values, and states, for `sequences` of `context` tokens.
@@ -415,7 +415,7 @@ class RecipeConfig:
         preference: stage preference alone: the loss over pairs of answers.
         distill: stages distill and minipuzzle alone: the teacher (minipuzzle's is the parent) and the loss.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
-            (`trainer.max_steps=20`); a run writes here what its command line changed.
+            (`trainer.max_steps=20`); a run writes here what its command line set beyond them.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
     """
 

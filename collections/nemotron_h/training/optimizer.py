@@ -68,7 +68,7 @@ class Schedule(LRSchedulerModule):
                 raise UserError(
                     f"the run has {self.max_steps} steps, its warm-up {self.warmup_steps} and its decay "
                     f"{self.decay_steps}",
-                    hint="raise trainer.max_steps, or set shorter optim.warmup_steps and optim.decay_steps",
+                    hint="raise tokens, or lower optim.warmup_tokens and optim.decay_tokens",
                 )
             schedule = StableDecay(optimizer, **lengths, hold_steps=stable)
         return {
@@ -98,7 +98,7 @@ class ScheduledAdamW(MegatronOptimizerModule):
         if schedule.max_steps <= schedule.warmup_steps:
             raise UserError(
                 f"the run has {schedule.max_steps} steps, its warm-up {schedule.warmup_steps}",
-                hint="raise trainer.max_steps, or set a shorter optim.warmup_steps",
+                hint="raise tokens, or lower optim.warmup_tokens",
             )
         with adam_of(self.config):
             return super().optimizers(model)

@@ -32,7 +32,7 @@ def check_layout(trainer: Any, model: Any) -> None:
     parameters, frozen = definition.parameters, 0
     if adapter is not None:
         stages = trainer.strategy.pipeline_model_parallel_size
-        check_adapter(adapter, definition, "model.config.adapter", pipeline=stages)
+        check_adapter(adapter, definition, "adapter", pipeline=stages)
         parameters, frozen = trained_parameters(adapter, definition), parameters
     frozen += sum(other.parameters for other in model.config.definitions().values()) - definition.parameters
     gpus, origin = torch.cuda.is_available(), f"model {definition.name}"
@@ -57,8 +57,8 @@ def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
     origin = f"model {definition.name}"
     definition.validate_structure(origin)
     tensor, pipeline = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
-    definition.validate_tensor_parallel(tensor, origin, "trainer.strategy.tensor_model_parallel_size")
-    definition.validate_pipeline_parallel(pipeline, origin, "trainer.strategy.pipeline_model_parallel_size")
+    definition.validate_tensor_parallel(tensor, origin)
+    definition.validate_pipeline_parallel(pipeline, origin)
     if strategy.context_parallel_size != 1:
         raise UserError(
             f"trainer.strategy.context_parallel_size={strategy.context_parallel_size}",
@@ -66,8 +66,9 @@ def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
         )
     if ranks % (tensor * pipeline):
         raise UserError(
-            f"{ranks} ranks do not divide by tensor * pipeline = {tensor} * {pipeline}",
-            hint=f"set trainer.devices and trainer.num_nodes to a multiple of {tensor * pipeline} ranks",
+            f"parallel.nodes * parallel.devices = {ranks} is not a multiple of parallel.tensor * parallel.pipeline = "
+            f"{tensor} * {pipeline}",
+            hint=f"give a multiple of {tensor * pipeline} ranks",
         )
 
 
@@ -81,5 +82,5 @@ def check_disk(size: int, folder: Path) -> None:
     if free < size:
         raise UserError(
             f"{folder} has {gib(free)} free, one checkpoint takes up to {gib(size)}",
-            hint="free space, or write elsewhere: log.explicit_log_dir=DIR",
+            hint="free space, or write elsewhere: log.dir=DIR",
         )

@@ -99,7 +99,7 @@ class ResumeRun(nl.AutoResume):
         if self.restore_config is not None:
             raise UserError(
                 "resume.restore_config is NeMo's, and builds what a checkpoint's context names",
-                hint="resume.init_checkpoint=CHECKPOINT takes its weights",
+                hint="init.checkpoint=CHECKPOINT takes its weights",
             )
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
@@ -121,10 +121,10 @@ class ResumeRun(nl.AutoResume):
             elif model.config.adapter is not None:
                 raise UserError(
                     "an adapter needs the weights that it changes: init.checkpoint is not set",
-                    hint="name a run or a checkpoint: init.checkpoint in the recipe, or resume.init_checkpoint=RUN",
+                    hint="name a run or a checkpoint: init.checkpoint=RUN",
                 )
             return
-        elsewhere = "restore the recipe, or write this run elsewhere: log.explicit_log_dir=DIR"
+        elsewhere = "restore the recipe, or write this run elsewhere: log.dir=DIR"
         self._check_model(path, model, elsewhere)
         self._check_initial_weights(path, trainer, model, elsewhere)
         self._check_adapter(path, model, elsewhere)
@@ -257,6 +257,6 @@ class ResumeRun(nl.AutoResume):
             if trainer.global_rank == 0:
                 print(
                     f"the run in {AppState().log_dir} is complete: step {step} of {trainer.max_steps}\n"
-                    f"to train on, raise trainer.max_steps; for a new run use log.explicit_log_dir=DIR"
+                    f"to train on, raise tokens; for a new run use log.dir=DIR"
                 )
             raise SystemExit(0)

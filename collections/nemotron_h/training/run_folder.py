@@ -10,9 +10,10 @@ from nemo import lightning as nl
 
 from nemotron_h.core import locks
 from nemotron_h.core.errors import UserError, naming
+from nemotron_h.core.progress import STEPS
 
-#: what errors call the folder: its keys in a recipe, and on a command line
-KEYS = "the run's folder (log.dir and name; log.explicit_log_dir)"
+#: what errors call the folder: its keys
+KEYS = "the run's folder (log.dir and name)"
 
 
 @dataclass
@@ -26,14 +27,15 @@ class RunFolder(nl.NeMoLogger):
             UserError: the folder cannot be made or written, or another process trains in it.
         """
         if not self.explicit_log_dir:
-            raise UserError(f"{KEYS} is not set", hint="log.explicit_log_dir=DIR")
+            raise UserError(f"{KEYS} is not set", hint="log.dir=DIR")
         if trainer.is_global_zero:
-            hint = "wait until it has ended, or write another run: log.explicit_log_dir=DIR"
+            hint = "wait until it has ended, or write another run: log.dir=DIR"
             locks.acquire(Path(self.explicit_log_dir), "trained", KEYS, hint)
         with naming(KEYS):
             return super().setup(trainer, resume_if_exists, task_config)
 
     def _setup_files_to_move(self, log_dir: Path, app_state: Any) -> None:
-        """Leave the lock in its place: NeMo moves the files of an earlier start into a folder of their own."""
+        """Leave the lock and the steps in their place: NeMo moves files of an earlier start into a folder of theirs."""
         super()._setup_files_to_move(log_dir, app_state)
-        app_state.files_to_move = [path for path in app_state.files_to_move if path.name != locks.LOCK]
+        stay = (locks.LOCK, STEPS)
+        app_state.files_to_move = [path for path in app_state.files_to_move if path.name not in stay]

@@ -29,8 +29,9 @@ from nemo_run.cli.cli_parser import CLIException, ParseError, parse_cli_args
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import FINITE, check_number, nearest, ranges
-from nemotron_h.recipe.overrides import HINT, check_data, is_object, parts
+from nemotron_h.recipe.overrides import HINT, check_data, is_object, names_under, parts
 from nemotron_h.schema.recipe import RecipeConfig
+from nemotron_h.training.strategy import NemotronHTrainer
 
 _DATA_ONLY = ContextVar("data_only", default=False)
 
@@ -180,7 +181,7 @@ def check_steps(task: nemo_run.Partial) -> None:
         and_decay = f" and its decay {decay:,}" if decay else ""
         raise UserError(
             f"the run has {steps:,} steps (trainer.max_steps), its warm-up {warmup:,}{and_decay} (optim)",
-            hint=f"raise trainer.max_steps, or set a shorter optim.warmup_steps{' or decay_steps' if decay else ''}",
+            hint=f"raise tokens, or lower optim.warmup_tokens{' or optim.decay_tokens' if decay else ''}",
         )
 
 
@@ -238,22 +239,29 @@ def merged(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
 
 
 def unknown_key(task: nemo_run.Partial, dotted: str) -> UserError | None:
-    """The first part of a dotted key that does not exist, with its nearest neighbour."""
+    """Return an error that names the first part of a dotted key that does not exist, with its nearest neighbour."""
     node: Any = task
     path = dotted.split(".")
     for index, part in enumerate(path):
-        part = part.split("[")[0]
-        if not isinstance(node, fdl.Buildable):
+        part, place = part.split("[")[0], ".".join(path[:index])
+        known = _keys(node) if isinstance(node, fdl.Buildable) else set()
+        if is_of_a_recipe(task):
+            known |= names_under(place)
+        if not known:
             return None
-        known = _keys(node)
         if part not in known:
-            place = ".".join(path[:index]) or fdl.get_callable(task).__name__
             return UserError(
-                f"unknown key {dotted}: {place} has no {part!r}",
+                f"unknown key {dotted}: {place or fdl.get_callable(task).__name__} has no {part!r}",
                 hint=f"{nearest(part, known)}Known keys there: {', '.join(sorted(known)[:60])}.",
             )
         node = getattr(node, part, None)
     return None
+
+
+def is_of_a_recipe(task: nemo_run.Partial) -> bool:
+    """Tell whether a task was built from a recipe of this project."""
+    trainer = getattr(task, "trainer", None)
+    return isinstance(trainer, fdl.Buildable) and fdl.get_callable(trainer) is NemotronHTrainer
 
 
 def _keys(node: fdl.Buildable) -> set[str]:

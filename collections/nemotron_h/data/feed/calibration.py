@@ -18,7 +18,8 @@ CALIBRATION_SEED = 0  # ours: not the run's, so that models of runs with differe
 def calibration_windows(
     blend: Blend, manifest: Manifest, samples: int, seq_length: int, seed: int = CALIBRATION_SEED
 ) -> np.ndarray:
-    """A subset of the training text, in the mean of all phases' shares; a smaller one is the beginning of a larger one.
+    """Return a subset of the training text, in the mean of all phases' shares; a smaller one is the beginning of a
+    larger one.
 
     Args:
         samples: windows.
@@ -38,7 +39,7 @@ def calibration_windows(
 def calibration_sampler(
     blend: Blend, manifest: Manifest, samples: int, seq_length: int, seed: int = CALIBRATION_SEED
 ) -> BlendSampler:
-    """Which windows `calibration_windows` reads; nothing is read yet, and the errors are the same."""
+    """Return the sampler of the windows that `calibration_windows` reads, without reading; the errors are the same."""
     phases = [blend.source_shares(n) for n in range(len(blend.phases))]
     shares = {name: math.fsum(phase[name] for phase in phases) / len(phases) for name in blend.sources}
     sampler = BlendSampler([Segment("calibration", 0, samples, shares)], manifest.tokens("train"), seq_length, seed)
@@ -58,7 +59,7 @@ def calibration_sampler(
 
 
 def text_record(blend: Blend, manifest: Manifest) -> dict[str, Any]:
-    """What tells which text a blend is: its hash, the tokenizer's, and that of every training file."""
+    """Return the identity of a blend's text: the hashes of the blend, of the tokenizer and of every training file."""
     return {
         "blend": blend.name,
         "blend_hash": blend.hash(),

@@ -123,18 +123,18 @@ class MicroBatches(Sampler[list[int]]):
 
 
 class BlendDataSampler(PreparedDataSampler):
-    """What `MegatronStrategy` asks about batches: sizes, the sampler of a loader, and the count of consumed samples."""
+    """Answers to `MegatronStrategy` about batches: sizes, a loader's sampler, and the count of consumed samples."""
 
     _data: BlendDataModule
 
     def micro_batches(
         self, dataset: Dataset, first: Callable[[], int], samples: int | None, rank: int, size: int
     ) -> MicroBatches:
-        """Micro-batches of consecutive samples."""
+        """Return micro-batches of consecutive samples."""
         return MicroBatches(first, samples, self.micro_batch_size, rank, size)
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
-        """Samples consumed after so many steps of the run: `init_global_step` stays 0 here."""
+        """Return the samples consumed after so many steps of the run: `init_global_step` stays 0 here."""
         return self._data.order.sample_at(steps_since_resume)
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
@@ -144,7 +144,7 @@ class BlendDataSampler(PreparedDataSampler):
         return super().on_megatron_step_start(step)
 
     def on_megatron_step_end(self, step: MegatronStep) -> None:
-        """Log the number of the phase (from 1), so that the switches are drawn with the loss."""
+        """Log the number of the phase (from 1), so that the switches are plotted with the loss."""
         super().on_megatron_step_end(step)
         if step.trainer and getattr(step.trainer, "training", False):
             step.pl_module.log("blend_phase", float(self._data.phase_number(step.step_i)), batch_size=1)
@@ -165,11 +165,10 @@ class BlendDataModule(PreparedDataModule):
         micro_batch_size: samples per micro-batch and rank.
         global_batch_size: samples per step, all ranks together.
         seed: of the data order.
-        horizon_steps: length of the run that the phases divide; default: the trainer's `max_steps`. Set it to train
-            only a part of a longer plan, or to keep the switches to come when a run is made longer; those behind it
-            stay where they were.
-        horizon_tokens: the exact tokens behind those steps, where the recipe states tokens: switches are computed from
-            them as long as they round to the run's steps, and from the steps when the run was made longer or shorter.
+        horizon_tokens: length of the run that the phases divide, the recipe's `tokens`. A trainer whose `max_steps`
+            ends earlier trains the beginning of it; one that goes on for longer stretches the phases to its length.
+        horizon_steps: the same in steps, in place of both: keeps the switches to come when a run is made longer; those
+            behind it stay where they were.
         document_reset: give the model `seq_idx`, so that it can reset its state where documents begin.
         num_workers: processes that read ahead; 0 reads in the training process (tens of microseconds a sample from a
             warm page cache).
@@ -212,7 +211,7 @@ class BlendDataModule(PreparedDataModule):
 
     @cached_property
     def blend_spec(self) -> Blend:
-        """The blend as written.
+        """Return the blend as written.
 
         Raises:
             UserError: its sources are conversations.
@@ -234,7 +233,7 @@ class BlendDataModule(PreparedDataModule):
         self._resumed, self._opened = None, False
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
+        """Return micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
 
         Raises:
             UserError: the trainer was restored to a step that the data was not.
@@ -246,11 +245,11 @@ class BlendDataModule(PreparedDataModule):
         return self._loader(self.windows("train"))
 
     def val_dataloader(self) -> DataLoader:
-        """The fixed validation list."""
+        """Return the fixed validation list."""
         return self._loader(self.windows("validation"))
 
     def windows(self, split: str) -> Dataset:
-        """The samples of `train`, without end, or of `validation`, by number."""
+        """Return the samples of `train`, without end, or of `validation`, by number."""
         training = split == "train"
         sampler, samples = (self.order.sampler, ENDLESS) if training else self._validation
         streams = {name: self.manifest.stream(name, split) for name in sampler.names}
@@ -258,7 +257,7 @@ class BlendDataModule(PreparedDataModule):
         return windows if self.beside is None else self.beside(windows, split)
 
     def state_dict(self) -> dict[str, Any]:
-        """The data plan and what of it was consumed, for the checkpoint."""
+        """Return the data plan and what of it was consumed, for the checkpoint."""
         return self.order.state_dict(self.trainer.global_step)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -281,8 +280,8 @@ class BlendDataModule(PreparedDataModule):
             say("Data: switches to come have moved:\n" + "\n".join(f"  {line}" for line in moved))
 
     def record(self) -> dict[str, Any]:
-        """What a run's record says of its data: the blend, the tokenizer, the sha256 of every file that is read, the
-        order and how far it was followed.
+        """Return the data's part of a run's record: the blend, the tokenizer, the sha256 of every file that is read,
+        the order and how far it was followed.
         """
         return {**self._prepared_record(self._horizon().tokens), "order": self.state_dict()}
 
@@ -293,11 +292,11 @@ class BlendDataModule(PreparedDataModule):
     # the order
 
     def next_sample(self) -> int:
-        """The sample that the trainer's next step begins with."""
+        """Return the sample that the trainer's next step begins with."""
         return self.order.sample_at(self.trainer.global_step)
 
     def phase_number(self, step: int) -> int:
-        """The number of a step's phase, from 1."""
+        """Return the number of a step's phase, from 1."""
         return self.order.plan.phases.index(self.order.phase_at(step)) + 1
 
     def announce_switch(self, step: int) -> None:
@@ -334,12 +333,12 @@ class BlendDataModule(PreparedDataModule):
 
     def _horizon(self) -> Horizon:
         tokens_per_step = self.seq_length * self.global_batch_size
-        steps = self.horizon_steps or self.trainer.max_steps
+        horizon = Horizon(self.horizon_tokens or 0, tokens_per_step)
+        steps = self.horizon_steps or max(self.trainer.max_steps, horizon.steps)
         if steps < 1:
             raise UserError(
-                "the phases of the blend need the run's length", "Set trainer.max_steps or data.horizon_steps."
+                "the phases of the blend need the run's length", "Set tokens, trainer.max_steps or data.horizon_steps."
             )
-        horizon = Horizon(self.horizon_tokens or 0, tokens_per_step)
         return horizon if horizon.steps == steps else Horizon.from_steps(steps, tokens_per_step)
 
     def _plan(self) -> DataPlan:
@@ -348,7 +347,7 @@ class BlendDataModule(PreparedDataModule):
 
     @cached_property
     def _validation(self) -> tuple[BlendSampler, int]:
-        """The sampler of the validation list and its length."""
+        """Return the sampler of the validation list and its length."""
         text = ValidationText.of(self.blend_spec, self.manifest, self.seq_length)
         if text.left_out:
             names = ", ".join(text.left_out)

@@ -15,7 +15,7 @@ from nemotron_h.core.errors import UserError
 
 
 def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
-    """Best-fit-decreasing bin packing: the longest first, each into the fullest bin that still takes it.
+    """Pack bins by best-fit-decreasing: the longest first, each into the fullest bin that still takes it.
 
     Args:
         lengths: of the items, each in [1, capacity].
@@ -114,7 +114,7 @@ class PackedOrder:
         self._rounds: dict[int, list[list[Item]]] = {}
 
     def window(self, number: int) -> list[Item]:
-        """The conversations of a window, in their order."""
+        """Return the conversations of a window, in their order."""
         while not self._ends or self._ends[-1] <= number:
             begin = self._ends[-1] if self._ends else 0
             self._ends.append(begin + len(self.round(len(self._ends))))
@@ -122,11 +122,11 @@ class PackedOrder:
         return self.round(index)[number - (self._ends[index - 1] if index else 0)]
 
     def cost(self, number: int) -> int:
-        """What a window's attention has to do: the sum of its conversations' squared lengths."""
+        """Return a window's attention work: the sum of its conversations' squared lengths."""
         return sum(int(self.costs[item.source][item.number]) for item in self.window(number))
 
     def round(self, index: int) -> list[list[Item]]:
-        """The windows of a round. Two are kept: a step may read the end of one and the beginning of the next."""
+        """Return the windows of a round. Two are kept: a step may read the end of one and the beginning of the next."""
         if index not in self._rounds:
             self._rounds[index] = self._pack(index)
             if len(self._rounds) > 2:
@@ -135,20 +135,20 @@ class PackedOrder:
 
     def _pack(self, index: int) -> list[list[Item]]:
         items = [Item(name, number) for name in self.names for number in self._taken(name, index).tolist()]
-        draw = np.random.default_rng([self.seed, index])
-        items = [items[place] for place in draw.permutation(len(items)).tolist()]
+        rng = np.random.default_rng([self.seed, index])
+        items = [items[place] for place in rng.permutation(len(items)).tolist()]
         lengths = np.array([self.lengths[item.source][item.number] for item in items])
         bins = best_fit(lengths, self.seq_length)
-        return [[items[place] for place in sorted(bins[number])] for number in draw.permutation(len(bins)).tolist()]
+        return [[items[place] for place in sorted(bins[number])] for number in rng.permutation(len(bins)).tolist()]
 
     def _taken(self, name: str, index: int) -> np.ndarray:
-        """Numbers of the conversations that a source gives to a round: those that begin inside its positions."""
+        """Return the numbers of a source's conversations in a round: those that begin inside its positions."""
         begin, end = (round(self.shares[name] * self._round_positions * n) for n in (index, index + 1))
         total = self._totals[name]
         parts = []
         for epoch in range(begin // total, -(-end // total)):
-            draw = np.random.default_rng([self.seed, 1 + self.names.index(name), epoch])
-            order = draw.permutation(len(self.lengths[name]))
+            rng = np.random.default_rng([self.seed, 1 + self.names.index(name), epoch])
+            order = rng.permutation(len(self.lengths[name]))
             starts = epoch * total + np.cumsum(self.lengths[name][order], dtype=np.int64) - self.lengths[name][order]
             parts.append(order[(starts >= begin) & (starts < end)])
         return np.concatenate(parts)

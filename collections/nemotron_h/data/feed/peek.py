@@ -21,7 +21,7 @@ from nemotron_h.data.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What of a run decides the order of its data.
+    """Settings of a run that decide the order of its data.
 
     Args:
         tokens: length of the run.
@@ -89,7 +89,7 @@ class Peek:
         self.order = DataOrder(plan) if state is None else DataOrder.resume(plan, state, blend_change)
 
     def samples(self, step: int) -> Iterator[PeekedSample]:
-        """The samples of a step (from 0), in their order in the global batch.
+        """Yield the samples of a step (from 0), in their order in the global batch.
 
         Raises:
             UserError: the run has no such step, or read it from the data before a declared change.

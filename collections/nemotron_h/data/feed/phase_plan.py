@@ -1,4 +1,4 @@
-"""What decides the order of a run's data, what of it goes into a checkpoint, and how a run continues from there.
+"""The order of a run's data: what decides it, what of it goes into a checkpoint, how a run continues from there.
 
 `DataPlan` names everything that the order depends on; two equal plans feed equal batches. `DataOrder` is a plan that
 is being followed: it knows where it took over, and turns steps into samples. No torch.
@@ -48,7 +48,7 @@ class PlannedPhase:
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Everything that the order of the data depends on, and the blend's name and hash for the record."""
+    """State that the order of the data depends on, and the blend's name and hash for the record."""
 
     blend: str
     blend_hash: str
@@ -62,7 +62,7 @@ class DataPlan:
     def of(
         cls, blend: Blend, manifest: Manifest, horizon: Horizon, seq_length: int, global_batch_size: int, seed: int
     ) -> DataPlan:
-        """The plan of a prepared blend for a run.
+        """Return the plan of a prepared blend for a run.
 
         Raises:
             UserError: a phase would be empty, or a source that has a share is too small for one window.
@@ -85,19 +85,19 @@ class DataPlan:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> DataPlan:
-        """The inverse of `dataclasses.asdict`."""
+        """Return the plan of a dictionary, the inverse of `dataclasses.asdict`."""
         sources = {name: PlannedSource(**source) for name, source in content["sources"].items()}
         phases = [PlannedPhase(**phase) for phase in content["phases"]]
         return cls(**{**content, "sources": sources, "phases": phases})
 
     def windows(self, source: str) -> int:
-        """Windows of an epoch of a source."""
+        """Return the number of windows in an epoch of a source."""
         return self.sources[source].tokens // self.seq_length
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plan takes over: at the run's start, or at a declared change.
+    """Start of a plan: the run's start, or a declared change.
 
     Args:
         step: its first step.
@@ -111,7 +111,7 @@ class Origin:
 
 
 def compare(old: DataPlan, new: DataPlan, step: int) -> tuple[list[str], list[str]]:
-    """How two plans differ at a step.
+    """Compare two plans at a step.
 
     Returns:
         What changes the blend or the batches before `step` (one line each), and what only moves switches that are
@@ -186,15 +186,15 @@ class DataOrder:
         self.sampler = BlendSampler(segments, tokens, plan.seq_length, plan.seed, self.origin.positions)
 
     def sample_at(self, step: int) -> int:
-        """The first sample of a step; that is also the number of samples consumed before it."""
+        """Return the first sample of a step; that is also the number of samples consumed before it."""
         return self.origin.sample + max(step - self.origin.step, 0) * self.plan.global_batch_size
 
     def phase_at(self, step: int) -> PlannedPhase:
-        """The phase that a step belongs to."""
+        """Return the phase that a step belongs to."""
         return self._phases[self.sampler.phase_of(self.sample_at(step))]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` steps keeps, in plain containers.
+        """Return the state that a checkpoint after `step` steps keeps, in plain containers.
 
         `consumed` lists, per phase of this plan, the samples that each source gave; `positions` the windows that each
         source gave since the run's start; `history` the same for plans that a declared change replaced.
@@ -250,7 +250,7 @@ class DataOrder:
 
 
 def _carried(name: str, position: int, plans: Sequence[DataPlan], new: DataPlan) -> int:
-    """A source's position under a new plan."""
+    """Return a source's position under a new plan."""
     old = next(plan for plan in reversed(plans) if name in plan.sources)
     same_windows = (old.seed, old.seq_length, old.sources[name]) == (new.seed, new.seq_length, new.sources.get(name))
     if same_windows or name not in new.sources:

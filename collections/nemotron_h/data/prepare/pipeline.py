@@ -1,7 +1,7 @@
 """Preparing a blend: sources -> documents -> tokens -> `.bin/.idx`, in parallel, restartable, the same bytes every
 time.
 
-Each source is cut into shards by its files alone. Worker processes turn shards into tokens; a shard is finished when
+Each source is split into shards by its files alone. Worker processes turn shards into tokens; a shard is finished when
 its record is renamed into place, so a killed run continues with the missing shards. When a source's shards are
 complete they are joined in order, duplicates are dropped (the first stays) and the result is renamed into place.
 `manifest.json` comes last.
@@ -191,7 +191,7 @@ class _Preparation:
             self.say(f"Warning: the tokenizer has no {', '.join(plain)}: these markers are encoded as plain text")
 
     def _finished(self, plan: SourcePlan) -> SourceManifest | None:
-        """The source's entry when it was prepared from just these inputs and its files are still in place."""
+        """Return the source's entry when it was prepared from just these inputs and its files are still in place."""
         content = saved_state(self.folder / plan.name / "source.json")
         content.pop("inputs", None)
         try:
@@ -206,7 +206,7 @@ class _Preparation:
     # ---- the tokenizer
 
     def _tokenizer(self, plans: list[SourcePlan], force: bool) -> tuple[Tokenizer, bool]:
-        """The blend's tokenizer, made or copied when absent or out of date, and whether that was needed."""
+        """Return the blend's tokenizer, made or copied when absent or out of date, and whether that was needed."""
         spec, final = self.blend.tokenizer, self.folder / "tokenizer"
         if spec.is_trained():
             chosen = [
@@ -297,7 +297,7 @@ class _Preparation:
         return self.folder / plan.name / f".build-{plan.key[:16]}"
 
     def _run_jobs(self, plans: dict[str, SourcePlan], jobs: dict[str, list[ShardJob]]) -> dict[str, SourceManifest]:
-        """All shards of all sources through one pool; a source is joined as soon as its last shard is done."""
+        """Run all shards of all sources through one pool; a source is joined as soon as its last shard is done."""
         entries: dict[str, SourceManifest] = {}
         records: dict[str, dict[int, ShardRecord]] = {name: {} for name in plans}
         pending: dict[Future, tuple[str, int | None]] = {}  # None: the joining of a source
@@ -444,7 +444,7 @@ def _check_bad(plan: SourcePlan, records: list[ShardRecord], prefixes: list[str]
 
 
 def _training_texts(plans: list[SourcePlan], limit: int) -> Iterator[str]:
-    """The first `limit` bytes of text of each source, in order."""
+    """Yield the first `limit` bytes of text of each source, in order."""
     for plan in plans:
         left = limit
         for pieces in plan.shards:

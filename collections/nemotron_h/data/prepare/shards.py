@@ -1,4 +1,4 @@
-"""What the worker processes of a preparation do: a shard of text to tokens, and a source's shards to one `.bin/.idx`
+"""Work of a preparation's processes: a shard of text to tokens, and a source's shards to one `.bin/.idx`
 pair per split.
 
 A shard's files count only once its record (`<prefix>.json`) is there; it is renamed into place last.
@@ -81,7 +81,7 @@ class MergeJob:
 
 @dataclass
 class ShardRecord:
-    """What a finished shard holds.
+    """Counts of a finished shard.
 
     Args:
         joined: how many conversations went into long ones, less these.
@@ -116,7 +116,7 @@ def start_worker(tokenizer_path: str, chat_template: str = "") -> None:
 
 
 def finished_shard(prefix: str) -> ShardRecord | None:
-    """The record of a shard when it is complete."""
+    """Return the record of a shard when it is complete."""
     try:
         record = ShardRecord(**json.loads(Path(prefix + ".json").read_text(encoding="utf-8")))
         return record if all(os.path.getsize(prefix + s) == n for s, n in record.sizes.items()) else None
@@ -125,12 +125,12 @@ def finished_shard(prefix: str) -> ShardRecord | None:
 
 
 def document_hash(text: str) -> bytes:
-    """16 bytes that stand for a document's text: equal texts share them, and they choose the split."""
+    """Return 16 bytes that stand for a document's text: equal texts share them, and they choose the split."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=_HASH_BYTES).digest()
 
 
 def is_validation(hash_of_document: bytes, share: float) -> bool:
-    """Whether a document is held out: a property of its text alone, so neither order nor other documents matter."""
+    """Return True for a held-out document: a property of its text, so neither order nor other documents matter."""
     return int.from_bytes(hash_of_document[-8:], "big") < share * 2**64
 
 
@@ -156,12 +156,12 @@ def build_shard(job: ShardJob) -> ShardRecord:
 
 
 def _plain(texts: list[str]) -> list[Encoded]:
-    """Texts as tokens that end with EOD; all of them are learnt, so no mask is made."""
+    """Return texts as tokens that end with EOD; all of them are learnt, so no mask is made."""
     return [Encoded([*ids, _tokenizer.eod_id], []) for ids in _tokenizer.encode_batch(texts)]
 
 
 def _applied(item: Document | Bad) -> tuple[Document | Bad, Encoded | None]:
-    """A conversation with its tokens; one that the template refuses is bad."""
+    """Return a conversation with its tokens; one that the template refuses is bad."""
     if isinstance(item, Bad) or (item.conversation is None and item.pair is None):
         return item, None
     try:
@@ -172,7 +172,7 @@ def _applied(item: Document | Bad) -> tuple[Document | Bad, Encoded | None]:
 
 
 def _documents(job: ShardJob, record: ShardRecord) -> Iterator[Document | Bad]:
-    """What the shard's files hold, joined to long conversations where the source says so."""
+    """Return the documents of the shard's files, joined to long conversations where the source says so."""
     items = _counted(read_documents(job.source, job.pieces), record)
     if job.source.extend is None:
         return items
@@ -194,8 +194,8 @@ def _counted(items: Iterator[Document | Bad], record: ShardRecord) -> Iterator[D
 def _batches(
     job: ShardJob, record: ShardRecord, quarantine: IO[bytes]
 ) -> Iterator[tuple[list[str], list[bytes], list[Encoded], list[bool]]]:
-    """Documents in batches of bounded size: texts, their hashes, the tokens of conversations, and which are held out;
-    bad and empty records are counted on the way.
+    """Yield documents in batches of bounded size: texts, their hashes, the tokens of conversations, and which are held
+    out; bad and empty records are counted on the way.
     """
     batch: list[tuple[Document, Encoded | None]] = []
     characters = 0
@@ -315,9 +315,7 @@ def _kept_tokens(path: str, lengths: np.ndarray, mask: np.ndarray, dtype: np.dty
 
 
 def _first_occurrences(job: MergeJob, split: str) -> np.ndarray:
-    """bool [documents]: whether no earlier document of the source has the same text. Holds about 40 bytes per
-    document.
-    """
+    """Return True for documents, bool [documents], whose text is the source's first. Takes 40 bytes per document."""
     hashes = np.concatenate([np.fromfile(f"{p}.{split}.hashes", dtype="<u8").reshape(-1, 2) for p in job.prefixes])
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal ones stay in document order
     ordered = hashes[order]

@@ -1,6 +1,6 @@
 """From files to documents: finding a source's files, cutting them into shards, and reading the documents of a shard.
 
-The cut depends on the files alone, never on the number of workers, so the prepared bytes do not either.
+The split depends on the files alone, never on the number of workers, so the prepared bytes do not either.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _EXCERPT = 160  # characters of a bad record that the quarantine keeps
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a file found.
+    """Statistics of one pass over a file.
 
     Args:
         size: bytes.
         sha256: of the content.
-        cuts: (byte offset, number of the line that begins there, from 1), where a line-based file may be cut; the
+        cuts: (byte offset, number of the line that begins there, from 1), where a line-based file may be split; the
             first is (0, 1).
     """
 
@@ -73,7 +73,7 @@ class Document:
         return self.conversation or ()
 
     def parts(self) -> list[str]:
-        """Its text, or the texts of its turns."""
+        """Return its text, or the texts of its turns."""
         if self.conversation is None and self.pair is None:
             return [self.text]
         return [text for turn in self.turns() for text in (turn.reasoning, turn.content) if text]
@@ -90,12 +90,12 @@ class Bad:
 
 
 def is_line_based(source: Source, path: str) -> bool:
-    """Whether the file can be cut at any line end."""
+    """Return True if the file can be split at any line end."""
     return (source.format == "jsonl" or source.split_on == "\n") and not compression(path)
 
 
 def scan(path: str, line_based: bool) -> Scan:
-    """Hash a file and, when it is line-based, find where it can be cut (about every `MIN_SHARD_BYTES`).
+    """Hash a file and, when it is line-based, find where it can be split (about every `MIN_SHARD_BYTES`).
 
     Errors:
         UserError: it is a ZIP archive.
@@ -121,7 +121,7 @@ def scan(path: str, line_based: bool) -> Scan:
 
 
 def plan_shards(source: Source, inputs: list[Input], scans: list[Scan]) -> list[list[Piece]]:
-    """Cut a source into shards of roughly equal size: between 1 and 64 MiB, at most about 64 of them while they stay
+    """Split a source into shards of roughly equal size: between 1 and 64 MiB, at most about 64 of them while they stay
     below that.
     """
     total = sum(s.size for s in scans)
@@ -177,7 +177,7 @@ def _parquet(item: Input):
 
 
 def read_documents(source: Source, pieces: list[Piece]) -> Iterator[Document | Bad]:
-    """The documents and the unreadable records of a shard, in order."""
+    """Yield the documents and the unreadable records of a shard, in order."""
     for piece in pieces:
         yield from _READERS[source.format](source, piece)
 
@@ -411,7 +411,7 @@ def _dig(value: Any, keys: list[str]) -> Any:
 
 
 def _strings(value: Any) -> list[str]:
-    """A string as it is; the strings of (nested) lists as one text, a line each."""
+    """Return a string as it is, and the strings of (nested) lists as one text, a line each."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):

@@ -93,7 +93,7 @@ def _tokens(prefix: str) -> np.ndarray:
 
 
 def _samples_survive(tokens: np.ndarray, ends: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer) -> bool:
-    """Whether evenly spaced documents come back token by token."""
+    """Return True if evenly spaced documents come back token by token."""
     for number in np.linspace(0, len(ends) - 1, min(_SAMPLES, len(ends))).astype(int):
         ids = tokens[ends[number] - lengths[number] : ends[number] - 1].tolist()
         if tokenizer.text_to_ids(tokenizer.ids_to_text(ids)) != ids:

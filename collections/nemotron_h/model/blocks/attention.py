@@ -5,7 +5,6 @@ Axes: b batch, l tokens, h hidden, g groups (key-value heads), q heads of a grou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +155,7 @@ class RunningAttention(Running):
         h: Tensor,
         rotary: Rotary | None,
         watch: Watch | None,
-        mask: Mapping[str, Tensor],
+        mask: Tensor | None,
     ) -> Tensor:
         """Return the output; positions count from the window's start."""
         q, k, v = self.split_qkv(F.linear(h, w.qkv), rotary)

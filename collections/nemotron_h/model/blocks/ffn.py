@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +99,10 @@ class RunningFFN(Running):
         residual.values.addmm_(torch.mul(up, up, out=up), w.down.t())
 
     def whole(
-        self, ops: Ops, w: FFNWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Mapping[str, Tensor]
+        self, ops: Ops, w: FFNWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
     ) -> Tensor:
         """Return the output; the neurons are watched after the activation (paper 3.2)."""
         inner = F.relu(F.linear(h, w.up)).square()
         if watch:
             watch("neurons", inner)
-        return F.linear(inner * mask["neurons"] if "neurons" in mask else inner, w.down)
-
-    def masks(self, kept: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
-        """Return the neurons that stay."""
-        return {"neurons": (kept["neurons"], self.block.ffn_hidden_size)}
+        return F.linear(inner if mask is None else inner * mask, w.down)

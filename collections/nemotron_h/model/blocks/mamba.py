@@ -5,7 +5,6 @@ Axes: b batch, l tokens, h hidden, n heads, p channels of a head, g groups, s st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +168,7 @@ class RunningMamba(Running):
         h: Tensor,
         rotary: Rotary | None,
         watch: Watch | None,
-        mask: Mapping[str, Tensor],
+        mask: Tensor | None,
     ) -> Tensor:
         """Return the output; x's part of the input projection is watched. Under a mask the gated norm's mean goes over
         the channels that stay.
@@ -180,20 +179,15 @@ class RunningMamba(Running):
         x, b, c = self._split_conv(ops.conv1d(xbc, w.conv_weight, w.conv_bias))
         y = ops.ssd(x, dt, w.A, b, c, D=w.D, dt_bias=w.dt_bias).flatten(-2)
         groups = self.block.mamba_num_groups
-        if "inner" not in mask:
+        if mask is None:
             size = self.block.d_inner // groups
             return F.linear(ops.gated_rms_norm(y, z, w.gated_norm, group_size=size, eps=self.epsilon), w.out_proj)
-        inner = mask["inner"]
         wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        gated = (y.to(wide) * F.silu(z.to(wide)) * inner).unflatten(-1, (groups, -1))
-        stay = inner.to(wide).unflatten(-1, (groups, -1)).sum(-1, keepdim=True)
+        gated = (y.to(wide) * F.silu(z.to(wide)) * mask).unflatten(-1, (groups, -1))
+        stay = mask.to(wide).unflatten(-1, (groups, -1)).sum(-1, keepdim=True)
         mean = gated.square().sum(-1, keepdim=True) / stay
         normed = (gated * (mean + self.epsilon).rsqrt()).flatten(-2) * w.gated_norm
         return F.linear(normed.to(h.dtype), w.out_proj)
-
-    def masks(self, kept: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
-        """Return the channels that stay of all heads."""
-        return {"inner": (self.block.inner_channels(kept["heads"], kept["channels"]), self.block.d_inner)}
 
 
 class _Mixer:

@@ -189,16 +189,12 @@ class Running:
     # compression
 
     def whole(
-        self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Mapping[str, Tensor]
+        self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
     ) -> Tensor:
         """Return the layer's output [b, l, h] over windows from empty states.
 
         Args:
             watch: told of what pruning measures, under the name of the importance artefact.
-            mask: inner channels that stay, 1 or 0 each, by the same names; those that are absent stay whole.
+            mask: 1 or 0 for each input of the layer's last matrix, or None: what stays of its inner channels.
         """
         raise NotImplementedError
-
-    def masks(self, kept: Mapping[str, Any]) -> dict[str, tuple[Any, int]]:
-        """Return name of a mask of `whole` -> channels that stay, and of how many; from what stays of each axis."""
-        return {}

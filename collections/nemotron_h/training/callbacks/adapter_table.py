@@ -1,4 +1,4 @@
-"""What an adapter trains: printed before the model is built."""
+"""Print what an adapter trains before the model is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemotron_h.schema.recipe import AdapterSchema
 
 
 def summary(adapter: AdapterSchema, definition: ModelDefinition) -> str:
-    """The whole of it on one line."""
+    """Return a summary on one line."""
     total = trained_parameters(adapter, definition)
     return (
         f"{adapter.kind}, rank {adapter.rank}, alpha {adapter.alpha:g}: trains {total:,} parameters beside "
@@ -21,7 +21,7 @@ def summary(adapter: AdapterSchema, definition: ModelDefinition) -> str:
 
 
 def as_table(adapter: AdapterSchema, definition: ModelDefinition) -> Table:
-    """A row per matrix of the layers, those without adapters too."""
+    """Return a row per matrix of the layers, those without adapters too."""
     total = trained_parameters(adapter, definition)
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading, justify in (
@@ -50,7 +50,7 @@ class AdapterTable(pl.Callback):
     """Print which matrices have adapters, in how many layers, and what share is trained."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Before the model is built."""
+        """Print the table before the model is built."""
         adapter, definition = pl_module.config.adapter, pl_module.config.definition()
         if adapter is not None and trainer.is_global_zero:
             # a row stays one line, in a log file too

@@ -1,4 +1,4 @@
-"""At chosen steps, what FP8 does to every operand: amax, and the shares that underflow, saturate and overflow."""
+"""Statistics of FP8's casts at chosen steps, by operand: amax, and the shares that underflow, saturate and overflow."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.plugins import PrecisionPlugin
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
 
-#: products whose inputs sequence parallelism gathers; of the others it splits the outputs
+#: matmuls whose inputs sequence parallelism gathers; of the others it splits the outputs
 COLUMN_PARALLEL = ("in_proj", "linear_qkv", "linear_fc1")
-#: (layer, product, operand)
+#: (layer, matmul, operand)
 Key = tuple[int, str, str]
 
 
 class CastStatisticsCallback(pl.Callback):
-    """Measure the operands of every FP8 product in the first micro-batch of some steps.
+    """Measure the operands of every FP8 matmul in the first micro-batch of some steps.
 
-    Operands are quantised once more beside the run's own product, with the emulation's arithmetic, which has the
+    Operands are quantised once more beside the run's own matmul, with the emulation's arithmetic, which has the
     scales of Transformer Engine, so a GPU's run is measured alike. Activation and gradient are those of the layer's
     input and output, the gradient that of one micro-batch as the backward pass has it. Where a norm is fused into the
-    product it is computed again, in the model's dtype. Writes `<run>/cast_statistics.json` and, with a logger, scalars
-    `fp8_<statistic>_<operand>/layer_<number>_<product>`.
+    matmul it is computed again, in the model's dtype. Writes `<run>/cast_statistics.json` and, with a logger, scalars
+    `fp8_<statistic>_<operand>/layer_<number>_<matmul>`.
 
     Args:
         steps: to measure, from 1.
@@ -45,7 +45,7 @@ class CastStatisticsCallback(pl.Callback):
         self.counts: dict[Key, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Which products are in FP8."""
+        """Find the matmuls that are in FP8."""
         plugin = trainer.precision_plugin
         self.recipe = plugin.recipe if isinstance(plugin, PrecisionPlugin) and plugin.recipe in FP8_FORMATS else ""
         if not self.recipe:
@@ -56,7 +56,7 @@ class CastStatisticsCallback(pl.Callback):
         self.kinds = {number: block.name for number, block in enumerate(definition.blocks)}
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Watch this step's products, if it is one to measure."""
+        """Watch this step's matmuls, if it is one to measure."""
         if not self.recipe or trainer.global_step + 1 not in self.steps:
             return
         self.counts = {}
@@ -87,7 +87,7 @@ class CastStatisticsCallback(pl.Callback):
                 logger.log_metrics(scalars, trainer.global_step - 1)  # the step that Lightning gives this loss
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Other callbacks may run the model again to say what went wrong."""
+        """Stop watching: other callbacks may run the model again to say what went wrong."""
         self._release()
 
     def _release(self) -> None:
@@ -96,7 +96,7 @@ class CastStatisticsCallback(pl.Callback):
         self.hooks = []
 
     def _products(self, pl_module: pl.LightningModule) -> Iterator[tuple[int, str, nn.Module]]:
-        """This rank's FP8 products."""
+        """Yield this rank's FP8 matmuls."""
         model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
         for layer in model.decoder.layers:
             for path, module in layer.named_modules():
@@ -105,7 +105,7 @@ class CastStatisticsCallback(pl.Callback):
                     yield layer.layer_number - 1, name, module
 
     def _watch(self, layer: int, name: str) -> Any:
-        """A hook that counts a product's operands the first time that it sees each."""
+        """Return a hook that counts a matmul's operands the first time that it sees each."""
         column = name in COLUMN_PARALLEL
 
         def count(operand: str, x: Tensor, split: bool) -> None:
@@ -143,13 +143,13 @@ class CastStatisticsCallback(pl.Callback):
 
 
 def operand_of(module: nn.Module, x: Tensor) -> Tensor:
-    """What a product multiplies, of what its module is given: Transformer Engine's may normalise it first."""
+    """Return a matmul's operand from its module's input, which Transformer Engine may normalise first."""
     weight = getattr(module, "layer_norm_weight", None)
     return x if weight is None else rms_norm(x, weight, eps=module.eps)
 
 
 def together(ranks: Iterable[dict[Key, CastStatistics]]) -> dict[Key, CastStatistics]:
-    """The ranks' statistics added up. What several ranks hold alike counts several times, which changes no share."""
+    """Add up the ranks' statistics. Values that several ranks hold alike count several times, so no share changes."""
     merged: dict[Key, CastStatistics] = {}
     for part in ranks:
         for key, statistics in part.items():

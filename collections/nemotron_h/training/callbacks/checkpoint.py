@@ -19,7 +19,7 @@ from nemotron_h.training.preflight import check_disk, checkpoint_bytes
 
 
 def describe_by_rank(checkpoint: Path) -> dict[str, list]:
-    """Size and sha256 of every file of a checkpoint, each read by one rank; returned on all ranks."""
+    """Return size and sha256 of every file of a checkpoint, each read by one rank; returned on all ranks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # One listing for all: on a shared file system the ranks' own could differ, and a file would go unread.
     names = [folders.content(checkpoint) if rank == 0 else None]

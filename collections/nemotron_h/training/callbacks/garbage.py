@@ -8,7 +8,7 @@ from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
 
 def collect_garbage_together(every_steps: int = 100) -> pl.Callback:
-    """NeMo's callback on GPUs, where a rank that pauses on its own stalls all others; nothing on the CPU.
+    """Return NeMo's callback on GPUs, where a rank that pauses on its own stalls all others; nothing on the CPU.
 
     Args:
         every_steps: training steps (and validation batches) between collections.

@@ -1,4 +1,4 @@
-"""What runs in which precision: printed, and checked against data and machine, before the model is built."""
+"""Print the precision of every matmul and check it against data and machine before the model is built."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def as_table(groups: list[GemmGroup], whose: str = "") -> Table:
-    """The products, those of equal layers in one row; `whose` ends the title."""
+    """Return a table of the matmuls, those of equal layers in one row; `whose` ends the title."""
     title = f"matrix products{whose} on each rank"
     table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left", title=title)
     for heading in ("layers", "type", "product", "tokens x inputs x outputs", "in", "why"):
@@ -30,10 +30,10 @@ def as_table(groups: list[GemmGroup], whose: str = "") -> Table:
 
 
 class GemmTable(pl.Callback):
-    """Print every matrix product of an FP8 run, FP8 or BF16 and why; refuse what cannot run."""
+    """Print every matmul of an FP8 run, FP8 or BF16 and why; refuse what cannot run."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Before the model is built.
+        """Print the table before the model is built.
 
         Errors:
             UserError: a shape that FP8 cannot take, GPUs without FP8 or of several kinds, no Transformer Engine.

@@ -39,7 +39,7 @@ class NanGuard(pl.Callback):
         config.finalize_model_grads_func = check_and_reduce
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """A new step."""
+        """Begin a new step."""
         self.batches = []
 
     def on_megatron_microbatch_end(self, step: Any, batch: dict[str, Any], output: Tensor, **_: Any) -> None:
@@ -62,7 +62,7 @@ class NanGuard(pl.Callback):
             raise self._error(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Megatron's own check of the gradients, which with overlapped reduction comes first: say what it cannot."""
+        """Add what Megatron's own check of the gradients, which with overlapped reduction comes first, cannot say."""
         if isinstance(exception, UserError):
             return
         if any(not flag for _, flag in self.batches):
@@ -97,7 +97,7 @@ class NanGuard(pl.Callback):
 
     @staticmethod
     def _samples(trainer: pl.Trainer, batch: dict[str, Any]) -> str:
-        """Numbers and sources of the micro-batch's samples, where the data module gives them."""
+        """Return the numbers and sources of the micro-batch's samples, where the data module gives them."""
         ids = batch.get("sample_ids")
         if ids is None:
             return ""
@@ -107,7 +107,7 @@ class NanGuard(pl.Callback):
 
 
 def _named_parts(model: nn.Module) -> dict[str, nn.Module]:
-    """What a forward pass goes through, in order, by the names that an error uses."""
+    """Return the modules of a forward pass in order, by the names that an error uses."""
     parts: dict[str, nn.Module] = {}
     if getattr(model, "pre_process", True):
         parts["the embedding"] = model.embedding
@@ -123,7 +123,7 @@ def _named_parts(model: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def gradients_not_finite(pl_module: pl.LightningModule) -> str:
-    """Which weights' gradients are not finite, as a sentence; those that a backward pass reaches first come first."""
+    """Return a sentence naming the weights with non-finite gradients, in the order of the backward pass."""
     model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
     largest = {n: p.main_grad.abs().amax() for n, p in model.named_parameters() if hasattr(p, "main_grad")}
     bad = [name for name, value in largest.items() if not bool(torch.isfinite(value))][::-1]
@@ -140,7 +140,7 @@ def _holds_only_finite(value: Any) -> bool:
 
 @torch.no_grad()
 def first_not_finite(pl_module: pl.LightningModule, batch: dict[str, Any]) -> str:
-    """Where a value that is not finite first appears when this batch is run forward again, as a sentence."""
+    """Return a sentence naming the first non-finite value when this batch is run forward again."""
     model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
     weights = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     about_weights = f" Weights that are not finite: {', '.join(weights[:3])}." if weights else ""

@@ -59,7 +59,7 @@ class Preemption(pl.Callback):
         self._listen(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As before the sanity check, which a resumed run leaves out."""
+        """Listen as before the sanity check, which a resumed run leaves out."""
         self._listen(trainer)
 
     def _listen(self, trainer: pl.Trainer) -> None:
@@ -119,13 +119,13 @@ class Preemption(pl.Callback):
         sys.exit(EXIT_CODE)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A run that another limit ended early (`trainer.max_time`) is not complete either."""
+        """Exit early for a run that another limit ended (`trainer.max_time`) too: it is not complete either."""
         self.active = False
         if trainer.global_step < trainer.max_steps:
             sys.exit(EXIT_CODE)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """The run is over; signals have their usual meaning again."""
+        """Give signals their usual meaning again: the run is over."""
         self.active = False
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             whole = newest(trainer)

@@ -1,4 +1,4 @@
-"""What preference training is judged by: reward margin and accuracy, and log-probabilities of both answers."""
+"""Metrics of preference training: reward margin and accuracy, and log-probabilities of both answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PreferenceMetrics(pl.Callback):
             pl_module.log(f"val_{name}", value, batch_size=1)
 
     def line(self) -> str:
-        """The newest step, and the newest validation's margin, for the progress line."""
+        """Return the newest step, and the newest validation's margin, for the progress line."""
         if not self.training:
             return ""
         text = f"margin {self.training['reward_margin']:+.3f}"
@@ -49,12 +49,12 @@ class PreferenceMetrics(pl.Callback):
         return f"{text}  accuracy {self.training['reward_accuracy']:.0%}"
 
     def record(self) -> dict[str, float]:
-        """Both for the run's record."""
+        """Return both for the run's record."""
         return {**self.training, **{f"val_{name}": value for name, value in self.validation.items()}}
 
 
 def _from_last_stage(reduction: Any) -> dict[str, float]:
-    """The means, which only the last pipeline stage knows, on every rank."""
+    """Return the means, which only the last pipeline stage knows, on every rank."""
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return reduction.metrics()
     found = [reduction.metrics()]

@@ -1,13 +1,13 @@
-"""One progress line, and a summary at the end."""
+"""Report steps: on one line, in a file that others follow, and in a summary at the end."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 import sys
 import time
 from collections import deque
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,16 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
+from nemotron_h.core.progress import STEPS, Step, duration
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 
 
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    return str(timedelta(seconds=round(seconds)))
-
-
 class ProgressLine(ProgressBar):
-    """Step, loss, validation loss, tokens/s, learning rate and ETA on one line; rank 0 only.
+    """Report step, loss, validation loss, tokens/s, learning rate and ETA; rank 0 only.
 
-    On a terminal the line is rewritten in place each step; elsewhere one is printed every `every_steps`.
+    On a terminal the line is rewritten in place each step; elsewhere one is printed every `every_steps`. Each line that
+    stays is one of `progress.jsonl` in the run's folder too.
 
     Args:
         every_steps: steps between printed lines.
@@ -43,16 +40,16 @@ class ProgressLine(ProgressBar):
         self.disabled = False
 
     def disable(self) -> None:
-        """Lightning calls this on ranks other than 0."""
+        """Stay silent; Lightning calls this on ranks other than 0."""
         self.disabled = True
 
     def enable(self) -> None:
-        """Counterpart of `disable`."""
+        """Show the line again, after `disable`."""
         self.disabled = False
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the line can be rewritten."""
+        """Return True if the line can be rewritten."""
         return sys.stdout.isatty()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,10 +86,16 @@ class ProgressLine(ProgressBar):
             return
         step = trainer.global_step
         due = step % self.every_steps == 0 or step == trainer.max_steps or step == self.first_step + 1
+        if not (due or self.is_terminal):
+            return
+        report = self._report(trainer)
         if self.is_terminal:
-            print("\r\033[K" + self._line(trainer), end="\n" if due else "", flush=True)
-        elif due:
-            print(self._line(trainer), flush=True)
+            print("\r\033[K" + report.line(), end="\n" if due else "", flush=True)
+        else:
+            print(report.line(), flush=True)
+        if due:
+            with contextlib.suppress(OSError):  # a disk that is full ends a run at its checkpoint, with its reason
+                report.append(self._folder(trainer) / STEPS)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the validation loss, that of the untrained model too; it is shown with the next line."""
@@ -100,35 +103,40 @@ class ProgressLine(ProgressBar):
         if loss is not None:
             self.losses["validation loss"].append(float(loss))
 
-    def _line(self, trainer: pl.Trainer) -> str:
+    @staticmethod
+    def _folder(trainer: pl.Trainer) -> Path:
+        return Path(trainer.checkpoint_callback.dirpath).parent
+
+    def _report(self, trainer: pl.Trainer) -> Step:
         step, total = trainer.global_step, trainer.max_steps
         per_step = sum(self.step_times) / len(self.step_times)
         tokens = trainer.datamodule.global_batch_size * trainer.datamodule.seq_length
         elapsed = time.perf_counter() - self.started
-        eta = elapsed / (step - self.first_step) * (total - step)
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        validation = self.losses["validation loss"][-1] if self.losses["validation loss"] else math.nan
-        shown = "   -  " if math.isnan(validation) else f"{validation:6.4f}"
-        return (
-            f"step {step:>{len(str(total))}}/{total}  loss {self.losses['loss'][-1]:6.4f}  validation {shown}  "
-            f"{self._preference(trainer)}{tokens / per_step:>9,.0f} tokens/s  {self._throughput(trainer)}"
-            f"lr {rate:.2e}  ETA {duration(eta)}"
+        return Step(
+            step=step,
+            steps=total,
+            loss=self.losses["loss"][-1],
+            validation_loss=next(reversed(self.losses["validation loss"]), math.nan),
+            measured=[*self._preference(trainer), *self._throughput(trainer)],
+            tokens_per_second=tokens / per_step,
+            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            seconds_left=elapsed / (step - self.first_step) * (total - step),
         )
 
     @staticmethod
-    def _throughput(trainer: pl.Trainer) -> str:
-        measured = (cb.line() + "  " for cb in trainer.callbacks if isinstance(cb, Throughput) and cb.seconds)
-        return next(measured, "") if torch.cuda.is_available() else ""
+    def _throughput(trainer: pl.Trainer) -> list[str]:
+        measured = [cb.line() for cb in trainer.callbacks if isinstance(cb, Throughput) and cb.seconds]
+        return measured[:1] if torch.cuda.is_available() else []
 
     @staticmethod
-    def _preference(trainer: pl.Trainer) -> str:
-        return "".join(cb.line() + "  " for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics))
+    def _preference(trainer: pl.Trainer) -> list[str]:
+        return [cb.line() for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics)]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The summary, after the last checkpoint."""
+        """Print the summary, after the last checkpoint."""
         if self.disabled or not self.losses["loss"]:
             return
-        run_dir = Path(trainer.checkpoint_callback.dirpath).parent
+        run_dir = self._folder(trainer)
         steps = trainer.global_step - self.first_step
         tokens = steps * trainer.datamodule.global_batch_size * trainer.datamodule.seq_length
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

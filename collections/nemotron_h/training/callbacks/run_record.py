@@ -45,7 +45,7 @@ METRICS = ("reduced_train_loss", "val_loss", "kl", "lm", "hidden", "val_kl", "va
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides a run's numbers; absent packages are left out."""
+    """Return the installed versions of what decides a run's numbers; absent packages are left out."""
     found = {"python": platform.python_version()}
     for package in VERSIONED:
         try:
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of the repository that holds `folder`, and whether its files differ from it; None outside of one."""
+    """Return the commit of the repository that holds `folder`, and whether files differ; None outside of one."""
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -70,7 +70,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """Plain JSON containers of a configuration tree; other objects become their text."""
+    """Return plain JSON containers of a configuration tree; other objects become their text."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -129,13 +129,13 @@ class RunRecord(pl.Callback):
             yield from (f"  {line}" for line in described(self.changed))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The record of the finished run."""
+        """Write the record of the finished run."""
         if trainer.is_global_zero:
             self.write(trainer, self.path(trainer))
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
-        """`<run>/run.json`."""
+        """Return `<run>/run.json`."""
         return Path(trainer.checkpoint_callback.dirpath).parent / "run.json"
 
     def write(self, trainer: pl.Trainer, path: Path) -> None:
@@ -191,9 +191,9 @@ def recipe_text(recipe: dict[str, Any], path: Path, changes: Sequence[Mapping[st
             f"# A resume changed settings; run again, the recipe has the new values from its first step on.\n{changed}"
         )
     return (
-        "# The complete recipe of a run; `overrides` is what its command line changed. To run it again:\n"
+        "# The complete recipe of a run; `overrides` is what its command line set beyond its keys. To run it again:\n"
         f"#   cd {shlex.quote(str(Path.cwd()))}\n"
-        f"#   {command_of(recipe['stage'], path)} log.explicit_log_dir=ANOTHER\n"
+        f"#   {command_of(recipe['stage'], path)} log.dir=ANOTHER\n"
         "# More settings may follow; later ones win. run.json, beside this file, has versions and data hashes.\n"
         + changed
         + to_yaml(recipe)
@@ -224,12 +224,12 @@ def note(task: run.Partial, changed: Sequence[str]) -> None:
 
 
 def vars_of(config: Any) -> dict[str, Any]:
-    """The definition that the built model follows."""
+    """Return the definition that the built model follows."""
     return dataclasses.asdict(config.definition())
 
 
 def adapter_of(config: Any, strategy: Any) -> dict[str, Any]:
-    """What the checkpoints of an adapted model lack: the adapter's settings, and which checkpoint it changes."""
+    """Return the adapter's settings and its base checkpoint, which the checkpoints of an adapted model lack."""
     if config.adapter is None or strategy.adapter_base is None:
         return {}
     return {"adapter": {**plain(dataclasses.asdict(config.adapter)), "base": describe_base(strategy.adapter_base)}}

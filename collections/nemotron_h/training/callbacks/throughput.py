@@ -1,4 +1,4 @@
-"""How fast a run is, in exact operations: tokens/s, TFLOP/s and MFU per GPU, and memory."""
+"""Throughput of a run in exact operations: tokens/s, TFLOP/s and MFU per GPU, and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Throughput(pl.Callback):
 
     Operations are those of the model (`nemotron_h.planning.flops`): nothing for what a backward pass computes again,
     and with adapters no gradients of frozen weights.
-    MFU is given against the data-sheet peak of the GPU in the dtype of the products (FP8 where the run uses it) and in
+    MFU is given against the data-sheet peak of the GPU in the dtype of the matmuls (FP8 where the run uses it) and in
     BF16, where the GPU is known; a CPU has neither.
 
     Args:
@@ -43,7 +43,7 @@ class Throughput(pl.Callback):
         self.seconds: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What a step does is known from here on."""
+        """Note the work of a step, which is known from here on."""
         data, config = trainer.datamodule, pl_module.config
         self.seconds = []
         self.tokens = data.global_batch_size * data.seq_length / trainer.world_size
@@ -70,7 +70,7 @@ class Throughput(pl.Callback):
             pl_module.log(name, value, batch_size=1)
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """What a step of so many seconds comes to, per rank (a GPU, where there are any)."""
+        """Return the rates of a step of so many seconds, per rank (a GPU, where there are any)."""
         values = {"tokens_per_second_per_rank": self.tokens / seconds, "tflops_per_rank": self.flops / seconds / 1e12}
         if torch.cuda.is_available():
             values["max_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
@@ -81,7 +81,7 @@ class Throughput(pl.Callback):
         return values
 
     def line(self) -> str:
-        """The newest step for the progress line."""
+        """Return the newest step for the progress line."""
         now = self.rates(self.seconds[-1])
         text = f"{now['tflops_per_rank']:.3g} TFLOP/s"
         if "mfu" in now:
@@ -91,7 +91,7 @@ class Throughput(pl.Callback):
         return text
 
     def record(self) -> dict[str, Any] | None:
-        """Medians over the steps after the warm-up, for the run's record; None before there are any."""
+        """Return the medians over the steps after the warm-up, for the run's record; None before there are any."""
         warm = self.seconds[self.warmup :]
         if not warm:
             return None
@@ -106,20 +106,20 @@ class Throughput(pl.Callback):
 
 
 def gemm_dtype(config: Any) -> str:
-    """What the linear layers multiply in on a GPU: `fp8`, `bf16` or `fp32`."""
+    """Return the dtype that the linear layers multiply in on a GPU: `fp8`, `bf16` or `fp32`."""
     if config.fp8:
         return "fp8"
     return "bf16" if config.bf16 else "fp32"
 
 
 def gpu_of(device_name: str) -> Gpu | None:
-    """The data sheet of a device as its driver names it; None where there is none, so no peak is assumed."""
+    """Return the data sheet of a device as its driver names it; None where there is none, so no peak is assumed."""
     name = DEVICES.get(device_name)
     return gpu(name) if name else None
 
 
 def peaks_of_gpu() -> dict[str, float]:
-    """Peak operations per second by dtype of this process's GPU; empty without one or where it is unknown."""
+    """Return the peak operations per second by dtype of this process's GPU; empty where it is unknown."""
     known = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     if known is None:
         return {}

@@ -15,6 +15,7 @@ from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
 from nemotron_h.recipe.checks import count_of
+from nemotron_h.schema.nemo_names import nemo_fields
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
@@ -40,27 +41,8 @@ def model_config(
     recompute = recompute or RecomputeSchema()
     return run.Config(
         NemotronHConfig,
-        definition_name=model.name,
-        family=model.family,
-        hybrid_override_pattern=model.pattern,
+        **nemo_fields(model),
         num_layers=len(model.pattern),
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim,
-        mamba_num_heads=model.mamba_num_heads,
-        mamba_head_dim=model.mamba_head_dim,
-        mamba_num_groups=model.mamba_num_groups,
-        mamba_state_dim=model.mamba_state_dim,
-        vocab_size=model.vocab_size,
-        conv_kernel=model.conv_kernel,
-        position_embedding_type=model.position_embedding,
-        rotary_base=model.rope_base,
-        rotary_percent=model.rope_percent,
-        layernorm_epsilon=model.norm_epsilon,
-        init_method_std=model.init_std,
-        overrides=dict(model.overrides),
         seq_length=seq_length,
         init_seed=init_seed,
         recompute_mamba=recompute.mamba,

@@ -132,7 +132,7 @@ class ResumeDistillation(ResumeRun):
         if before is not None and before["weights"] != now["weights"]:
             raise UserError(
                 f"checkpoint {checkpoint} was distilled from {before['checkpoint']}, not from {now['checkpoint']}",
-                hint="restore distill.teacher, or write this run elsewhere: log.explicit_log_dir=DIR",
+                hint="restore distill.teacher, or write this run elsewhere: log.dir=DIR",
             )
 
     @staticmethod
@@ -143,7 +143,7 @@ class ResumeDistillation(ResumeRun):
             raise UserError(
                 f"checkpoint {checkpoint} was distilled with a projection of states {before or 'of no size'}, now it "
                 f"would be {now or 'none'}",
-                hint="restore distill.hidden_weight, or write this run elsewhere: log.explicit_log_dir=DIR",
+                hint="restore distill.hidden_weight, or write this run elsewhere: log.dir=DIR",
             )
 
 

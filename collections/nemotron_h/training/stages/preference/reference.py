@@ -25,9 +25,9 @@ from torch import Tensor
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
+from nemotron_h.core.progress import duration
 from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataModule, Reference
 from nemotron_h.model.module import data_step, forward_step
-from nemotron_h.training.callbacks.progress import duration
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.stages.preference.loss import answer_logprobs
 

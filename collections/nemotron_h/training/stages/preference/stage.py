@@ -90,7 +90,7 @@ class PreferenceResume(ResumeRun):
         elif self.init_checkpoint is None:
             raise UserError(
                 "init.checkpoint is missing: the weights that training starts from are also its reference",
-                hint="name the run of the fine-tuning: init.checkpoint in the recipe, or resume.init_checkpoint=RUN",
+                hint="name the run of the fine-tuning: init.checkpoint=RUN",
             )
         else:
             checkpoint = find_checkpoint(Path(self.init_checkpoint).expanduser()).resolve()

@@ -11,7 +11,7 @@ _NARROW = 0.09  # of the run's length: a phase name wider than its phase is writ
 _LABELLED = 0.035  # smallest share whose percent fits into its bar
 
 
-def draw(view: Overview, path: Path) -> None:
+def plot(view: Overview, path: Path) -> None:
     """Write a PNG.
 
     Args:
@@ -22,7 +22,7 @@ def draw(view: Overview, path: Path) -> None:
         UserError: without a length, or when the file cannot be written.
     """
     if view.tokens is None:
-        raise UserError("--png draws shares over the tokens of a run", "Say how long it is, for instance: --tokens 15T")
+        raise UserError("--png plots shares over the tokens of a run", "Say how long it is, for instance: --tokens 15T")
     if path.suffix != ".png":
         raise UserError(f"--png {path}: the name of the picture ends in .png")
 
