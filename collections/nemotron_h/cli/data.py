@@ -124,8 +124,9 @@ def peek(
     """
     from nemotron_h.data.feed.peek import Peek, RunSettings
     from nemotron_h.data.feed.peek import show as show_samples
-    from nemotron_h.recipe.checks import check_blend_change, count_of
+    from nemotron_h.recipe.checks import check_blend_change
     from nemotron_h.recipe.compose import compose
+    from nemotron_h.recipe.counts import count_of
 
     given = {
         "blend": blend,

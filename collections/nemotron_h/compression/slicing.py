@@ -87,11 +87,11 @@ class Masked:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
-        x, definition = self.forward.embed(tokens), self.forward.definition
-        for layer, of_layer in zip(self.child.layers, cuts(definition, self.child), strict=True):
+        x, blocks = self.forward.embed(tokens), self.forward.definition.blocks
+        for layer, of_layer in zip(self.child.layers, cuts(self.forward.definition, self.child), strict=True):
             # inputs of the layer's last matrix; all that is before it acts on each of them alone
             inner = of_layer[-1][1]
-            mask = None if inner is None else self._mask(inner, definition.blocks[layer].matrices()[-1].inputs)
+            mask = None if inner is None else self._mask(inner, blocks[layer].matrices()[-1].inputs)
             x = x + self.forward.layer(layer, self.forward.weights(layer), x, mask=mask)
         return self.forward.logits(x)
 

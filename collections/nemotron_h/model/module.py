@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import parallel_state
@@ -30,8 +30,12 @@ from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
 
 
-def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
-    """Take the next micro-batch and keep what this pipeline stage needs."""
+def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str, Any]:
+    """Take the next micro-batch and keep what this pipeline stage needs.
+
+    Args:
+        last_stage: keys that the loss of a training stage reads, beside labels and their mask.
+    """
     batch = next(dataloader_iter)
     if isinstance(batch, tuple) and len(batch) == 3:
         batch = batch[0]
@@ -39,9 +43,7 @@ def data_step(dataloader_iter: Any, use_mtp: bool = False) -> dict[str, Any]:
     if parallel_state.is_pipeline_first_stage():
         needed |= {"tokens", "position_ids"}
     if parallel_state.is_pipeline_last_stage():
-        needed |= {"labels", "loss_mask"}
-        needed |= {"pairs", "reference", "reward_gap"}  # preferences
-        needed |= {"teacher_values", "teacher_ids"}  # a distillation from stored logits
+        needed |= {"labels", "loss_mask", *last_stage}
     moved = {key: value.cuda(non_blocking=True) if key in needed else None for key, value in batch.items()}
     moved["sample_ids"] = batch.get("sample_ids")  # for callbacks, on the CPU
     return get_batch_on_this_cp_rank(moved)
@@ -229,7 +231,6 @@ class NemotronHConfig(SSMConfig):
     attention_backend: Any = "auto"
     mamba_stack_spec: Callable = stack_spec
     forward_step_fn: Callable = forward_step
-    data_step_fn: Callable = data_step
     # `model.gpu_options` says why each is on or off
     fuse_weight_gradients: bool = field(default_factory=gpu_options.default("fuse_weight_gradients"))
     gradient_accumulation_fusion: bool = field(default_factory=gpu_options.default("gradient_accumulation_fusion"))
@@ -347,7 +348,13 @@ class NemotronHConfig(SSMConfig):
 
 
 class NemotronHModel(MambaModel):
-    """The Lightning module; NeMo's, over `NemotronHConfig`."""
+    """The Lightning module; NeMo's, over `NemotronHConfig`.
+
+    Attributes:
+        batch_keys: of a batch, that this stage's loss reads beside labels and their mask.
+    """
+
+    batch_keys: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -357,6 +364,10 @@ class NemotronHModel(MambaModel):
         model_transform: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+
+    def data_step(self, dataloader_iter: Any) -> dict[str, Any]:
+        """Take the next micro-batch."""
+        return data_step(dataloader_iter, self.batch_keys)
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run may change of the loss, by recipe key."""

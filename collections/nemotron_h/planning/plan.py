@@ -22,7 +22,8 @@ from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_f
 from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memory
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
-from nemotron_h.recipe.checks import count_of, definition_of
+from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import RecipeConfig
 
 

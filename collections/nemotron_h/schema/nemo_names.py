@@ -1,4 +1,4 @@
-"""What NeMo's configurations call the values of a recipe: one table, read in both directions. Imports no NeMo."""
+"""Names of NeMo's configurations for the values of a recipe: one table, read in both directions. Imports no NeMo."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
-from nemotron_h.recipe.checks import count_of
+from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.nemo_names import nemo_fields
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings

@@ -47,8 +47,9 @@ from nemotron_h.training.stages.distillation.teacher_cache import Header, read_h
 TERMS = ("loss", "tokens", "kl", "lm", "hidden")
 
 
-#: of a batch, beside its tokens
-GIVEN = ("position_ids", "labels", "loss_mask", "seq_idx", "teacher_values", "teacher_ids")
+#: of a batch: the stored logits of a teacher, and all that a step reads beside the tokens
+STORED = ("teacher_values", "teacher_ids")
+GIVEN = ("position_ids", "labels", "loss_mask", "seq_idx", *STORED)
 
 
 def distillation_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -372,6 +373,8 @@ class DistillationReduction(MegatronLossReduction):
 
 class DistillationModel(NemotronHModel):
     """The Lightning module of a student that is distilled, over `DistillationConfig`."""
+
+    batch_keys = STORED
 
     def forward(self, **batch: Tensor | None) -> Tensor:  # type: ignore[override]
         """As `DistillingModel.forward`."""

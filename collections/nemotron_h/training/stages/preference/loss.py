@@ -17,6 +17,8 @@ from megatron.core import parallel_state
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
+#: of a batch, beside labels and their mask
+BATCH_KEYS = ("pairs", "reference", "reward_gap")
 #: of the sums that a step's micro-batches give, in their order
 SUMS = ("loss", "pairs", "margin", "accuracy", "chosen_logprob", "rejected_logprob")
 METRICS = ("reward_margin", "reward_accuracy", "chosen_logprob", "rejected_logprob")

@@ -29,7 +29,7 @@ from nemotron_h.core.progress import duration
 from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataModule, Reference
 from nemotron_h.model.module import data_step, forward_step
 from nemotron_h.training.callbacks.run_record import plain, vars_of
-from nemotron_h.training.stages.preference.loss import answer_logprobs
+from nemotron_h.training.stages.preference.loss import BATCH_KEYS, answer_logprobs
 
 FORMAT = 1
 FOLDER = ".reference"
@@ -200,7 +200,7 @@ def _forward(model: Any, batch: dict[str, Tensor], data: PreferenceDataModule) -
     """[windows, slots, 2] on the last pipeline stage, nothing on the others."""
 
     def step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        moved = data_step(iterator)
+        moved = data_step(iterator, BATCH_KEYS)
 
         def sums(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             slots = moved["reference"].shape[1]

@@ -22,7 +22,7 @@ from nemotron_h.schema.recipe import PREFERENCE_LOSSES, RecipeConfig
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.resume import ResumeRun
-from nemotron_h.training.stages.preference.loss import PreferenceLoss
+from nemotron_h.training.stages.preference.loss import BATCH_KEYS, PreferenceLoss
 from nemotron_h.training.stages.preference.reference import ReferenceLogprobs
 from nemotron_h.training.stages.pretrain import assemble
 from nemotron_h.training.stages.sft import adapt
@@ -37,6 +37,8 @@ class PreferenceModel(NemotronHModel):
 
     The others are those of `NemotronHModel`.
     """
+
+    batch_keys = BATCH_KEYS
 
     def __init__(
         self,
