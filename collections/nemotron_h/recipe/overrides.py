@@ -166,12 +166,12 @@ def check_overrides(settings: Sequence[str], where: str) -> None:
 
     Args:
         settings: its `overrides`.
-        where: names them.
+        where: names the recipe.
     Errors:
         UserError: see `check_data`.
     """
     for setting in settings:
-        check_data(setting, where)
+        check_data(setting, f"{where}: overrides")
 
 
 def is_object(text: str) -> bool:
