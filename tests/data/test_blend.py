@@ -7,7 +7,8 @@ import re
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.blend import available_blends, load_blend, parse_count
+from nemotron_h.data.blend import load_blend, parse_count
+from nemotron_h.data.blend_files import available_blends
 
 
 @pytest.mark.parametrize(
@@ -136,3 +137,36 @@ def test_shipped_phases_are_the_papers(name):
     assert [p.until.fraction for p in phases[:2]] == [0.6, 0.8]
     if name == "nemotron_h":
         assert phases[2].until.end(15 * 10**12) == 14.62e12
+
+
+def test_a_blend_is_a_difference_to_another():
+    whole, short = load_blend("nemotron_h"), load_blend("nemotron_h_short")
+    assert short.sources == whole.sources
+    assert short.tokenizer == whole.tokenizer
+    assert [phase.until for phase in short.phases][:2] == [phase.until for phase in whole.phases][:2]
+    assert [phase.weights for phase in short.phases] == [phase.weights for phase in whole.phases]
+    assert short.phases[2].until != whole.phases[2].until
+    # as it was when it was written out
+    assert short.hash() == "faad9e874c04aaa08f70ca549985424b01ec86232804cd2acf33f7412d3142e7"
+
+
+def test_defaults_of_a_blend_that_are_wrong_are_named(tmp_path):
+    for name, text, message in (
+        ("unknown", "defaults: [nemotron_hh]", "no blend 'nemotron_hh'"),
+        ("path", "defaults: [../nemotron_h]", "no blend '../nemotron_h'"),
+        ("text", "defaults: nemotron_h", "defaults = nemotron_h"),
+        ("first", "defaults: [_self_, nemotron_h]", "defaults = "),
+        ("loop", "defaults: [loop]", "lead back to itself"),
+        ("key", "defaults: [nemotron_h]\nsuorces: {}", "unknown key suorces"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(f"{text}\nname: {name}\n")
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_blend(tmp_path / f"{name}.yaml")
+
+
+def test_a_blend_beside_is_a_base_too(tmp_path):
+    (tmp_path / "base.yaml").write_text("defaults: [sft]\nsources: {general: {path: mine.jsonl}}\n")
+    (tmp_path / "own.yaml").write_text("defaults: [base, _self_]\nname: own\nsources: {general: {weight: 2}}\n")
+    blend, sft = load_blend(tmp_path / "own.yaml"), load_blend("sft")
+    assert (blend.name, blend.sources["general"].path, blend.sources["general"].weight) == ("own", "mine.jsonl", 2)
+    assert blend.sources["code_and_math"] == sft.sources["code_and_math"]

@@ -274,8 +274,8 @@ def test_full_disk(corpus):
     script = f"""
         mount -t tmpfs -o size=1500k none {root} || exit 77
         {sys.executable} -c "import sys, shutil, runpy
-from nemotron_h.data import prepare
-prepare.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1, 1, 10**12)
+from nemotron_h.data.prepare import pipeline
+pipeline.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1, 1, 10**12)
 sys.argv[1:] = ['{corpus.write()}', '{root}', '2']
 runpy.run_path('{SCRIPT}', run_name='__main__')"
         echo "rc=$?"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import gc
+import importlib.util
 import os
 import sys
 
 import pytest
+from lightning_utilities.core.imports import RequirementCache
 from torch.utils import cpp_extension
 
 from nemotron_h.platform import imports
@@ -57,3 +59,23 @@ def test_tuned_kernels_are_kept_unless_told_otherwise(
         monkeypatch.setenv(name, value)
     imports.keep_tuned_kernels()
     assert os.environ.get("TRITON_CACHE_AUTOTUNING") == after
+
+
+def test_unused_packages_are_hidden_while_nemo_is_imported_and_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def function() -> None: ...
+
+    monkeypatch.setattr(imports.torch.cuda, "is_available", lambda: False)
+    compiler = imports.torch.compile
+    with imports.without_unused():
+        hidden = [name for name in imports.UNUSED if sys.modules.get(name, ...) is None]
+        assert not any(RequirementCache(name) for name in hidden)
+        assert not any(importlib.util.find_spec(name) for name in hidden)
+        assert imports.torch.compile(function) is imports.torch.compile()(function) is function
+        assert RequirementCache("torch>=2")
+        assert not gc.isenabled()
+    assert imports.torch.compile is compiler
+    assert gc.isenabled()
+    assert all(importlib.util.find_spec(name) for name in imports.UNUSED)
+    assert RequirementCache("matplotlib")

@@ -9,7 +9,6 @@ A step-* without integrity.json and without marker is torn: a run does not start
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256
+from nemotron_h.core.files import file_sha256, write_json
 from nemotron_h.core.text_files import read_json_object
 
 INTEGRITY = "integrity.json"
@@ -109,9 +108,7 @@ def describe(checkpoint: Path, names: Iterable[str]) -> dict[str, list]:
 
 def write_integrity(checkpoint: Path, described: Mapping[str, list]) -> None:
     """Record size and sha256 of every file; written last, so its absence means an unfinished checkpoint."""
-    temporary = checkpoint / (INTEGRITY + ".tmp")
-    temporary.write_text(json.dumps(described, indent=1, sort_keys=True))
-    temporary.replace(checkpoint / INTEGRITY)
+    write_json(checkpoint / INTEGRITY, dict(sorted(described.items())))
 
 
 def read_integrity(checkpoint: Path) -> dict[str, tuple[int, str]]:

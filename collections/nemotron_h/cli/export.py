@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.progress import StageProgress
 
 if TYPE_CHECKING:
     from nemotron_h.data.tokenizer import Tokenizer
@@ -38,10 +38,9 @@ def _group() -> None:
     """Keep this a group even while it has one command."""
 
 
-def progress() -> Progress:
-    """Return a bar of the bytes done of all, with the time that remains."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+def progress(title: str, size: int) -> StageProgress:
+    """Return a bar over so many bytes."""
+    return StageProgress(Console(stderr=True), title, size, "bytes")
 
 
 @export_app.command("hf")
@@ -64,9 +63,8 @@ def export_hf(
     from nemotron_h.export import hf_writer
 
     plan = hf_writer.plan(checkpoint, text, getattr(torch, DTYPES[dtype]) if dtype else None, size)
-    with progress() as bar:
-        task = bar.add_task("exporting", total=plan.size)
-        hf_writer.write(plan, out, text, lambda done: bar.advance(task, done))
+    with progress("exporting", plan.size) as bar:
+        hf_writer.write(plan, out, text, bar.advance)
     files = f"{len(plan.files)} weight file" + "s" * (len(plan.files) > 1)
     typer.echo(f"{out}: {files}, {plan.size / 1e9:,.2f} GB in {plan.config['torch_dtype']}, of {checkpoint}")
 
@@ -87,9 +85,8 @@ def export_gguf(
     from nemotron_h.export import gguf_writer
 
     plan = gguf_writer.plan(checkpoint, text, dtype)
-    with progress() as bar:
-        task = bar.add_task("exporting", total=plan.size)
-        gguf_writer.write(plan, out, lambda done: bar.advance(task, done))
+    with progress("exporting", plan.size) as bar:
+        gguf_writer.write(plan, out, bar.advance)
     typer.echo(f"{out}: {len(plan.weights)} tensors, {plan.size / 1e9:,.2f} GB, of {checkpoint}")
 
 
@@ -111,9 +108,8 @@ def export_peft(
     from nemotron_h.export import peft_writer
 
     plan = peft_writer.plan(find_checkpoint(checkpoint), base, base_model)
-    with progress() as bar:
-        task = bar.add_task("exporting", total=plan.size)
-        peft_writer.write(plan, out, lambda done: bar.advance(task, done))
+    with progress("exporting", plan.size) as bar:
+        peft_writer.write(plan, out, bar.advance)
     adapters = f"adapters of {', '.join(plan.config['target_modules'])}"
     whole = f", {plan.whole} whole matrices of {peft_writer.WHOLE}" if plan.whole else ""
     typer.echo(f"{out}: {adapters}{whole}, {plan.size / 1e9:,.2f} GB, of {plan.weights.adapter.checkpoint}")
@@ -160,9 +156,8 @@ def import_hf(
     from nemotron_h.export import hf_reader
 
     source = hf_reader.examine(folder, name)
-    with progress() as bar:
-        task = bar.add_task("importing", total=source.size)
-        hf_reader.write(source, out, lambda done: bar.advance(task, done))
+    with progress("importing", source.size) as bar:
+        hf_reader.write(source, out, bar.advance)
     parameters = f"{source.definition.parameters:,} parameters"
     typer.echo(f"{out}: {source.definition.name}, {parameters} in {str(source.dtype).removeprefix('torch.')}")
 
@@ -181,8 +176,7 @@ def merge_adapter(
     from nemotron_h.export import merge
 
     plan = merge.plan(find_checkpoint(checkpoint), base)
-    with progress() as bar:
-        task = bar.add_task("merging", total=plan.size)
-        merge.write(plan, out, lambda done: bar.advance(task, done))
+    with progress("merging", plan.size) as bar:
+        merge.write(plan, out, bar.advance)
     changed = f"{len(plan.weights.adapted)} of {len(plan.weights.shapes)} tensors changed"
     typer.echo(f"{out}: {plan.size / 1e9:,.2f} GB, {changed}, of {plan.checkpoint} and {plan.weights.base}")

@@ -70,7 +70,6 @@ def doctor(
 
 def main() -> None:
     """Run a command; a mistake of the user is one message without a traceback."""
-    warnings.filterwarnings("ignore", message="The pynvml package is deprecated")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         app()

@@ -141,7 +141,7 @@ def prune(
         )
     child = child_of(parent, found.scores(aggregation).ordered(order, seed), candidate)
     settings = {"importance_sha256": file_sha256(importance / RECORD), "aggregation": aggregation, "order": order}
-    with StageProgress(Console(stderr=True), "bytes", slicing.child_size(checkpoint, child)) as bar:
+    with StageProgress(Console(stderr=True), "pruning", slicing.child_size(checkpoint, child), "bytes") as bar:
         made = slicing.write_child(
             checkpoint,
             child,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,24 @@ def file_sha256(path: str | Path) -> str:
         return digest.hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one, also after a crash."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file so that it is either the old one or the whole new one, also after a crash.
+
+    Yields:
+        the name to write to; it becomes `path` when the block ends well, and is removed when it does not.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, by `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
-    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
-_PLAIN_EVERY_S = 20.0
-_STAGE_EVERY_S = 10.0
+#: seconds between plain lines
+_EVERY_S = 10.0
 #: in a run's folder: a JSON line for each `Step` that it reports, of every process that trained there
 STEPS = "progress.jsonl"
 
@@ -105,72 +105,22 @@ class Steps:
         return steps
 
 
-class ProgressLine:
-    """Shows how many of `total` bytes of input are done, with an ETA.
-
-    Args:
-        console: where it goes.
-        total: bytes of input.
-    """
-
-    def __init__(self, console: Console, total: float) -> None:
-        self._console, self._total, self._done = console, total, 0.0
-        self._start = self._last = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
-        self._task = self._bar.add_task("preparing", total=total) if self._bar else None
-
-    def __enter__(self) -> ProgressLine:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def advance(self, amount: float, name: str) -> None:
-        """Count `amount` more bytes of source `name` as done."""
-        self._done += amount
-        if self._bar:
-            self._bar.update(self._task, advance=amount, description=name)
-            return
-        now = time.monotonic()
-        if now - self._last >= _PLAIN_EVERY_S:
-            self._last = now
-            left = (now - self._start) * (self._total - self._done) / self._done
-            self.say(f"{self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {left:.0f} s left")
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 class StageProgress:
-    """Counts the work of a stage.
+    """Show how much of some work is done, with the time that remains.
 
     Args:
         console: where it goes.
-        title: what is counted.
+        title: of the work.
         total: how much there is.
+        unit: of `total`: "bytes", or things that are counted.
     """
 
-    def __init__(self, console: Console, title: str, total: int) -> None:
-        self.console, self.title, self.total, self.done = console, title, total, 0
+    def __init__(self, console: Console, title: str, total: float, unit: str = "") -> None:
+        self.console, self.title, self.total, self.unit = console, title, total, unit
+        self.done = 0.0
         self.started = self.last = time.monotonic()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+        columns = (TextColumn("{task.description}"), BarColumn(), *amount, TimeElapsedColumn(), TimeRemainingColumn())
         self.bar = Progress(*columns, console=console, transient=True) if console.is_terminal else None
         self.task = self.bar.add_task(title, total=total) if self.bar else None
 
@@ -183,15 +133,20 @@ class StageProgress:
         if self.bar:
             self.bar.stop()
 
-    def advance(self, amount: int = 1) -> None:
-        """Count so much more as done."""
+    def advance(self, amount: float = 1, title: str | None = None) -> None:
+        """Count more work as done; `title` names what is being worked on from now on."""
         self.done += amount
+        self.title = title or self.title
         if self.bar:
-            self.bar.update(self.task, advance=amount)
+            self.bar.update(self.task, advance=amount, description=self.title)
             return
         now = time.monotonic()
-        if now - self.last >= _STAGE_EVERY_S:
+        if self.done and now - self.last >= _EVERY_S:
             self.last = now
             left = (now - self.started) * (self.total - self.done) / self.done
-            line = f"  {self.title}: {self.done:,} of {self.total:,}, {left:.0f} s left"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            scale, unit = (1e6, " MB") if self.unit == "bytes" else (1, "")
+            self.say(f"  {self.title}: {self.done / scale:,.0f} of {self.total / scale:,.0f}{unit}, {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

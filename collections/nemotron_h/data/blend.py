@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.resources
 import json
 import math
 import re
@@ -19,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import is_name, nearest, number, typed, within
-from nemotron_h.core.strict_yaml import read_config
+from nemotron_h.core.strict import is_name, merged, nearest, number, typed, within
+from nemotron_h.data.blend_files import available_blends, find_blend, layers_of
 from nemotron_h.data.counts import parse_count
 from nemotron_h.schema.recipe import COUNT, SEED, VOCABULARY
 
@@ -303,12 +302,6 @@ def _name_problems(key: str, name: str) -> Iterator[str]:
         yield f"{key}: {name[:60]!r} is not a name (letters, digits, _ . -, at most 200)"
 
 
-def available_blends() -> dict[str, Path]:
-    """Name -> file of the blends that ship with the package."""
-    folder = importlib.resources.files("nemotron_h.data_blends")
-    return {Path(str(f)).stem: Path(str(f)) for f in sorted(folder.iterdir(), key=str) if f.name.endswith(".yaml")}
-
-
 def load_blend(name_or_path: str | Path) -> Blend:
     """Read, check and type a blend.
 
@@ -319,15 +312,8 @@ def load_blend(name_or_path: str | Path) -> Blend:
         UserError: for an unknown name, unreadable YAML, unknown keys (suggests the nearest) and values that
             contradict each other.
     """
-    shipped = available_blends()
-    path = shipped.get(str(name_or_path)) or Path(name_or_path).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"no blend named {str(name_or_path)!r} and no such file",
-            f"{nearest(str(name_or_path), shipped)}Shipped blends: {', '.join(shipped) or 'none'}. "
-            "Or give the path of a YAML file.",
-        )
-    blend = typed(Blend, read_config(path), str(path))
+    path = find_blend(name_or_path)
+    blend = typed(Blend, merged(Blend, *layers_of(path)), str(path))
     problems = list(_problems(blend))
     blend.path = str(path.resolve())
     if problems:

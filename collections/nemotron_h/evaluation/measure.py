@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.blend import PAIRS, Blend, load_blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
@@ -51,19 +51,17 @@ def measure_blend(
     text_of = heldout.HeldOut.of(blend, manifest, seq_length)
     model = load_model(subject.checkpoint, dtype=getattr(torch, settings.dtype), device=settings.device)
     started, scores = time.perf_counter(), {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        sizes = {name: _wanted(manifest, sources, tokens) for name, sources in text_of.sources.items()}
-        task = bar.add_task("", total=sum(sum(wanted.values()) for wanted in sizes.values()))
+    sizes = {name: _wanted(manifest, sources, tokens) for name, sources in text_of.sources.items()}
+    with StageProgress(console, "held-out text", sum(sum(wanted.values()) for wanted in sizes.values())) as bar:
         for category, wanted in sizes.items():
-            bar.update(task, description=category)
+            bar.advance(0, category)
             reset = bool(subject.recipe_data.get("document_reset"))
             texts = (
                 sequence
                 for source, count in wanted.items()
                 for sequence in heldout.sequences(manifest, source, seq_length, reset, count)
             )
-            scores[category] = heldout.score(model, subject.tokenizer, texts, lambda done: bar.advance(task, done))
+            scores[category] = heldout.score(model, subject.tokenizer, texts, bar.advance)
     loss, stderr = heldout.weighted(scores, text_of.shares)
     table = Table(
         "category", "share", "tokens", "loss", "±", "perplexity", "bits/byte", title=f"held out of {blend.name}"

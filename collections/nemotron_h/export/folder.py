@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from nemotron_h.core.errors import UserError
 
@@ -32,10 +31,10 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
 
 @contextmanager
-def new_file(out: Path, needed: int) -> Iterator[BinaryIO]:
-    """Yield a file open for writing, which takes its name as `new_folder` does."""
-    with _unfinished(out, needed) as temporary, temporary.open("wb") as file:
-        yield file
+def new_file(out: Path, needed: int) -> Iterator[Path]:
+    """As `new_folder`, the name of a file."""
+    with _unfinished(out, needed) as temporary:
+        yield temporary
 
 
 @contextmanager

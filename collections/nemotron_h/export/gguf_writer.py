@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +15,7 @@ from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.export import gguf_model, gguf_tokenizer
 from nemotron_h.export.config import MAX_POSITIONS
 from nemotron_h.export.folder import new_file
-from nemotron_h.export.gguf_format import BF16, F16, F32, Q8_0, aligned, head, write_tensor
+from nemotron_h.export.gguf_format import BF16, F16, F32, Q8_0, Value, begin, numbers_of
 from nemotron_h.export.gguf_model import GgufWeight
 from nemotron_h.export.source import ModelSource
 
@@ -28,15 +29,18 @@ class Plan:
 
     Attributes:
         source: the checkpoint.
+        values: of the file's head.
         weights: the file's tensors, in order.
-        head: the file's first bytes.
-        size: bytes of the file.
     """
 
     source: ModelSource
+    values: Mapping[str, Value]
     weights: list[GgufWeight]
-    head: bytes
-    size: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(weight.entry.size for weight in self.weights)
 
 
 def plan(checkpoint: Path, tokenizer: Tokenizer | None, type_name: str | None) -> Plan:
@@ -54,9 +58,7 @@ def plan(checkpoint: Path, tokenizer: Tokenizer | None, type_name: str | None) -
     values = gguf_model.values(source.definition, seq_length=source.seq_length or MAX_POSITIONS, file_type=kind)
     rows = source.definition.vocab_size
     values |= gguf_tokenizer.NONE if tokenizer is None else gguf_tokenizer.values(tokenizer, rows)
-    weights = gguf_model.weights(source.definition, source.rows, kind)
-    begin = head(values, [weight.entry for weight in weights])
-    return Plan(source, weights, begin, len(begin) + sum(aligned(weight.entry.size) for weight in weights))
+    return Plan(source, values, gguf_model.weights(source.definition, source.rows, kind))
 
 
 def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
@@ -69,8 +71,8 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
     Errors:
         UserError: `out` exists, the disk is full, the checkpoint's weights are damaged, or too large for float16.
     """
-    with new_file(out, plan.size) as file:
-        file.write(plan.head)
+    entries = [weight.entry for weight in plan.weights]
+    with new_file(out, plan.size) as temporary, closing(begin(temporary, plan.values, entries)) as file:
         for _, of_row in groupby(plan.weights, key=lambda weight: id(weight.row)):
             together = list(of_row)
             tensors = plan.source.read({weight.theirs for weight in together}, plan.source.dtype)
@@ -78,8 +80,8 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
                 tensor = weight.convert(tensors.pop(weight.theirs))
                 if weight.entry.type in (F16, Q8_0):
                     _check_range(tensor, weight)
-                write_tensor(file, weight.entry, tensor)
-                advance(aligned(weight.entry.size))
+                file.write_tensor_data(numbers_of(tensor, weight.entry.type))
+                advance(weight.entry.size)
 
 
 def _check_range(tensor: torch.Tensor, weight: GgufWeight) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from nemotron_h.core.files import write_json
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.config import MAX_POSITIONS, to_config
@@ -100,8 +100,3 @@ def write(plan: Plan, out: Path, tokenizer: Tokenizer | None, advance: Advance =
             folder / "generation_config.json",
             tokenizers.generation_config(tokenizer, chat, plan.config["use_cache"], plan.source.definition.vocab_size),
         )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON indented as Hugging Face's libraries do."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

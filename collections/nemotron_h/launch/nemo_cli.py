@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -34,19 +33,17 @@ from nemo_run.config import get_type_namespace
 
 from nemotron_h.core.errors import UserError, report, user_error
 from nemotron_h.core.strict import nearest
+from nemotron_h.launch.command import FILE, of_recipe
 from nemotron_h.launch.executors import executor
 from nemotron_h.launch.load import load
 from nemotron_h.launch.place import take
 from nemotron_h.launch.show import dry_run
 from nemotron_h.launch.submit import submit
-from nemotron_h.recipe.compose import factory_of, known_recipes, names_model
-from nemotron_h.recipe.overrides import split
+from nemotron_h.recipe.compose import factory_of, known_recipes
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.run_record import note
 from nemotron_h.training.preflight import check_split
 
-#: `key=@FILE.yaml`, as nemo-run takes it
-_FILE = re.compile(r"=@[\w./\\-]+\.(ya?ml|json|toml)(:\w+)?$", re.IGNORECASE)
 _VALUES: ContextVar[tuple[str, ...]] = ContextVar("recipe_values", default=())
 HELP = """
 
@@ -97,7 +94,7 @@ def install() -> None:
 
     @functools.wraps(parse)
     def parse_fn(self: RunContext, fn: Any, args: list[str], **defaults: Any) -> nemo_run.Partial:
-        typed = [argument for argument in args if not _FILE.search(argument)]
+        typed = [argument for argument in args if not FILE.search(argument)]
         factory, written = of_files(self, fn, [argument for argument in args if argument not in typed])
         if factory == self.factory and not written and not is_own(factory):
             task = parse(self, fn, typed, **defaults)
@@ -124,7 +121,7 @@ def install() -> None:
 
     @functools.wraps(lazily)
     def execute_lazy(self: RunContext, entrypoint: Any, args: list[str], name: str) -> None:
-        if self.yaml or any(_FILE.search(text) for text in (*args, f"={self.factory}")):
+        if self.yaml or any(FILE.search(text) for text in (*args, f"={self.factory}")):
             fail(UserError("--lazy: the task would build what its files name", hint="leave out --lazy, or the files"))
         lazily(self, entrypoint, args, name)
 
@@ -140,17 +137,6 @@ def _building(values: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         _VALUES.reset(token)
-
-
-def of_recipe(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the settings of a recipe, `model=NAME` among them, and those of the built task.
-
-    Errors:
-        UserError: as of `split`.
-    """
-    models = [argument for argument in arguments if names_model(argument)]
-    values, others = split([argument for argument in arguments if argument not in models])
-    return [*models, *values], others
 
 
 def _executor(cluster: Any, task: nemo_run.Partial) -> nemo_run.Executor:

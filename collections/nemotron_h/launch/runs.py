@@ -21,12 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.progress import Step, Steps
+from nemotron_h.core.progress import StageProgress, Step, Steps
 from nemotron_h.launch.jobs import RECORD, Job, Watch
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.recipe.text import to_yaml
@@ -326,41 +325,28 @@ def _end(begun: Sequence[_Process | _Job], console: Console) -> None:
 
 
 class _Line:
-    """A live bar with an ETA on a terminal, lines of some steps (which have one too) elsewhere."""
+    """The steps of a run: a live bar on a terminal, lines of some of them (which have an ETA too) elsewhere."""
 
     def __init__(self, console: Console, title: str, steps: int) -> None:
-        self.console, self.title, self.steps = console, title, steps
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-        )
-        self.bar = Progress(*columns, console=console) if console.is_terminal else None
-        self.task = self.bar.add_task(title, total=steps, loss="starting") if self.bar else None
-        self.shown = False
+        self.bar, self.title, self.steps = StageProgress(console, f"{title}  starting", steps), title, steps
+        self.last: Step | None = None
 
     def __enter__(self) -> _Line:
-        if self.bar:
-            self.bar.start()
-        else:
-            self.console.print(f"{self.title}: starting", highlight=False, markup=False)
+        self.bar.__enter__()
+        if not self.bar.bar:
+            self.bar.say(f"{self.title}: starting")
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
+    def __exit__(self, *error: object) -> None:
+        self.bar.__exit__(*error)
+        if self.bar.bar and self.last:  # the bar is gone
+            self.bar.say(f"{self.title}: {self.last.line()}")
 
     def show(self, steps: Sequence[Step]) -> None:
         """Show what the run reports."""
         for step in steps:
-            if self.bar:
-                if not self.shown:  # starting took minutes, perhaps: not the pace of a step
-                    self.bar.reset(self.task, completed=step.step, loss="")
-                self.bar.update(self.task, completed=step.step, loss=step.losses())
-            elif not self.shown or step.step % max(1, self.steps // 10) == 0 or step.step == self.steps:
-                text = f"{self.title}: {step.line()}"
-                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-            self.shown = True
+            if self.bar.bar:
+                self.bar.advance(step.step - self.bar.done, f"{self.title}  {step.losses()}")
+            elif not self.last or step.step % max(1, self.steps // 10) == 0 or step.step == self.steps:
+                self.bar.say(f"{self.title}: {step.line()}")
+            self.last = step

@@ -52,7 +52,7 @@ def hush() -> None:
     speak()
     imports.keep_tuned_kernels()
     if verbose():
-        with imports.without_gpu_builds():
+        with imports.without_gpu_builds(), imports.without_unused():
             import nemo.collections.llm
         return
     warnings.filterwarnings("ignore")
@@ -62,7 +62,7 @@ def hush() -> None:
     # megatron-core and NeMo print about optional packages while they are imported
     try:
         silent = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
-        with imports.without_gpu_builds(), silent[0], silent[1]:
+        with imports.without_gpu_builds(), imports.without_unused(), silent[0], silent[1]:
             import nemo.collections.llm  # noqa: F401
     except Exception:
         from nemotron_h.platform.hardware import check_engine_does_not_break_imports

@@ -26,7 +26,7 @@ from rich.console import Console
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256, write_json
 from nemotron_h.core.locks import locked
-from nemotron_h.core.progress import ProgressLine
+from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.strict import from_json
 from nemotron_h.data.blend import PREFERENCE, Blend, parse_count
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
@@ -315,8 +315,9 @@ class _Preparation:
                 job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, **has)
                 pending[pool.submit(merge_shards, job)] = (name, None)
 
+        total = sum(sizes[name] * len(jobs[name]) for name in plans)
         with (
-            ProgressLine(self.console, sum(sizes[name] * len(jobs[name]) for name in plans)) as progress,
+            StageProgress(self.console, "preparing", total, "bytes") as progress,
             worker_pool(self.workers, str(self.folder / "tokenizer"), self.template) as pool,
         ):
             while True:

@@ -14,6 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from nemotron_h.architecture.gemms import CAST_STATISTICS, FP8_FORMATS, gemm_table
+from nemotron_h.core.files import write_json
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.plugins import PrecisionPlugin
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
@@ -160,6 +161,4 @@ def together(ranks: Iterable[dict[Key, CastStatistics]]) -> dict[Key, CastStatis
 def write(path: Path, step: int, rows: list[dict[str, Any]]) -> None:
     """Add a step's rows to the file; those of this step and later ones, of a process that was killed, go."""
     kept = [row for row in json.loads(path.read_text()) if row["step"] < step] if path.is_file() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*kept, *rows], indent=1))
-    temporary.replace(path)
+    write_json(path, [*kept, *rows])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import platform
 import shlex
 import subprocess
@@ -21,6 +20,7 @@ import torch
 
 from nemotron_h.checkpoint.adapters import describe_base
 from nemotron_h.checkpoint.reader import read_record
+from nemotron_h.core.files import whole_file, write_json
 from nemotron_h.recipe.text import to_yaml
 from nemotron_h.schema.recipe import command_of
 from nemotron_h.training import settings
@@ -170,13 +170,9 @@ class RunRecord(pl.Callback):
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         recipe = path.with_name(RECIPE)
-        for file, content in (
-            (recipe, recipe_text(self.recipe, recipe, self.changes)),
-            (path, json.dumps(record, indent=1)),
-        ):
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(content)
-            temporary.replace(file)
+        with whole_file(recipe) as temporary:
+            temporary.write_text(recipe_text(self.recipe, recipe, self.changes))
+        write_json(path, record)
 
 
 def recipe_text(recipe: dict[str, Any], path: Path, changes: Sequence[Mapping[str, Any]]) -> str:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from nemotron_h.architecture.rank import padded_vocabulary
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import whole_file
 from nemotron_h.data.feed.datamodule import BlendDataModule, WindowDataset
 from nemotron_h.training.stages.distillation.teacher_cache import Header, check_complete, check_fits, shard_path
 
@@ -37,10 +38,9 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         tensors: `values` [windows, seq_length, k], `ids` likewise (not where all logits are kept), `logsumexp` float32
             [windows, seq_length], `text` int64 [windows] of `text_digest`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     probability = tensors["values"].float().sub(tensors["logsumexp"].unsqueeze(-1)).exp().sum(-1).mean()
-    save_file(tensors, temporary, {"kept": f"{float(probability):.6f}", "windows": str(len(tensors["text"]))})
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, {"kept": f"{float(probability):.6f}", "windows": str(len(tensors["text"]))})
 
 
 def kept_probability(folder: Path, header: Header) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256
+from nemotron_h.core.files import file_sha256, whole_file
 from nemotron_h.core.progress import duration
 from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataModule, Reference
 from nemotron_h.model.module import data_step, forward_step
@@ -152,10 +152,8 @@ def write(path: Path, key: dict[str, Any], values: dict[str, Reference]) -> None
     """Keep values under a key; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"{split}/{source}": array for split, sources in values.items() for source, array in sources.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, key=np.array(json.dumps(key)), sha256=np.array(digest(values)), **arrays)
-    temporary.replace(path)
 
 
 def digest(values: dict[str, Reference]) -> str:
