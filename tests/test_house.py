@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 
 import house
+
+from nemotron_h.architecture.blocks.registry import KINDS
 
 YAML = {"configs", "data_blends", "recipes"}  # folders beside the library
 
@@ -39,6 +42,28 @@ ALLOWED = [
     "data.tokenizer imports nemo",
     "ops.activation imports transformer_engine",
 ]
+
+
+def test_kinds_are_compared_in_the_block_folders_alone() -> None:
+    """A new kind of layer is two files: nothing else asks which kind a layer is, or knows a kind by its class."""
+    letters_and_names = {*KINDS, *(kind.name for kind in KINDS.values())}
+    classes = {f"nemotron_h.{room}.blocks.{kind.name}" for room in ("architecture", "model") for kind in KINDS.values()}
+    wrong = []
+    for module, file in house.modules().items():
+        if ".blocks." in module:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            values = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            constants = {value.value for value in values if isinstance(value, ast.Constant)}
+            if constants & letters_and_names:
+                wrong.append(f"{module}: {ast.unparse(node)}")
+            if isinstance(node, ast.ImportFrom) and node.module in classes:
+                wrong.append(f"{module}: imports {node.module}")
+    assert wrong == OTHER_MEANINGS
+
+
+#: what looks like a letter of a pattern and is something else
+OTHER_MEANINGS = ["cli.generate: file == '-'"]
 
 
 def test_files_are_short() -> None:

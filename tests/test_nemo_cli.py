@@ -278,7 +278,7 @@ DIFFERENT = {
 }
 #: keys that name no single value of the graph
 BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "model.", "optim.schedule", "optim.warmup_tokens")
-BY_THEMSELVES += ("optim.decay_tokens", "checkpoint.leave_after", "precision_options.measured_steps")
+BY_THEMSELVES += ("sources.", "optim.decay_tokens", "checkpoint.leave_after", "precision_options.measured_steps")
 
 
 def test_one_table_has_the_graph_s_name_of_every_value(app) -> None:

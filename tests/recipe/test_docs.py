@@ -22,7 +22,7 @@ COMMAND = re.compile(r"nemo llm (\w+) --factory (\w+)((?: [^\s#`]+)*)")
 def commands() -> list[tuple[str, str]]:
     """Return (recipe, arguments) of every `nemo llm` with a shipped recipe that the pages show."""
     pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md")))
-    shown = sorted(set(COMMAND.findall(pages)))
+    shown = sorted(set(COMMAND.findall(re.sub(r" \\\n +", " ", pages))))
     return [(RECIPES[command, name], arguments) for command, name, arguments in shown if (command, name) in RECIPES]
 
 

@@ -52,7 +52,13 @@ def test_data_is_not(tmp_path: Path) -> None:
         "log.tensorboard=null",
         "a.b=[1, 2.5, 'x', {'y': None}]",
     ]
-    assert compose(str(recipe(tmp_path, *settings))).overrides == settings
+    check_overrides(settings, "own.yaml")
+    settings.remove("optim.peak_lr=a.value")  # a text, which the recipe's key does not take
+    of_recipe = ("optim.peak_lr", "data.root", "log.tensorboard")
+    composed = compose(str(recipe(tmp_path, *settings)))
+    assert composed.overrides == [setting for setting in settings if not setting.startswith(of_recipe)]
+    values = composed.optim.peak_lr, composed.data.root, composed.log.tensorboard
+    assert values == (pytest.approx(6e-3), "Configs/Partials", False)
 
 
 @pytest.mark.parametrize("setting", ["trainer.max_steps", "=5", "a b=5", "trainer.max_steps="])

@@ -86,9 +86,7 @@ def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
     """
     try:
         values = dict(record["model"])
-        # keys of JSON are text
-        overrides = {int(layer): widths for layer, widths in values.get("overrides", {}).items()}
-        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"]), "overrides": overrides})
+        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"])})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
     definition.validate_structure(origin)

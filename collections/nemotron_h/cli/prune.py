@@ -34,7 +34,7 @@ def importance(
         str, typer.Option(help="What removing a layer changes: mse (activations) or kl (logits).")
     ] = "mse",
 ) -> None:
-    """Measure how much each layer, FFN neuron, Mamba-2 head and channel of a model matters, by forward passes alone.
+    """Measure how much each layer, neuron, Mamba-2 head and channel of a model matters, by forward passes alone.
 
     Run it again after an interruption and it goes on. With a GPU it computes there in BF16 with one layer's weights at
     a time, so the model has to fit into host memory only.
@@ -90,8 +90,10 @@ def prune(
     importance: Annotated[Path, typer.Option(help="A folder of `nemotron-h importance`.")],
     attention: Annotated[int | None, typer.Option(help="Attention layers that stay.", show_default="all")] = None,
     mamba: Annotated[int | None, typer.Option(help="Mamba-2 layers that stay.", show_default="all")] = None,
-    ffn: Annotated[int | None, typer.Option(help="FFN layers that stay.", show_default="all")] = None,
-    ffn_hidden_size: Annotated[int | None, typer.Option(help="Neurons of each FFN.", show_default="all")] = None,
+    ffn: Annotated[int | None, typer.Option(help="Feed-forward layers that stay.", show_default="all")] = None,
+    ffn_hidden_size: Annotated[
+        int | None, typer.Option(help="Neurons of each feed-forward layer.", show_default="all")
+    ] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Channels between layers.", show_default="all")] = None,
     mamba_num_heads: Annotated[int | None, typer.Option(help="Heads of each Mamba-2.", show_default="all")] = None,
     mamba_head_dim: Annotated[int | None, typer.Option(help="Channels of each head.", show_default="all")] = None,

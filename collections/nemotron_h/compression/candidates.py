@@ -246,11 +246,12 @@ def _by_depth(parent: ModelDefinition, grid: GridSchema, scores: np.ndarray | No
     combinations: set[tuple[int, ...]] = set()
     for depth in sorted(set(grid.depth)):
         for fixed in product(*listed.values()):
-            rest = depth - stay - sum(fixed)
+            stated = stay + sum(fixed)
+            rest = depth - stated
             if not 0 <= rest <= len(free):
                 raise UserError(
-                    f"grid.depth = {depth} cannot be made of {stay + sum(fixed)} layers of the types with a list and at"
-                    f" most {len(free)} others",
+                    f"grid.depth = {depth} cannot be made of {stated} layers of the types with a list and at most "
+                    f"{len(free)} others",
                     hint="change grid.depth, or the numbers of the types",
                 )
             filled = "".join(parent.pattern[n] for n in free[:rest])

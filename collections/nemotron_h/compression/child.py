@@ -128,18 +128,18 @@ def _widths(parent: ModelDefinition, child: Child, layer: int) -> dict[str, int]
     return {**widths, **{axis.key: len(child.kept[layer][axis.name]) for axis in block.axes()}}
 
 
-def check_parent(recorded: ModelDefinition, given: ModelDefinition, what: str) -> None:
-    """Refuse what was made from another model.
+def check_parent(recorded: ModelDefinition, model: ModelDefinition, what: str) -> None:
+    """Refuse an artefact of another model.
 
     Errors:
         UserError: names the first keys that differ.
     """
     differ = [
-        f"{key}: {value} there, {getattr(given, key)} here"
+        f"{key}: {value} there, {getattr(model, key)} here"
         for key, value in asdict(recorded).items()
-        if key not in ("name", "sources", "expect") and value != getattr(given, key)
+        if key not in ("name", "sources", "expect") and value != getattr(model, key)
     ]
     if not differ:
         return
     said = "; ".join(differ[:3])
-    raise UserError(f"{what} is of another model than {given.name}: {said}", hint="measure the importance again")
+    raise UserError(f"{what} is of another model than {model.name}: {said}", hint="measure the importance again")

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from nemotron_h.architecture.blocks.registry import KINDS
 
-#: colours of the kinds of layers, in the registry's order: Mamba-2, attention and FFN as the paper plots them
+#: colours of the kinds of layers, in the registry's order: Mamba-2, attention and feed-forward as the paper plots them
 _STYLES = ("red", "#d62728"), ("green", "#2ca02c"), ("blue", "#1f77b4"), ("orange", "#ff7f0e"), ("purple", "#9467bd")
 
 
@@ -25,7 +25,7 @@ def _style(letter: str) -> tuple[str, str]:
 
 
 def colours(pattern: str) -> str:
-    """Return the meaning of the colours in a figure: red Mamba-2, blue FFN, green attention."""
+    """Return the meaning of the colours in a figure: red Mamba-2, blue feed-forward, green attention."""
     return ", ".join(f"{_style(letter)[0]} {KINDS[letter].title}" for letter in sorted(set(pattern), reverse=True))
 
 

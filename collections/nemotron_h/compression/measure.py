@@ -153,8 +153,8 @@ def measure_widths(
         advance, device, done, keep: as of `measure_layers`.
     Returns:
         name -> float64 [aggregations, width]: `layers.I.norm` [hidden], the layer's normalised input;
-        `layers.I.neurons` [ffn_hidden_size] of an FFN, after the activation (paper 3.2); `layers.I.x` [heads x
-        head_dim] of a Mamba-2 layer, x's part of the input projection (2504.11409); `final_norm` [hidden].
+        `layers.I.neurons` [ffn_hidden_size] of a feed-forward layer, after the activation (paper 3.2); `layers.I.x`
+        [heads x head_dim] of a Mamba-2 layer, x's part of the input projection (2504.11409); `final_norm` [hidden].
     """
     forward = Forward(model, device=device)
     sums = done or {}

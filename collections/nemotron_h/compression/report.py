@@ -30,8 +30,8 @@ code { font-size: .92em; overflow-wrap: anywhere } p.note { color: #555 }
 <h1>{{ name }}: {{ parent.name }} compressed</h1>
 <p>{{ "{:,}".format(parent.parameters) }} parameters became {{ "{:,}".format(child.parameters) }}
 ({{ "{:.1%}".format(child.parameters / parent.parameters) }}). Distillation: <b>{{ recovery }}</b>.</p>
-<p>Parent <code>{{ parent.pattern }}</code>, FFN {{ parent.ffn }}<br>
-Child <code>{{ child.pattern }}</code>, FFN {{ child.ffn }}<br>
+<p>Parent <code>{{ parent.pattern }}</code>, feed-forward {{ parent.ffn }}<br>
+Child <code>{{ child.pattern }}</code>, feed-forward {{ child.ffn }}<br>
 Checkpoint <code>{{ checkpoint }}</code></p>
 <h2>Before and after</h2>
 <table><tr><th>model</th>{% for column in columns %}<th class="n">{{ column }}</th>{% endfor %}</tr>

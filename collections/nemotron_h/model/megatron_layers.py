@@ -91,7 +91,7 @@ class NemotronHMambaLayer(MambaLayer):
 
 
 class RecomputingMLP(MLP):
-    """megatron-core's FFN that computes its activation again in the backward pass instead of keeping it."""
+    """megatron-core's MLP that computes its activation again in the backward pass instead of keeping it."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: None = None) -> tuple[Tensor, Tensor | None]:
         """[sequence, batch, hidden] to the same, and the output projection's bias (None)."""

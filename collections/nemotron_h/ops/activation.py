@@ -1,4 +1,4 @@
-"""Squared ReLU, the FFN's activation (paper 2.1)."""
+"""Squared ReLU, the activation of feed-forward layers (paper 2.1)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class FlopsByPart:
         ssd: their scans.
         attention_projections: queries, keys, values and output.
         attention_core: scores and weighted values.
-        ffn: both matrices of every FFN.
+        ffn: both matrices of every feed-forward layer.
         head: the output matrix. The embedding is a lookup and costs nothing.
         adapters: LoRA's or DoRA's own matmuls.
     """

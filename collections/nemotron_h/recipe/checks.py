@@ -47,7 +47,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     Errors:
         UserError: names the key, the origin and what would fit.
     """
-    check_overrides(recipe.overrides, f"{origin}: overrides")
+    check_overrides(recipe.overrides, origin)
     definition = definition_of(recipe, origin)
     check_names(recipe, origin)
     check_checkpoint(recipe.checkpoint, origin)

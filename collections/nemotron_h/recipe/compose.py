@@ -118,7 +118,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
             layers.append(Layer(path, "model"))
         else:
             from_record = [f"model.{key}" for key, _ in leaves(OmegaConf.to_container(composed.model))]
-    recipe, settled = _settled(typed(RecipeConfig, composed, origin), f"{origin}: overrides")
+    recipe, settled = _settled(typed(RecipeConfig, composed, origin), origin)
     given = parse_settings(assigned(values, recipe), "override")
     overridden = [key for key, _ in leaves(OmegaConf.to_container(given))]
     recipe.overrides = superseded(recipe.overrides, [*overridden, *(part.split("=")[0] for part in (*parts, *model))])
@@ -144,8 +144,8 @@ def _settled(recipe: RecipeConfig, origin: str) -> tuple[RecipeConfig, list[str]
     values, overrides = split(recipe.overrides)
     if not values:
         return recipe, []
-    given = parse_settings(assigned(values, recipe), origin)
-    recipe = typed(recipe, given, origin)
+    given = parse_settings(assigned(values, recipe), f"{origin}: overrides")
+    recipe = typed(recipe, given, f"{origin}: overrides")
     recipe.overrides = overrides
     return recipe, [key for key, _ in leaves(OmegaConf.to_container(given))]
 

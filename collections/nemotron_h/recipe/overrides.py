@@ -45,16 +45,23 @@ def parts(setting: str) -> tuple[str, str, str]:
 
 @functools.cache
 def recipe_keys(schema: type = RecipeConfig, prefix: str = "") -> frozenset[str]:
-    """Return the dotted keys of a recipe's values; those of a mapping with free keys (`sources`) are left out."""
+    """Return the dotted keys of a recipe's values; that of a mapping with free keys ends with a dot (`sources.`)."""
     hints, keys = typing.get_type_hints(schema), set()
     for each in dataclasses.fields(schema):
         kinds = (hints[each.name], *typing.get_args(hints[each.name]))
         inner = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if inner is not None:
             keys |= recipe_keys(inner, f"{prefix}{each.name}.")
-        elif each.name not in ("sources", "overrides"):
+        elif dict in map(typing.get_origin, kinds):
+            keys.add(f"{prefix}{each.name}.")
+        else:
             keys.add(f"{prefix}{each.name}")
-    return frozenset(keys)
+    return frozenset(keys - {"overrides"})
+
+
+def is_of_recipe(key: str) -> bool:
+    """Tell whether a dotted key is of a recipe's value."""
+    return key in recipe_keys() or key.startswith(tuple(known for known in recipe_keys() if known.endswith(".")))
 
 
 def names_under(part: str) -> set[str]:
@@ -75,7 +82,7 @@ def split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     for setting in settings:
         written, operator, value = parts(setting)
         key = SAME.get(written, written)
-        if key not in recipe_keys():
+        if not is_of_recipe(key):
             others.append(setting)
             continue
         before, text = names.setdefault(key, (written, value))
@@ -113,7 +120,7 @@ def assigned(settings: Sequence[str], recipe: RecipeConfig) -> list[str]:
     assignments = []
     for setting in settings:
         key, operator, value = parts(setting)
-        if key in recipe_keys():
+        if is_of_recipe(key):
             if operator != "=":
                 current = functools.reduce(lambda part, name: getattr(part, name, None), key.split("."), recipe)
                 value = _number(setting, operator, values.get(key, str(current)), value)
@@ -166,12 +173,12 @@ def check_overrides(settings: Sequence[str], where: str) -> None:
 
     Args:
         settings: its `overrides`.
-        where: names them.
+        where: names the recipe.
     Errors:
         UserError: see `check_data`.
     """
     for setting in settings:
-        check_data(setting, where)
+        check_data(setting, f"{where}: overrides")
 
 
 def is_object(text: str) -> bool:
