@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+import typer
 
+from nemotron_h.cli.main import app
+from nemotron_h.data.blend import load_blend
 from nemotron_h.recipe.check import examine
 from nemotron_h.recipe.compose import compose, factory_of, known_recipes, stage_of
 from nemotron_h.recipe.overrides import parts, split
@@ -48,3 +53,26 @@ def test_the_new_size_of_the_page_checks(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "hybrid_30m.yaml").write_text(recipe)
     promised = re.search(r"^    (ok  hybrid_30m: .*), \.\.\.$", text, re.MULTILINE).group(1)
     assert examine("hybrid_30m.yaml").line().startswith(promised)
+
+
+def own_commands() -> list[list[str]]:
+    """Return the arguments of every `nemotron-h` command in the pages' blocks of code and in the Makefile."""
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md")))
+    pages = re.sub(r" *\\\n\s*", " ", pages)
+    shown = re.findall(r"^(?: {4}(?:\$ )?|\t@\$\(BIN\)/)nemotron-h (\S.*)$", pages, re.MULTILINE)
+    return [list(shlex.split(line.replace("$'", "'"), comments=True)) for line in sorted(set(shown))]
+
+
+@pytest.mark.parametrize("arguments", own_commands(), ids=" ".join)
+def test_a_command_of_the_pages_has_the_arguments_that_it_says(arguments: list[str]) -> None:
+    """Parsed as the command would, up to where it begins to work; recipes and blends that ship are there too."""
+    command, rest, context = typer.main.get_command(app), arguments, None
+    while isinstance(command, click.Group):
+        context = command.make_context("nemotron-h", rest, parent=context)
+        _, command, rest = command.resolve_command(context, [*context.protected_args, *context.args])
+    parsed = command.make_context("nemotron-h", rest, parent=context).params
+    recipe, settings = parsed.get("recipe") or parsed.get("name"), parsed.get("overrides") or []
+    if recipe in known_recipes() and all("=" in setting for setting in settings):
+        compose(recipe, [setting for setting in settings if not setting.startswith("executor")])
+    if parsed.get("blend"):
+        assert load_blend(parsed["blend"])
