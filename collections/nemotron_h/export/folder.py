@@ -32,7 +32,7 @@ def new_folder(out: Path, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path, needed: int) -> Iterator[Path]:
-    """As `new_folder`, the name of a file."""
+    """Yield the name of a temporary file, as `new_folder` yields a folder."""
     with _unfinished(out, needed) as temporary:
         yield temporary
 
