@@ -1,4 +1,4 @@
-"""Which matrices adapters can be put on, and what that adds to a model. Imports no torch."""
+"""Matrices that adapters can be put on, and the parameters that adapters add to a model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def owners() -> dict[str, type[Block]]:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an adapter trains of one matrix.
+    """Parameters of one matrix over all layers, and those that its adapters train.
 
     Attributes:
         target: the matrix.
         layer_type: `mamba`, `attention` or `ffn`.
         layers: how many layers have it.
-        weights: numbers of the matrix, over these layers.
-        trained: numbers of its adapters; 0 where it is no target.
+        weights: parameters of the matrix, over these layers.
+        trained: parameters of its adapters; 0 where it is no target.
     """
 
     target: str
@@ -64,14 +64,14 @@ def coverage(adapter: AdapterSchema, definition: ModelDefinition) -> list[Covera
 
 
 def trained_parameters(adapter: AdapterSchema, definition: ModelDefinition) -> int:
-    """Numbers that are trained: those of the adapters, or all without one."""
+    """Return the number of trained parameters: those of the adapters, or all of the model's without adapters."""
     if adapter.kind == "none":
         return definition.parameters
     return sum(row.trained for row in coverage(adapter, definition))
 
 
 def check_adapter(adapter: AdapterSchema, definition: ModelDefinition, key: str, *, pipeline: int = 1) -> None:
-    """Refuse what cannot be, or would do nothing.
+    """Refuse an adapter that cannot be trained, or that would do nothing.
 
     Args:
         adapter: of a recipe, or of the built task.

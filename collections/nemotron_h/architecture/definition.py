@@ -167,7 +167,7 @@ class ModelDefinition:
             )
 
     def validate_structure(self, origin: str) -> None:
-        """Check what is given, the pattern's rules and divisibility; all that `validate` does but `expect`."""
+        """Check that needed widths are set, the pattern's rules and divisibility: all of `validate` but `expect`."""
         for key, known in (("family", FAMILIES), ("position_embedding", POSITION_EMBEDDINGS)):
             value = getattr(self, key)
             if value not in known:
@@ -293,7 +293,7 @@ class ModelDefinition:
 
 
 def pipeline_layers(num_layers: int, stages: int) -> list[range]:
-    """Layers of each pipeline stage: contiguous, sizes differing by one at most, larger stages first."""
+    """Split the layers into pipeline stages: contiguous, sizes differing by one at most, larger stages first."""
     size, extra = divmod(num_layers, stages)
     starts = [stage * size + min(stage, extra) for stage in range(stages + 1)]
     return [range(a, b) for a, b in pairwise(starts)]

@@ -1,4 +1,4 @@
-"""Every matrix product of a model's linear layers: its shape on one rank, and whether it runs in FP8. Imports no torch.
+"""Matmuls of a model's linear layers: the shape of each on one rank, and whether it runs in FP8. Imports no torch.
 
 The paper's recipe (2.3) has all linear layers in FP8, forward and backward, but those of the first and last layers. The
 embedding, output layer, norms, convolution, scan and attention core are not among them.
@@ -15,12 +15,12 @@ from nemotron_h.core.errors import UserError
 
 #: precision of a recipe -> formats of weights and activations, and of gradients
 FP8_FORMATS = {"fp8_current_scaling": ("E4M3", "E5M2"), "fp8_blockwise": ("E4M3", "E4M3")}
-#: what FP8 products need of every dimension: forward, dgrad and wgrad each sum over another one (Transformer Engine)
+#: what FP8 matmuls need of every dimension: forward, dgrad and wgrad each sum over another one (Transformer Engine)
 MULTIPLE = 16
 #: tokens of a block of `fp8_blockwise`, which one rank's share of a sequence has to fill
 BLOCK = 128
 OUTPUT_LAYER = "output_layer"
-#: what a product's three passes multiply
+#: operands of a linear layer's three matmuls: forward, dgrad and wgrad
 OPERANDS = ("activation", "weight", "gradient")
 #: file of a run's folder: what its casts to float8 did, at the steps that were measured
 CAST_STATISTICS = "cast_statistics.json"
@@ -28,7 +28,7 @@ CAST_STATISTICS = "cast_statistics.json"
 
 @dataclass(frozen=True)
 class Gemm:
-    """One product, `x [m, k] @ weight [n, k].T`, on one rank; its dgrad and wgrad run in the same precision.
+    """Matmul `x [m, k] @ weight [n, k].T` on one rank; its dgrad and wgrad run in the same precision.
 
     Attributes:
         layer: number of the layer, from 0; the number of layers for the output layer.
@@ -36,7 +36,7 @@ class Gemm:
         name: as in the model.
         m, n, k: tokens, outputs and inputs.
         dtype: `FP8`, `BF16` or `FP32`.
-        why: of FP8 its formats, else what keeps the product out of it; empty where nothing is in FP8.
+        why: in FP8 its formats, else the reason that keeps the matmul out of it; empty where nothing is in FP8.
         keys: of the model, that inputs and outputs come from.
     """
 
@@ -59,7 +59,7 @@ def gemm_table(
     tokens: int,
     bf16_edge_layers: int = 2,
 ) -> list[Gemm]:
-    """All products of a forward pass, in the order of the model.
+    """Return the linear layers' matmuls of a forward pass, in the order of the model.
 
     Args:
         definition: the model.
@@ -91,7 +91,7 @@ def gemm_table(
 
 @dataclass(frozen=True)
 class GemmGroup:
-    """Products that differ in their layer alone.
+    """Matmuls that differ in their layer alone.
 
     Attributes:
         layers: their layers, ascending.
@@ -103,13 +103,13 @@ class GemmGroup:
 
     @property
     def span(self) -> str:
-        """The layers in words: `layer 7`, or `24 layers, 2 to 49`."""
+        """Return the layers in words: `layer 7`, or `24 layers, 2 to 49`."""
         first, last, count = self.layers[0], self.layers[-1], len(self.layers)
         return f"layer {first}" if count == 1 else f"{count} layers, {first} to {last}"
 
 
 def fold(table: Iterable[Gemm]) -> list[GemmGroup]:
-    """The table with equal products of several layers in one row, in the order of their first layer."""
+    """Fold equal matmuls of several layers into one row, in the order of their first layer."""
     groups: dict[Gemm, list[int]] = {}
     for gemm in table:
         groups.setdefault(dataclasses.replace(gemm, layer=-1), []).append(gemm.layer)
@@ -127,7 +127,7 @@ def check_gemms(
     bf16_edge_layers: int = 2,
     origin: str = "",
 ) -> None:
-    """Refuse shapes that FP8 cannot multiply, and an FP8 that no product would run in.
+    """Refuse shapes that FP8 cannot multiply, and an FP8 recipe of which no matmul would run in FP8.
 
     Args:
         definition, precision, tensor_parallel, bf16_edge_layers: as `gemm_table`.
@@ -167,7 +167,7 @@ def check_gemms(
 
 
 def _check_tokens(precision: str, seq_length: int, micro_batch_size: int, shares: int, where: str) -> None:
-    """Tokens of one rank's share of a micro batch."""
+    """Check that one rank's tokens of a micro-batch are a multiple of what FP8 needs."""
     multiple = MULTIPLE * shares
     if shares > 1 and precision == "fp8_blockwise":
         multiple = BLOCK * shares  # Transformer Engine gathers whole blocks only
@@ -188,7 +188,7 @@ def _remedy(
     tensor_parallel: int,
     table: Callable[[ModelDefinition, int], list[Gemm]],
 ) -> str:
-    """What to set, to which nearest value."""
+    """Return the hint of an error: the keys to set, each to its nearest value that fits."""
 
     def fits(model: ModelDefinition, tensor: int) -> bool:
         try:
@@ -212,7 +212,7 @@ def _remedy(
 
 
 def _nearest(value: int, fits: Callable[[int], bool]) -> int | None:
-    """The nearest positive value that fits, the larger of two; None when there is none up to twice the value."""
+    """Return the nearest positive value that fits, the larger of two; None where none up to twice the value does."""
     for distance in range(1, max(value, MULTIPLE * BLOCK) + 1):
         for candidate in (value + distance, value - distance):
             if candidate > 0 and fits(candidate):

@@ -18,7 +18,7 @@ VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is trained: the keys of a recipe that memory depends on.
+    """Layout and precision of a training run: the keys of a recipe that its memory depends on.
 
     Attributes:
         tensor, pipeline, data: ranks per axis.
@@ -34,8 +34,8 @@ class Layout:
         recompute_mamba, recompute_ffn, recompute_attention: as the recipe's `recompute`.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
         backend: `gpu` or `cpu`.
-        widened: on the CPU bfloat16 products go through float32 (ops/linear.py: widens_bfloat16).
-        copied: on the CPU torch's own have their results in float32 first (ops/linear.py: lacks_bfloat16_units).
+        widened: on the CPU bfloat16 matmuls go through float32 (ops/linear.py: widens_bfloat16).
+        copied: on the CPU torch's own matmuls write float32 results first (ops/linear.py: lacks_bfloat16_units).
         teacher: of a distillation that loads it: a model that is split as the trained one, and only runs forward.
     """
 
@@ -64,26 +64,26 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        """All ranks."""
+        """Return the number of ranks."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def base_precision(self) -> str:
-        """The precision of the weights: FP8 keeps them in bfloat16."""
+        """Return the precision of the weights: FP8 keeps them in bfloat16."""
         return "fp32" if self.precision == "fp32" else "bf16"
 
     @property
     def fp8(self) -> bool:
-        """Whether the GEMMs keep their inputs in FP8. On the CPU FP8 is emulated, in bfloat16's sizes."""
+        """Tell whether the GEMMs keep their inputs in FP8. On the CPU FP8 is emulated, in bfloat16's sizes."""
         return self.precision.startswith("fp8") and self.backend == "gpu"
 
     @property
     def frozen(self) -> bool:
-        """Whether adapters are trained and the weights are not."""
+        """Tell whether adapters are trained and the weights are not."""
         return self.adapter.kind != "none"
 
     def adapted(self, matrix: str) -> bool:
-        """Whether a matrix has an adapter."""
+        """Tell whether a matrix has an adapter."""
         return self.frozen and matrix in self.adapter.targets
 
     def recompute(self, kind: str) -> str:
@@ -92,7 +92,7 @@ class Layout:
 
 
 def padded_vocabulary(definition: ModelDefinition, tensor: int) -> int:
-    """Rows of the embedding and output matrices over all tensor-parallel ranks."""
+    """Return the rows of the embedding and output matrices over all tensor-parallel ranks, padding included."""
     multiple = VOCABULARY_MULTIPLE * tensor
     return math.ceil(definition.vocab_size / multiple) * multiple
 
@@ -117,7 +117,7 @@ class Rank:
         self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
 
     def act(self, width: int) -> int:
-        """An activation [tokens, width / tensor]."""
+        """Return the bytes of an activation [tokens, width / tensor]."""
         return self.tokens * width // self.layout.tensor * self.e
 
     def weight(self, matrix: Matrix) -> int:
@@ -137,7 +137,7 @@ class Rank:
         return matrix.size // self.layout.tensor * self.e + copy + self.wide(matrix.size)
 
     def wide(self, elements: int) -> int:
-        """In float32 during a widened product with a matrix of so many elements: the matrix, and a block of rows."""
+        """Return the float32 bytes of a widened matmul with a matrix of so many elements: it, and a block of rows."""
         through = self.layout.widened and self.cpu and not self.float32 and self.layout.tensor == 1
         return 4 * elements + WIDE_BLOCK if through else 0
 

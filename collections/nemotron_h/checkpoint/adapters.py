@@ -24,17 +24,17 @@ ADAPTER = ".adapter."
 
 
 def adapter_record(checkpoint: Path) -> dict[str, Any] | None:
-    """What the checkpoint's record tells of its adapter; None for a whole checkpoint."""
+    """Return what the checkpoint's record tells of its adapter; None for a whole checkpoint."""
     return read_record(checkpoint).get("adapter")
 
 
 def describe_base(base: Path) -> dict[str, str]:
-    """How a record names a base: where it is, and the hash of its list of hashes."""
+    """Describe a base as a record names it: its path, and the hash of its list of hashes."""
     return {"checkpoint": str(base.absolute()), "integrity_sha256": file_sha256(base / folders.INTEGRITY)}
 
 
 def find_base(checkpoint: Path, named: str | Path | None = None) -> Path:
-    """The checkpoint that an adapter's was trained on.
+    """Find the checkpoint that an adapter was trained on.
 
     Args:
         checkpoint: of an adapter.
@@ -64,7 +64,7 @@ def find_base(checkpoint: Path, named: str | Path | None = None) -> Path:
 
 
 def open_weights(checkpoint: Path, base: Path | None = None) -> WeightFile:
-    """The weights of a checkpoint; those of an adapter, merged into its base's.
+    """Open the weights of a checkpoint; those of an adapter are merged into its base's.
 
     Args:
         checkpoint: as `find_checkpoint` returns it.
@@ -103,7 +103,7 @@ class AdaptedWeights(WeightFile):
 
     @staticmethod
     def adapter_names(name: str) -> dict[str, str]:
-        """The names of a weight's adapter. `in_proj.weight.z` has rows of its own, and A with the other parts."""
+        """Return the names of a weight's adapter. `in_proj.weight.z` has its own rows of B and shares A."""
         matrix, _, part = name.partition(".weight")
         return {
             "a": f"{matrix}{ADAPTER}a",
@@ -112,7 +112,7 @@ class AdaptedWeights(WeightFile):
         }
 
     def read(self, targets: Mapping[str, Tensor]) -> None:
-        """As `WeightFile.read`, merged. Sums are in float32, or in the target's dtype where that is more precise."""
+        """Read as `WeightFile.read`, merged. Sums are in float32, or in the target's dtype where it is more precise."""
         super().read({name: target for name, target in targets.items() if name not in self.adapted})
         for name in targets:
             if name in self.adapted:

@@ -16,13 +16,13 @@ from nemotron_h.schema.recipe import ModelSchema
 
 
 def is_path(text: str) -> bool:
-    """Whether a recipe's `model` names a file or folder, not a shipped definition."""
+    """Tell whether a recipe's `model` names a file or folder, not a shipped definition."""
     return "/" in text or text.endswith((".yaml", ".yml"))
 
 
 def read_model(path: Path, origin: str) -> dict[str, Any]:
-    """The part `model` of a recipe, from a checkpoint, a run's folder (its newest checkpoint) or a YAML file such as
-    those of `configs/model`.
+    """Read the part `model` of a recipe from a checkpoint, a run's folder (its newest checkpoint) or a YAML file such
+    as those of `configs/model`.
 
     Args:
         origin: the recipe to name in an error.

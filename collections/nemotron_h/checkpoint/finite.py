@@ -43,6 +43,6 @@ def check_scores(logits: Tensor) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Return whether all numbers are finite, in one pass without memory of its own."""
+    """Tell whether all numbers are finite, in one pass without memory of its own."""
     low, high = tensor.aminmax()  # both are NaN where any number is
     return bool((low.isfinite() & high.isfinite()).item())

@@ -30,23 +30,23 @@ _STEP = re.compile(r"step-(\d+)(-v\d+)?$")
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint folder's name; -1 for other folders."""
+    """Return the step in a checkpoint folder's name; -1 for other folders."""
     found = _STEP.search(checkpoint.name)
     return int(found.group(1)) if found else -1
 
 
 def finished(run_dir: Path) -> list[Path]:
-    """Checkpoints that were written to the end, newest first."""
+    """Return the checkpoints that were written to the end, newest first."""
     return _states(run_dir)[0]
 
 
 def torn(run_dir: Path) -> dict[Path, str]:
-    """Folders that nothing is writing and nothing reads, newest first, and what is the matter with each."""
+    """Return folders that nothing is writing and nothing reads, newest first, and what is the matter with each."""
     return _states(run_dir)[1]
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest finished checkpoint, or None.
+    """Return the newest finished checkpoint, or None.
 
     Errors:
         UserError: a torn folder is as new or newer: whoever went on from an older one would write its step again.
@@ -64,13 +64,13 @@ def newest(run_dir: Path) -> Path | None:
 
 
 def unfinished(run_dir: Path) -> list[Path]:
-    """Folders whose writing or removal is under way or was ended; each has a marker beside it."""
+    """Return folders whose writing or removal is under way or was interrupted; each has a marker beside it."""
     markers = sorted((run_dir / "checkpoints").glob(f"step-*{UNFINISHED}"))
     return [marker.with_name(marker.name.removesuffix(UNFINISHED)) for marker in markers]
 
 
 def _states(run_dir: Path) -> tuple[list[Path], dict[Path, str]]:
-    """Finished checkpoints and torn folders, newest first."""
+    """Return finished checkpoints and torn folders, newest first."""
     paths = sorted((run_dir / "checkpoints").glob("step-*"), key=lambda path: (step_of(path), path.name), reverse=True)
     whole, others, writing = [], {}, set(unfinished(run_dir))  # after the folders: a marker comes first and goes last
     for path in paths:
@@ -86,18 +86,18 @@ def _states(run_dir: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def size_of(checkpoint: Path) -> int:
-    """Bytes of a finished checkpoint."""
+    """Return the bytes of a finished checkpoint."""
     return sum(size for size, _ in read_integrity(checkpoint).values())
 
 
 def content(checkpoint: Path) -> list[str]:
-    """Names of the files of a checkpoint that integrity covers."""
+    """Return the names of a checkpoint's files that its integrity file covers."""
     files = (p for p in checkpoint.rglob("*") if p.is_file() and p.name != INTEGRITY)
     return sorted(str(p.relative_to(checkpoint)) for p in files)
 
 
 def describe(checkpoint: Path, names: Iterable[str]) -> dict[str, list]:
-    """Name -> [bytes, sha256] of files of a checkpoint."""
+    """Return name -> [bytes, sha256] of files of a checkpoint."""
     paths = {name: checkpoint / name for name in names}
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         digests = pool.map(file_sha256, paths.values())
@@ -142,7 +142,7 @@ def strangers(checkpoint: Path) -> list[str]:
 
 
 def damage(checkpoint: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, one line a file; empty when nothing is.
+    """Return what is wrong with a checkpoint, one line a file; empty where nothing is.
 
     Args:
         checkpoint: its folder.

@@ -55,7 +55,7 @@ _SAFE, _UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_L
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds PyTorch's description of the tensors and nothing else."""
+    """Unpickler that builds PyTorch's description of the tensors and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         part = _PARTS.get((module, name))

@@ -1,7 +1,7 @@
 """Every weight under both of its names: Megatron's checkpoint (`ours`) and Hugging Face's `nemotron_h` (`theirs`).
 
-One table serves both directions. The tensors of a row, joined along their first axis, are the same numbers on both
-sides; only attention's queries, keys and values are in another order of rows.
+One table serves both directions. The tensors of a row, concatenated along their first axis, are the same numbers on
+both sides; only attention's queries, keys and values are in another order of rows.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Weight(Tensors):
         return torch.float32 if self.exact else dtype
 
     def to_theirs(self, whole: Tensor) -> dict[str, Tensor]:
-        """Return their tensors, of what `ours` are fused to."""
+        """Reorder ours, concatenated along the first axis, and split them into theirs."""
         return _split(whole if self.order is None else whole[torch.from_numpy(self.order)], self.theirs)
 
     def to_ours(self, whole: Tensor) -> dict[str, Tensor]:
-        """Return our tensors, of what `theirs` are fused to."""
+        """Reorder theirs, concatenated along the first axis, and split them into ours."""
         return _split(whole if self.order is None else whole[torch.from_numpy(self.order.argsort())], self.ours)
 
 

@@ -35,7 +35,7 @@ _FIRST_PART = "decoder."
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest finished one of a run folder.
+    """Find the checkpoint that `path` means: itself, or the newest finished one of a run folder.
 
     Errors:
         UserError: there is none, it is unfinished or torn, or a file is missing or has another size than was written.
@@ -79,7 +79,7 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
-    """The model that a run record describes.
+    """Return the model that a run record describes.
 
     Errors:
         UserError: a value is missing, unknown or impossible.
@@ -97,7 +97,7 @@ class WeightFile:
     """The weights of one checkpoint, by their names in the model (without the prefix of the training wrapper).
 
     Args:
-        checkpoint: a folder as `find_checkpoint` returns it. One of an adapter is read by `adapted.open_weights`.
+        checkpoint: a folder as `find_checkpoint` returns it. That of an adapter is read by `adapters.open_weights`.
         last: end of the name of a weight that the checkpoint has.
     Errors:
         UserError: the index is missing or damaged.

@@ -31,7 +31,7 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
         self.read, self.advance = read, advance
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """Called for one tensor after the other."""
+        """Read the values of a tensor; called for one after the other."""
         tensor = self.read(index.fqn)
         self.advance(tensor.nbytes)
         return tensor
@@ -43,7 +43,7 @@ def save(
     """Write a checkpoint's `weights` folder, which training and every reader of checkpoints take.
 
     Args:
-        folder: is made.
+        folder: is created.
         tensors: name -> a tensor on the meta device, of the shape and dtype to write.
         read: the values of a name; called once for each, in the order of `tensors`.
         advance: told the bytes of each written tensor.

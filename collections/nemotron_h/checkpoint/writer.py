@@ -42,7 +42,7 @@ class _Rows:
                 self.rows[_PREFIX + name] = row
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor of the checkpoint."""
+        """Return a tensor of the checkpoint; its row is read once for all of them."""
         row = self.rows[key]
         if self._last is None or self._last[0] is not row:  # a row's tensors follow each other
             self._last = row, self._read(row)
@@ -52,7 +52,7 @@ class _Rows:
 
 
 def size(definition: ModelDefinition, dtype: torch.dtype) -> int:
-    """Bytes of the checkpoint's tensors."""
+    """Return the bytes of the checkpoint's tensors."""
 
     def of(row: Weight) -> int:
         numbers = sum(torch.Size(shape).numel() for shape in row.ours.values())
@@ -89,6 +89,6 @@ def finish(folder: Path, definition: ModelDefinition, record: Mapping[str, Any],
 
 
 def definition_text(definition: ModelDefinition, comment: str) -> str:
-    """A file for `configs/model/`, without what is left out of it."""
+    """Return the text of a file for `configs/model/`, without values that are 0 or empty."""
     values = {key: value for key, value in asdict(definition).items() if value not in (0, {})}
     return f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False)

@@ -1,4 +1,4 @@
-"""What this machine has, what a run on it would use, and what to fix."""
+"""Report on this machine: what it has, what a run on it would use, and what to fix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIN_FREE_DISK_GIB, MIN_FREE_MEMORY_GIB = 2.0, 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `fail` means that training cannot run, `warn` that it can but not as well."""
+    """Line of the report: `fail` means that training cannot run, `warn` that it can but not as well."""
 
     state: Literal["ok", "warn", "fail"]
     what: str

@@ -24,7 +24,7 @@ END_CHAIN = """trap 'case $? in 0|2) scancel --state=PENDING "$SLURM_ARRAY_JOB_I
 
 
 def executor(cluster: Cluster, task: run.Partial, recipe: str) -> run.Config:
-    """The executor of a built recipe, and the recipe's paths moved to the cluster's `work_dir`.
+    """Return the executor of a built recipe, and move the recipe's paths to the cluster's `work_dir`.
 
     Args:
         cluster: from `load`.
@@ -49,7 +49,7 @@ def executor(cluster: Cluster, task: run.Partial, recipe: str) -> run.Config:
 
 
 def _path() -> dict[str, str]:
-    """PATH with this Python and its torchrun first; nothing where they are, as in an activated environment."""
+    """Return PATH with this Python and its torchrun first; nothing where they are, as in an activated environment."""
     beside, path = Path(sys.executable).parent, os.environ.get("PATH", os.defpath)
     commands = [name for name in ("python", "torchrun") if (beside / name).is_file()]
     if all(shutil.which(name) == str(beside / name) for name in commands):
@@ -58,7 +58,7 @@ def _path() -> dict[str, str]:
 
 
 def _move(task: run.Partial, cluster: Cluster) -> None:
-    """Jobs start elsewhere than this command, each in a folder of its own, and have to meet in one place."""
+    """Make the recipe's paths absolute: jobs start in folders of their own and have to meet in one place."""
     here = folder_of(cluster)
     task.data.root = root_at(cluster, here) if task.data.root is None else str(here / task.data.root)
     for part, key in (
@@ -75,7 +75,7 @@ def _move(task: run.Partial, cluster: Cluster) -> None:
 
 
 def _slurm(cluster: SlurmCluster, nodes: int, devices: int, recipe: str) -> run.Config[run.SlurmExecutor]:
-    """One task per device, started by srun: Lightning and NeMo read the ranks from Slurm, and signals reach Python.
+    """Start one task per device by srun: Lightning and NeMo read the ranks from Slurm, and signals reach Python.
 
     torchrun in between would end at SIGUSR1 itself. A chain is an array with one job at a time: one submission, no
     rights needed beyond `sbatch`'s, and each job follows the one before whatever that one's exit code.
@@ -123,7 +123,7 @@ def _check_paths(cluster: SlurmCluster) -> None:
 
 
 def _mounts(cluster: SlurmCluster) -> list[str]:
-    """The work folder is in the container, under the same path."""
+    """Return the container's mounts, with the work folder under its own path."""
     if not cluster.container or any(mount.split(":")[-1] == cluster.work_dir for mount in cluster.mounts):
         return list(cluster.mounts)
     return [*cluster.mounts, f"{cluster.work_dir}:{cluster.work_dir}"]

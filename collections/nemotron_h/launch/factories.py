@@ -37,7 +37,7 @@ def _register(recipe: str) -> None:
         return build(compose(recipe, nemo_cli.recipe_values()))
 
     def distillation(student: str | None = None, teacher: str | None = None) -> run.Partial:
-        """`--factory "NAME(student=runs/CHILD, teacher=runs/PARENT)"`: checkpoints; the student's model is its own."""
+        """Take checkpoints: `--factory "NAME(student=runs/CHILD, teacher=runs/PARENT)"`, and the student's model."""
         changes = [f"distill.teacher={json.dumps(teacher)}"] if teacher else []
         if student:
             changes += [
@@ -62,7 +62,7 @@ def _register_files(command: str) -> None:
     target = next(entry for stage, (entry, _) in BUILDERS.items() if STAGES[stage] == command)
 
     def nemotron_h_recipe(path: str) -> run.Partial:
-        """A recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
+        """Build a recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
         path = file_of_factory(path)
         recipe = compose(path, nemo_cli.recipe_values())
         if STAGES.get(recipe.stage) != command:

@@ -22,7 +22,7 @@ _ENDED = re.compile(r"^job exited with code (\d+)$", re.MULTILINE)
 
 
 class QueueError(Exception):
-    """Slurm did not answer, which passes."""
+    """Failure of Slurm to answer, which passes."""
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ class KubernetesExecutor(KubeflowExecutor):
         super()._load_kube_clients()
 
     def package_configs(self, *cfgs: tuple[str, str]) -> list[str]:
-        """Write the configurations; their paths in the pod, where the volume has them."""
+        """Write the configurations and return their paths in the pod, where the volume has them."""
         super().package_configs(*cfgs)
         return [f"{self.code_dir}/configs/{name}" for name, _ in cfgs]
 
     def materialize_launch_script(self, cmd: list[str], max_retries: int = 0) -> None:
-        """The shell gives way to the run: SIGTERM is sent to a pod's first process alone."""
+        """Have the run replace the shell: SIGTERM is sent to a pod's first process alone."""
         super().materialize_launch_script(["exec", *cmd], max_retries)
 
 

@@ -18,12 +18,12 @@ GPU_REQUESTS = ("gpus_per_node", "gres", "none")
 
 
 def shipped_dir() -> Path:
-    """The cluster files that ship with the package, one per kind."""
+    """Return the folder of the cluster files that ship with the package, one per kind."""
     return Path(str(files("nemotron_h.configs"))) / "cluster"
 
 
 def is_cluster(name_or_path: str) -> bool:
-    """Whether a name given as executor is meant for `load`."""
+    """Tell whether the name of an executor is meant for `load`."""
     return name_or_path in KINDS or name_or_path.endswith((".yaml", ".yml"))
 
 

@@ -1,4 +1,4 @@
-"""Make `nemo llm <stage> --factory NAME` of nemo-run take recipe keys and cluster files, and report mistakes shortly.
+"""Make `nemo llm <stage> --factory NAME` of nemo-run take recipe keys and cluster files, and report mistakes briefly.
 
 `key=value` sets a value by its key in the recipe, and is checked as the recipe's own; what a recipe does not name is
 set in the built task by NeMo's name, and noted in the run's record. `executor=NAME executor.key=value` names a cluster
@@ -187,7 +187,7 @@ def fail(error: UserError) -> None:
 
 @functools.cache
 def own_factories() -> set[str]:
-    """Names of this project's factories: of its recipes, and the one for recipe files."""
+    """Return the names of this project's factories: of its recipes, and the one for recipe files."""
     return {factory_of(name) for name in known_recipes()} | {"nemotron_h_recipe"}
 
 
@@ -197,13 +197,13 @@ def is_own(factory: str | None) -> bool:
 
 
 def known_factories(fn: Any) -> list[str]:
-    """Names registered for an entry point such as `llm.pretrain`."""
+    """Return the names registered for an entry point such as `llm.pretrain`."""
     namespace = get_type_namespace(fn)
     return sorted({key[-1] for key in REGISTRY if namespace in (key[0], ".".join(key[:-1]))})
 
 
 def explain(error: Exception, fn: Any, args: list[str], factory: str | None) -> UserError | None:
-    """What the user got wrong, or None where it is not a mistake that this can name."""
+    """Explain what the user got wrong; None where it is not a mistake that this can name."""
     if "No matching factory found" in str(error):
         known = known_factories(fn)
         ours = [name for name in known if name in own_factories()]

@@ -102,7 +102,7 @@ class Place:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment of a process here, beside what this process has."""
+        """Return the environment variables that a process here gets beside those of this process."""
         return {} if self.cluster is None else dict(self.cluster.env)
 
     def check(self, recipe: RecipeConfig, origin: str) -> None:

@@ -41,7 +41,7 @@ POLL_S = 0.5
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
+    """Training run that a command starts.
 
     Attributes:
         name: also of its folder.
@@ -55,28 +55,32 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Where it writes."""
+        """Return the folder that it writes to."""
         return Path(self.recipe.log.dir) / self.name
 
     @property
     def recipe_file(self) -> Path:
-        """The recipe that it is started from."""
+        """Return the recipe file that it is started from."""
         return self.file or Path(self.recipe.log.dir) / f"{self.name}.yaml"
 
 
 def is_finished(run: Run, steps: int) -> bool:
-    """Whether the checkpoint of the last step is there, whole."""
+    """Tell whether the checkpoint of the last step is there, whole."""
     found = folders.finished(run.folder)
     return bool(found) and folders.step_of(found[0]) >= steps
 
 
 def text_of(run: Run) -> str:
-    """The recipe's file."""
+    """Return the text of the recipe's file."""
     return to_yaml(dataclasses.asdict(run.recipe))
 
 
 def command_of(run: Run) -> list[str]:
-    """The run's command line."""
+    """Return the run's command line.
+
+    Errors:
+        UserError: there is no `nemo` command.
+    """
     beside = Path(sys.executable).with_name("nemo")
     nemo = str(beside) if beside.is_file() else shutil.which("nemo")
     if nemo is None:
@@ -178,7 +182,7 @@ def dry_run(run: Run, place: Place) -> str:
 
 
 def write_recipe(run: Run) -> None:
-    """The file that a run is started from."""
+    """Write the file that a run is started from."""
     run.recipe_file.parent.mkdir(parents=True, exist_ok=True)
     run.recipe_file.write_text(text_of(run))
 
@@ -226,7 +230,7 @@ class _Process:
 
     @property
     def code(self) -> int | None:
-        """Its exit code."""
+        """Return its exit code."""
         return self.process.returncode
 
 
@@ -253,7 +257,7 @@ class _Job:
 
     @property
     def code(self) -> int | None:
-        """The exit code of its last job; None where that was killed."""
+        """Return the exit code of its last job; None where that was killed."""
         return self.job.exit_code()
 
 
@@ -294,7 +298,7 @@ def _reason(text: str) -> str:
 
 @contextmanager
 def _leave_on_signals() -> Iterator[None]:
-    """What tells this command to end raises, so that runs can write a checkpoint first."""
+    """Raise SystemExit on SIGTERM and SIGHUP inside the block, so that runs can write a checkpoint first."""
 
     def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)

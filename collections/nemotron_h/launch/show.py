@@ -1,4 +1,4 @@
-"""What would be submitted, as text: the sbatch script, the manifest, or the command."""
+"""Submission as text, without submitting it: the sbatch script, the manifest, or the command."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Adapter(nn.Module):
             parameter.sequence_parallel = sequence_parallel and not split
 
     def initialize(self, name: str, seed: int) -> None:
-        """Draw A from (seed, the matrix's global name), uniform as `nn.Linear`'s weight: the same in any layout."""
+        """Initialize A from (seed, the matrix's global name), uniform as in `nn.Linear`: the same in any layout."""
         ranks = self.group.size() if self.row_parallel else 1
         bound = 1 / math.sqrt(self.a.shape[1] * ranks)
         shard = {"axis": 1, "tp_rank": self.group.rank(), "tp_size": ranks} if self.row_parallel else {}
@@ -80,7 +80,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def lengths(self, weight: Tensor) -> Tensor:
-        """|W + s B A| of every row of this rank, [outputs], in float32 at least."""
+        """Return |W + s B A| of every row of this rank, [outputs], in float32 at least."""
         exact = torch.promote_types(weight.dtype, torch.float32)
         rows = torch.addmm(weight.to(exact), self.b.to(exact), self.a.to(exact), alpha=self.scale)
         squares = rows.square().sum(dim=1)
@@ -90,12 +90,12 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def measure(self, weight: Tensor) -> None:
-        """Take the lengths of the rows as they are."""
+        """Set DoRA's m to the present lengths of the rows."""
         if self.magnitude is not None:
             self.magnitude.copy_(self.lengths(weight))
 
     def forward(self, x: Tensor, out: Tensor, weight: Tensor) -> Tensor:
-        """The adapted layer's output.
+        """Return the adapted layer's output.
 
         Args:
             x: its input [sequence, batch, inputs], as the layer got it (normalised where it norms its input).
@@ -139,14 +139,14 @@ class Adapter(nn.Module):
         return self
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's distributed-checkpoint layout."""
+        """Return the adapter's tensors in Megatron's distributed-checkpoint layout."""
         state = self.state_dict(prefix="", keep_vars=True)
         axes = {"a": 1} if self.row_parallel else {"b": 0, "magnitude": 0}
         return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
 
 class _Adapted:
-    """Put before a parallel linear layer's class: the same layer with an `adapter`. The base's names stay."""
+    """Mixin before a parallel linear layer's class: the same layer with an `adapter`. The base's names stay."""
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         if hasattr(self, "activation_dtype"):  # Transformer Engine refuses a float32 parameter, such as DoRA's lengths
@@ -195,20 +195,20 @@ def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every adapted layer of a model with its name."""
+    """Yield every adapted layer of a model with its name."""
     for name, module in model.named_modules():
         if isinstance(module, _Adapted):
             yield name, module
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a name is that of an adapter's weight."""
+    """Tell whether a name is that of an adapter's weight."""
     return f".{NAME}." in key
 
 
 @contextmanager
 def only(part: str, models: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block, the models' `sharded_state_dict` is that of one part: `base` or `adapter`.
+    """Restrict the models' `sharded_state_dict` to one part inside the block, such as `adapter`.
 
     Args:
         part: one of `PARTS`.

@@ -48,12 +48,12 @@ class Documents:
 
 
 def _rows_joined(x: Tensor) -> Tensor:
-    """[s, b, h, d] as [t, h, d]: a view for one row, else a copy."""
+    """Return [s, b, h, d] as [t, h, d]: a view for one row, else a copy."""
     return x.transpose(0, 1).flatten(0, 1)
 
 
 def _rows_apart(x: Tensor, rows: int) -> Tensor:
-    """[t, channels] as [s, b, channels], contiguous."""
+    """Return [t, channels] as [s, b, channels], contiguous."""
     return x.unflatten(0, (rows, -1)).transpose(0, 1).contiguous()
 
 
@@ -93,7 +93,7 @@ class ScaledDotProductAttention(MegatronModule):
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[.., h, s, d] to the same."""
+        """Attend causally: queries [.., h, s, d], keys and values [.., g, s, d] to [.., h, s, d]."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
 
 

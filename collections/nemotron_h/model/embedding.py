@@ -13,11 +13,11 @@ from nemotron_h.ops.embedding import lookup
 
 
 class AccumulatingEmbedding(VocabParallelEmbedding):
-    """Adds its gradient to Megatron's gradient buffer; otherwise megatron-core's, and the class adds no state."""
+    """megatron-core's embedding, whose gradient goes right into Megatron's gradient buffer. It adds no state."""
 
     def forward(self, input_: Tensor) -> Tensor:
-        """int [batch, sequence] to [batch, sequence, hidden], with sequence parallelism to [sequence / ranks, batch,
-        hidden].
+        """Look up ids, int [batch, sequence]: [batch, sequence, hidden], with sequence parallelism [sequence / ranks,
+        batch, hidden].
         """
         ids = input_ - self.vocab_start_index
         outside = (ids < 0) | (ids >= self.num_embeddings_per_partition)  # with one rank none

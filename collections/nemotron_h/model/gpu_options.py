@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Setting:
-    """One option: its value with GPU kernels and without, and the reason."""
+    """Value of an option with GPU kernels and without, and the reason."""
 
     with_kernels: bool | str
     without: bool | str
@@ -58,7 +58,7 @@ SETTINGS: dict[str, Setting] = {
 
 @functools.cache
 def has_kernels() -> bool:
-    """Whether a GPU is visible and Transformer Engine imports."""
+    """Tell whether a GPU is visible and Transformer Engine imports."""
     if not torch.cuda.is_available():
         return False
     from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -67,7 +67,7 @@ def has_kernels() -> bool:
 
 
 def default(name: str) -> Callable[[], bool | str]:
-    """A default factory for a configuration's field: decided where the run starts, not where it is described."""
+    """Return a field's default factory, which decides where the run starts, not where it is described."""
 
     def choose() -> bool | str:
         setting = SETTINGS[name]

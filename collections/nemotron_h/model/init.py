@@ -16,28 +16,28 @@ Draw = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """A generator keyed by the run's seed and a parameter's global name."""
+    """Return a generator keyed by the run's seed and a parameter's global name."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def normal(std: float) -> Draw:
-    """Normal with mean 0."""
+    """Return a function that fills a tensor from the normal distribution with mean 0."""
     return lambda t, g: t.normal_(0.0, std, generator=g)
 
 
 def uniform(low: float, high: float) -> Draw:
-    """Uniform in [low, high)."""
+    """Return a function that fills a tensor uniformly in [low, high)."""
     return lambda t, g: t.uniform_(low, high, generator=g)
 
 
 def log_uniform_a(t: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """`A_log` with A uniform in [1, 16) (Mamba-2's default)."""
+    """Return `A_log` of A uniform in [1, 16) (Mamba-2's default)."""
     return t.uniform_(1.0, 16.0, generator=g).log_()
 
 
 def dt_bias(t: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-    """Inverse softplus of dt, log-uniform in [1e-3, 1e-1] with floor 1e-4 (Mamba-2's default)."""
+    """Return the inverse softplus of dt, log-uniform in [1e-3, 1e-1] with floor 1e-4 (Mamba-2's default)."""
     low, high = math.log(1e-3), math.log(1e-1)
     dt = t.uniform_(low, high, generator=g).exp_().clamp_(min=1e-4)
     return dt + torch.log(-torch.expm1(-dt))
@@ -55,7 +55,7 @@ def fill(
     tp_rank: int = 0,
     tp_size: int = 1,
 ) -> None:
-    """Draw a whole parameter and keep this rank's shard.
+    """Sample a whole parameter and keep this rank's shard.
 
     Args:
         parameter: the local shard, overwritten.

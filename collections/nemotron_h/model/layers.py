@@ -51,7 +51,7 @@ class NemotronHStack(MambaStack):
         self.taps: dict[int, Tensor | None] = {}
         stage = pipeline_layers(config.num_layers, self.pp_group.size())[self.pp_group.rank()]
         self.running: list[Running] = running_layers(config.definition())[stage.start : stage.stop]
-        # Only the stack's layers: emulated FP8 has no such product, the output layer, built after it, is never FP8
+        # Only the stack's layers: emulated FP8 has no such matmul, the output layer, built after it, is never FP8
         before = config.gradient_accumulation_fusion
         config.gradient_accumulation_fusion = config.fuse_weight_gradients and not config.fp8_emulation
         layers = zip(stage, self.running, strict=True)

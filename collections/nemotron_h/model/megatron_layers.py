@@ -23,7 +23,7 @@ from nemotron_h.precision.emulation import fp8_linear
 class RMSNorm(nn.Module):
     """RMSNorm over the last axis, float32 inside (`nemotron_h.ops.norm`).
 
-    Marks its weight for the gradient reduction that sequence parallelism needs, which megatron-core's wrapper of
+    It marks its weight for the gradient reduction that sequence parallelism needs, which megatron-core's wrapper of
     torch's norm refuses.
     """
 
@@ -40,7 +40,7 @@ class RMSNorm(nn.Module):
 
 
 class CpuMatmul:
-    """Multiply with `nemotron_h.ops.linear` where it applies and Megatron asks for nothing beyond the product.
+    """Mixin that multiplies with `nemotron_h.ops.linear` where that applies and Megatron asks for the matmul alone.
 
     `fp8_emulation` names the FP8 recipe to emulate instead; the stack sets it in the layers that are not BF16.
     """
@@ -63,7 +63,7 @@ class CpuMatmul:
     def _fp8_product(
         self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, **_: object
     ) -> Tensor:
-        """Quantises what the ranks gathered: its amax is their largest, which Transformer Engine reduces likewise."""
+        """Quantise what the ranks gathered: its amax is their largest, which Transformer Engine reduces likewise."""
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         elif allreduce_dgrad:
@@ -72,18 +72,18 @@ class CpuMatmul:
 
 
 class CpuColumnParallelLinear(CpuMatmul, ColumnParallelLinear):
-    """megatron-core's, faster on the CPU."""
+    """megatron-core's column-parallel layer, faster on the CPU."""
 
 
 class CpuRowParallelLinear(CpuMatmul, RowParallelLinear):
-    """megatron-core's, faster on the CPU."""
+    """megatron-core's row-parallel layer, faster on the CPU."""
 
 
 class NemotronHMambaLayer(MambaLayer):
     """megatron-core's Mamba layer (norm, mixer, residual) that also hands `seq_idx` to the mixer."""
 
     def forward(self, hidden_states: Tensor, seq_idx: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """[sequence, batch, hidden] to the same."""
+        """Add the mixer's output to the residual stream, [sequence, batch, hidden]."""
         residual = hidden_states
         out = self.mixer(self.norm(hidden_states.to(self.config.params_dtype)), seq_idx=seq_idx)
         add = self.mamba_bda(training=self.training, fused=self.config.bias_dropout_fusion)
@@ -94,7 +94,7 @@ class RecomputingMLP(MLP):
     """megatron-core's MLP that computes its activation again in the backward pass instead of keeping it."""
 
     def forward(self, hidden_states: Tensor, per_token_scale: None = None) -> tuple[Tensor, Tensor | None]:
-        """[sequence, batch, hidden] to the same, and the output projection's bias (None)."""
+        """Return the output [sequence, batch, hidden], and the output projection's bias (None)."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(hidden_states, per_token_scale)
         inner, _ = self.linear_fc1(hidden_states)

@@ -29,7 +29,7 @@ FUSED_ALIGNMENT = 8
 
 
 def fused_obstacle(conv_channels: int, projected: int) -> str:
-    """Why the fused kernel cannot take these widths of one rank, or nothing where it can.
+    """Return why the fused kernel cannot take these widths of one rank; empty where it can.
 
     mamba-ssm 2.3 copies rows that are not aligned and so runs; older releases raise, and a copy of every row costs more
     than the fusion saves. Both apply to few heads per rank (the 4B's 112 heads over 4 or 8 ranks).
@@ -60,7 +60,7 @@ class GatedNorm(nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, object]:
-        """Sharded over tensor-parallel ranks along its only axis."""
+        """Return the weight, sharded over tensor-parallel ranks along its only axis."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 
@@ -157,7 +157,7 @@ class NemotronHMixer(MegatronModule):
             _say_once(f"Mamba-2 convolution, scan and norm run {which}")
 
     def initialize(self, name: str, seed: int) -> None:
-        """Draw the mixer's weights (`nemotron_h.model.init`); `name` is the mixer's global name."""
+        """Initialize the mixer's weights (`nemotron_h.model.init`); `name` is the mixer's global name."""
         rank, size = self.tp_group.rank(), self.tp_group.size()
         bound = 1.0 / math.sqrt(self.config.conv_kernel)  # kaiming uniform with a = sqrt(5) over the window
         std = self.config.init_method_std
@@ -203,7 +203,7 @@ class NemotronHMixer(MegatronModule):
         return self.out_proj(y.transpose(0, 1))
 
     def _mix_fused(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
-        """`_mix` in one kernel, which keeps `projected` and the scan's output, and computes the rest again."""
+        """Run `_mix` in one kernel, which keeps `projected` and the scan's output, and computes the rest again."""
         return self.ops.fused_mixer(
             projected,
             self.conv1d.weight.squeeze(1),
@@ -219,7 +219,7 @@ class NemotronHMixer(MegatronModule):
         )
 
     def _mix(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
-        """Convolution, scan and gated norm: [batch, sequence, z x B C dt] to [batch, sequence, channels]."""
+        """Run convolution, scan and gated norm: [batch, sequence, z x B C dt] to [batch, sequence, channels]."""
         z, xbc, dt = projected.split([self.inner_local, sum(self.conv_sections), self.heads_local], dim=-1)
         xbc = self.ops.conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx)
         x, b, c = xbc.split(self.conv_sections, dim=-1)
@@ -244,7 +244,7 @@ class NemotronHMixer(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, object]:
-        """Megatron distributed-checkpoint layout; projections and convolution are split into z, x, B, C, dt."""
+        """Return Megatron's distributed-checkpoint layout, projections and convolution split into z, x, B, C, dt."""
         own: dict[str, object] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
         state = make_sharded_tensors_for_checkpoint(

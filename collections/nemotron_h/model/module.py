@@ -50,7 +50,7 @@ def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str,
 
 
 def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """One forward pass: per-token losses where labels are present, logits otherwise."""
+    """Run one forward pass: per-token losses where labels are present, logits otherwise."""
     return model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -81,7 +81,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         self._register_load_state_dict_pre_hook(self._expect_a_part)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """megatron-core's of `state_part`, without Transformer Engine's `_extra_state`.
+        """Return megatron-core's sharded state of `state_part`, without Transformer Engine's `_extra_state`.
 
         The scales of all recipes here come from the tensors at hand, so there is no FP8 state to keep, and a checkpoint
         without it continues in any precision.
@@ -94,13 +94,13 @@ class NemotronHMegatronModel(MegatronMambaModel):
         return {key: value for key, value in state.items() if adapters.is_adapter_key(key) == wanted}
 
     def _expect_no_extra_state(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Leave out what a checkpoint could bring: Transformer Engine unpickles it."""
+        """Leave out extra state that a checkpoint could bring: Transformer Engine unpickles it."""
         for name, module in self.named_modules():
             if type(module).get_extra_state is not nn.Module.get_extra_state:
                 state_dict[f"{prefix}{name}._extra_state"] = None
 
     def _expect_a_part(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """What is loaded may be the base alone, or the adapters alone; DoRA's lengths begin at the base's."""
+        """Accept the base alone, or the adapters alone; DoRA's lengths begin at the base's."""
         tuned = list(adapters.adapted(self))
         parts = {
             adapters.is_adapter_key(name)
@@ -154,7 +154,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         return self.compute_language_model_loss(labels, logits)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-        """[sequence, batch, hidden] after this stage's layers, on the last stage after the final norm."""
+        """Return [sequence, batch, hidden] after this stage's layers, on the last stage after the final norm."""
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
         if embedded is not None and self.config.adapter is not None and self.training and torch.is_grad_enabled():
             # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
@@ -162,14 +162,14 @@ class NemotronHMegatronModel(MegatronMambaModel):
         return self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
 
     def _rotary_angles(self, embedded: Tensor | None) -> Tensor | None:
-        """Angles [sequence, 1, 1, channels] of the whole sequence, of which sequence parallelism shows a part."""
+        """Return angles [sequence, 1, 1, channels] of the whole sequence; sequence parallelism shows a part of it."""
         if self.position_embedding_type != "rope":
             return None
         length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config)
         return self.rotary_pos_emb(length)
 
     def initialize(self, seed: int) -> None:
-        """Draw every weight from (seed, its global name): the same model whatever the parallel layout."""
+        """Initialize every weight from (seed, its global name): the same model whatever the parallel layout."""
         config = self.config
         std = config.init_method_std
         shard = {
@@ -268,7 +268,7 @@ class NemotronHConfig(SSMConfig):
         super().__post_init__()
 
     def definition(self) -> ModelDefinition:
-        """The definition that these numbers make, without its `expect`."""
+        """Return the definition that these numbers make, without its `expect`."""
         pattern = self.hybrid_override_pattern
         values = {key: getattr(self, name) for key, name in MODEL.items()}
         needed = {key for letter in pattern for key in KINDS[letter].widths}
@@ -317,7 +317,7 @@ class NemotronHConfig(SSMConfig):
     def megatron_model(
         self, model: type[NemotronHMegatronModel], pre_process: bool, post_process: bool, **options: Any
     ) -> NemotronHMegatronModel:
-        """This rank's part of a model of this class, its weights not yet set; `options` go to the class."""
+        """Build this rank's part of a model of this class, its weights not yet set; `options` go to the class."""
         return model(
             self,
             mamba_stack_spec=plain_stack_spec() if self.fp8_emulation else self.mamba_stack_spec(),
@@ -333,15 +333,15 @@ class NemotronHConfig(SSMConfig):
         )
 
     def definitions(self) -> dict[str, ModelDefinition]:
-        """Every model whose products a step takes, by what it is called; the trained one first."""
+        """Return every model whose matmuls a step runs, by its name; the trained one first."""
         return {"model": self.definition()}
 
     def record(self) -> dict[str, Any]:
-        """What a run's record says beyond the definition."""
+        """Return what a run's record says beyond the definition."""
         return {}
 
     def of_definition(self, definition: ModelDefinition, **changes: Any) -> NemotronHConfig:
-        """The configuration of another model in this one's layout and precision."""
+        """Return the configuration of another model in this one's layout and precision."""
         values = {f.name: getattr(self, f.name) for f in fields(NemotronHConfig) if f.init}
         values |= {"num_layers": definition.num_layers, **nemo_fields(definition)}
         return NemotronHConfig(**{**values, **changes})
@@ -382,7 +382,7 @@ class NemotronHModel(MambaModel):
         labels: Tensor | None = None,
         seq_idx: Tensor | None = None,
     ) -> Tensor:
-        """As `NemotronHMegatronModel.forward`."""
+        """Run the Megatron module, as `NemotronHMegatronModel.forward`."""
         return self.module(
             input_ids=input_ids,
             position_ids=position_ids,

@@ -17,7 +17,7 @@ from nemotron_h.schema.recipe import RecipeConfig
 
 @dataclass(frozen=True)
 class Checked:
-    """What a recipe that is right comes to.
+    """Recipe that passed its checks, with its sizes and schedule.
 
     Attributes:
         name: of the recipe.
@@ -38,7 +38,7 @@ class Checked:
     recipe: RecipeConfig
 
     def line(self) -> str:
-        """All of it on one line."""
+        """Return all of it on one line."""
         switches = ", ".join(f"{span.name} from {span.first_step:,}" for span in self.phases)
         return (
             f"ok  {self.name}: {self.parameters:,} parameters; {self.horizon.steps:,} steps of "
@@ -70,7 +70,7 @@ def examine(name_or_path: str, overrides: Sequence[str] = ()) -> Checked:
 
 
 def check_vocabulary(recipe: RecipeConfig, blend: Blend, origin: str) -> list[str]:
-    """The blend's tokenizer has to have the model's vocabulary. What cannot be known yet is returned.
+    """Check that the blend's tokenizer has the model's vocabulary, and return what cannot be known yet.
 
     Errors:
         UserError: the sizes differ, or the prepared data does not fit the blend.

@@ -1,4 +1,4 @@
-"""What makes a composed recipe impossible: each check names the key, the recipe, and the nearest value that fits."""
+"""Checks of a composed recipe: each names the key, the recipe, and the nearest value that fits."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def check(recipe: RecipeConfig, origin: str) -> None:
 
 
 def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
-    """The recipe's model, validated against its own `expect`."""
+    """Return the recipe's model, validated against its own `expect`."""
     return definition_from_dict(OmegaConf.to_container(OmegaConf.structured(recipe.model)), origin)
 
 
 def check_optimizer_state(recipe: RecipeConfig, origin: str) -> None:
-    """bfloat16 in the optimizer: only beside bfloat16 weights, which only the distributed optimizer keeps."""
+    """Allow bfloat16 in the optimizer beside bfloat16 weights alone, which only the distributed optimizer keeps."""
     check_distributed_optimizer(recipe.parallel.distributed_optimizer, recipe.precision != "fp32", f"{origin}: ")
     for key, value in (("moments", recipe.optim.moments), ("gradients", recipe.optim.gradients)):
         if value == "bf16" and recipe.precision == "fp32":
@@ -132,7 +132,7 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
 
 
 def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:
-    """Check that a checkpoint stays, and that the time of a process is one."""
+    """Check that a checkpoint is kept, and that `leave_after` is a duration."""
     if checkpoint.keep == 0:
         raise UserError(f"{origin}: checkpoint.keep = 0 keeps none", hint="set it to 1 or more, or -1 for all")
     if checkpoint.leave_after is not None:
@@ -140,7 +140,7 @@ def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:
 
 
 def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
-    """Known values, and only for layer types that the model has."""
+    """Check that values are known, and for layer types that the model has."""
     counts = layer_counts(definition)
     for kind, allowed in RECOMPUTE.items():
         value = getattr(recipe.recompute, kind)
@@ -153,7 +153,7 @@ def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: s
 
 
 def check_schedule(recipe: RecipeConfig, origin: str) -> None:
-    """Learning rates, and a warm-up and decay that fit into the run."""
+    """Check learning rates, and that warm-up and decay fit into the run."""
     optim = recipe.optim
     tokens = count_of(recipe.tokens, "tokens", origin)
     warmup = count_of(optim.warmup_tokens, "optim.warmup_tokens", origin)
@@ -185,7 +185,7 @@ def check_schedule(recipe: RecipeConfig, origin: str) -> None:
 
 
 def check_learning_rates(peak_lr: float, final_lr: float, where: str = "") -> None:
-    """Check a schedule's ends; `where` stands before the key in an error."""
+    """Check a schedule's peak and final rate; `where` stands before the key in an error."""
     if not peak_lr > 0:
         raise UserError(f"{where}optim.peak_lr = {peak_lr} is not positive")
     if not 0 <= final_lr <= peak_lr:
@@ -196,7 +196,7 @@ def check_learning_rates(peak_lr: float, final_lr: float, where: str = "") -> No
 
 
 def check_measured_steps(recipe: RecipeConfig, origin: str) -> None:
-    """Steps to measure that the run has."""
+    """Check that the run has the steps to measure."""
     data = recipe.data
     steps = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size).steps
     for step in recipe.precision_options.measured_steps:
@@ -208,7 +208,7 @@ def check_measured_steps(recipe: RecipeConfig, origin: str) -> None:
 
 
 def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
-    """The model, the ranks, the sequence and the batch divide as the layout says."""
+    """Check that model, ranks, sequence and batch divide as the layout says."""
     data, parallel = recipe.data, recipe.parallel
     definition.validate_tensor_parallel(parallel.tensor, origin)
     definition.validate_pipeline_parallel(parallel.pipeline, origin)
@@ -243,7 +243,7 @@ def _divides(key: str, value: int, by: str, size: int, origin: str, also: str = 
 
 
 def check_sources(recipe: RecipeConfig, origin: str) -> None:
-    """Every source is stated for a key, or a part, that there is."""
+    """Check that every source is stated for a key, or a part, that exists."""
     values = dataclasses.asdict(recipe)
     for name, stated, content in (
         ("sources", recipe.sources, values),
@@ -257,7 +257,7 @@ def check_sources(recipe: RecipeConfig, origin: str) -> None:
 
 
 def check_blend(recipe: RecipeConfig, origin: str) -> None:
-    """The blend is there, is one of the stage's kind, and each of its phases has a step in a run of this length."""
+    """Check that the blend exists, is of the stage's kind, and has a step for each phase in a run of this length."""
     data = recipe.data
     horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
     try:

@@ -34,29 +34,29 @@ from nemotron_h.schema.recipe import RecipeConfig
 
 
 def recipes_dir() -> Path:
-    """The recipes that ship with the package."""
+    """Return the folder of the recipes that ship with the package."""
     return Path(str(files("nemotron_h.recipes")))
 
 
 def configs_dir() -> Path:
-    """What recipes are made of: `model/` and its neighbours."""
+    """Return the folder of what recipes are made of: `model/` and its neighbours."""
     return Path(str(files("nemotron_h.configs")))
 
 
 def known_recipes(stage: str = "*") -> list[str]:
-    """Shipped recipes as `<model>/<stage>`, or `<model>/<stage>_<variant>`: of every stage or of one, without bases."""
+    """Return shipped recipes, without bases: `<model>/<stage>` or `<model>/<stage>_<variant>`; of all stages or one."""
     root = recipes_dir()
     names = [str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml")]
     return sorted(name for name in names if not name.startswith("base/") and stage in ("*", stage_of(name)))
 
 
 def stage_of(recipe: str) -> str:
-    """The stage of a shipped recipe, by its name."""
+    """Return the stage of a shipped recipe, by its name."""
     return recipe.split("/")[1].split("_")[0]
 
 
 def factory_of(recipe: str) -> str:
-    """The `--factory` name of a shipped recipe: its model's, with what tells it from others of the same command."""
+    """Return the `--factory` name of a shipped recipe: its model's, with what tells it from others of the command."""
     model, name = recipe.split("/")
     return f"{model}_{name}" if stage_of(recipe) == "preference" or "_" in name else model
 
@@ -97,7 +97,7 @@ def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
 
 
 def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
-    """`compose`, with where each value comes from."""
+    """Compose and check a recipe as `compose` does, with where each value comes from."""
     directory, name, origin = locate(name_or_path)
     groups = {folder.name for folder in configs_dir().iterdir() if folder.is_dir()}
     stored = [override.split("=", 1)[1] for override in overrides if override.startswith("model=")]
@@ -151,7 +151,7 @@ def _settled(recipe: RecipeConfig, origin: str) -> tuple[RecipeConfig, list[str]
 
 
 def locate(name_or_path: str) -> tuple[Path, str, str]:
-    """Folder and name of a recipe for Hydra, and what to call it in errors.
+    """Return a recipe's folder and name for Hydra, and what to call it in errors.
 
     Errors:
         UserError: there is no such recipe or file.
@@ -208,7 +208,7 @@ def _check_defaults(defaults: Any, file: Path) -> None:
 
 
 def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tuple[DictConfig, list[Layer]]:
-    """Merge a recipe with what its defaults list names; the files that took part, in order."""
+    """Merge a recipe with what its defaults list names, and return the files that took part, in order."""
     SourcesRegistry.instance().register(_RecipeFiles)
     folders = [directory, recipes_dir(), configs_dir()]
     GlobalHydra.instance().clear()

@@ -9,7 +9,7 @@ from nemotron_h.data.blend import parse_count
 
 
 def count_of(value: str, key: str, origin: str) -> int:
-    """A token count such as 15T."""
+    """Parse a token count such as 15T."""
     try:
         return parse_count(value)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What differs between two recipes, and where each side was written."""
+"""Differences between two recipes, and where each side was written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Side:
     source: str
 
     def text(self) -> str:
-        """The value as YAML."""
+        """Return the value as YAML."""
         return "(absent)" if self.value is ABSENT else scalar(self.value)
 
 
@@ -37,7 +37,7 @@ def _values(composed: Composed) -> dict[str, Any]:
 
 
 def differences(a: Composed, b: Composed) -> dict[str, tuple[Side, Side]]:
-    """Dotted key -> both sides, for every value that differs, in the schema's order. Sources are not compared."""
+    """Return dotted key -> both sides of every value that differs, in the schema's order. Sources are not compared."""
     values = _values(a), _values(b)
 
     def side(number: int, key: str) -> Side:

@@ -43,7 +43,7 @@ published, is the source that the recipe states for it."""
 
 @dataclass(frozen=True)
 class Row:
-    """One value: as published (None where it is not) and where, as in the recipe, and what the recipe says of it."""
+    """A value as published (None where it is not) and where, as in the recipe, and what the recipe says of it."""
 
     key: str
     published: Any
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def agrees(self) -> bool:
-        """Whether both are the same number, token count or word."""
+        """Tell whether both are the same number, token count or word."""
         if self.published is None:
             return False
         if self.key in COUNTS:
@@ -62,7 +62,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Agrees, departs or not published, with the reason."""
+        """Return `agrees`, `departs` or `not published`, with the reason."""
         if self.agrees:
             return "agrees"
         kind = "not published" if self.published is None else "**departs**"
@@ -70,19 +70,19 @@ class Row:
 
     @property
     def explained(self) -> bool:
-        """Whether a value that does not agree has a reason that does not claim the paper itself."""
+        """Tell whether the value agrees, or has a reason that does not claim the paper itself."""
         return self.agrees or (bool(self.source) and not self.source.startswith(("paper", "arXiv")))
 
 
 @functools.cache
 def published() -> dict[str, Any]:
-    """`configs/paper.yaml`: model -> `about` and `values`."""
+    """Read `configs/paper.yaml`: model -> `about` and `values`."""
     content = read_yaml(configs_dir() / "paper.yaml")
     return {name: entry for name, entry in content.items() if not name.startswith(".")}
 
 
 def derived(recipe: RecipeConfig) -> dict[str, Any]:
-    """What follows from the recipe by arithmetic, by key `derived.*`."""
+    """Return what follows from the recipe by arithmetic, by key `derived.*`."""
     data, parallel, origin = recipe.data, recipe.parallel, recipe.name
     definition = definition_of(recipe, origin)
     horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
@@ -102,7 +102,7 @@ def derived(recipe: RecipeConfig) -> dict[str, Any]:
 
 
 def rows(name: str) -> Iterator[Row]:
-    """Every published value of a recipe's model, then what else the recipe sets.
+    """Yield every published value of a recipe's model, then what else the recipe sets.
 
     Args:
         name: of the recipe, `<model>/<stage>`.
@@ -123,14 +123,14 @@ def _group(key: str) -> int:
 
 
 def shown(value: Any) -> str:
-    """A value as a table's cell."""
+    """Return a value as a table's cell."""
     if isinstance(value, bool):
         value = str(value).lower()
     return f"`{value:,}`" if isinstance(value, int) and value > 9999 else f"`{value}`"
 
 
 def document() -> str:
-    """The whole of `docs/fidelity.md`."""
+    """Return the whole of `docs/fidelity.md`."""
     papers, parts = published(), [HEADER]
     # a variant, such as a correction of the teacher, is another run than the published one
     names = [name for name in known_recipes("pretrain") if name.endswith("/pretrain")]

@@ -51,7 +51,7 @@ def write(name: str, parent: str, out: Path | None) -> Path:
 
 
 def content(name: str, parent: str, composed: Composed) -> str:
-    """The new file's text.
+    """Return the new file's text.
 
     Args:
         parent: as the defaults list names it.

@@ -14,7 +14,7 @@ WIDTH = 44
 
 
 def show(composed: Composed, console: Console) -> None:
-    """A table on a terminal; elsewhere YAML with the origin and source of each value as its comment."""
+    """Print a table on a terminal; elsewhere YAML with the origin and source of each value as its comment."""
     if console.is_terminal:
         console.print(_table(lines(composed), console.width))
         return

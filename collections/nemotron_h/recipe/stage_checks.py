@@ -28,7 +28,7 @@ from nemotron_h.schema.recipe import (
 
 
 def check_stage(recipe: RecipeConfig, origin: str) -> None:
-    """No key of another stage."""
+    """Check the parts of the recipe's stage, and refuse keys of other stages."""
     data = recipe.data
     check_preference(recipe, origin)
     check_distill(recipe, origin)
@@ -61,7 +61,7 @@ OWN_PART = {
 
 
 def has_own_part(recipe: RecipeConfig, stage: str, origin: str) -> bool:
-    """Whether the recipe is of a stage whose part has its name; other stages must not have the part, this one must."""
+    """Tell whether the recipe is of a stage with a part of its name. This stage must have the part, others must not."""
     given = getattr(recipe, stage) is not None
     if recipe.stage != stage:
         if given:
@@ -73,7 +73,7 @@ def has_own_part(recipe: RecipeConfig, stage: str, origin: str) -> bool:
 
 
 def check_minipuzzle(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
-    """The part `minipuzzle`, of that stage and of no other."""
+    """Check the part `minipuzzle`, which that stage has and no other."""
     part = recipe.minipuzzle
     if not has_own_part(recipe, "minipuzzle", origin):
         return
@@ -150,7 +150,7 @@ def _check_distillations(recipe: RecipeConfig, origin: str) -> None:
 
 
 def check_preference(recipe: RecipeConfig, origin: str) -> None:
-    """The part `preference`, of that stage and of no other: a known loss with what it reads."""
+    """Check the part `preference`, which that stage has and no other: a known loss with what it reads."""
     chosen = recipe.preference
     if not has_own_part(recipe, "preference", origin):
         return
@@ -165,7 +165,7 @@ def check_preference(recipe: RecipeConfig, origin: str) -> None:
 
 
 def check_distill(recipe: RecipeConfig, origin: str) -> None:
-    """The part `distill`: a teacher (in a compression that is the parent) and a loss; of no other stage."""
+    """Check the part `distill`: a teacher (in a compression that is the parent) and a loss; of no other stage."""
     chosen = recipe.distill
     if recipe.stage == "minipuzzle" and chosen is not None and chosen.teacher:
         raise UserError(f"{origin}: distill.teacher is unused: the parent teaches", hint="leave it out")
@@ -209,7 +209,7 @@ def check_distill(recipe: RecipeConfig, origin: str) -> None:
 
 
 def _check_hidden_layers(recipe: RecipeConfig, origin: str) -> None:
-    """Pairs of layers, of which the student has the first."""
+    """Check pairs of layers, of which the first is the student's."""
     chosen, layers = recipe.distill, len(recipe.model.pattern)
     if chosen.hidden_layers and not chosen.hidden_weight:
         raise UserError(f"{origin}: distill.hidden_layers is unused: distill.hidden_weight is 0", hint="leave it out")

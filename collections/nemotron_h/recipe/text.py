@@ -15,18 +15,18 @@ from nemotron_h.schema.provenance import DEFAULT, OVERRIDE, SCHEMA_DEFAULT, Orig
 
 
 def to_yaml(recipe: Mapping[str, Any]) -> str:
-    """A whole recipe (nested plain containers) as YAML that composes to the same recipe."""
+    """Return a whole recipe (nested plain containers) as YAML that composes to the same recipe."""
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 def scalar(value: Any) -> str:
-    """A value as YAML on one line."""
+    """Return a value as YAML on one line."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def origin_text(origin: Origin) -> str:
-    """`file:line`, `schema default` or `override`. Shipped files are named `recipes/...` and `configs/...`."""
+    """Return `file:line`, `schema default` or `override`. Shipped files are named `recipes/...` and `configs/...`."""
     if origin.file is None:
         return SCHEMA_DEFAULT if origin.rank < 0 else OVERRIDE
     for root, shown in ((recipes_dir(), "recipes"), (configs_dir(), "configs"), (Path.cwd(), "")):
@@ -45,7 +45,7 @@ class Line:
 
 
 def lines(composed: Composed) -> list[Line]:
-    """The recipe in the schema's order, `sources` taken apart to stand beside the values."""
+    """Return the recipe in the schema's order, `sources` taken apart to stand beside the values."""
     return list(_lines(composed, dataclasses.asdict(composed.recipe), "", 0))
 
 

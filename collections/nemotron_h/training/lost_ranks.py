@@ -14,7 +14,7 @@ GRACE_S = 30.0
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Return whether an error is of the communication between ranks: a timeout, or a peer that is gone."""
+    """Tell whether an error is of the communication between ranks: a timeout, or a peer that is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

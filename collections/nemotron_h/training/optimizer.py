@@ -79,7 +79,7 @@ class Schedule(LRSchedulerModule):
 
 
 class ScheduledAdamW(MegatronOptimizerModule):
-    """Megatron's AdamW and a schedule over the trainer's `max_steps`; made by `scheduled_adamw`.
+    """Megatron's AdamW and a schedule over the trainer's `max_steps`; built by `scheduled_adamw`.
 
     Attributes beyond NeMo's:
         settings: the arguments of `scheduled_adamw`, for the run's record.
@@ -88,7 +88,7 @@ class ScheduledAdamW(MegatronOptimizerModule):
     settings: dict[str, Any]
 
     def optimizers(self, model: MegatronParallel) -> list:
-        """Megatron's optimizer, once the trainer's `max_steps` is known.
+        """Build Megatron's optimizer, once the trainer's `max_steps` is known.
 
         Errors:
             UserError: the run is not longer than its warm-up, or the optimizer is whole and weights are bfloat16.
@@ -105,7 +105,7 @@ class ScheduledAdamW(MegatronOptimizerModule):
 
 
 def state_dtypes(moments: str) -> dict[str, Any]:
-    """Fields of Megatron's `OptimizerConfig` for Adam's moments in `fp32` or `bf16`.
+    """Return the fields of Megatron's `OptimizerConfig` for Adam's moments in `fp32` or `bf16`.
 
     With `bf16` main weights are kept as the bfloat16 weights and the 16 bits that these lack: exact, in half the room.
     """
@@ -120,7 +120,7 @@ def state_dtypes(moments: str) -> dict[str, Any]:
 
 
 def adam_of(config: OptimizerConfig) -> AbstractContextManager[None]:
-    """Inside it Megatron's optimizers are made of the Adam that keeps what `state_dtypes` chose."""
+    """Have Megatron's optimizers, inside the block, built on the Adam that keeps what `state_dtypes` chose."""
     return lean_adam.chosen() if config.use_precision_aware_optimizer else nullcontext()
 
 
@@ -137,7 +137,7 @@ def scheduled_adamw(
     distributed_optimizer: bool = True,
     moments: str = "fp32",
 ) -> ScheduledAdamW:
-    """AdamW with linear warm-up and cosine decay, or a constant rate and linear decay.
+    """Build AdamW with linear warm-up and cosine decay, or a constant rate and linear decay.
 
     Args:
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.

@@ -73,7 +73,7 @@ def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
 
 
 def check_disk(size: int, folder: Path) -> None:
-    """One more checkpoint has to fit while it is written.
+    """Check that one more checkpoint fits on the disk while it is written.
 
     Errors:
         UserError: the disk of `folder` has less room.

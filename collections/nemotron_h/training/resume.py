@@ -30,7 +30,7 @@ class DeclareBlendChange(pl.Callback):
         self.blend_change = blend_change
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Before the checkpoint is loaded."""
+        """Declare the change before the checkpoint is loaded."""
         if not isinstance(trainer.datamodule, BlendDataModule):
             raise UserError(f"resume.blend_change is for BlendDataModule, not {type(trainer.datamodule).__name__}")
         trainer.datamodule.blend_change = self.blend_change
@@ -66,7 +66,7 @@ class CheckTokenizer(pl.Callback):
         self.checkpoint, self.key = checkpoint, key
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Before any weight is loaded.
+        """Check the data before any weight is loaded.
 
         Errors:
             UserError: the tokenizers differ.
@@ -193,7 +193,7 @@ class ResumeRun(nl.AutoResume):
         return newest
 
     def get_trainer_ckpt_path(self, model: Any = None) -> Path | None:
-        """The checkpoint that was named, or the run's newest."""
+        """Return the checkpoint that was named, or the run's newest."""
         if not self.resume_from_path:
             return self._find_trainer_ckpt_path()
         chosen = Path(self.resume_from_path)
@@ -207,7 +207,7 @@ class ResumeRun(nl.AutoResume):
         return chosen
 
     def _damage(self, checkpoint: Path) -> list[str]:
-        """Each rank reads a part; one that finds damage stops, and the launcher stops the others with it."""
+        """Return the damage in this rank's part; a rank that finds some stops, and the launcher stops the others."""
         return folders.damage(checkpoint, self._rank, self._ranks)
 
     @staticmethod
@@ -251,7 +251,7 @@ class ResumeRun(nl.AutoResume):
 
     @staticmethod
     def _leave_if_complete(path: Path, trainer: pl.Trainer) -> None:
-        """A run that has all its steps ends at once and well, so that the last job of a chain does."""
+        """Exit with code 0 where the run has all its steps, so that the last job of a chain does."""
         step = folders.step_of(path)
         if step >= trainer.max_steps:
             if trainer.global_rank == 0:

@@ -90,7 +90,7 @@ def data_only() -> Iterator[None]:
 
 
 def evaluated(owner: Any, name: str, annotation: Any) -> Any:
-    """An annotation as the type that it names, unions in `typing`'s form."""
+    """Resolve an annotation to the type that it names, unions in `typing`'s form."""
     if isinstance(annotation, str) and dataclasses.is_dataclass(owner):
         annotation = _field_type(owner, name, annotation)
     if isinstance(annotation, str):
@@ -104,8 +104,8 @@ def evaluated(owner: Any, name: str, annotation: Any) -> Any:
 
 
 def _field_type(owner: type, name: str, annotation: str) -> Any:
-    """The type of a dataclass's field, by the names of the module that defines it: a signature has fields of several
-    modules, and one name that it cannot resolve spoils them all.
+    """Resolve the type of a dataclass's field by the names of the module that defines it: a signature has fields of
+    several modules, and one name that it cannot resolve spoils them all.
     """
     defined = next((c for c in inspect.getmro(owner) if name in inspect.get_annotations(c)), None)
     if defined is None:
@@ -213,7 +213,7 @@ def _is_data(value: Any) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, on one line, without nemo-run's wrappers: the value and the type that it is not."""
+    """Return what went wrong, on one line, without nemo-run's wrappers: the value and the type that it is not."""
     while (cause := error.__cause__) is not None and isinstance(error, CLIException):
         if isinstance(error, ParseError) and not isinstance(cause, ParseError):
             break
@@ -228,7 +228,7 @@ def reason(error: BaseException) -> str:
 
 
 def merged(earlier: Sequence[str], later: Sequence[str]) -> list[str]:
-    """Settings in the order of their making, without those that a later plain assignment of the same key replaces."""
+    """Merge settings in their order, without those that a later plain assignment of the same key replaces."""
     kept: list[str] = []
     for setting in (*earlier, *later):
         key, operator, _ = parts(setting)
@@ -265,7 +265,7 @@ def is_of_a_recipe(task: nemo_run.Partial) -> bool:
 
 
 def _keys(node: fdl.Buildable) -> set[str]:
-    """Arguments that a configuration node takes, `**kwargs` resolved to dataclass fields where there are any."""
+    """Return the arguments of a configuration node, `**kwargs` resolved to dataclass fields where there are any."""
     target = fdl.get_callable(node)
     names = set(node.__signature_info__.parameters)
     if dataclasses.is_dataclass(target):

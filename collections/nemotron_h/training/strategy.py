@@ -176,7 +176,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
             ) from exception
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As NeMo does; without the frozen weights of an adapted model."""
+        """Save as NeMo does, without the frozen weights of an adapted model."""
         part = "all" if self.adapter_base is None else "adapter"
         with adapters.only(part, self.megatron_parallel):
             super().save_checkpoint(*args, **kwargs)

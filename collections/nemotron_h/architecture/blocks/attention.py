@@ -106,7 +106,7 @@ class Attention(Block):
         else:
             kept += q + kv
         if rows_copied or (rank.cpu and layout.documents):
-            kept += out  # of all documents, beside what the kernel keeps: joined, or back in the order of the rows
+            kept += out  # of all documents, beside what the kernel keeps: concatenated, or in the order of the rows
         project = rank.gathered + out + rank.weight(projection)
         attend = out + q + kv  # gradients of the output, queries, keys and values
         split = attend + (q + kv) - 2 * q

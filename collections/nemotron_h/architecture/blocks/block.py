@@ -53,7 +53,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a forward pass.
+    """Operation of a forward pass and its FLOPs.
 
     Attributes:
         part: of `planning.flops.FlopsByPart`.
@@ -120,7 +120,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of a model, with the widths that it has there.
+    """Layer of a model, with its own widths.
 
     Attributes of a kind:
         letter: in a pattern.

@@ -1,4 +1,4 @@
-"""How attention runs.
+"""Attention at run time.
 
 Axes: b batch, l tokens, h hidden, g groups (key-value heads), q heads of a group, d channels of a head.
 """

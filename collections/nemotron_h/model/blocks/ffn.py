@@ -1,4 +1,4 @@
-"""How an FFN runs."""
+"""The FFN at run time."""
 
 from __future__ import annotations
 

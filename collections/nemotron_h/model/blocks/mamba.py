@@ -1,4 +1,4 @@
-"""How a Mamba-2 layer runs.
+"""The Mamba-2 layer at run time.
 
 Axes: b batch, l tokens, h hidden, n heads, p channels of a head, g groups, s state per channel; inner = n * p.
 """

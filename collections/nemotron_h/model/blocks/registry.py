@@ -1,4 +1,4 @@
-"""How each kind of block runs: a line for each."""
+"""The kinds of blocks at run time: a line for each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a kind of layer runs: on Megatron's layers in training, on plain tensors in generation and compression.
+"""Layers at run time: on Megatron's layers in training, on plain tensors in generation and compression.
 
 Imports no Megatron: generation does without it. What needs it is imported where Megatron's layers are built.
 
@@ -51,7 +51,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a layer of a training pass is told beside its input.
+    """Positions and documents that a layer of a training pass gets beside its input.
 
     Attributes:
         documents: of each row, for attention; None is one document a row.
@@ -66,7 +66,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Draws weights from (seed, global name), whatever the layout.
+    """Initial weights keyed by (seed, global name), whatever the layout.
 
     Attributes:
         weight, residual: distributions of matrices, and of those that add to the residual stream.

@@ -37,7 +37,7 @@ from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 def model_config(
     model: ModelSchema, seq_length: int, init_seed: int, recompute: RecomputeSchema | None = None
 ) -> run.Config[NemotronHConfig]:
-    """The definition in Megatron's names, and what its backward pass computes again (nothing by default)."""
+    """Return the definition in Megatron's names, and what its backward pass computes again (nothing by default)."""
     recompute = recompute or RecomputeSchema()
     return run.Config(
         NemotronHConfig,
@@ -52,7 +52,7 @@ def model_config(
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
-    """The recipe as a `nemo_run.Partial` of `llm.pretrain`; nothing is created yet, every value can be overridden.
+    """Build a `nemo_run.Partial` of `llm.pretrain` from the recipe; nothing is created yet, values can be overridden.
 
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
@@ -70,14 +70,14 @@ def build(recipe: RecipeConfig) -> run.Partial:
 
 
 def horizon_of(recipe: RecipeConfig) -> Horizon:
-    """Tokens and steps of the run."""
+    """Return tokens and steps of the run."""
     tokens = count_of(recipe.tokens, "tokens", f"recipe {recipe.name}")
     return Horizon(tokens, recipe.data.seq_length * recipe.data.global_batch_size)
 
 
 def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_arguments: Any) -> run.Partial:
-    """What the stages share: model, data, trainer, callbacks, log, resume and optimizer. The recipe's `overrides` are
-    left to the caller, who applies them to the whole task.
+    """Assemble what the stages share: model, data, trainer, callbacks, log, resume and optimizer. The recipe's
+    `overrides` are left to the caller, who applies them to the whole task.
 
     Args:
         entry: the function of `nemo.collections.llm` that runs the task.

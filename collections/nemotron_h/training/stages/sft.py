@@ -15,7 +15,7 @@ from nemotron_h.training.stages.pretrain import assemble
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
-    """The recipe as a `nemo_run.Partial` of `llm.finetune`; nothing is created yet, every value can be overridden.
+    """Build a `nemo_run.Partial` of `llm.finetune` from the recipe; nothing is created yet, values can be overridden.
 
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.

@@ -55,7 +55,7 @@ from nemotron_h.training.stages.distillation.teacher_shards import (  # noqa: E4
 
 
 class Writing:
-    """What a cache is made of: teacher, data, and the header.
+    """Sources of a cache: teacher, data, and the header.
 
     Args:
         recipe: of stage distill, with `distill.teacher_logits`.
@@ -94,7 +94,7 @@ class Writing:
         self.header = self._continued(wanted.sized())
 
     def _continued(self, wanted: Header) -> Header:
-        """The header that is there, made longer where the run is longer; else the wanted one."""
+        """Return the header that is there, extended where the run is longer; else the wanted one."""
         if not (self.folder / teacher_cache.HEADER).is_file():
             if self.folder.is_dir() and any(self.folder.glob("*.safetensors")):
                 raise UserError(
@@ -110,15 +110,15 @@ class Writing:
         return dataclasses.replace(held, plan=wanted.plan, steps=wanted.steps, validation_windows=windows)
 
     def missing(self) -> list[tuple[str, int]]:
-        """Files to write."""
+        """Return the files to write: split and number."""
         return teacher_cache.missing(self.folder, self.header)
 
     def windows(self, files: list[tuple[str, int]]) -> int:
-        """Windows in some files."""
+        """Return the number of windows in some files."""
         return sum(len(self.header.shards(split)[number]) for split, number in files)
 
     def check_disk(self) -> str:
-        """How large the cache is and what of it is missing, as a line.
+        """Check that the missing files fit on the disk, and return a line with the cache's size.
 
         Errors:
             UserError: the disk has less room.
@@ -205,7 +205,7 @@ def _write_missing(writing: Writing, console: Console, micro_batch: int) -> None
 
 
 def _of(teacher: NemotronHMegatronModel, items: list[dict[str, Any]], header: Header) -> Iterator:
-    """Name and values [windows, ...] of what is kept of some windows."""
+    """Yield name and values [windows, ...] of what is kept of some windows."""
     device = teacher.output_layer.weight.device
     batch = {name: value.to(device) for name, value in default_collate(items).items()}
     group = teacher.pg_collection.tp
@@ -225,7 +225,7 @@ def _of(teacher: NemotronHMegatronModel, items: list[dict[str, Any]], header: He
 
 
 def main(recipe: str) -> None:
-    """As torchrun starts it."""
+    """Write the cache of a recipe, as a process that torchrun starts."""
     try:
         write(compose(recipe), Console(highlight=False, soft_wrap=True))
     except UserError as error:

@@ -53,7 +53,7 @@ GIVEN = ("position_ids", "labels", "loss_mask", "seq_idx", *STORED)
 
 
 def distillation_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """One forward pass: float32 [5], the sums that `TERMS` names, on the last pipeline stage."""
+    """Run one forward pass: float32 [5], the sums that `TERMS` names, on the last pipeline stage."""
     return model(input_ids=batch["tokens"], **{name: batch.get(name) for name in GIVEN})
 
 
@@ -84,7 +84,7 @@ class DistillationConfig(NemotronHConfig):
 
     @property
     def objective(self) -> Objective:
-        """The terms of the loss that need logits.
+        """Return the terms of the loss that need logits.
 
         Errors:
             UserError: a value out of its range.
@@ -96,7 +96,7 @@ class DistillationConfig(NemotronHConfig):
 
     @cached_property
     def stored(self) -> Header | None:
-        """What the cache `teacher_logits` was written for; None without one.
+        """Read what the cache `teacher_logits` was written for; None without one.
 
         Errors:
             UserError: there is none, or it is not readable.
@@ -105,7 +105,7 @@ class DistillationConfig(NemotronHConfig):
 
     @cached_property
     def teacher_checkpoint(self) -> Path:
-        """The checkpoint that `teacher` means now.
+        """Find the checkpoint that `teacher` means now.
 
         Errors:
             UserError: there is none, or a file is missing or has another size.
@@ -114,18 +114,18 @@ class DistillationConfig(NemotronHConfig):
 
     @cached_property
     def teacher_definition(self) -> ModelDefinition:
-        """The model that the teacher's record describes."""
+        """Return the model that the teacher's record describes."""
         if self.stored is not None:
             return read_definition(self.stored.teacher, f"cache {self.teacher_logits}")
         return read_definition(read_record(self.teacher_checkpoint), f"checkpoint {self.teacher_checkpoint}")
 
     def definitions(self) -> dict[str, ModelDefinition]:
-        """Student and teacher; a teacher whose logits are stored takes no products."""
+        """Return student and teacher; a teacher whose logits are stored runs no matmuls."""
         teacher = {} if self.stored else {"teacher": self.teacher_definition}
         return {"student": self.definition(), **teacher}
 
     def record(self) -> dict[str, Any]:
-        """The teacher's checkpoint, its model, one hash over those of its weights' files; a projection's widths."""
+        """Return the teacher's checkpoint, model, one hash over those of its weights' files; a projection's widths."""
         if self.stored is not None:
             return {"teacher": {**self.stored.teacher, "logits": self.teacher_logits}}
         projection = {} if self.projection is None else {PROJECTION: self.projection}
@@ -133,13 +133,13 @@ class DistillationConfig(NemotronHConfig):
 
     @property
     def projection(self) -> list[int] | None:
-        """Rows and columns of what brings the student's states to the teacher's width; None where nothing does."""
+        """Return rows and columns of the projection of the student's states to the teacher's width, or None."""
         if not self.hidden_weight or self.teacher_definition.hidden_size == self.hidden_size:
             return None
         return [self.teacher_definition.hidden_size, self.hidden_size]
 
     def known_teacher(self) -> dict[str, Any]:
-        """As `record` has it, of `teacher`; empty where its logits are stored and it is not on this machine."""
+        """Describe `teacher` as `record` does; empty where its logits are stored and it is not on this machine."""
         if self.stored is not None and not (self.teacher and Path(self.teacher).expanduser().exists()):
             return {}
         checkpoint = self.teacher_checkpoint
@@ -169,7 +169,7 @@ class DistillationConfig(NemotronHConfig):
         return model
 
     def teacher_model(self, pre_process: bool, post_process: bool) -> NemotronHMegatronModel:
-        """This rank's part of the teacher, frozen, with its weights."""
+        """Build this rank's part of the teacher, frozen, with its weights."""
         config = self.of_definition(
             self.teacher_definition,
             perform_initialization=False,
@@ -219,35 +219,35 @@ class DistillingModel(NemotronHMegatronModel):
             self._register_load_state_dict_pre_hook(self._expect_no_projection)
 
     def initialize(self, seed: int) -> None:
-        """As the plain model's; the projection keeps the size of states."""
+        """Initialize as the plain model; the projection keeps the size of states."""
         super().initialize(seed)
         if self.projection is not None:
             init.fill(self.projection, PROJECTION, init.normal(self.config.hidden_size**-0.5), seed)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The student's, with the projection unless only the model's weights are asked for."""
+        """Return the student's sharded state, with the projection unless only the model's weights are asked for."""
         state = super().sharded_state_dict(*args, **kwargs)
         if self.state_part == "all":
             return state
         return {key: value for key, value in state.items() if PROJECTION not in key}
 
     def _expect_no_projection(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Initial weights have none."""
+        """Keep the projection where the loaded weights have none, as initial ones."""
         state_dict.setdefault(f"{prefix}{PROJECTION}.weight", self.projection.detach())
 
     @property
     def projection(self) -> Tensor | None:
-        """[teacher's width, student's], on the last stage."""
+        """Return the projection [teacher's width, student's] on the last stage; None without one."""
         layer = getattr(self, PROJECTION, None)
         return None if layer is None else layer.weight
 
     @property
     def teacher(self) -> NemotronHMegatronModel | None:
-        """This rank's part of the frozen model."""
+        """Return this rank's part of the frozen model."""
         return self._beside[0]
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
-        """What the stage before sent: both models' states, [sequence, batch, student's width + teacher's]."""
+        """Take what the stage before sent: both models' states, [sequence, batch, student's width + teacher's]."""
         (received,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         if self.teacher is None:
             self.decoder.set_input_tensor(received)
@@ -270,7 +270,7 @@ class DistillingModel(NemotronHMegatronModel):
         teacher_ids: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        """Both models' layers of this stage, and on the last the loss.
+        """Run both models' layers of this stage, and on the last compute the loss.
 
         Args:
             input_ids, position_ids, labels, seq_idx: as `NemotronHMegatronModel.forward`.
@@ -311,7 +311,7 @@ class DistillingModel(NemotronHMegatronModel):
         return torch.stack([total, weights.sum(), kl, lm, apart.detach()])
 
     def _distance(self, own: Tensor, theirs: Tensor) -> Tensor:
-        """Between the final states [tokens, width], or those of the pairs of layers, [tokens]."""
+        """Return the distance [tokens] between the final states [tokens, width], or those of the pairs of layers."""
         pairs = [(own, theirs)]
         if self.config.hidden_layers:
             taps = (self.decoder.taps, self.teacher.decoder.taps)
@@ -327,7 +327,7 @@ class DistillingModel(NemotronHMegatronModel):
         return torch.stack(found).mean(0)
 
     def _stored_teacher(self, values: Tensor, ids: Tensor | None) -> TeacherLogits | TopLogits:
-        """What the loss takes of a batch's logits: [tokens, k], or [tokens, this rank's part of the vocabulary]."""
+        """Return a batch's logits as the loss takes them: [tokens, k], or [tokens, vocabulary of this rank]."""
         values = values.transpose(0, 1).flatten(0, 1)
         if ids is not None:
             return TopLogits(values, ids.transpose(0, 1).flatten(0, 1).long())
@@ -336,7 +336,7 @@ class DistillingModel(NemotronHMegatronModel):
         return TeacherLogits(values[:, first : first + width])
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """[tokens, hidden] of the whole sequence; gradients are summed over the ranks that hold the vocabulary."""
+        """Return [tokens, hidden] of the whole sequence; gradients are summed over the vocabulary's ranks."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
@@ -346,7 +346,7 @@ class DistillingModel(NemotronHMegatronModel):
 
 
 def _shared(value: Tensor, ranks: int) -> Tensor:
-    """The value, of whose gradient each of `ranks` passes on an equal part."""
+    """Return the value, of whose gradient each of `ranks` passes on an equal part."""
     return value if ranks == 1 else value.detach() + (value - value.detach()) / ranks
 
 
@@ -358,12 +358,12 @@ class DistillationReduction(MegatronLossReduction):
         self.means: dict[str, Tensor] = {}
 
     def forward(self, batch: dict[str, Any], forward_out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Loss, tokens, and the sums for `reduce`, of a micro-batch."""
+        """Return loss, tokens, and the sums for `reduce`, of a micro-batch."""
         sums = forward_out.detach().clone()  # Megatron divides the loss in place
         return forward_out[0].clone(), sums[1].to(torch.int), {"sums": sums}
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Mean over the tokens of all micro-batches and data-parallel ranks."""
+        """Average over the tokens of all micro-batches and data-parallel ranks."""
         sums = torch.stack([each["sums"] for each in losses_reduced_per_micro_batch]).sum(0)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         means = sums / sums[TERMS.index("tokens")]
@@ -377,7 +377,7 @@ class DistillationModel(NemotronHModel):
     batch_keys = STORED
 
     def forward(self, **batch: Tensor | None) -> Tensor:  # type: ignore[override]
-        """As `DistillingModel.forward`."""
+        """Run the Megatron module, as `DistillingModel.forward`."""
         return self.module(**batch)
 
     def settings(self) -> dict[str, Any]:
@@ -387,14 +387,14 @@ class DistillationModel(NemotronHModel):
 
     @property
     def training_loss_reduction(self) -> DistillationReduction:
-        """Of the sums that the model returns."""
+        """Return the reduction of the sums that the model returns."""
         if not self._training_loss_reduction:
             self._training_loss_reduction = DistillationReduction()
         return self._training_loss_reduction
 
     @property
     def validation_loss_reduction(self) -> DistillationReduction:
-        """Of the sums that the model returns."""
+        """Return the reduction of the sums that the model returns."""
         if not self._validation_loss_reduction:
             self._validation_loss_reduction = DistillationReduction()
         return self._validation_loss_reduction

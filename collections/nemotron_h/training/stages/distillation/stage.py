@@ -65,7 +65,7 @@ def distill(
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
-    """The recipe as a `nemo_run.Partial` of `distill`; nothing is created yet, every value can be overridden.
+    """Build a `nemo_run.Partial` of `distill` from the recipe; nothing is created yet, values can be overridden.
 
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
@@ -94,7 +94,7 @@ class ResumeDistillation(ResumeRun):
     """`ResumeRun` that looks at the teacher too, before anything is loaded."""
 
     def setup(self, trainer: pl.Trainer, model: Any = None) -> None:
-        """Check the teacher, then as `ResumeRun.setup`.
+        """Check the teacher, then set up as `ResumeRun`.
 
         Errors:
             UserError: objective out of range; teacher missing, damaged or not what its record says, of another
@@ -137,7 +137,7 @@ class ResumeDistillation(ResumeRun):
 
     @staticmethod
     def _check_same_projection(checkpoint: Path, config: DistillationConfig) -> None:
-        """Its optimizer's state belongs to the checkpoint."""
+        """Refuse another projection than the checkpoint's: the optimizer's state belongs to it."""
         before, now = read_record(checkpoint).get(PROJECTION), config.record().get(PROJECTION)
         if before != now:
             raise UserError(
@@ -148,7 +148,7 @@ class ResumeDistillation(ResumeRun):
 
 
 def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
-    """Student and teacher fit together and the teacher into the layout.
+    """Check that student and teacher fit together, and the teacher into the layout.
 
     Errors:
         UserError: see `ResumeDistillation.setup`.
@@ -203,7 +203,7 @@ def _check_vocabulary(config: DistillationConfig, where: str) -> None:
 
 
 def _vocabulary_rows(checkpoint: Path) -> int:
-    """Rows of the embedding, with what pads it."""
+    """Return the rows of the embedding, padding included."""
     return WeightFile(checkpoint).shapes["embedding.word_embeddings.weight"][0]
 
 
@@ -212,7 +212,7 @@ class BothModelsStep(MegatronStep):
 
     @property
     def adjust_tensor_shapes_fn(self) -> Any:
-        """Widens what is sent and received; None without a pipeline, as Megatron asks."""
+        """Return a function that widens what is sent and received; None without a pipeline, as Megatron asks."""
         config = self.pl_module.config
         if self.trainer.strategy.pipeline_model_parallel_size == 1 or config.stored:
             return None
@@ -230,7 +230,7 @@ class DistillationTerms(pl.Callback):
     """
 
     def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
-        """The same step, of the class that knows what is sent."""
+        """Return the same step, of the class that knows what is sent."""
         return BothModelsStep(**{f.name: getattr(step, f.name) for f in dataclasses.fields(MegatronStep)})
 
     def on_megatron_step_end(self, step: MegatronStep, **_: Any) -> None:

@@ -32,7 +32,7 @@ SHARD_BYTES, SHARDS = 128 << 20, 20
 
 @dataclass(frozen=True)
 class Header:
-    """What a cache was written for.
+    """Teacher, data and settings that a cache was written for.
 
     Attributes:
         teacher: `checkpoint`, `model` and `weights` (a hash over its files), as in the record of a run.
@@ -60,31 +60,31 @@ class Header:
 
     @property
     def seq_length(self) -> int:
-        """Tokens of a window."""
+        """Return the tokens of a window."""
         return self.plan["seq_length"]
 
     def windows(self, split: str) -> int:
-        """Windows of a split."""
+        """Return the number of windows of a split."""
         return self.validation_windows if split == "validation" else self.steps * self.plan["global_batch_size"]
 
     def shards(self, split: str) -> dict[int, range]:
-        """Number of a file -> the windows in it."""
+        """Return number of a file -> the windows in it."""
         size, end = self.shard_windows, self.windows(split)
         return {n: range(n * size, min((n + 1) * size, end)) for n in range(math.ceil(end / size))}
 
     @property
     def window_bytes(self) -> int:
-        """Bytes on disk of a window, without `TEXT_BYTES`."""
+        """Return the bytes on disk of a window, without `TEXT_BYTES`."""
         return self.seq_length * token_bytes(self.top_k, self.vocabulary, self.precision)
 
     def sized(self) -> Header:
-        """With files of whole steps."""
+        """Return the header with files of whole steps."""
         batch = self.plan["global_batch_size"]
         steps = min(SHARD_BYTES // (batch * self.window_bytes), self.steps // SHARDS)
         return dataclasses.replace(self, shard_windows=max(1, steps) * batch)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain containers, with what follows from the values, for other readers."""
+        """Return plain containers, with what follows from the values, for other readers."""
         kept = {"values": value_dtype(self.precision), "logsumexp": "float32"}
         if self.top_k is not None:
             kept["ids"] = ids_dtype(self.vocabulary)
@@ -92,12 +92,12 @@ class Header:
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:
-    """The file of some windows."""
+    """Return the path of a file of windows."""
     return folder / f"{split}-{number:06d}.safetensors"
 
 
 def missing(folder: Path, header: Header) -> list[tuple[str, int]]:
-    """Files that are not there whole: split and number."""
+    """Return the files that are not there whole: split and number."""
     found = []
     for split in SPLITS:
         for number, windows in header.shards(split).items():
@@ -107,7 +107,7 @@ def missing(folder: Path, header: Header) -> list[tuple[str, int]]:
 
 
 def _is_whole(path: Path, content: int) -> bool:
-    """Whether a safetensors file has so many bytes of tensors. Its first 8 bytes are the length of what names them."""
+    """Tell whether a safetensors file has so many bytes of tensors. Its first 8 bytes are the length of its header."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -116,7 +116,7 @@ def _is_whole(path: Path, content: int) -> bool:
 
 
 def read_header(folder: Path) -> Header:
-    """What the cache in a folder was written for.
+    """Read what the cache in a folder was written for.
 
     Errors:
         UserError: there is none, or it is not readable.
@@ -143,7 +143,7 @@ def write_header(folder: Path, header: Header) -> None:
 
 
 def differences(held: Header, wanted: Header) -> list[str]:
-    """Why a cache cannot serve a run: one line for each key, as it was -> as it is."""
+    """Return why a cache cannot serve a run: one line for each key, as it was -> as it is."""
     lines = []
     if wanted.teacher and held.teacher["weights"] != wanted.teacher["weights"]:
         lines.append(f"distill.teacher: {held.teacher['checkpoint']} -> {wanted.teacher['checkpoint']}")

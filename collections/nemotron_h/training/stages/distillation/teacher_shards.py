@@ -26,7 +26,7 @@ OPEN_FILES = 16
 
 
 def text_digest(tokens: Tensor) -> int:
-    """A number that tells a window's tokens, int64 [seq_length], from others."""
+    """Hash a window's tokens, int64 [seq_length], to a number."""
     digest = hashlib.blake2b(tokens.to(torch.int32).numpy().tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -44,7 +44,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def kept_probability(folder: Path, header: Header) -> float:
-    """Mean over the training windows of the teacher's probability of the tokens that are kept."""
+    """Average the teacher's probability of the kept tokens over the training windows."""
     total = windows = 0.0
     for number in header.shards("train"):
         with safe_open(shard_path(folder, "train", number), framework="pt") as file:
@@ -56,7 +56,7 @@ def kept_probability(folder: Path, header: Header) -> float:
 
 @lru_cache(maxsize=OPEN_FILES)
 def _opened(path: Path, process: int) -> dict[str, Any]:
-    """The tensors of a file, read when they are sliced; a forked worker opens its own."""
+    """Open a file's tensors, which are read when they are sliced; a forked worker opens its own."""
     file = safe_open(path, framework="pt")
     return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
 
@@ -97,7 +97,7 @@ class WithTeacher(Dataset):
 
 
 def wanted_header(config: Any, data: BlendDataModule, steps: int, precision: str) -> Header:
-    """What a run needs of a cache.
+    """Return the header that a run needs a cache to have.
 
     Args:
         config: its `DistillationConfig`.
@@ -123,7 +123,7 @@ class ReadTeacher(pl.Callback):
     """Have the run's windows come with the teacher's logits, of a cache that was written for them."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Before the model is built.
+        """Check the cache and attach it to the windows, before the model is built.
 
         Errors:
             UserError: the cache is of another run, or not complete.

@@ -25,7 +25,7 @@ METRICS = ("reward_margin", "reward_accuracy", "chosen_logprob", "rejected_logpr
 
 
 def _bernoulli_kl(of: Tensor, to: Tensor) -> Tensor:
-    """KL of Bernoulli(sigmoid(of)) to Bernoulli(sigmoid(to)), elementwise."""
+    """Return the KL of Bernoulli(sigmoid(of)) to Bernoulli(sigmoid(to)), elementwise."""
     up = torch.sigmoid(of) * (F.logsigmoid(of) - F.logsigmoid(to))
     return up + torch.sigmoid(-of) * (F.logsigmoid(-of) - F.logsigmoid(-to))
 
@@ -40,7 +40,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def answer_logprobs(losses: Tensor, loss_mask: Tensor, seq_idx: Tensor, slots: int) -> Tensor:
-    """Summed log-probabilities of both answers of every pair of a micro-batch of windows.
+    """Sum the log-probabilities of both answers of every pair of a micro-batch of windows.
 
     Args:
         losses: cross entropies of the tokens, [windows, sequence].
@@ -78,7 +78,7 @@ class PreferenceLoss(MegatronLossReduction):
         self.sums: Tensor | None = None
 
     def forward(self, batch: dict[str, Tensor], forward_out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Losses of tokens to the sum over the micro-batch's pairs, and their number (Megatron's tokens)."""
+        """Return the loss summed over the micro-batch's pairs, and their number (Megatron's tokens)."""
         reference = batch["reference"]
         logprobs = answer_logprobs(forward_out, batch["loss_mask"], batch["seq_idx"], reference.shape[1])
         there = torch.arange(reference.shape[1], device=reference.device) < batch["pairs"].unsqueeze(1)
@@ -92,14 +92,14 @@ class PreferenceLoss(MegatronLossReduction):
         return total.to(forward_out.dtype), pairs.to(torch.int), {"sums": report}
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Tensor]]) -> Tensor:
-        """The step's mean loss, float32; called where the last pipeline stage is."""
+        """Return the step's mean loss, float32; called where the last pipeline stage is."""
         sums = torch.stack([report["sums"] for report in losses_reduced_per_micro_batch]).sum(0)
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         self.sums = sums if self.sums is None or not self.accumulate else self.sums + sums
         return (sums[0] / sums[1]).float()
 
     def metrics(self) -> dict[str, float]:
-        """`METRICS`, means over pairs; empty before a step and on other pipeline stages than the last."""
+        """Return `METRICS`, means over pairs; empty before a step and on other pipeline stages than the last."""
         if self.sums is None:
             return {}
         values = dict(zip(SUMS, self.sums.tolist(), strict=True))

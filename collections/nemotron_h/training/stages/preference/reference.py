@@ -49,7 +49,7 @@ class ReferenceLogprobs(pl.Callback):
         self.checkpoint, self.checkpoint_sha256 = checkpoint, checkpoint_sha256
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The initial weights are loaded by now; those of a run that resumes are not yet.
+        """Set the reference: the initial weights are loaded by now, those of a run that resumes are not yet.
 
         Errors:
             UserError: a run that resumes finds neither the cache nor the checkpoint that it started from.
@@ -98,7 +98,7 @@ class ReferenceLogprobs(pl.Callback):
 
 
 def reference_key(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint_sha256: str) -> dict[str, Any]:
-    """Everything that the log-probabilities depend on, as plain containers."""
+    """Return everything that the log-probabilities depend on, as plain containers."""
     data: PreferenceDataModule = trainer.datamodule
     sources = data.manifest.sources
     return {
@@ -117,13 +117,13 @@ def reference_key(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint
 
 
 def cache_path(data: PreferenceDataModule, key: dict[str, Any]) -> Path:
-    """Where the values of this key are kept."""
+    """Return the path of the values under this key."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return Path(data.manifest.folder) / FOLDER / f"{name}.npz"
 
 
 def read(path: Path, key: dict[str, Any]) -> tuple[dict[str, Reference] | None, str]:
-    """What is kept under a key; None with the reason where nothing usable is."""
+    """Read the values under a key; None with the reason where nothing usable is there."""
     if not path.is_file():
         others = sorted(path.parent.glob("*.npz"), key=os.path.getmtime)
         if not others:
@@ -149,7 +149,7 @@ def read(path: Path, key: dict[str, Any]) -> tuple[dict[str, Reference] | None, 
 
 
 def write(path: Path, key: dict[str, Any], values: dict[str, Reference]) -> None:
-    """Keep values under a key; the file appears whole or not at all."""
+    """Write values under a key; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {f"{split}/{source}": array for split, sources in values.items() for source, array in sources.items()}
     with whole_file(path) as temporary, temporary.open("wb") as file:
@@ -157,7 +157,7 @@ def write(path: Path, key: dict[str, Any], values: dict[str, Reference]) -> None
 
 
 def digest(values: dict[str, Reference]) -> str:
-    """sha256 of all values."""
+    """Return the sha256 of all values."""
     found = hashlib.sha256()
     for split in sorted(values):
         for source in sorted(values[split]):
@@ -168,7 +168,7 @@ def digest(values: dict[str, Reference]) -> str:
 
 @torch.no_grad()
 def compute(trainer: pl.Trainer, data: PreferenceDataModule, split: str) -> Reference:
-    """Log-probabilities of a split's pairs under the weights that the model has now; every rank returns all.
+    """Compute log-probabilities of a split's pairs under the weights that the model has now; every rank returns all.
 
     The windows are shared out over the data-parallel ranks and go through Megatron's forward schedule.
     """
@@ -195,7 +195,7 @@ def compute(trainer: pl.Trainer, data: PreferenceDataModule, split: str) -> Refe
 
 
 def _forward(model: Any, batch: dict[str, Tensor], data: PreferenceDataModule) -> list[Tensor]:
-    """[windows, slots, 2] on the last pipeline stage, nothing on the others."""
+    """Return [windows, slots, 2] on the last pipeline stage, nothing on the others."""
 
     def step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         moved = data_step(iterator, BATCH_KEYS)
@@ -225,7 +225,7 @@ def _store(found: Reference, dataset: PairDataset, windows: range, logprobs: np.
 
 
 def _gathered(found: Reference) -> Reference:
-    """Every rank's part put together. Tensor-parallel ranks have the same values: the lowest rank's are taken."""
+    """Gather every rank's part. Tensor-parallel ranks have the same values: the lowest rank's are taken."""
     parts: list[Reference] = [{}] * torch.distributed.get_world_size()
     last = parallel_state.is_pipeline_last_stage()
     torch.distributed.all_gather_object(parts, found if last else {})

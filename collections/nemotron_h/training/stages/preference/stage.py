@@ -61,14 +61,14 @@ class PreferenceModel(NemotronHModel):
 
     @property
     def training_loss_reduction(self) -> PreferenceLoss:
-        """The loss of a step."""
+        """Return the loss of a step."""
         if self._training_loss_reduction is None:
             self._training_loss_reduction = PreferenceLoss(self.loss, self.beta, self.gt_reward_scale)
         return self._training_loss_reduction
 
     @property
     def validation_loss_reduction(self) -> PreferenceLoss:
-        """The loss of a validation's batches."""
+        """Return the loss of a validation's batches."""
         if self._validation_loss_reduction is None:
             sizes = (self.loss, self.beta, self.gt_reward_scale)
             self._validation_loss_reduction = PreferenceLoss(*sizes, accumulate=True)
@@ -80,7 +80,7 @@ class PreferenceResume(ResumeRun):
     """`ResumeRun` of a run that begins at a checkpoint and keeps that one's log-probabilities as its reference."""
 
     def setup(self, trainer: Any, model: Any = None) -> None:
-        """As `ResumeRun`'s; then the reference is due at the start of the fit.
+        """Set up as `ResumeRun`, and have the reference set at the start of the fit.
 
         Errors:
             UserError: as `ResumeRun`'s; or a new run names no checkpoint to start from.
@@ -101,7 +101,7 @@ class PreferenceResume(ResumeRun):
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
-    """The recipe as a `nemo_run.Partial` of `llm.finetune`; nothing is created yet, every value can be overridden.
+    """Build a `nemo_run.Partial` of `llm.finetune` from the recipe; nothing is created yet, values can be overridden.
 
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
