@@ -316,7 +316,7 @@ def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, 
     product = scratch("product", *seg.x.shape)
     wide_in = _scale(dy, seg.decay_in.transpose(3, 4), scratch("wide_in", *seg.x.shape))
     wide_in_flat = wide_in.view(s, g, b, c, r * p)
-    dedges = scratch("dedges", *edges.shape)  # gradient of the state at each chunk edge
+    dedges = scratch("dedges", *edges.shape)  # gradient of the state at each chunk edge, dS_in and dS_out
     dedges[-1] = dstate
     scratch.bmm(seg.C.transpose(-1, -2), wide_in_flat, dedges[:-1])
     by_head = dedges.unflatten(-1, (r, p)).unbind()
@@ -328,6 +328,7 @@ def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, 
     dC = scratch.bmm(wide_in_flat, edges[:-1].transpose(-1, -2), scratch("dC", s, g, b, c, n))
     dB = scratch.bmm(wide_out.view(s, g, b, c, r * p), dedges[1:].transpose(-1, -2), scratch("dB", s, g, b, c, n))
     through = scratch.bmm(seg.B, dedges[1:], scratch("through", *wide_in_flat.shape)).view(seg.x.shape)
+    # parts of da: exp(cum_end) S_in . dS_out [s, g, b, r], and decay_out_j u_j . (dS_out^T B_j) [s, g, b, r, c]
     passed = edges[:-1].mul_(dedges[1:]).sum(3).unflatten(-1, (r, p)).sum(-1).mul_(seg.decay_chunk)  # edges are spent
     column_state = wide_out.mul_(through).sum(-1).transpose(3, 4)  # wide_out is spent
 
