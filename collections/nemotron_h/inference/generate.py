@@ -65,7 +65,7 @@ def extend_in_passes(
     """
     chunk = max(1, (limit or pass_tokens(model)) // len(tokens))
     for part in tokens.split(chunk, dim=1):
-        hidden = model.extend(part, states, last_only=True)
+        hidden = model.extend(part, states, last_only=True)  # [batch, 1, hidden]
     return hidden[:, -1]
 
 
@@ -77,8 +77,8 @@ def _prefill_together(
     rows, done = len(prompts), 0
     while rows:
         count = min(chunk, lengths[rows - 1] - done)
-        tokens = torch.tensor([list(prompt[done : done + count]) for prompt in prompts[:rows]])
-        hidden = model.extend(tokens, states.rows(0, rows), last_only=True)
+        tokens = torch.tensor([list(prompt[done : done + count]) for prompt in prompts[:rows]])  # [rows, count]
+        hidden = model.extend(tokens, states.rows(0, rows), last_only=True)  # [rows, 1, hidden]
         done += count
         while rows and lengths[rows - 1] == done:
             rows -= 1

@@ -2,6 +2,9 @@
 
 It is written on plain tensors and `nemotron_h.ops`, apart from the training model: one rank, no gradients, no import
 of NeMo or megatron-core, and little overhead per token. Tests hold it against the training model at every position.
+
+Axes: b batch, l tokens, h hidden, v the tokens that get scores, f rotary frequencies. A layer adds to the residual
+stream x what it computes of its RMSNorm: x += layer(norm(x)); the scores are norm(x) W_out^T.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ class GenerationModel:
         self.running = running_layers(definition)
         self._cpu_buffers: CpuBuffers | None = None
         width = definition.rotary_dim
-        # in float32 whatever the model's dtype, as training computes it
+        # f_i = rope_base^(-2 i / rotary_dim) (Su et al. 2021, arXiv 2104.09864); float32 whatever the model's dtype, as
+        # training computes it
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=self.device) / max(width, 1)
         self.rotary_frequencies = 1.0 / definition.rope_base**exponents if width else None
 
@@ -96,14 +100,14 @@ class GenerationModel:
         start = int(states.lengths[0])
         if (states.lengths != start).any():
             raise ValueError("extend: the sequences are at different positions")
-        x = F.embedding(tokens.to(self.device), self.embedding)
+        x = F.embedding(tokens.to(self.device), self.embedding)  # [b, l, h]
         rotary = self.rotary(torch.arange(start, start + tokens.shape[1], device=self.device))
         last_state = max((i for i, state in enumerate(states.layers) if state is not None), default=-1)
         layers = zip(self.running, self.layers, states.layers, strict=True)
         for number, (running, weights, state) in enumerate(layers):
             h = self.norm(x, weights.norm)
             if last_only and number >= last_state:
-                x = x[:, -1:]
+                x = x[:, -1:]  # [b, 1, h]: nothing after the last state reads the tokens before
             x += running.extend(self.ops, weights, h, state, start, rotary, x.shape[1])
         states.advance(tokens.shape[1])
         return x
@@ -122,7 +126,7 @@ class GenerationModel:
         ragged = bool((states.lengths != longest - 1).any())
         positions = states.positions
         at = Step(positions, positions + 1, longest, ragged, self.rotary(positions))
-        x = F.embedding(tokens.to(self.device), self.embedding)
+        x = F.embedding(tokens.to(self.device), self.embedding)  # [b, h]
         layers = zip(self.running, self.layers, states.layers, strict=True)
         if self.device.type == "cpu" and self.dtype in CPU_STEP_DTYPES:
             if self._cpu_buffers is None or self._cpu_buffers.batch != len(tokens):
@@ -146,7 +150,7 @@ class GenerationModel:
         return F.rms_norm(x, weight.shape, weight, self.definition.norm_epsilon)
 
     def rotary(self, positions: Tensor) -> Rotary | None:
-        """Return cosines and sines at these positions, [positions, 1, 1, channels]; None without rotary positions."""
+        """Return cosines and sines at these positions, [positions, 1, 1, f]; None without rotary positions."""
         if self.rotary_frequencies is None:
             return None
         angles = torch.outer(positions.float(), self.rotary_frequencies)[:, None, None]

@@ -1,4 +1,7 @@
-"""Choose the next token from scores: greedy, or sampled with temperature, top-k and top-p."""
+"""Choose the next token from scores: greedy, or sampled with temperature, top-k and top-p.
+
+Axes: b batch, v vocabulary, k tokens that top-k keeps (v without it).
+"""
 
 from __future__ import annotations
 
@@ -54,18 +57,20 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
     check_scores(logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    probabilities = (logits.double() / sampling.temperature).softmax(-1)  # [b, v]
     tokens = None
     vocabulary = logits.shape[-1]
     if 0 < sampling.top_k < vocabulary or sampling.top_p < 1:
         probabilities, tokens = probabilities.topk(min(sampling.top_k or vocabulary, vocabulary), dim=-1)
     if sampling.top_p < 1:
+        # token i stays while p_1 + ... + p_(i-1) < top_p, in falling order (Holtzman et al. 2020, arXiv 1904.09751)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
     cumulative = probabilities.cumsum(-1)
+    # inverse of the distribution function: the first token whose cumulative probability exceeds u times the total
     uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators]).to(logits.device)
     # right: a number that equals an edge belongs to the next token, so a token of probability 0 is never chosen
-    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)  # [b, 1]
     place = place.clamp_(max=probabilities.shape[-1] - 1)
     return (place if tokens is None else tokens.gather(-1, place)).squeeze(-1)

@@ -5,6 +5,9 @@ Each document attends within itself, and no path forms a mask [sequence, sequenc
 
 Axes: s position in a row, b row, t = b * s position in the batch (rows one behind the other), n position in a
 document, h query head, g group of key-value heads, d channel of a head.
+
+Per head, with the keys and values of its group (Ainslie et al. 2023, arXiv 2305.13245), over the positions j up to i of
+i's document: out_i = sum_j softmax_j(q_i.k_j / sqrt(d)) v_j
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ class ScaledDotProductAttention(MegatronModule):
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend causally: queries [.., h, s, d], keys and values [.., g, s, d] to [.., h, s, d]."""
+        """Attend causally: q [b, h, s, d], k and v [b, g, s, d] to [b, h, s, d]."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
 
 

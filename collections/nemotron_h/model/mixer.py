@@ -2,6 +2,15 @@
 
 Parameter names, shapes and checkpoint layout are those of megatron-core's `MambaMixer`, so released checkpoints load;
 the scan, convolution and norm come from `nemotron_h.ops`, so it runs without a GPU and takes `seq_idx`.
+
+Axes: l tokens, b batch, h hidden; and of one rank: n heads, p channels of a head, g groups, s state per channel (the
+paper's H, P, G, N), inner = n * p.
+
+Of a layer's input u (Dao and Gu 2024, arXiv 2405.21060, section 7.1; Nemotron-H, arXiv 2504.03624, section 2.1):
+
+    z, x, B, C, dt = u W_in      x, B, C = silu(conv(x, B, C))
+    y = SSD(x, softplus(dt + dt_bias), A = -exp(A_log), B, C) + D x
+    out = RMSNorm(y silu(z)) W_out, the mean square over the channels of a group
 """
 
 from __future__ import annotations
@@ -190,16 +199,15 @@ class NemotronHMixer(MegatronModule):
         """Mix along the sequence.
 
         Args:
-            hidden_states: [sequence, batch, hidden] (sequence-parallel shard where that is on).
-            seq_idx: int32 [batch, sequence], the document of each token; states start anew where it changes.
+            hidden_states: [l, b, h] (sequence-parallel shard where that is on).
+            seq_idx: int32 [b, l], the document of each token; states start anew where it changes.
         Returns:
             the output in the input's shape, and the output projection's bias (None).
         """
         projected, _ = self.in_proj(hidden_states)
-        # [sequence, batch, channels] read as [batch, sequence, channels]; the ops take strided input
-        projected = projected.transpose(0, 1)
+        projected = projected.transpose(0, 1)  # [b, l, 2 inner + 2 g s + n], a view: the ops take strided input
         mix = self._mix_fused if self.fused and self.training else self._mix
-        y = mix(projected, seq_idx)
+        y = mix(projected, seq_idx)  # [b, l, inner]
         return self.out_proj(y.transpose(0, 1))
 
     def _mix_fused(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
@@ -219,15 +227,15 @@ class NemotronHMixer(MegatronModule):
         )
 
     def _mix(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
-        """Run convolution, scan and gated norm: [batch, sequence, z x B C dt] to [batch, sequence, channels]."""
+        """Run convolution, scan and gated norm on z, x, B, C and dt side by side; return [b, l, inner]."""
         z, xbc, dt = projected.split([self.inner_local, sum(self.conv_sections), self.heads_local], dim=-1)
         xbc = self.ops.conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx)
         x, b, c = xbc.split(self.conv_sections, dim=-1)
         y = self.ops.ssd(
-            x.unflatten(-1, (self.heads_local, self.head_dim)),
+            x.unflatten(-1, (self.heads_local, self.head_dim)),  # [b, l, n, p]
             dt,
             -torch.exp(self.A_log),
-            b.unflatten(-1, (self.groups_local, self.state_dim)),
+            b.unflatten(-1, (self.groups_local, self.state_dim)),  # [b, l, g, s]
             c.unflatten(-1, (self.groups_local, self.state_dim)),
             D=self.D,
             dt_bias=self.dt_bias,

@@ -1,4 +1,7 @@
-"""Squared ReLU, the activation of feed-forward layers (paper 2.1)."""
+"""Squared ReLU, the activation of feed-forward layers (Nemotron-H, arXiv 2504.03624, section 2.1).
+
+So et al. 2022 (arXiv 2109.08668): ``y = relu(x)^2``, ``dx = 2 relu(x) dy``, elementwise.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,11 @@
 
 A run of tokens (`attention_chunk`) needs no mask and no expanded copy of keys, so its memory grows with the run and
 not with what was read before. A single token (`attention_step`) reads the filled part of the cache alone.
+
+Axes: b batch, l new tokens, g groups, r heads of a group, h = g * r heads, d channels of a head, t positions of the
+cache. Per head, with the keys and values of its group (Ainslie et al. 2023, arXiv 2305.13245):
+
+    out_i = sum_j p_ij v_j      p_ij = exp(q_i.k_j / sqrt(d)) / sum_j exp(q_i.k_j / sqrt(d))      j up to i's position
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ def attention_chunk(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tens
         [batch, length, groups * heads per group * head_dim].
     """
     end = start + q.shape[1]
-    q = q.flatten(2, 3).transpose(1, 2)
-    keys, values = keys[:, :, :end], values[:, :, :end]
+    q = q.flatten(2, 3).transpose(1, 2)  # [b, h, l, d]
+    keys, values = keys[:, :, :end], values[:, :, :end]  # [b, g, start + l, d]
     if q.device.type == "cpu":
         out = _on_cpu(q, keys, values, start)
     else:
@@ -41,13 +46,24 @@ def attention_chunk(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tens
 
 
 def _on_cpu(q: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """Attend among the new tokens and over those before, joined by their sums: so neither part needs a mask."""
+    """Attend among the new tokens and over those before, joined by their sums: so neither part needs a mask.
+
+    With Z the sum of exponentials of a part, out = (Z_own own + Z_before before) / (Z_own + Z_before), and the share of
+    the second is sigmoid(log Z_before - log Z_own).
+
+    Args:
+        q: [b, h, l, d].
+        keys, values: [b, g, start + l, d].
+
+    Returns:
+        [b, h, l, d].
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     own, own_sum = flash(q, keys[:, :, start:], values[:, :, start:], 0.0, True)
     if not start:
         return own
     before, before_sum = flash(q, keys[:, :, :start], values[:, :, :start])
-    share = torch.sigmoid(before_sum - own_sum)  # logarithms of the sums of exponentials
+    share = torch.sigmoid(before_sum - own_sum)  # of log Z, [b, h, l]
     return torch.lerp(own, before, share.unsqueeze(-1).to(own.dtype))
 
 
@@ -66,7 +82,7 @@ def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, lon
     """
     mask = None
     if ragged:
-        mask = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]
+        mask = (torch.arange(longest, device=q.device) < lengths[:, None])[:, None, None]  # [b, 1, 1, longest]
     # the heads of a group take the place of query positions: all of them read the same keys
     out = F.scaled_dot_product_attention(q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask)
     return out.flatten(1)

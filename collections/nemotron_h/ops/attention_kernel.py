@@ -3,6 +3,16 @@
 With one query per head there is too little to do per sequence and head to fill a GPU, so each program takes a stretch
 of the keys (the "split-KV" of flash decoding) and a second kernel joins the stretches. How many keys a sequence has is
 read on the device: ragged batches need no mask, and a CUDA graph of the step stays right as sequences grow.
+
+Axes: b batch, g groups, r heads of a group (padded to ROWS), d channels of a head, t keys of a block (KEYS), n splits.
+
+The softmax of a stretch is taken block by block (Dao et al. 2022, arXiv 2205.14135): with the largest score m, the sum
+Z and the weighted values a so far, and a block's scores s,
+
+    m' = max(m, max_j s_j)
+    Z' = Z exp(m - m') + sum_j exp(s_j - m')      a' = a exp(m - m') + sum_j exp(s_j - m') v_j
+
+and the stretches i are joined likewise: out = sum_i exp(m_i - m) a_i / sum_i exp(m_i - m) Z_i, m = max_i m_i.
 """
 
 from __future__ import annotations
@@ -57,17 +67,17 @@ def _split_kernel(
     keys = tl.arange(0, KEYS)
     # rows beyond the group's heads pad the matmul to the least that tensor cores take
     q_at = q_ptr + batch * q_batch + group * q_group + rows[:, None] * DIM + dims[None, :]
-    q = tl.load(q_at, mask=rows[:, None] < HEADS, other=0.0)
+    q = tl.load(q_at, mask=rows[:, None] < HEADS, other=0.0)  # [r, d]
     base = batch * kv_batch + group * kv_group
 
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)  # m
+    total = tl.zeros([ROWS], tl.float32)  # Z
+    acc = tl.zeros([ROWS, DIM], tl.float32)  # a
     for first in range(begin, end, KEYS):
         at = base + (first + keys).to(tl.int64)[:, None] * DIM + dims[None, :]
         inside = first + keys < end
-        k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        k = tl.load(k_ptr + at, mask=inside[:, None], other=0.0)  # [t, d]
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [r, t]
         scores = tl.where(inside[None, :], scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp2(largest - larger)
@@ -93,10 +103,10 @@ def _join_kernel(partial_ptr, stats_ptr, out_ptr, splits, HEADS: tl.constexpr, D
     dims = tl.arange(0, DIM)
     present = stretches < splits
     at = (pair * splits + stretches) * HEADS + head
-    largest = tl.load(stats_ptr + at * 2, mask=present, other=float("-inf"))
+    largest = tl.load(stats_ptr + at * 2, mask=present, other=float("-inf"))  # [n]
     total = tl.load(stats_ptr + at * 2 + 1, mask=present, other=0.0)
     weights = tl.exp2(largest - tl.max(largest, 0))
-    acc = tl.load(partial_ptr + at[:, None] * DIM + dims[None, :], mask=present[:, None], other=0.0)
+    acc = tl.load(partial_ptr + at[:, None] * DIM + dims[None, :], mask=present[:, None], other=0.0)  # [n, d]
     out = tl.sum(acc * weights[:, None], 0) / tl.sum(total * weights, 0)
     tl.store(out_ptr + row.to(tl.int64) * DIM + dims, out.to(out_ptr.dtype.element_ty))
 
@@ -144,8 +154,8 @@ def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *_:
     q = q if q.stride()[-2:] == (dim, 1) else q.contiguous()
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     splits = splits_for(batch * groups, keys.shape[2], processors)
-    partial = torch.empty(batch * groups, splits, heads, dim, dtype=torch.float32, device=q.device)
-    stats = torch.empty(batch * groups, splits, heads, 2, dtype=torch.float32, device=q.device)
+    partial = torch.empty(batch * groups, splits, heads, dim, dtype=torch.float32, device=q.device)  # a
+    stats = torch.empty(batch * groups, splits, heads, 2, dtype=torch.float32, device=q.device)  # m, Z
     out = torch.empty(batch, groups * heads * dim, dtype=q.dtype, device=q.device)
     _split_kernel[(batch * groups, splits)](
         q,

@@ -1,6 +1,16 @@
 """Depthwise causal convolution along the length, with bias and SiLU, in plain PyTorch, and its one-token step.
 
-The work goes in blocks of tokens laid out [length, batch, channels] (channels last, as the model's activations are),
+Axes: b batch, l length, c channels, k taps (the filter's width); halo = k - 1, the tokens before a block that its
+first tokens read.
+
+Mamba-2 runs it over x, B and C before the scan (Dao and Gu 2024, arXiv 2405.21060, section 7.1): per channel
+
+    z_t = bias + sum_k w_k x_{t - halo + k}          y_t = z_t sigmoid(z_t)
+
+and backward, with ``dz_t = dy_t silu'(z_t)``, ``dx_t = sum_k w_k dz_{t + halo - k}`` (the same sum with the taps
+reversed) and ``dw_k = sum_t dz_t x_{t - halo + k}``.
+
+The work goes in blocks of tokens laid out [l, b, c] (channels last, as the model's activations are),
 where a depthwise convolution is one fast library call and no transposing copy is made. The backward keeps the inputs
 only.
 """
@@ -19,12 +29,12 @@ BLOCK_ELEMENTS = 1 << 18
 
 
 def _correlate(x: Tensor, weight: Tensor) -> Tensor:
-    """Return y[t] = sum_k weight[:, k] * x[t + k] for x [rows + K - 1, batch, channels] (contiguous), weight [channels,
-    K].
+    """Return y[t] = sum_k weight[:, k] * x[t + k], [rows, b, c], for x [rows + halo, b, c] (contiguous) and weight
+    [c, k].
     """
     if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # Channels-last image of height = length and width = batch: oneDNN has a depthwise kernel for exactly this.
-        image = x.unsqueeze(0).permute(0, 3, 1, 2)
+        # Channels-last image, height the tokens and width the batch: oneDNN has a depthwise kernel for exactly this.
+        image = x.unsqueeze(0).permute(0, 3, 1, 2)  # [1, c, rows + halo, b]
         return F.conv2d(image, weight[:, None, :, None], groups=weight.shape[0]).permute(0, 2, 3, 1)[0]
     rows = x.shape[0] - weight.shape[1] + 1
     y = x[:rows] * weight[:, 0]
@@ -40,7 +50,7 @@ def _blocks(length: int, row_elements: int, halo: int) -> Iterator[tuple[int, in
 
 
 def _window(x: Tensor, initial: Tensor | None, t0: int, t1: int, halo: int, dtype: torch.dtype) -> Tensor:
-    """Copy tokens t0 - halo to t1 to a new [rows, batch, channels] buffer; before the start the initial state."""
+    """Copy tokens t0 - halo to t1 to a new [t1 - t0 + halo, b, c] buffer; before the start the initial state."""
     batch, _, channels = x.shape
     out = torch.empty(t1 - t0 + halo, batch, channels, dtype=dtype, device=x.device)
     missing = max(halo - t0, 0)
@@ -54,11 +64,13 @@ def _window(x: Tensor, initial: Tensor | None, t0: int, t1: int, halo: int, dtyp
 
 
 def _same_document(seq_idx: Tensor | None, halo: int) -> Tensor | None:
-    """Return same[d - 1, t, b]: token t - d (d = 1..halo) is of t's document, as are those before the first token."""
+    """Return same[d - 1, t, b], [halo, l, b]: token t - d (d = 1..halo) is of t's document, as are those before the
+    first token.
+    """
     if seq_idx is None:
         return None
     doc = seq_idx.transpose(0, 1)
-    before = torch.cat([doc[:1].expand(halo, -1), doc])
+    before = torch.cat([doc[:1].expand(halo, -1), doc])  # [halo + l, b]
     length = doc.shape[0]
     return torch.stack([before[halo - d : halo - d + length] == doc for d in range(1, halo + 1)])
 
@@ -69,7 +81,7 @@ def _preactivation(window: Tensor, weight: Tensor, bias: Tensor | None, same: Te
         # Only the first tokens of a document differ: recompute those from their own taps.
         halo = same.shape[0]
         t, b = (~same.all(0)).nonzero(as_tuple=True)
-        fixed = window[t + halo, b] * weight[:, halo]
+        fixed = window[t + halo, b] * weight[:, halo]  # [tokens to fix, c]
         for d in range(1, halo + 1):
             # where, not multiply: nothing of the other document comes in, not even its NaN
             tap = torch.where(same[d - 1, t, b].unsqueeze(-1), window[t + halo - d, b], 0)
@@ -82,9 +94,9 @@ def _tap_by_tap(x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor 
     """Convolve one document straight from ``x`` into ``y``: without the copies on both sides of a library call."""
     batch, length, channels = x.shape
     halo = weight.shape[1] - 1
-    taps = weight.t().contiguous()
+    taps = weight.t().contiguous()  # [k, c]
     begin = min(halo, length)
-    head = _window(x, initial, 0, begin, halo, x.dtype).transpose(0, 1)
+    head = _window(x, initial, 0, begin, halo, x.dtype).transpose(0, 1)  # [b, begin + halo, c]
     parts = [(head, y[:, :begin])] if begin else []
     parts += [
         (x[:, t0 : t1 + halo], y[:, t0 + halo : t1 + halo]) for t0, t1 in _blocks(length - begin, batch * channels, 1)
@@ -132,11 +144,11 @@ class _CausalConv1d(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for t0, t1 in reversed(list(_blocks(length, batch * channels, halo))):
                 rows = t1 - t0
-                window = _window(x, initial_state, t0, t1, halo, dtype)
-                here = None if same is None else same[:, t0:t1]
+                window = _window(x, initial_state, t0, t1, halo, dtype)  # [rows + halo, b, c]
+                here = None if same is None else same[:, t0:t1]  # [halo, rows, b]
                 dz = torch.empty(rows + halo, batch, channels, dtype=dtype, device=x.device)
                 dz[rows:] = after
-                dyb = dy[:, t0:t1].transpose(0, 1)
+                dyb = dy[:, t0:t1].transpose(0, 1)  # [rows, b, c]
                 if ctx.silu:
                     z = _preactivation(window, w, b, here)
                     dz[:rows] = torch.ops.aten.silu_backward(dyb.to(dtype).contiguous(), z)
@@ -149,7 +161,7 @@ class _CausalConv1d(torch.autograd.Function):
                     if d and here is not None:
                         product[~here[d - 1]] = 0
                     dw[:, halo - d] += product.sum((0, 1))
-                dxb = _correlate(dz, flipped)
+                dxb = _correlate(dz, flipped)  # [rows, b, c]
                 if same is not None:
                     _fix_dx(dxb, dz, w, same, t0)
                 dx[:, t0:t1].copy_(dxb.transpose(0, 1))
@@ -181,7 +193,7 @@ def _shift_up(same: Tensor, d: int) -> Tensor:
 
 
 def _initial_gradient(first: Tensor, w: Tensor, same: Tensor | None) -> Tensor:
-    """Return the gradient of the halo tokens before the start, [halo, batch, channels], from dz of the first tokens."""
+    """Return the gradient of the tokens before the start, [halo, b, c], from dz of the first tokens."""
     halo = first.shape[0]
     out = torch.zeros_like(first)
     for t in range(halo):
@@ -293,7 +305,7 @@ def causal_conv1d_step(
         raise ValueError(f"causal_conv1d_step: activation must be 'silu' or None, got {activation!r}")
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        taps = torch.cat([state, x.unsqueeze(1).to(state.dtype)], dim=1)
+        taps = torch.cat([state, x.unsqueeze(1).to(state.dtype)], dim=1)  # [b, k, c]
         y = (taps.to(dtype) * weight.to(dtype).t()).sum(1)
         if bias is not None:
             y += bias.to(dtype)

@@ -1,5 +1,10 @@
 """Cross entropy over a vocabulary that may be split over ranks, in blocks of tokens and in the logits' own memory.
 
+Axes: t tokens, v the words of this rank. Per token with logits x, over the words w of all ranks:
+
+    m = max_w x_w      Z = sum_w exp(x_w - m)      loss = log Z + m - x_label
+    dx_w = dloss (p_w - [w = label])      p_w = exp(x_w - m) / Z      p_label - 1 = exp(-loss) - 1
+
 Nothing of the size of the logits is allocated: the forward leaves exp(logit - largest) where the logits were, the
 backward turns that into the gradient. Float32 inside; with bfloat16 logits each value is rounded where it is stored.
 """
@@ -30,17 +35,17 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, group):
         logits = logits.detach()  # written to outside autograd's sight; it still counts the writes
-        rows, flat = logits.view(-1, logits.shape[-1]), labels.reshape(-1)
+        rows, flat = logits.view(-1, logits.shape[-1]), labels.reshape(-1)  # [t, v], [t]
         size = 1 if group is None else group.size()
         width = rows.shape[1]
         flat = flat - (0 if group is None else group.rank() * width)
         here = (flat >= 0) & (flat < width)
-        index = flat.clamp(0, width - 1).unsqueeze(1)
+        index = flat.clamp(0, width - 1).unsqueeze(1)  # [t, 1]
         label = rows.gather(1, index).squeeze(1).to(_wide(logits.dtype)).masked_fill_(~here, 0)
-        largest = torch.cat([rows[block].amax(1) for block in _blocks(rows)]).to(label.dtype)
+        largest = torch.cat([rows[block].amax(1) for block in _blocks(rows)]).to(label.dtype)  # m, [t]
         if size > 1:
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
-        total = torch.empty_like(largest)
+        total = torch.empty_like(largest)  # Z, [t]
         for block in _blocks(rows):
             values = rows[block].to(largest.dtype).sub_(largest[block].unsqueeze(1)).exp_()
             total[block] = values.sum(1)
@@ -60,7 +65,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss):
         logits, index, here, total, loss = ctx.saved_tensors
         rows, scale = logits.view(-1, logits.shape[-1]), dloss.reshape(-1).to(total.dtype)
-        by_row = (scale / total).unsqueeze(1)
+        by_row = (scale / total).unsqueeze(1)  # [t, 1]
         for block in _blocks(rows):
             if rows.dtype == by_row.dtype:
                 rows[block].mul_(by_row[block])

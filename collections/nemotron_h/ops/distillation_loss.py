@@ -3,6 +3,15 @@
 The output layers' matmuls, both softmaxes, the divergence and its gradients are taken chunk by chunk of tokens in the
 forward pass, as fused cross entropies do; a chunk's logits are gone before the next one's are made. Full logits would
 be [tokens, vocabulary] of both models and several float32 copies: at 8,192 tokens and 131,072 words 4 GiB a copy.
+
+Axes: t tokens (of a chunk), v words of this rank, h width of the student, k largest logits of the teacher.
+
+Per token, with the student's logits x, the teacher's y, the temperature T, q = softmax(x / T), p = softmax(y / T) and
+r = softmax(x) (Hinton et al. 2015, arXiv 1503.02531; Nemotron-H, arXiv 2504.03624, takes KL(p || q) alone, with T = 1):
+
+    loss = kl_weight T^2 KL + lm_weight lm      KL(p || q) = sum_w p_w (log p_w - log q_w)      lm = -log r_label
+    dx_w = kl_weight T (q_w - p_w) + lm_weight (r_w - [w = label])
+    reverse: KL(q || p), and q_w (log q_w - log p_w - KL) in place of q_w - p_w
 """
 
 from __future__ import annotations
@@ -30,7 +39,7 @@ BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 class Objective:
     """Loss of each token: `kl_weight * temperature^2 * KL + lm_weight * cross entropy`.
 
-    The square keeps the size of the gradients as the temperature changes (Hinton et al. 2015).
+    The square keeps the size of the gradients as the temperature changes.
 
     Attributes:
         temperature: both models' logits are divided by it.
@@ -165,14 +174,14 @@ class _DistillationLoss(torch.autograd.Function):
         kl, lm = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = _matmul(hidden[rows], weight)
+            logits = _matmul(hidden[rows], weight)  # [t, v]
             chunk = _Chunk(logits, logits_of(teacher, rows, objective, group), labels[rows], objective, group)
-            kl[rows], lm[rows] = chunk.measure()
+            kl[rows], lm[rows] = chunk.measure()  # [t]
             dlogits = chunk.gradient(token_weights[rows]) if differentiate else None
             if dhidden is not None:
-                dhidden[rows] = _matmul(dlogits, weight.t())
+                dhidden[rows] = _matmul(dlogits, weight.t())  # [t, h]
             if dweight is not None:
-                _add_matmul(dweight, dlogits, hidden[rows])
+                _add_matmul(dweight, dlogits, hidden[rows])  # [v, h]
             del logits, chunk, dlogits  # before the next chunk's are made
         ctx.dhidden, ctx.dweight = dhidden, dweight
         ctx.weight = weight if dweight is not None else None
@@ -216,10 +225,10 @@ class _Chunk:
         self.student, self.objective, self.group = logits, objective, group
         self.wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
         self.dense = None if isinstance(teacher, TopLogits) else teacher
-        self.label, self.label_here = self._local(labels.unsqueeze(1))
+        self.label, self.label_here = self._local(labels.unsqueeze(1))  # [t, 1]
         if isinstance(teacher, TopLogits):
-            self.ids, self.ids_here = self._local(teacher.ids)
-            self.log_top = torch.log_softmax(teacher.logits.to(self.wide) / objective.temperature, dim=1)
+            self.ids, self.ids_here = self._local(teacher.ids)  # [t, k]
+            self.log_top = torch.log_softmax(teacher.logits.to(self.wide) / objective.temperature, dim=1)  # [t, k]
         # exp(logit - largest) may stand in the logits' memory, where that loses no digits and nobody needs the logits
         one_softmax = objective.temperature == 1 or objective.lm_weight == 0
         self.in_place = logits.dtype == self.wide and one_softmax and not objective.reverse
@@ -227,18 +236,18 @@ class _Chunk:
     def measure(self) -> tuple[Tensor, Tensor]:
         """Return divergence and cross entropy of each token, [tokens]."""
         inverse = 1 / self.objective.temperature
-        models = [self.student] if self.dense is None else [self.student, self.dense]
+        models = [self.student] if self.dense is None else [self.student, self.dense]  # [t, v]
         largest = torch.stack([torch.cat([model[rows].amax(1) for rows in self._blocks()]) for model in models])
         self.largest = largest = self._reduced(largest.to(self.wide), torch.distributed.ReduceOp.MAX)
         label = self.student.gather(1, self.label).to(self.wide).masked_fill_(~self.label_here, 0).squeeze(1)
         if self.dense is None:
             at_top = self.student.gather(1, self.ids).to(self.wide).sub_(largest[0].unsqueeze(1)).mul_(inverse)
             top = self.log_top.exp().masked_fill_(~self.ids_here, 0)
-            crossed = (top * at_top).sum(1)
+            crossed = (top * at_top).sum(1)  # [t]
         else:
             crossed = torch.empty_like(label)
-        # sums of exp(logit - largest) of the student at the temperature, at 1, and of the teacher
-        sums = largest.new_zeros(3, label.shape[0])
+        # sums of exp(logit - largest): Z_q of the student at the temperature, Z_r of it at 1, Z_p of the teacher
+        sums = largest.new_zeros(3, label.shape[0])  # [3, t]
         for rows in self._blocks():
             student = self._shifted(self.student, rows, largest[0])
             if inverse != 1:
@@ -261,6 +270,7 @@ class _Chunk:
             sums[1] = sums[0]
         *self.sums, crossed, label = self._reduced(torch.stack([*sums, crossed, label]), torch.distributed.ReduceOp.SUM)
         ours, at_one, theirs = self.sums
+        # Of logits x, y less their largest, over T: KL(p || q) = sum_w exp(y_w) (y_w - x_w) / Z_p + log Z_q - log Z_p
         if self.dense is None:
             kl = (self.log_top.exp() * self.log_top).sum(1) - crossed + ours.log()
         elif self.objective.reverse:
@@ -284,11 +294,11 @@ class _Chunk:
                 at_one_part = student.exp().mul_((lm_scale / at_one)[rows].unsqueeze(1))
             if objective.reverse:
                 teacher = self._shifted(self.dense, rows, self.largest[1])
-                # log p_student - log p_teacher - KL
+                # log q - log p - KL
                 gap = (student - teacher).mul_(inverse)
                 gap.add_((theirs.log() - ours.log() - self.kl)[rows].unsqueeze(1))
                 student.mul_(inverse).exp_()
-                factor = gap.mul_((kl_scale / ours)[rows].unsqueeze(1))
+                factor = gap.mul_((kl_scale / ours)[rows].unsqueeze(1))  # [t, v]
                 if inverse == 1 and objective.lm_weight:
                     factor.add_((lm_scale / ours)[rows].unsqueeze(1))
                 student.mul_(factor)
@@ -374,12 +384,12 @@ def top_logits(logits: Tensor, k: int, group: torch.distributed.ProcessGroup | N
     values, ids = logits.topk(min(k, width), dim=1)
     if size == 1:
         return TopLogits(values, ids)
-    all_values = values.new_zeros(size, *values.shape, dtype=torch.float32)
+    all_values = values.new_zeros(size, *values.shape, dtype=torch.float32)  # [ranks, t, k]
     all_ids = ids.new_zeros(size, *ids.shape)
     all_values[group.rank()], all_ids[group.rank()] = values.float(), ids + group.rank() * width
     for part in (all_values, all_ids):  # a sum with zeros gathers
         all_reduce(part, torch.distributed.ReduceOp.SUM, group)
-    values, ids = (part.transpose(0, 1).flatten(1) for part in (all_values, all_ids))
+    values, ids = (part.transpose(0, 1).flatten(1) for part in (all_values, all_ids))  # [t, ranks * k]
     values, order = values.topk(min(k, values.shape[1]), dim=1)
     return TopLogits(values.to(logits.dtype), ids.gather(1, order))
 

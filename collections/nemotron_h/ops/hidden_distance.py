@@ -16,6 +16,6 @@ def hidden_distance(own: Tensor, theirs: Tensor, projection: Tensor | None = Non
         projection: [teacher's width, width], applied to `own`; None where the widths are equal.
     """
     if projection is not None:
-        own = F.linear(own, projection)
+        own = F.linear(own, projection)  # [tokens, teacher's width]
     wide = torch.promote_types(own.dtype, torch.float32)
     return 1 - F.cosine_similarity(own.to(wide), theirs.to(wide), dim=-1)

@@ -6,6 +6,8 @@ AVX-512 units can do. oneDNN (torch's own, where bfloat16 goes too) uses them; i
 A processor without bfloat16 units multiplies bfloat16 matrices at a fifth of its float32 speed, Intel's AVX512-BF16 at
 two thirds. There the operands are widened, which is exact, multiplied and summed in float32, and the result is rounded,
 as in the slow matmul.
+
+Axes: t rows of all leading axes of x, i inputs, o outputs.
 """
 
 from __future__ import annotations
@@ -103,9 +105,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        # y = x W^T: dx = dy W, dW = dy^T x
         x, weight = ctx.saved_tensors
         dx = dweight = None
-        rows = dy.reshape(-1, dy.shape[-1])
+        rows = dy.reshape(-1, dy.shape[-1])  # [t, o]
         if ctx.needs_input_grad[0]:
             dx = matmul(rows, weight.t()).view(*dy.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:

@@ -1,4 +1,7 @@
-"""Corrections of mamba-ssm 2.3, applied where its kernels are chosen (`nemotron_h.ops.select`)."""
+"""Corrections of mamba-ssm 2.3, applied where its kernels are chosen (`nemotron_h.ops.select`).
+
+Axes: b batch, h heads, s chunks, c tokens of a chunk, as in `nemotron_h.ops.ssd`.
+"""
 
 from __future__ import annotations
 
@@ -48,16 +51,16 @@ def _restart_sums_with_documents() -> None:
 
     @functools.wraps(original)
     def sums(dt: Tensor, A: Tensor, chunk_size: int, **options: Any) -> tuple[Tensor, Tensor]:
-        """Return cumulative sums and step sizes, float32 [batch, heads, chunks, chunk_size]."""
+        """Return cumulative sums and step sizes, float32 [b, h, s, c]."""
         total, steps = original(dt, A, chunk_size, **options)
         seq_idx = getattr(now, "seq_idx", None)
         if seq_idx is None:
             return total, steps
         tail = seq_idx[:, -1:].expand(-1, -seq_idx.shape[1] % chunk_size)  # the last chunk ends with its document's sum
-        documents = torch.cat([seq_idx, tail], dim=1).unflatten(1, (-1, chunk_size))
-        # [batch, chunks, j, i]: token i adds up token j <= i of its document. float64, as float32 may run as TF32
+        documents = torch.cat([seq_idx, tail], dim=1).unflatten(1, (-1, chunk_size))  # [b, s, c]
+        # [b, s, j, i]: token i adds up token j <= i of its document. float64, as float32 may run as TF32
         adds = (documents.unsqueeze(-1) == documents.unsqueeze(-2)).triu().double()
-        exponents = (steps * A.float()[:, None, None]).transpose(1, 2)  # [batch, chunks, heads, chunk_size]
+        exponents = (steps * A.float()[:, None, None]).transpose(1, 2)  # [b, s, h, c]
         return (exponents.double() @ adds).transpose(1, 2).float().contiguous(), steps
 
     sums.nemotron_h = True  # type: ignore[attr-defined]

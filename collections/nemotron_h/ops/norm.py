@@ -1,4 +1,14 @@
-"""RMSNorm, plain and gated over groups, in plain PyTorch; the backward keeps the inputs and 1/rms only."""
+"""RMSNorm, plain and gated over groups, in plain PyTorch; the backward keeps the inputs and 1/rms only.
+
+Axes: g groups of e channels, d = g * e; the leading axes, any number of them, are taken in memory order.
+
+Zhang and Sennrich 2019 (arXiv 1910.07467); before Mamba-2's output projection over the gated scan, within each group
+of heads (Dao and Gu 2024, arXiv 2405.21060, section 7.1). With ``rstd = 1 / sqrt(mean(h^2) + eps)`` of a group:
+
+    h = y silu(z)      norm = h rstd      out = weight norm
+    dweight = sum_tokens dout norm      dh = rstd (weight dout - norm mean(weight dout norm))
+    dy = dh silu(z)      dz = dh y silu'(z)
+"""
 
 from __future__ import annotations
 
@@ -24,7 +34,7 @@ def _blocks(t: Tensor) -> Iterator[slice]:
 
 
 class _GroupRMSNorm(torch.autograd.Function):
-    """weight * h / rms(h over each group), h = y * silu(z), or y without a gate."""
+    """Differentiate the module's formulas by hand; h = y without a gate."""
 
     @staticmethod
     def forward(ctx, y, z, weight, groups, eps):
@@ -33,7 +43,7 @@ class _GroupRMSNorm(torch.autograd.Function):
         out = torch.empty_like(y)
         yp, op = y.permute(order), out.permute(order)
         zp = None if z is None else z.permute(order)
-        rstd = torch.empty(*yp.shape[:-1], groups, 1, dtype=dtype, device=y.device)
+        rstd = torch.empty(*yp.shape[:-1], groups, 1, dtype=dtype, device=y.device)  # [..., g, 1]
         w = weight.to(dtype)
         with torch.autocast(y.device.type, enabled=False):
             for rows in _blocks(yp) if y.numel() else ():
@@ -59,10 +69,10 @@ class _GroupRMSNorm(torch.autograd.Function):
             for rows in _blocks(yp) if y.numel() else ():
                 yf, zf = yp[rows].to(dtype), None if zp is None else zp[rows].to(dtype)
                 gate = None if zf is None else F.silu(zf)
-                normed = (yf if gate is None else yf * gate).unflatten(-1, (groups, -1)) * rstd[rows]
+                normed = (yf if gate is None else yf * gate).unflatten(-1, (groups, -1)) * rstd[rows]  # [..., g, e]
                 dh = doutp[rows].to(dtype).mul(normed.flatten(-2))
                 dweight += dh.flatten(0, -2).sum(0)
-                mean = dh.mul_(w).unflatten(-1, (groups, -1)).mean(-1, keepdim=True)
+                mean = dh.mul_(w).unflatten(-1, (groups, -1)).mean(-1, keepdim=True)  # [..., g, 1]
                 dh = doutp[rows].to(dtype).mul(w).unflatten(-1, (groups, -1))
                 dh = dh.sub_(normed.mul_(mean)).mul_(rstd[rows]).flatten(-2)
                 if gate is None:
@@ -119,7 +129,7 @@ def rms_norm_inference(x: Tensor, weight: Tensor, z: Tensor | None = None, *, gr
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     h = x.to(dtype) if z is None else F.silu(z.to(dtype)).mul_(x)
-    h = h.unflatten(-1, (-1, group_size))
+    h = h.unflatten(-1, (-1, group_size))  # [..., g, e]
     rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().mul_(1 / group_size).add_(eps).rsqrt_()
     h = h * rstd if z is None else h.mul_(rstd)
     return h.flatten(-2).mul_(weight).to(x.dtype)

@@ -3,6 +3,9 @@ attention of generation), plain PyTorch elsewhere.
 
 All come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm`` and ``.attention``, so the model holds
 one code path.
+
+Axes: b batch, l length, h heads, p channels of a head, n state (as in `nemotron_h.ops.ssd`), c channels of the
+convolution.
 """
 
 from __future__ import annotations
@@ -217,11 +220,11 @@ def _kernel_ssd_step(
         return kernels.state_update(
             state,
             x,
-            dt[..., None].expand(-1, -1, head_dim),
-            A[:, None, None].expand(-1, head_dim, n),
+            dt[..., None].expand(-1, -1, head_dim),  # [b, h, p]
+            A[:, None, None].expand(-1, head_dim, n),  # [h, p, n]
             B,
             C,
-            D=D[:, None].expand(-1, head_dim),
+            D=D[:, None].expand(-1, head_dim),  # [h, p]
             dt_bias=dt_bias[:, None].expand(-1, head_dim),
             dt_softplus=dt_softplus,
         )
@@ -258,7 +261,7 @@ def _kernel_conv1d(
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:  # what the kernel's channels-last path loads from
         x = x.contiguous()
     out = kernels.conv(
-        x.transpose(1, 2),
+        x.transpose(1, 2),  # [b, c, l], as the kernel has it
         weight,
         bias,
         seq_idx=None if seq_idx is None else seq_idx.to(torch.int32),

@@ -1,11 +1,15 @@
 """Mamba-2's state-space scan (SSD) in plain PyTorch: chunked, with a hand-derived backward, and its one-token step.
 
-Per head, with ``a_t = dt_t * A`` (A < 0) and a state ``S`` of shape [state, head_dim]:
+Axes: b batch, l length, h heads (g groups of r: h = g * r), p channels of a head, n state, as in Dao and Gu 2024
+(arXiv 2405.21060); s chunks of c tokens (the paper's Q). "Head layout" is [s, g, b, r, c, ...], "wide" is
+[s, g, b, c, r, ...].
+
+Per head, with ``a_t = dt_t * A`` (A < 0) and a state ``S`` [n, p]:
 
     S_t = exp(a_t) S_{t-1} + dt_t B_t x_t^T          y_t = C_t^T S_t + D x_t
 
-The chunked form (Dao and Gu 2024, "Transformers are SSMs") splits the length into chunks and writes, inside one
-chunk, with ``cum`` the running sum of ``a`` and ``u = dt x``:
+The chunked form (section 6 there) splits the length into chunks and writes, inside one chunk, with ``cum`` the
+running sum of ``a`` and ``u = dt x``; its ``L_ij`` is ``exp(cum_i - cum_j)``:
 
     y_i   = sum_{j<i} (C_i.B_j) exp(cum_i - cum_j) u_j  +  exp(cum_i) C_i^T S_in  +  (dt_i C_i.B_i + D) x_i
     S_out = exp(cum_end) S_in + sum_j exp(cum_end - cum_j) B_j u_j^T
@@ -40,18 +44,14 @@ SEGMENT_ELEMENTS = 1 << 18
 
 @dataclass
 class _Segment:
-    """Sizes and views that forward and backward need of one segment: ``s`` chunks of ``c`` tokens of ``b`` sequences.
-
-    Heads are split as (g groups, r heads per group). "Head layout" is [s, g, b, r, c, ...], "wide" is [s, g, b, c, r,
-    ...].
-    """
+    """Sizes and views that forward and backward need of one segment: ``s`` chunks of ``b`` sequences."""
 
     x: Tensor  # wide, [s, g, b, c, r, p]; a view of the input where its dtype allows
     raw: Tensor  # dt before softplus, [s, g, b, r, c]
     dt: Tensor  # [s, g, b, r, c]
     sums: Tensor | None  # [s, 1, b, c, c], 1 where token i adds up what token j <= i has: [j, i]; None is all
-    decay_in: Tensor  # exp(cum_i), 0 where the chunk's incoming state is of another document
-    decay_out: Tensor  # exp(cum_end - cum_j), 0 where token j's document has ended before the chunk's end
+    decay_in: Tensor  # exp(cum_i) [s, g, b, r, c], 0 where the chunk's incoming state is of another document
+    decay_out: Tensor  # exp(cum_end - cum_j), likewise; 0 where token j's document has ended before the chunk's end
     decay_chunk: Tensor  # exp(cum_end) [s, g, b, r], 0 where a document begins in the chunk
     B: Tensor  # [s, g, b, c, n]
     C: Tensor  # [s, g, b, c, n]
@@ -135,12 +135,12 @@ def _prepare(
     groups = B.shape[2]
     dtype = scratch.dtype
 
-    xw = scratch.cast("x", _wide(x[rows, t0:t1], c, groups))
+    xw = scratch.cast("x", _wide(x[rows, t0:t1], c, groups))  # [s, g, b, c, r, p]
     s, g, b, _, r, _ = xw.shape
-    Bk, Ck = (_wide(t[rows, t0:t1], c, None) for t in (B, C))
+    Bk, Ck = (_wide(t[rows, t0:t1], c, None) for t in (B, C))  # [s, g, b, c, n]
     Bk, Ck = scratch("B", *Bk.shape).copy_(Bk), scratch("C", *Ck.shape).copy_(Ck)
     per_head = (1, groups, 1, -1, 1)
-    raw = _wide(dt[rows, t0:t1], c, groups).transpose(3, 4).to(dtype)
+    raw = _wide(dt[rows, t0:t1], c, groups).transpose(3, 4).to(dtype)  # [s, g, b, r, c]
     if dt_bias is not None:
         raw = raw + dt_bias.view(per_head)
     dts = (F.softplus(raw) if dt_softplus else raw).contiguous()
@@ -149,15 +149,15 @@ def _prepare(
 
     below, sums = torch.ones(c, c, dtype=torch.bool, device=x.device).tril_(-1), None
     if seq_idx is None:
-        cum = exponent.cumsum(-1)
-        end = cum[..., -1:]
+        cum = exponent.cumsum(-1)  # [s, g, b, r, c]
+        end = cum[..., -1:]  # [s, g, b, r, 1]
         decay_in, decay_out, decay_chunk = cum.exp2(), (end - cum).exp2_(), end.squeeze(-1).exp2()
     else:
         doc = seq_idx[rows, t0:t1].unflatten(1, (-1, c)).transpose(0, 1)[:, None, :, None]  # [s, 1, b, 1, c]
         last = doc[..., -1:]
         first = seq_idx[rows, max(t0 - 1, 0)][None, None, :, None, None]
-        before = torch.cat([first, last[:-1]])
-        same = doc.unsqueeze(-1) == doc.unsqueeze(-2)
+        before = torch.cat([first, last[:-1]])  # [s, 1, b, 1, 1], the document of the token before each chunk
+        same = doc.unsqueeze(-1) == doc.unsqueeze(-2)  # [s, 1, b, 1, c, c]
         # The sums begin anew with each document: what stands before it would show in how they are rounded
         sums = (same & ~below).squeeze(3).to(dtype)
         cum = exponent @ sums
@@ -179,12 +179,13 @@ def _prepare(
 def _states(seg: _Segment, start: Tensor, scratch: _Scratch) -> tuple[Tensor, Tensor]:
     """Return the states [s + 1, g, b, n, r * p] at the chunk edges, and decay_out * u (wide) they were made of."""
     s, g, b, c, r, p = seg.x.shape
+    # S_out = exp(cum_end) S_in + sum_j exp(cum_end - cum_j) B_j u_j^T: the sums of all chunks as one matmul
     wide_out = _scale(seg.x, (seg.dt * seg.decay_out).transpose(3, 4), scratch("wide_out", *seg.x.shape))
-    edges = scratch("edges", s + 1, *start.shape)
+    edges = scratch("edges", s + 1, *start.shape)  # [s + 1, g, b, n, r * p]
     edges[0] = start
     scratch.bmm(seg.B.transpose(-1, -2), wide_out.view(s, g, b, c, r * p), edges[1:])
-    by_head = edges.unflatten(-1, (r, p))
-    decay = seg.decay_chunk[:, :, :, None, :, None]
+    by_head = edges.unflatten(-1, (r, p))  # [s + 1, g, b, n, r, p]
+    decay = seg.decay_chunk[:, :, :, None, :, None]  # [s, g, b, 1, r, 1]
     for before, after, factor in zip(by_head[:-1], by_head[1:], decay, strict=True):
         after.addcmul_(before, factor)
     return edges, wide_out
@@ -264,7 +265,7 @@ class _ChunkScan(torch.autograd.Function):
                     dyw = scratch.cast("dy", _wide(dy[rows, cut], span[2], groups))
                     per_head = vectors[0].view(1, groups, 1, -1, 1)
                     grads, dstate = _segment_backward(seg, start, dyw, dstate, per_head, scratch)
-                    gx, gdt, gB, gC, gA, gD = grads
+                    gx, gdt, gB, gC, gA, gD = grads  # gx wide; gB, gC [s, g, b, c, n]; gdt, gA, gD [s, g, b, r, c]
                     _wide(dx[rows, cut], span[2], groups).copy_(gx)
                     _wide(dB[rows, cut], span[2], None).copy_(gB)
                     _wide(dC[rows, cut], span[2], None).copy_(gC)
@@ -285,11 +286,12 @@ class _ChunkScan(torch.autograd.Function):
 def _segment_forward(seg: _Segment, incoming: Tensor, out: Tensor, scratch: _Scratch) -> None:
     """Write y of one segment into ``out`` (wide), from the states [s, g, b, n, r * p] its chunks start with."""
     s, g, b, c, r, p = seg.x.shape
+    # y_i = sum_{j<i} (C_i.B_j) exp(cum_i - cum_j) u_j + exp(cum_i) C_i^T S_in + (dt_i C_i.B_i + D) x_i
     across = scratch.bmm(seg.C, incoming, scratch("across", s, g, b, c, r * p)).view(seg.x.shape)
-    u = _scale(seg.x.transpose(3, 4), seg.dt, scratch("u", s, g, b, r, c, p))
+    u = _scale(seg.x.transpose(3, 4), seg.dt, scratch("u", s, g, b, r, c, p))  # [s, g, b, r, c, p]
     inside = scratch.bmm(seg.decay.mul_(seg.gram.unsqueeze(3)), u, scratch("inside", s, g, b, r, c, p)).transpose(3, 4)
     torch.addcmul(inside, across, seg.decay_in.transpose(3, 4).unsqueeze(-1), out=across)
-    skip = seg.skip.transpose(3, 4).unsqueeze(-1)
+    skip = seg.skip.transpose(3, 4).unsqueeze(-1)  # [s, g, b, c, r, 1]
     if out.dtype == across.dtype:
         torch.addcmul(across, seg.x, skip, out=out)
     else:
@@ -309,10 +311,12 @@ def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, 
     edges, wide_out = _states(seg, start, scratch)
 
     # through the states: y_i += decay_in_i C_i^T S_in, S_out = decay_chunk S_in + sum_j decay_out_j B_j u_j^T
+    # dS_in = decay_chunk dS_out + sum_i decay_in_i C_i dy_i^T, dC_i += decay_in_i S_in dy_i,
+    # dB_j += decay_out_j dS_out u_j, du_j += decay_out_j dS_out^T B_j
     product = scratch("product", *seg.x.shape)
     wide_in = _scale(dy, seg.decay_in.transpose(3, 4), scratch("wide_in", *seg.x.shape))
     wide_in_flat = wide_in.view(s, g, b, c, r * p)
-    dedges = scratch("dedges", *edges.shape)  # gradient of the state at each chunk edge
+    dedges = scratch("dedges", *edges.shape)  # gradient of the state at each chunk edge, dS_in and dS_out
     dedges[-1] = dstate
     scratch.bmm(seg.C.transpose(-1, -2), wide_in_flat, dedges[:-1])
     by_head = dedges.unflatten(-1, (r, p)).unbind()
@@ -320,31 +324,33 @@ def _segment_backward(seg: _Segment, start: Tensor, dy: Tensor, dstate: Tensor, 
     for i in reversed(range(s)):
         by_head[i].addcmul_(by_head[i + 1], decay[i])
     scratch.bmm(seg.C, edges[:-1], product.view(wide_in_flat.shape))
-    row = product.mul_(wide_in).sum(-1).transpose(3, 4).contiguous()
+    row = product.mul_(wide_in).sum(-1).transpose(3, 4).contiguous()  # [s, g, b, r, c]
     dC = scratch.bmm(wide_in_flat, edges[:-1].transpose(-1, -2), scratch("dC", s, g, b, c, n))
     dB = scratch.bmm(wide_out.view(s, g, b, c, r * p), dedges[1:].transpose(-1, -2), scratch("dB", s, g, b, c, n))
     through = scratch.bmm(seg.B, dedges[1:], scratch("through", *wide_in_flat.shape)).view(seg.x.shape)
+    # parts of da: exp(cum_end) S_in . dS_out [s, g, b, r], and decay_out_j u_j . (dS_out^T B_j) [s, g, b, r, c]
     passed = edges[:-1].mul_(dedges[1:]).sum(3).unflatten(-1, (r, p)).sum(-1).mul_(seg.decay_chunk)  # edges are spent
     column_state = wide_out.mul_(through).sum(-1).transpose(3, 4)  # wide_out is spent
 
-    # inside the chunk: y_i += sum_{j<i} M_ij u_j
+    # inside the chunk: y_i += sum_{j<i} M_ij u_j, M_ij = decay_ij C_i.B_j; du_j += sum_i M_ij dy_i, dM_ij = dy_i.u_j
     dy_head = scratch("dy_head", s, g, b, r, c, p).copy_(dy.transpose(3, 4))
     u = _scale(seg.x.transpose(3, 4), seg.dt, scratch("u", s, g, b, r, c, p))
     weights = torch.mul(seg.decay, seg.gram.unsqueeze(3), out=scratch("weights", *seg.decay.shape))
     inside = scratch.bmm(weights.transpose(-1, -2), dy_head, scratch("inside", s, g, b, r, c, p)).transpose(3, 4)
     du = torch.addcmul(inside, through, seg.decay_out.transpose(3, 4).unsqueeze(-1), out=through)
-    dweights = scratch.bmm(dy_head, u.transpose(-1, -2), scratch("dweights", *seg.decay.shape))
+    dweights = scratch.bmm(dy_head, u.transpose(-1, -2), scratch("dweights", *seg.decay.shape))  # dM
     weights.mul_(dweights)
     row += weights.sum(-1).sub_(weights.sum(-2))
-    dgram = dweights.mul_(seg.decay).sum(3)
+    dgram = dweights.mul_(seg.decay).sum(3)  # [s, g, b, c, c]
 
-    # the diagonal and the skip: y_i += skip_i x_i
+    # the diagonal and the skip: y_i += skip_i x_i; then dC_i += sum_j dgram_ij B_j, dB_j += sum_i dgram_ij C_i
     dskip = torch.mul(dy, seg.x, out=product).sum(-1).transpose(3, 4)
     dgram.diagonal(dim1=-2, dim2=-1).copy_((dskip * seg.dt).sum(3))
     dC += scratch.bmm(dgram, seg.B, scratch("dstate", *dC.shape))
     dB += scratch.bmm(dgram.transpose(-1, -2), seg.C, scratch("dstate", *dB.shape))
 
-    direct = torch.mul(seg.x, du, out=product).sum(-1).transpose(3, 4)  # u = dt x
+    # u = dt x, a = dt A, skip = dt C.B + D: ddt = x.du + dskip C.B + da A, dx = dt du + skip dy
+    direct = torch.mul(seg.x, du, out=product).sum(-1).transpose(3, 4)
     before = column_state.cumsum(-1).sub_(column_state)
     after = row.flip(-1).cumsum(-1).flip(-1) if seg.sums is None else row @ seg.sums.transpose(-1, -2)
     da = after.add_(before).add_(passed.unsqueeze(-1))
@@ -438,6 +444,7 @@ def ssd_step(
     dtype = state.dtype
     groups = B.shape[1]
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        # S = exp(dt A) S + dt B x^T, y = C^T S + D x
         dt = dt.to(dtype)
         if dt_bias is not None:
             dt = dt + dt_bias.to(dtype)
@@ -445,7 +452,7 @@ def ssd_step(
             dt = F.softplus(dt)
         xf = x.to(dtype)
         u = (xf * dt.unsqueeze(-1)).unflatten(1, (groups, -1))  # [b, g, r, p]
-        by_group = state.unflatten(1, (groups, -1))  # a view
+        by_group = state.unflatten(1, (groups, -1))  # [b, g, r, p, n], a view
         by_group.mul_((dt * A.to(dtype)).exp_().unflatten(1, (groups, -1))[..., None, None])
         by_group.addcmul_(u.unsqueeze(-1), B.to(dtype)[:, :, None, None])
         y = (by_group @ C.to(dtype)[:, :, None, :, None]).squeeze(-1).flatten(1, 2)

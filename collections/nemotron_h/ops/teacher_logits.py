@@ -1,4 +1,7 @@
-"""The teacher's logits that a cache keeps: computed as the loss computes them, so that both give the same bits."""
+"""The teacher's logits that a cache keeps: computed as the loss computes them, so that both give the same bits.
+
+Axes: t tokens, v words of this rank, k kept words; the vocabulary is v times the ranks of the group.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +56,9 @@ def kept_logits(
 
 
 def _logsumexp(logits: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    wide = logits.float()
-    largest = all_reduce(wide.amax(1), torch.distributed.ReduceOp.MAX, group)
+    # log sum_w exp(x_w) = m + log sum_w exp(x_w - m), m = max_w x_w over the words of all ranks
+    wide = logits.float()  # [t, v]
+    largest = all_reduce(wide.amax(1), torch.distributed.ReduceOp.MAX, group)  # [t]
     sums = all_reduce((wide - largest.unsqueeze(1)).exp_().sum(1), torch.distributed.ReduceOp.SUM, group)
     return largest + sums.log()
 
@@ -63,6 +67,6 @@ def _gathered(logits: Tensor, group: torch.distributed.ProcessGroup | None) -> T
     """Gather the logits of all ranks, [tokens, vocabulary]."""
     if group is None or group.size() == 1:
         return logits
-    whole = logits.new_zeros(logits.shape[0], group.size(), logits.shape[1])
+    whole = logits.new_zeros(logits.shape[0], group.size(), logits.shape[1])  # [t, ranks, v]
     whole[:, group.rank()] = logits
     return all_reduce(whole, torch.distributed.ReduceOp.SUM, group).flatten(1)  # a sum with zeros gathers

@@ -210,13 +210,13 @@ def _of(teacher: NemotronHMegatronModel, items: list[dict[str, Any]], header: He
     batch = {name: value.to(device) for name, value in default_collate(items).items()}
     group = teacher.pg_collection.tp
     with torch.no_grad():
-        hidden = teacher.hidden_states(batch["tokens"], batch["position_ids"], batch.get("seq_idx"))
+        hidden = teacher.hidden_states(batch["tokens"], batch["position_ids"], batch.get("seq_idx"))  # [s, b, width]
         if teacher.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
     kept = kept_logits(HiddenTeacher(hidden.flatten(0, 1), teacher.output_layer.weight), header.top_k, group)
     for name, value in kept._asdict().items():
         if value is not None:
-            # [tokens, k] are [sequence, batch, k]
+            # [s * b, k] to [b, s, k]
             value = value.unflatten(0, hidden.shape[:2]).transpose(0, 1)
             if name == "ids":
                 value = value.to(getattr(torch, ids_dtype(header.vocabulary)))

@@ -3,6 +3,10 @@
 The teacher is split over ranks as the student is. Both go through the same pipeline stages: what a stage sends is the
 student's states and the teacher's side by side, so each stage holds a part of either. The teacher is no submodule:
 optimizer, gradient buffers, checkpoints and `train()` see the student alone, and a checkpoint is an ordinary one.
+
+Axes: s positions (of a rank's shard where sequence parallelism is on), b batch, h width of the student, d of the
+teacher; t tokens of all ranks' positions, those of one position one behind the other; v words of this rank, k stored
+logits of a token.
 """
 
 from __future__ import annotations
@@ -237,7 +241,7 @@ class DistillingModel(NemotronHMegatronModel):
 
     @property
     def projection(self) -> Tensor | None:
-        """Return the projection [teacher's width, student's] on the last stage; None without one."""
+        """Return the projection [d, h] on the last stage; None without one."""
         layer = getattr(self, PROJECTION, None)
         return None if layer is None else layer.weight
 
@@ -247,7 +251,7 @@ class DistillingModel(NemotronHMegatronModel):
         return self._beside[0]
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
-        """Take what the stage before sent: both models' states, [sequence, batch, student's width + teacher's]."""
+        """Take what the stage before sent: both models' states, [s, b, h + d]."""
         (received,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         if self.teacher is None:
             self.decoder.set_input_tensor(received)
@@ -274,8 +278,8 @@ class DistillingModel(NemotronHMegatronModel):
 
         Args:
             input_ids, position_ids, labels, seq_idx: as `NemotronHMegatronModel.forward`.
-            loss_mask: float [batch, sequence], the weight of each token.
-            teacher_values, teacher_ids: of a teacher that is stored, [batch, sequence, k]: its k largest logits and
+            loss_mask: float [b, s], the weight of each token.
+            teacher_values, teacher_ids: of a teacher that is stored, [b, s, k]: its k largest logits and
                 their tokens; without tokens the logits of the whole vocabulary, of all ranks.
         Returns:
             float32 [5] on the last stage, the sums that `TERMS` names; else both models' states side by side.
@@ -283,12 +287,12 @@ class DistillingModel(NemotronHMegatronModel):
         beside = None
         if self.teacher is not None:
             with torch.no_grad():
-                beside = self.teacher.hidden_states(input_ids, position_ids, seq_idx)
-        hidden = self.hidden_states(input_ids, position_ids, seq_idx)
+                beside = self.teacher.hidden_states(input_ids, position_ids, seq_idx)  # [s, b, d]
+        hidden = self.hidden_states(input_ids, position_ids, seq_idx)  # [s, b, h]
         if not self.post_process:
             return hidden if beside is None else torch.cat([hidden, beside.to(hidden.dtype)], dim=-1)
-        weights = loss_mask.transpose(0, 1).reshape(-1).float()
-        own = self._whole(hidden)
+        weights = loss_mask.transpose(0, 1).reshape(-1).float()  # [t]
+        own = self._whole(hidden)  # [t, h]
         if beside is None:
             theirs, teacher = None, self._stored_teacher(teacher_values, teacher_ids)
         else:
@@ -311,7 +315,7 @@ class DistillingModel(NemotronHMegatronModel):
         return torch.stack([total, weights.sum(), kl, lm, apart.detach()])
 
     def _distance(self, own: Tensor, theirs: Tensor) -> Tensor:
-        """Return the distance [tokens] between the final states [tokens, width], or those of the pairs of layers."""
+        """Return the distance [t] between the final states [t, h] and [t, d], or the mean over the pairs of layers."""
         pairs = [(own, theirs)]
         if self.config.hidden_layers:
             taps = (self.decoder.taps, self.teacher.decoder.taps)
@@ -327,8 +331,8 @@ class DistillingModel(NemotronHMegatronModel):
         return torch.stack(found).mean(0)
 
     def _stored_teacher(self, values: Tensor, ids: Tensor | None) -> TeacherLogits | TopLogits:
-        """Return a batch's logits as the loss takes them: [tokens, k], or [tokens, vocabulary of this rank]."""
-        values = values.transpose(0, 1).flatten(0, 1)
+        """Return what the loss takes of a batch's logits: [t, k], or [t, v] where all are stored."""
+        values = values.transpose(0, 1).flatten(0, 1)  # [t, k], or [t, words of all ranks]
         if ids is not None:
             return TopLogits(values, ids.transpose(0, 1).flatten(0, 1).long())
         width = self.output_layer.weight.shape[0]
@@ -336,7 +340,7 @@ class DistillingModel(NemotronHMegatronModel):
         return TeacherLogits(values[:, first : first + width])
 
     def _whole(self, hidden: Tensor) -> Tensor:
-        """Return [tokens, hidden] of the whole sequence; gradients are summed over the vocabulary's ranks."""
+        """Return [t, h or d] of the whole sequence; gradients are summed over the ranks that hold the vocabulary."""
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)

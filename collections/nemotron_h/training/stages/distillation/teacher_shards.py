@@ -38,6 +38,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
         tensors: `values` [windows, seq_length, k], `ids` likewise (not where all logits are kept), `logsumexp` float32
             [windows, seq_length], `text` int64 [windows] of `text_digest`.
     """
+    # the teacher's probability of the kept tokens, sum_k exp(x_k) / Z, Z the sum over all: logsumexp is log Z
     probability = tensors["values"].float().sub(tensors["logsumexp"].unsqueeze(-1)).exp().sum(-1).mean()
     with whole_file(path) as temporary:
         save_file(tensors, temporary, {"kept": f"{float(probability):.6f}", "windows": str(len(tensors["text"]))})

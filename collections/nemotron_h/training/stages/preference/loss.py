@@ -5,6 +5,11 @@ reference's, and of a pair
 
     b = beta * (delta of the chosen - delta of the rejected)      what the policy says the reward gap is
     a = gt_reward_scale * (reward of the chosen - of the rejected)      what the records say
+
+DPO is -log sigmoid(b). RPO (Sun et al. 2025, arXiv 2502.00203) is KL(Bernoulli(sigmoid(a)) || Bernoulli(sigmoid(b)))
+(`rpo_bwd_kl`), the other way round (`rpo_fwd_kl`), or (b - a)^2.
+
+Axes: w windows, s positions, m slots of a window for pairs, n pairs of a micro-batch; an axis of 2 is chosen, rejected.
 """
 
 from __future__ import annotations
@@ -43,19 +48,20 @@ def answer_logprobs(losses: Tensor, loss_mask: Tensor, seq_idx: Tensor, slots: i
     """Sum the log-probabilities of both answers of every pair of a micro-batch of windows.
 
     Args:
-        losses: cross entropies of the tokens, [windows, sequence].
-        loss_mask: [windows, sequence], 1 in answers.
-        seq_idx: [windows, sequence], the conversation of each position, ascending; pair n is 2 n and 2 n + 1.
+        losses: cross entropies of the tokens, [w, s].
+        loss_mask: [w, s], 1 in answers.
+        seq_idx: [w, s], the conversation of each position, ascending; pair n is 2 n and 2 n + 1.
         slots: pairs of a window at most.
     Returns:
-        float64 [windows, slots, 2]; slots without a pair hold 0. A conversation's tokens are added in one order, so a
+        float64 [w, m, 2]; slots without a pair hold 0. A conversation's tokens are added in one order, so a
         repeated step gives the same bits.
     """
     windows, length = losses.shape
-    row = torch.arange(windows, device=losses.device).unsqueeze(1) * (length + 1)
+    # conversations of a window are numbered below s + 1: each window has so many places in the sums
+    row = torch.arange(windows, device=losses.device).unsqueeze(1) * (length + 1)  # [w, 1]
     counts = torch.bincount((seq_idx + row).flatten(), minlength=windows * (length + 1))
     values = -(losses * loss_mask).double().flatten()
-    sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)
+    sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)  # [w * (s + 1)]
     return sums.view(windows, length + 1)[:, : 2 * slots].unflatten(1, (slots, 2))
 
 
@@ -81,9 +87,9 @@ class PreferenceLoss(MegatronLossReduction):
         """Return the loss summed over the micro-batch's pairs, and their number (Megatron's tokens)."""
         reference = batch["reference"]
         logprobs = answer_logprobs(forward_out, batch["loss_mask"], batch["seq_idx"], reference.shape[1])
-        there = torch.arange(reference.shape[1], device=reference.device) < batch["pairs"].unsqueeze(1)
-        logprobs, delta = logprobs[there], (logprobs - reference)[there]
-        policy_gap = self.beta * (delta[:, 0] - delta[:, 1])
+        there = torch.arange(reference.shape[1], device=reference.device) < batch["pairs"].unsqueeze(1)  # [w, m]
+        logprobs, delta = logprobs[there], (logprobs - reference)[there]  # [n, 2]
+        policy_gap = self.beta * (delta[:, 0] - delta[:, 1])  # b, [n]
         losses = LOSSES[self.loss](self.gt_reward_scale * batch["reward_gap"][there], policy_gap)
         total, pairs = losses.sum(), batch["pairs"].sum()
         with torch.no_grad():

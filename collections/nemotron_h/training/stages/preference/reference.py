@@ -182,7 +182,7 @@ def compute(trainer: pl.Trainer, data: PreferenceDataModule, split: str) -> Refe
     for first in range(0, windows, step):
         mine = range(first + rank * data.micro_batch_size, first + (rank + 1) * data.micro_batch_size)
         batch = torch.utils.data.default_collate([dataset[number] for number in mine])
-        (logprobs,) = _forward(model, batch, data) or (None,)
+        (logprobs,) = _forward(model, batch, data) or (None,)  # [windows, slots, 2]
         if logprobs is not None:
             _store(found, dataset, mine, logprobs.cpu().numpy())
         now = time.perf_counter()
