@@ -149,6 +149,6 @@ def test_a_part_of_the_targets() -> None:
 
 
 def test_the_built_model_checks_its_adapter_too() -> None:
-    with pytest.raises(UserError, match=r"model\.config\.adapter\.rank = 0 is not positive"):
+    with pytest.raises(UserError, match=r"adapter\.rank = 0 is not positive"):
         adapted_config("lora", rank=0).configure_model(None)
     assert small_config(2, adapter=AdapterSchema()).adapter is None

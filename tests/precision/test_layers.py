@@ -46,11 +46,13 @@ def test_all_linear_layers_but_those_at_the_ends(edges: int, layers: range) -> N
 
 @pytest.mark.parametrize("recipe", ["fp8_current_scaling", "fp8_blockwise"])
 def test_fp8_layers_quantise_and_the_others_do_not(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemotron_h.model import layers
+    from nemotron_h.model import megatron_layers
 
-    shapes, real = [], layers.fp8_linear
+    shapes, real = [], megatron_layers.fp8_linear
     monkeypatch.setattr(
-        layers, "fp8_linear", lambda x, weight, name: shapes.append(tuple(weight.shape)) or real(x, weight, name)
+        megatron_layers,
+        "fp8_linear",
+        lambda x, weight, name: shapes.append(tuple(weight.shape)) or real(x, weight, name),
     )
     loss, _ = step(recipe)
     # layers 2 to 4: mixer, attention, FFN
@@ -71,7 +73,7 @@ def test_every_layer_runs_in_its_own_transformer_engine_context(again: dict, mon
     inside, seen = [], []
 
     @contextlib.contextmanager
-    def context(config, layer_no):
+    def context(config, layer_no, is_init=False):
         inside.append(layer_no)
         yield
         inside.pop()

@@ -72,7 +72,7 @@ def test_every_value_that_matters_has_a_source(name: str) -> None:
         for key, value in leaves(dataclasses.asdict(composed.recipe))
         if f"{key}.".startswith(MATTERS)
         and not key.startswith(NO_SOURCE)
-        and value not in (None, 0, 0.0, [])  # left out
+        and value not in (None, 0, 0.0, [], {})  # left out
         and key not in composed.sources
     ]
     assert not missing

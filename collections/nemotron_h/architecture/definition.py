@@ -189,7 +189,7 @@ class ModelDefinition:
 
     def _validate_widths(self, origin: str) -> None:
         for key, allowed in ranges(ModelSchema).items():
-            if key.startswith("expect."):
+            if key == "overrides" or key.startswith("expect."):
                 continue
             value = getattr(self, key)
             check_number(f"model.{key}", value, allowed, f"{origin}: ")

@@ -20,6 +20,8 @@ from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
 
 INDEX = "model.safetensors.index.json"
+#: of JSON, as Hugging Face's libraries write it
+INDENT = 2
 Advance = Callable[[int], None]
 
 
@@ -86,7 +88,7 @@ def write(plan: Plan, out: Path, tokenizer: Tokenizer | None, advance: Advance =
         UserError: `out` exists, the disk is full, or the checkpoint's weights are damaged.
     """
     with new_folder(out, plan.size) as folder:
-        write_json(folder / "config.json", plan.config)
+        write_json(folder / "config.json", plan.config, INDENT)
         for name, wanted in plan.files.items():
             tensors = plan.source.read(set(wanted), plan.dtype)
             save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -94,9 +96,10 @@ def write(plan: Plan, out: Path, tokenizer: Tokenizer | None, advance: Advance =
             advance(sum(tensor.nbytes for tensor in tensors.values()))
             del tensors  # before the next file's are allocated
         if plan.index is not None:
-            write_json(folder / INDEX, plan.index)
+            write_json(folder / INDEX, plan.index, INDENT)
         chat = tokenizer is not None and tokenizers.write(tokenizer, folder)
         write_json(
             folder / "generation_config.json",
             tokenizers.generation_config(tokenizer, chat, plan.config["use_cache"], plan.source.definition.vocab_size),
+            INDENT,
         )

@@ -24,6 +24,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
 from nemotron_h.export.config import check_expressible
 from nemotron_h.export.folder import new_folder
+from nemotron_h.export.hf_writer import INDENT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: modules that PEFT puts no adapter on
@@ -104,7 +105,7 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
         UserError: `out` exists, the disk is full, or a checkpoint's weights are damaged.
     """
     with new_folder(out, plan.size) as folder:
-        write_json(folder / CONFIG, plan.config)
+        write_json(folder / CONFIG, plan.config, INDENT)
         tensors: dict[str, Tensor] = {}
         for row in plan.rows:
             found = _whole(plan.weights, row) if _is_whole(row) else _adapter(plan.weights, row)

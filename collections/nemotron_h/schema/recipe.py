@@ -80,7 +80,7 @@ class ModelSchema:
     rope_percent: float = number(0.0, least=0, most=1)
     norm_epsilon: float = number(1e-5, above=0, most=1)
     init_std: float = number(0.02, above=0, most=10)
-    overrides: dict[str, dict[str, int]] = field(default_factory=dict)
+    overrides: dict[str, dict[str, int]] = field(default_factory=dict, metadata=within(least=1, most=WIDTH))
     expect: ExpectSchema = field(default_factory=ExpectSchema)
     sources: dict[str, str] = field(default_factory=dict)
 
