@@ -308,7 +308,7 @@ def load_blend(name_or_path: str | Path) -> Blend:
     Args:
         name_or_path: the name of a shipped blend (`sample_small`), or a path to a YAML file.
 
-    Raises:
+    Errors:
         UserError: for an unknown name, unreadable YAML, unknown keys (suggests the nearest) and values that
             contradict each other.
     """

@@ -74,7 +74,7 @@ class Encoded:
 def template_source(name_or_path: str) -> str:
     """Return the Jinja text of a template: `nemotron_h`, or a file.
 
-    Raises:
+    Errors:
         UserError: there is no such file, or it is no text.
     """
     if name_or_path == FAMILY_TEMPLATE:
@@ -117,7 +117,7 @@ class _OutOfTime(BaseException):  # passes by every `except Exception` of a filt
 def _bounded() -> Iterator[None]:
     """Limit the processor time and the memory of a template, which may be from anywhere and compute without end.
 
-    Raises:
+    Errors:
         ChatError: it took more.
     """
     if threading.current_thread() is not threading.main_thread():  # no other gets signals
@@ -189,7 +189,7 @@ class ChatTemplate:
 
     Attributes:
         plain_markers: the family's markers that the template writes and the tokenizer lacks; they are encoded as text.
-    Raises:
+    Errors:
         UserError: the text is not a template, or it cannot write a question and its answer.
     """
 
@@ -229,7 +229,7 @@ class ChatTemplate:
     def encode(self, turns: Conversation) -> Encoded:
         """Return the tokens and the loss mask.
 
-        Raises:
+        Errors:
             ChatError: the template refuses the conversation, or does not tell its assistant turns apart.
         """
         ids: list[int] = []
@@ -243,7 +243,7 @@ class ChatTemplate:
     def prompt(self, turns: Conversation) -> list[int]:
         """Return the tokens before the next answer: those that `encode` gives to the conversation up to there.
 
-        Raises:
+        Errors:
             ChatError: as `encode`.
         """
         return [i for text, _ in self.segments(turns, add_generation_prompt=True) for i in self.tokens(text)]
@@ -252,7 +252,7 @@ class ChatTemplate:
         """Return the tokens behind the last answer and its end marker, up to the next answer: the end of what `prompt`
         gives.
 
-        Raises:
+        Errors:
             ChatError: as `encode`.
         """
         return self.tokens(self.segments(turns, add_generation_prompt=True)[-1][0])
@@ -260,7 +260,7 @@ class ChatTemplate:
     def answer_end(self) -> str:
         """Return the text that the template writes behind an answer: its end marker and what stands around it.
 
-        Raises:
+        Errors:
             ChatError: as `encode`.
         """
         example = (Turn(USER, "question"), Turn(ASSISTANT, _EXAMPLE))
@@ -271,7 +271,7 @@ class ChatTemplate:
         """Return the rendered text in stretches, each with whether it is in the loss; messages are escaped (see
         `_escaped`).
 
-        Raises:
+        Errors:
             ChatError: as `encode`.
         """
         messages = self._escaped(turns)

@@ -14,7 +14,7 @@ _MOST_TOKENS = 10**18
 def parse_count(value: int | float | str) -> int:
     """Return a token count from `15T`, `380B`, `5M`, `8k` or a plain number (decimal units: T = 1e12).
 
-    Raises:
+    Errors:
         ValueError: when `value` is none of these, is not positive, is above 10^18, or is not a whole number of tokens.
     """
     if isinstance(value, bool):

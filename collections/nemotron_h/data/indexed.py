@@ -52,7 +52,7 @@ class IndexHeader:
 def read_index_header(path: str | Path) -> IndexHeader:
     """Read the head of an `.idx` file.
 
-    Raises:
+    Errors:
         ValueError: when it is not one.
     """
     with open(path, "rb") as file:
@@ -69,7 +69,7 @@ def read_index_header(path: str | Path) -> IndexHeader:
 def read_lengths(path: str | Path) -> np.ndarray:
     """Return the lengths in tokens of all sequences of an `.idx` file, int32 [sequences].
 
-    Raises:
+    Errors:
         ValueError: it is no index, or shorter than it says.
     """
     header = read_index_header(path)
@@ -92,7 +92,7 @@ class ArrayFile:
     Attributes:
         size: numbers from the offset to the end of the file, as it was found.
 
-    Raises:
+    Errors:
         OSError: the file is not there.
     """
 

@@ -161,7 +161,7 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
     Args:
         blend: what `data prepare` would be given, where it is not the name.
 
-    Raises:
+    Errors:
         UserError: when it is absent, unreadable or of another format version.
     """
     path = data_root(root) / blend_name / "manifest.json"
@@ -189,7 +189,7 @@ def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
     Reads only the manifest, the files' sizes and the `.idx` headers: milliseconds per source. `verify` compares
     contents.
 
-    Raises:
+    Errors:
         UserError: naming the file and what to do.
     """
     manifest = load_manifest(root, blend.name, blend.path)

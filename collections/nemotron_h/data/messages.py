@@ -67,7 +67,7 @@ def read_conversation(record: Any, shape: str) -> Conversation:
     Args:
         record: as parsed from JSON or Parquet.
         shape: one of `SHAPES`.
-    Raises:
+    Errors:
         ChatError: fields are missing or of another type, a role is unknown, turns do not alternate, or one is empty.
     """
     refuse_tools(record)
@@ -79,7 +79,7 @@ def read_conversation(record: Any, shape: str) -> Conversation:
 def refuse_tools(record: Any) -> None:
     """Refuse a record that is no object, or that offers tools.
 
-    Raises:
+    Errors:
         ChatError: it does.
     """
     if not isinstance(record, dict):
@@ -91,7 +91,7 @@ def refuse_tools(record: Any) -> None:
 def check_turns(turns: Conversation) -> None:
     """Check that turns alternate, none is empty, and the last is an answer.
 
-    Raises:
+    Errors:
         ChatError: naming the turn.
     """
     spoken = turns[1:] if turns and turns[0].role == SYSTEM else turns
@@ -114,7 +114,7 @@ def check_turns(turns: Conversation) -> None:
 def text_field(record: dict[str, Any], *names: str, default: str | None = None) -> str:
     """Return the text of the first of these fields that the record has.
 
-    Raises:
+    Errors:
         ChatError: it is no text, or there is none and no default.
     """
     for name in names:
@@ -133,7 +133,7 @@ def read_messages(value: Any, name: str) -> list[Turn]:
 
     Args:
         value: of the record's field `name`.
-    Raises:
+    Errors:
         ChatError: it is no list, or a message cannot be used.
     """
     if not isinstance(value, list):

@@ -61,7 +61,7 @@ def read_pair(record: Any) -> Pair:
 
     Args:
         record: as parsed from JSON or Parquet.
-    Raises:
+    Errors:
         ChatError: fields are missing or of another type, turns do not alternate, the answers are equal, or one reward
             is missing.
     """
@@ -158,7 +158,7 @@ def _rewards(record: dict[str, Any]) -> tuple[float, float]:
 def encode_pair(template: ChatTemplate, pair: Pair) -> Encoded:
     """Return the tokens of both, the chosen conversation first; in the mask, `REJECTED` is added in the second.
 
-    Raises:
+    Errors:
         ChatError: the template refuses one, or writes both alike.
     """
     chosen, rejected = template.encode(pair.chosen), template.encode(pair.rejected)

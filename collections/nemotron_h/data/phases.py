@@ -71,7 +71,7 @@ def phase_end(until: Until, horizon: Horizon) -> Fraction:
 def phase_spans(phases: Sequence[Phase], horizon: Horizon) -> list[PhaseSpan]:
     """Return the steps of every phase; together they cover the run once, without gaps.
 
-    Raises:
+    Errors:
         UserError: when the run has no step, or a phase would be empty or end outside of the run: its switch does not
             come after the one before and before the end.
     """

@@ -18,7 +18,7 @@ def plot(view: Overview, path: Path) -> None:
         view: of a run whose length is given.
         path: of the file.
 
-    Raises:
+    Errors:
         UserError: without a length, or when the file cannot be written.
     """
     if view.tokens is None:

@@ -137,7 +137,7 @@ def overview(
         tokens: length of the run.
         tokens_per_step: seq_length * global_batch_size; says at which steps the phases switch.
 
-    Raises:
+    Errors:
         UserError: a phase does not fit into a run of this length, or the manifest is damaged.
     """
     phases = _phases(blend, tokens, tokens_per_step)

@@ -117,7 +117,7 @@ class _RankTokenizer(Tokenizer):
     def write_library(self, path: Path) -> None:
         """Write the file of a tokenizers library's BPE (`tokenizer.json`) that gives the same tokens.
 
-        Raises:
+        Errors:
             UserError: a special token's name is also that of an ordinary token; the file cannot hold both.
         """
         from tokenizers import AddedToken, models
@@ -274,7 +274,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None) -> Tokenizer:
         path: the folder.
         kind: of the tokenizer; None reads it from a prepared folder.
 
-    Raises:
+    Errors:
         UserError: when the folder holds none, or it cannot be read or used.
     """
     kind = kind or read_meta(path)["kind"]
@@ -313,7 +313,7 @@ def train_bpe(texts: Iterable[str] | Iterator[str], vocab_size: int, path: str |
         vocab_size: number of ids, special tokens included.
         path: folder to write; exists.
 
-    Raises:
+    Errors:
         UserError: when the texts do not suffice for the size.
     """
     from tokenizers import Tokenizer as Library

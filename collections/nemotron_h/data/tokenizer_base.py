@@ -69,7 +69,7 @@ class Tokenizer:
     def tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
         """Return the inverse of `ids_to_tokens`; a single name gives a single id.
 
-        Raises:
+        Errors:
             KeyError: for a name that the vocabulary lacks.
         """
         if isinstance(tokens, str):
@@ -193,7 +193,7 @@ def write_meta(path: str | Path, kind: str, **content: Any) -> None:
 def read_meta(path: str | Path) -> dict[str, Any]:
     """Read what `write_meta` wrote.
 
-    Raises:
+    Errors:
         UserError: when the folder is not a prepared tokenizer.
     """
     try:

@@ -76,7 +76,7 @@ class ChatSession:
 
         Yields:
             one piece of text per token; empty where a token completes no character.
-        Raises:
+        Errors:
             ChatError: the template refuses the text; nothing has changed then.
         """
         turns = (*self.turns, Turn(USER, text))

@@ -239,7 +239,7 @@ def causal_conv1d(
         y [batch, length, channels] in ``x``'s dtype, float32 (float64 for float64) inside; and the final state if
         asked.
 
-    Raises:
+    Errors:
         ValueError: shapes that do not fit together or an unknown activation.
     """
     if activation not in ("silu", None):

@@ -89,7 +89,7 @@ def vocabulary_cross_entropy(
     Returns:
         float32 [...] (float64 for float64 logits).
 
-    Raises:
+    Errors:
         ValueError: logits that are not contiguous, or shapes that do not fit together.
     """
     if not logits.is_contiguous() or logits.shape[:-1] != labels.shape:

@@ -126,7 +126,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., outputs] of that dtype.
 
-    Raises:
+    Errors:
         ValueError: tensors that `takes` refuses.
     """
     if not takes(x, weight):

@@ -101,7 +101,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, *, group_size: int, eps
     Returns:
         [..., d] in ``y``'s dtype and memory order; float32 inside (float64 for float64). Differentiable once.
 
-    Raises:
+    Errors:
         ValueError: shapes that do not fit together.
     """
     if y.shape != z.shape:

@@ -60,7 +60,7 @@ def select_ops(device: torch.device | None = None) -> Ops:
 
     Args:
         device: of the tensors; None is the GPU where one is visible. Tensors on the CPU have no kernels.
-    Raises:
+    Errors:
         ValueError: the variable holds something else.
         RuntimeError: kernels are asked for that cannot run here.
     """

@@ -402,7 +402,7 @@ def ssd_chunk_scan(
         [batch, heads, head_dim, state]. All is computed in float32 (the state's dtype), in float64 where ``x`` is
         float64.
 
-    Raises:
+    Errors:
         ValueError: shapes that do not fit together, or another ``matmul_dtype``.
     """
     if matmul_dtype not in (None, torch.bfloat16):

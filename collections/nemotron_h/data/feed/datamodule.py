@@ -174,7 +174,7 @@ class BlendDataModule(PreparedDataModule):
             warm page cache).
         persistent_workers: keep those processes between validation runs.
 
-    Raises:
+    Errors:
         UserError: for values that contradict each other; `setup` raises it for data that is missing, damaged or not
             prepared with this tokenizer, and resuming for a checkpoint of other data.
     """
@@ -213,7 +213,7 @@ class BlendDataModule(PreparedDataModule):
     def blend_spec(self) -> Blend:
         """Return the blend as written.
 
-        Raises:
+        Errors:
             UserError: its sources are conversations.
         """
         blend = load_blend(self.blend)
@@ -235,7 +235,7 @@ class BlendDataModule(PreparedDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
 
-        Raises:
+        Errors:
             UserError: the trainer was restored to a step that the data was not.
         """
         if not self._opened:
@@ -263,7 +263,7 @@ class BlendDataModule(PreparedDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the order of a checkpoint.
 
-        Raises:
+        Errors:
             UserError: it was trained on another plan, and `resume.blend_change` does not declare it.
         """
         plan = self._plan()

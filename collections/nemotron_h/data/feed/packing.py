@@ -89,7 +89,7 @@ class PackedOrder:
         seq_length: positions of a window.
         seed: of all orders.
         costs: source -> what the attention of each has to do, int64 [conversations]; the squares of `lengths` if None.
-    Raises:
+    Errors:
         UserError: a source with a share has no conversation.
     """
 

@@ -65,7 +65,7 @@ class Peek:
         state: of a checkpoint's data (`DataOrder.state_dict`), to see what a run that resumes there sees.
         blend_change: as `resume.blend_change`.
 
-    Raises:
+    Errors:
         UserError: the blend is not prepared, is damaged, does not fit the run, or is not the checkpoint's and no change
             is declared.
     """
@@ -91,7 +91,7 @@ class Peek:
     def samples(self, step: int) -> Iterator[PeekedSample]:
         """Yield the samples of a step (from 0), in their order in the global batch.
 
-        Raises:
+        Errors:
             UserError: the run has no such step, or read it from the data before a declared change.
         """
         begin = self.order.origin.step

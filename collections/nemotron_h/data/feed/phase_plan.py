@@ -64,7 +64,7 @@ class DataPlan:
     ) -> DataPlan:
         """Return the plan of a prepared blend for a run.
 
-        Raises:
+        Errors:
             UserError: a phase would be empty, or a source that has a share is too small for one window.
         """
         phases = [
@@ -169,7 +169,7 @@ class DataOrder:
         origin: where it takes over.
         history: the records of the plans before it.
 
-    Raises:
+    Errors:
         UserError: a source that has a share is too small for one window.
     """
 
@@ -222,7 +222,7 @@ class DataOrder:
             blend_change: `from_step` lets another plan take over at the checkpoint's step. Its sources go on where
                 they are; those whose windows became others (new text, seed or seq_length) start with a new epoch.
 
-        Raises:
+        Errors:
             UserError: the plan is another one and no change is declared, or the state is of another format.
         """
         if state.get("format") != STATE_FORMAT:

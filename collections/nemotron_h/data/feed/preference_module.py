@@ -202,7 +202,7 @@ class PreferenceDataModule(ConversationDataModule):
     def check_rewards(self) -> None:
         """Check that every pair has the rewards that the loss reads.
 
-        Raises:
+        Errors:
             UserError: a pair has none, and no `reward_gap` stands in.
         """
         if self.reward_gap is not None:
@@ -235,7 +235,7 @@ class PreferenceDataModule(ConversationDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the order of a checkpoint, and say when the reference is another than it was trained with.
 
-        Raises:
+        Errors:
             UserError: it was trained on other data, or in another order.
         """
         super().load_state_dict(state_dict)

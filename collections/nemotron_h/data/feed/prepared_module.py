@@ -44,7 +44,7 @@ def of_sample(number: int, error: UserError) -> UserError:
 def check_sizes(sizes: Mapping[str, int | None]) -> None:
     """Check a module's numbers, by key of `data`; None is not checked.
 
-    Raises:
+    Errors:
         UserError: one is not positive, or the global batch is no multiple of the micro-batch.
     """
     for key, value in sizes.items():

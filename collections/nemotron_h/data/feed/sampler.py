@@ -192,7 +192,7 @@ class BlendSampler:
         seed: of the order.
         positions: source -> windows it gave before the first segment (after a declared change of blend).
 
-    Raises:
+    Errors:
         UserError: a source with a share has fewer than `seq_length` tokens.
     """
 

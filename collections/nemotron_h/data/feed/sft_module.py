@@ -227,7 +227,7 @@ class ConversationDataModule(PreparedDataModule):
         num_workers: processes that read ahead; 0 reads in the training process.
         persistent_workers: keep those processes between validation runs.
 
-    Raises:
+    Errors:
         UserError: for values that contradict each other; `setup` raises it for data that is missing, damaged, not
             prepared with this tokenizer or too long for a window, and resuming for a checkpoint of other data.
     """
@@ -267,7 +267,7 @@ class ConversationDataModule(PreparedDataModule):
     def blend_spec(self) -> Blend:
         """Return the blend as written.
 
-        Raises:
+        Errors:
             UserError: its sources are something else than `holds`.
         """
         blend = load_blend(self.blend)
@@ -318,7 +318,7 @@ class ConversationDataModule(PreparedDataModule):
     def train_dataloader(self) -> DataLoader:
         """Return micro-batches of shape `[micro_batch_size, seq_length]` per rank, from the trainer's step on.
 
-        Raises:
+        Errors:
             UserError: the trainer was restored to a step that the data was not.
         """
         step = self.trainer.global_step
@@ -344,7 +344,7 @@ class ConversationDataModule(PreparedDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the order of a checkpoint.
 
-        Raises:
+        Errors:
             UserError: it was trained on other data, or in another order.
         """
         if "plan" not in state_dict or "too_long" not in state_dict["plan"]:

@@ -27,7 +27,7 @@ class TokenStream:
     Attributes:
         tokens: their number.
 
-    Raises:
+    Errors:
         UserError: a file is missing, no index, or empty.
     """
 

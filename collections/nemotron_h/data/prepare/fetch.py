@@ -44,7 +44,7 @@ def fetch(spec: Fetch, say: Callable[[str], None] = lambda text: None) -> list[t
     Returns:
         (name inside the archive, path of the unpacked file), sorted by name.
 
-    Raises:
+    Errors:
         UserError: no network, no such package, another sha256, or no member that matches.
     """
     cache = cache_folder()

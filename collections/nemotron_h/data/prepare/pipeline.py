@@ -83,7 +83,7 @@ def prepare(
     Returns:
         The manifest, as written.
 
-    Raises:
+    Errors:
         UserError: bad input, no network, a full disk, or another preparation of the same folder under way.
     """
     folder = data_root(root) / blend.name

@@ -23,7 +23,7 @@ def adopt_split(key: str, prefix: str, tokenizer: Tokenizer) -> SplitManifest:
         prefix: absolute path without `.bin`.
         tokenizer: the ids must be its own and every document must end with its EOD.
 
-    Raises:
+    Errors:
         UserError: naming the file and what does not fit.
     """
     for suffix in (".bin", ".idx"):

@@ -29,7 +29,7 @@ def verify(blend: Blend, root: str | Path | None = None, console: Console | None
     Returns:
         The manifest, when all is well.
 
-    Raises:
+    Errors:
         UserError: listing every difference found.
     """
     console = console or Console()
