@@ -51,7 +51,7 @@ def test_counts_are_the_modules(groups: int) -> None:
     counted = config.definition()
     assert counted.parameters == sum(p.numel() for p in module.parameters())
     by_layer = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
-    assert by_layer == [counted.layer_parameters(symbol) for symbol in counted.pattern]
+    assert by_layer == [counted.block(symbol).parameters for symbol in counted.pattern]
 
 
 @pytest.mark.usefixtures("megatron")
@@ -95,6 +95,7 @@ def test_a_vocabulary_may_have_rows_of_padding() -> None:
         ({**TRANSFORMER, **ROPE, "position_embedding": "none"}, ["rope_base = 10000 has no use"]),
         ({**TRANSFORMER, **ROPE, "rope_base": 0}, ["model.rope_base is 0"]),
         ({**TRANSFORMER, **ROPE, "rope_percent": 50.0}, ["model.rope_percent = 50.0", "at most 1"]),
+        ({**TRANSFORMER, **ROPE, "overrides": {0: {"head_dim": 8}}}, ["model.overrides.0.head_dim", "once for all"]),
         ({**TRANSFORMER, **ROPE, "rope_percent": 0.2}, ["rotates 3 of 16 channels", "nearest: 0.25"]),
         ({"sources": {"hidden": "paper 2.1"}}, ["model.sources names hidden", "Did you mean hidden_size?"]),
         ({"expect": Expect(2, 1, 2, 1)}, ["model.expect", "parameters"]),

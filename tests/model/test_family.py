@@ -92,7 +92,7 @@ def test_megatron_module(name: str) -> None:
     assert sum(p.numel() for p in module.parameters() if not p.is_meta) < 1e7, "weights were given memory"
     assert sum(p.numel() for p in module.parameters()) == definition.parameters
     by_layer = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
-    assert by_layer == [definition.layer_parameters(symbol) for symbol in definition.pattern]
+    assert by_layer == [definition.block(symbol).parameters for symbol in definition.pattern]
     described = config.definition()
     described.validate_structure(name)
     numbers = ("expect", "sources")

@@ -6,7 +6,7 @@ holds the numbers once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
@@ -121,10 +121,6 @@ class ModelDefinition:
         """Return how many layers have this letter."""
         return self.pattern.count(symbol)
 
-    def layer_parameters(self, symbol: str) -> int:
-        """Return the parameters of a layer of the model's widths, its input norm included."""
-        return self.block(symbol).parameters
-
     @property
     def parameters(self) -> int:
         """Return all parameters, without vocabulary padding."""
@@ -135,15 +131,33 @@ class ModelDefinition:
         """Return the parameters outside of the layers: embedding, output, final norm."""
         return 2 * self.vocab_size * self.hidden_size + self.hidden_size
 
+    def layer_counts(self) -> dict[str, int]:
+        """Return name of a kind of layers -> how many there are, of all kinds."""
+        return {kind.name: self.count(letter) for letter, kind in KINDS.items()}
+
     def counts(self) -> Expect:
         """Return what `expect` has to be."""
-        kinds = {kind.name: self.count(kind.letter) for kind in KINDS.values()}
         names = {each.name for each in fields(Expect)}
-        return Expect(**{name: n for name, n in kinds.items() if name in names}, parameters=self.parameters)
+        stated = {name: count for name, count in self.layer_counts().items() if name in names}
+        return Expect(**stated, parameters=self.parameters)
 
     def counted(self) -> ModelDefinition:
         """Return the same model with `expect` filled in."""
         return replace(self, expect=self.counts())
+
+    def differences(self, other: ModelDefinition, here: str, there: str, but: Container[str] = ()) -> list[str]:
+        """Return what makes another model of this one, a text for each field.
+
+        Args:
+            here, there: words behind this model's value and the other's, such as `in the checkpoint`, `now`.
+            but: fields that may differ, beside `expect` and `sources`.
+        """
+        return [
+            f"{each.name}: {own} {here}, {others} {there}"
+            for each in fields(self)
+            if each.name not in ("expect", "sources") and each.name not in but
+            if (own := getattr(self, each.name)) != (others := getattr(other, each.name))
+        ]
 
     def validate(self, origin: str) -> None:
         """Check pattern, divisibility and `expect`.
@@ -258,13 +272,19 @@ class ModelDefinition:
                 "it has to be in (0, 1], and to rotate an even number of them",
                 hint=f"nearest: {closest}",
             )
+        for index, widths in self.overrides.items():
+            if "head_dim" in widths:
+                raise UserError(
+                    f"{origin}: model.overrides.{index}.head_dim: rotary angles are computed once for all layers",
+                    hint="leave it out, or set model.position_embedding to none",
+                )
 
-    def validate_tensor_parallel(self, size: int, origin: str, key: str = "parallel.tensor") -> None:
+    def validate_tensor_parallel(self, size: int, origin: str) -> None:
         """Check that every sharded dimension splits over `size` ranks.
 
         Args:
             size: tensor-parallel ranks.
-            origin, key: the file or recipe, and the setting, to name in an error.
+            origin: the file or recipe to name in an error.
         Errors:
             UserError: names the dimensions, and the nearest size that fits.
         """
@@ -277,17 +297,17 @@ class ModelDefinition:
         if bad:
             fits = [n for n in range(1, max(sharded.values()) + 1) if all(v % n == 0 for v in sharded.values())]
             raise UserError(
-                f"{origin}: {key} = {size} does not divide "
+                f"{origin}: parallel.tensor = {size} does not divide "
                 + ", ".join(f"{name} = {value}" for name, value in bad.items())
                 + f" of model {self.name}",
                 hint=f"nearest: {min(fits, key=lambda n: abs(n - size))}; sizes that fit: {', '.join(map(str, fits))}",
             )
 
-    def validate_pipeline_parallel(self, size: int, origin: str, key: str = "parallel.pipeline") -> None:
+    def validate_pipeline_parallel(self, size: int, origin: str) -> None:
         """Check that every pipeline stage gets a layer; arguments as of `validate_tensor_parallel`."""
         if not 1 <= size <= self.num_layers:
             raise UserError(
-                f"{origin}: {key} = {size} does not fit the {self.num_layers} layers of model {self.name}",
+                f"{origin}: parallel.pipeline = {size} does not fit the {self.num_layers} layers of model {self.name}",
                 hint=f"nearest: {min(max(size, 1), self.num_layers)}",
             )
 

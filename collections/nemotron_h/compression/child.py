@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,12 +134,6 @@ def check_parent(recorded: ModelDefinition, model: ModelDefinition, what: str) -
     Errors:
         UserError: names the first keys that differ.
     """
-    differ = [
-        f"{key}: {value} there, {getattr(model, key)} here"
-        for key, value in asdict(recorded).items()
-        if key not in ("name", "sources", "expect") and value != getattr(model, key)
-    ]
-    if not differ:
-        return
-    said = "; ".join(differ[:3])
-    raise UserError(f"{what} is of another model than {model.name}: {said}", hint="measure the importance again")
+    differ = "; ".join(recorded.differences(model, "there", "here", but=("name",))[:3])
+    if differ:
+        raise UserError(f"{what} is of another model than {model.name}: {differ}", hint="measure the importance again")

@@ -1,10 +1,16 @@
-"""Durations as Slurm writes them."""
+"""Durations as text: as Slurm writes them, and to read."""
 
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 
 from nemotron_h.core.errors import UserError
+
+
+def duration(seconds: float) -> str:
+    """Return hours, minutes and seconds."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def seconds_of(duration: str, where: str = "") -> int:

@@ -8,7 +8,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -23,15 +22,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from nemotron_h.core.duration import duration
+
 #: seconds between plain lines
 _EVERY_S = 10.0
 #: in a run's folder: a JSON line for each `Step` that it reports, of every process that trained there
 STEPS = "progress.jsonl"
-
-
-def duration(seconds: float) -> str:
-    """Return hours, minutes and seconds."""
-    return str(timedelta(seconds=round(seconds)))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from nemotron_h.core.sizes import GIB
 from nemotron_h.platform import memory
 
 DISTRIBUTION = "nemotron-h-recipes"
@@ -86,7 +87,7 @@ def _device() -> Iterator[Finding]:
 
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        described = ", ".join(f"{p.name} {p.total_memory / 2**30:.0f} GiB" for p in names)
+        described = ", ".join(f"{p.name} {p.total_memory / GIB:.0f} GiB" for p in names)
         mixed = len({p.name for p in names}) > 1
         yield Finding("warn" if mixed else "ok", "GPU", described, "runs need GPUs of one kind" if mixed else "")
         for package, module in GPU_EXTRAS.items():
@@ -119,14 +120,14 @@ def _cpu_flags() -> set[str]:
 
 def _room(folder: Path) -> Iterator[Finding]:
     existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free / 2**30
+    free = shutil.disk_usage(existing).free / GIB
     yield Finding(
         "ok" if free >= MIN_FREE_DISK_GIB else "fail",
         "disk",
         f"{free:.1f} GiB free in {existing}",
         "" if free >= MIN_FREE_DISK_GIB else f"free space: the demo needs {MIN_FREE_DISK_GIB:.0f} GiB",
     )
-    available = memory.available() / memory.GIB
+    available = memory.available() / GIB
     enough = available >= MIN_FREE_MEMORY_GIB
     yield Finding(
         "ok" if enough else "warn",

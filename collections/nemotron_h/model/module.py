@@ -182,7 +182,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
             init.fill(self.embedding.word_embeddings.weight, "embedding", weight, axis=0, **shard)
         if self.post_process:
             init.fill(self.output_layer.weight, "output_layer", weight, axis=0, **shard)
-        self.decoder.initialize(InitialWeights(weight, residual, seed, shard))
+        self.decoder.initialize(InitialWeights(weight, residual, shard))
 
 
 @dataclass

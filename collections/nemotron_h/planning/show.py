@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nemotron_h.core.duration import duration
 from nemotron_h.core.sizes import gib
 from nemotron_h.planning.layouts import Row, best
 from nemotron_h.planning.memory import largest_stage
@@ -23,7 +24,7 @@ def _table(console: Console, title: str, *columns: str) -> Table:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else str(timedelta(seconds=round(seconds)))
+    return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
 
 
 def _when(date: datetime | None) -> str:

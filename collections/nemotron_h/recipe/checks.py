@@ -14,7 +14,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_folder, check_name, check_one_of, nearest
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.counts import count_of, layer_counts
+from nemotron_h.recipe.counts import count_of
 from nemotron_h.recipe.overrides import check_overrides
 from nemotron_h.recipe.stage_checks import (
     check_minipuzzle,
@@ -141,7 +141,7 @@ def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:
 
 def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """Check that values are known, and for layer types that the model has."""
-    counts = layer_counts(definition)
+    counts = definition.layer_counts()
     for kind, allowed in RECOMPUTE.items():
         value = getattr(recipe.recompute, kind)
         check_one_of(f"recompute.{kind}", value, allowed, f"{origin}: ")

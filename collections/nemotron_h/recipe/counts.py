@@ -1,9 +1,7 @@
-"""Counts of a recipe: tokens written as text, layers of each kind."""
+"""Counts of a recipe: tokens, written as text."""
 
 from __future__ import annotations
 
-from nemotron_h.architecture.blocks.registry import KINDS
-from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import parse_count
 
@@ -14,8 +12,3 @@ def count_of(value: str, key: str, origin: str) -> int:
         return parse_count(value)
     except ValueError as error:
         raise UserError(f"{origin}: {key}: {error}") from error
-
-
-def layer_counts(definition: ModelDefinition) -> dict[str, int]:
-    """Return name of a kind of layers -> how many there are."""
-    return {kind.name: definition.count(letter) for letter, kind in KINDS.items()}

@@ -10,7 +10,7 @@ from nemotron_h.core.sizes import BYTES
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.counts import count_of, layer_counts
+from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import (
     AGGREGATIONS,
     METRICS,
@@ -116,7 +116,7 @@ def _check_grid(grid: GridSchema, definition: ModelDefinition, origin: str) -> N
     values = dataclasses.asdict(grid)
     if not any(values.values()):
         raise UserError(f"{origin}: minipuzzle.grid varies nothing", hint=f"give values of {', '.join(values)}")
-    counts = layer_counts(definition)
+    counts = definition.layer_counts()
     for key, given in values.items():
         counted = key in counts
         most = counts[key] if counted else getattr(definition, "num_layers" if key == "depth" else key)

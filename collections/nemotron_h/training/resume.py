@@ -240,12 +240,7 @@ class ResumeRun(nl.AutoResume):
     @staticmethod
     def _check_model(path: Path, model: Any, hint: str) -> None:
         recorded = read_definition(read_record(path), f"checkpoint {path}")
-        current = model.config.definition()
-        changed = [
-            f"{key}: {getattr(recorded, key)} in the checkpoint, {getattr(current, key)} now"
-            for key in (field.name for field in dataclasses.fields(current))
-            if key not in ("expect", "sources") and getattr(recorded, key) != getattr(current, key)
-        ]
+        changed = recorded.differences(model.config.definition(), "in the checkpoint", "now")
         if changed:
             raise UserError(f"checkpoint {path} is of another model: {'; '.join(changed)}", hint=hint)
 

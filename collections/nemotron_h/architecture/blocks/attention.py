@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemotron_h.architecture.blocks.block import (
@@ -53,8 +53,7 @@ class Attention(Block):
     @classmethod
     def of(cls, widths: Mapping[str, Any]) -> Attention:
         """Return the block with the widths of a layer."""
-        values = [widths[key] for key in ("hidden_size", *cls.widths)]
-        return cls(*values, rotary_dim=int(widths["head_dim"] * widths["rope_percent"]))
+        return replace(super().of(widths), rotary_dim=int(widths["head_dim"] * widths["rope_percent"]))
 
     @property
     def queries(self) -> int:

@@ -153,10 +153,6 @@ class Block:
         """Return the weights of the linear layers, in the order in which a forward pass uses them."""
         raise NotImplementedError
 
-    def matrix(self, name: str) -> Matrix:
-        """Return one of the matrices."""
-        return next(each for each in self.matrices() if each.name == name)
-
     def vectors(self) -> int:
         """Return the parameters beside the matrices and the input norm."""
         return 0

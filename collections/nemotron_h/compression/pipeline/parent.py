@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,6 @@ from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import RecipeConfig
-
-#: of the model, that may differ between recipe and checkpoint
-_FREE = {"name", "sources", "init_std", "expect"}
 
 
 class Parent:
@@ -119,12 +115,7 @@ class Parent:
 def _check_model(checkpoint: Path, definition: ModelDefinition, key: str) -> None:
     """Check that a checkpoint is of the recipe's model."""
     recorded = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
-    there, asked = asdict(recorded), asdict(definition)
-    differs = [
-        f"{name}: {there[name]} in the checkpoint, {value} in the recipe"
-        for name, value in asked.items()
-        if name not in _FREE and there[name] != value
-    ]
+    differs = recorded.differences(definition, "in the checkpoint", "in the recipe", but=("name", "init_std"))
     if differs:
         raise UserError(
             f"{key}: {checkpoint} is of another model: {'; '.join(differs)}",

@@ -83,7 +83,7 @@ class RunningMamba(Running):
 
     def initialize(self, layer: Any, name: str, draw: InitialWeights) -> None:
         """Set the mixer's weights."""
-        layer.mixer.initialize(f"{name}.mixer", draw.seed)
+        layer.mixer.initialize(f"{name}.mixer", draw.shard["seed"])
 
     def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
         """Return the layer's output [l, b, h]."""

@@ -70,13 +70,11 @@ class InitialWeights:
 
     Attributes:
         weight, residual: distributions of matrices, and of those that add to the residual stream.
-        seed: of the model.
-        shard: keyword arguments of `model.init.fill`.
+        shard: keyword arguments of `model.init.fill`: seed, and what tensor parallelism splits.
     """
 
     weight: Any
     residual: Any
-    seed: int
     shard: Mapping[str, Any]
 
 

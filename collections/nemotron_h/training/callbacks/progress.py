@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_h.core.progress import STEPS, Step, duration
+from nemotron_h.core.duration import duration
+from nemotron_h.core.progress import STEPS, Step
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 
