@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,8 +71,8 @@ def start() -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29563", RANK="0", WORLD_SIZE="1")
-        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend, store = "nccl" if torch.cuda.is_available() else "gloo", torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)

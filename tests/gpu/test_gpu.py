@@ -5,7 +5,6 @@ Also runs as a script where pytest is not installed: `python tests/gpu/test_gpu.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +35,8 @@ def start() -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29561", RANK="0", WORLD_SIZE="1")
-        torch.distributed.init_process_group("nccl")
+        store = torch.distributed.HashStore()  # in this process: no port that another one could have
+        torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
