@@ -13,17 +13,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from weights import differing
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.reader import find_checkpoint
 from nemotron_h.core.errors import UserError, report
 
 BASE, TUNED = Path("runs/nemotron_h_tiny"), Path("runs/nemotron_h_tiny_sft")
 EXPORTED, IMPORTED = Path("runs/nemotron_h_tiny_sft_hf"), Path("runs/nemotron_h_tiny_sft_from_hf")
 LOSSES = Path("runs/nemotron_h_tiny_sft_losses.json")
 TURNS = ("Give three tips for staying healthy.", "Which of them is the most important?")
-PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def run(*command: object, said: str | None = None) -> str:
@@ -64,15 +63,6 @@ def fine_tune() -> tuple[str, str]:
     return before, after
 
 
-def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor in its stored dtype, without the vocabulary's padding."""
-    file = WeightFile(checkpoint)
-    found = {name: torch.empty(shape, dtype=file.dtypes[name]) for name, shape in file.shapes.items()}
-    file.read(found)
-    rows = read_definition(read_record(checkpoint), str(checkpoint)).vocab_size
-    return {name: tensor[:rows] if name in PADDED else tensor for name, tensor in found.items()}
-
-
 def main() -> None:
     """All of it."""
     if not folders.finished(BASE):
@@ -90,11 +80,9 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
     print(run("nemotron-h", "export", "hf", TUNED, EXPORTED).strip())
     print(run("nemotron-h", "import", "hf", EXPORTED, IMPORTED).strip())
-    before, after = weights_of(find_checkpoint(TUNED)), weights_of(IMPORTED)
-    changed = [name for name in before if not torch.equal(before[name], after[name])]
-    if changed:
+    if changed := differing(find_checkpoint(TUNED), IMPORTED):
         raise SystemExit(f"the export changed {len(changed)} tensors: {', '.join(changed[:5])}")
-    print(f"{len(before)} tensors came back from {EXPORTED}, bit for bit")
+    print(f"all tensors came back from {EXPORTED}, bit for bit")
     greedy = ("The capital of", "--temperature", 0, "--max-tokens", 30)
     texts = [run("nemotron-h", "generate", checkpoint, *greedy) for checkpoint in (TUNED, IMPORTED)]
     print(texts[1].strip())

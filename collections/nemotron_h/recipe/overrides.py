@@ -13,6 +13,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import itertools
+import json
 import math
 import re
 import typing
@@ -70,6 +72,23 @@ def names_under(part: str) -> set[str]:
     return {key.removeprefix(prefix).split(".")[0] for key in recipe_keys() if key.startswith(prefix)}
 
 
+def flattened(setting: str) -> list[str]:
+    """Return `part={key: value}` of a recipe's part as a setting for each value, and any other setting alone.
+
+    Errors:
+        UserError: the mapping is not valid YAML.
+    """
+    part, operator, value = parts(setting)
+    if operator != "=" or not value.startswith("{") or is_of_recipe(part) or not names_under(part) - {""}:
+        return [setting]
+    content = parse_yaml(value, setting)
+    return [
+        each
+        for name, entry in content.items()
+        for each in flattened(f"{part}.{name}={json.dumps(entry, ensure_ascii=False)}")
+    ]
+
+
 def split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the settings that set a recipe's values, by its keys, and the others as they are.
 
@@ -79,7 +98,7 @@ def split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
         UserError: a value is set by two names, to different values; names both.
     """
     values, others, names = [], [], {}
-    for setting in settings:
+    for setting in itertools.chain.from_iterable(map(flattened, settings)):
         written, operator, value = parts(setting)
         key = SAME.get(written, written)
         if not is_of_recipe(key):
