@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-sft demo-compress test test-hf test-gguf test-eval test-other-readers bench lint clean
+.PHONY: help install demo demo-sft demo-compress test test-hf test-gguf test-eval test-other-readers bench card lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -64,6 +64,10 @@ bench: $(STAMP) ## a training step and generation against Hugging Face transform
 	@$(BIN)/python tests/benchmarks/bench_generation.py
 	@$(BIN)/python tests/benchmarks/bench_data.py
 	@$(BIN)/python tests/benchmarks/bench_distill.py
+
+card: $(STAMP) ## run a verification card of docs/cards again and say what differs: make card CARD=docs/cards/NAME.yaml
+	@test -n "$(CARD)" || { echo "which card? make card CARD=docs/cards/nemotron_h_tiny-cpu.yaml"; ls docs/cards/*.yaml; exit 2; }
+	@$(BIN)/python demos/card.py "$(CARD)"
 
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check .
