@@ -37,7 +37,7 @@ def recompute_fields(recompute: RecomputeSchema) -> dict[str, str]:
 
 #: key of the graph that NeMo runs -> key of the recipe, where both mean one value by two names
 SAME = {
-    "data.num_workers": "data.workers",
+    "data.num_workers": "data.workers",  # its name before
     "data.reward_gap": "preference.reward_gap",
     "log.ckpt.every_steps": "checkpoint.every_steps",
     "log.ckpt.keep": "checkpoint.keep",

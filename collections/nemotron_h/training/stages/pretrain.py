@@ -59,7 +59,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
         recipe,
         llm.pretrain,
         BlendDataModule,
-        document_reset=recipe.data.document_reset,
         horizon_tokens=horizon_of(recipe).tokens,
     )
     task.resume.init_checkpoint = recipe.init.checkpoint
@@ -95,7 +94,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
     Args:
         entry: the function of `nemo.collections.llm` that runs the task.
         data_module: the stage's `PreparedDataModule`.
-        data_arguments: what it takes beyond what every stage's takes.
+        data_arguments: what it takes beyond the recipe's `data`.
     """
     data, optim, parallel = recipe.data, recipe.optim, recipe.parallel
     origin, horizon = f"recipe {recipe.name}", horizon_of(recipe)
@@ -106,17 +105,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
         model=run.Config(
             NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute)
         ),
-        data=run.Config(
-            data_module,
-            blend=data.blend,
-            root=data.root,
-            seq_length=data.seq_length,
-            micro_batch_size=data.micro_batch_size,
-            global_batch_size=data.global_batch_size,
-            seed=data.seed,
-            num_workers=data.workers,
-            **data_arguments,
-        ),
+        data=run.Config(data_module, **dataclasses.asdict(data), **data_arguments),
         trainer=run.Config(
             NemotronHTrainer,
             num_nodes=parallel.nodes,

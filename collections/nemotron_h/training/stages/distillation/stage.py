@@ -74,7 +74,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
         recipe,
         distill,
         BlendDataModule,
-        document_reset=recipe.data.document_reset,
         horizon_tokens=horizon_of(recipe).tokens,
     )
     train_with(task, DistillationModel, DistillationConfig, recipe.distill)

@@ -99,7 +99,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
         recipe,
         llm.finetune,
         PreferenceDataModule,
-        too_long=recipe.data.too_long,
         reward_gap=recipe.preference.reward_gap,
     )
     task.tokenizer = "data"
