@@ -348,6 +348,7 @@ def test_bad_settings_are_errors_before_anything_starts(prepared: Path) -> None:
         ({"micro_batch_size": 3}, "data.global_batch_size 16 is not a multiple of micro_batch_size 3"),
         ({"seq_length": 0}, "data.seq_length = 0 is below 1"),
         ({"horizon_steps": -1}, "data.horizon_steps = -1 is below 1"),
+        ({"too_long": "cut"}, "data.too_long is unused: pretraining reads text"),
         ({"seq_length": "???"}, "data.seq_length: '???' is not a number"),
     ):
         with pytest.raises(UserError) as caught:

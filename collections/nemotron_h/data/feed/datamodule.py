@@ -173,6 +173,8 @@ class BlendDataModule(PreparedDataModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.too_long is not None:
+            raise UserError("data.too_long is unused: pretraining reads text", "Leave it out.")
         self.blend_change: str | None = None  # `ResumeRun` sets it: how to resume is not a setting of the data
         #: adds to the windows of a split; a distillation from stored logits sets it
         self.beside: Callable[[WindowDataset, str], Dataset] | None = None

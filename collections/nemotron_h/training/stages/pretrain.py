@@ -55,12 +55,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    task = assemble(
-        recipe,
-        llm.pretrain,
-        BlendDataModule,
-        horizon_tokens=horizon_of(recipe).tokens,
-    )
+    task = assemble(recipe, llm.pretrain, BlendDataModule, horizon_tokens=horizon_of(recipe).tokens)
     task.resume.init_checkpoint = recipe.init.checkpoint
     settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task

@@ -70,12 +70,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    task = assemble(
-        recipe,
-        distill,
-        BlendDataModule,
-        horizon_tokens=horizon_of(recipe).tokens,
-    )
+    task = assemble(recipe, distill, BlendDataModule, horizon_tokens=horizon_of(recipe).tokens)
     train_with(task, DistillationModel, DistillationConfig, recipe.distill)
     task.resume = run.Config(
         ResumeDistillation, blend_change=recipe.resume.blend_change, init_checkpoint=recipe.init.checkpoint

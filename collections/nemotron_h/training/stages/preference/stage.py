@@ -95,12 +95,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    task = assemble(
-        recipe,
-        llm.finetune,
-        PreferenceDataModule,
-        reward_gap=recipe.preference.reward_gap,
-    )
+    task = assemble(recipe, llm.finetune, PreferenceDataModule, reward_gap=recipe.preference.reward_gap)
     task.tokenizer = "data"
     train_with(task, PreferenceModel, PreferenceConfig, recipe.preference)
     # Megatron then divides a step's gradients by what the loss counts: pairs, of all micro-batches and ranks
