@@ -242,6 +242,7 @@ def test_a_value_has_the_name_of_its_recipe_key(app, tmp_path: Path) -> None:
     from nemo_run.cli.api import RunContext
 
     from nemotron_h.recipe.compose import compose
+    from nemotron_h.recipe.overrides import split
     from nemotron_h.training.stages import pretrain
 
     (tmp_path / "own.yaml").write_text("defaults: [/nemotron_h_tiny/pretrain, _self_]\nname: own\n")
@@ -258,9 +259,12 @@ def test_a_value_has_the_name_of_its_recipe_key(app, tmp_path: Path) -> None:
     composed.overrides = graph
     assert pretrain.build(composed) == task
     old = ["trainer.devices=2", "trainer.strategy.tensor_model_parallel_size=2", "log.ckpt.keep=-1"]
-    again = [*values[:1], *old, "log.explicit_log_dir=there/one", *graph]
+    again = [*values[:1], *old, "log.explicit_log_dir=there/one", "data.num_workers=3", *graph]
     by_graph_keys = RunContext(name="pretrain", factory="nemotron_h_tiny").parse_fn(llm.pretrain, again)
     assert (by_graph_keys.trainer.strategy, by_graph_keys.log) == (task.trainer.strategy, task.log)
+    assert by_graph_keys.data.workers == 3
+    before = [f"model.{key}=1" for key in ("beta", "config.beta", "config.lm_weight")]
+    assert split(before)[0] == ["preference.beta=1", "preference.beta=1", "distill.lm_weight=1"]
 
 
 #: graph -> settings of its recipe, so that as many values as can be differ from the defaults

@@ -166,7 +166,7 @@ def test_global_batches_do_not_depend_on_the_layout(prepared: Path, size: int, m
 
 
 def test_batches_are_collated_and_workers_keep_their_order(prepared: Path) -> None:
-    here, there = (loader(started(module(prepared, micro_batch_size=4, num_workers=n))) for n in (0, 2))
+    here, there = (loader(started(module(prepared, micro_batch_size=4, workers=n))) for n in (0, 2))
     for _, a, b in zip(range(6), here, there, strict=False):
         assert a["tokens"].shape == (4, SEQ)
         assert a["tokens"].dtype == torch.int64
@@ -344,10 +344,16 @@ def test_a_run_that_ends_earlier_is_the_beginning_of_the_planned_one(prepared: P
 
 
 def test_bad_settings_are_errors_before_anything_starts(prepared: Path) -> None:
-    with pytest.raises(UserError, match="micro_batch_size 3"):
-        module(prepared, micro_batch_size=3)
-    with pytest.raises(UserError, match=r"data\.seq_length is 0"):
-        module(prepared, seq_length=0)
+    for values, message in (
+        ({"micro_batch_size": 3}, "data.global_batch_size 16 is not a multiple of micro_batch_size 3"),
+        ({"seq_length": 0}, "data.seq_length = 0 is below 1"),
+        ({"horizon_steps": -1}, "data.horizon_steps = -1 is below 1"),
+        ({"too_long": "cut"}, "data.too_long is unused: pretraining reads text"),
+        ({"seq_length": "???"}, "data.seq_length: '???' is not a number"),
+    ):
+        with pytest.raises(UserError) as caught:
+            module(prepared, **values)
+        assert caught.value.message == message
     data = module(prepared, horizon_steps=None)
     data.trainer = SimpleNamespace(max_steps=-1)
     with pytest.raises(UserError, match=r"trainer\.max_steps"):
@@ -436,7 +442,7 @@ class Recorder(pl.LightningModule):
 
 
 def fit(root: Path, folder: Path, steps: int, checkpoint: Path | None = None, workers: int = 0, **trainer: object):
-    data, model = module(root, micro_batch_size=4, horizon_steps=20, num_workers=workers), Recorder(4)
+    data, model = module(root, micro_batch_size=4, horizon_steps=20, workers=workers), Recorder(4)
     data.data_sampler.data_parallel = lambda: (0, 1)
     lightning = pl.Trainer(
         accelerator="cpu",

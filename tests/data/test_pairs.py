@@ -179,6 +179,7 @@ phases:
   - {name: all, weights: {p: 100}}
 """
 SEQ, BATCH = 96, 4
+SIZES = {"seq_length": SEQ, "global_batch_size": BATCH, "too_long": "drop"}
 
 
 def record(number: int) -> dict:
@@ -207,8 +208,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def module(root: Path, **settings):
     from nemotron_h.data.feed.preference_module import PreferenceDataModule
 
-    values = {"blend": str(root / "pairs.yaml"), "root": str(root / "data"), "seq_length": SEQ, "seed": 5}
-    data = PreferenceDataModule(**{**values, "global_batch_size": BATCH, **settings})
+    values = {**SIZES, "blend": str(root / "pairs.yaml"), "root": str(root / "data"), "seed": 5}
+    data = PreferenceDataModule(**{**values, **settings})
     data.trainer = SimpleNamespace(global_step=0, max_steps=10, limit_val_batches=1.0)
     data.setup()
     data.reference = {
@@ -296,14 +297,40 @@ def test_blends_of_other_kinds_are_told_apart(root: Path, tmp_path: Path) -> Non
     from nemotron_h.data.feed.sft_module import ConversationDataModule
 
     with pytest.raises(UserError, match="holds conversations: preference training reads pairs of answers"):
-        PreferenceDataModule(blend="sft_sample").blend_spec  # noqa: B018 - reads the file
+        PreferenceDataModule(blend="sft_sample", **SIZES).blend_spec  # noqa: B018 - reads the file
     with pytest.raises(UserError, match="holds pairs of answers: fine-tuning reads conversations"):
-        ConversationDataModule(blend="preference_sample").blend_spec  # noqa: B018
+        ConversationDataModule(blend="preference_sample", **SIZES).blend_spec  # noqa: B018
     line = next(line for line in BLEND.splitlines() if line.startswith("  a:"))
     mixed = line.replace("a:", "b:").replace("preference", "messages")
     (tmp_path / "mixed.yaml").write_text(BLEND.replace(line, f"{line}\n{mixed}"))
     with pytest.raises(UserError, match="either all have `chat: preference` or none has"):
         load_blend(tmp_path / "mixed.yaml")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_nemo_records_every_argument_whatever_was_made_before(order: tuple[int, int]) -> None:
+    """NeMo wraps a class's constructor at its first object, and finds a parent's wrapper in a class that has none."""
+    from nemo.lightning import io
+
+    from nemotron_h.data.feed.preference_module import PreferenceDataModule
+    from nemotron_h.data.feed.sft_module import ConversationDataModule
+
+    class Parent(ConversationDataModule):
+        pass
+
+    class Child(PreferenceDataModule, Parent):
+        pass
+
+    values = {**SIZES, "micro_batch_size": 2, "workers": 1}
+    kinds = [(Parent, {**values, "blend": "a"}), (Child, {**values, "blend": "b", "reward_gap": 3.0})]
+    made = [kinds[n][0](**kinds[n][1]) for n in order]
+    for data, (kind, arguments) in zip(made, [kinds[n] for n in order], strict=True):
+        assert (data.__io__.__fn_or_cls__, data.__io__.__arguments__) == (kind, arguments)
+        copy = io.reinit(data)
+        assert type(copy) is kind
+        assert {key: getattr(copy, key) for key in arguments} == arguments
+        assert copy != data
+        assert hash(copy)
 
 
 def test_turns_of_the_prompt_are_never_learnt() -> None:

@@ -20,6 +20,7 @@ from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.tokenizer import load_tokenizer
 
 SEQ, BATCH = 64, 8
+SIZES = {"seq_length": SEQ, "global_batch_size": BATCH, "too_long": "cut"}
 BLEND = """
 name: talk
 tokenizer: {kind: bpe, vocab_size: 270}
@@ -49,8 +50,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def module(root: Path, step: int = 0, **settings) -> ConversationDataModule:
-    values = {"blend": str(root / "talk.yaml"), "root": str(root / "data"), "seq_length": SEQ, "seed": 5}
-    data = ConversationDataModule(**{**values, "global_batch_size": BATCH, **settings})
+    values = {**SIZES, "blend": str(root / "talk.yaml"), "root": str(root / "data"), "seed": 5}
+    data = ConversationDataModule(**{**values, **settings})
     data.trainer = SimpleNamespace(global_step=step, max_steps=10, limit_val_batches=1.0)
     data.setup()
     return data
@@ -146,7 +147,7 @@ def test_validation_is_fixed_and_padded(root: Path) -> None:
 
 def test_mistakes(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds texts"):
-        ConversationDataModule(blend="sample_small").blend_spec  # noqa: B018 - reads the file
+        ConversationDataModule(blend="sample_small", **SIZES).blend_spec  # noqa: B018 - reads the file
     with pytest.raises(UserError, match=r"data\.too_long = 'trim'"):
         module(root, too_long="trim")
     with pytest.raises(UserError, match="no conversation that fits"):
@@ -163,4 +164,4 @@ def test_pretraining_refuses_conversations(root: Path) -> None:
     from nemotron_h.data.feed.datamodule import BlendDataModule
 
     with pytest.raises(UserError, match="holds conversations: pretraining reads text"):
-        BlendDataModule(blend=str(root / "talk.yaml"), root=str(root / "data")).blend_spec  # noqa: B018
+        BlendDataModule(blend=str(root / "talk.yaml"), seq_length=SEQ, global_batch_size=BATCH).blend_spec  # noqa: B018

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from nemotron_h.recipe.compose import factory_of, known_recipes
+from nemotron_h.recipe.compose import compose, factory_of, known_recipes
+from nemotron_h.schema.recipe import DistillSchema, PairLossSchema
 
 NAMES = [name.split("/")[0] for name in known_recipes("pretrain")]
 TUNED = known_recipes("sft")
@@ -78,12 +80,22 @@ def test_a_preference_factory_is_of_the_same_model_and_has_a_name_of_its_own(par
     from nemotron_h.training.stages.preference.stage import PreferenceModel, PreferenceResume
 
     assert factory_of(name) not in {*NAMES, *map(factory_of, TUNED)}
-    task = parsed(factory_of(name), "model.beta=0.5", "resume.init_checkpoint=there", command="finetune")
+    task = parsed(factory_of(name), "model.config.beta=0.5", "resume.init_checkpoint=there", command="finetune")
     base = parsed(name.split("/")[0])
     assert (task.model.__fn_or_cls__, task.data.__fn_or_cls__) == (PreferenceModel, PreferenceDataModule)
-    assert (task.model.beta, task.resume.__fn_or_cls__, task.resume.init_checkpoint) == (0.5, PreferenceResume, "there")
+    assert (task.model.config.beta, task.model.config.loss) == (0.5, compose(name).preference.loss)
+    assert (task.resume.__fn_or_cls__, task.resume.init_checkpoint) == (PreferenceResume, "there")
     assert task.model.config.calculate_per_token_loss is True
     assert task.model.config.hybrid_override_pattern == base.model.config.hybrid_override_pattern
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [DistillSchema, PairLossSchema])
+def test_no_key_of_a_stage_is_a_field_of_megatron_s(parsed, part: type) -> None:
+    """A stage's configuration has the fields of both: one name would be two values."""
+    from nemotron_h.model.module import NemotronHConfig
+
+    assert not {each.name for each in fields(part)} & {each.name for each in fields(NemotronHConfig)}
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_straight_equals_killed_and_resumed_with_the_cache_lost(paired: Small, d
 
 def test_another_beta_holds_from_the_resume_on(paired: Small, dpo) -> None:
     recipe = preference_recipe(paired, "dpo_beta")
-    changed = changes_at_resume(paired, "dpo", "dpo_beta", recipe, "model.beta=0.4")
+    changed = changes_at_resume(paired, "dpo", "dpo_beta", recipe, "model.config.beta=0.4")
     assert changed == {"preference.beta": [0.2, 0.4]}
 
 

@@ -19,7 +19,8 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import largest_stage
-from nemotron_h.schema.recipe import ModelSchema, RecipeConfig
+from nemotron_h.schema.nemo_names import recompute_fields
+from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 
 #: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and matmuls
 #: that get smaller)
@@ -37,7 +38,7 @@ RECOMPUTE = {
 
 def layout_of(recipe: RecipeConfig) -> Layout:
     """Return the layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.recipe.checks`)."""
-    parallel, data, again = recipe.parallel, recipe.data, recipe.recompute
+    parallel, data = recipe.parallel, recipe.data
     replicas = parallel.nodes * parallel.devices // (parallel.tensor * parallel.pipeline)
     return Layout(
         seq_length=data.seq_length,
@@ -53,9 +54,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
         moments=recipe.optim.moments,
         gradients=recipe.optim.gradients,
-        recompute_mamba=again.mamba,
-        recompute_ffn=again.ffn,
-        recompute_attention=again.attention,
+        **recompute_fields(recipe.recompute),
         adapter=recipe.adapter,
         teacher=teacher_of(recipe),
     )
@@ -284,8 +283,7 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
                 if spread is None or layout.seq_length % context:
                     continue
                 for name, settings in RECOMPUTE.items():
-                    nothing = dict.fromkeys(("recompute_mamba", "recompute_ffn", "recompute_attention"), "none")
-                    tried = replace(spread, **{**nothing, **settings})
+                    tried = replace(spread, **{**recompute_fields(RecomputeSchema()), **settings})
                     peak = largest_stage(definition, tried).peak
                     speed = tokens_per_second * relative_speed(definition, tried) / own
                     refused = refusal(definition, tried)

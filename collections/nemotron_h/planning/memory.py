@@ -24,7 +24,8 @@ from nemotron_h.architecture.blocks.block import LayerMemory
 from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers
 from nemotron_h.architecture.gemms import gemm_table
 from nemotron_h.architecture.rank import Layout, Rank, padded_vocabulary
-from nemotron_h.schema.recipe import AdapterSchema
+from nemotron_h.schema.nemo_names import recompute_fields
+from nemotron_h.schema.recipe import AdapterSchema, RecomputeSchema
 
 BACKENDS = ("gpu", "cpu")
 
@@ -176,8 +177,7 @@ class _TrainingRank(Rank):
 
     def forward_peak(self, layers: range) -> int:
         """Return the peak bytes of a pass without gradients in one of these layers, from its input to its output."""
-        again = replace(self.layout, recompute_mamba="none", recompute_ffn="none", recompute_attention="none")
-        rank = _TrainingRank(self.d, again)
+        rank = _TrainingRank(self.d, replace(self.layout, **recompute_fields(RecomputeSchema())))
         return max((rank.layer(index).kept + rank.residual for index in layers), default=0)
 
     def buffers(self, stage: int) -> int:

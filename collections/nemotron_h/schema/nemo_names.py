@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
-from nemotron_h.schema.recipe import AdapterSchema, DistillSchema, ModelSchema, RecomputeSchema
+from nemotron_h.schema.recipe import AdapterSchema, DistillSchema, ModelSchema, PairLossSchema, RecomputeSchema
 
 _RENAMED = {
     "name": "definition_name",
@@ -30,19 +30,23 @@ def nemo_fields(model: Any) -> dict[str, Any]:
     return {name: getattr(model, key) for key, name in MODEL.items()}
 
 
+def recompute_fields(recompute: RecomputeSchema) -> dict[str, str]:
+    """Return the settings as fields of `NemotronHConfig` and of a `Layout`."""
+    return {f"recompute_{kind}": value for kind, value in asdict(recompute).items()}
+
+
 #: key of the graph that NeMo runs -> key of the recipe, where both mean one value by two names
 SAME = {
-    "data.num_workers": "data.workers",
+    "data.num_workers": "data.workers",  # its name before
     "data.reward_gap": "preference.reward_gap",
     "log.ckpt.every_steps": "checkpoint.every_steps",
     "log.ckpt.keep": "checkpoint.keep",
-    "model.beta": "preference.beta",
-    "model.gt_reward_scale": "preference.gt_reward_scale",
-    "model.loss": "preference.loss",
     "model.config.init_seed": "init_seed",
     **{f"model.config.recompute_{each.name}": f"recompute.{each.name}" for each in fields(RecomputeSchema)},
     **{f"model.config.adapter.{each.name}": f"adapter.{each.name}" for each in fields(AdapterSchema)},
     **{f"model.config.{each.name}": f"distill.{each.name}" for each in fields(DistillSchema)},
+    **{f"model.config.{each.name}": f"preference.{each.name}" for each in fields(PairLossSchema)},
+    **{f"model.{each.name}": f"preference.{each.name}" for each in fields(PairLossSchema)},  # its name before
     "optim.distributed_optimizer": "parallel.distributed_optimizer",
     "resume.init_checkpoint": "init.checkpoint",
     "trainer.devices": "parallel.devices",

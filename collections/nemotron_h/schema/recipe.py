@@ -210,19 +210,28 @@ class InitSchema:
 
 
 @dataclass
-class PreferenceSchema:
+class PairLossSchema:
     """The loss over pairs of answers. Formulas: docs/preference.md.
 
     Attributes:
         loss: `dpo`, or reward-aware: `rpo_bwd_kl`, `rpo_fwd_kl`, `rpo_sq` (NeMo-Aligner's names).
         beta: how strongly the policy is held to the reference: scales log-probability ratios.
         gt_reward_scale: scales the records' rewards (rpo only).
-        reward_gap: the chosen answer's reward less the rejected one's, where records state none (rpo only).
     """
 
     loss: str = MISSING
     beta: float = number(0.2, above=0, most=1e6)
     gt_reward_scale: float = number(1.0, least=-1e6, most=1e6)
+
+
+@dataclass
+class PreferenceSchema(PairLossSchema):
+    """The loss, and the rewards that it reads.
+
+    Attributes:
+        reward_gap: the chosen answer's reward less the rejected one's, where records state none (rpo only).
+    """
+
     reward_gap: float | None = number(None, least=-1e6, most=1e6)
 
 

@@ -20,13 +20,13 @@ from nemo.lightning.megatron_parallel import MegatronStep
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import number
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.feed.phase_plan import DataOrder, DataPlan, compare
 from nemotron_h.data.feed.prepared_module import (
     ENDLESS,
     PreparedDataModule,
     PreparedDataSampler,
-    check_sizes,
     of_sample,
     say,
 )
@@ -159,55 +159,27 @@ class BlendDataModule(PreparedDataModule):
     batches, at most as many as the validation splits have windows for; 1.0 means about that many.
 
     Args:
-        blend: name of a shipped blend, or path of a YAML file.
-        root: data root; default `$NEMOTRON_H_DATA`, else `./data`.
-        seq_length: tokens of a sample.
-        micro_batch_size: samples per micro-batch and rank.
-        global_batch_size: samples per step, all ranks together.
-        seed: of the data order.
         horizon_tokens: length of the run that the phases divide, the recipe's `tokens`. A trainer whose `max_steps`
             ends earlier trains the beginning of it; one that goes on for longer stretches the phases to its length.
         horizon_steps: the same in steps, in place of both: keeps the switches to come when a run is made longer; those
             behind it stay where they were.
-        document_reset: give the model `seq_idx`, so that it can reset its state where documents begin.
-        num_workers: processes that read ahead; 0 reads in the training process (tens of microseconds a sample from a
-            warm page cache).
-        persistent_workers: keep those processes between validation runs.
 
-    Errors:
-        UserError: for values that contradict each other; `setup` raises it for data that is missing, damaged or not
-            prepared with this tokenizer, and resuming for a checkpoint of other data.
+    The others, and errors, are those of `PreparedDataModule`.
     """
 
-    def __init__(
-        self,
-        blend: str,
-        root: str | None = None,
-        seq_length: int = 2048,
-        micro_batch_size: int = 1,
-        global_batch_size: int = 8,
-        seed: int = 1234,
-        horizon_steps: int | None = None,
-        horizon_tokens: int | None = None,
-        document_reset: bool = False,
-        num_workers: int = 0,
-        persistent_workers: bool = False,
-    ) -> None:
-        super().__init__()
-        sizes = {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
-        check_sizes({**sizes, "horizon_steps": horizon_steps, "horizon_tokens": horizon_tokens})
-        self.blend, self.root = blend, root
-        self.seq_length, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
-        self.seed, self.horizon_steps, self.horizon_tokens = seed, horizon_steps, horizon_tokens
-        self.document_reset = document_reset
+    horizon_steps: int | None = number(None, least=1)
+    horizon_tokens: int | None = number(None, least=1)
+    sampler_type = BlendDataSampler
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.too_long is not None:
+            raise UserError("data.too_long is unused: pretraining reads text", "Leave it out.")
         self.blend_change: str | None = None  # `ResumeRun` sets it: how to resume is not a setting of the data
         #: adds to the windows of a split; a distillation from stored logits sets it
         self.beside: Callable[[WindowDataset, str], Dataset] | None = None
-        self.num_workers, self.persistent_workers = num_workers, persistent_workers
-        self.data_sampler = BlendDataSampler(self)
         self.order: DataOrder | None = None
         self._resumed: dict[str, Any] | None = None
-        self._opened = False
 
     @cached_property
     def blend_spec(self) -> Blend:

@@ -147,41 +147,19 @@ class PreferenceDataModule(ConversationDataModule):
     """A prepared blend of pairs as training and validation data; `global_batch_size` counts windows.
 
     Args:
-        blend: name of a shipped blend whose sources are `chat: preference`, or path of a YAML file.
         reward_gap: the chosen answer's reward less the rejected one's, for records without rewards.
 
-    The others are those of `ConversationDataModule`.
+    The others, and errors, are those of `PreparedDataModule`.
 
     Attributes:
         reference: split -> what the starting weights say of its pairs; given before the first batch is read.
         reference_record: how it was found, for the run's record.
     """
 
-    def __init__(
-        self,
-        blend: str,
-        root: str | None = None,
-        seq_length: int = 2048,
-        micro_batch_size: int = 1,
-        global_batch_size: int = 8,
-        seed: int = 1234,
-        too_long: str = "drop",
-        num_workers: int = 0,
-        persistent_workers: bool = False,
-        reward_gap: float | None = None,
-    ) -> None:
-        super().__init__(
-            blend,
-            root,
-            seq_length,
-            micro_batch_size,
-            global_batch_size,
-            seed,
-            too_long,
-            num_workers,
-            persistent_workers,
-        )
-        self.reward_gap = reward_gap
+    reward_gap: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.reference: dict[str, Reference] = {}
         self.reference_record: dict[str, Any] = {}
 

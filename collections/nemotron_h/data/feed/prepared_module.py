@@ -1,16 +1,18 @@
 """The base of every stage's data module: the prepared blend, its tokenizer, and how a rank's loader is made.
 
-The classes have no `__init__`: NeMo's `IOMixin` records the arguments of a module's own constructor.
+A module's arguments are fields: those of the recipe's `data`, and its own. Classes between NeMo's `IOMixin` and a
+module have no constructor, so what `IOMixin` records of a module is what it was made with.
 """
 
 from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -21,9 +23,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nemotron_h.core.children import ready_loader_worker
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_number
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
+from nemotron_h.schema.recipe import DataSchema
 
 ENDLESS = 2**48  # length of the training data, which has no end: the trainer's `max_steps` ends the run
 
@@ -39,22 +43,6 @@ def say(message: str) -> None:
 def of_sample(number: int, error: UserError) -> UserError:
     """Return an error of reading a sample with the sample's number before it."""
     return UserError(f"sample {number:,}: {error.message}", error.hint)
-
-
-def check_sizes(sizes: Mapping[str, int | None]) -> None:
-    """Check a module's numbers, by key of `data`; None is not checked.
-
-    Errors:
-        UserError: one is not positive, or the global batch is no multiple of the micro-batch.
-    """
-    for key, value in sizes.items():
-        if value is not None and value < 1:
-            raise UserError(f"data.{key} is {value}: a positive number is needed")
-    if sizes["global_batch_size"] % sizes["micro_batch_size"]:
-        raise UserError(
-            f"data.global_batch_size {sizes['global_batch_size']} is not a multiple of micro_batch_size "
-            f"{sizes['micro_batch_size']}"
-        )
 
 
 class PreparedDataSampler(MegatronDataSampler):
@@ -97,16 +85,47 @@ class PreparedDataSampler(MegatronDataSampler):
         )
 
 
-class PreparedDataModule(pl.LightningDataModule, IOMixin):
-    """A prepared blend, checked; a stage's module adds the order of its samples."""
+class FieldsAsArguments:
+    """Make dataclasses of the modules: a decorator would come after NeMo's hooks, which give a class a constructor."""
 
-    root: str | None
-    seq_length: int
-    micro_batch_size: int
-    global_batch_size: int
-    seed: int
-    num_workers: int
-    persistent_workers: bool
+    # of a module, not of its arguments
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+    def __init_subclass__(cls) -> None:
+        dataclass(eq=False)(cls)
+        super().__init_subclass__()
+        # `IOMixin` sets it on a class whose constructor it has wrapped, and would find that of a parent
+        cls.__wrapped_init__ = False
+
+
+class PreparedDataModule(FieldsAsArguments, DataSchema, pl.LightningDataModule, IOMixin):
+    """A prepared blend, checked; a stage's module adds the order of its samples.
+
+    Args:
+        persistent_workers: keep the processes that load data between validations.
+
+    The others are those of `DataSchema`.
+
+    Errors:
+        UserError: a number out of its range, or values that contradict each other; `setup` raises it for data that is
+            missing, damaged or not prepared with this tokenizer, and resuming for a checkpoint of other data.
+    """
+
+    persistent_workers: bool = False
+    sampler_type: ClassVar[type[PreparedDataSampler]]
+
+    def __post_init__(self) -> None:
+        pl.LightningDataModule.__init__(self)
+        for each in fields(self):
+            if "range" in each.metadata and (value := getattr(self, each.name)) is not None:
+                check_number(f"data.{each.name}", value, each.metadata["range"])
+        if self.global_batch_size % self.micro_batch_size:
+            raise UserError(
+                f"data.global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        self.data_sampler = self.sampler_type(self)
+        self._opened = False
 
     @property
     @abstractmethod
@@ -183,7 +202,7 @@ class PreparedDataModule(pl.LightningDataModule, IOMixin):
         """Return a plain loader, which `PreparedDataSampler.transform_dataloader` splits over the ranks."""
         return DataLoader(
             dataset,
-            num_workers=self.num_workers,
+            num_workers=self.workers,
             pin_memory=torch.accelerator.is_available(),
-            persistent_workers=self.persistent_workers and self.num_workers > 0,
+            persistent_workers=self.persistent_workers and self.workers > 0,
         )

@@ -25,7 +25,6 @@ from nemotron_h.data.feed.prepared_module import (
     ENDLESS,
     PreparedDataModule,
     PreparedDataSampler,
-    check_sizes,
     of_sample,
     say,
 )
@@ -216,50 +215,19 @@ class ConversationDataModule(PreparedDataModule):
     Validation reads the held-out conversations in a fixed packing, each once: `limit_val_batches` global batches at
     most, the last filled up with padding.
 
-    Args:
-        blend: name of a shipped blend whose sources have `chat`, or path of a YAML file.
-        root: data root; default `$NEMOTRON_H_DATA`, else `./data`.
-        seq_length: positions of a window.
-        micro_batch_size: windows per micro-batch and rank.
-        global_batch_size: windows per step, all ranks together.
-        seed: of order and packing.
-        too_long: what becomes of conversations that are longer than a window: `cut` truncates, `drop` leaves out.
-        num_workers: processes that read ahead; 0 reads in the training process.
-        persistent_workers: keep those processes between validation runs.
-
-    Errors:
-        UserError: for values that contradict each other; `setup` raises it for data that is missing, damaged, not
-            prepared with this tokenizer or too long for a window, and resuming for a checkpoint of other data.
+    Arguments and errors are those of `PreparedDataModule`.
     """
 
-    def __init__(
-        self,
-        blend: str,
-        root: str | None = None,
-        seq_length: int = 2048,
-        micro_batch_size: int = 1,
-        global_batch_size: int = 8,
-        seed: int = 1234,
-        too_long: str = "cut",
-        num_workers: int = 0,
-        persistent_workers: bool = False,
-    ) -> None:
-        super().__init__()
-        check_sizes(
-            {"seq_length": seq_length, "micro_batch_size": micro_batch_size, "global_batch_size": global_batch_size}
-        )
-        if too_long not in TOO_LONG:
-            raise UserError(f"data.too_long = {too_long!r}", hint=f"Known: {', '.join(TOO_LONG)}.")
-        self.blend, self.root = blend, root
-        self.seq_length, self.micro_batch_size, self.global_batch_size = seq_length, micro_batch_size, global_batch_size
-        self.seed, self.too_long = seed, too_long
-        self.num_workers, self.persistent_workers = num_workers, persistent_workers
-        self.data_sampler = ConversationSampler(self)
+    sampler_type = ConversationSampler
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.too_long not in TOO_LONG:
+            raise UserError(f"data.too_long = {self.too_long!r}", hint=f"Known: {', '.join(TOO_LONG)}.")
         self._restored_step = 0
-        self._opened = False
 
     unit = "conversations"  # what is packed, as messages call it
-    source_type: type = Conversations
+    source_type = Conversations
     holds, reader = CONVERSATIONS, "fine-tuning"
     example = "whose sources have `chat`, such as sft_sample"
 

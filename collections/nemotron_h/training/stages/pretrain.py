@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import fiddle as fdl
 import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections import llm
@@ -15,7 +16,7 @@ from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
 from nemotron_h.recipe.counts import count_of
-from nemotron_h.schema.nemo_names import nemo_fields
+from nemotron_h.schema.nemo_names import nemo_fields, recompute_fields
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
@@ -38,16 +39,13 @@ def model_config(
     model: ModelSchema, seq_length: int, init_seed: int, recompute: RecomputeSchema | None = None
 ) -> run.Config[NemotronHConfig]:
     """Return the definition in Megatron's names, and what its backward pass computes again (nothing by default)."""
-    recompute = recompute or RecomputeSchema()
     return run.Config(
         NemotronHConfig,
         **nemo_fields(model),
         num_layers=len(model.pattern),
         seq_length=seq_length,
         init_seed=init_seed,
-        recompute_mamba=recompute.mamba,
-        recompute_attention=recompute.attention,
-        recompute_ffn=recompute.ffn,
+        **recompute_fields(recompute or RecomputeSchema()),
     )
 
 
@@ -57,13 +55,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    task = assemble(
-        recipe,
-        llm.pretrain,
-        BlendDataModule,
-        document_reset=recipe.data.document_reset,
-        horizon_tokens=horizon_of(recipe).tokens,
-    )
+    task = assemble(recipe, llm.pretrain, BlendDataModule, horizon_tokens=horizon_of(recipe).tokens)
     task.resume.init_checkpoint = recipe.init.checkpoint
     settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task
@@ -75,6 +67,21 @@ def horizon_of(recipe: RecipeConfig) -> Horizon:
     return Horizon(tokens, recipe.data.seq_length * recipe.data.global_batch_size)
 
 
+def train_with(task: run.Partial, model: type, config: type, part: Any) -> None:
+    """Have a task train a stage's own model.
+
+    Args:
+        task: of `assemble`, changed in place.
+        model: a `NemotronHModel`.
+        config: its `NemotronHConfig`, and another dataclass, whose fields it has too.
+        part: the recipe's part of the stage, which has those fields.
+    """
+    fdl.update_callable(task.model, model)
+    fdl.update_callable(task.model.config, config)
+    own = {each.name for each in dataclasses.fields(config)}
+    fdl.assign(task.model.config, **{key: value for key, value in dataclasses.asdict(part).items() if key in own})
+
+
 def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_arguments: Any) -> run.Partial:
     """Assemble what the stages share: model, data, trainer, callbacks, log, resume and optimizer. The recipe's
     `overrides` are left to the caller, who applies them to the whole task.
@@ -82,7 +89,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
     Args:
         entry: the function of `nemo.collections.llm` that runs the task.
         data_module: the stage's `PreparedDataModule`.
-        data_arguments: what it takes beyond what every stage's takes.
+        data_arguments: what it takes beyond the recipe's `data`.
     """
     data, optim, parallel = recipe.data, recipe.optim, recipe.parallel
     origin, horizon = f"recipe {recipe.name}", horizon_of(recipe)
@@ -93,17 +100,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
         model=run.Config(
             NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute)
         ),
-        data=run.Config(
-            data_module,
-            blend=data.blend,
-            root=data.root,
-            seq_length=data.seq_length,
-            micro_batch_size=data.micro_batch_size,
-            global_batch_size=data.global_batch_size,
-            seed=data.seed,
-            num_workers=data.workers,
-            **data_arguments,
-        ),
+        data=run.Config(data_module, **dataclasses.asdict(data), **data_arguments),
         trainer=run.Config(
             NemotronHTrainer,
             num_nodes=parallel.nodes,

@@ -20,7 +20,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    task = assemble(recipe, llm.finetune, ConversationDataModule, too_long=recipe.data.too_long)
+    task = assemble(recipe, llm.finetune, ConversationDataModule)
     task.tokenizer = "data"
     # windows differ in how many tokens they teach: a mean over all of a step's, not of micro-batches' means
     task.model.config.calculate_per_token_loss = True

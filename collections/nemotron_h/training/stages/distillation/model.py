@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,8 @@ from nemotron_h.ops.distillation_loss import (
     distillation_loss,
 )
 from nemotron_h.ops.hidden_distance import hidden_distance
-from nemotron_h.schema.recipe import DistillSchema
+from nemotron_h.schema.nemo_names import recompute_fields
+from nemotron_h.schema.recipe import DistillSchema, RecomputeSchema
 from nemotron_h.training.stages.distillation.teacher_cache import Header, read_header
 
 #: what the last stage returns of a micro-batch: sums over its tokens
@@ -62,28 +63,9 @@ def distillation_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 @dataclass
-class DistillationConfig(NemotronHConfig):
-    """The student's configuration, and what it learns from.
+class DistillationConfig(NemotronHConfig, DistillSchema):
+    """The student's configuration, and what it learns from: the recipe's `distill`."""
 
-    Attributes beyond the student's:
-        teacher: a run's folder or one of its checkpoints.
-        temperature, reverse, kl_weight, lm_weight, top_k: see `ops.distillation_loss.Objective`.
-        hidden_weight: of 1 - cosine between both models' states before the output layer (after the final norm). A
-            student of another width learns a projection to the teacher's.
-        hidden_layers: pairs of layers, student's and teacher's from 0, whose outputs are compared instead; the distance
-            is the mean over the pairs.
-        teacher_logits: the folder of a cache of the teacher's logits; no teacher is loaded.
-    """
-
-    teacher: str | None = None
-    temperature: float = 1.0
-    reverse: bool = False
-    kl_weight: float = 1.0
-    lm_weight: float = 0.0
-    hidden_weight: float = 0.0
-    hidden_layers: list[list[int]] = field(default_factory=list)
-    top_k: int | None = None
-    teacher_logits: str | None = None
     forward_step_fn: Callable = distillation_step
 
     @property
@@ -94,7 +76,7 @@ class DistillationConfig(NemotronHConfig):
             UserError: a value out of its range.
         """
         try:
-            return Objective(self.temperature, self.reverse, self.kl_weight, self.lm_weight, self.top_k)
+            return Objective(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Objective)})
         except ValueError as error:
             raise UserError(f"distill: {error}") from error
 
@@ -178,9 +160,7 @@ class DistillationConfig(NemotronHConfig):
             self.teacher_definition,
             perform_initialization=False,
             fuse_weight_gradients=False,
-            recompute_mamba="none",
-            recompute_attention="none",
-            recompute_ffn="none",
+            **recompute_fields(RecomputeSchema()),
         )
         teacher = config.megatron_model(NemotronHMegatronModel, pre_process, post_process)
         if config.bf16:

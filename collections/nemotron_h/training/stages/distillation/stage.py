@@ -34,7 +34,7 @@ from nemotron_h.training.preflight import check_split
 from nemotron_h.training.resume import CheckTokenizer, ResumeRun
 from nemotron_h.training.stages.distillation.model import TERMS, DistillationConfig, DistillationModel
 from nemotron_h.training.stages.distillation.teacher_shards import ReadTeacher
-from nemotron_h.training.stages.pretrain import assemble, horizon_of
+from nemotron_h.training.stages.pretrain import assemble, horizon_of, train_with
 
 
 def distill(
@@ -70,17 +70,8 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    task = assemble(
-        recipe,
-        distill,
-        BlendDataModule,
-        document_reset=recipe.data.document_reset,
-        horizon_tokens=horizon_of(recipe).tokens,
-    )
-    student = {name: getattr(task.model.config, name) for name in task.model.config.__arguments__}
-    task.model = run.Config(
-        DistillationModel, config=run.Config(DistillationConfig, **student, **dataclasses.asdict(recipe.distill))
-    )
+    task = assemble(recipe, distill, BlendDataModule, horizon_tokens=horizon_of(recipe).tokens)
+    train_with(task, DistillationModel, DistillationConfig, recipe.distill)
     task.resume = run.Config(
         ResumeDistillation, blend_change=recipe.resume.blend_change, init_checkpoint=recipe.init.checkpoint
     )

@@ -55,7 +55,7 @@ class ReferenceLogprobs(pl.Callback):
             UserError: a run that resumes finds neither the cache nor the checkpoint that it started from.
         """
         data: PreferenceDataModule = trainer.datamodule
-        if pl_module.loss != "dpo":
+        if pl_module.config.loss != "dpo":
             data.check_rewards()
         key = reference_key(trainer, pl_module, self.checkpoint_sha256)
         path = cache_path(data, key)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
 from nemo.collections import llm
-from torch import nn
 
 from nemotron_h.checkpoint.folders import INTEGRITY
 from nemotron_h.checkpoint.reader import find_checkpoint, read_record
@@ -18,61 +16,52 @@ from nemotron_h.core.files import file_sha256
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.feed.preference_module import PreferenceDataModule
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
-from nemotron_h.schema.recipe import PREFERENCE_LOSSES, RecipeConfig
+from nemotron_h.schema.recipe import PREFERENCE_LOSSES, PairLossSchema, RecipeConfig
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.resume import ResumeRun
 from nemotron_h.training.stages.preference.loss import BATCH_KEYS, PreferenceLoss
 from nemotron_h.training.stages.preference.reference import ReferenceLogprobs
-from nemotron_h.training.stages.pretrain import assemble
+from nemotron_h.training.stages.pretrain import assemble, train_with
 from nemotron_h.training.stages.sft import adapt
 
 
+@dataclass
+class PreferenceConfig(NemotronHConfig, PairLossSchema):
+    """The model's configuration, and its loss over pairs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("preference.loss", self.loss, PREFERENCE_LOSSES)
+
+
 class PreferenceModel(NemotronHModel):
-    """The Lightning module with a loss over pairs in place of tokens.
-
-    Args:
-        loss: one of `schema.PREFERENCE_LOSSES`.
-        beta, gt_reward_scale: see `schema.PreferenceSchema`.
-
-    The others are those of `NemotronHModel`.
-    """
+    """The Lightning module with a loss over pairs in place of tokens, over `PreferenceConfig`."""
 
     batch_keys = BATCH_KEYS
 
-    def __init__(
-        self,
-        config: NemotronHConfig,
-        optim: Any = None,
-        tokenizer: Any = None,
-        model_transform: Callable[[nn.Module], nn.Module] | None = None,
-        loss: str = "dpo",
-        beta: float = 0.2,
-        gt_reward_scale: float = 1.0,
-    ) -> None:
-        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
-        check_one_of("preference.loss", loss, PREFERENCE_LOSSES)
-        self.loss, self.beta, self.gt_reward_scale = loss, beta, gt_reward_scale
-
     def settings(self) -> dict[str, Any]:
         """Return those of `NemotronHModel`, and the loss's."""
-        loss = {key: getattr(self, key) for key in ("loss", "beta", "gt_reward_scale")}
-        return {**super().settings(), **{f"preference.{key}": value for key, value in loss.items()}}
+        own = {f"preference.{each.name}": getattr(self.config, each.name) for each in fields(PairLossSchema)}
+        return {**super().settings(), **own}
 
     @property
     def training_loss_reduction(self) -> PreferenceLoss:
         """Return the loss of a step."""
         if self._training_loss_reduction is None:
-            self._training_loss_reduction = PreferenceLoss(self.loss, self.beta, self.gt_reward_scale)
+            self._training_loss_reduction = self._loss_reduction()
         return self._training_loss_reduction
 
     @property
     def validation_loss_reduction(self) -> PreferenceLoss:
         """Return the loss of a validation's batches."""
         if self._validation_loss_reduction is None:
-            sizes = (self.loss, self.beta, self.gt_reward_scale)
-            self._validation_loss_reduction = PreferenceLoss(*sizes, accumulate=True)
+            self._validation_loss_reduction = self._loss_reduction(accumulate=True)
         return self._validation_loss_reduction
+
+    def _loss_reduction(self, accumulate: bool = False) -> PreferenceLoss:
+        config = self.config
+        return PreferenceLoss(config.loss, config.beta, config.gt_reward_scale, accumulate)
 
 
 @dataclass(kw_only=True)
@@ -106,22 +95,9 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    chosen = recipe.preference
-    task = assemble(
-        recipe,
-        llm.finetune,
-        PreferenceDataModule,
-        too_long=recipe.data.too_long,
-        reward_gap=chosen.reward_gap,
-    )
+    task = assemble(recipe, llm.finetune, PreferenceDataModule, reward_gap=recipe.preference.reward_gap)
     task.tokenizer = "data"
-    task.model = run.Config(
-        PreferenceModel,
-        config=task.model.config,
-        loss=chosen.loss,
-        beta=chosen.beta,
-        gt_reward_scale=chosen.gt_reward_scale,
-    )
+    train_with(task, PreferenceModel, PreferenceConfig, recipe.preference)
     # Megatron then divides a step's gradients by what the loss counts: pairs, of all micro-batches and ranks
     task.model.config.calculate_per_token_loss = True
     task.trainer.callbacks.insert(0, run.Config(PreferenceMetrics))  # before the progress line, which shows them
