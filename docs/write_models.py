@@ -1,0 +1,250 @@
+"""Write a page for each model, `docs/models/*.md`, and the table of models in README: `python docs/write_models.py`.
+
+All of it is read from `configs/model`, `configs/paper.yaml`, `recipes/` and the verification cards; a test compares.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import textwrap
+from itertools import groupby
+from pathlib import Path
+
+from write_cards import cards, table as cards_table
+
+from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.core.sizes import GIB, gib
+from nemotron_h.data.blend import parse_count
+from nemotron_h.planning.plan import make_plan
+from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.compose import compose, configs_dir, factory_of, known_recipes, stage_of
+from nemotron_h.recipe.fidelity import published
+from nemotron_h.schema.recipe import PIPELINES, STAGES, RecipeConfig
+
+DOCS = Path(__file__).resolve().parent
+README = DOCS.parent / "README.md"
+#: between these the table of README is written
+BEGIN, END = "<!-- models: written by docs/write_models.py -->", "<!-- end of models -->"
+WIDTHS = (
+    *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads"),
+    *("mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel", "position_embedding", "vocab_size"),
+    *("norm_epsilon", "init_std"),
+)
+#: what was measured of a model beyond its cards, and the page that names the command
+RESULTS = {
+    "nemotron_h_tiny": (
+        "`make demo` pretrains it: [training](../training.md).",
+        "`make demo-sft` fine-tunes it: [fine-tuning](../sft.md#a-demonstration).",
+        "`make demo-compress` and `nemotron-h minipuzzle nemotron_h_tiny`: [compression](../results/compression.md).",
+        "FP8 against BF16 over 5 M tokens: [precision](../results/precision.md).",
+        "Speed of a step and of generation on two CPU cores: [CPU](../results/cpu.md), "
+        "[generation](../results/generation.md).",
+    ),
+    "nemotron_h_100m": (
+        "FP8 against BF16 over 5 M tokens: [precision](../results/precision.md).",
+        "All stages of `nemotron-h minipuzzle nemotron_h_100m`: [compression](../results/compression.md).",
+    ),
+    "nemotron_h_8b": (
+        "The whole model was not trained here. Its widths in 13, 26 and 39 layers: [GPUs](../results/gpu.md).",
+        "Generation of the whole model with random weights on one H100: [generation](../results/generation.md).",
+    ),
+    "nemotron_h_4b": (
+        "Its grid of candidates was counted, nothing trained: [compression](../compression.md#candidates).",
+    ),
+    "nemotron_h_47b": (
+        "Its grid of candidates was counted, nothing trained: [compression](../compression.md#candidates).",
+    ),
+    "nemotron_t_8b": (
+        "Not trained here. Generation with random weights on one H100: [generation](../results/generation.md).",
+    ),
+}
+
+
+def models() -> list[str]:
+    """Return the models that have recipes, from the smallest."""
+    names = {name.split("/")[0] for name in known_recipes()}
+    return sorted(names, key=lambda name: (definition(name).parameters, name))
+
+
+def recipes(model: str) -> list[str]:
+    """Return the recipes of a model: stages in the order of a model's life."""
+    own = [name for name in known_recipes() if name.startswith(f"{model}/")]
+    order = [*STAGES, *PIPELINES]
+    return sorted(own, key=lambda name: (order.index(stage_of(name)), name))
+
+
+@functools.cache
+def recipe_of(name: str) -> RecipeConfig:
+    """Return a recipe, composed once."""
+    return compose(name)
+
+
+def definition(model: str) -> ModelDefinition:
+    """Return a model's definition, as its pretraining has it."""
+    return definition_of(recipe_of(f"{model}/pretrain"), model)
+
+
+def about(model: str) -> str:
+    """Return what the head of the definition's file and `configs/paper.yaml` say of a model."""
+    text = (configs_dir() / "model" / f"{model}.yaml").read_text()
+    head = " ".join(line.removeprefix("#").strip() for line in text.split("name:")[0].splitlines())
+    said = published().get(model, {}).get("about", "").replace("The rest is as above.", "The rest is the 47B's.")
+    return " ".join(f"{head} {said}".split())
+
+
+def layers(model: ModelDefinition, letters: bool = False) -> str:
+    """Return the layers of each kind that a model has: `24 Mamba-2, 4 attention, 24 FFN`, or by letters."""
+    titles = {"mamba": "Mamba-2", "attention": "attention", "ffn": "FFN"}
+    counts = [(kind, model.count(kind.letter)) for kind in KINDS.values() if model.count(kind.letter)]
+    return ", ".join(f"{n} {kind.letter if letters else titles[kind.name]}" for kind, n in counts)
+
+
+def size(parameters: int) -> str:
+    """Return a count in millions or billions: `8.10 B`."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
+def tokens(recipe: RecipeConfig) -> str:
+    """Return the tokens of a run: `15 T`."""
+    count = parse_count(recipe.tokens)
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:.4g} {name}"
+    return f"{count:,}"
+
+
+def command(name: str) -> str:
+    """Return the command that runs a recipe."""
+    if stage_of(name) == "minipuzzle":
+        return f"nemotron-h minipuzzle {name.removesuffix('/minipuzzle')}"
+    return f"nemo llm {STAGES[stage_of(name)]} --factory {factory_of(name)} --yes"
+
+
+def stages(model: str) -> list[str]:
+    """Return the table of a model's recipes and what a plan says of each."""
+    rows = ["| recipe | tokens | batch | precision | GPUs: tensor x data | GiB a GPU, of an H100's | fits | checkpoint |"]
+    rows.append("|---|---|---|---|---|---|---|---|")
+    for name in recipes(model):
+        recipe = recipe_of(name)
+        if stage_of(name) in PIPELINES:  # several runs of the parent and its children, each with a plan of its own
+            batch = f"{recipe.data.global_batch_size} x {recipe.data.seq_length:,}"
+            gpus = recipe.parallel.nodes * recipe.parallel.devices
+            rows.append(f"| `{name}` | {tokens(recipe)} | {batch} | `{recipe.precision}` | {gpus:,} | | | |")
+            continue
+        plan = make_plan(recipe, "h100")
+        layout = plan.layout
+        gpus = recipe.parallel.nodes * recipe.parallel.devices
+        peak, room = plan.largest.peak / GIB, plan.gpu.memory / GIB
+        fit = "yes" if plan.fits else f"no: {'; '.join(remedy.settings for remedy in plan.remedies) or 'larger GPUs'}"
+        rows.append(
+            f"| `{name}` | {tokens(recipe)} | {recipe.data.global_batch_size} x {recipe.data.seq_length:,} "
+            f"| `{recipe.precision}` | {gpus:,}: {layout.tensor} x {gpus // layout.tensor // layout.pipeline:,} "
+            f"| {peak:.1f} of {room:.1f} | {fit} | {gib(sum(plan.checkpoint.values()))} |"
+        )
+    return rows
+
+
+def widths(model: str) -> list[str]:
+    """Return the table of a model's widths, with their sources."""
+    d = definition(model)
+    rows = ["| | | source |", "|---|---|---|"]
+    for key in WIDTHS:
+        value = getattr(d, key)
+        if value:
+            rows.append(f"| `{key}` | {f'{value:,}' if isinstance(value, int) else value} | {d.sources.get(key, '')} |")
+    rows.append(f"| parameters | {d.parameters:,} | counted, and `expect` of the definition |")
+    return rows
+
+
+def commands(model: str) -> list[str]:
+    """Return the commands of a model's stages: data once for each blend, then the stage."""
+    lines, prepared = [], set()
+    for name in recipes(model):
+        blend = recipe_of(name).data.blend
+        if blend not in prepared:
+            lines.append(f"    nemotron-h data prepare --blend {blend}")
+            prepared.add(blend)
+        lines.append(f"    {command(name)}")
+    return [*lines, *(f"    nemotron-h {_asks(name)} {name}" for name in recipes(model))]
+
+
+def _asks(recipe: str) -> str:
+    """Return the command that says what a recipe needs."""
+    return "recipe check" if stage_of(recipe) in PIPELINES else "plan"
+
+
+def results(model: str) -> list[str]:
+    """Return what was measured of a model, or that nothing was."""
+    lines = [f"- {line}" for line in RESULTS.get(model, ())]
+    own = {name: card for name, card in cards().items() if card["recipe"].split("/")[0] == model}
+    if own:
+        lines += [""] * bool(lines) + cards_table(own, "../results/cards.md")
+    return lines or ["Not trained here."]
+
+
+def page(model: str) -> str:
+    """Return the page of a model."""
+    d = definition(model)
+    fidelity = [f"Paper against recipe, value by value: [fidelity](../results/fidelity.md#{model})."]
+    parts = [
+        f"# {model}",
+        textwrap.fill(about(model), 118, break_on_hyphens=False, break_long_words=False),
+        f"{size(d.parameters)} parameters in {d.num_layers} layers: {layers(d)}.",
+        f"    {d.pattern}",
+        *([] if model not in published() else fidelity),
+        "## Widths",
+        "\n".join(widths(model)),
+        "## Stages",
+        "\n".join(commands(model)),
+        "\n".join(stages(model)),
+        "GPUs, memory and checkpoint are what `nemotron-h plan` computes, not measurements: "
+        "[planning](../planning.md).",
+        "## Results",
+        "\n".join(results(model)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def stage_names(model: str) -> str:
+    """Return the stages that have recipes, each once."""
+    return ", ".join(stage for stage, _ in groupby(stage_of(name) for name in recipes(model)))
+
+
+def index() -> str:
+    """Return the page that lists the models."""
+    rows = ["| model | layers | parameters | recipes |", "|---|---|---|---|"]
+    for model in models():
+        d = definition(model)
+        own = ", ".join(f"`{name.split('/')[1]}`" for name in recipes(model))
+        rows.append(f"| [{model}]({model}.md) | {layers(d)} | {d.parameters:,} | {own} |")
+    text = "A page for each, written by `python docs/write_models.py`; `nemotron-h recipe list` prints the recipes."
+    return "\n".join(["# Models", "", text, "", *rows, ""])
+
+
+def table() -> str:
+    """Return README's table of models, in lines of at most 100 characters."""
+    rows = ["| model | layers | parameters | stages with a recipe |", "|---|---|---|---|"]
+    for model in models():
+        d = definition(model)
+        rows.append(f"| {model} | {layers(d, letters=True)} | {size(d.parameters)} | {stage_names(model)} |")
+    return "\n".join(rows)
+
+
+def readme() -> str:
+    """Return README with its table as it is now."""
+    pattern = re.compile(f"({re.escape(BEGIN)}\n).*?(\n{re.escape(END)})", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}{table()}{match[2]}", README.read_text())
+
+
+def pages() -> dict[Path, str]:
+    """Return file -> content of all that this script writes."""
+    written = {DOCS / "models" / f"{model}.md": page(model) for model in models()}
+    return {**written, DOCS / "models" / "index.md": index(), README: readme()}
+
+
+if __name__ == "__main__":
+    for file, content in pages().items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
