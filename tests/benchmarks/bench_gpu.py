@@ -105,7 +105,7 @@ def peaks() -> dict[str, float]:
     import torch
 
     from nemotron_h.planning.gpus import gpu
-    from nemotron_h.training.callbacks.throughput import gpu_of
+    from nemotron_h.training.callbacks.progress import gpu_of
 
     sheet = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else gpu("h100")
     if sheet is None:

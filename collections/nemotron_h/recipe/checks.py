@@ -9,12 +9,11 @@ from omegaconf import OmegaConf
 from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.gemms import check_gemms
-from nemotron_h.core.duration import seconds_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_folder, check_name, check_one_of, nearest
-from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
+from nemotron_h.core.units import count_of, parse_count, seconds_of
+from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.recipe.overrides import check_overrides
 from nemotron_h.recipe.stage_checks import (
     check_minipuzzle,

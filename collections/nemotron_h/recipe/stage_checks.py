@@ -6,11 +6,10 @@ import dataclasses
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import BYTES
 from nemotron_h.core.strict import check_one_of
+from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import (
     AGGREGATIONS,
     METRICS,

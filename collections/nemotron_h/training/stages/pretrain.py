@@ -10,27 +10,25 @@ import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections import llm
 
+from nemotron_h.core.units import count_of
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.nemo_names import nemo_fields
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
-from nemotron_h.training.callbacks.garbage import collect_garbage_together
 from nemotron_h.training.callbacks.gemm_table import GemmTable
+from nemotron_h.training.callbacks.lockstep import StepSeed, collect_garbage_together
 from nemotron_h.training.callbacks.nan_guard import NanGuard
 from nemotron_h.training.callbacks.preemption import Preemption
-from nemotron_h.training.callbacks.progress import ProgressLine
+from nemotron_h.training.callbacks.progress import ProgressLine, Throughput
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
-from nemotron_h.training.callbacks.step_seed import StepSeed
-from nemotron_h.training.callbacks.throughput import Throughput
 from nemotron_h.training.optimizer import scheduled_adamw
+from nemotron_h.training.preflight import RunFolder
 from nemotron_h.training.resume import ResumeRun
-from nemotron_h.training.run_folder import RunFolder
 from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 
 
