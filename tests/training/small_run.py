@@ -13,7 +13,7 @@ from forks import FORKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemotron_h.checkpoint import folders as checkpoints
-from nemotron_h.schema.provenance import leaves
+from nemotron_h.core.strict import leaves
 
 WORKER, COMPARE = (Path(__file__).with_name(name) for name in ("worker.py", "same_tensors.py"))
 

@@ -48,8 +48,7 @@ def show(
     import dataclasses
 
     from nemotron_h.recipe import show as shown
-    from nemotron_h.recipe.compose import trace
-    from nemotron_h.recipe.text import to_yaml
+    from nemotron_h.recipe.compose import to_yaml, trace
 
     composed = trace(name, overrides or ())
     if plain:

@@ -21,7 +21,7 @@ import torch
 from nemotron_h.checkpoint.adapters import describe_base
 from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.files import whole_file, write_json
-from nemotron_h.recipe.text import to_yaml
+from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import command_of
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.progress import StageMetrics, Throughput

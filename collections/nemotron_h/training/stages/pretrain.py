@@ -10,6 +10,7 @@ import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections import llm
 
+from nemotron_h.architecture.gemms import FP8_FORMATS
 from nemotron_h.core.units import count_of
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
@@ -63,7 +64,17 @@ def build(recipe: RecipeConfig) -> run.Partial:
         horizon_tokens=horizon_of(recipe).tokens,
     )
     task.resume.init_checkpoint = recipe.init.checkpoint
-    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
+    return with_overrides(task, recipe)
+
+
+def with_overrides(task: run.Partial, recipe: RecipeConfig) -> run.Partial:
+    """Return the task of any stage with the recipe's `overrides` applied.
+
+    Errors:
+        UserError: one of them names an unknown key, or has a value of another type.
+    """
+    if recipe.overrides:
+        settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task
 
 
@@ -75,7 +86,7 @@ def horizon_of(recipe: RecipeConfig) -> Horizon:
 
 def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_arguments: Any) -> run.Partial:
     """Assemble what the stages share: model, data, trainer, callbacks, log, resume and optimizer. The recipe's
-    `overrides` are left to the caller, who applies them to the whole task.
+    `overrides` are left to the caller, who applies them to the whole task (`with_overrides`).
 
     Args:
         entry: the function of `nemo.collections.llm` that runs the task.
@@ -122,7 +133,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 gradients=optim.gradients,
             ),
             callbacks=[
-                run.Config(GemmTable),
+                *([run.Config(GemmTable)] if recipe.precision in FP8_FORMATS else []),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(NanGuard),
                 run.Config(Throughput),  # before the progress line, which shows it
