@@ -67,7 +67,11 @@ def parse_count(value: int | float | str) -> int:
 
 
 def count_of(value: str, key: str, origin: str) -> int:
-    """Parse a token count such as 15T."""
+    """Return the token count of a recipe's key, as `parse_count` reads it.
+
+    Errors:
+        UserError: it is none; names the recipe and the key.
+    """
     try:
         return parse_count(value)
     except ValueError as error:
