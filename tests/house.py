@@ -59,3 +59,21 @@ def edges() -> dict[tuple[str, str], set[str]]:
                 pair = (room(module), room(name.removeprefix("nemotron_h.")))
                 found.setdefault(pair, set()).add(module)
     return found
+
+
+def loads(module: str) -> set[str]:
+    """Return a module and those that its import loads, whatever functions import later."""
+    files, loaded, left = modules(), set(), {module}
+    while left:
+        name = left.pop()
+        loaded.add(name)
+        tree = ast.parse(files[name].read_text())
+        names = {
+            f"{node.module}.{alias.name}" if each else node.module
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            for each in (False, True)
+        }
+        left |= {name.removeprefix("nemotron_h.") for name in names}.intersection(files) - loaded
+    return loaded

@@ -29,10 +29,10 @@ AXES = ("layers", "hidden", "neurons", "heads", "channels", "all")
 
 def draw_child(d: ModelDefinition, axis: str, seed: int = 0) -> Child:
     """A child of random layers and channels along one axis, or all of them."""
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def some(size: int, keep: float = 0.6) -> np.ndarray:
-        return np.sort(draw.choice(size, max(1, int(size * keep)), replace=False))
+        return np.sort(rng.choice(size, max(1, int(size * keep)), replace=False))
 
     def on(name: str) -> bool:
         return axis in (name, "all")

@@ -47,20 +47,20 @@ def preference_recipe(small: Small, name: str, loss: str = "dpo") -> Path:
 @pytest.fixture(scope="module")
 def paired(small: Small, straight: dict[int, dict]) -> Small:
     """With pairs prepared beside the texts that `straight` was trained on: words of one kind are preferred."""
-    draw = random.Random(2)
+    rng = random.Random(2)
     words = [w for w in (small.folder / "low.jsonl").read_text().split()[:400] if w.isalpha()]
     others = [w for w in (small.folder / "high.jsonl").read_text().split()[:400] if w.isalpha()]
 
     def said(of: list[str]) -> str:
-        return " ".join(draw.choices(of, k=draw.randint(2, 8)))
+        return " ".join(rng.choices(of, k=rng.randint(2, 8)))
 
     lines = [
         {
             "prompt": said(words),
             "chosen": said(words),
             "rejected": said(others),
-            "chosen_reward": draw.uniform(0, 4),
-            "rejected_reward": draw.uniform(-4, 1),
+            "chosen_reward": rng.uniform(0, 4),
+            "rejected_reward": rng.uniform(-4, 1),
         }
         for _ in range(200)
     ]

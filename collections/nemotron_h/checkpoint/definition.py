@@ -9,9 +9,9 @@ from typing import Any
 from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import read_json_object
 from nemotron_h.core.strict import typed
 from nemotron_h.core.strict_yaml import read_yaml
-from nemotron_h.core.text_files import read_json_object
 from nemotron_h.schema.recipe import ModelSchema
 
 

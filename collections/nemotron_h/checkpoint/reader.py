@@ -24,7 +24,7 @@ from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.checkpoint.folders import INDEX, WEIGHTS
 from nemotron_h.checkpoint.index import IndexedReader, read_index
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object
 
 #: in the name of the one weight of a distillation that is no part of its student: it is kept to resume, and read by no
 #: other command

@@ -26,9 +26,8 @@ from nemotron_h.compression.child import check_parent
 from nemotron_h.compression.measure import Advance, measure_layers, measure_widths
 from nemotron_h.compression.unfinished import Unfinished
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256, write_json
+from nemotron_h.core.files import file_sha256, read_json_object, write_json
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.feed.calibration import calibration_windows
 from nemotron_h.data.manifest import Manifest

@@ -16,7 +16,7 @@ from nemotron_h.compression.recovery import sentence
 from nemotron_h.compression.scoring import pareto
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.paired import read_losses
-from nemotron_h.data.blend import parse_count
+from nemotron_h.core.units import parse_count
 from nemotron_h.schema.recipe import RecipeConfig
 
 PAGE = """<!doctype html>

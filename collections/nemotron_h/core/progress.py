@@ -22,7 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from nemotron_h.core.duration import duration
+from nemotron_h.core.units import duration
 
 #: seconds between plain lines
 _EVERY_S = 10.0

@@ -28,7 +28,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress, Step, Steps
 from nemotron_h.launch.jobs import RECORD, Job, Watch
 from nemotron_h.launch.place import HERE, Place
-from nemotron_h.recipe.text import to_yaml
+from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import STAGES, RecipeConfig, factory_of_file
 
 #: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)

@@ -10,7 +10,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import GIB
+from nemotron_h.core.units import GIB
 from nemotron_h.planning.plan import Plan, parts_by_stage
 
 

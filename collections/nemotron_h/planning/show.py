@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemotron_h.core.duration import duration
-from nemotron_h.core.sizes import gib
+from nemotron_h.core.units import duration, gib
 from nemotron_h.planning.layouts import Row, best
 from nemotron_h.planning.memory import largest_stage
 from nemotron_h.planning.plan import Plan, parts_by_stage

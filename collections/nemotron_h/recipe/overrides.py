@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict_yaml import parse_yaml
-from nemotron_h.data.blend import parse_count
+from nemotron_h.core.units import parse_count
 from nemotron_h.schema.nemo_names import DERIVED, SAME
 from nemotron_h.schema.recipe import RecipeConfig
 

@@ -20,7 +20,7 @@ from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.core.sizes import GIB
+from nemotron_h.core.units import GIB
 
 CANDIDATES = "candidates.json"
 

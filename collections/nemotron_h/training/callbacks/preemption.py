@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import lightning.pytorch as pl
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.core.duration import seconds_of
+from nemotron_h.core.units import seconds_of
 
 #: "temporary failure, the user is invited to retry" (sysexits.h): a checkpoint is written and steps remain
 EXIT_CODE = 75

@@ -21,12 +21,10 @@ import torch
 from nemotron_h.checkpoint.adapters import describe_base
 from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.files import whole_file, write_json
-from nemotron_h.recipe.text import to_yaml
+from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import command_of
 from nemotron_h.training import settings
-from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
-from nemotron_h.training.callbacks.throughput import Throughput
-from nemotron_h.training.settings_in_force import changed_settings, described, settings_in_force
+from nemotron_h.training.callbacks.progress import StageMetrics, Throughput
 
 VERSIONED = (
     "nemotron-h-recipes",
@@ -146,7 +144,7 @@ class RunRecord(pl.Callback):
             for key, value in trainer.callback_metrics.items()
             if key in METRICS and torch.is_tensor(value)
         }
-        metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics)), {})
+        metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, StageMetrics)), {})
         self.metrics = {**self.metrics, **metrics}
         record = {
             **self.fixed,
@@ -229,3 +227,38 @@ def adapter_of(config: Any, strategy: Any) -> dict[str, Any]:
     if config.adapter is None or strategy.adapter_base is None:
         return {}
     return {"adapter": {**plain(dataclasses.asdict(config.adapter)), "base": describe_base(strategy.adapter_base)}}
+
+
+Changes = dict[str, list[Any]]
+
+
+def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Return recipe key -> value, as trainer, data, optimizer and model were built with them.
+
+    A key that changes the numbers of the next step belongs here. The model, the order of the data and an adapter's
+    shape do not: a run that resumes with others is refused, or declares it (`resume.blend_change`).
+    """
+    strategy = trainer.strategy
+    return {
+        "trainer.max_steps": trainer.max_steps,
+        "init_seed": module.config.init_seed,
+        "init.checkpoint": strategy.init_checkpoint,
+        "precision": getattr(trainer.precision_plugin, "recipe", trainer.precision),
+        "parallel.ranks": trainer.world_size,
+        "parallel.tensor": strategy.tensor_model_parallel_size,
+        "parallel.pipeline": strategy.pipeline_model_parallel_size,
+        "parallel.sequence": strategy.sequence_parallel,
+        **trainer.datamodule.settings(),
+        **{f"optim.{key}": value for key, value in getattr(module.optim, "settings", {}).items()},
+        **module.settings(),
+    }
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """Return key -> [value before, value now] where they differ; a side that lacks the key has None."""
+    return {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}
+
+
+def described(changes: Changes) -> list[str]:
+    """Return a line for each change."""
+    return [f"{key}: {before} -> {now}" for key, (before, now) in changes.items()]
