@@ -17,7 +17,6 @@ from nemotron_h.schema.recipe import (
     ORDERS,
     PIPELINES,
     PREFERENCE_LOSSES,
-    RANKS,
     SPEEDS,
     STARTS,
     TOO_LONG,
@@ -78,7 +77,6 @@ def check_minipuzzle(recipe: RecipeConfig, definition: ModelDefinition, origin: 
     if not has_own_part(recipe, "minipuzzle", origin):
         return
     where = f"{origin}: "
-    check_one_of("minipuzzle.rank", part.rank, RANKS, where)
     check_one_of("minipuzzle.layer_metric", part.layer_metric, METRICS, where)
     check_one_of("minipuzzle.aggregation", part.aggregation, AGGREGATIONS, where)
     check_one_of("minipuzzle.order", part.order, ORDERS, where)
