@@ -13,6 +13,7 @@ from nemotron_h.core.errors import UserError
 #: dotted key -> the value that every recipe has now
 DROPPED = {
     "minipuzzle.rank": "sum",
+    "minipuzzle.aggregation": "mean_l2",
 }
 
 

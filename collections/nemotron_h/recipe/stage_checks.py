@@ -12,7 +12,6 @@ from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import (
-    AGGREGATIONS,
     METRICS,
     ORDERS,
     PIPELINES,
@@ -78,7 +77,6 @@ def check_minipuzzle(recipe: RecipeConfig, definition: ModelDefinition, origin: 
         return
     where = f"{origin}: "
     check_one_of("minipuzzle.layer_metric", part.layer_metric, METRICS, where)
-    check_one_of("minipuzzle.aggregation", part.aggregation, AGGREGATIONS, where)
     check_one_of("minipuzzle.order", part.order, ORDERS, where)
     check_one_of("minipuzzle.start", part.start, STARTS, where)
     check_one_of("minipuzzle.budget.speedup_by", part.budget.speedup_by, SPEEDS, where)

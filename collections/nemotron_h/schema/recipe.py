@@ -24,7 +24,7 @@ STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
 PIPELINES = {"minipuzzle": "minipuzzle"}
 #: of `minipuzzle`: see `MiniPuzzleSchema`
-METRICS, AGGREGATIONS = ("mse", "kl"), ("mean", "l2", "mean_l2", "l2_mean")
+METRICS = ("mse", "kl")
 ORDERS = ("importance", "random", "reversed")
 SPEEDS = ("modelled", "measured")
 STARTS = ("pruned", "short")
@@ -366,8 +366,6 @@ class MiniPuzzleSchema:
         parent: a run's folder or one of its checkpoints.
         layer_samples, neuron_samples: sequences of the training data that importance is measured on.
         layer_metric: what removing a layer changes: `mse` of the activations before the output, or `kl` of the logits.
-        aggregation: of a channel's activations over sequence and samples: `mean`, `l2`, `mean_l2` (mean over the
-            sequence, l2 over the samples) or `l2_mean`.
         order: what stays: the most important (`importance`), or the control of a report, `random` or `reversed`.
         grid, budget: which candidates there are.
         score_tokens: held-out tokens that every candidate is scored on, and as many others that the report is of.
@@ -384,7 +382,6 @@ class MiniPuzzleSchema:
     layer_samples: int = number(least=1, most=COUNT)
     neuron_samples: int = number(least=1, most=COUNT)
     layer_metric: str = "mse"
-    aggregation: str = "mean_l2"
     order: str = "importance"
     grid: GridSchema = field(default_factory=GridSchema)
     budget: BudgetSchema = field(default_factory=BudgetSchema)

@@ -80,7 +80,7 @@ def _scored(c: Context, folder: Path) -> dict[str, dict[str, Any]]:
     key = {
         **c.parent.score_inputs(CHOICE),
         **outputs(c.folder / "importance"),
-        "order": [c.part.order, c.part.aggregation, c.recipe.init_seed],
+        "order": [c.part.order, c.recipe.init_seed],
     }
     head = json.dumps({"of": key}, sort_keys=True)
     path = folder / SCORES
