@@ -9,7 +9,7 @@ import pytest
 from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.compose import compose
 from nemotron_h.recipe.dropped import DROPPED
-from nemotron_h.recipe.overrides import is_of_recipe
+from nemotron_h.recipe.overrides import recipe_keys
 
 COMPRESSION = "nemotron_h_tiny/minipuzzle"
 
@@ -45,11 +45,15 @@ def test_a_file_with_another_value(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", DROPPED)
-def test_settings_of_a_command(key: str) -> None:
-    assert not is_of_recipe(key)
+def test_settings_of_a_command_and_of_a_file(key: str, tmp_path: Path) -> None:
+    assert key not in recipe_keys()
     assert compose(COMPRESSION, [f"{key}={DROPPED[key]}"]) == compose(COMPRESSION)
     with pytest.raises(UserError, match=rf"override: {key} = 'other' is gone"):
         compose(COMPRESSION, [f"{key}=other"])
+    file = tmp_path / "old.yaml"
+    file.write_text(f"# @package _global_\ndefaults: [/{COMPRESSION}, _self_]\noverrides: [{key}=other]\n")
+    with pytest.raises(UserError, match=rf"overrides: {key} = 'other' is gone"):
+        compose(str(file))
 
 
 def test_what_is_no_mapping_is_left_to_the_schema() -> None:
