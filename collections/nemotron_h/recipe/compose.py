@@ -29,6 +29,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_interpolations, culprit, leaves, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, flat_lines, parse_settings, parse_yaml, read_bounded
 from nemotron_h.recipe.checks import check
+from nemotron_h.recipe.dropped import without_dropped
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -151,7 +152,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
             layers.append(Layer(path, "model"))
         else:
             from_record = [f"model.{key}" for key, _ in leaves(OmegaConf.to_container(composed.model))]
-    recipe, settled = _settled(typed(RecipeConfig, composed, origin), origin)
+    recipe, settled = _settled(_typed(RecipeConfig, composed, origin), origin)
     overridden: list[str] = []
     if values:
         given = parse_settings(assigned(values, recipe), "override")
@@ -160,13 +161,18 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
         exchanged = [part.split("=")[0] for part in (*parts, *model)]
         recipe.overrides = superseded(recipe.overrides, [*overridden, *exchanged])
     if values:
-        recipe = typed(recipe, given, "override")
+        recipe = _typed(recipe, given, "override")
     check(recipe, origin)
     found = origins(layers, [*from_record, *settled, *overridden])
     sources = current_sources(dataclasses.asdict(recipe), found)
     recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}
     recipe.model.sources = {key[len("model.") :]: text for key, text in sources.items() if key.startswith("model.")}
     return Composed(recipe, layers, found, sources)
+
+
+def _typed(schema: type[RecipeConfig] | RecipeConfig, written: DictConfig, origin: str) -> RecipeConfig:
+    """Return a recipe of what was written, as `typed` does; keys that recipes once had are left out."""
+    return typed(schema, without_dropped(written, origin), origin)
 
 
 def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Origin]:
@@ -233,7 +239,7 @@ def _settled(recipe: RecipeConfig, origin: str) -> tuple[RecipeConfig, list[str]
     if not values:
         return recipe, []
     given = parse_settings(assigned(values, recipe), f"{origin}: overrides")
-    recipe = typed(recipe, given, f"{origin}: overrides")
+    recipe = _typed(recipe, given, f"{origin}: overrides")
     recipe.overrides = overrides
     return recipe, [key for key, _ in leaves(OmegaConf.to_container(given))]
 

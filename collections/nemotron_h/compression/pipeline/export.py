@@ -79,7 +79,7 @@ def orders(c: Context, path: Path) -> dict[str, list[float]]:
     """
     if path.exists():
         return json.loads(path.read_text())
-    importance, depth = c.importance.scores(c.part.aggregation), c.definition.num_layers // 2
+    importance, depth = c.importance.scores(), c.definition.num_layers // 2
     text = c.text.held_out[REPORTED][:ORDER_WINDOWS]
     controls = {
         "importance": [importance],

@@ -12,10 +12,8 @@ from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.recipe.stages.distill import check_objective
 from nemotron_h.schema.recipe import (
-    AGGREGATIONS,
     METRICS,
     ORDERS,
-    RANKS,
     SPEEDS,
     STARTS,
     BudgetSchema,
@@ -36,9 +34,7 @@ def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> Non
     _check_distill(recipe.distill, origin)
     check_objective(recipe, origin)
     where = f"{origin}: "
-    check_one_of("minipuzzle.rank", part.rank, RANKS, where)
     check_one_of("minipuzzle.layer_metric", part.layer_metric, METRICS, where)
-    check_one_of("minipuzzle.aggregation", part.aggregation, AGGREGATIONS, where)
     check_one_of("minipuzzle.order", part.order, ORDERS, where)
     check_one_of("minipuzzle.start", part.start, STARTS, where)
     check_one_of("minipuzzle.budget.speedup_by", part.budget.speedup_by, SPEEDS, where)
