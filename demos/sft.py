@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.core.errors import UserError, report
 
 BASE, TUNED = Path("runs/nemotron_h_tiny"), Path("runs/nemotron_h_tiny_sft")

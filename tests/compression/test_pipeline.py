@@ -11,7 +11,8 @@ import torch
 from tiny_pipeline import SHARED, Tiny
 from typer.testing import CliRunner, Result
 
-from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.cli.main import app
 from nemotron_h.inference.model import load_model
 
