@@ -16,6 +16,7 @@ from small_run import Small
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.children import ready_loader_worker
+from nemotron_h.report.run import REPORT
 
 STEPS = 12
 
@@ -28,6 +29,10 @@ def test_told_to_leave_and_started_again_equals_straight(small: Small, straight:
     newest = folders.finished(small.run_dir("told"))[0]
     assert newest.name == "step-000006"
     assert folders.damage(newest) == []
+    page = (small.run_dir("told") / REPORT).read_text()
+    assert "stopped at step 6 of\n12" in page
+    assert "<p>SIGTERM</p>" in page
+    assert "To go on from the newest checkpoint:" in page
     again = small.train("told")
     assert "resumed at step 6" in again.stdout
     for step, record in small.steps("told").items():

@@ -20,7 +20,7 @@ Overrides = Annotated[
 @app.command("list")
 def list_() -> None:
     """List the shipped recipes: name, parameters of the model, tokens of the run."""
-    from nemotron_h.data.show import short_count
+    from nemotron_h.core.sizes import short_count
     from nemotron_h.recipe.compose import compose, known_recipes
     from nemotron_h.recipe.counts import count_of
 

@@ -80,7 +80,7 @@ class NanGuard(pl.Callback):
     @staticmethod
     def _hint(trainer: pl.Trainer) -> str:
         kept = str(trainer.checkpoint_callback.best_model_path or "").removesuffix(".ckpt")
-        return f"No weight was changed and nothing was written. Last good checkpoint: {kept or 'none yet'}."
+        return f"No weight was changed and no checkpoint was written. Last good checkpoint: {kept or 'none yet'}."
 
     def _error(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> UserError:
         number = next((n for n, (_, flag) in enumerate(self.batches) if not flag), None)

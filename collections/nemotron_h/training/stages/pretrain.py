@@ -26,6 +26,7 @@ from nemotron_h.training.callbacks.nan_guard import NanGuard
 from nemotron_h.training.callbacks.preemption import Preemption
 from nemotron_h.training.callbacks.progress import ProgressLine
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
+from nemotron_h.training.callbacks.run_report import RunReport
 from nemotron_h.training.callbacks.step_seed import StepSeed
 from nemotron_h.training.callbacks.throughput import Throughput
 from nemotron_h.training.optimizer import scheduled_adamw
@@ -124,6 +125,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 gradients=optim.gradients,
             ),
             callbacks=[
+                run.Config(RunReport),  # first: others raise where a run stops
                 run.Config(GemmTable),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(NanGuard),
