@@ -5,10 +5,12 @@ A template extends `page` (blocks `title`, `head` and `main`) and takes macros f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from nemotron_h.core import plot
 from nemotron_h.core.duration import duration
@@ -104,6 +106,17 @@ def render(template: str, **values: Any) -> str:
     return environment.from_string(template).render(css=css, **values)
 
 
-def inline(figure: plot.Figure, label: str) -> Markup:
+def inline(figure: Figure, label: str) -> Markup:
     """Return a figure as part of a page."""
     return Markup(plot.svg(figure, label))
+
+
+def for_both(draw: Callable[[int, int], Figure], label: str, wide: int = 340, narrow: int = 320) -> Markup:
+    """Return a figure for a wide screen and paper, and one for a phone, of which a page shows the one that fits.
+
+    Args:
+        draw: of width and height in CSS pixels.
+        wide, narrow: heights of the two.
+    """
+    pictures = [inline(draw(width, height), f"{label}, {width} px") for width, height in ((1040, wide), (350, narrow))]
+    return Markup('<div class="wide-only">{}</div><div class="narrow">{}</div>').format(*pictures)

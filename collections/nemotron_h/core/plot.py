@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -91,6 +92,12 @@ def css() -> str:
     """Return the colours as CSS variables, for a page or an SVG of its own; paper is light."""
     light, dark = (";".join(f"--{role}:{colours[scheme]}" for role, colours in SCHEMES.items()) for scheme in (0, 1))
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+
+
+def colours(count: int) -> list[str]:
+    """Return so many colours: those of `SERIES`, then their tints."""
+    tints = [to_hex([0.5 + part / 2 for part in to_rgb(colour)]) for colour in SERIES]
+    return [(*SERIES, *tints)[number % (2 * len(SERIES))] for number in range(count)]
 
 
 @styled
@@ -197,6 +204,8 @@ def save(figure: Figure, path: Path, label: str, option: str = "") -> None:
     Errors:
         UserError: the file cannot be written, or there is no such format.
     """
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.set(w_pad=0.14, h_pad=0.14)  # nothing touches the edge of a file
     try:
         if path.suffix == ".svg":
             path.write_text(svg(figure, label, alone=True), encoding="utf-8")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from markupsafe import Markup
 
-from nemotron_h.core.page import inline
+from nemotron_h.core.page import for_both, inline
 from nemotron_h.report import figures
 from nemotron_h.report.run import Run
 from nemotron_h.report.sections import is_known, memory_of, rates
 
 Chart = tuple[str, str, Markup]
-#: wide and narrow, in CSS pixels
-_WIDE, _NARROW = (1040, 380), (350, 330)
 #: metrics of stages: title, metrics by name, axis, percent
 _STAGES = (
     ("Reward accuracy", {"reward_accuracy": "training"}, "pairs with a positive margin", True),
@@ -23,12 +22,11 @@ _STAGES = (
 )
 
 
-def hero(run: Run) -> tuple[Markup, Markup, str]:
-    """Return the loss for a wide and a narrow screen, and the note below."""
+def hero(run: Run) -> tuple[Markup, str]:
+    """Return the picture of the loss, and the note below."""
     phases = ", ".join(f"{p.name} to {p.end * run.tokens_per_step:,}" for p in run.phases)
     note = f"Phases of the data, in tokens: {phases}." if len(run.phases) > 1 else ""
-    pictures = (inline(figures.loss(run, *size), f"loss, {size[0]} wide") for size in (_WIDE, _NARROW))
-    return (*pictures, note)
+    return for_both(partial(figures.loss, run), "loss", wide=380, narrow=330), note
 
 
 def charts(run: Run) -> Iterator[Chart]:

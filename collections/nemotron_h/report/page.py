@@ -26,8 +26,7 @@ _PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
 {% block main %}
 {{ facts(numbers) }}
 {% if hero %}<h2>Loss</h2>
-<figure class="hero"><div class="wide-only">{{ hero[0] }}</div><div class="narrow">{{ hero[1] }}</div>
-<figcaption>{{ hero[2] }}</figcaption></figure>
+<figure class="hero">{{ hero[0] }}{% if hero[1] %}<figcaption>{{ hero[1] }}</figcaption>{% endif %}</figure>
 <div class="charts">{% for title, note, svg in charts %}
 <section><h2>{{ title }}</h2>{{ chart(title, note, svg) }}</section>{% endfor %}</div>{% endif %}
 {% for title, note, rows in gemms %}<h2>{{ title }}</h2><p class="note">{{ note }}</p>
