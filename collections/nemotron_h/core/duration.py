@@ -13,6 +13,11 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
+def rough(seconds: float) -> str:
+    """Return hours, minutes and seconds, or days where it is more than two."""
+    return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
+
+
 def seconds_of(duration: str, where: str = "") -> int:
     """Return the seconds of `HH:MM:SS` or `D-HH:MM:SS`.
 

@@ -131,40 +131,38 @@ def count_axis(axis: Axis, ticks: int = 6) -> None:
 def curve(
     axes: Axes, x: np.ndarray, y: np.ndarray, pieces: Sequence[tuple[float, str]] | str = SERIES[0], window: int = 1
 ) -> None:
-    """Plot values over x: themselves, or where they are many or a mean is asked for, their range and their mean.
+    """Plot values over x: themselves, with their mean where one is asked for; where they are many, the range and the
+    mean of neighbours.
 
     Args:
         x: ascending.
         y: NaN where there is none.
         pieces: colours, each with the x where it ends; or one for all.
-        window: values that the mean is of.
+        window: values before each that its mean is of.
     """
     known = np.isfinite(y)
     x, y = x[known], y[known]
-    size = max(window, -(-len(y) // _POINTS))
-    parts = min(len(y), _POINTS)
+    low = high = None
     at, mean = x, y
-    if 1 < size <= len(y) // 3:
-        total = np.concatenate(([0.0], np.cumsum(y)))
-        ends = np.unique(np.linspace(1, len(y), parts).astype(int))
-        begins = np.maximum(ends - size, 0)
-        at, mean = x[ends - 1], (total[ends] - total[begins]) / (ends - begins)
-    begin = -np.inf
+    if len(y) > _POINTS:
+        groups = np.array_split(y, _POINTS)
+        low, high, mean = (np.array([take(group) for group in groups]) for take in (np.min, np.max, np.mean))
+        at = np.array([part.mean() for part in np.array_split(x, _POINTS)])
+    elif 1 < window <= len(y) // 3:
+        total, ends = np.concatenate(([0.0], np.cumsum(y))), np.arange(1, len(y) + 1)
+        begins = np.maximum(ends - window, 0)
+        mean = (total[ends] - total[begins]) / (ends - begins)
+    first = 0
     for end, colour in [(np.inf, pieces)] if isinstance(pieces, str) else pieces:
-        inside = (x >= begin) & (x <= end)
-        if at is not x and inside.any():
-            some = max(1, min(parts, int(inside.sum())))
-            groups = np.array_split(y[inside], some)
-            middle = [part.mean() for part in np.array_split(x[inside], some)]
-            if max(map(len, groups)) > 1:
-                low, high = [g.min() for g in groups], [g.max() for g in groups]
-                axes.fill_between(middle, low, high, color=colour, alpha=0.22, linewidth=0)
-            else:
-                axes.plot(x[inside], y[inside], color=colour, linewidth=0.8, alpha=0.4)
-        shown = (at >= begin) & (at <= end)
-        axes.plot(at[shown], mean[shown], color=colour, marker="o" if len(at) < 3 else None, markersize=5)
-        if shown.any():
-            begin = at[shown][-1]  # the next piece goes on there
+        last = int(np.searchsorted(at, end, side="right"))
+        part = slice(max(first - 1, 0), last)  # from the last point of the piece before
+        if low is not None:
+            axes.fill_between(at[part], low[part], high[part], color=colour, alpha=0.22, linewidth=0)
+        elif mean is not y:
+            axes.plot(at[part], y[part], color=colour, linewidth=0.8, alpha=0.4)
+        if last > first:
+            axes.plot(at[part], mean[part], color=colour, marker="o" if len(at) < 3 else None, markersize=5)
+        first = last
 
 
 def svg(figure: Figure, label: str, alone: bool = False) -> str:

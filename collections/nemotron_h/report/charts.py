@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from nemotron_h.core.page import for_both, inline
+from nemotron_h.core.sizes import short_count
 from nemotron_h.report import figures
 from nemotron_h.report.run import Run
 from nemotron_h.report.sections import is_known, memory_of, rates
@@ -24,17 +25,23 @@ _STAGES = (
 
 def hero(run: Run) -> tuple[Markup, str]:
     """Return the picture of the loss, and the note below."""
-    phases = ", ".join(f"{p.name} to {p.end * run.tokens_per_step:,}" for p in run.phases)
+    phases = ", ".join(f"{p.name} to {short_count(p.end * run.tokens_per_step)}" for p in run.phases)
     note = f"Phases of the data, in tokens: {phases}." if len(run.phases) > 1 else ""
+    if (limits := figures.shown_losses(run)) is not None:
+        most = np.nanmax(run.values(lambda step: step.loss))
+        note += f" The first losses, of up to {most:.2f}, are above the {limits[1]:.2f} that the picture ends at."
     return for_both(partial(figures.loss, run), "loss", wide=380, narrow=330), note
 
 
 def charts(run: Run) -> Iterator[Chart]:
     """Yield the small charts, of what was measured."""
     yield from _of_the_stage(run)
-    yield _chart(run, "Learning rate", "", run.values(lambda step: step.lr), "learning rate", zero=True)
-    throughput = run.values(lambda step: step.tokens_per_second)
-    yield _chart(run, "Throughput", f"Median: {rates(run)}.", throughput, "tokens/s, all ranks", zero=True, counts=True)
+    lr, throughput = (run.values(lambda step, of=name: getattr(step, of)) for name in ("lr", "tokens_per_second"))
+    if is_known(lr):
+        yield _chart(run, "Learning rate", "", lr, "learning rate", zero=True)
+    if is_known(throughput):
+        note = f"Median: {rates(run)}."
+        yield _chart(run, "Throughput", note, throughput, "tokens/s, all ranks", zero=True, counts=True)
     mfu = run.values("mfu")
     if is_known(mfu):
         yield _chart(run, "MFU", "Of the data sheet's peak in the dtype of the matmuls.", mfu, "MFU", percent=True)

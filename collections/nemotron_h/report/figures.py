@@ -29,6 +29,22 @@ def loss_label(run: Run) -> str:
     return _LOSSES.get(run.recipe["stage"], "loss per token, nats")
 
 
+def shown_losses(run: Run) -> tuple[float, float] | None:
+    """Return the range that leaves out the first losses of a long run, which would take most of the height; None where
+    the picture has them all.
+    """
+    values = run.values(lambda step: step.loss)
+    opening = int(len(values) * _OPENING)
+    if opening < 4:
+        return None
+    validated = [loss for step, loss in run.validation.items() if step > run.steps[opening].step]
+    rest = [*values[opening:][np.isfinite(values[opening:])], *validated]
+    if not rest or np.nanmax(values) - min(rest) <= 2 * (max(rest) - min(rest)):
+        return None
+    height = max(rest) - min(rest)
+    return min(rest) - 0.05 * height, max(rest) + 0.25 * height
+
+
 @styled
 def loss(run: Run, width: int, height: int, title: str = "") -> Figure:
     """Plot training and validation loss over tokens; phases have colours and names, resumes are marked.
@@ -42,14 +58,15 @@ def loss(run: Run, width: int, height: int, title: str = "") -> Figure:
     per_step, many = run.tokens_per_step, len(run.phases) > 1
     pieces = [(p.end * per_step, SERIES[n % len(SERIES)]) for n, p in enumerate(run.phases)] if many else SERIES[0]
     plot.curve(axes, run.tokens, values, pieces, window=max(1, len(values) // 50))
-    steps = np.array(list(run.validation))
+    steps, size = np.array(list(run.validation)), 5 if len(run.validation) <= 40 else 2
     axes.plot(steps * per_step, list(run.validation.values()), color=INK, linewidth=1, alpha=0.35)
-    axes.plot(steps * per_step, list(run.validation.values()), "o", color=INK, markersize=5, zorder=3, clip_on=False)
+    axes.plot(steps * per_step, list(run.validation.values()), "o", color=INK, markersize=size, zorder=3)
     handles = [Line2D([], [], color=MUTED if many else SERIES[0], label="training")]
     if len(steps):
         handles.append(Line2D([], [], color=INK, marker="o", markersize=5, linestyle="", label="validation"))
     axes.set_xlim(0, max(run.max_steps, run.last) * per_step)
-    _limit(axes, values, list(run.validation.values()))
+    if (limits := shown_losses(run)) is not None:
+        axes.set_ylim(*limits)
     resumed = [start for start in run.starts if start]
     if resumed:
         style = {"color": MUTED, "marker": "^", "markersize": 7, "linestyle": ""}
@@ -82,18 +99,6 @@ def _bands(axes: Axes, run: Run, width: int) -> list[Patch]:
         else:
             patches.append(Patch(color=colour, label=phase.name))
     return patches
-
-
-def _limit(axes: Axes, values: np.ndarray, validation: Sequence[float]) -> None:
-    """Leave the first steps of a long run out where they would take most of the height."""
-    known = values[np.isfinite(values)]
-    opening = int(len(known) * _OPENING)
-    if opening < 4:
-        return
-    rest = [*known[opening:], *validation[1:]]
-    low, high = min(rest), max(rest)
-    if max(known) - low > 2 * (high - low):
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.25 * (high - low))
 
 
 @styled

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nemotron_h.checkpoint.definition import read_definition
-from nemotron_h.core.errors import naming
+from nemotron_h.checkpoint.folders import RECORD
+from nemotron_h.core.errors import UserError, naming
 from nemotron_h.core.files import whole_file
 from nemotron_h.core.page import render
 from nemotron_h.core.plot import save
@@ -67,7 +68,10 @@ def write(folder: Path, out: Path | None = None) -> Report:
     """
     run, out = read_run(folder), out or folder
     report = Report(out / REPORT, out / PICTURE if run.steps else None, list(sections.notes(run)))
-    text = _html(run)
+    try:
+        text = _html(run)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / RECORD} is no whole record of a run: {type(error).__name__} {error}") from error
     with naming("report"):
         out.mkdir(parents=True, exist_ok=True)
         with whole_file(report.page) as temporary:

@@ -14,6 +14,7 @@ import numpy as np
 from nemotron_h.checkpoint import folders
 from nemotron_h.core import locks
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.paired import read_events
 from nemotron_h.core.progress import STEPS, Step, read_steps
 from nemotron_h.core.text_files import read_json_object
 
@@ -134,8 +135,9 @@ def read_run(folder: Path) -> Run:
             starts = [*(start for start in starts if start < step.step - 1), step.step - 1]
         while steps and steps[-1].step >= step.step:
             steps.pop()
+        if before and step.step < before.step:
+            validation = {at: loss for at, loss in validation.items() if at < step.step}
         measured_at = _validation_step(step, before, record)
-        validation = {at: loss for at, loss in validation.items() if at <= step.step}
         if measured_at is not None:
             validation[measured_at] = step.validation_loss
         if step.time is not None:
@@ -143,6 +145,14 @@ def read_run(folder: Path) -> Run:
             seconds += step.time - (before.time if same and before.time is not None else step.began)
         steps.append(step)
         before = step
+    if not lines:  # of a version that wrote none
+        losses = read_events(folder)
+        values = {"validation_loss": math.nan, "measured": [], "tokens_per_second": math.nan, "lr": math.nan}
+        steps = [
+            Step(step=step, steps=record["max_steps"], loss=loss, seconds_left=math.nan, **values)
+            for step, loss in losses.train.items()
+        ]
+        validation = dict(losses.validation)
     if steps and (final := record["metrics"].get("val_loss")) is not None and steps[-1].step == record["max_steps"]:
         validation.setdefault(record["max_steps"], final)  # of versions that wrote no line after it
     return Run(folder, record, steps, dict(sorted(validation.items())), starts, seconds, unreadable)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -13,7 +12,7 @@ from markupsafe import Markup
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.gemms import FP8_FORMATS, fold, gemm_table
 from nemotron_h.checkpoint.definition import read_definition
-from nemotron_h.core.duration import duration
+from nemotron_h.core.duration import rough
 from nemotron_h.core.progress import STEPS
 from nemotron_h.core.sizes import short_count
 from nemotron_h.report.run import Run
@@ -42,8 +41,9 @@ def subtitle(run: Run, definition: ModelDefinition) -> str:
 
 def notes(run: Run) -> Iterator[str]:
     """Yield what a reader has to know about the data of the report."""
-    if not run.steps:
-        yield f"There is no {STEPS}: losses and rates are not known."
+    if not (run.folder / STEPS).is_file():
+        losses = "losses are those of its TensorBoard events, rates" if run.steps else "losses and rates"
+        yield f"There is no {STEPS}: {losses} are not known."
     if run.unreadable:
         lines = ", ".join(f"{number:,}" for number in run.unreadable[:5])
         more = f" and {len(run.unreadable) - 5:,} more" if len(run.unreadable) > 5 else ""
@@ -70,12 +70,12 @@ def numbers(run: Run, definition: ModelDefinition) -> Iterator[Fact]:
         yield "KL to the teacher", f"{kl:.4f}", "validation, nats" if "val_kl" in metrics else "nats"
     tokens, whole = (short_count(n * run.tokens_per_step) for n in (run.last, run.max_steps))
     yield "tokens", tokens, f"{run.last:,} steps" if run.last >= run.max_steps else f"of {whole}"
-    if steps:
+    if is_known(run.values(lambda step: step.tokens_per_second)):
         rate, _, others = rates(run).partition(" tokens/s")
         yield "tokens/s", rate, others.removeprefix(", ")
     processes = len(run.starts)
     seconds = run.seconds or run.record.get("seconds", 0)
-    yield "time", duration(seconds), f"in {processes} processes" if processes > 1 else ""
+    yield "time", rough(seconds), f"in {processes} processes" if processes > 1 else ""
     trained = f"{definition.parameters:,}"
     yield "parameters", short_count(definition.parameters), trained
     name, memory = memory_of(run)
@@ -87,12 +87,12 @@ def rates(run: Run) -> str:
     """Return the medians of tokens/s, and of TFLOP/s and MFU of each rank where they were measured."""
     measured = [f"{np.median(run.values(lambda step: step.tokens_per_second)):,.0f} tokens/s"]
     tflops, mfu = run.values("tflops_per_rank"), run.values("mfu")
-    if np.isfinite(tflops).any():
+    if is_known(tflops):
         each = " per rank" if run.record.get("layout", {}).get("world_size", 1) > 1 else ""
         median = float(np.nanmedian(tflops))
         rate = f"{median:,.3g} TFLOP/s" if median >= 1 else f"{1000 * median:,.3g} GFLOP/s"
         measured.append(rate + each)
-    if np.isfinite(mfu).any():
+    if is_known(mfu):
         measured.append(f"{np.nanmedian(mfu):.1%} MFU")
     return ", ".join(measured)
 
@@ -101,7 +101,7 @@ def memory_of(run: Run) -> tuple[str, np.ndarray | None]:
     """Return what the memory is of, and the peak so far at each step in GiB; None where it was not measured."""
     for name, title in (("max_memory_gib", "GPU memory"), ("max_resident_gib", "memory of rank 0")):
         values = run.values(name)
-        if np.isfinite(values).any():
+        if is_known(values):
             return title, values
     return "", None
 
@@ -214,4 +214,4 @@ def sources(run: Run) -> Iterator[tuple[Any, ...]]:
 
 def is_known(values: np.ndarray) -> bool:
     """Tell whether some value was measured."""
-    return bool(np.isfinite(values).any()) and not math.isnan(float(np.nanmax(values)))
+    return bool(np.isfinite(values).any())
