@@ -48,6 +48,10 @@ def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     said = stopped(small, "overflown", "gradient")
     assert "a gradient of step 6 is not finite, though its loss is (rank 0, samples 40, 41, " in said
     assert "Of 1 of " in said
+    assert (
+        "<p>a gradient of step 6 is not finite, though its loss is ("
+        in (small.run_dir("overflown") / REPORT).read_text()
+    )
     assert "first in the backward pass: decoder.layers.3.self_attention.linear_proj.weight." in said
     found = folders.finished(small.run_dir("overflown"))
     assert [folders.step_of(path) for path in found] == [4]

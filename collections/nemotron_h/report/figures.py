@@ -60,13 +60,14 @@ def loss(run: Run, width: int, height: int, title: str = "") -> Figure:
     plot.curve(axes, run.tokens, values, pieces, window=max(1, len(values) // 50))
     steps, size = np.array(list(run.validation)), 5 if len(run.validation) <= 40 else 2
     axes.plot(steps * per_step, list(run.validation.values()), color=INK, linewidth=1, alpha=0.35)
-    axes.plot(steps * per_step, list(run.validation.values()), "o", color=INK, markersize=size, zorder=3)
     handles = [Line2D([], [], color=MUTED if many else SERIES[0], label="training")]
     if len(steps):
         handles.append(Line2D([], [], color=INK, marker="o", markersize=5, linestyle="", label="validation"))
     axes.set_xlim(0, max(run.max_steps, run.last) * per_step)
     if (limits := shown_losses(run)) is not None:
         axes.set_ylim(*limits)
+    style = {"color": INK, "marker": "o", "markersize": size, "linestyle": ""}
+    axes.plot(steps * per_step, list(run.validation.values()), **style, zorder=3, clip_on=limits is not None)
     resumed = [start for start in run.starts if start]
     if resumed:
         style = {"color": MUTED, "marker": "^", "markersize": 7, "linestyle": ""}

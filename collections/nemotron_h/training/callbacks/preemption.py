@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.duration import seconds_of
-from nemotron_h.training.callbacks.run_report import RunReport
+from nemotron_h.training.callbacks import run_report
 
 #: "temporary failure, the user is invited to retry" (sysexits.h): a checkpoint is written and steps remain
 EXIT_CODE = 75
@@ -110,8 +110,7 @@ class Preemption(pl.Callback):
         for logger in trainer.loggers:
             logger.finalize("stopped")
         said = self.reason or "a signal to another rank"
-        for report in (cb for cb in trainer.callbacks if isinstance(cb, RunReport)):
-            report.draw(trainer, said)
+        run_report.stop(trainer, said)
         trainer.strategy.barrier("everything is written")  # launchers kill the others when the first rank leaves
         if trainer.is_global_zero:
             print(

@@ -14,8 +14,8 @@ from nemotron_h.training.callbacks.run_record import RunRecord
 class RunReport(pl.Callback):
     """Draw `report.html` and `loss.svg` in the run's folder, on rank 0: of a finished run, and of one that stops.
 
-    A report that cannot be drawn is a warning: it changes neither exit code nor checkpoints. Put it before what raises
-    from `on_exception`.
+    A report that cannot be drawn is a warning: it changes neither exit code nor checkpoints. A callback that ends the
+    run by itself calls `stop` first.
     """
 
     def __init__(self) -> None:
@@ -60,3 +60,10 @@ class RunReport(pl.Callback):
                 markup=False,
                 highlight=False,
             )
+
+
+def stop(trainer: pl.Trainer, reason: str) -> None:
+    """Draw the report of a run that is about to stop."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, RunReport):
+            callback.draw(trainer, reason)

@@ -125,10 +125,10 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 gradients=optim.gradients,
             ),
             callbacks=[
-                run.Config(RunReport),  # first: others raise where a run stops
                 run.Config(GemmTable),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(NanGuard),
+                run.Config(RunReport),  # before the progress line, which names it
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(collect_garbage_together),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
