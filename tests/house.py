@@ -17,7 +17,7 @@ FLOORS = (
     ("checkpoint", "model"),
     ("inference",),
     ("export", "recipe"),
-    ("evaluation", "planning"),
+    ("evaluation", "planning", "report"),
     ("training",),
     ("launch",),
     ("comparison", "compression"),
@@ -25,7 +25,7 @@ FLOORS = (
 )
 FRAMEWORKS = frozenset({"lightning", "megatron", "nemo", "nemo_run", "transformer_engine"})
 #: these know neither PyTorch nor a framework: a plan or an error in a recipe takes a second
-WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe"})
+WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe", "report"})
 #: what follows NeMo and Megatron when they move; of `data`, the modules that feed NeMo's trainer
 KNOW_FRAMEWORKS = frozenset({"model", "platform", "precision", "training", "launch"})
 

@@ -16,7 +16,8 @@ from forks import Forks
 from small_model import relative_error, small_config, small_model
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.compression import slicing
 from nemotron_h.compression.candidates import Candidates
 from nemotron_h.compression.child import Child, child_definition

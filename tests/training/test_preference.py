@@ -13,6 +13,8 @@ import pytest
 import torch
 from small_run import Small, assert_same, changes_at_resume
 
+from nemotron_h.report.run import REPORT, read_run
+
 pytestmark = pytest.mark.slow
 STEPS = 6
 
@@ -95,6 +97,11 @@ def test_it_starts_at_log_2_and_raises_the_margin(paired: Small, dpo: subprocess
     assert record["data"]["reference"]["file"] == str(cached(paired)[0])
     samples = [i for s in steps.values() for i in s["samples"]]
     assert sorted(samples) == list(range(STEPS * 8))
+    run = read_run(paired.run_dir("dpo"))
+    assert run.values("reward_margin").tolist() == margins
+    assert len(run.validated("val_reward_accuracy")[1]) == 2
+    page = (run.folder / REPORT).read_text()
+    assert all(title in page for title in ("Reward accuracy", "Reward margin", "loss per pair, nats"))
 
 
 def test_straight_equals_killed_and_resumed_with_the_cache_lost(paired: Small, dpo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,18 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
         ) from error
     counts = ModelDefinition(**{**dataclasses.asdict(model), "expect": Expect()}).counts()
     return {**values, "expect": dataclasses.asdict(counts)}
+
+
+def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
+    """Return the model that a run record describes.
+
+    Errors:
+        UserError: a value is missing, unknown or impossible.
+    """
+    try:
+        values = dict(record["model"])
+        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"])})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
+    definition.validate_structure(origin)
+    return definition

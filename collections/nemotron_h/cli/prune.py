@@ -106,7 +106,8 @@ def prune(
     The child is an ordinary checkpoint with a definition of its own (model.yaml): it is fine-tuned, generates and is
     exported as any other. It is written only if it computes what the parent computes without what was pruned.
     """
-    from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.definition import read_definition
+    from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.compression import slicing
     from nemotron_h.compression.candidates import Candidate, Candidates, whole
     from nemotron_h.compression.importance import RECORD, Importance

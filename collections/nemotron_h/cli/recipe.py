@@ -20,8 +20,7 @@ Overrides = Annotated[
 @app.command("list")
 def list_() -> None:
     """List the shipped recipes: name, parameters of the model, tokens of the run."""
-    from nemotron_h.core.units import count_of
-    from nemotron_h.data.show import short_count
+    from nemotron_h.core.units import count_of, short_count
     from nemotron_h.recipe.compose import compose, known_recipes
 
     console = Console(highlight=False, soft_wrap=True)

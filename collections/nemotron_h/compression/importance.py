@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.reader import read_definition
+from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.compression.child import check_parent
 from nemotron_h.compression.measure import Advance, measure_layers, measure_widths
 from nemotron_h.compression.unfinished import Unfinished

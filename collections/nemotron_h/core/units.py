@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from datetime import timedelta
+from fractions import Fraction
 
 from nemotron_h.core.errors import UserError
 
@@ -12,6 +13,11 @@ from nemotron_h.core.errors import UserError
 def duration(seconds: float) -> str:
     """Return hours, minutes and seconds."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def rough(seconds: float) -> str:
+    """Return hours, minutes and seconds, or days where it is more than two."""
+    return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
 
 
 def seconds_of(duration: str, where: str = "") -> int:
@@ -43,6 +49,7 @@ def gib(size: float) -> str:
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SHORT = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k"))
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]*)?)\s*([KMBT]?)", re.IGNORECASE)
 #: ours: more tokens than there is text, and less than 64 bits
 _MOST_TOKENS = 10**18
@@ -76,3 +83,11 @@ def count_of(value: str, key: str, origin: str) -> int:
         return parse_count(value)
     except ValueError as error:
         raise UserError(f"{origin}: {key}: {error}") from error
+
+
+def short_count(count: float | Fraction) -> str:
+    """Return a count in the unit that fits, with four significant digits: `14.62T`, `380B`, `983k`."""
+    for size, unit in _SHORT:
+        if count >= size * 0.99995:
+            return f"{float(count / size):.4g}{unit}"
+    return f"{float(count):.4g}"

@@ -351,6 +351,8 @@ class _Line:
         for step in steps:
             if self.bar.bar:
                 self.bar.advance(step.step - self.bar.done, f"{self.title}  {step.losses()}")
+            elif self.last and step.step == self.last.step:
+                pass  # its validation; on the next line too
             elif not self.last or step.step % max(1, self.steps // 10) == 0 or step.step == self.steps:
                 self.bar.say(f"{self.title}: {step.line()}")
             self.last = step

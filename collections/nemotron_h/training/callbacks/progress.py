@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import shlex
 import sys
 import time
@@ -25,6 +26,7 @@ from nemotron_h.core.progress import STEPS, Step
 from nemotron_h.core.units import GIB, duration
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
+from nemotron_h.report.run import REPORT
 
 #: driver's name -> `configs/gpus.yaml`. Other boards of a chip (H100 PCIe and NVL) have lower peaks and are not in it.
 DEVICES = {
@@ -151,11 +153,18 @@ class StageMetrics(pl.Callback):
         raise NotImplementedError
 
 
+#: terms of a distillation's loss, as it logs them
+TERMS = ("kl", "lm", "hidden", "val_kl", "val_lm", "val_hidden")
+#: ours: a run has so many lines in its file or more, where it has the steps
+LINES = 1000
+
+
 class ProgressLine(ProgressBar):
     """Report step, loss, validation loss, tokens/s, learning rate and ETA; rank 0 only.
 
     On a terminal the line is rewritten in place each step; elsewhere one is printed every `every_steps`. Each line that
-    stays is one of `progress.jsonl` in the run's folder too.
+    stays is one of `progress.jsonl` in the run's folder too, which has more of a short run: every step of one of
+    `LINES` steps. A validation repeats the line of its step, with what it measured.
 
     Args:
         every_steps: steps between printed lines.
@@ -165,6 +174,7 @@ class ProgressLine(ProgressBar):
         super().__init__()
         self.every_steps = every_steps
         self.losses: dict[str, list[float]] = {"loss": [], "validation loss": []}
+        self.validation_step: int | None = None
         self.step_times: deque[float] = deque(maxlen=50)
         self.disabled = False
 
@@ -183,7 +193,7 @@ class ProgressLine(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the run starts."""
-        self.started, self.first_step = time.perf_counter(), trainer.global_step
+        self.started, self.first_step, self.began = time.perf_counter(), trainer.global_step, time.time()
         if not self.disabled:
             self._console().print(self._start(trainer), highlight=False)
 
@@ -215,22 +225,30 @@ class ProgressLine(ProgressBar):
             return
         step = trainer.global_step
         due = step % self.every_steps == 0 or step == trainer.max_steps or step == self.first_step + 1
-        if not (due or self.is_terminal):
+        written = due or step % max(1, min(self.every_steps, trainer.max_steps // LINES)) == 0
+        if not (written or self.is_terminal):
             return
         report = self._report(trainer)
         if self.is_terminal:
             print("\r\033[K" + report.line(), end="\n" if due else "", flush=True)
-        else:
+        elif due:
             print(report.line(), flush=True)
-        if due:
-            with contextlib.suppress(OSError):  # a disk that is full ends a run at its checkpoint, with its reason
-                report.append(self._folder(trainer) / STEPS)
+        if written:
+            self._write(trainer, report)
+
+    def _write(self, trainer: pl.Trainer, report: Step) -> None:
+        with contextlib.suppress(OSError):  # a disk that is full ends a run at its checkpoint, with its reason
+            report.append(self._folder(trainer) / STEPS)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the validation loss, that of the untrained model too; it is shown with the next line."""
         loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None:
-            self.losses["validation loss"].append(float(loss))
+        if loss is None:
+            return
+        self.losses["validation loss"].append(float(loss))
+        self.validation_step = trainer.global_step
+        if not self.disabled and self.losses["loss"]:
+            self._write(trainer, self._report(trainer))
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:
@@ -250,7 +268,25 @@ class ProgressLine(ProgressBar):
             tokens_per_second=tokens / per_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             seconds_left=elapsed / (step - self.first_step) * (total - step),
+            validation_step=self.validation_step,
+            metrics=self._metrics(trainer),
+            time=time.time(),
+            began=self.began,
         )
+
+    @staticmethod
+    def _metrics(trainer: pl.Trainer) -> dict[str, float]:
+        """Return what was measured of the step beside its loss; memory is the peak so far, of this rank."""
+        logged = trainer.callback_metrics
+        metrics = {name: float(logged[name]) for name in ("grad_norm", *TERMS) if name in logged}
+        for callback in trainer.callbacks:
+            if isinstance(callback, StageMetrics):
+                metrics |= callback.record()
+            elif isinstance(callback, Throughput) and callback.seconds:
+                metrics |= callback.rates(callback.seconds[-1])
+        if not torch.cuda.is_available():
+            metrics["max_resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return metrics
 
     @staticmethod
     def _throughput(trainer: pl.Trainer) -> list[str]:
@@ -276,6 +312,8 @@ class ProgressLine(ProgressBar):
         table.add_row("time", duration(time.perf_counter() - self.started))
         table.add_row("checkpoint", str(trainer.checkpoint_callback.best_model_path).removesuffix(".ckpt"))
         table.add_row("record", str(run_dir / "run.json"))
+        if (run_dir / REPORT).is_file():
+            table.add_row("report", str(run_dir / REPORT))
         table.add_row("resume or extend", " ".join(["nemo", *map(shlex.quote, sys.argv[1:])]))
         if trainer.loggers:
             table.add_row("look at it", f"tensorboard --logdir {shlex.quote(str(run_dir))}")

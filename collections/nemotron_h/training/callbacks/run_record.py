@@ -21,10 +21,11 @@ import torch
 from nemotron_h.checkpoint.adapters import describe_base
 from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.files import whole_file, write_json
+from nemotron_h.platform import hardware
 from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import command_of
 from nemotron_h.training import settings
-from nemotron_h.training.callbacks.progress import StageMetrics, Throughput
+from nemotron_h.training.callbacks.progress import TERMS, StageMetrics, Throughput
 
 VERSIONED = (
     "nemotron-h-recipes",
@@ -38,8 +39,8 @@ VERSIONED = (
     "causal-conv1d",
 )
 RECIPE = "recipe.yaml"
-#: the last values that a record keeps; the terms of a loss are those of a distillation
-METRICS = ("reduced_train_loss", "val_loss", "kl", "lm", "hidden", "val_kl", "val_lm", "val_hidden")
+#: the last values that a record keeps
+METRICS = ("reduced_train_loss", "val_loss", *TERMS)
 
 
 def versions() -> dict[str, str]:
@@ -106,6 +107,7 @@ class RunRecord(pl.Callback):
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
             "versions": versions(),
+            "hardware": hardware.describe(),
             "git": git_state(Path(__file__).parent),
             "recipe": plain(self.recipe),
         }
@@ -129,15 +131,20 @@ class RunRecord(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record of the finished run."""
         if trainer.is_global_zero:
-            self.write(trainer, self.path(trainer))
+            complete = trainer.global_step >= trainer.max_steps
+            self.write(trainer, self.path(trainer), "finished" if complete else "trainer.max_time")
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
         """Return `<run>/run.json`."""
         return Path(trainer.checkpoint_callback.dirpath).parent / "run.json"
 
-    def write(self, trainer: pl.Trainer, path: Path) -> None:
-        """Write the record as it is now."""
+    def write(self, trainer: pl.Trainer, path: Path, ended: str | None = None) -> None:
+        """Write the record as it is now.
+
+        Args:
+            ended: `finished`, or why the process stops before; None while it trains, and beside checkpoints.
+        """
         strategy, data, config = trainer.strategy, trainer.datamodule, trainer.lightning_module.config
         metrics = {
             key: float(value)
@@ -152,6 +159,7 @@ class RunRecord(pl.Callback):
             "changes": self.changes,
             "step": trainer.global_step,
             "max_steps": trainer.max_steps,
+            "ended": ended,
             "seconds": round(time.time() - self.started, 1),
             "layout": {
                 "world_size": trainer.world_size,

@@ -28,6 +28,7 @@ from nemotron_h.training.callbacks.nan_guard import NanGuard
 from nemotron_h.training.callbacks.preemption import Preemption
 from nemotron_h.training.callbacks.progress import ProgressLine, Throughput
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
+from nemotron_h.training.callbacks.run_report import RunReport
 from nemotron_h.training.optimizer import scheduled_adamw
 from nemotron_h.training.preflight import RunFolder
 from nemotron_h.training.resume import ResumeRun
@@ -133,6 +134,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 *([run.Config(GemmTable)] if recipe.precision in FP8_FORMATS else []),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(NanGuard),
+                run.Config(RunReport),  # before the progress line, which names it
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(collect_garbage_together),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
