@@ -20,11 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## fetch real text, pretrain nemotron_h_tiny on the CPU, print a continuation
+demo: $(STAMP) ## fetch real text, pretrain nemotron_h_tiny on the CPU, print a continuation, draw its report
 	@$(BIN)/nemotron-h doctor
 	@$(BIN)/nemotron-h data prepare --blend sample_small
 	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes
 	@$(BIN)/nemotron-h generate runs/nemotron_h_tiny "The capital of" --max-tokens 60
+	@echo "report: runs/nemotron_h_tiny/report.html, its loss by phase alone: runs/nemotron_h_tiny/loss.svg"
 
 # Two ranks of one thread each: on two cores they are faster than one rank of two threads (docs/performance.md).
 demo-compress: export CUDA_VISIBLE_DEVICES :=

@@ -34,9 +34,8 @@ from nemotron_h.core import strict, strict_yaml
 from nemotron_h.core.errors import UserError, report
 from nemotron_h.core.files import whole_file
 from nemotron_h.core.progress import STEPS
-from nemotron_h.core.sizes import GIB
-from nemotron_h.recipe.compose import compose, factory_of, locate, stage_of
-from nemotron_h.recipe.text import to_yaml
+from nemotron_h.core.units import GIB
+from nemotron_h.recipe.compose import compose, factory_of, locate, stage_of, to_yaml
 from nemotron_h.schema.recipe import STAGES, command_of
 
 SAVED = 75  # exit code of a run that was told to leave and has written its checkpoint

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nemotron_h.checkpoint.reader import WeightFile, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import WeightFile, read_record
 
 PADDED = ("embedding.word_embeddings.weight", "output_layer.weight")
 

@@ -17,7 +17,7 @@ FLOORS = (
     ("checkpoint", "model"),
     ("inference",),
     ("export", "recipe"),
-    ("evaluation", "planning"),
+    ("evaluation", "planning", "report"),
     ("training",),
     ("launch",),
     ("comparison", "compression"),
@@ -25,7 +25,7 @@ FLOORS = (
 )
 FRAMEWORKS = frozenset({"lightning", "megatron", "nemo", "nemo_run", "transformer_engine"})
 #: these know neither PyTorch nor a framework: a plan or an error in a recipe takes a second
-WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe"})
+WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe", "report"})
 #: what follows NeMo and Megatron when they move; of `data`, the modules that feed NeMo's trainer
 KNOW_FRAMEWORKS = frozenset({"model", "platform", "precision", "training", "launch"})
 
@@ -59,3 +59,21 @@ def edges() -> dict[tuple[str, str], set[str]]:
                 pair = (room(module), room(name.removeprefix("nemotron_h.")))
                 found.setdefault(pair, set()).add(module)
     return found
+
+
+def loads(module: str) -> set[str]:
+    """Return a module and those that its import loads, whatever functions import later."""
+    files, loaded, left = modules(), set(), {module}
+    while left:
+        name = left.pop()
+        loaded.add(name)
+        tree = ast.parse(files[name].read_text())
+        names = {
+            f"{node.module}.{alias.name}" if each else node.module
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+            for each in (False, True)
+        }
+        left |= {name.removeprefix("nemotron_h.") for name in names}.intersection(files) - loaded
+    return loaded

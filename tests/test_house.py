@@ -7,6 +7,7 @@ import re
 import runpy
 
 import house
+import pytest
 
 from nemotron_h.architecture.blocks.registry import KINDS
 
@@ -64,6 +65,30 @@ def test_kinds_are_compared_in_the_block_folders_alone() -> None:
 
 #: what looks like a letter of a pattern and is something else
 OTHER_MEANINGS = ["cli.generate: file == '-'"]
+
+
+#: stage -> its builder, and where the modules are that are this stage's own
+STAGES = {
+    "pretrain": ("training.stages.pretrain", ()),
+    "sft": ("training.stages.sft", ("training.stages.sft", "data.feed.sft_module", "recipe.stages.sft")),
+    "preference": (
+        "training.stages.preference.stage",
+        ("training.stages.preference", "training.callbacks.preference", "data.feed.preference", "recipe.stages.pref"),
+    ),
+    "distill": ("training.stages.distillation.stage", ("training.stages.distillation", "recipe.stages.distill")),
+}
+#: preferences are learnt of conversations, as sft learns them
+BUILT_ON = {"preference": {"sft"}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_loads_none_of_the_others(stage: str) -> None:
+    """Through `nemo`, too, which knows `llm distill` by its function alone."""
+    loaded = house.loads(STAGES[stage][0]) | house.loads("launch.factories")
+    assert len(loaded) > 50
+    others = {other: own for other, (_, own) in STAGES.items() if other != stage}
+    for other in others.keys() - BUILT_ON.get(stage, set()):
+        assert {m for m in loaded if m.startswith(others[other])} <= {"training.stages.distillation.command"}, other
 
 
 def test_files_are_short() -> None:

@@ -152,7 +152,7 @@ def test_every_bad_number_of_a_built_task_is_named(app, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "fuzz"))
     from bad_inputs import task_settings
 
-    task = factories.BUILDERS["pretrain"][1](factories.compose("nemotron_h_tiny/pretrain"))
+    task = factories.build(factories.compose("nemotron_h_tiny/pretrain"))
     keys = [key for key in ranges(RecipeConfig) if hasattr(getattr(task, key.split(".")[0], None), key.split(".")[-1])]
     assert {"optim.clip_grad", "optim.beta2", "data.seed", "data.seq_length"} <= set(keys)
     rng = random.Random(2026)
@@ -169,7 +169,7 @@ def test_overrides_reach_the_objects() -> None:
 
     from nemotron_h.launch import factories
 
-    task = factories.BUILDERS["pretrain"][1](factories.compose("nemotron_h_tiny/pretrain"))
+    task = factories.build(factories.compose("nemotron_h_tiny/pretrain"))
     assert isinstance(task, run.Partial)
     parse_cli_args(
         llm.pretrain,
@@ -286,7 +286,7 @@ BY_THEMSELVES += ("sources.", "optim.decay_tokens", "checkpoint.leave_after", "p
 
 
 def test_one_table_has_the_graph_s_name_of_every_value(app) -> None:
-    from nemotron_h.launch.factories import BUILDERS
+    from nemotron_h.launch.factories import build
     from nemotron_h.recipe.compose import compose
     from nemotron_h.recipe.overrides import recipe_keys
     from nemotron_h.schema.nemo_names import DERIVED, SAME
@@ -295,7 +295,7 @@ def test_one_table_has_the_graph_s_name_of_every_value(app) -> None:
     left = {key for key in recipe_keys() if not key.startswith(BY_THEMSELVES)}
     for name, values in DIFFERENT.items():
         recipe = compose(name, values)
-        task = BUILDERS[recipe.stage][1](recipe)
+        task = build(recipe)
         for graph, key in [*SAME.items(), *((key, key) for key in sorted(left))]:
             part, _, field = key.rpartition(".")
             holder = getattr(recipe, part) if part else recipe

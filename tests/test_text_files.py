@@ -3,7 +3,7 @@
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import check_unicode, decode, parse_json, read_json, read_text
+from nemotron_h.core.files import check_unicode, decode, parse_json, read_json, read_text
 
 MARK = b"\xef\xbb\xbf"
 

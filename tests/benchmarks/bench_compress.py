@@ -91,7 +91,7 @@ def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
 
     winner = made.read("select", WINNER)
     candidate = candidate_of(winner["candidate"])
-    scores, folder, found = made.importance.scores(made.part.aggregation), made.folder / "controls", {}
+    scores, folder, found = made.importance.scores(), made.folder / "controls", {}
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         drawn = child_of(made.definition, scores.shuffle(seed), candidate)

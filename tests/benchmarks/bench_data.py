@@ -213,7 +213,7 @@ def megatron_dataset(prefixes: dict[str, str], samples: int, cache: str):
 def our_dataset(prefixes: dict[str, str], samples: int):
     """The windows that the data module reads over the same files."""
     from nemotron_h.data.feed.datamodule import WindowDataset
-    from nemotron_h.data.feed.windows import TokenStream
+    from nemotron_h.data.indexed import TokenStream
 
     streams = {name: TokenStream(prefix, VOCABULARY) for name, prefix in prefixes.items()}
     tokens = {name: stream.tokens for name, stream in streams.items()}

@@ -69,8 +69,8 @@ def build(side: str, device: str) -> tuple[Any, Any, int]:
 
     student, teacher = model("M*-", 1), model("M-*-", 2)
     teacher.eval().requires_grad_(False)
-    draw = torch.Generator().manual_seed(0)
-    text = torch.randint(VOCABULARY, (1, tokens + 1), generator=draw).to(device)
+    rng = torch.Generator().manual_seed(0)
+    text = torch.randint(VOCABULARY, (1, tokens + 1), generator=rng).to(device)
     weights = torch.ones(tokens, device=device)
 
     def step() -> float:

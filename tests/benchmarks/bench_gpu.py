@@ -105,7 +105,7 @@ def peaks() -> dict[str, float]:
     import torch
 
     from nemotron_h.planning.gpus import gpu
-    from nemotron_h.training.callbacks.throughput import gpu_of
+    from nemotron_h.training.callbacks.progress import gpu_of
 
     sheet = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else gpu("h100")
     if sheet is None:
@@ -177,23 +177,23 @@ def scan(report: Report, args: argparse.Namespace) -> None:
         report.add("scan", left_out="there are no kernels here")
         return
     shape = shape_of(args.small)
-    w, draw = shape.widths, torch.Generator("cuda").manual_seed(0)
+    w, rng = shape.widths, torch.Generator("cuda").manual_seed(0)
     heads, groups = w["mamba_num_heads"], w["mamba_num_groups"]
     inner, states = heads * w["mamba_head_dim"], 2 * groups * w["mamba_state_dim"]
 
     def normal(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.randn(*size, device="cuda", generator=draw, dtype=dtype).requires_grad_()
+        return torch.randn(*size, device="cuda", generator=rng, dtype=dtype).requires_grad_()
 
     inputs = [
         normal(1, shape.seq_length, 2 * inner + states + heads),
         normal(inner + states, 4),
         normal(inner + states),
         normal(heads, dtype=torch.float32),
-        (-1 - torch.rand(heads, device="cuda", generator=draw)).requires_grad_(),
+        (-1 - torch.rand(heads, device="cuda", generator=rng)).requires_grad_(),
         normal(heads, dtype=torch.float32),
         normal(inner),
     ]
-    upstream = torch.randn(1, shape.seq_length, inner, device="cuda", generator=draw, dtype=torch.bfloat16)
+    upstream = torch.randn(1, shape.seq_length, inner, device="cuda", generator=rng, dtype=torch.bfloat16)
     results: dict[int, list[torch.Tensor]] = {}
     for chunk in CHUNKS:
         times: dict[str, list[float]] = {"forward": [], "backward": []}

@@ -42,12 +42,12 @@ def gated_norm_backward(shape: Shape) -> Iterator[dict[str, Any]]:
 
     mamba_ssm_fixes.install()
     ours = layernorm_gated._layer_norm_bwd
-    w, draw = shape.widths, torch.Generator("cuda").manual_seed(0)
+    w, rng = shape.widths, torch.Generator("cuda").manual_seed(0)
     groups, inner = w["mamba_num_groups"], w["mamba_num_heads"] * w["mamba_head_dim"]
     projected = 2 * inner + 2 * groups * w["mamba_state_dim"] + w["mamba_num_heads"]
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, device="cuda", generator=draw).bfloat16()
+        return torch.randn(*size, device="cuda", generator=rng).bfloat16()
 
     rows = shape.seq_length
     z, x, dy, weight = normal(rows, projected)[:, :inner], normal(rows, inner), normal(rows, inner), normal(inner)
@@ -77,11 +77,11 @@ def embedding_gradient(shape: Shape) -> Iterator[dict[str, Any]]:
     from nemotron_h.ops.embedding import lookup
 
     device = "cuda" if ON_GPU else "cpu"
-    draw, hidden = torch.Generator(device).manual_seed(0), shape.widths["hidden_size"]
-    text = torch.rand(1, shape.seq_length, device=device, generator=draw) ** 3 * shape.vocab_size
-    frequent = torch.rand(1, shape.seq_length, device=device, generator=draw) < FREQUENT
+    rng, hidden = torch.Generator(device).manual_seed(0), shape.widths["hidden_size"]
+    text = torch.rand(1, shape.seq_length, device=device, generator=rng) ** 3 * shape.vocab_size
+    frequent = torch.rand(1, shape.seq_length, device=device, generator=rng) < FREQUENT
     ids = text.long().masked_fill(frequent, 7)
-    upstream = torch.randn(1, shape.seq_length, hidden, device=device, generator=draw).bfloat16()
+    upstream = torch.randn(1, shape.seq_length, hidden, device=device, generator=rng).bfloat16()
     table = torch.randn(shape.vocab_size, hidden, device=device, dtype=torch.bfloat16)
     dense, rows = table.clone().requires_grad_(), table.clone().requires_grad_()
     rows.main_grad = torch.zeros(table.shape, device=device)

@@ -118,10 +118,10 @@ def start(layout: Layout = ONE, seed: int = 1) -> None:
 def batches(vocab_size: int, length: int) -> Iterator[torch.Tensor]:
     """Random tokens, int64 [1, length + 1]; every side, rank and layout draws its own from the same stream."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     index = 0
     while True:
-        tokens = torch.randint(vocab_size, (1, length + 1), generator=draw)
+        tokens = torch.randint(vocab_size, (1, length + 1), generator=rng)
         if index % size == rank:
             yield tokens.cuda() if ON_GPU else tokens
         index += 1

@@ -15,14 +15,14 @@ from nemotron_h.model.blocks.mamba import MambaWeights
 def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, seed: int = 0) -> GenerationModel:
     """Matrices with standard deviation 1 / sqrt(inputs), norms between 0.5 and 1.5, decays from short to long."""
     d = definition
-    draw = torch.Generator(device=device).manual_seed(seed)
+    rng = torch.Generator(device=device).manual_seed(seed)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
 
     def matrix(outputs: int, inputs: int) -> Tensor:
-        return torch.empty(outputs, inputs, dtype=dtype, device=device).normal_(0, inputs**-0.5, generator=draw)
+        return torch.empty(outputs, inputs, dtype=dtype, device=device).normal_(0, inputs**-0.5, generator=rng)
 
     def vector(size: int, low: float, high: float, kind: torch.dtype = dtype) -> Tensor:
-        return torch.empty(size, dtype=torch.float32, device=device).uniform_(low, high, generator=draw).to(kind)
+        return torch.empty(size, dtype=torch.float32, device=device).uniform_(low, high, generator=rng).to(kind)
 
     def norm(size: int = d.hidden_size) -> Tensor:
         return vector(size, 0.5, 1.5)
@@ -49,7 +49,7 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
             )
         return FFNWeights(norm(), matrix(d.ffn_hidden_size, d.hidden_size), matrix(d.hidden_size, d.ffn_hidden_size))
 
-    embedding = torch.empty(d.vocab_size, d.hidden_size, dtype=dtype, device=device).normal_(generator=draw)
+    embedding = torch.empty(d.vocab_size, d.hidden_size, dtype=dtype, device=device).normal_(generator=rng)
     layers = [layer(symbol) for symbol in d.pattern]
     for weights in layers:
         lay_out(weights)

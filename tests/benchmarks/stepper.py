@@ -74,8 +74,8 @@ def serve_generation(answers: Answers, run: Callable[..., list[list[int]]], voca
     answers.send(ready=True)
     for order in sys.stdin:
         asked = json.loads(order)
-        draw = random.Random(0)
-        prompts = [[draw.randrange(vocab_size) for _ in range(asked["prompt"])] for _ in range(asked["batch"])]
+        rng = random.Random(0)
+        prompts = [[rng.randrange(vocab_size) for _ in range(asked["prompt"])] for _ in range(asked["batch"])]
         marks: list[tuple[float, float]] = []
 
         def mark(marks: list[tuple[float, float]] = marks) -> None:

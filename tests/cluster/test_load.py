@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.core.duration import seconds_of
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import seconds_of
 from nemotron_h.launch.load import load, shipped_dir
 from nemotron_h.schema.cluster import KINDS, KubernetesCluster, SlurmCluster
 

@@ -98,15 +98,15 @@ adapter:
 
 def write_texts(folder: Path) -> None:
     """Write the texts, the blends and the recipes."""
-    draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 5))) for _ in range(40)]
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 5))) for _ in range(40)]
 
     def said(shortest: int, longest: int) -> str:
-        return " ".join(draw.choices(words, k=draw.randint(shortest, longest)))
+        return " ".join(rng.choices(words, k=rng.randint(shortest, longest)))
 
     texts = [{"text": said(5, 30)} for _ in range(40)]
     talks = [
-        {"messages": [{"role": role, "content": said(1, 6)} for role in ("user", "assistant") * draw.randint(1, 2)]}
+        {"messages": [{"role": role, "content": said(1, 6)} for role in ("user", "assistant") * rng.randint(1, 2)]}
         for _ in range(40)
     ]
     for name, lines in (("words", texts), ("talk", talks)):

@@ -20,7 +20,7 @@ from nemotron_h.compression.child import child_definition
 from nemotron_h.compression.importance import Scores
 from nemotron_h.compression.selection import child_of
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import BYTES
+from nemotron_h.core.units import BYTES
 from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose, configs_dir

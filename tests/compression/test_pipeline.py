@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import PROGRAM, Browser
 from tiny_pipeline import SHARED, Tiny
 from typer.testing import CliRunner, Result
 
-from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.cli.main import app
 from nemotron_h.inference.model import load_model
 
@@ -67,9 +69,21 @@ def test_the_result_is_of_text_that_no_choice_has_seen(compressed: tuple[Tiny, R
     recovered = (loss["pruned"] - loss["child"]) / (loss["pruned"] - loss["parent"])
     assert result["recovered"] == pytest.approx(recovered)
     page = (tiny.root / "export" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 4
+    assert page.count("<svg ") >= 8, "four pictures or more, for a wide screen and for a phone"
     assert f"{recovered:.1%}" in page
     assert "no choice has seen" in page
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_shows_the_report(compressed: tuple[Tiny, Result]) -> None:
+    browser = Browser()
+    try:
+        for width in (390, 1280):
+            look = browser.look(compressed[0].root / "export" / "report.html", width, "dark")
+            assert look.messages == []
+            assert look.width <= width
+    finally:
+        browser.close()
 
 
 def test_the_child_is_exported_and_comes_back(compressed: tuple[Tiny, Result], tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from forks import Forks
 from small_model import relative_error, small_config, small_model
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.compression import slicing
 from nemotron_h.compression.candidates import Candidates
 from nemotron_h.compression.child import Child, child_definition
@@ -29,10 +30,10 @@ AXES = ("layers", "hidden", "neurons", "heads", "channels", "all")
 
 def draw_child(d: ModelDefinition, axis: str, seed: int = 0) -> Child:
     """A child of random layers and channels along one axis, or all of them."""
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
 
     def some(size: int, keep: float = 0.6) -> np.ndarray:
-        return np.sort(draw.choice(size, max(1, int(size * keep)), replace=False))
+        return np.sort(rng.choice(size, max(1, int(size * keep)), replace=False))
 
     def on(name: str) -> bool:
         return axis in (name, "all")

@@ -91,10 +91,10 @@ def composed(recipe_file: Path, overrides: tuple[str, ...]):
     return compose(str(recipe_file), overrides)
 
 
-def words(draw: random.Random, letters: str, documents: int) -> list[str]:
+def words(rng: random.Random, letters: str, documents: int) -> list[str]:
     """Documents of made-up words."""
-    known = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(40)]
-    return [" ".join(draw.choices(known, k=draw.randint(5, 60))) for _ in range(documents)]
+    known = ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(40)]
+    return [" ".join(rng.choices(known, k=rng.randint(5, 60))) for _ in range(documents)]
 
 
 @dataclass
@@ -166,9 +166,9 @@ def prepared(folder: Path, name: str) -> None:
 
 def write(folder: Path, forks: Forks) -> Tiny:
     """Prepare the text, write the recipes and train the parent."""
-    draw = random.Random(1)
+    rng = random.Random(1)
     for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
-        lines = [json.dumps({"text": text}) + "\n" for text in words(draw, letters, 200)]
+        lines = [json.dumps({"text": text}) + "\n" for text in words(rng, letters, 200)]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     (folder / "words.yaml").write_text(BLEND)
     prepared(folder, "words")

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.blend import load_blend, parse_count
+from nemotron_h.core.units import parse_count
+from nemotron_h.data.blend import load_blend
 from nemotron_h.data.blend_files import available_blends
 
 

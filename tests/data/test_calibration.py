@@ -11,7 +11,7 @@ from local_corpus import Corpus
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.calibration import calibration_windows, text_record
-from nemotron_h.data.feed.windows import TokenStream
+from nemotron_h.data.indexed import TokenStream
 from nemotron_h.data.manifest import Manifest, load_manifest
 from nemotron_h.data.prepare.pipeline import prepare
 

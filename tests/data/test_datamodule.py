@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule, BlendDataSampler
 from nemotron_h.data.feed.phase_plan import DataOrder, DataPlan, PlannedPhase, PlannedSource
-from nemotron_h.data.feed.windows import TokenStream, document_numbers
+from nemotron_h.data.indexed import TokenStream, document_numbers
 from nemotron_h.data.manifest import Manifest, SourceManifest, SplitManifest, TokenizerManifest
 from nemotron_h.data.tokenizer import train_bpe
 

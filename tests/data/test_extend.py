@@ -27,9 +27,9 @@ NEW = re.compile(
 
 def conversation(number: int) -> Conversation:
     """One or two exchanges about one of six topics, whose words no other topic has."""
-    draw = np.random.default_rng(number)
+    rng = np.random.default_rng(number)
     topic = WORDS[number % len(WORDS)].lower()
-    said = [" ".join(f"{topic}{draw.choice(list('abcdefgh'))}" for _ in range(draw.integers(3, 25))) for _ in range(4)]
+    said = [" ".join(f"{topic}{rng.choice(list('abcdefgh'))}" for _ in range(rng.integers(3, 25))) for _ in range(4)]
     turns = [
         Turn("user", f"{number}: {said[0]}?"),
         Turn("assistant", f"{number} is {said[1]}.", trained=number % 9 != 3),
@@ -107,12 +107,12 @@ def test_related_conversations_are_found_and_spread(template, parts) -> None:
     assert related > 0.4
     assert plain < 0.35
 
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     one = (Turn("user", "x"), Turn("assistant", "y"))
     spread, others = [Part(one, n) for n in range(4)], [Part(one, 100 + n) for n in range(40)]
     seen = []
     for _ in range(20):
-        order = [part.tokens for part in spread_out(spread, others, draw)]
+        order = [part.tokens for part in spread_out(spread, others, rng)]
         assert [t for t in order if t >= 100] == [p.tokens for p in others]
         at = [order.index(n) for n in range(4)]
         assert at == sorted(at)
@@ -123,10 +123,10 @@ def test_related_conversations_are_found_and_spread(template, parts) -> None:
 
 def test_a_turn_that_cannot_be_told_apart_is_not_referred_to() -> None:
     same = [(Turn("user", "Why?"), Turn("assistant", "Because."))] * 3
-    draw = np.random.default_rng(0)
-    assert all(reference_to(same, draw) is None for _ in range(10))
+    rng = np.random.default_rng(0)
+    assert all(reference_to(same, rng) is None for _ in range(10))
     unlearnt = [(Turn("user", "Why?"), Turn("assistant", "Because.", trained=False))]
-    assert all(reference_to(unlearnt, draw) is None for _ in range(10))
+    assert all(reference_to(unlearnt, rng) is None for _ in range(10))
 
 
 def test_a_system_message_begins_the_first_turn() -> None:

@@ -12,7 +12,6 @@ import torch
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
 from nemotron_h.data import indexed
-from nemotron_h.data.feed import windows
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
@@ -69,9 +68,9 @@ def test_a_stream_reads_what_lies_there_and_tells_what_does_not(tmp_path, monkey
     ids = rng.integers(0, 300, lengths.sum()).astype(dtype)
     ids.tofile(tmp_path / "a.bin")
     indexed.write_index(tmp_path / "a.idx", lengths, np.dtype(dtype))
-    stream = pickle.loads(pickle.dumps(windows.TokenStream(str(tmp_path / "a"), 300)))
+    stream = pickle.loads(pickle.dumps(indexed.TokenStream(str(tmp_path / "a"), 300)))
     begins = np.cumsum(lengths) - lengths
-    monkeypatch.setattr(windows, "_BLOCK", 7)
+    monkeypatch.setattr(indexed, "_BLOCK", 7)
     for start, count in ((0, 10), (4000, 100), (len(ids) - 20, 50), (3, 2 * len(ids))):
         places = np.arange(start, start + count) % len(ids)
         assert np.array_equal(stream.read(start, count), ids[places])

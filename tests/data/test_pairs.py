@@ -183,8 +183,8 @@ SIZES = {"seq_length": SEQ, "global_batch_size": BATCH, "too_long": "drop"}
 
 
 def record(number: int) -> dict:
-    draw = np.random.default_rng(number)
-    said = ["".join(draw.choice(list("abcdefgh"), int(draw.integers(3, 40)))) for _ in range(3)]
+    rng = np.random.default_rng(number)
+    said = ["".join(rng.choice(list("abcdefgh"), int(rng.integers(3, 40)))) for _ in range(3)]
     made = dict(zip(("prompt", "chosen", "rejected"), said, strict=True))
     return made if number % 10 == 3 else {**made, "chosen_reward": number / 8, "rejected_reward": -1.0}
 

@@ -34,9 +34,9 @@ phases:
 
 def records() -> list[dict]:
     """Conversations of 30 to some 80 tokens, and two whose prompts alone fill a window."""
-    draw = np.random.default_rng(0)
-    said = ["".join(draw.choice(list("abcdefgh"), draw.integers(2, 12))) for _ in range(300)]
-    short = [{"prompt": said[n], "response": said[n] * int(draw.integers(1, 6))} for n in range(200)]
+    rng = np.random.default_rng(0)
+    said = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 12))) for _ in range(300)]
+    short = [{"prompt": said[n], "response": said[n] * int(rng.integers(1, 6))} for n in range(200)]
     return [*short, {"prompt": "ab" * SEQ, "response": "yes"}, {"prompt": "cd" * SEQ, "response": "no"}]
 
 

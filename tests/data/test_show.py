@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import short_count
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.show import overview, short_count
+from nemotron_h.data.show import overview
 
 STEP = 8192 * 768  # paper 2.4: tokens of a step
 
@@ -126,7 +127,7 @@ def test_it_imports_neither_torch_nor_nemo() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "text"),
-    [(15 * 10**12, "15T"), (14_620 * 10**9, "14.62T"), (999_999, "1M"), (983_040, "983K"), (12, "12")],
+    [(15 * 10**12, "15T"), (14_620 * 10**9, "14.62T"), (999_999, "1M"), (983_040, "983k"), (12, "12")],
 )
 def test_short_count(tokens: int, text: str) -> None:
     assert short_count(tokens) == text

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.feed.validation import ValidationText
-from nemotron_h.data.feed.windows import TokenStream
-from nemotron_h.data.indexed import write_index
+from nemotron_h.data.feed.sampler import ValidationText
+from nemotron_h.data.indexed import TokenStream, write_index
 
 LENGTHS = {"web": 1001, "code": 100, "tiny": 31}  # tokens; tiny has less than two windows
 SEQ = 16

@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.feed.windows import TokenStream
-from nemotron_h.data.indexed import read_lengths
+from nemotron_h.data.indexed import TokenStream, read_lengths
 from nemotron_h.data.manifest import Manifest, load_manifest
 from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.tokenizer import load_tokenizer, write_meta
@@ -111,13 +110,13 @@ def test_categories_against_the_uncached_forward(run: Path, manifest: Manifest) 
 @pytest.fixture(scope="module")
 def talk(corpus: Corpus) -> Path:
     """A blend of conversations with the corpus's tokenizer, prepared: some have several answers, some are too long."""
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     words = (corpus.folder / "wiki.txt").read_text().split()[:300]
     lines = []
     for number in range(60):
-        turns = [(role, draw.integers(1, 6)) for role in ("user", "assistant") * (1 + number % 2)]
+        turns = [(role, rng.integers(1, 6)) for role in ("user", "assistant") * (1 + number % 2)]
         turns = [(role, 40 if number % 10 == 9 and role == "assistant" else size) for role, size in turns]
-        content = [{"role": role, "content": " ".join(draw.choice(words, size))} for role, size in turns]
+        content = [{"role": role, "content": " ".join(rng.choice(words, size))} for role, size in turns]
         lines.append(json.dumps({"messages": content}) + "\n")
     (corpus.folder / "talk.jsonl").write_text("".join(lines), encoding="utf-8")
     blend = {

@@ -13,7 +13,7 @@ from nemotron_h.data.tokenizer import train_bpe
 def train_small(folder: Path, size: int = VOCABULARY, seed: int = 0) -> Path:
     """Write a tokenizer of random words, with the chat tokens; another seed gives other tokens."""
     folder.mkdir(exist_ok=True)
-    draw = random.Random(seed)
-    words = ["".join(draw.choices("abcdefghöß日本🙂", k=4)) for _ in range(50)]
-    train_bpe([" ".join(draw.choices(words, k=500))], size, folder)
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghöß日本🙂", k=4)) for _ in range(50)]
+    train_bpe([" ".join(rng.choices(words, k=500))], size, folder)
     return folder

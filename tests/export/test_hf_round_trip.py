@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from save_checkpoint import save
 from small_model import VOCABULARY, pure_config, small_config, small_model, tokens
 
+from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.names import weights
-from nemotron_h.checkpoint.reader import WeightFile, read_definition, read_record
+from nemotron_h.checkpoint.reader import WeightFile, read_record
 from nemotron_h.export import gguf_writer, hf_reader, hf_writer
 from nemotron_h.inference.model import load_model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted_model import KINDS, adapted_config, adapted_model, draw_adapters
+from adapted_model import KINDS, adapted_config, adapted_model, randomize_adapters
 from save_checkpoint import finish, save
 from small_model import relative_error, tokens
 from test_hf_round_trip import export, read_all, theirs
@@ -45,7 +45,7 @@ def pair(request: pytest.FixtureRequest, megatron: None, tmp_path_factory: pytes
     """An adapted model at scale 1, and the checkpoints of its base and its adapters."""
     folder = tmp_path_factory.mktemp(request.param)
     model, base = adapted_model(adapted_config(request.param, targets=TARGETS))
-    draw_adapters(model)
+    randomize_adapters(model)
     base_checkpoint = save(base, folder / "base")
     return model, base_checkpoint, save_adapter(model, folder / "adapter", base_checkpoint)
 

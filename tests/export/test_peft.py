@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted_model import ALL, KINDS, adapted_config, adapted_model, draw_adapters
+from adapted_model import ALL, KINDS, adapted_config, adapted_model, randomize_adapters
 from export_command import invoke
 from safetensors.torch import load_file, save_file
 from save_checkpoint import save
@@ -31,7 +31,7 @@ class Adapted:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
         self.model, base = adapted_model(adapted_config(kind, dropout=0.1))
-        draw_adapters(self.model)
+        randomize_adapters(self.model)
         self.model.eval()
         self.base = save(base, folder / "base")
         self.checkpoint = save_adapter(self.model, folder / "adapter", self.base)

@@ -71,8 +71,8 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_prefill_and_graphed_steps_are_the_full_forward() -> None:
     lengths, steps = [700, 333, 332, 20], 24
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(512, (len(lengths), max(lengths) + steps), generator=draw)
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randint(512, (len(lengths), max(lengths) + steps), generator=rng)
     prompts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
     for pattern in ("M-M*-M-", "*-*-"):
         for dtype, tolerance in TOLERANCE.items():
@@ -99,8 +99,8 @@ def test_prefill_and_graphed_steps_are_the_full_forward() -> None:
 
 def test_graph_changes_no_token() -> None:
     model = random_model(definition("M-M*-M-"), torch.bfloat16, "cuda")
-    draw = torch.Generator().manual_seed(2)
-    prompts = [torch.randint(512, (length,), generator=draw).tolist() for length in (300, 40, 7)]
+    rng = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(512, (length,), generator=rng).tolist() for length in (300, 40, 7)]
     sampling = Sampling(temperature=0.8, top_p=0.9, seed=3)
     runs = [generate(model, prompts, max_tokens=40, sampling=sampling, graph=graph) for graph in (None, False)]
     assert runs[0] == runs[1]
@@ -109,10 +109,10 @@ def test_graph_changes_no_token() -> None:
 def test_attention_kernel_reads_only_what_was_written() -> None:
     from nemotron_h.ops import attention, attention_kernel
 
-    draw = torch.Generator(device="cuda").manual_seed(0)
+    rng = torch.Generator(device="cuda").manual_seed(0)
     lengths = torch.tensor([1, 64, 1000, 4097], device="cuda")
-    q = torch.randn(4, 8, 4, 128, device="cuda", generator=draw, dtype=torch.bfloat16)
-    keys, values = (torch.randn(4, 8, 5000, 128, device="cuda", generator=draw, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(4, 8, 4, 128, device="cuda", generator=rng, dtype=torch.bfloat16)
+    keys, values = (torch.randn(4, 8, 5000, 128, device="cuda", generator=rng, dtype=torch.bfloat16) for _ in range(2))
     expected = attention.attention_step(q.double(), keys.double(), values.double(), lengths, 4097, True)
     for row, length in enumerate(lengths.tolist()):
         keys[row, :, length:] = values[row, :, length:] = torch.nan

@@ -49,10 +49,10 @@ def op_cases() -> Iterator[tuple[str, Any, Any, list[torch.Tensor], dict[str, An
 
     kernels, plain = select_ops(), Ops()
     assert kernels.origin != plain.origin, f"no kernels were selected: {kernels.origin}"
-    draw = torch.Generator(device="cuda").manual_seed(0)
+    rng = torch.Generator(device="cuda").manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", generator=draw)
+        return torch.randn(*shape, device="cuda", generator=rng)
 
     batch, length, heads, width, groups, state = 2, 300, 8, 64, 2, 128
     documents = (torch.arange(length, device="cuda")[None] // 77).int().expand(batch, -1).contiguous()
@@ -60,7 +60,7 @@ def op_cases() -> Iterator[tuple[str, Any, Any, list[torch.Tensor], dict[str, An
         inputs = [
             normal(batch, length, heads, width),
             normal(batch, length, heads),
-            -torch.rand(heads, device="cuda", generator=draw) - 0.1,
+            -torch.rand(heads, device="cuda", generator=rng) - 0.1,
             normal(batch, length, groups, state),
             normal(batch, length, groups, state),
             normal(heads),
@@ -150,7 +150,7 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from nemotron_h.model import layers
-    from nemotron_h.model.attention import ScaledDotProductAttention
+    from nemotron_h.model.megatron_layers import ScaledDotProductAttention
 
     assert te.HAVE_TE, "Transformer Engine does not import"
 
@@ -184,7 +184,7 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
 
     from nemotron_h.architecture.adapters import owners
     from nemotron_h.model import adapters, init, layers
-    from nemotron_h.model.attention import ScaledDotProductAttention
+    from nemotron_h.model.megatron_layers import ScaledDotProductAttention
     from nemotron_h.schema.recipe import AdapterSchema
 
     def plain() -> Any:
@@ -245,7 +245,7 @@ def test_fused_mixer_equals_separate_kernels() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from nemotron_h.model import layers
-    from nemotron_h.model.attention import ScaledDotProductAttention
+    from nemotron_h.model.megatron_layers import ScaledDotProductAttention
 
     def plain() -> Any:
         parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
@@ -270,9 +270,9 @@ def test_weight_gradient_is_added_to_the_float32_buffer() -> None:
     from nemotron_h.platform import megatron_fixes
 
     megatron_fixes.install()
-    draw = torch.Generator("cuda").manual_seed(5)
-    inputs, gradient = (torch.randn(4096, n, device="cuda", generator=draw).bfloat16() for n in (256, 512))
-    buffer = torch.randn(512, 256, device="cuda", generator=draw)
+    rng = torch.Generator("cuda").manual_seed(5)
+    inputs, gradient = (torch.randn(4096, n, device="cuda", generator=rng).bfloat16() for n in (256, 512))
+    buffer = torch.randn(512, 256, device="cuda", generator=rng)
     expected = buffer.double() + gradient.double().t() @ inputs.double()
     layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(inputs, gradient, buffer)
     error = relative(buffer, expected)

@@ -42,15 +42,15 @@ def optimizer(params: list[torch.Tensor]):
 
 def weights() -> list[torch.Tensor]:
     """Bfloat16 weights at scale 1 and a float32 one, as a Mamba-2 layer has both."""
-    draw = torch.Generator("cuda").manual_seed(0)
+    rng = torch.Generator("cuda").manual_seed(0)
     kinds = [((300, 70), torch.bfloat16), ((513,), torch.bfloat16), ((65,), torch.float32)]
-    return [torch.randn(size, device="cuda", generator=draw).to(dtype) for size, dtype in kinds]
+    return [torch.randn(size, device="cuda", generator=rng).to(dtype) for size, dtype in kinds]
 
 
 def gradients(step: int) -> list[torch.Tensor]:
     """Of a step."""
-    draw = torch.Generator("cuda").manual_seed(100 + step)
-    return [torch.randn(p.shape, device="cuda", generator=draw) for p in weights()]
+    rng = torch.Generator("cuda").manual_seed(100 + step)
+    return [torch.randn(p.shape, device="cuda", generator=rng) for p in weights()]
 
 
 def step(adam, params: list[torch.Tensor], number: int) -> None:

@@ -120,8 +120,8 @@ def model(pattern: str, precision: str, adapted: bool, changes: dict[str, Any], 
 
 def tokens(length: int = LENGTH) -> torch.Tensor:
     """Random ids, int64 [rows, length + 1]."""
-    draw = torch.Generator(DEVICE).manual_seed(3)
-    return torch.randint(512, (ROWS, length + 1), device=DEVICE, generator=draw)
+    rng = torch.Generator(DEVICE).manual_seed(3)
+    return torch.randint(512, (ROWS, length + 1), device=DEVICE, generator=rng)
 
 
 def seq_idx(first: int) -> torch.Tensor:

@@ -31,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("megatron")
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghöß日本🙂", k=4)) for _ in range(50)]
-    train_bpe([" ".join(draw.choices(words, k=500))], VOCABULARY, folder)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghöß日本🙂", k=4)) for _ in range(50)]
+    train_bpe([" ".join(rng.choices(words, k=500))], VOCABULARY, folder)
     return folder
 
 

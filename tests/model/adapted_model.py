@@ -22,7 +22,7 @@ def adapted_config(kind: str, dtype: torch.dtype = torch.float32, recompute: dic
 
 
 @torch.no_grad()
-def draw_adapters(model, seed: int = 5) -> None:
+def randomize_adapters(model, seed: int = 5) -> None:
     """Adapters that change the output as much as the weights make it, and lengths apart from the base's."""
     g = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapted_model import KINDS, adapted_config, adapted_model, adapter, draw_adapters
+from adapted_model import KINDS, adapted_config, adapted_model, adapter, randomize_adapters
 from small_model import relative_error, small_config, small_model, tokens
 from test_packed_conversations import SEQ, conversations, masked_losses
 
@@ -20,7 +20,7 @@ def test_an_untrained_adapter_is_the_base_exactly(kind: str) -> None:
         model, base = adapted_model(adapted_config(kind, dtype))
         ids = tokens(2, 40)
         assert torch.equal(model(input_ids=ids), base(input_ids=ids))
-    draw_adapters(model)
+    randomize_adapters(model)
     assert relative_error(model(input_ids=ids).detach(), base(input_ids=ids).detach()) > 0.1
 
 
@@ -43,7 +43,7 @@ def test_packed_is_unpacked(kind: str) -> None:
     from nemotron_h.data.feed.sft_module import packed_window
 
     model, _ = adapted_model(adapted_config(kind, torch.float64))
-    draw_adapters(model)
+    randomize_adapters(model)
     windows = conversations()
     packed = [packed_window(window, SEQ, pad_id=1) for window in windows]
     batch = {key: torch.stack([p[key] for p in packed]) for key in packed[0]}
@@ -75,7 +75,7 @@ def trained_gradients(model) -> dict[str, torch.Tensor]:
 def test_gradients_are_those_of_the_weights_they_stand_for() -> None:
     """dB = s dW A^T and dA = s B^T dW, with dW of a full model that has the merged weights."""
     model, _ = adapted_model(adapted_config("lora", torch.float64))
-    draw_adapters(model)
+    randomize_adapters(model)
     merged = small_model(small_config(2, dtype=torch.float64))
     weights = dict(merged.named_parameters())
     layers = {name.rpartition(".adapter.")[0] for name, p in model.named_parameters() if p.requires_grad}
@@ -99,7 +99,7 @@ def test_recomputed_layers_have_the_same_gradients(kind: str) -> None:
     results = []
     for recompute in ({}, again, {**again, "recompute_ffn": "layer"}):
         model, _ = adapted_model(adapted_config(kind, recompute=recompute))
-        draw_adapters(model)
+        randomize_adapters(model)
         loss = model(input_ids=tokens(2, 40)).square().mean()
         loss.backward()
         results.append({"loss": loss.detach(), **trained_gradients(model)})
@@ -130,7 +130,7 @@ def test_an_untrained_adapter_on_fp8_is_fp8(recipe: str) -> None:
 
 def test_dropout_falls_on_the_adapter_in_training_alone() -> None:
     model, _ = adapted_model(adapted_config("lora", dropout=0.5))
-    draw_adapters(model)
+    randomize_adapters(model)
     ids = tokens(1, 30)
     torch.manual_seed(1)
     one, other = model(input_ids=ids), model(input_ids=ids)
@@ -138,7 +138,7 @@ def test_dropout_falls_on_the_adapter_in_training_alone() -> None:
     model.eval()
     assert torch.equal(model(input_ids=ids), model(input_ids=ids))
     plain, _ = adapted_model(adapted_config("lora"))
-    draw_adapters(plain)
+    randomize_adapters(plain)
     assert torch.equal(model(input_ids=ids), plain.eval()(input_ids=ids))
 
 

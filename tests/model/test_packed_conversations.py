@@ -17,13 +17,13 @@ WINDOWS = ([34, 2, 33, 20], [65, 18], [97])
 
 def conversations(seed: int = 0) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """Token ids, and whether each is learnt: turns of random lengths, the last an assistant's."""
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     windows = []
     for lengths in WINDOWS:
         windows.append([])
         for length in lengths:
-            learnt = (np.arange(length)[::-1] // draw.integers(1, 9) % 2 == 0).astype(np.float32)
-            windows[-1].append((draw.integers(0, VOCABULARY, length), learnt))
+            learnt = (np.arange(length)[::-1] // rng.integers(1, 9) % 2 == 0).astype(np.float32)
+            windows[-1].append((rng.integers(0, VOCABULARY, length), learnt))
     return windows
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from adapted_model import adapted_config, adapted_model, draw_adapters
+from adapted_model import adapted_config, adapted_model, randomize_adapters
 from small_model import VOCABULARY, relative_error, small_config, small_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -23,15 +23,15 @@ BETA, SCALE = 0.2, 1.7
 
 def pairs(seed: int = 0) -> list[list[list[tuple[np.ndarray, np.ndarray]]]]:
     """Of each window: pairs of (token ids, whether each is learnt); the prompt is common, the answer is learnt."""
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     windows = []
     for lengths in WINDOWS:
         windows.append([])
         for both in lengths:
-            prompt = draw.integers(0, VOCABULARY, draw.integers(1, min(both)))
+            prompt = rng.integers(0, VOCABULARY, rng.integers(1, min(both)))
             sides = []
             for length in both:
-                ids = np.concatenate([prompt, draw.integers(0, VOCABULARY, length - len(prompt))])
+                ids = np.concatenate([prompt, rng.integers(0, VOCABULARY, length - len(prompt))])
                 sides.append((ids, (np.arange(length) >= len(prompt)).astype(np.float32)))
             windows[-1].append(sides)
     return windows
@@ -39,9 +39,9 @@ def pairs(seed: int = 0) -> list[list[list[tuple[np.ndarray, np.ndarray]]]]:
 
 def references(seed: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
     """Log-probabilities and reward gaps of every window's pairs, of the size that random weights give."""
-    draw = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     tokens = [np.array(lengths, dtype=np.float64) for lengths in WINDOWS]
-    return [(-3 * n + draw.normal(size=n.shape) * 4, draw.normal(size=len(n))) for n in tokens]
+    return [(-3 * n + rng.normal(size=n.shape) * 4, rng.normal(size=len(n))) for n in tokens]
 
 
 def batch_of(windows, given) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ def whole():
 
 def adapted(kind: str):
     model, _ = adapted_model(adapted_config(kind, torch.float64))
-    draw_adapters(model)
+    randomize_adapters(model)
     return model
 
 

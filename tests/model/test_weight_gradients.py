@@ -10,8 +10,8 @@ def test_added_to_the_gradient_buffer_as_autograd_would(megatron) -> None:
     from nemotron_h.platform import megatron_fixes
 
     megatron_fixes.install()
-    draw = torch.Generator().manual_seed(1)
-    tokens = torch.randint(300, (2, 33), generator=draw)  # some words come more than once
+    rng = torch.Generator().manual_seed(1)
+    tokens = torch.randint(300, (2, 33), generator=rng)  # some words come more than once
     found = []
     for fused in (False, True):
         model = small_model(small_config(gradient_accumulation_fusion=fused))

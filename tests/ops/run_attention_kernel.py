@@ -20,11 +20,11 @@ from nemotron_h.ops import attention, attention_kernel  # noqa: E402
 
 def difference(lengths: list[int], groups: int, heads: int, dim: int, capacity: int) -> float:
     """max |a - b| / max |b| of one step, keys written by the kernel; beyond the lengths lies rubbish."""
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     batch = len(lengths)
-    rows = torch.randn(batch, groups, heads + 2, dim, generator=draw)
+    rows = torch.randn(batch, groups, heads + 2, dim, generator=rng)
     q, key, value = rows[:, :, :heads], rows[:, :, heads], rows[:, :, heads + 1]
-    keys, values = (torch.randn(batch, groups, capacity, dim, generator=draw) for _ in range(2))
+    keys, values = (torch.randn(batch, groups, capacity, dim, generator=rng) for _ in range(2))
     expected_keys, expected_values = keys.clone(), values.clone()
     positions = torch.tensor(lengths) - 1
     attention.cache_append(expected_keys, expected_values, key, value, positions)

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from run_mamba_ssm_kernels import load_kernels  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
-from adapted_model import adapter, draw_adapters  # noqa: E402
+from adapted_model import adapter, randomize_adapters  # noqa: E402
 from small_model import VOCABULARY, relative_error, small_config, small_model  # noqa: E402
 
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
@@ -49,7 +49,7 @@ def build(name: str):
     kind = name if name in ("lora", "dora") else "none"
     settings = {} if kind == "none" else {"adapter": adapter(kind)}
     model = small_model(small_config(1, pattern="M*-", mamba_num_heads=2, **settings))
-    draw_adapters(model)
+    randomize_adapters(model)
     return model
 
 
@@ -122,13 +122,13 @@ def main() -> None:
     fused = select.Ops(fused_mixer=functools.partial(select._kernel_fused_mixer, kernels, chunk_size=CHUNK))
     mixer.fused_obstacle = lambda *_: ""  # that of causal-conv1d's CUDA kernel, which is stood in for here
     plain_ops = mixer.select_ops
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     pairs = []
     for both in LENGTHS:
-        prompt = draw.integers(0, VOCABULARY, PROMPT)
-        sides = [np.concatenate([prompt, draw.integers(0, VOCABULARY, n - PROMPT)]) for n in both]
+        prompt = rng.integers(0, VOCABULARY, PROMPT)
+        sides = [np.concatenate([prompt, rng.integers(0, VOCABULARY, n - PROMPT)]) for n in both]
         pairs.append([(ids, (np.arange(len(ids)) >= PROMPT).astype(np.float32)) for ids in sides])
-    reference, gaps = draw.normal(-20, 4, (2, 2)), draw.normal(size=2)
+    reference, gaps = rng.normal(-20, 4, (2, 2)), rng.normal(size=2)
     window = {k: v.unsqueeze(0) for k, v in pair_window(pairs, reference, gaps, SEQ, pad_id=1).items()}
 
     report = {}

@@ -37,18 +37,18 @@ OBJECTIVES = {
 
 def case(scale: float = 1.0, dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> SimpleNamespace:
     """Both models' states and output layers, of different widths, with logits of about this scale."""
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
-    mask = (torch.rand(tokens, generator=draw) < 0.7).double()
+    mask = (torch.rand(tokens, generator=rng) < 0.7).double()
     return SimpleNamespace(
         hidden=normal(tokens, 16).to(dtype),
         weight=(scale / 4 * normal(VOCABULARY, 16)).to(dtype),
         teacher=HiddenTeacher(normal(tokens, 24).to(dtype), (scale / 24**0.5 * normal(VOCABULARY, 24)).to(dtype)),
-        labels=torch.randint(VOCABULARY, (tokens,), generator=draw),
-        weights=mask * torch.rand(tokens, generator=draw, dtype=torch.float64),
+        labels=torch.randint(VOCABULARY, (tokens,), generator=rng),
+        weights=mask * torch.rand(tokens, generator=rng, dtype=torch.float64),
     )
 
 

@@ -10,11 +10,11 @@ from nemotron_h.ops.hidden_distance import hidden_distance
 
 
 def states(width: int, teacher: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    draw = torch.Generator().manual_seed(width)
+    rng = torch.Generator().manual_seed(width)
     return (
-        torch.randn(9, width, generator=draw, dtype=torch.float64),
-        torch.randn(9, teacher, generator=draw, dtype=torch.float64),
-        torch.randn(teacher, width, generator=draw, dtype=torch.float64),
+        torch.randn(9, width, generator=rng, dtype=torch.float64),
+        torch.randn(9, teacher, generator=rng, dtype=torch.float64),
+        torch.randn(teacher, width, generator=rng, dtype=torch.float64),
     )
 
 

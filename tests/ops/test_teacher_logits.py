@@ -14,9 +14,9 @@ TOKENS, VOCABULARY = 23, 64
 
 
 def teacher(dtype: torch.dtype) -> HiddenTeacher:
-    draw = torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, 24, generator=draw, dtype=torch.float64)
-    weight = torch.randn(VOCABULARY, 24, generator=draw, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, 24, generator=rng, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, 24, generator=rng, dtype=torch.float64)
     return HiddenTeacher(hidden.to(dtype), weight.to(dtype))
 
 
@@ -37,10 +37,10 @@ def test_the_largest_and_the_sum_over_all(monkeypatch: pytest.MonkeyPatch, k: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [5, VOCABULARY, None])
 def test_the_loss_and_gradients_are_those_of_the_teacher_at_hand(dtype: torch.dtype, k: int | None) -> None:
-    draw = torch.Generator().manual_seed(4)
-    hidden = torch.randn(TOKENS, 16, generator=draw).to(dtype)
-    weight = torch.randn(VOCABULARY, 16, generator=draw).to(dtype)
-    labels, weights = torch.randint(VOCABULARY, (TOKENS,), generator=draw), torch.rand(TOKENS, generator=draw)
+    rng = torch.Generator().manual_seed(4)
+    hidden = torch.randn(TOKENS, 16, generator=rng).to(dtype)
+    weight = torch.randn(VOCABULARY, 16, generator=rng).to(dtype)
+    labels, weights = torch.randint(VOCABULARY, (TOKENS,), generator=rng), torch.rand(TOKENS, generator=rng)
     objective = Objective(temperature=1.5, lm_weight=0.2, top_k=k)
 
     def found(side: object) -> tuple[torch.Tensor, ...]:

@@ -17,7 +17,7 @@ cpu.install()
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import VocabParallelEmbedding, model_parallel_cuda_manual_seed  # noqa: E402
 
-from nemotron_h.model.embedding import AccumulatingEmbedding  # noqa: E402
+from nemotron_h.model.megatron_layers import AccumulatingEmbedding  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 
 WORDS, HIDDEN, LENGTH, BATCH = 64, 16, 24, 2
@@ -46,13 +46,13 @@ def looked_up(kind: type, sequence: bool) -> dict[str, torch.Tensor]:
         WORDS, HIDDEN, init_method=lambda w: None, reduce_scatter_embeddings=sequence, config=config
     )
     layer.__class__ = kind
-    draw = torch.Generator().manual_seed(1)
-    layer.weight.data.copy_(torch.randn(WORDS, HIDDEN, generator=draw).chunk(size)[rank])
+    rng = torch.Generator().manual_seed(1)
+    layer.weight.data.copy_(torch.randn(WORDS, HIDDEN, generator=rng).chunk(size)[rank])
     layer.weight.main_grad = torch.zeros_like(layer.weight)
     out = torch.empty(0)
     for _ in range(2):
-        ids = torch.randint(WORDS, (BATCH, LENGTH), generator=draw)
-        upstream = torch.randn(LENGTH, BATCH, HIDDEN, generator=draw)
+        ids = torch.randint(WORDS, (BATCH, LENGTH), generator=rng)
+        upstream = torch.randn(LENGTH, BATCH, HIDDEN, generator=rng)
         layer.weight.grad_added_to_main_grad, layer.weight.grad = False, None
         out = layer(ids)
         if sequence:

@@ -67,13 +67,13 @@ def batches(step: int) -> torch.Tensor:
 
 def pairs(step: int) -> list[dict[str, torch.Tensor]]:
     """Micro-batches of a step, a window of two pairs each."""
-    draw = np.random.default_rng(step)
+    rng = np.random.default_rng(step)
     made = []
     for ids in batches(step).numpy():
         # conversations of 12, 7, 11 and 8 tokens whose ends are answers
         sides = [(part[:-1], np.arange(len(part) - 1) > 3) for part in np.split(ids, (13, 21, 33))]
         both = [[(a, b.astype(np.float32)) for a, b in sides[n : n + 2]] for n in (0, 2)]
-        made.append(pair_window(both, draw.normal(-40, 4, (2, 2)), draw.normal(size=2), LENGTH, 0))
+        made.append(pair_window(both, rng.normal(-40, 4, (2, 2)), rng.normal(size=2), LENGTH, 0))
     return [{key: value.unsqueeze(0) for key, value in window.items()} for window in made]
 
 
@@ -103,7 +103,7 @@ def assemble(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
-def draw_adapters(module: torch.nn.Module) -> None:
+def randomize_adapters(module: torch.nn.Module) -> None:
     """Adapters as large as the weights, the same in every layout."""
     for layer in module.decoder.layers:
         for name, linear in adapters.adapted(layer):
@@ -172,7 +172,7 @@ def train(name: str) -> dict[str, object]:
         **(RECOMPUTE if name.endswith("again") else {}),
     )
     module = config.configure_model(None)
-    draw_adapters(module)
+    randomize_adapters(module)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
     model = DistributedDataParallel(config, ddp, module)
     optimizer = get_megatron_optimizer(

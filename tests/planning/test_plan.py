@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from nemotron_h.architecture.definition import definition_from_dict
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import BYTES
+from nemotron_h.core.units import BYTES
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import gpu
 from nemotron_h.planning.inference import Serving, inference_memory

@@ -44,12 +44,12 @@ CASES = (
 
 def inputs(case: Case) -> dict[str, Tensor]:
     """`x`, `weight`, `dy`, and `norm` where the case has one."""
-    draw = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "little"))
+    rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:4], "little"))
 
     def normal(*shape: int) -> Tensor:
-        values = torch.randn(shape, generator=draw)
+        values = torch.randn(shape, generator=rng)
         if case.kind == "outliers":
-            values = torch.where(torch.rand(shape, generator=draw) < 1e-3, 100 * values, values)
+            values = torch.where(torch.rand(shape, generator=rng) < 1e-3, 100 * values, values)
         return (values * (2.0**-40 if case.kind == "small" else 1)).to(torch.bfloat16)
 
     x, weight, dy = (
@@ -59,7 +59,7 @@ def inputs(case: Case) -> dict[str, Tensor]:
     )
     made = {"x": torch.zeros_like(x) if case.kind == "zero" else x, "weight": weight, "dy": dy}
     if case.norm:
-        made["norm"] = (0.5 + torch.rand(case.inputs, generator=draw)).to(torch.bfloat16)
+        made["norm"] = (0.5 + torch.rand(case.inputs, generator=rng)).to(torch.bfloat16)
     return made
 
 

@@ -159,9 +159,9 @@ def test_casts_of_all_processes_count_the_last_measurement_of_a_step(tmp_path: P
 @pytest.mark.parametrize("operand", OPERANDS)
 @pytest.mark.parametrize("recipe", ["fp8_current_scaling", "fp8_blockwise"])
 def test_cast_statistics_are_those_of_the_oracle(recipe: str, operand: str) -> None:
-    draw = np.random.default_rng(3)
-    wide = draw.normal(size=(130, 200)) * np.exp(draw.normal(size=(130, 200)) * 4)
-    x = torch.from_numpy(np.where(draw.random(wide.shape) < 0.1, 0, wide)).bfloat16()
+    rng = np.random.default_rng(3)
+    wide = rng.normal(size=(130, 200)) * np.exp(rng.normal(size=(130, 200)) * 4)
+    x = torch.from_numpy(np.where(rng.random(wide.shape) < 0.1, 0, wide)).bfloat16()
     name = "e5m2" if operand == "gradient" and recipe == "fp8_current_scaling" else "e4m3"
     block = None if recipe == "fp8_current_scaling" else (128, 128) if operand == "weight" else (1, 128)
     values = x.double().numpy()
@@ -273,9 +273,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from nemotron_h.data.prepare.pipeline import prepare
 
     folder = tmp_path_factory.mktemp("compare")
-    draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(200)]
-    documents = [" ".join(draw.choices(words, k=draw.randint(5, 120))) for _ in range(200)]
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(200)]
+    documents = [" ".join(rng.choices(words, k=rng.randint(5, 120))) for _ in range(200)]
     (folder / "words.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     (folder / "words.yaml").write_text(BLEND)
     prepare(load_blend(str(folder / "words.yaml")), folder / "data")

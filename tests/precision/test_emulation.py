@@ -17,9 +17,9 @@ RECIPES = ("fp8_current_scaling", "fp8_blockwise")
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Scale 1, a few of them 30 times that."""
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=draw)
-    return torch.where(torch.rand(shape, generator=draw) < 0.002, 30 * x, x).to(dtype)
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=rng)
+    return torch.where(torch.rand(shape, generator=rng) < 0.002, 30 * x, x).to(dtype)
 
 
 def relative(actual: torch.Tensor, expected: np.ndarray) -> float:

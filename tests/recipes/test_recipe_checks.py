@@ -91,7 +91,7 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (SFT, ["data.document_reset=false"], ("data.document_reset = false",)),
         (SFT, ["resume.blend_change=from_step"], ("resume.blend_change is for pretraining",)),
         # adapters
-        (TINY, ["adapter.kind=lora"], ("adapter.kind = 'lora' is for stages sft and preference", "leave adapter out")),
+        (TINY, ["adapter.kind=lora"], ("adapter is unused: stage is pretrain", "it is for sft and preference")),
         (SFT, ["adapter.kind=lorra"], ("adapter.kind = 'lorra'", "Did you mean lora?")),
         (SFT, ["adapter.rank=8"], ("adapter.rank is unused: adapter.kind is none",)),
         (LORA, ["adapter.kind=none"], ("adapter.rank is unused: adapter.kind is none",)),

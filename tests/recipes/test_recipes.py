@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from nemotron_h.core.strict import leaves
 from nemotron_h.recipe import compose
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import known_recipes, recipes_dir
-from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import PIPELINES, STAGES
 
 trace = functools.cache(compose.trace)

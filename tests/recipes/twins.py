@@ -110,9 +110,9 @@ def shrunken(name: str) -> list[str]:
 
 def data_in(folder: Path) -> Path:
     """A prepared blend of a few hundred made-up documents; the blend's file."""
-    draw = random.Random(1)
-    words = ["".join(draw.choices("abcdefghstuvwxyz", k=draw.randint(2, 6))) for _ in range(80)]
-    documents = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
+    rng = random.Random(1)
+    words = ["".join(rng.choices("abcdefghstuvwxyz", k=rng.randint(2, 6))) for _ in range(80)]
+    documents = [" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(200)]
     (folder / "words.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     blend = folder / "words.yaml"
     blend.write_text(BLEND)

@@ -9,9 +9,9 @@ from nemotron_h.platform.adamw import CheckpointableAdamW
 
 
 def test_equals_torch_adamw_and_survives_a_checkpoint() -> None:
-    draw = torch.Generator().manual_seed(0)
-    start = [torch.randn(5, 3, generator=draw), torch.randn(7, generator=draw)]
-    gradients = [[torch.randn(p.shape, generator=draw) for p in start] for _ in range(6)]
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(5, 3, generator=rng), torch.randn(7, generator=rng)]
+    gradients = [[torch.randn(p.shape, generator=rng) for p in start] for _ in range(6)]
 
     def parameters() -> list[torch.nn.Parameter]:
         return [torch.nn.Parameter(p.clone()) for p in start]

@@ -11,10 +11,10 @@ from nemotron_h.training.optimizer import scheduled_adamw
 
 
 def test_a_weight_and_its_remainder_are_the_main_weight() -> None:
-    draw = torch.Generator().manual_seed(0)
-    scale = 10.0 ** torch.randint(-37, 37, (200_000,), generator=draw).float()
+    rng = torch.Generator().manual_seed(0)
+    scale = 10.0 ** torch.randint(-37, 37, (200_000,), generator=rng).float()
     edges = torch.tensor([0.0, -0.0, 1.0, 1 + 2**-8, 1 + 2**-9, -1 - 2**-8, 3e-45, -1e-40, 1.17e-38])
-    main = torch.cat([torch.randn(200_000, generator=draw) * scale, edges])
+    main = torch.cat([torch.randn(200_000, generator=rng) * scale, edges])
     weight, remainder = lean_adam.split(main)
     assert weight.dtype == torch.bfloat16
     assert remainder.dtype == torch.int16

@@ -61,11 +61,11 @@ class RunningGated(Running):
 
         return ModuleSpec(module=GatedLayer, submodules=parts)
 
-    def initialize(self, layer: Any, name: str, draw: InitialWeights) -> None:
+    def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
         """Set gate, up and down."""
         for part in ("gate_proj", "up_proj"):
-            init.fill(getattr(layer, part).weight, f"{name}.{part}", draw.weight, axis=0, **draw.shard)
-        init.fill(layer.down_proj.weight, f"{name}.down_proj", draw.residual, axis=1, **draw.shard)
+            init.fill(getattr(layer, part).weight, f"{name}.{part}", weights.weight, axis=0, **weights.shard)
+        init.fill(layer.down_proj.weight, f"{name}.down_proj", weights.residual, axis=1, **weights.shard)
 
     def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
         """Return the layer's output [l, b, h]."""

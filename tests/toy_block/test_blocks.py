@@ -23,7 +23,8 @@ from small_model import relative_error, small_config, small_model  # noqa: E402
 from small_run import Small, assert_same, prepared  # noqa: E402
 
 from nemotron_h.checkpoint import folders  # noqa: E402
-from nemotron_h.checkpoint.reader import read_definition, read_record  # noqa: E402
+from nemotron_h.checkpoint.definition import read_definition  # noqa: E402
+from nemotron_h.checkpoint.reader import read_record  # noqa: E402
 from nemotron_h.compression.child import Child  # noqa: E402
 from nemotron_h.compression.slicing import write_child  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402

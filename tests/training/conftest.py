@@ -24,15 +24,15 @@ def straight(small: Small) -> dict[int, dict]:
 @pytest.fixture(scope="session")
 def talk(small: Small, straight: dict[int, dict]) -> Small:
     """With conversations prepared beside the texts that `straight` was trained on."""
-    draw = random.Random(2)
+    rng = random.Random(2)
     words = (small.folder / "low.jsonl").read_text().split()[:400]
     words = [word for word in words if word.isalpha()]
 
     def said() -> str:
-        return " ".join(draw.choices(words, k=draw.randint(1, 12)))
+        return " ".join(rng.choices(words, k=rng.randint(1, 12)))
 
     lines = [
-        {"messages": [{"role": role, "content": said()} for role in ("user", "assistant") * draw.randint(1, 2)]}
+        {"messages": [{"role": role, "content": said()} for role in ("user", "assistant") * rng.randint(1, 2)]}
         for _ in range(300)
     ]
     (small.folder / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

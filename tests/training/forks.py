@@ -130,6 +130,7 @@ def serve() -> None:
     from nemotron_h.platform import quiet
 
     quiet.hush()
+    import nemotron_h.report.page
     import nemotron_h.training.stages.distillation.stage
     import nemotron_h.training.stages.preference.stage
     import nemotron_h.training.stages.sft  # noqa: F401

@@ -13,7 +13,7 @@ from forks import FORKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nemotron_h.checkpoint import folders as checkpoints
-from nemotron_h.schema.provenance import leaves
+from nemotron_h.core.strict import leaves
 
 WORKER, COMPARE = (Path(__file__).with_name(name) for name in ("worker.py", "same_tensors.py"))
 
@@ -152,10 +152,10 @@ class Small:
 
 def prepared(folder: Path) -> Small:
     """Write two sources of random words into a folder and prepare them."""
-    draw = random.Random(1)
+    rng = random.Random(1)
     for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
-        words = ["".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(80)]
-        documents = [" ".join(draw.choices(words, k=draw.randint(5, 120))) for _ in range(300)]
+        words = ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(80)]
+        documents = [" ".join(rng.choices(words, k=rng.randint(5, 120))) for _ in range(300)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     (folder / "words.yaml").write_text(BLEND)
     small = Small(folder)

@@ -167,14 +167,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkey
 
 
 def test_a_shell_of_a_slurm_job_is_no_task_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemotron_h.platform import slurm
+    from nemotron_h.platform import ranks
     from nemotron_h.training.strategy import NemotronHTrainer
 
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_JOB_NAME": "sh"}
     for step, known in ((None, False), ("4294967290", False), ("0", True)):
         environment = job if step is None else {**job, "SLURM_STEP_ID": step}
         shell = dict(environment)
-        slurm.forget_tasks_of_others(shell)
+        ranks.forget_tasks_of_others(shell)
         assert ("SLURM_NTASKS" in shell, "SLURM_PROCID" in shell) == (known, known)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -185,7 +185,7 @@ def test_a_shell_of_a_slurm_job_is_no_task_of_it(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_run_has_its_folder_or_says_why_not(tmp_path: Path) -> None:
-    from nemotron_h.training.run_folder import RunFolder
+    from nemotron_h.training.preflight import RunFolder
 
     trainer = SimpleNamespace(is_global_zero=True)
     (tmp_path / "runs").touch()

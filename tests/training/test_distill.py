@@ -15,6 +15,7 @@ import torch
 from small_run import FORKS, Small, assert_same, changes_at_resume, distill_recipe, losses
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.report.run import REPORT, read_run
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,8 @@ def test_another_objective_holds_from_the_resume_on(distilled: Small) -> None:
 
 
 def test_the_checkpoint_is_an_ordinary_one(distilled: Small) -> None:
-    from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.definition import read_definition
+    from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
     from nemotron_h.inference.model import load_model
 
     checkpoint = find_checkpoint(distilled.run_dir("kd"))
@@ -49,6 +51,13 @@ def test_the_checkpoint_is_an_ordinary_one(distilled: Small) -> None:
     assert record["teacher"]["checkpoint"] == str(teacher)
     assert {"kl", "lm", "val_kl", "val_lm", "val_loss"} <= set(record["metrics"])
     assert record["metrics"]["val_kl"] == pytest.approx(record["metrics"]["val_loss"], rel=1e-5)
+    run = read_run(distilled.run_dir("kd"))
+    assert run.values("kl") == pytest.approx(run.values(lambda step: step.loss), rel=1e-5)
+    assert run.validated("val_kl")[1][-1] == pytest.approx(record["metrics"]["val_kl"])
+    page = (run.folder / REPORT).read_text()
+    assert [title in page for title in ("KL to the teacher", "Terms of the loss", "Matmuls of the teacher")] == [
+        True
+    ] * 3
     held = json.loads((checkpoint / "integrity.json").read_text())
     assert not [name for name in held if "teacher" in name]
 
@@ -114,7 +123,8 @@ NARROW = (("hidden_size: 64", "hidden_size: 32"), ("parameters: 116568", "parame
 
 def test_states_through_a_projection(distilled: Small) -> None:
     """Of a narrower student: killed and resumed it is the straight run; the projection is not in what others read."""
-    from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.definition import read_definition
+    from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
     from nemotron_h.inference.model import load_model
     from nemotron_h.training.stages.distillation.model import DistillationConfig
     from nemotron_h.training.stages.distillation.stage import ResumeDistillation

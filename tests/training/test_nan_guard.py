@@ -9,6 +9,7 @@ import pytest
 from small_run import FORKS, Small
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.report.run import REPORT
 
 
 def stopped(small: Small, name: str, part: str) -> str:
@@ -30,6 +31,9 @@ def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> 
     found = folders.finished(small.run_dir("poisoned"))
     assert [folders.step_of(path) for path in found] == [4]
     assert str(found[0]) in said
+    page = (small.run_dir("poisoned") / REPORT).read_text()
+    assert "stopped at step 5 of" in page
+    assert "<p>the loss of step 6 is not finite (" in page
     record = json.loads((found[0] / folders.RECORD).read_text())
     assert record["throughput"]["steps"] == 1  # after three steps of warm-up
     rates = record["throughput"]
@@ -44,6 +48,10 @@ def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     said = stopped(small, "overflown", "gradient")
     assert "a gradient of step 6 is not finite, though its loss is (rank 0, samples 40, 41, " in said
     assert "Of 1 of " in said
+    assert (
+        "<p>a gradient of step 6 is not finite, though its loss is ("
+        in (small.run_dir("overflown") / REPORT).read_text()
+    )
     assert "first in the backward pass: decoder.layers.3.self_attention.linear_proj.weight." in said
     found = folders.finished(small.run_dir("overflown"))
     assert [folders.step_of(path) for path in found] == [4]

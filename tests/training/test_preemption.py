@@ -16,6 +16,7 @@ from small_run import Small
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.children import ready_loader_worker
+from nemotron_h.report.run import REPORT
 
 STEPS = 12
 
@@ -28,6 +29,10 @@ def test_told_to_leave_and_started_again_equals_straight(small: Small, straight:
     newest = folders.finished(small.run_dir("told"))[0]
     assert newest.name == "step-000006"
     assert folders.damage(newest) == []
+    page = (small.run_dir("told") / REPORT).read_text()
+    assert "stopped at step 6 of\n12" in page
+    assert "<p>SIGTERM</p>" in page
+    assert "To go on from the newest checkpoint:" in page
     again = small.train("told")
     assert "resumed at step 6" in again.stdout
     for step, record in small.steps("told").items():
@@ -92,6 +97,32 @@ def test_a_second_ctrl_c_ends_the_run_at_once(
         preemption.outlive_pipes()
         print("step 4", flush=True)
         sys.stdout.write("step 5")
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from nemotron_h.report import page
+    from nemotron_h.training.callbacks.run_report import RunReport
+
+    (tmp_path / "run.json").write_text("{}")
+    callbacks = SimpleNamespace(dirpath=tmp_path / "checkpoints")
+    trainer = SimpleNamespace(is_global_zero=True, checkpoint_callback=callbacks, callbacks=[])
+    reports = [RunReport() for _ in range(4)]
+    reports[0].on_exception(trainer, None, ValueError("before the first step"))
+    for report in reports[1:]:
+        report.on_train_start(trainer, None)
+    reports[1].on_exception(trainer, None, KeyboardInterrupt())
+    assert capsys.readouterr().err == "", "neither has anything to draw"
+    reports[2].on_fit_end(trainer, None)
+    said = capsys.readouterr().err
+    assert "warning: no report was drawn:" in said
+    assert f"to draw it: nemotron-h report {tmp_path}" in said
+    reports[2].on_exception(trainer, None, SystemExit(75))
+    assert capsys.readouterr().err == "", "once"
+    monkeypatch.setattr(page, "write", lambda folder: 1 / 0)
+    reports[3].on_exception(trainer, None, SystemExit(75))
+    assert "no report was drawn: ZeroDivisionError" in capsys.readouterr().err
 
 
 def fork(ready: int) -> int:

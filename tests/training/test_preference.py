@@ -13,6 +13,8 @@ import pytest
 import torch
 from small_run import Small, assert_same, changes_at_resume
 
+from nemotron_h.report.run import REPORT, read_run
+
 pytestmark = pytest.mark.slow
 STEPS = 6
 
@@ -47,20 +49,20 @@ def preference_recipe(small: Small, name: str, loss: str = "dpo") -> Path:
 @pytest.fixture(scope="module")
 def paired(small: Small, straight: dict[int, dict]) -> Small:
     """With pairs prepared beside the texts that `straight` was trained on: words of one kind are preferred."""
-    draw = random.Random(2)
+    rng = random.Random(2)
     words = [w for w in (small.folder / "low.jsonl").read_text().split()[:400] if w.isalpha()]
     others = [w for w in (small.folder / "high.jsonl").read_text().split()[:400] if w.isalpha()]
 
     def said(of: list[str]) -> str:
-        return " ".join(draw.choices(of, k=draw.randint(2, 8)))
+        return " ".join(rng.choices(of, k=rng.randint(2, 8)))
 
     lines = [
         {
             "prompt": said(words),
             "chosen": said(words),
             "rejected": said(others),
-            "chosen_reward": draw.uniform(0, 4),
-            "rejected_reward": draw.uniform(-4, 1),
+            "chosen_reward": rng.uniform(0, 4),
+            "rejected_reward": rng.uniform(-4, 1),
         }
         for _ in range(200)
     ]
@@ -95,6 +97,11 @@ def test_it_starts_at_log_2_and_raises_the_margin(paired: Small, dpo: subprocess
     assert record["data"]["reference"]["file"] == str(cached(paired)[0])
     samples = [i for s in steps.values() for i in s["samples"]]
     assert sorted(samples) == list(range(STEPS * 8))
+    run = read_run(paired.run_dir("dpo"))
+    assert run.values("reward_margin").tolist() == margins
+    assert len(run.validated("val_reward_accuracy")[1]) == 2
+    page = (run.folder / REPORT).read_text()
+    assert all(title in page for title in ("Reward accuracy", "Reward margin", "loss per pair, nats"))
 
 
 def test_straight_equals_killed_and_resumed_with_the_cache_lost(paired: Small, dpo) -> None:

@@ -15,6 +15,7 @@ from small_run import Small, assert_same, events, run_records, without_last
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core import progress
+from nemotron_h.report.run import REPORT, read_run
 
 STEPS = 12
 pytestmark = pytest.mark.slow
@@ -31,7 +32,15 @@ def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, di
     assert "resumed at step 8" in out.stdout
     assert_same(small, "resumed", "straight")
     lines = (small.run_dir("resumed") / progress.STEPS).read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 5, 9, 10, 12], "of three processes"
+    steps = [json.loads(line)["step"] for line in lines]  # a step is repeated with its validation
+    assert steps == [*range(1, 6), 5, 6, 6, 7, 8, *range(9, 13), 12], "of three processes"
+    run = read_run(small.run_dir("resumed"))
+    assert (run.state, run.starts, list(run.validation)) == (("finished", ""), [0, 4, 8], [0, 6, 12])
+    assert [step.loss for step in run.steps] == [float.fromhex(straight[s]["loss"]) for s in range(1, STEPS + 1)]
+    norms = [float.fromhex(straight[s]["grad_norm"]) for s in range(1, STEPS + 1)]
+    assert run.values("grad_norm").tolist() == norms
+    assert [(phase.name, phase.first, phase.end) for phase in run.phases] == [("first", 0, 6), ("second", 6, 12)]
+    assert "in 3 processes" in (run.folder / REPORT).read_text()
     # the steps that validations follow, counted from 0
     assert list(events(small.run_dir("straight"))["val_loss"]) == [5, 11]
     losses = [float.fromhex(straight[s]["loss"]) for s in range(1, STEPS + 1)]

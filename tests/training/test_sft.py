@@ -12,6 +12,7 @@ import torch
 from small_run import TUNING_STEPS, Small, assert_same, sft_recipe
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.report.run import REPORT, read_run
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,8 @@ def test_straight_equals_killed_and_resumed(talk: Small) -> None:
     done = talk.train("sft_resumed", "trainer.max_steps=8", recipe=path, check=False)
     assert done.returncode == 2
     assert f"init.checkpoint: {talk.run_dir('straight')} in the checkpoint, {talk.run_dir('other')} now" in done.stderr
+    assert read_run(talk.run_dir("sft_resumed")).starts == [0, 3]
+    assert "loss per token, nats" in (talk.run_dir("sft") / REPORT).read_text()
     samples = [i for s in talk.steps("sft").values() for i in s["samples"]]
     assert sorted(samples) == list(range(TUNING_STEPS * 8))
 

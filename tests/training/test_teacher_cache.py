@@ -59,8 +59,8 @@ class Windows:
 
 
 def tensors(windows: range, top_k: int | None = 3) -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(windows.start)
-    logits = torch.randn(len(windows), LENGTH, VOCABULARY, generator=draw)
+    rng = torch.Generator().manual_seed(windows.start)
+    logits = torch.randn(len(windows), LENGTH, VOCABULARY, generator=rng)
     kept = logits.topk(top_k or VOCABULARY)
     return {
         "values": kept.values if top_k else logits,

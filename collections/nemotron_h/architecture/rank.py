@@ -124,7 +124,7 @@ class Rank:
         """Return what the backward of a layer's matmul allocates beside the gradient of its input.
 
         That is the gradient of the weight before it is summed (on a GPU the matmul sums it itself,
-        model/gpu_options.py: fuse_weight_gradients), and the copy of oneDNN's float32 matmuls (ops/linear.py), the
+        model/module.py: fuse_weight_gradients), and the copy of oneDNN's float32 matmuls (ops/linear.py), the
         narrower factor. A frozen weight has neither; its adapter has a gradient of the input of its own, which is
         added, and DoRA's lengths have those of the output.
         """

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import read_json_object
 from nemotron_h.core.strict import typed
 from nemotron_h.core.strict_yaml import read_yaml
-from nemotron_h.core.text_files import read_json_object
 from nemotron_h.schema.recipe import ModelSchema
 
 
@@ -54,3 +55,18 @@ def read_model(path: Path, origin: str) -> dict[str, Any]:
         ) from error
     counts = ModelDefinition(**{**dataclasses.asdict(model), "expect": Expect()}).counts()
     return {**values, "expect": dataclasses.asdict(counts)}
+
+
+def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
+    """Return the model that a run record describes.
+
+    Errors:
+        UserError: a value is missing, unknown or impossible.
+    """
+    try:
+        values = dict(record["model"])
+        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"])})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
+    definition.validate_structure(origin)
+    return definition

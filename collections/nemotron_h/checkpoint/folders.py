@@ -16,8 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256, write_json
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import file_sha256, read_json_object, write_json
 
 INTEGRITY = "integrity.json"
 RECORD = "run.json"

@@ -18,13 +18,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.checkpoint.folders import INDEX, WEIGHTS
 from nemotron_h.checkpoint.index import IndexedReader, read_index
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object
 
 #: in the name of the one weight of a distillation that is no part of its student: it is kept to resume, and read by no
 #: other command
@@ -76,21 +75,6 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
         if not isinstance(record.get(key, {}), dict | None):
             raise UserError(f"checkpoint {checkpoint} is damaged: {folders.RECORD}: {key} is no mapping")
     return record
-
-
-def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
-    """Return the model that a run record describes.
-
-    Errors:
-        UserError: a value is missing, unknown or impossible.
-    """
-    try:
-        values = dict(record["model"])
-        definition = ModelDefinition(**{**values, "expect": Expect(**values["expect"])})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
-    definition.validate_structure(origin)
-    return definition
 
 
 class WeightFile:

@@ -35,8 +35,7 @@ def distill_cache(
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.locks import locked
     from nemotron_h.platform.ranks import check_here
-    from nemotron_h.recipe.compose import compose, known_recipes
-    from nemotron_h.recipe.text import to_yaml
+    from nemotron_h.recipe.compose import compose, known_recipes, to_yaml
 
     full = f"{name}/distill"
     recipe = compose(full if full in known_recipes() else name, overrides or ())

@@ -24,7 +24,7 @@ from nemotron_h.cli.generate import (
     warn,
 )
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import check_unicode, decode
+from nemotron_h.core.files import check_unicode, decode
 from nemotron_h.inference.opening import open_checkpoint, recorded_template
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.blend import load_blend, parse_count
+from nemotron_h.core.units import parse_count
+from nemotron_h.data.blend import load_blend
 from nemotron_h.schema.recipe import DataSchema
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at data blends.", rich_markup_mode=None)
@@ -122,11 +123,11 @@ def peek(
     What is not given comes from the recipe, then from the checkpoint. With --checkpoint, a run is continued there: with
     other data than before, --blend-change from_step (or the recipe's resume.blend_change) shows what it sees then.
     """
+    from nemotron_h.core.units import count_of
     from nemotron_h.data.feed.peek import Peek, RunSettings
     from nemotron_h.data.feed.peek import show as show_samples
     from nemotron_h.recipe.checks import check_blend_change
     from nemotron_h.recipe.compose import compose
-    from nemotron_h.recipe.counts import count_of
 
     given = {
         "blend": blend,

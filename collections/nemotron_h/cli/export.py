@@ -124,7 +124,8 @@ def _find(checkpoint: Path, tokenizer: Path | None, no_tokenizer: bool) -> tuple
     """Return the checkpoint, which can be written, and its tokenizer unless it is left out."""
     if tokenizer and no_tokenizer:
         raise UserError("--tokenizer and --no-tokenizer exclude each other")
-    from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.definition import read_definition
+    from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.export.tokenizer import check_exportable
     from nemotron_h.inference.trained_tokenizer import tokenizer_for
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import check_unicode, decode, parse_json
+from nemotron_h.core.files import check_unicode, decode, parse_json
 from nemotron_h.inference.opening import open_checkpoint
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from nemotron_h.cli.minipuzzle import minipuzzle
 from nemotron_h.cli.plan import plan
 from nemotron_h.cli.prune import importance, prune
 from nemotron_h.cli.recipe import app as recipe_app
+from nemotron_h.cli.report import report as draw_report
 from nemotron_h.core.errors import UserError, report, user_error
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(merge_adapter)
 app.command("eval")(evaluate)
+app.command("report")(draw_report)
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 

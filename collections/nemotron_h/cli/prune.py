@@ -97,7 +97,6 @@ def prune(
     hidden_size: Annotated[int | None, typer.Option(help="Channels between layers.", show_default="all")] = None,
     mamba_num_heads: Annotated[int | None, typer.Option(help="Heads of each Mamba-2.", show_default="all")] = None,
     mamba_head_dim: Annotated[int | None, typer.Option(help="Channels of each head.", show_default="all")] = None,
-    aggregation: Annotated[str, typer.Option(help="Of activations: mean, l2, mean_l2 or l2_mean.")] = "mean_l2",
     order: Annotated[str, typer.Option(help="importance, or a control: random or reversed.")] = "importance",
     seed: Annotated[int, typer.Option(help="Of a random order.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
@@ -107,7 +106,8 @@ def prune(
     The child is an ordinary checkpoint with a definition of its own (model.yaml): it is fine-tuned, generates and is
     exported as any other. It is written only if it computes what the parent computes without what was pruned.
     """
-    from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.definition import read_definition
+    from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.compression import slicing
     from nemotron_h.compression.candidates import Candidate, Candidates, whole
     from nemotron_h.compression.importance import RECORD, Importance
@@ -141,8 +141,8 @@ def prune(
             "nothing is cut" if candidate == most else "no layer is left",
             hint=f"give one or more of {', '.join('--' + key.replace('_', '-') for key in Candidate._fields)}",
         )
-    child = child_of(parent, found.scores(aggregation).ordered(order, seed), candidate)
-    settings = {"importance_sha256": file_sha256(importance / RECORD), "aggregation": aggregation, "order": order}
+    child = child_of(parent, found.scores().ordered(order, seed), candidate)
+    settings = {"importance_sha256": file_sha256(importance / RECORD), "order": order}
     with StageProgress(Console(stderr=True), "pruning", slicing.child_size(checkpoint, child), "bytes") as bar:
         made = slicing.write_child(
             checkpoint,

@@ -20,9 +20,8 @@ Overrides = Annotated[
 @app.command("list")
 def list_() -> None:
     """List the shipped recipes: name, parameters of the model, tokens of the run."""
-    from nemotron_h.data.show import short_count
+    from nemotron_h.core.units import count_of, short_count
     from nemotron_h.recipe.compose import compose, known_recipes
-    from nemotron_h.recipe.counts import count_of
 
     console = Console(highlight=False, soft_wrap=True)
     known = known_recipes()
@@ -48,8 +47,7 @@ def show(
     import dataclasses
 
     from nemotron_h.recipe import show as shown
-    from nemotron_h.recipe.compose import trace
-    from nemotron_h.recipe.text import to_yaml
+    from nemotron_h.recipe.compose import to_yaml, trace
 
     composed = trace(name, overrides or ())
     if plain:

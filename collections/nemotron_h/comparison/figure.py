@@ -5,24 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from nemotron_h.architecture.gemms import OPERANDS
 from nemotron_h.comparison.results import Results
+from nemotron_h.core import plot
+from nemotron_h.core.plot import INK, MUTED, SERIES
 
 #: the paper's verdict on FP8: a relative gap below 0.1 % (paper 2.3)
 PAPER_GAP = 1e-3
 
 
+@plot.styled
 def plot_gap(found: Results, path: Path) -> None:
     """Plot percent over tokens, training above validation; the suffix decides the format."""
     made = found.comparison
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
+    figure, axes = plot.canvas(720, 560, rows=2, sharex=True)
     parts = (
         (
             "training loss" + (f", mean of {found.window} steps" if found.window > 1 else ""),
@@ -35,23 +34,26 @@ def plot_gap(found: Results, path: Path) -> None:
         marker = "o" if pairs and len(pairs[0].tokens) < 60 else None
         for number, other in enumerate(noise):
             label = f"{made.against} from other initial weights" if number == 0 else None
-            axis.plot(other.tokens, 100 * other.gap, color="0.6", linewidth=1, marker=marker, markersize=3, label=label)
+            axis.plot(other.tokens, 100 * other.gap, color=MUTED, linewidth=1, marker=marker, markersize=3, label=label)
         for other in pairs[1:]:
-            axis.plot(other.tokens, 100 * other.gap, color="tab:green", alpha=0.4, linewidth=1)
+            axis.plot(other.tokens, 100 * other.gap, color=SERIES[0], alpha=0.4, linewidth=1)
         for own in pairs[:1]:
-            axis.plot(own.tokens, 100 * own.gap, color="tab:green", marker=marker, markersize=4, label=made.precision)
+            axis.plot(own.tokens, 100 * own.gap, color=SERIES[0], marker=marker, markersize=4, label=made.precision)
         for bound in (-PAPER_GAP, PAPER_GAP):
             label = "0.1 % (paper 2.3)" if bound > 0 else None
-            axis.axhline(100 * bound, color="black", linestyle=":", linewidth=1, label=label)
-        axis.axhline(0, color="black", linewidth=0.8)
+            axis.axhline(100 * bound, color=INK, linestyle=":", linewidth=1, label=label)
+        axis.axhline(0, color=INK, linewidth=0.8)
         axis.set(title=title, ylabel=f"({made.against} - x) / {made.against}, %")
-        axis.legend(fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(handles))
     axes[-1].set_xlabel("tokens")
-    figure.suptitle(f"{made.recipe}: {made.precision} against {made.against}")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plot.count_axis(axes[-1].xaxis)
+    title = f"{made.recipe}: {made.precision} against {made.against}"
+    figure.suptitle(title, x=0.02, ha="left")
+    plot.save(figure, path, title)
 
 
+@plot.styled
 def plot_casts(title: str, casts: list[dict[str, Any]], path: Path) -> None:
     """Plot a row for each FP8 matmul of a run and a column for each operand and measured step."""
     rows = {(row["layer"], row["product"]): row["type"] for row in casts}
@@ -73,13 +75,14 @@ def plot_casts(title: str, casts: list[dict[str, Any]], path: Path) -> None:
         "saturation": "saturation, % of nonzero values",
         "overflow": "overflow, % of nonzero values",
     }
-    height = min(40.0, 2.5 + 0.2 * len(order))
-    width = 3.2 + 4 * max(2.2, 0.22 * len(columns))
-    figure, axes = plt.subplots(1, 4, sharey=True, figsize=(width, height), layout="constrained")
+    height = min(2880, 180 + 14 * len(order))
+    width = 230 + 4 * max(158, 16 * len(columns))
+    figure, axes = plot.canvas(width, height, columns=4, sharey=True)
     for axis, (name, values) in zip(axes, panels.items(), strict=True):
         percent = {} if name == "amax" else {"vmin": 0, "vmax": 100 * np.nanmax(values) or 1}
         shown = 100 * values if percent else values
-        image = axis.imshow(shown, aspect="auto", interpolation="nearest", **percent)
+        image = axis.imshow(shown, aspect="auto", interpolation="nearest", cmap="cividis", **percent)
+        axis.grid(visible=False)
         bar = figure.colorbar(image, ax=axis, location="bottom", aspect=40, pad=0.02, ticks=MaxNLocator(4))
         bar.ax.tick_params(labelsize="x-small")
         axis.set_xticks(range(len(columns)), [str(step) for _, step in columns], rotation=90, fontsize="x-small")
@@ -92,6 +95,5 @@ def plot_casts(title: str, casts: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("step", fontsize="x-small")
     names = [f"{layer} {rows[layer, product]} {product}" for layer, product in order]
     axes[0].set_yticks(range(len(order)), names, fontsize="x-small")
-    figure.suptitle(f"{title}: casts to float8", fontsize="medium")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    figure.suptitle(f"{title}: casts to float8", x=0.02, ha="left")
+    plot.save(figure, path, f"{title}: casts to float8")

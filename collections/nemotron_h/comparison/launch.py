@@ -10,12 +10,11 @@ from rich.console import Console
 
 from nemotron_h.comparison.runs import Comparison
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import typed
+from nemotron_h.core.strict import leaves, typed
 from nemotron_h.core.strict_yaml import read_config
 from nemotron_h.launch import runs
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.launch.runs import Run
-from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import RecipeConfig
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from nemotron_h.architecture.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.comparison.runs import Comparison
+from nemotron_h.core.files import read_json
 from nemotron_h.core.paired import Curve, read_losses, train_curve, validation_curve
-from nemotron_h.core.text_files import read_json
-from nemotron_h.data.show import short_count
+from nemotron_h.core.units import short_count
 
 
 class OverPairs(NamedTuple):

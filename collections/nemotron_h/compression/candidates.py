@@ -17,8 +17,7 @@ import numpy as np
 from nemotron_h.architecture.blocks.registry import KINDS, kind_named
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import BYTES, GIB
-from nemotron_h.data.blend import parse_count
+from nemotron_h.core.units import BYTES, GIB, parse_count
 from nemotron_h.planning.inference import InferenceMemory, Serving, layer_memory
 from nemotron_h.schema.recipe import BudgetSchema, GridSchema
 

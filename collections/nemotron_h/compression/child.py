@@ -3,7 +3,7 @@
 Imports no torch. The interface of this part of the package:
 
     importance.measure(model, windows, ...) -> Importance           what removing would cost; `Importance.save`, `load`
-    importance.scores(aggregation) -> Scores                        one number per layer and channel; `.reverse()`,
+    importance.scores() -> Scores                                   one number per layer and channel; `.reverse()`,
                                                                     `.shuffle(seed)` are the controls of a report
     candidates.candidates(definition, grid, budget) -> Candidates   lazily, those that fit
     selection.child_of(definition, scores, candidate) -> Child      the most important layers and channels

@@ -21,19 +21,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.reader import read_definition
+from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.compression.child import check_parent
 from nemotron_h.compression.measure import Advance, measure_layers, measure_widths
 from nemotron_h.compression.unfinished import Unfinished
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256, write_json
+from nemotron_h.core.files import file_sha256, read_json_object, write_json
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend
 from nemotron_h.data.feed.calibration import calibration_windows
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.inference.model import GenerationModel
-from nemotron_h.schema.recipe import AGGREGATIONS, METRICS, ORDERS
+from nemotron_h.schema.recipe import METRICS, ORDERS
 
 VALUES, RECORD = "importance.safetensors", "importance.json"
 FILES = (RECORD, VALUES)
@@ -90,7 +89,7 @@ class Importance:
         definition: of the model.
         metric: of `layers`; one of `METRICS`.
         layers: float64 [samples, layers], what removing a layer changes; see `measure_layers`.
-        activations: name -> float64 [aggregations, width]; see `measure_widths`.
+        activations: name -> float64 [width]; see `measure_widths`.
         settings: what it was measured on: hashes of checkpoint and data, numbers of samples.
     """
 
@@ -107,25 +106,16 @@ class Importance:
         """
         return self.layers.argsort(dim=1, stable=True).argsort(dim=1).double().mean(0)
 
-    def scores(self, aggregation: str = "mean_l2") -> Scores:
-        """Return the scores by which layers and channels stay.
-
-        Args:
-            aggregation: of activations, one of `AGGREGATIONS`.
-        Errors:
-            UserError: unknown aggregation.
-        """
-        if aggregation not in AGGREGATIONS:
-            raise UserError(f"aggregation {aggregation!r} is unknown", hint=f"use one of {', '.join(AGGREGATIONS)}")
-        number = AGGREGATIONS.index(aggregation)
+    def scores(self) -> Scores:
+        """Return the scores by which layers and channels stay."""
         norms, inner = [], {}
         for name, values in self.activations.items():
             if name.endswith(NORM):
-                norms.append(values[number])
+                norms.append(values)
             else:  # layers.I.NAME
                 layer = int(name.split(".")[1])
                 sizes = [axis.size for axis in self.definition.blocks[layer].axes()]
-                inner[layer] = values[number].reshape(sizes).numpy()
+                inner[layer] = values.reshape(sizes).numpy()
         # where two layers have one mean rank, the mean value decides
         order = np.lexsort((self.layers.mean(0).numpy(), self.ranks().numpy()))
         return Scores(order.argsort().astype(float), torch.stack(norms).sum(0).numpy(), inner)
@@ -143,7 +133,6 @@ class Importance:
         record = {
             "settings": dict(self.settings),
             "metric": self.metric,
-            "aggregations": list(AGGREGATIONS),
             "layers": [
                 {"layer": number, "type": block.name, self.metric: float(value), "mean_rank": float(rank)}
                 for number, (block, value, rank) in enumerate(zip(self.definition.blocks, values, ranks, strict=True))
@@ -169,12 +158,12 @@ class Importance:
             raise UserError(f"{folder} holds no importance that can be read: {error.message}", hint=again) from error
         try:
             recorded, sha = read_definition(record, str(folder / RECORD)), record["sha256"]
-            if record["aggregations"] != list(AGGREGATIONS):
-                raise UserError(f"{folder / RECORD} is of another version: {record['aggregations']}", hint=again)
             if file_sha256(folder / VALUES) != sha:
                 raise UserError(f"{folder / VALUES} is not the file that was written", hint=again)
             tensors = load_file(folder / VALUES)
             layers = tensors.pop("layers")
+            if four := record.get("aggregations"):  # as earlier versions measured: rows of every activation
+                tensors = {name: values[four.index("mean_l2")] for name, values in tensors.items()}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError(f"{folder} holds no importance that can be read: {error}", hint=again) from error
         if definition is not None:
@@ -228,7 +217,7 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     text = hashlib.sha256(layer_windows.tobytes() + width_windows.tobytes()).hexdigest()
-    so_far = Unfinished(unfinished, json.dumps([record, metric, text, _record(d)], sort_keys=True))
+    so_far = Unfinished(unfinished, json.dumps([record, metric, "mean_l2", text, _record(d)], sort_keys=True))
     weight = work(d, 1, 0)
     layers = measure_layers(
         model, layer_windows, metric, lambda done: advance(done * weight), device, so_far.layers, so_far.keep_layers

@@ -107,11 +107,8 @@ def _divergence(forward: Forward, whole: Tensor, removed: Tensor) -> Tensor:
 
 
 class Sums:
-    """Sums over samples, from which every aggregation of one activation follows.
-
-    `mean`: mean over sequence and samples of the absolute value; `l2`: root of the sum of squares over both;
-    `mean_l2`: mean over the sequence, then l2 over samples, which Minitron (2407.14679) found best; `l2_mean`: l2 over
-    the sequence, then the mean.
+    """Sums over samples of one activation: its mean over the sequence, then l2 over samples, which Minitron
+    (2407.14679) found best.
     """
 
     def __init__(self, sums: Tensor, samples: int = 0) -> None:
@@ -120,21 +117,17 @@ class Sums:
     @classmethod
     def zero(cls, width: int) -> Sums:
         """Return sums of no samples."""
-        return cls(torch.zeros(4, width, dtype=torch.float64))
+        return cls(torch.zeros(width, dtype=torch.float64))
 
     def add(self, values: Tensor) -> None:
         """Add values [samples, length, width]."""
         wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-        mean = values.abs().mean(1, dtype=wide).double()
-        norm = torch.linalg.vector_norm(values, dim=1, dtype=wide).double()
-        parts = (mean, norm.square(), mean.square(), norm)
-        self.sums += torch.stack([part.sum(0) for part in parts]).cpu()
+        self.sums += values.abs().mean(1, dtype=wide).double().square().sum(0).cpu()
         self.samples += len(values)
 
     def values(self) -> Tensor:
-        """Return float64 [aggregations, width], in the order of `AGGREGATIONS`."""
-        mean, squares, mean_squares, norms = self.sums
-        return torch.stack([mean / self.samples, squares.sqrt(), mean_squares.sqrt(), norms / self.samples])
+        """Return float64 [width]."""
+        return self.sums.sqrt()
 
 
 @torch.inference_mode()
@@ -152,7 +145,7 @@ def measure_widths(
         windows: token ids, int64 [samples, length].
         advance, device, done, keep: as of `measure_layers`.
     Returns:
-        name -> float64 [aggregations, width]: `layers.I.norm` [hidden], the layer's normalised input;
+        name -> float64 [width]: `layers.I.norm` [hidden], the layer's normalised input;
         `layers.I.neurons` [ffn_hidden_size] of a feed-forward layer, after the activation (paper 3.2); `layers.I.x`
         [heads x head_dim] of a Mamba-2 layer, x's part of the input projection (2504.11409); `final_norm` [hidden].
     """

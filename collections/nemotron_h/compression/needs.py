@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.compression.candidates import WIDTHS
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import GIB
+from nemotron_h.core.units import GIB
 from nemotron_h.platform import memory
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import GridSchema, RecipeConfig

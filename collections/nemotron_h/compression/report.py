@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
+from markupsafe import Markup
 from rich.console import Console
 
 from nemotron_h.architecture.definition import ModelDefinition
@@ -15,39 +16,34 @@ from nemotron_h.compression.importance import Importance
 from nemotron_h.compression.recovery import sentence
 from nemotron_h.compression.scoring import pareto
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.page import for_both, render
 from nemotron_h.core.paired import read_losses
-from nemotron_h.data.blend import parse_count
+from nemotron_h.core.units import parse_count
 from nemotron_h.schema.recipe import RecipeConfig
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em } img { max-width: 100% }
-table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .9em; border-bottom: 1px solid #ddd }
-th { text-align: left; font-weight: 600 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-code { font-size: .92em; overflow-wrap: anywhere } p.note { color: #555 }
-</style></head><body>
-<h1>{{ name }}: {{ parent.name }} compressed</h1>
-<p>{{ "{:,}".format(parent.parameters) }} parameters became {{ "{:,}".format(child.parameters) }}
-({{ "{:.1%}".format(child.parameters / parent.parameters) }}). Distillation: <b>{{ recovery }}</b>.</p>
-<p>Parent <code>{{ parent.pattern }}</code>, feed-forward {{ parent.ffn }}<br>
-Child <code>{{ child.pattern }}</code>, feed-forward {{ child.ffn }}<br>
-Checkpoint <code>{{ checkpoint }}</code></p>
+PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
+{% block title %}{{ name }}: {{ parent.name }} compressed{% endblock %}
+{% block head %}<h1>{{ name }}: {{ parent.name }} compressed</h1>
+<p>Distillation: <b>{{ recovery }}</b>.</p>{% endblock %}
+{% block main %}
+{{ facts([
+  ("parent", parent.parameters | count, "{:,} parameters".format(parent.parameters)),
+  ("child", child.parameters | count, "{:,} parameters".format(child.parameters)),
+  ("child of parent", "{:.1%}".format(child.parameters / parent.parameters), "of its parameters")]) }}
+{{ table([("", ""), ("layers", "wide"), ("feed-forward", "n")], models) }}
+<p class="note">Checkpoint <code>{{ checkpoint }}</code></p>
 <h2>Before and after</h2>
-<table><tr><th>model</th>{% for column in columns %}<th class="n">{{ column }}</th>{% endfor %}</tr>
-{% for title, values in rows %}<tr><td>{{ title }}</td>
-{% for value in values %}<td class="n">{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
+{{ table(columns, rows) }}
 <p class="note">On {{ "{:,}".format(tokens) }} tokens that no choice has seen ({{ text.report }}; candidates and winner
 were chosen on the first half): next-token accuracy, agreement with the parent's greedy prediction, cross-entropy in
 nats{% if tasks %}, and the recipe's evaluation, by which the winner was chosen{% endif %}. An arrow goes from the
 pruned candidate to its short distillation (as the paper's table 6).</p>
-{% for title, text, image in pictures %}<h2>{{ title }}</h2><p class="note">{{ text }}</p>
-<img alt="{{ title }}" src="{{ image }}">
+{% for title, text, image in pictures %}<h2>{{ title }}</h2>{{ chart(title, text, image) }}
 {% endfor %}
-<h2>Stages</h2><table><tr><th>stage</th><th>result</th><th class="n">seconds</th></tr>
-{% for stage, result, seconds in stages %}<tr><td>{{ stage }}</td><td>{{ result }}</td>
-<td class="n">{{ "{:,.0f}".format(seconds) }}</td></tr>{% endfor %}</table>
-</body></html>
+<h2>Stages</h2>
+{{ table([("stage", ""), ("result", "wide"), ("seconds", "n")], stages) }}
+{% endblock %}
+{% block foot %}Written by <code>nemotron-h minipuzzle</code>.{% endblock %}
 """
 
 
@@ -78,30 +74,32 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
         pairs = [f"{a} → {b}" for a, b in zip(_cells(before), _cells(after), strict=True)]
         rows.append((name, pairs + [f"{before['evaluated'][t]:.3f} → {after['evaluated'][t]:.3f}" for t in tasks]))
     rows.append(("child", _cells(child) + [f"{child['evaluated'][t]:.3f}" for t in tasks]))
-    html = Environment(autoescape=True).from_string(PAGE)
     stages = ((path.parent.name, json.loads(path.read_text())) for path in folder.glob("*/stage.json"))
     out.write_text(
-        html.render(
+        render(
+            PAGE,
             name=recipe.name,
-            parent={
-                "name": parent.name,
-                "parameters": parent.parameters,
-                "pattern": parent.pattern,
-                "ffn": parent.ffn_hidden_size,
-            },
-            child={"parameters": row["parameters"], "pattern": row["pattern"], "ffn": row["ffn_hidden_size"]},
+            parent=parent,
+            child=row,
+            models=[
+                (title, Markup("<code>{}</code>").format(pattern), f"{width:,}")
+                for title, pattern, width in (
+                    ("parent", parent.pattern, parent.ffn_hidden_size),
+                    ("child", row["pattern"], row["ffn_hidden_size"]),
+                )
+            ],
             checkpoint=child["checkpoint"],
             recovery=sentence(
                 distilled["parent"]["loss"], result["validation"]["pruned"]["loss"], distilled["child"]["loss"]
             ),
-            columns=["accuracy", "agreement", "loss", *tasks],
+            columns=[("model", ""), *((name, "n") for name in ("accuracy", "agreement", "loss", *tasks))],
             tasks=tasks,
-            rows=rows,
+            rows=[(title, *values) for title, values in rows],
             tokens=parent_score["tokens"],
             text=result["text"],
             pictures=list(_pictures(recipe, parent, importance, ranking, child, result)),
             stages=[
-                (name, stage["result"], stage["seconds"])
+                (name, stage["result"], f"{stage['seconds']:,.0f}")
                 for name, stage in sorted(stages, key=lambda item: item[1]["finished"])
                 if not name.endswith(".before")
             ],
@@ -122,12 +120,12 @@ def _pictures(
     child: dict[str, Any],
     result: dict[str, Any],
 ) -> Any:
-    image, part, rows = figures.as_image, recipe.minipuzzle, ranking["candidates"]
+    part, rows = recipe.minipuzzle, ranking["candidates"]
     values = importance.layers.mean(0).tolist()
     yield (
         "Importance of the layers",
         f"What removing each layer changes, the mean over {len(importance.layers)} samples (paper, figure 9).",
-        image(figures.importance(parent.pattern, values, importance.metric.upper())),
+        for_both(partial(figures.importance, parent.pattern, values, importance.metric.upper()), "importance"),
     )
     by_memory = part.budget.memory_gib is not None
     cost, label = ("memory_gib", "memory of inference, GiB") if by_memory else ("parameters", "parameters")
@@ -137,27 +135,27 @@ def _pictures(
         "Candidates",
         f"{len(rows)} within the budget, scored on {result['text']['choice']}; the circled ones were distilled "
         "(paper, figure 10).",
-        image(figures.candidates(rows, cost, label, limit, ranking["chosen"], front)),
+        for_both(partial(figures.candidates, rows, cost, label, limit, ranking["chosen"], front), "candidates"),
     )
     layers = {r["name"]: set(r["layers"]) for r in rows}
     dropped = {name: sorted(set(range(parent.num_layers)) - layers[name]) for name in ranking["chosen"]}
     yield (
         "Layers that the chosen candidates drop",
-        f"Dotted lines are the parent's layers: {figures.colours(parent.pattern)} (paper, figure 11).",
-        image(figures.patterns(parent.pattern, dropped)),
+        "Dotted lines are the parent's layers (paper, figure 11).",
+        for_both(lambda width, _: figures.patterns(parent.pattern, dropped, width), "dropped layers"),
     )
     yield (
         "Does the order mean anything?",
         "Whole layers dropped one after the other, the least important first, in a random order (the mean of three), "
         f"and the most important first; on {result['order_tokens']:,} validation tokens.",
-        image(figures.orders(result["orders"], result["orders"]["importance"][0])),
+        for_both(partial(figures.orders, result["orders"], result["orders"]["importance"][0]), "orders"),
     )
     curve = recovery_curve(Path(child["checkpoint"]).parents[1], recipe)
     if curve:
         yield (
             "Recovery",
             "What the distillation minimises (forward KL from the parent), on its validation batches.",
-            image(figures.recovery(*zip(*curve, strict=True))),
+            for_both(partial(figures.recovery, *zip(*curve, strict=True)), "recovery"),
         )
 
 

@@ -90,21 +90,14 @@ def places(values: Sequence[float]) -> np.ndarray:
     return larger + (equal + 1) / 2
 
 
-def order(scores: Sequence[Score], combine: str = "sum") -> list[int]:
-    """Return the numbers of the candidates, the best first.
+def order(scores: Sequence[Score]) -> list[int]:
+    """Return the numbers of the candidates, the best first: by the sum of the places by accuracy and by agreement.
 
-    Args:
-        combine: one of `schema.RANKS`: `sum` of the two places, the `worst` of them, or the place by `accuracy` or
-            `agreement` alone. The paper says that both are used (3.3), not how. Ties: lower loss, then number.
+    The paper says that both are used (3.3), not how. Ties: lower loss, then number.
     """
     accuracy = places([score.accuracy for score in scores])
     agreement = places([score.agreement for score in scores])
-    combined = {
-        "sum": accuracy + agreement,
-        "worst": np.maximum(accuracy, agreement),
-        "accuracy": accuracy,
-        "agreement": agreement,
-    }[combine]
+    combined = accuracy + agreement
     return sorted(range(len(scores)), key=lambda number: (combined[number], scores[number].loss, number))
 
 

@@ -190,8 +190,8 @@ def check_child(checkpoint: Path, child: Child, written: Path) -> None:
     """
     parent, sliced = (load_model(folder, dtype=torch.float32, lazy=True) for folder in (checkpoint, written))
     check_parameters(sliced.definition, written)
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(sliced.definition.vocab_size, (1, CHECK_TOKENS), generator=draw)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(sliced.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
     error = logits_error(Masked(parent, child), sliced, tokens)
     if not error <= TOLERANCE:  # not a number is an error too
         raise UserError(

@@ -14,8 +14,8 @@ PROMPT, WARMUP, STEPS = 64, 4, 32
 
 def generation_speed(model: GenerationModel, sequences: int, repeats: int = 3) -> float:
     """Return tokens per second over all sequences; the fastest of some repeats, which other work disturbed least."""
-    draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.definition.vocab_size, (sequences, PROMPT), generator=draw)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.definition.vocab_size, (sequences, PROMPT), generator=rng)
     states = model.new_states(sequences, PROMPT + repeats * (WARMUP + STEPS))
     model.extend(tokens, states)
     following, best = tokens[:, -1], 0.0

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import file_sha256, write_json
+from nemotron_h.core.files import file_sha256, read_json_object, write_json
 from nemotron_h.core.locks import locked
 from nemotron_h.core.strict import nearest
-from nemotron_h.core.text_files import read_json_object
 from nemotron_h.launch.jobs import check_none_queued
 
 RECORD = "stage.json"

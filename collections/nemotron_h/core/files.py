@@ -1,7 +1,11 @@
-"""Files: written whole or not at all, and their sha256."""
+"""Files: written whole or not at all, their sha256, and text from outside, read in one way everywhere.
+
+Text is UTF-8 without a byte order mark; errors name the byte.
+"""
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -9,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from nemotron_h.core.errors import UserError
 
 _PIECE = 1 << 20
 
@@ -45,3 +51,96 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
     """Write JSON, indented, by `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+_ENCODINGS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
+
+
+def read_text(path: str | Path) -> str:
+    r"""Return a file's text: `decode` of its bytes, with line ends as `\n`.
+
+    Errors:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        data = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    return decode(data, str(path)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode(data: bytes, origin: str) -> str:
+    """Return UTF-8 bytes as text, without a byte order mark at their start; line ends stay as they are.
+
+    Args:
+        data: of a whole file or message; of a line of a file, only the first can begin with a mark.
+        origin: the file, or what else the bytes come from, to name in an error.
+    Errors:
+        UserError: names the first byte that is not UTF-8 and its position (from 0).
+    """
+    for mark, encoding in _ENCODINGS:
+        if data.startswith(mark):
+            raise UserError(f"{origin}: {encoding} text, not UTF-8", f"Convert it: iconv -f {encoding} -t UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        start = error.start + len(data) - len(error.object)
+        lines = data.count(b"\n", 0, start)
+        place = f"0x{data[start]:02x}" + (f", line {lines + 1:,}" if lines else "")
+        raise UserError(
+            f"{origin}: byte {start:,} ({place}) is not UTF-8",
+            "Save it as UTF-8; from Latin-1: iconv -f LATIN1 -t UTF-8",
+        ) from error
+
+
+def check_unicode(text: str, origin: str) -> str:
+    r"""Return the text as it is when it can be written as UTF-8.
+
+    Python keeps bytes of the command line and of standard input that are not UTF-8, and JSON's `\ud800`, as lone
+    surrogates, which no tokenizer takes.
+
+    Errors:
+        UserError: names the first lone surrogate and its position in characters (from 0).
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        shown = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"lone surrogate U+{code:04X}"
+        raise UserError(f"{origin}: {shown} at character {error.start:,} is not UTF-8", "Give UTF-8 text.") from error
+    return text
+
+
+def parse_json(data: bytes | str, origin: str) -> Any:
+    """Return parsed JSON; bytes are decoded as by `decode`.
+
+    Errors:
+        UserError: not UTF-8, not JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(decode(data, origin) if isinstance(data, bytes) else data)
+    except ValueError as error:
+        raise UserError(f"{origin} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{origin}: the JSON is nested too deep to read") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Return a file's parsed JSON.
+
+    Errors:
+        UserError: as `read_text` and `parse_json`.
+    """
+    return parse_json(read_text(path), str(path))
+
+
+def read_json_object(path: str | Path) -> dict[str, Any]:
+    """Return a file's JSON object.
+
+    Errors:
+        UserError: as `read_json`, or the file holds another value than an object.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return content

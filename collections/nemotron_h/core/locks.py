@@ -53,6 +53,16 @@ def acquire(folder: Path, doing: str, key: str, hint: str = "wait until it has e
     return file
 
 
+def holder(folder: Path) -> str | None:
+    """Return who writes a folder now, as an error of `acquire` names it; None where nobody does, or it is not known."""
+    with contextlib.suppress(OSError), open(folder / LOCK, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip()
+    return None
+
+
 def release(file: TextIO) -> None:
     """Unlock before the process ends."""
     _HELD.discard(file)

@@ -53,14 +53,9 @@ class Curve:
         return {"tokens": self.tokens.tolist(), "gap": self.gap.tolist()}
 
 
-def read_losses(folder: Path, steps: int) -> Losses:
-    """Return the losses of a run, from all of its processes; of a step that several of them trained, the last.
-
-    Args:
-        folder: of the run.
-        steps: that it has.
-    Errors:
-        UserError: the last step is missing, or more than one step and 1 % of all.
+def read_events(folder: Path) -> Losses:
+    """Return the losses of a run's TensorBoard events, of all of its processes; of a step that several of them trained,
+    the last. Both are empty where there are no events.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -78,14 +73,27 @@ def read_losses(folder: Path, steps: int) -> Losses:
             if before:
                 found[VALIDATION].append((event.wall_time, train[before - 1][1], event.value))
     by_step = {tag: {step: loss for _, step, loss in sorted(events)} for tag, events in found.items()}
-    missing = tuple(step for step in range(1, steps + 1) if step not in by_step[TRAIN])
+    return Losses(*(dict(sorted(by_step[tag].items())) for tag in (TRAIN, VALIDATION)))
+
+
+def read_losses(folder: Path, steps: int) -> Losses:
+    """Return the losses of a run, as `read_events` does, up to its last step.
+
+    Args:
+        folder: of the run.
+        steps: that it has.
+    Errors:
+        UserError: the last step is missing, or more than one step and 1 % of all.
+    """
+    read = read_events(folder)
+    missing = tuple(step for step in range(1, steps + 1) if step not in read.train)
     if missing and (missing[-1] == steps or len(missing) > max(1, steps // 100)):
         raise UserError(
             f"the events in {folder} lack the loss of {len(missing)} of {steps} steps, from step {missing[0]}",
             hint="remove that folder to train it again",
         )
     train, validation = (
-        {step: loss for step, loss in sorted(by_step[tag].items()) if step <= steps} for tag in (TRAIN, VALIDATION)
+        {step: loss for step, loss in losses.items() if step <= steps} for losses in (read.train, read.validation)
     )
     return Losses(train, validation, missing)
 

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from nemotron_h.core.duration import duration
+from nemotron_h.core.units import duration
 
 #: seconds between plain lines
 _EVERY_S = 10.0
@@ -42,6 +42,11 @@ class Step:
         tokens_per_second: over the last steps, all ranks together.
         lr: learning rate.
         seconds_left: of the run, at the pace of this process.
+        validation_step: the step that `validation_loss` was measured after, 0 for the untrained model.
+        metrics: what else was measured of the step, by name: gradient norm, rates, memory, terms of the loss.
+        time, began: of this line and of the process that writes it, in seconds since 1970.
+
+    Files of earlier versions lack the last four.
     """
 
     step: int
@@ -52,6 +57,10 @@ class Step:
     tokens_per_second: float
     lr: float
     seconds_left: float
+    validation_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    time: float | None = None
+    began: float | None = None
 
     def losses(self) -> str:
         """Return both losses on one line."""
@@ -70,6 +79,39 @@ class Step:
         """Add it to a file as a line of JSON."""
         with file.open("a") as opened:
             opened.write(json.dumps(dataclasses.asdict(self)) + "\n")
+
+    @classmethod
+    def parse(cls, line: str | bytes) -> Step:
+        """Return the step of a line.
+
+        Errors:
+            ValueError: it is none.
+        """
+        try:
+            step = cls(**json.loads(line))
+            numbers = [getattr(step, name) for name in _NUMBERS]
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+        if not isinstance(step.metrics, dict) or not all(isinstance(n, int | float) for n in numbers):
+            raise ValueError("a value is no number")
+        return step
+
+
+_NUMBERS = ("step", "steps", "loss", "validation_loss", "tokens_per_second", "lr", "seconds_left")
+
+
+def read_steps(file: Path) -> tuple[list[Step], list[int]]:
+    """Return the steps of a file in the order of its lines, and the numbers of lines that are none; both empty where
+    there is no file. A run that was killed, or a full disk, leaves half a line.
+    """
+    steps, unreadable = [], []
+    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                steps.append(Step.parse(line))
+            except ValueError:
+                unreadable.append(number)
+    return steps, unreadable
 
 
 class Steps:
@@ -96,8 +138,8 @@ class Steps:
         self.read += len(lines + newline)
         steps = []
         for line in lines.splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # half a line, of a run that was killed or a full disk
-                steps.append(Step(**json.loads(line)))
+            with contextlib.suppress(ValueError):  # half a line, of a run that was killed or a full disk
+                steps.append(Step.parse(line))
         return steps
 
 

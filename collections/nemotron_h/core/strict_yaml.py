@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import check_unicode, decode
+from nemotron_h.core.files import check_unicode, decode
 
 #: ours: the largest file that ships has 12 kB
 MAX_BYTES = 2**20

@@ -19,8 +19,8 @@ from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import is_name, merged, nearest, number, typed, within
+from nemotron_h.core.units import parse_count
 from nemotron_h.data.blend_files import available_blends, find_blend, layers_of
-from nemotron_h.data.counts import parse_count
 from nemotron_h.schema.recipe import COUNT, SEED, VOCABULARY
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")

@@ -25,7 +25,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_text
+from nemotron_h.core.files import read_text
 from nemotron_h.data.messages import ASSISTANT, REASONING_FIELDS, USER, ChatError, Conversation, Refused, Turn
 from nemotron_h.data.tokenizer import CHAT_TOKENS, Tokenizer
 

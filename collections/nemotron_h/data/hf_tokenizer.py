@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json_object, read_text
+from nemotron_h.core.files import read_json_object, read_text
 from nemotron_h.data.tokenizer_base import Tokenizer
 
 if TYPE_CHECKING:

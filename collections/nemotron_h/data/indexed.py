@@ -1,9 +1,12 @@
-"""Megatron's indexed token format (`.bin` + `.idx`), written as a stream.
+"""Megatron's indexed token format (`.bin` + `.idx`), written as a stream and read in windows.
 
 Megatron-core reads these files. Its own writer is not used because it keeps Python lists of every document and takes
 seconds to import; the tests hold this writer to byte equality with it. Layout of the index: magic, version (u64),
 type code (u8), sequences (u64), document marks (u64), then lengths (i32), byte offsets (i64) and document marks
 (i64). One sequence is one document here.
+
+Read, the tokens of a source are one stream: document after document, closed to a circle, so that a window which runs
+over the end goes on at the start.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -180,3 +185,100 @@ def write_index(path: str | Path, lengths: np.ndarray, dtype: np.dtype) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+_BLOCK = 1024  # offsets that are read at a time
+
+
+class TokenStream:
+    """The tokens of one `.bin/.idx` pair.
+
+    Args:
+        prefix: path without `.bin`.
+        vocab_size: tokens have ids below this; None: they are not checked.
+
+    Attributes:
+        tokens: their number.
+
+    Errors:
+        UserError: a file is missing, no index, or empty.
+    """
+
+    def __init__(self, prefix: str, vocab_size: int | None = None) -> None:
+        self.prefix, self.vocab_size = prefix, vocab_size
+        again = "Prepare the blend again: nemotron-h data prepare"
+        try:
+            header = read_index_header(prefix + ".idx")
+            self._ids = ArrayFile(prefix + ".bin", header.dtype)
+            self._offsets = ArrayFile(
+                prefix + ".idx", np.int64, header.file_size - 8 * (header.sequences + header.marks)
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(str(error), again) from error
+        self._documents, self._itemsize = header.sequences, header.dtype.itemsize
+        self._unsigned = np.dtype(f"u{self._itemsize}")
+        self.tokens = self._ids.size
+        if not self.tokens:
+            raise UserError(f"{prefix}.bin is empty", again)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Return `count` tokens from position `start` of the circle on, int64 [count].
+
+        Errors:
+            UserError: a file has become shorter, or an id is beyond the vocabulary.
+        """
+        parts = [self._ids.read(a, b) for a, b in self._pieces(start, count)]
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.vocab_size is not None:
+            unsigned = ids.view(self._unsigned)  # a negative id is a huge one
+            if len(ids) and int(unsigned.max()) >= self.vocab_size:
+                place = int(np.argmax(unsigned >= self.vocab_size))
+                raise UserError(
+                    f"{self.prefix}.bin: token {(start + place) % self.tokens:,} has the id {ids[place]:,}, the "
+                    f"tokenizer has {self.vocab_size:,} ids",
+                    "It is not the file that was prepared: nemotron-h data verify tells more. Prepare the blend again.",
+                )
+        return ids.astype(np.int64)
+
+    def document_starts(self, start: int, count: int) -> np.ndarray:
+        """Return where documents begin among the `count` tokens from `start` on: ascending places in the window."""
+        places, done = [], 0
+        for a, b in self._pieces(start, count):
+            places += [offsets // self._itemsize - a + done for offsets in self._between(a, b)]
+            done += b - a
+        return np.unique(np.concatenate(places))  # an empty document begins where the next one does
+
+    def _between(self, a: int, b: int) -> Iterator[np.ndarray]:
+        """Yield the byte offsets of the documents that begin at tokens from a up to b, int64, block by block."""
+        first = bisect_left(
+            range(self._documents), a * self._itemsize, key=lambda n: int(self._offsets.read(n, n + 1)[0])
+        )
+        while True:
+            block = self._offsets.read(first, min(first + _BLOCK, self._documents))
+            inside = int(np.searchsorted(block, b * self._itemsize))
+            yield block[:inside]
+            first += inside
+            if inside < _BLOCK:
+                return
+
+    def _pieces(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Return the ranges of the stream that make up a range of the circle."""
+        pieces = []
+        while count:
+            start %= self.tokens
+            end = min(start + count, self.tokens)
+            pieces.append((start, end))
+            count, start = count - (end - start), end
+        return pieces
+
+
+def document_numbers(starts: np.ndarray, length: int) -> np.ndarray:
+    """Return the number of the document that each place of a window belongs to, from 0: int32 [length].
+
+    Args:
+        starts: places where documents begin.
+        length: of the window.
+    """
+    begins = np.zeros(length, dtype=np.int32)
+    begins[starts[(starts > 0) & (starts < length)]] = 1
+    return np.cumsum(begins, dtype=np.int32)

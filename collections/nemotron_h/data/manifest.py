@@ -21,12 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import write_json
+from nemotron_h.core.files import read_json_object, write_json
 from nemotron_h.core.strict import from_json
-from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend
-from nemotron_h.data.feed.windows import TokenStream
-from nemotron_h.data.indexed import read_index_header
+from nemotron_h.data.indexed import TokenStream, read_index_header
 
 FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.blend import Phase, Until, parse_count
+from nemotron_h.core.units import parse_count
+from nemotron_h.data.blend import Phase, Until
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.show import Overview, short_count
+from nemotron_h.core.units import short_count
+from nemotron_h.data.show import Overview
 
 _NARROW = 0.09  # of the run's length: a phase name wider than its phase is written on a line of its own
 _LABELLED = 0.035  # smallest share whose percent fits into its bar
@@ -26,40 +28,45 @@ def plot(view: Overview, path: Path) -> None:
     if path.suffix != ".png":
         raise UserError(f"--png {path}: the name of the picture ends in .png")
 
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
+    from nemotron_h.core import plot as style
 
-    colours = _colours(len(view.categories))
-    figure = Figure(figsize=(11, 6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    style.styled(_write)(view, path, style)
+
+
+def _write(view: Overview, path: Path, style: ModuleType) -> None:
+    """Plot and write; `style` is `core.plot`, which takes a second to import."""
+    from matplotlib.colors import to_rgb
+
+    colours = style.colours(len(view.categories))
+    figure, axes = style.canvas(900, 480)
     for phase in view.phases:
         left, width, bottom = float(phase.begin), float(phase.tokens), 0.0
         for number, category in enumerate(view.categories):
             share = phase.categories.get(category, 0.0)
-            axes.bar(left, 100 * share, width, bottom, align="edge", color=colours[number], edgecolor="white", lw=0.4)
+            axes.bar(
+                left, 100 * share, width, bottom, align="edge", color=colours[number], edgecolor=style.SURFACE, lw=0.4
+            )
             if share >= _LABELLED and width / view.tokens >= 0.06:
                 dark = sum(c * w for c, w in zip(to_rgb(colours[number]), (0.3, 0.6, 0.1), strict=True)) < 0.5
                 place = (left + width / 2, bottom + 50 * share)
                 axes.annotate(
-                    f"{100 * share:.1f} %", place, ha="center", va="center", size=9, color="white" if dark else "#222"
+                    f"{100 * share:.1f} %",
+                    place,
+                    ha="center",
+                    va="center",
+                    size=9,
+                    color="white" if dark else style.INK,
                 )
             bottom += 100 * share
     _switches(view, axes)
-    axes.set(xlim=(0, view.tokens), ylim=(0, 100), ylabel="percent of tokens", xlabel="tokens of the run")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short_count(x) if x else "0"))
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlim=(0, view.tokens), ylim=(0, 100), ylabel="share of the tokens, %", xlabel="tokens of the run")
+    style.count_axis(axes.xaxis)
+    axes.grid(visible=False)
     handles = [axes.bar(0, 0, color=colour) for colour in colours]
-    axes.legend(
-        handles[::-1], view.categories[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=10
-    )
-    figure.suptitle(f"Blend {view.blend.name} over {short_count(view.tokens)} tokens", fontsize=13, x=0.02, ha="left")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--png {path}: {error.strerror}") from error
+    axes.legend(handles[::-1], view.categories[::-1], loc="center left", bbox_to_anchor=(1.01, 0.5))
+    label = f"Blend {view.blend.name} over {short_count(view.tokens)} tokens"
+    figure.suptitle(label, x=0.02, ha="left")
+    style.save(figure, path, label, "--png")
 
 
 def _switches(view: Overview, axes) -> None:
@@ -79,12 +86,3 @@ def _switches(view: Overview, axes) -> None:
             )  # fmt: skip
         else:
             axes.text(begin + width / 2, 1.015, text, transform=above, ha="center", va="bottom", size=9)
-
-
-def _colours(count: int) -> list:
-    import matplotlib
-
-    # Okabe and Ito's palette, told apart with any colour vision; more categories take more of a wheel.
-    palette = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#6B6B6B"]
-    extra = matplotlib.colormaps["tab20"]
-    return [palette[n] if n < len(palette) else extra((n - len(palette)) % 20) for n in range(count)]

@@ -14,19 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import short_count
 from nemotron_h.data.blend import Blend, Phase
 from nemotron_h.data.manifest import Manifest, check_manifest, data_root, load_manifest
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_end, phase_spans
-
-_UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
-
-
-def short_count(tokens: float | Fraction) -> str:
-    """Return a count in the unit that fits, with four significant digits: `14.62T`, `380B`, `983K`."""
-    for size, unit in _UNITS:
-        if tokens >= size * 0.99995:
-            return f"{float(tokens / size):.4g}{unit}"
-    return f"{float(tokens):.4g}"
 
 
 @dataclass(frozen=True)

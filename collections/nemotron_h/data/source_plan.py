@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import write_json
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object, write_json
 from nemotron_h.data.blend import Blend, Source
 from nemotron_h.data.prepare import sources as reading
 from nemotron_h.data.prepare.inputs import Input, compression, find_inputs

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json
+from nemotron_h.core.files import read_json
 from nemotron_h.data.hf_tokenizer import HuggingFaceTokenizer
 from nemotron_h.data.tokenizer_base import (
     MAX_PADDING,

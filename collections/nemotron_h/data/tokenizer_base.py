@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json
+from nemotron_h.core.files import read_json
 
 #: ours: the most rows that a vocabulary is padded by, 128 for each of 8 tensor-parallel ranks; a model with more rows
 #: beyond a tokenizer's tokens is another tokenizer's, unless that is known better

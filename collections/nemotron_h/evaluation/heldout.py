@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
-from nemotron_h.data.feed.windows import TokenStream
-from nemotron_h.data.indexed import ArrayFile, read_lengths
+from nemotron_h.data.indexed import ArrayFile, TokenStream, read_lengths
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.inference.model import GenerationModel

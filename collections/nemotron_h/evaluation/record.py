@@ -8,8 +8,7 @@ from typing import Any
 
 from nemotron_h.checkpoint.folders import step_of
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import write_json
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object, write_json
 
 FILE = "evaluations.json"
 

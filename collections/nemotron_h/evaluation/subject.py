@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.inference.trained_tokenizer import tokenizer_for
 

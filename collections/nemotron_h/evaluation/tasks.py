@@ -15,9 +15,9 @@ import yaml
 from omegaconf import MISSING
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import parse_json, read_text
 from nemotron_h.core.strict import nearest, typed
 from nemotron_h.core.strict_yaml import read_config, read_yaml
-from nemotron_h.core.text_files import parse_json, read_text
 from nemotron_h.data.blend import Fetch
 from nemotron_h.data.prepare.fetch import fetch
 from nemotron_h.data.prepare.inputs import open_input

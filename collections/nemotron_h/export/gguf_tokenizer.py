@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object
 from nemotron_h.data.tokenizer import PATTERN, Tokenizer
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.gguf_format import Value

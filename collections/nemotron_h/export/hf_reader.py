@@ -16,7 +16,7 @@ from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object
 from nemotron_h.data.tokenizer import HuggingFaceTokenizer
 from nemotron_h.export import tokenizer as tokenizers
 from nemotron_h.export.config import definition_name, from_config, max_positions_of

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemotron_h.checkpoint.adapters import AdaptedWeights, adapter_record
+from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.names import Weight, weights
-from nemotron_h.checkpoint.reader import read_definition, read_record
+from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
 from nemotron_h.export.config import check_expressible

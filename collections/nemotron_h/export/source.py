@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from nemotron_h.checkpoint.adapters import open_weights
+from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.names import Weight, weights
-from nemotron_h.checkpoint.reader import read_definition, read_record
+from nemotron_h.checkpoint.reader import read_record
 
 
 class ModelSource:

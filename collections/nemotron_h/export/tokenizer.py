@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object
 from nemotron_h.data.chat import FAMILY_SOURCE
 from nemotron_h.data.hf_tokenizer import CONFIG_FILE, LIBRARY_FILE, TEMPLATE_FILE, settings_of, template_of
 from nemotron_h.data.tokenizer import (

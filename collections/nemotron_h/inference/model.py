@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.adapters import open_weights
-from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.inference.states import States
 from nemotron_h.model.blocks.cpu_step import Residual
 from nemotron_h.model.blocks.registry import running_layers

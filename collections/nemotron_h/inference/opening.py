@@ -55,7 +55,8 @@ def open_checkpoint(checkpoint: Path, tokenizer: Path | None, dtype: str | None,
         raise UserError(f"--device {device} is unknown", hint=f"use one of {', '.join(DEVICES)}")
     import torch
 
-    from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+    from nemotron_h.checkpoint.definition import read_definition
+    from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.inference.model import load_model
     from nemotron_h.inference.trained_tokenizer import tokenizer_for
 

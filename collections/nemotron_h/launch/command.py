@@ -14,12 +14,14 @@ from nemotron_h.core.errors import UserError, report
 from nemotron_h.launch.place import take
 from nemotron_h.recipe.compose import compose, factory_of, known_recipes, names_model, stage_of
 from nemotron_h.recipe.overrides import split
-from nemotron_h.schema.recipe import STAGES, file_of_factory
+from nemotron_h.schema.recipe import STAGES, RecipeConfig, file_of_factory
 
 #: `key=@FILE.yaml`, as nemo-run takes it
 FILE = re.compile(r"=@[\w./\\-]+\.(ya?ml|json|toml)(:\w+)?$", re.IGNORECASE)
 _YAML = re.compile(r"--yaml(=|$)")
 _FACTORY = re.compile(r"(?:--factory|-f)(?:=|$)")
+#: (recipe, values) -> what `main` composed of them
+_COMPOSED: dict[tuple[str, tuple[str, ...]], RecipeConfig] = {}
 _PATH = re.compile(r"nemotron_h_recipe\(\s*path\s*=\s*(['\"]?)(.+?)\1\s*\)")
 
 
@@ -59,12 +61,18 @@ def recipe_of(arguments: Sequence[str]) -> tuple[str, list[str]] | None:
     return recipe, of_recipe(settings)[0]
 
 
+def composed(recipe: str, values: Sequence[str]) -> RecipeConfig:
+    """Return a composed recipe: the command's own where it is that, else anew."""
+    return _COMPOSED.pop((recipe, tuple(values)), None) or compose(recipe, values)
+
+
 def main() -> None:
     """Run the command; a mistake in its recipe is one message, before NeMo is imported."""
     try:
         recipe = recipe_of(sys.argv[1:])
         if recipe is not None:
-            compose(*recipe)
+            name, values = recipe
+            _COMPOSED[name, tuple(values)] = compose(name, values)
     except UserError as error:
         report(error)
         sys.exit(error.EXIT_CODE)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
-from nemotron_h.core.sizes import GIB
+from nemotron_h.core.units import GIB
 from nemotron_h.platform import memory
 
 DISTRIBUTION = "nemotron-h-recipes"

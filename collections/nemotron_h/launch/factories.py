@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 from nemotron_h.platform import quiet
@@ -14,27 +15,32 @@ from nemo.collections import llm  # noqa: E402
 from nemotron_h.checkpoint.definition import is_path  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.launch import nemo_cli  # noqa: E402
+from nemotron_h.launch.command import composed  # noqa: E402
 from nemotron_h.recipe.compose import compose, factory_of, known_recipes, stage_of  # noqa: E402
-from nemotron_h.schema.recipe import STAGES, command_of, file_of_factory  # noqa: E402
-from nemotron_h.training.stages import pretrain, sft  # noqa: E402
-from nemotron_h.training.stages.distillation import stage as distill  # noqa: E402
-from nemotron_h.training.stages.preference import stage as preference  # noqa: E402
+from nemotron_h.schema.recipe import STAGES, RecipeConfig, command_of, file_of_factory  # noqa: E402
+from nemotron_h.training.stages.distillation.command import distill  # noqa: E402
 
+#: stage -> what `nemo` calls, and the module of `training/stages` that builds its task: a run loads its own alone
 BUILDERS = {
-    "pretrain": (llm.pretrain, pretrain.build),
-    "sft": (llm.finetune, sft.build),
-    "preference": (llm.finetune, preference.build),
-    "distill": (distill.distill, distill.build),
+    "pretrain": (llm.pretrain, "pretrain"),
+    "sft": (llm.finetune, "sft"),
+    "preference": (llm.finetune, "preference.stage"),
+    "distill": (distill, "distillation.stage"),
 }
-run.cli.entrypoint(distill.distill, namespace="llm")  # after NeMo's of that name, whose place it takes
+run.cli.entrypoint(distill, namespace="llm")  # after NeMo's of that name, whose place it takes
+
+
+def build(recipe: RecipeConfig) -> run.Partial:
+    """Build the task of a recipe with its stage's `build`."""
+    return importlib.import_module(f"nemotron_h.training.stages.{BUILDERS[recipe.stage][1]}").build(recipe)
 
 
 def _register(recipe: str) -> None:
     name, stage = factory_of(recipe), stage_of(recipe)
-    target, build = BUILDERS[stage]
+    target, _ = BUILDERS[stage]
 
     def factory() -> run.Partial:
-        return build(compose(recipe, nemo_cli.recipe_values()))
+        return build(composed(recipe, nemo_cli.recipe_values()))
 
     def distillation(student: str | None = None, teacher: str | None = None) -> run.Partial:
         """Take checkpoints: `--factory "NAME(student=runs/CHILD, teacher=runs/PARENT)"`, and the student's model."""
@@ -64,11 +70,11 @@ def _register_files(command: str) -> None:
     def nemotron_h_recipe(path: str) -> run.Partial:
         """Build a recipe file of your own: `--factory "nemotron_h_recipe(path=my.yaml)"`."""
         path = file_of_factory(path)
-        recipe = compose(path, nemo_cli.recipe_values())
+        recipe = composed(path, nemo_cli.recipe_values())
         if STAGES.get(recipe.stage) != command:
             hint = f"run it with: {command_of(recipe.stage, path)}"
             raise UserError(f"{path} is a recipe of stage {recipe.stage}", hint=hint)
-        return BUILDERS[recipe.stage][1](recipe)
+        return build(recipe)
 
     nemotron_h_recipe.arguments_are_data = True
     run.cli.factory(target=target, name="nemotron_h_recipe")(nemotron_h_recipe)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nemotron_h.core.duration import seconds_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import merged, nearest, typed
 from nemotron_h.core.strict_yaml import parse_settings, read_config
+from nemotron_h.core.units import seconds_of
 from nemotron_h.schema.cluster import KINDS, Cluster, SlurmCluster
 
 GPU_REQUESTS = ("gpus_per_node", "gres", "none")

@@ -28,7 +28,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress, Step, Steps
 from nemotron_h.launch.jobs import RECORD, Job, Watch
 from nemotron_h.launch.place import HERE, Place
-from nemotron_h.recipe.text import to_yaml
+from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import STAGES, RecipeConfig, factory_of_file
 
 #: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)
@@ -351,6 +351,8 @@ class _Line:
         for step in steps:
             if self.bar.bar:
                 self.bar.advance(step.step - self.bar.done, f"{self.title}  {step.losses()}")
+            elif self.last and step.step == self.last.step:
+                pass  # its validation; on the next line too
             elif not self.last or step.step % max(1, self.steps // 10) == 0 or step.step == self.steps:
                 self.bar.say(f"{self.title}: {step.line()}")
             self.last = step

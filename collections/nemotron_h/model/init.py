@@ -1,7 +1,7 @@
 """Initial weights that do not depend on the parallel layout.
 
-Each parameter is drawn whole from a generator keyed by (seed, global name) and every rank keeps its shard, so one rank
-and two start from the same model. Megatron's own initialisation draws each tensor-parallel shard separately.
+Each parameter is sampled whole from a generator keyed by (seed, global name) and every rank keeps its shard, so one
+rank and two start from the same model. Megatron's own initialisation samples each tensor-parallel shard separately.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-Draw = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Distribution = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:
@@ -21,12 +21,12 @@ def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def normal(std: float) -> Draw:
+def normal(std: float) -> Distribution:
     """Return a function that fills a tensor from the normal distribution with mean 0."""
     return lambda t, g: t.normal_(0.0, std, generator=g)
 
 
-def uniform(low: float, high: float) -> Draw:
+def uniform(low: float, high: float) -> Distribution:
     """Return a function that fills a tensor uniformly in [low, high)."""
     return lambda t, g: t.uniform_(low, high, generator=g)
 
@@ -47,7 +47,7 @@ def dt_bias(t: torch.Tensor, g: torch.Generator) -> torch.Tensor:
 def fill(
     parameter: torch.Tensor,
     name: str,
-    draw: Draw,
+    distribution: Distribution,
     seed: int,
     *,
     axis: int | None = None,
@@ -60,7 +60,7 @@ def fill(
     Args:
         parameter: the local shard, overwritten.
         name: global name (layer numbers count from the model's first layer).
-        draw: fills a float32 tensor of the whole shape.
+        distribution: fills a float32 tensor of the whole shape.
         seed: the run's seed.
         axis: the sharded axis; None when every rank holds all of it.
         sections: local sizes along `axis` of parts that are sharded one by one (z, x, B, C, dt of an input projection).
@@ -71,10 +71,10 @@ def fill(
     shape = list(parameter.shape)
     if axis is None or tp_size == 1:
         whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
-        parameter.copy_(draw(whole, generator_for(seed, name, parameter.device)))
+        parameter.copy_(distribution(whole, generator_for(seed, name, parameter.device)))
         return
     shape[axis] *= tp_size
-    whole = draw(
+    whole = distribution(
         torch.empty(shape, dtype=torch.float32, device=parameter.device),
         generator_for(seed, name, parameter.device),
     )

@@ -17,11 +17,18 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from nemotron_h.architecture.definition import pipeline_layers
-from nemotron_h.model.attention import Documents, ScaledDotProductAttention, engine_attention
 from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.model.blocks.running import InitialWeights, Parts, Running, Surroundings
-from nemotron_h.model.gpu_options import has_kernels
-from nemotron_h.model.megatron_layers import CpuColumnParallelLinear, CpuMatmul, CpuRowParallelLinear, RMSNorm
+from nemotron_h.model.megatron_layers import (
+    CpuColumnParallelLinear,
+    CpuMatmul,
+    CpuRowParallelLinear,
+    Documents,
+    RMSNorm,
+    ScaledDotProductAttention,
+    engine_attention,
+    has_kernels,
+)
 from nemotron_h.schema.nemo_names import MODEL
 
 
@@ -79,10 +86,10 @@ class NemotronHStack(MambaStack):
         running.prepare_layer(layer, config)
         return layer
 
-    def initialize(self, draw: InitialWeights) -> None:
+    def initialize(self, weights: InitialWeights) -> None:
         """Set the initial weights of every layer."""
         for layer, running in zip(self.layers, self.running, strict=True):
-            running.initialize(layer, f"layers.{layer.layer_number - 1}", draw)
+            running.initialize(layer, f"layers.{layer.layer_number - 1}", weights)
 
     def _run_layer(
         self, layer: MegatronModule, running: Running, hidden_states: Tensor, around: Surroundings

@@ -1,23 +1,53 @@
-"""Megatron's layers as our stack uses them, over the plain operations of `nemotron_h.ops` where there is no GPU."""
+"""Megatron's layers as our stack uses them, over the plain operations of `nemotron_h.ops` where there is no GPU.
+
+Core attention is Transformer Engine's on a GPU, torch's fused kernel elsewhere. Each document of a packed row attends
+within itself, and no path forms a mask [sequence, sequence]: at 524,288 tokens it would be 256 GiB, and Transformer
+Engine's flash and cuDNN kernels ignore the one that `causal` attention is given.
+
+Axes: s position in a row, b row, t = b * s position in the batch (rows one behind the other), n position in a
+document, h query head, g group of key-value heads, d channel of a head.
+
+Per head, with the keys and values of its group (Ainslie et al. 2023, arXiv 2305.13245), over the positions j up to i of
+i's document: out_i = sum_j softmax_j(q_i.k_j / sqrt(d)) v_j
+"""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from nemotron_h.ops import linear
+from nemotron_h.ops.embedding import lookup
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.emulation import fp8_linear
+
+
+@functools.cache
+def has_kernels() -> bool:
+    """Tell whether a GPU is visible and Transformer Engine imports."""
+    return torch.cuda.is_available() and HAVE_TE
 
 
 class RMSNorm(nn.Module):
@@ -49,7 +79,7 @@ class CpuMatmul:
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.fp8_emulation is not None:
-            return self._fp8_product(input, weight, **kwargs)
+            return self._fp8_matmul(input, weight, **kwargs)
         extras = ("bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer")
         plain = not args and all(kwargs[name] is None or kwargs[name] is False for name in extras)
         if plain and linear.takes(input, weight):
@@ -60,7 +90,7 @@ class CpuMatmul:
             input = input.flatten().view(input.shape)
         return super()._forward_impl(input, weight, *args, **kwargs)
 
-    def _fp8_product(
+    def _fp8_matmul(
         self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, **_: object
     ) -> Tensor:
         """Quantise what the ranks gathered: its amax is their largest, which Transformer Engine reduces likewise."""
@@ -103,3 +133,132 @@ class RecomputingMLP(MLP):
         out, bias = self.linear_fc2(activated)
         again.discard_output_and_register_recompute(out)
         return out, bias
+
+
+class AccumulatingEmbedding(VocabParallelEmbedding):
+    """megatron-core's embedding, whose gradient goes right into Megatron's gradient buffer. It adds no state."""
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Look up ids, int [batch, sequence]: [batch, sequence, hidden], with sequence parallelism [sequence / ranks,
+        batch, hidden].
+        """
+        ids = input_ - self.vocab_start_index
+        outside = (ids < 0) | (ids >= self.num_embeddings_per_partition)  # with one rank none
+        rows = lookup(ids.masked_fill(outside, 0), self.weight).masked_fill(outside.unsqueeze(-1), 0)
+        if self.reduce_scatter_embeddings:
+            rows = rows.transpose(0, 1).contiguous()
+            return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of packed rows, the rows one behind the other.
+
+    Attributes:
+        lengths: tokens of each, on the host.
+        offsets: int32, the first token of each on the device, and the end until their number is a power of two and
+            one: kernels are chosen, and built, by it.
+    """
+
+    lengths: tuple[int, ...]
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, seq_idx: Tensor) -> Documents:
+        """Find where `seq_idx` [b, s] changes; a row's start begins a document too. Waits for the device once."""
+        first = torch.ones_like(seq_idx, dtype=torch.bool)
+        first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        starts = first.flatten().cpu().nonzero().flatten()
+        ends = F.pad(starts[1:], (0, 1), value=seq_idx.numel())
+        empty = (1 << (len(starts) - 1).bit_length()) - len(starts)
+        offsets = F.pad(starts, (0, 1 + empty), value=seq_idx.numel()).int()
+        return cls(tuple((ends - starts).tolist()), offsets.to(seq_idx.device, non_blocking=True))
+
+
+def _rows_fused(x: Tensor) -> Tensor:
+    """Return [s, b, h, d] as [t, h, d]: a view for one row, else a copy."""
+    return x.transpose(0, 1).flatten(0, 1)
+
+
+def _rows_split(x: Tensor, rows: int) -> Tensor:
+    """Return [t, channels] as [s, b, channels], contiguous."""
+    return x.unflatten(0, (rows, -1)).transpose(0, 1).contiguous()
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Causal grouped-query attention by torch's fused kernel, which never forms the [sequence, sequence] scores.
+
+    megatron-core's own `DotProductAttention` does form them; Transformer Engine's needs a GPU.
+    """
+
+    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: object) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, **_: object
+    ) -> Tensor:
+        """Attend within each document.
+
+        Args:
+            query: [s, b, h, d].
+            key, value: [s, b, g, d].
+            attention_mask: the documents of the rows, or None where each row is one.
+        Returns:
+            [s, b, h * d].
+        """
+        if attention_mask is None:
+            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, h, s, d]
+            return out.permute(2, 0, 1, 3).flatten(2)
+        # One split over all documents: the gradient of a slice would be as long as the batch for each of them
+        parts = (_rows_fused(x).split(attention_mask.lengths) for x in (query, key, value))
+        outs = [
+            self._attend(*(x.transpose(0, 1).unsqueeze(0) for x in qkv))  # [1, h, n, d]
+            for qkv in zip(*parts, strict=True)
+        ]
+        fused = torch.cat([out.squeeze(0).transpose(0, 1).flatten(1) for out in outs])  # [t, h * d]
+        return _rows_split(fused, query.shape[1])
+
+    @staticmethod
+    def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend causally: q [b, h, s, d], k and v [b, g, s, d] to [b, h, s, d]."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
+
+
+@functools.cache
+def engine_attention() -> type:
+    """Return the core attention on Transformer Engine's class, which exists only where that package imports."""
+
+    class EngineAttention(te.TEDotProductAttention):
+        """Transformer Engine's causal attention; documents go to its kernels as packed sequences (`thd`)."""
+
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Documents | None,
+            attn_mask_type: AttnMaskType,
+            **_: object,
+        ) -> Tensor:
+            """Attend within each document; shapes as `ScaledDotProductAttention.forward`.
+
+            Errors:
+                ValueError: Transformer Engine has no kernel that keeps documents apart for these shapes.
+            """
+            if attention_mask is None:
+                return super().forward(query, key, value, None, attn_mask_type)
+            longest = max(attention_mask.lengths)
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=attention_mask.offsets,
+                cu_seqlens_kv=attention_mask.offsets,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            )
+            qkv = (_rows_fused(x) for x in (query, key, value))
+            out = super().forward(*qkv, None, attn_mask_type, packed_seq_params=packed)  # [t, h * d]
+            return _rows_split(out, query.shape[1])
+
+    return EngineAttention

@@ -19,11 +19,10 @@ from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
-from nemotron_h.model import adapters, gpu_options, init
+from nemotron_h.model import adapters, init
 from nemotron_h.model.blocks.running import InitialWeights
-from nemotron_h.model.embedding import AccumulatingEmbedding
 from nemotron_h.model.layers import plain_stack_spec, stack_spec
-from nemotron_h.model.megatron_layers import CpuColumnParallelLinear
+from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear, has_kernels
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
@@ -185,6 +184,64 @@ class NemotronHMegatronModel(MegatronMambaModel):
         self.decoder.initialize(InitialWeights(weight, residual, shard))
 
 
+@dataclass(frozen=True)
+class GpuOption:
+    """Option of Megatron or Transformer Engine for speed or memory: its value with GPU kernels, without, and why.
+
+    Any can be set by hand: `model.config.NAME=...`. What depends on the layout is chosen by `training.strategy`.
+    """
+
+    with_kernels: bool | str
+    without: bool | str
+    reason: str
+
+
+#: fields of `NemotronHConfig`
+GPU_OPTIONS: dict[str, GpuOption] = {
+    "fuse_weight_gradients": GpuOption(
+        True,
+        False,
+        "the linear layers add weight gradients to the float32 gradient buffer inside the matmul: no bfloat16 copy "
+        "and no pass that adds it (14 bytes of traffic per parameter and micro-batch become 8)",
+    ),
+    "gradient_accumulation_fusion": GpuOption(
+        True,
+        False,
+        "the same for megatron-core's own layers: the output layer (`platform.megatron_fixes`, without Apex) and "
+        "the embedding, whose gradient is then the rows that the batch has in place of the whole vocabulary's",
+    ),
+    "cross_entropy_loss_fusion": GpuOption(
+        True, False, "the loss in one pass over the logits' own memory, with no float32 copy of tokens x vocabulary"
+    ),
+    "cross_entropy_fusion_impl": GpuOption("te", "native", "Transformer Engine's; megatron-core's makes that copy"),
+    "bias_dropout_fusion": GpuOption(
+        False, False, "no biases and no dropout (paper 2.1): what is left is one addition, already one kernel"
+    ),
+    "bias_activation_fusion": GpuOption(False, False, "no biases; the squared ReLU is Transformer Engine's kernel"),
+    "masked_softmax_fusion": GpuOption(False, False, "cuDNN's attention never forms the scores that it would fuse"),
+    "deallocate_pipeline_outputs": GpuOption(
+        True, False, "frees what a pipeline stage has sent; the CPU path reads it"
+    ),
+    "tp_comm_overlap": GpuOption(
+        False, False, "user buffers use NVLink multicast, which shared hosts switch off; switch it on where it may run"
+    ),
+    "use_te_rng_tracker": GpuOption(False, False, "only CUDA graphs need it"),
+    "cuda_graph_impl": GpuOption(
+        "none", "none", "at 8,192 tokens of 8B width a step is bound by kernels, not by launching them"
+    ),
+}
+
+
+def gpu_option(name: str) -> Any:
+    """Return a field whose default is chosen where the run starts, not where it is described."""
+
+    def choose() -> bool | str:
+        option = GPU_OPTIONS[name]
+        return option.with_kernels if has_kernels() else option.without
+
+    return field(default_factory=choose)
+
+
 @dataclass
 class NemotronHConfig(SSMConfig):
     """NeMo's SSM configuration with the family's shared choices (paper 2.1) and what a CPU cannot fuse.
@@ -231,19 +288,19 @@ class NemotronHConfig(SSMConfig):
     attention_backend: Any = "auto"
     mamba_stack_spec: Callable = stack_spec
     forward_step_fn: Callable = forward_step
-    # `model.gpu_options` says why each is on or off
-    fuse_weight_gradients: bool = field(default_factory=gpu_options.default("fuse_weight_gradients"))
-    gradient_accumulation_fusion: bool = field(default_factory=gpu_options.default("gradient_accumulation_fusion"))
-    bias_dropout_fusion: bool = field(default_factory=gpu_options.default("bias_dropout_fusion"))
-    bias_activation_fusion: bool = field(default_factory=gpu_options.default("bias_activation_fusion"))
-    masked_softmax_fusion: bool = field(default_factory=gpu_options.default("masked_softmax_fusion"))
+    # `GPU_OPTIONS` says why each is on or off
+    fuse_weight_gradients: bool = gpu_option("fuse_weight_gradients")
+    gradient_accumulation_fusion: bool = gpu_option("gradient_accumulation_fusion")
+    bias_dropout_fusion: bool = gpu_option("bias_dropout_fusion")
+    bias_activation_fusion: bool = gpu_option("bias_activation_fusion")
+    masked_softmax_fusion: bool = gpu_option("masked_softmax_fusion")
     apply_rope_fusion: bool = False
-    cross_entropy_loss_fusion: bool = field(default_factory=gpu_options.default("cross_entropy_loss_fusion"))
-    cross_entropy_fusion_impl: str = field(default_factory=gpu_options.default("cross_entropy_fusion_impl"))
-    deallocate_pipeline_outputs: bool = field(default_factory=gpu_options.default("deallocate_pipeline_outputs"))
-    tp_comm_overlap: bool = field(default_factory=gpu_options.default("tp_comm_overlap"))
-    use_te_rng_tracker: bool = field(default_factory=gpu_options.default("use_te_rng_tracker"))
-    cuda_graph_impl: str = field(default_factory=gpu_options.default("cuda_graph_impl"))
+    cross_entropy_loss_fusion: bool = gpu_option("cross_entropy_loss_fusion")
+    cross_entropy_fusion_impl: str = gpu_option("cross_entropy_fusion_impl")
+    deallocate_pipeline_outputs: bool = gpu_option("deallocate_pipeline_outputs")
+    tp_comm_overlap: bool = gpu_option("tp_comm_overlap")
+    use_te_rng_tracker: bool = gpu_option("use_te_rng_tracker")
+    cuda_graph_impl: str = gpu_option("cuda_graph_impl")
     use_cpu_initialization: bool = field(default_factory=lambda: not torch.cuda.is_available())
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.core.sizes import BYTES
+from nemotron_h.core.units import BYTES
 
 
 @dataclass(frozen=True)

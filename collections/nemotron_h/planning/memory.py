@@ -243,7 +243,7 @@ def _moments(
     passed = [(block.name, rank.layer(index)) for block, index in zip(blocks, layers, strict=True)]
     for name, layer in passed:
         kept[name] = kept.get(name, 0) + layer.kept * in_flight
-    if not last and rank.cpu:  # on a GPU its memory is freed once it is sent (model/gpu_options.py)
+    if not last and rank.cpu:  # on a GPU its memory is freed once it is sent (model/module.py)
         kept["stage output"] = sent * in_flight
     # between stages the next input is received before it is needed
     received = sent if layout.pipeline > 1 else 0

@@ -12,7 +12,7 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.gemms import GemmGroup, fold, gemm_table
 from nemotron_h.architecture.rank import Layout, padded_vocabulary
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import BYTES
+from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon
 from nemotron_h.planning.flops import FlopsByPart, flops_per_token
@@ -23,7 +23,6 @@ from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memor
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
 from nemotron_h.recipe.checks import definition_of
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import RecipeConfig
 
 

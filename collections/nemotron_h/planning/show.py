@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemotron_h.core.duration import duration
-from nemotron_h.core.sizes import gib
+from nemotron_h.core.units import gib, rough
 from nemotron_h.planning.layouts import Row, best
 from nemotron_h.planning.memory import largest_stage
 from nemotron_h.planning.plan import Plan, parts_by_stage
@@ -21,10 +20,6 @@ def _table(console: Console, title: str, *columns: str) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
 
 
 def _when(date: datetime | None) -> str:
@@ -144,7 +139,7 @@ def _show_schedule(plan: Plan, console: Console) -> None:
     console.print(
         f"{schedule.tokens:,} tokens at {plan.mfu:.1%} of the peak ({plan.mfu_source}):\n"
         f"{schedule.tokens_per_second / schedule.gpus:,.0f} tokens/s per GPU, {schedule.step_seconds:,.3f} s per step, "
-        f"{_time(schedule.seconds)}, [bold]{schedule.gpu_hours:,.0f} GPU-hours[/bold]\n"
+        f"{rough(schedule.seconds)}, [bold]{schedule.gpu_hours:,.0f} GPU-hours[/bold]\n"
     )
 
 

@@ -1,16 +1,21 @@
-"""Check that this machine can run FP8 through Transformer Engine, and say what to do if not."""
+"""Describe this machine, and check that it can run FP8 through Transformer Engine; say what to do if not."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from packaging.version import Version
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +28,19 @@ NEEDS = {
 TESTED = "2.11.0"
 ELSE = "or set precision=bf16, or precision_options.fp8_backend=emulate (float8 casts around float32 products: slow)"
 INSTALL = f"pip install --no-build-isolation 'transformer-engine[pytorch]=={TESTED}'"
+
+
+def describe() -> dict[str, Any]:
+    """Return the names of processor and GPUs of this machine, and how much it has: cores, memory in GiB."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # `platform.cpu` gives a CPU the number 1
+    return {
+        "cpu": names[0].partition(":")[2].strip() if names else "",
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(count)],
+    }
 
 
 def check_engine(precision: str) -> None:

@@ -14,9 +14,7 @@ from megatron.core import optimizer as megatron_optimizer
 from torch import Tensor
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import check_one_of
 from nemotron_h.platform import hardware
-from nemotron_h.schema.recipe import STATE_DTYPES
 
 #: the release of Transformer Engine whose Adam this one changes; older ones were not tried
 LEAST = hardware.TESTED
@@ -24,15 +22,12 @@ LEAST = hardware.TESTED
 PIECE = 1 << 28
 
 
-def check(moments: str, distributed_optimizer: bool) -> None:
-    """Check that this process can keep its moments so.
+def check(distributed_optimizer: bool) -> None:
+    """Check that this process can keep its moments in bfloat16.
 
     Errors:
-        UserError: an unknown dtype, or `bf16` without a GPU, Transformer Engine or the distributed optimizer.
+        UserError: without a GPU, Transformer Engine or the distributed optimizer.
     """
-    check_one_of("moments", moments, STATE_DTYPES)
-    if moments == "fp32":
-        return
     without = "or leave out optim.moments=bf16 (a checkpoint goes on with either)"
     if not torch.cuda.is_available():
         raise UserError("optim.moments = 'bf16', and PyTorch sees no GPU", hint=without.removeprefix("or "))

@@ -6,7 +6,7 @@ import psutil
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import GIB
+from nemotron_h.core.units import GIB
 
 
 def available(device: str = "cpu") -> int:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import count_of
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import trace
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import RecipeConfig
 
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 
 from omegaconf import OmegaConf
 
-from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
-from nemotron_h.architecture.gemms import check_gemms
-from nemotron_h.core.duration import seconds_of
+from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import check_folder, check_name, check_one_of, nearest
-from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend, parse_count
+from nemotron_h.core.strict import check_folder, check_name, check_one_of, leaves, nearest
+from nemotron_h.core.units import count_of, parse_count, seconds_of
+from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.recipe.overrides import check_overrides
-from nemotron_h.recipe.stage_checks import (
-    check_minipuzzle,
-    check_stage,
-)
-from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import (
     BLEND_CHANGES,
     FP8_BACKENDS,
@@ -37,6 +32,13 @@ from nemotron_h.schema.recipe import (
 
 #: stage -> what its blend holds; the others read texts
 READS = {"sft": CONVERSATIONS, "preference": PAIRS}
+#: stage -> the keys that it reads and not every stage does; `recipe/stages` checks them, in a file per stage
+OWN_KEYS = {
+    "sft": ("adapter", "data.too_long"),
+    "preference": ("adapter", "data.too_long", "preference"),
+    "distill": ("distill",),
+    "minipuzzle": ("distill", "minipuzzle"),
+}
 
 
 def check(recipe: RecipeConfig, origin: str) -> None:
@@ -47,28 +49,28 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     Errors:
         UserError: names the key, the origin and what would fit.
     """
-    check_overrides(recipe.overrides, origin)
+    if recipe.overrides:
+        check_overrides(recipe.overrides, origin)
     definition = definition_of(recipe, origin)
     check_names(recipe, origin)
     check_checkpoint(recipe.checkpoint, origin)
-    check_stage(recipe, origin)
-    check_minipuzzle(recipe, definition, origin)
+    check_stage(recipe, definition, origin)
     check_recompute(recipe, definition, origin)
-    check_adapter(recipe.adapter, definition, f"{origin}: adapter", pipeline=recipe.parallel.pipeline)
     check_schedule(recipe, origin)
     check_measured_steps(recipe, origin)
     check_optimizer_state(recipe, origin)
     check_layout(recipe, definition, origin)
-    check_gemms(
-        definition,
-        recipe.precision,
-        seq_length=recipe.data.seq_length,
-        micro_batch_size=recipe.data.micro_batch_size,
-        tensor_parallel=recipe.parallel.tensor,
-        sequence_parallel=recipe.parallel.sequence,
-        bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
-        origin=origin,
-    )
+    if recipe.precision in FP8_FORMATS:
+        check_gemms(
+            definition,
+            recipe.precision,
+            seq_length=recipe.data.seq_length,
+            micro_batch_size=recipe.data.micro_batch_size,
+            tensor_parallel=recipe.parallel.tensor,
+            sequence_parallel=recipe.parallel.sequence,
+            bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
+            origin=origin,
+        )
     check_sources(recipe, origin)
     check_blend(recipe, origin)
 
@@ -76,6 +78,20 @@ def check(recipe: RecipeConfig, origin: str) -> None:
 def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
     """Return the recipe's model, validated against its own `expect`."""
     return definition_from_dict(OmegaConf.to_container(OmegaConf.structured(recipe.model)), origin)
+
+
+def check_stage(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
+    """Refuse keys that other stages read, then check what is this stage's own."""
+    for key in sorted({key for keys in OWN_KEYS.values() for key in keys}.difference(OWN_KEYS.get(recipe.stage, ()))):
+        value, default = (functools.reduce(getattr, key.split("."), each) for each in (recipe, RecipeConfig()))
+        if value != default:
+            stages = [stage for stage, keys in OWN_KEYS.items() if key in keys]
+            raise UserError(
+                f"{origin}: {key} is unused: stage is {recipe.stage}",
+                hint=f"leave it out: it is for {' and '.join(stages)}",
+            )
+    if recipe.stage in OWN_KEYS:
+        importlib.import_module(f"nemotron_h.recipe.stages.{recipe.stage}").check(recipe, definition, origin)
 
 
 def check_optimizer_state(recipe: RecipeConfig, origin: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import version
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -25,12 +26,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemotron_h.checkpoint.definition import is_path, read_model
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import check_interpolations, culprit, nearest, typed
-from nemotron_h.core.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
+from nemotron_h.core.strict import check_interpolations, culprit, leaves, nearest, typed
+from nemotron_h.core.strict_yaml import as_config, flat_lines, parse_settings, parse_yaml, read_bounded
 from nemotron_h.recipe.checks import check
+from nemotron_h.recipe.dropped import without_dropped
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
-from nemotron_h.schema.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema.recipe import RecipeConfig
+
+SCHEMA_DEFAULT = "schema default"
+OVERRIDE = "override"
 
 
 def recipes_dir() -> Path:
@@ -59,6 +63,36 @@ def factory_of(recipe: str) -> str:
     """Return the `--factory` name of a shipped recipe: its model's, with what tells it from others of the command."""
     model, name = recipe.split("/")
     return f"{model}_{name}" if stage_of(recipe) == "preference" or "_" in name else model
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A file of the merge, in Hydra's order (later ones win).
+
+    Attributes:
+        file: the YAML file.
+        package: the dotted key that its content is put under; empty at the top.
+    """
+
+    file: Path
+    package: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Place in which a value was written: the layer's number in the merge, and the line.
+
+    Attributes:
+        rank: larger wins; -1 is the schema's default.
+        file, line: None for the schema's default and for overrides. Lines count from 1.
+    """
+
+    rank: int
+    file: Path | None = None
+    line: int | None = None
+
+
+DEFAULT = Origin(-1)
 
 
 @dataclass(frozen=True)
@@ -118,18 +152,76 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
             layers.append(Layer(path, "model"))
         else:
             from_record = [f"model.{key}" for key, _ in leaves(OmegaConf.to_container(composed.model))]
-    recipe, settled = _settled(typed(RecipeConfig, composed, origin), origin)
-    given = parse_settings(assigned(values, recipe), "override")
-    overridden = [key for key, _ in leaves(OmegaConf.to_container(given))]
-    recipe.overrides = superseded(recipe.overrides, [*overridden, *(part.split("=")[0] for part in (*parts, *model))])
+    recipe, settled = _settled(_typed(RecipeConfig, composed, origin), origin)
+    overridden: list[str] = []
     if values:
-        recipe = typed(recipe, given, "override")
+        given = parse_settings(assigned(values, recipe), "override")
+        overridden = [key for key, _ in leaves(OmegaConf.to_container(given))]
+    if recipe.overrides:
+        exchanged = [part.split("=")[0] for part in (*parts, *model)]
+        recipe.overrides = superseded(recipe.overrides, [*overridden, *exchanged])
+    if values:
+        recipe = _typed(recipe, given, "override")
     check(recipe, origin)
     found = origins(layers, [*from_record, *settled, *overridden])
     sources = current_sources(dataclasses.asdict(recipe), found)
     recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}
     recipe.model.sources = {key[len("model.") :]: text for key, text in sources.items() if key.startswith("model.")}
     return Composed(recipe, layers, found, sources)
+
+
+def _typed(schema: type[RecipeConfig] | RecipeConfig, written: DictConfig, origin: str) -> RecipeConfig:
+    """Return a recipe of what was written, as `typed` does; keys that recipes once had are left out."""
+    return typed(schema, without_dropped(written, origin), origin)
+
+
+def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Origin]:
+    """Return dotted key -> place in which the winning value was written; keys that no file writes are absent.
+
+    Args:
+        layers: the files in the order of the merge.
+        overridden: dotted keys that the command line set.
+    """
+    found: dict[str, Origin] = {}
+    for rank, layer in enumerate(layers):
+        prefix = f"{layer.package}." if layer.package else ""
+        for key, line in flat_lines(read_bounded(layer.file), str(layer.file)):
+            if prefix or key.split(".")[0] not in ("defaults", "hydra"):
+                found[prefix + key] = Origin(rank, layer.file, line)
+    return found | {key: Origin(len(layers)) for key in overridden}
+
+
+def current_sources(values: Mapping[str, Any], found: Mapping[str, Origin]) -> dict[str, str]:
+    """Return dotted key of a value -> the source stated for it, without the stale ones.
+
+    A source speaks of the value that its own file, or a file merged before it, gave: `paper 2.4` in a base says nothing
+    about the value that a recipe puts in its place. One stated for a whole part (`optim`) speaks of that part's values
+    in its own file that have no source of their own.
+
+    Args:
+        values: the recipe as nested containers; `sources` at its top and in its `model` are read.
+        found: of `origins`.
+    """
+    stated = {key: (text, found.get(f"sources.{key}", DEFAULT).rank) for key, text in values["sources"].items()}
+    for key, text in values["model"]["sources"].items():
+        stated[f"model.{key}"] = (text, found.get(f"model.sources.{key}", DEFAULT).rank)
+    current = {}
+    for key, _ in leaves(values):
+        rank = found.get(key, DEFAULT).rank
+        if key in stated and stated[key][1] >= rank:
+            current[key] = stated[key][0]
+            continue
+        parts = key.split(".")
+        parents = (".".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1))
+        of_part = next((stated[p][0] for p in parents if p in stated and stated[p][1] == rank), None)
+        if of_part:
+            current[key] = of_part
+    return current
+
+
+def to_yaml(recipe: Mapping[str, Any]) -> str:
+    """Return a whole recipe (nested plain containers) as YAML that composes to the same recipe."""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 def names_model(setting: str) -> bool:
@@ -140,12 +232,14 @@ def names_model(setting: str) -> bool:
 
 def _settled(recipe: RecipeConfig, origin: str) -> tuple[RecipeConfig, list[str]]:
     """Return a recipe with those of its `overrides` in their places that set keys of it, and these keys."""
+    if not recipe.overrides:
+        return recipe, []
     check_overrides(recipe.overrides, origin)
     values, overrides = split(recipe.overrides)
     if not values:
         return recipe, []
     given = parse_settings(assigned(values, recipe), f"{origin}: overrides")
-    recipe = typed(recipe, given, f"{origin}: overrides")
+    recipe = _typed(recipe, given, f"{origin}: overrides")
     recipe.overrides = overrides
     return recipe, [key for key, _ in leaves(OmegaConf.to_container(given))]
 

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nemotron_h.recipe.compose import Composed
+from nemotron_h.core.strict import leaves
+from nemotron_h.recipe.compose import DEFAULT, Composed
 from nemotron_h.recipe.text import origin_text, scalar
-from nemotron_h.schema.provenance import DEFAULT, leaves
 
 ABSENT = object()
 

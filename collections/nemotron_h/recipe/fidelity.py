@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.core.strict import leaves
 from nemotron_h.core.strict_yaml import read_yaml
-from nemotron_h.data.blend import load_blend, parse_count
+from nemotron_h.core.units import count_of, parse_count
+from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose, configs_dir, known_recipes
-from nemotron_h.recipe.counts import count_of
-from nemotron_h.schema.provenance import leaves
 from nemotron_h.schema.recipe import RecipeConfig
 
 NOT_PUBLISHED = "not published"

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
-from nemotron_h.recipe.compose import Composed, locate, recipes_dir, trace
+from nemotron_h.recipe.compose import DEFAULT, Composed, locate, recipes_dir, trace
 from nemotron_h.recipe.text import origin_text, scalar
-from nemotron_h.schema.provenance import DEFAULT
 
 READY = {
     "": ("tokens", "precision"),

@@ -22,7 +22,8 @@ from collections.abc import Iterable, Sequence
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict_yaml import parse_yaml
-from nemotron_h.data.blend import parse_count
+from nemotron_h.core.units import parse_count
+from nemotron_h.recipe.dropped import DROPPED
 from nemotron_h.schema.nemo_names import DERIVED, SAME
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -62,8 +63,9 @@ def recipe_keys(schema: type = RecipeConfig, prefix: str = "") -> frozenset[str]
 
 
 def is_of_recipe(key: str) -> bool:
-    """Tell whether a dotted key is of a recipe's value."""
-    return key in recipe_keys() or key.startswith(tuple(known for known in recipe_keys() if known.endswith(".")))
+    """Tell whether a dotted key is of a recipe's value, or of one that recipes once had."""
+    free = tuple(known for known in recipe_keys() if known.endswith("."))
+    return key in recipe_keys() or key in DROPPED or key.startswith(free)
 
 
 def names_under(part: str) -> set[str]:

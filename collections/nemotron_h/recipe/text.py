@@ -10,13 +10,7 @@ from typing import Any
 
 import yaml
 
-from nemotron_h.recipe.compose import Composed, configs_dir, recipes_dir
-from nemotron_h.schema.provenance import DEFAULT, OVERRIDE, SCHEMA_DEFAULT, Origin
-
-
-def to_yaml(recipe: Mapping[str, Any]) -> str:
-    """Return a whole recipe (nested plain containers) as YAML that composes to the same recipe."""
-    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=float("inf"))
+from nemotron_h.recipe.compose import DEFAULT, OVERRIDE, SCHEMA_DEFAULT, Composed, Origin, configs_dir, recipes_dir
 
 
 def scalar(value: Any) -> str:

@@ -24,9 +24,8 @@ STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
 PIPELINES = {"minipuzzle": "minipuzzle"}
 #: of `minipuzzle`: see `MiniPuzzleSchema`
-METRICS, AGGREGATIONS = ("mse", "kl"), ("mean", "l2", "mean_l2", "l2_mean")
+METRICS = ("mse", "kl")
 ORDERS = ("importance", "random", "reversed")
-RANKS = ("sum", "worst", "accuracy", "agreement")
 SPEEDS = ("modelled", "measured")
 STARTS = ("pruned", "short")
 TOO_LONG = ("cut", "drop")
@@ -376,14 +375,10 @@ class MiniPuzzleSchema:
         parent: a run's folder or one of its checkpoints.
         layer_samples, neuron_samples: sequences of the training data that importance is measured on.
         layer_metric: what removing a layer changes: `mse` of the activations before the output, or `kl` of the logits.
-        aggregation: of a channel's activations over sequence and samples: `mean`, `l2`, `mean_l2` (mean over the
-            sequence, l2 over the samples) or `l2_mean`.
         order: what stays: the most important (`importance`), or the control of a report, `random` or `reversed`.
         grid, budget: which candidates there are.
         score_tokens: held-out tokens that every candidate is scored on, and as many others that the report is of.
-        rank: how the ranks by accuracy and by agreement with the parent combine: their `sum`, the `worst` of them, or
-            one of them alone (`accuracy`, `agreement`).
-        keep: how many of the best by that rank are looked at further.
+        keep: how many of the best are looked at further, by accuracy and agreement with the parent.
         evaluate: a command that prints a JSON object of task scores in its last line, `{checkpoint}` standing for the
             checkpoint; it then chooses `short` of the `keep`, and the winner. Null: the rank chooses, and the accuracy
             after the short distillation. It runs where it is typed, or with `--allow-evaluate`.
@@ -396,12 +391,10 @@ class MiniPuzzleSchema:
     layer_samples: int = number(least=1, most=COUNT)
     neuron_samples: int = number(least=1, most=COUNT)
     layer_metric: str = "mse"
-    aggregation: str = "mean_l2"
     order: str = "importance"
     grid: GridSchema = field(default_factory=GridSchema)
     budget: BudgetSchema = field(default_factory=BudgetSchema)
     score_tokens: str = MISSING
-    rank: str = "sum"
     keep: int = number(least=1, most=COUNT)
     evaluate: str | None = None
     short: int = number(least=1, most=COUNT)

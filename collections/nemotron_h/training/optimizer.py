@@ -13,8 +13,9 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.platform import lean_adam
+from nemotron_h.core.strict import check_one_of
 from nemotron_h.recipe.checks import check_distributed_optimizer, check_learning_rates
+from nemotron_h.schema.recipe import STATE_DTYPES
 
 
 class _OfThisRecipe:
@@ -121,7 +122,11 @@ def state_dtypes(moments: str) -> dict[str, Any]:
 
 def adam_of(config: OptimizerConfig) -> AbstractContextManager[None]:
     """Have Megatron's optimizers, inside the block, built on the Adam that keeps what `state_dtypes` chose."""
-    return lean_adam.chosen() if config.use_precision_aware_optimizer else nullcontext()
+    if not config.use_precision_aware_optimizer:
+        return nullcontext()
+    from nemotron_h.platform import lean_adam
+
+    return lean_adam.chosen()
 
 
 def scheduled_adamw(
@@ -153,7 +158,11 @@ def scheduled_adamw(
     """
     settings = dict(locals())
     check_learning_rates(peak_lr, final_lr)
-    lean_adam.check(moments, distributed_optimizer)
+    check_one_of("moments", moments, STATE_DTYPES)
+    if moments == "bf16":
+        from nemotron_h.platform import lean_adam
+
+        lean_adam.check(distributed_optimizer)
     # A function, not a constructor: NeMo records constructor arguments and cannot rebuild a module from these.
     optimizer = ScheduledAdamW(
         config=OptimizerConfig(

@@ -1,22 +1,28 @@
-"""Checks between a resolved recipe and this machine, before any model is built."""
+"""Check a run before its model is built: its folder, which is locked, and its layout, memory and disk."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemotron_h.architecture.adapters import check_adapter, trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.core.errors import UserError
-from nemotron_h.core.sizes import gib
+from nemotron_h.core import locks
+from nemotron_h.core.errors import UserError, naming
+from nemotron_h.core.progress import STEPS
+from nemotron_h.core.units import gib
 from nemotron_h.platform.memory import check_training_fits
 
 #: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments
 CHECKPOINT_BYTES_PER_PARAMETER = 16
+#: what errors call the folder: its keys
+KEYS = "the run's folder (log.dir and name)"
 
 
 def check_layout(trainer: Any, model: Any) -> None:
@@ -84,3 +90,28 @@ def check_disk(size: int, folder: Path) -> None:
             f"{folder} has {gib(free)} free, one checkpoint takes up to {gib(size)}",
             hint="free space, or write elsewhere: log.dir=DIR",
         )
+
+
+@dataclass
+class RunFolder(nl.NeMoLogger):
+    """NeMo's logger, in a folder that no other process trains in. The first rank holds the lock until it ends."""
+
+    def setup(self, trainer: Any, resume_if_exists: bool = False, task_config: Any = None) -> Any:
+        """Make and lock the folder, then set up as NeMo does.
+
+        Errors:
+            UserError: the folder cannot be made or written, or another process trains in it.
+        """
+        if not self.explicit_log_dir:
+            raise UserError(f"{KEYS} is not set", hint="log.dir=DIR")
+        if trainer.is_global_zero:
+            hint = "wait until it has ended, or write another run: log.dir=DIR"
+            locks.acquire(Path(self.explicit_log_dir), "trained", KEYS, hint)
+        with naming(KEYS):
+            return super().setup(trainer, resume_if_exists, task_config)
+
+    def _setup_files_to_move(self, log_dir: Path, app_state: Any) -> None:
+        """Leave the lock and the steps in their place: NeMo moves files of an earlier start into a folder of theirs."""
+        super()._setup_files_to_move(log_dir, app_state)
+        stay = (locks.LOCK, STEPS)
+        app_state.files_to_move = [path for path in app_state.files_to_move if path.name not in stay]

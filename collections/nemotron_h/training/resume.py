@@ -14,7 +14,8 @@ from nemo.utils.app_state import AppState
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.adapters import adapter_record, find_base
-from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.inference.trained_tokenizer import check_data

@@ -23,11 +23,19 @@ from nemo.utils import AppState
 from nemotron_h.checkpoint.index import safe_reads
 from nemotron_h.checkpoint.reader import WEIGHTS
 from nemotron_h.core import children
-from nemotron_h.core.duration import seconds_of
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import seconds_of
 from nemotron_h.model import adapters
-from nemotron_h.platform import cpu, exit_codes, loopback, megatron_fixes, slurm
-from nemotron_h.platform.ranks import check_here, is_rank
+from nemotron_h.platform import cpu, megatron_fixes
+from nemotron_h.platform.ranks import (
+    ADDRESS,
+    check_here,
+    forget_tasks_of_others,
+    is_rank,
+    local_store,
+    report_mistakes,
+    slurm_error,
+)
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
 
@@ -63,16 +71,16 @@ class NemotronHTrainer(nl.Trainer):
     """
 
     def __init__(self, accelerator: str = "auto", devices: int = 1, num_nodes: int = 1, **kwargs: Any) -> None:
-        exit_codes.install()
+        report_mistakes()
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
-        slurm.forget_tasks_of_others()
+        forget_tasks_of_others()
         if not is_rank(num_nodes * devices):
             check_here(num_nodes, devices, gpus=torch.cuda.device_count() if accelerator == "gpu" else 0)
         try:
             super().__init__(accelerator=accelerator, devices=devices, num_nodes=num_nodes, **kwargs)
         except (RuntimeError, ValueError) as error:
-            raise slurm.user_error(error) or error from error
+            raise slurm_error(error) or error from error
 
 
 @with_parameters_of(nl.MegatronStrategy)
@@ -135,8 +143,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
         if not torch.cuda.is_available() and ranks > cores and self.local_rank == 0:
             logger.warning(f"{ranks} ranks share {cores} cores of this machine: steps take longer than with {cores}")
         meeting = self.cluster_environment
-        if isinstance(meeting, LightningEnvironment) and meeting.main_address == loopback.ADDRESS:
-            self.store = loopback.local_store(meeting.main_port, meeting.local_rank())
+        if isinstance(meeting, LightningEnvironment) and meeting.main_address == ADDRESS:
+            self.store = local_store(meeting.main_port, meeting.local_rank())
         super().setup_environment()
         overlap = self.overlap_grad_reduce
         several = AppState().data_parallel_size > 1

@@ -20,7 +20,7 @@ from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.core.sizes import GIB
+from nemotron_h.core.units import GIB
 
 CANDIDATES = "candidates.json"
 
@@ -34,7 +34,7 @@ def stage(c: Context) -> Stage:
 def inputs(c: Context) -> dict[str, Any]:
     """Return what the result depends on, beside the importance."""
     values = {**dataclasses.asdict(c.part.grid), **dataclasses.asdict(c.part.budget)}
-    values |= {"aggregation": c.part.aggregation, "order": c.part.order, "init_seed": c.recipe.init_seed}
+    values |= {"order": c.part.order, "init_seed": c.recipe.init_seed}
     return {**c.parent.inputs(), **{f"minipuzzle.{key}": value for key, value in values.items()}}
 
 

@@ -105,7 +105,7 @@ class Context:
     @cached_property
     def scores(self) -> Scores:
         """Return the order in which layers and channels stay; a control has another."""
-        return self.importance.scores(self.part.aggregation).ordered(self.part.order, self.recipe.init_seed)
+        return self.importance.scores().ordered(self.part.order, self.recipe.init_seed)
 
     def child(self, candidate: Candidate) -> Child:
         """Return what of the parent a candidate keeps."""

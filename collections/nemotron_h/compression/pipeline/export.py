@@ -12,7 +12,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from nemotron_h.checkpoint.reader import read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.checkpoint.writer import definition_text
 from nemotron_h.compression import report
 from nemotron_h.compression.child import Child
@@ -79,7 +80,7 @@ def orders(c: Context, path: Path) -> dict[str, list[float]]:
     """
     if path.exists():
         return json.loads(path.read_text())
-    importance, depth = c.importance.scores(c.part.aggregation), c.definition.num_layers // 2
+    importance, depth = c.importance.scores(), c.definition.num_layers // 2
     text = c.text.held_out[REPORTED][:ORDER_WINDOWS]
     controls = {
         "importance": [importance],

@@ -14,7 +14,8 @@ import torch
 from rich.console import Console
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.reader import find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.compression.pipeline.text import Text, named
 from nemotron_h.compression.scoring import Predictions, Score, predict
 from nemotron_h.compression.stages import content_digest

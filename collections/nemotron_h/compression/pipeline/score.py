@@ -36,7 +36,7 @@ def stage(c: Context) -> Stage:
 
 def inputs(c: Context) -> dict[str, Any]:
     """Return what the result depends on, beside importance and candidates."""
-    keys = ("rank", "keep", "short", "evaluate")
+    keys = ("keep", "short", "evaluate")
     return {**c.parent.score_inputs(CHOICE), **{f"minipuzzle.{key}": getattr(c.part, key) for key in keys}}
 
 
@@ -56,7 +56,7 @@ def run(c: Context, folder: Path) -> str:
             file.write(json.dumps({"name": candidate.name, **scored[candidate.name]}) + "\n")
             file.flush()
     scores = [Score(**scored[candidate.name]) for candidate in candidates]
-    ranked = order(scores, c.part.rank)
+    ranked = order(scores)
     best = ranked[: c.part.keep]
     evaluated: dict[str, dict[str, float]] = {}
     if c.part.evaluate:
@@ -80,7 +80,7 @@ def _scored(c: Context, folder: Path) -> dict[str, dict[str, Any]]:
     key = {
         **c.parent.score_inputs(CHOICE),
         **outputs(c.folder / "importance"),
-        "order": [c.part.order, c.part.aggregation, c.recipe.init_seed],
+        "order": [c.part.order, c.recipe.init_seed],
     }
     head = json.dumps({"of": key}, sort_keys=True)
     path = folder / SCORES

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.calibration import calibration_sampler
-from nemotron_h.data.feed.validation import ValidationText
+from nemotron_h.data.feed.sampler import ValidationText
 from nemotron_h.data.manifest import check_manifest
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.recipe import RecipeConfig
 
 CHOICE, REPORTED = "choice", "report"

@@ -30,9 +30,8 @@ from nemotron_h.data.feed.prepared_module import (
     of_sample,
     say,
 )
-from nemotron_h.data.feed.sampler import BlendSampler
-from nemotron_h.data.feed.validation import ValidationText
-from nemotron_h.data.feed.windows import TokenStream, document_numbers
+from nemotron_h.data.feed.sampler import BlendSampler, ValidationText
+from nemotron_h.data.indexed import TokenStream, document_numbers
 from nemotron_h.data.phases import Horizon
 
 

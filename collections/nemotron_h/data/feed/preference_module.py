@@ -17,10 +17,9 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import PAIRS
 from nemotron_h.data.feed.packing import PackedOrder
 from nemotron_h.data.feed.prepared_module import of_sample, say
+from nemotron_h.data.feed.sampler import VALIDATION_SEED
 from nemotron_h.data.feed.sft_module import ConversationDataModule, PackedDataset, WindowList, packed_window
-from nemotron_h.data.feed.validation import VALIDATION_SEED
-from nemotron_h.data.feed.windows import TokenStream
-from nemotron_h.data.indexed import ArrayFile, read_lengths
+from nemotron_h.data.indexed import ArrayFile, TokenStream, read_lengths
 from nemotron_h.data.pairs import REJECTED
 
 #: source -> summed log-probabilities of every pair's answers, float64 [pairs, 2]: chosen, rejected

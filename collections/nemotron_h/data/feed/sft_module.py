@@ -28,9 +28,8 @@ from nemotron_h.data.feed.prepared_module import (
     of_sample,
     say,
 )
-from nemotron_h.data.feed.validation import VALIDATION_SEED
-from nemotron_h.data.feed.windows import TokenStream
-from nemotron_h.data.indexed import ArrayFile, read_lengths
+from nemotron_h.data.feed.sampler import VALIDATION_SEED
+from nemotron_h.data.indexed import ArrayFile, TokenStream, read_lengths
 from nemotron_h.schema.recipe import TOO_LONG
 
 

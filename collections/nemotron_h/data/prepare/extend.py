@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemotron_h.data.blend import Extend, parse_count
+from nemotron_h.core.units import parse_count
+from nemotron_h.data.blend import Extend
 from nemotron_h.data.chat import ChatTemplate
 from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, ChatError, Conversation, Turn, text_of
 from nemotron_h.data.prepare.sources import Bad, Document

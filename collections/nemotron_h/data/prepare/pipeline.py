@@ -28,7 +28,8 @@ from nemotron_h.core.files import file_sha256, write_json
 from nemotron_h.core.locks import locked
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.strict import from_json
-from nemotron_h.data.blend import PREFERENCE, Blend, parse_count
+from nemotron_h.core.units import parse_count
+from nemotron_h.data.blend import PREFERENCE, Blend
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.hf_tokenizer import template_of

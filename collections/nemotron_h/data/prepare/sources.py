@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.text_files import decode, parse_json
-from nemotron_h.data.blend import PREFERENCE, Source, parse_count
+from nemotron_h.core.files import decode, parse_json
+from nemotron_h.core.units import parse_count
+from nemotron_h.data.blend import PREFERENCE, Source
 from nemotron_h.data.messages import ChatError, Conversation, Turn, read_conversation, text_of
 from nemotron_h.data.pairs import Pair, read_pair
 from nemotron_h.data.prepare.inputs import DAMAGE, Input, compression, open_input

@@ -80,11 +80,11 @@ class RunningAttention(Running):
             ),
         )
 
-    def initialize(self, layer: Any, name: str, draw: InitialWeights) -> None:
+    def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
         """Set queries with keys and values, and the output projection."""
         attention = layer.self_attention
-        init.fill(attention.linear_qkv.weight, f"{name}.linear_qkv", draw.weight, axis=0, **draw.shard)
-        init.fill(attention.linear_proj.weight, f"{name}.linear_proj", draw.residual, axis=1, **draw.shard)
+        init.fill(attention.linear_qkv.weight, f"{name}.linear_qkv", weights.weight, axis=0, **weights.shard)
+        init.fill(attention.linear_proj.weight, f"{name}.linear_proj", weights.residual, axis=1, **weights.shard)
 
     def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
         """Return the layer's output [l, b, h]."""

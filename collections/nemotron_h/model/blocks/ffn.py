@@ -62,10 +62,10 @@ class RunningFFN(Running):
             # megatron-core's layer builds no MLP but its own; the class adds no state
             layer.mlp.__class__ = RecomputingMLP
 
-    def initialize(self, layer: Any, name: str, draw: InitialWeights) -> None:
+    def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
         """Set up and down."""
-        init.fill(layer.mlp.linear_fc1.weight, f"{name}.linear_fc1", draw.weight, axis=0, **draw.shard)
-        init.fill(layer.mlp.linear_fc2.weight, f"{name}.linear_fc2", draw.residual, axis=1, **draw.shard)
+        init.fill(layer.mlp.linear_fc1.weight, f"{name}.linear_fc1", weights.weight, axis=0, **weights.shard)
+        init.fill(layer.mlp.linear_fc2.weight, f"{name}.linear_fc2", weights.residual, axis=1, **weights.shard)
 
     def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
         """Return the layer's output [l, b, h]."""

@@ -81,9 +81,9 @@ class RunningMamba(Running):
             ),
         )
 
-    def initialize(self, layer: Any, name: str, draw: InitialWeights) -> None:
+    def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
         """Set the mixer's weights."""
-        layer.mixer.initialize(f"{name}.mixer", draw.shard["seed"])
+        layer.mixer.initialize(f"{name}.mixer", weights.shard["seed"])
 
     def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
         """Return the layer's output [l, b, h]."""

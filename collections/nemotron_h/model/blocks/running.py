@@ -20,8 +20,8 @@ from nemotron_h.ops.select import Ops
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from nemotron_h.model.attention import Documents
     from nemotron_h.model.blocks.cpu_step import Residual
+    from nemotron_h.model.megatron_layers import Documents
 
 #: cosines and sines of rotary positions, [positions, 1, 1, channels]
 Rotary = tuple[Tensor, Tensor]
@@ -137,7 +137,7 @@ class Running:
     def prepare_layer(self, layer: Any, config: Any) -> None:
         """Change a layer that Megatron has built, as the configuration asks."""
 
-    def initialize(self, layer: Any, name: str, draw: InitialWeights) -> None:
+    def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
         """Set the initial weights of Megatron's layer; `name` is its global name."""
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.training.callbacks import run_report
 
 
 class NanGuard(pl.Callback):
@@ -65,22 +66,26 @@ class NanGuard(pl.Callback):
         """Add what Megatron's own check of the gradients, which with overlapped reduction comes first, cannot say."""
         if isinstance(exception, UserError):
             return
+        error = None
         if any(not flag for _, flag in self.batches):
-            raise self._error(trainer, pl_module) from exception
-        if "local grad norm" in str(exception):
+            error = self._error(trainer, pl_module)
+        elif "local grad norm" in str(exception):
             numbers = [batch.get("sample_ids") for batch, _ in self.batches]
             seen = [int(i) for ids in numbers if ids is not None for i in ids]
             samples = f" (rank {trainer.global_rank}, samples {', '.join(map(str, seen))})" if seen else ""
-            raise UserError(
+            error = UserError(
                 f"a gradient of step {trainer.global_step + 1:,} is not finite, though its loss is{samples}. "
                 f"{gradients_not_finite(pl_module)}",
                 self._hint(trainer),
-            ) from exception
+            )
+        if error is not None:
+            run_report.stop(trainer, error.message)
+            raise error from exception
 
     @staticmethod
     def _hint(trainer: pl.Trainer) -> str:
         kept = str(trainer.checkpoint_callback.best_model_path or "").removesuffix(".ckpt")
-        return f"No weight was changed and nothing was written. Last good checkpoint: {kept or 'none yet'}."
+        return f"No weight was changed and no checkpoint was written. Last good checkpoint: {kept or 'none yet'}."
 
     def _error(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> UserError:
         number = next((n for n, (_, flag) in enumerate(self.batches) if not flag), None)

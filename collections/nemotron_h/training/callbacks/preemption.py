@@ -19,7 +19,8 @@ from typing import Any, TextIO
 import lightning.pytorch as pl
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.core.duration import seconds_of
+from nemotron_h.core.units import seconds_of
+from nemotron_h.training.callbacks import run_report
 
 #: "temporary failure, the user is invited to retry" (sysexits.h): a checkpoint is written and steps remain
 EXIT_CODE = 75
@@ -108,9 +109,10 @@ class Preemption(pl.Callback):
             trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its callbacks
         for logger in trainer.loggers:
             logger.finalize("stopped")
+        said = self.reason or "a signal to another rank"
+        run_report.stop(trainer, said)
         trainer.strategy.barrier("everything is written")  # launchers kill the others when the first rank leaves
         if trainer.is_global_zero:
-            said = self.reason or "a signal to another rank"
             print(
                 f"\n{said}: checkpoint written at step {trainer.global_step} of {trainer.max_steps}\n"
                 f"the same command continues from {newest(trainer)}",

@@ -8,8 +8,10 @@ import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
 
+from nemotron_h.training.callbacks.progress import StageMetrics
 
-class PreferenceMetrics(pl.Callback):
+
+class PreferenceMetrics(StageMetrics):
     """Log them each step and after each validation, for TensorBoard, the progress line and the run's record.
 
     The reward of an answer is beta times its log-probability less the reference's; the margin is the chosen answer's

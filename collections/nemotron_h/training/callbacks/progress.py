@@ -1,14 +1,19 @@
-"""Report steps: on one line, in a file that others follow, and in a summary at the end."""
+"""Measure steps, and report them: on one line, in a file that others follow, and in a summary at the end.
+
+Throughput is in exact operations: tokens/s, TFLOP/s and MFU per GPU, and memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import resource
 import shlex
 import sys
 import time
 from collections import deque
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,17 +22,149 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_h.core.duration import duration
 from nemotron_h.core.progress import STEPS, Step
-from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
-from nemotron_h.training.callbacks.throughput import Throughput
+from nemotron_h.core.units import GIB, duration
+from nemotron_h.planning.flops import flops_per_token
+from nemotron_h.planning.gpus import Gpu, gpu
+from nemotron_h.report.run import REPORT
+
+#: driver's name -> `configs/gpus.yaml`. Other boards of a chip (H100 PCIe and NVL) have lower peaks and are not in it.
+DEVICES = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA GeForce RTX 5090": "rtx-5090",
+}
+
+
+class Throughput(pl.Callback):
+    """Measure each step from its batch to its end; validation and checkpoints are not counted.
+
+    Operations are those of the model (`nemotron_h.planning.flops`): nothing for what a backward pass computes again,
+    and with adapters no gradients of frozen weights.
+    MFU is given against the data-sheet peak of the GPU in the dtype of the matmuls (FP8 where the run uses it) and in
+    BF16, where the GPU is known; a CPU has neither.
+
+    Args:
+        warmup: first steps of a process that the medians leave out: kernels are compiled and tuned in them.
+    """
+
+    def __init__(self, warmup: int = 3) -> None:
+        super().__init__()
+        self.warmup = warmup
+        self.seconds: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the work of a step, which is known from here on."""
+        data, config = trainer.datamodule, pl_module.config
+        self.seconds = []
+        self.tokens = data.global_batch_size * data.seq_length / trainer.world_size
+        trained, *frozen = config.definitions().values()
+        adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size}
+        per_token = flops_per_token(trained, data.seq_length, training=True, **adapter).total
+        per_token += sum(flops_per_token(model, data.seq_length, training=False).total for model in frozen)
+        self.flops = per_token * self.tokens
+        self.gemm_dtype = gemm_dtype(config)
+        self.peaks = peaks_of_gpu()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        """Start the step's clock."""
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Stop it and log; the loss has been read by now, so the device has nothing left to do."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self.started)
+        for name, value in self.rates(self.seconds[-1]).items():
+            pl_module.log(name, value, batch_size=1)
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Return the rates of a step of so many seconds, per rank (a GPU, where there are any)."""
+        values = {"tokens_per_second_per_rank": self.tokens / seconds, "tflops_per_rank": self.flops / seconds / 1e12}
+        if torch.cuda.is_available():
+            values["max_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
+        if self.peaks:
+            values["mfu_bf16"] = self.flops / seconds / self.peaks["bf16"]
+            if self.gemm_dtype in self.peaks:
+                values["mfu"] = self.flops / seconds / self.peaks[self.gemm_dtype]
+        return values
+
+    def line(self) -> str:
+        """Return the newest step for the progress line."""
+        now = self.rates(self.seconds[-1])
+        text = f"{now['tflops_per_rank']:.3g} TFLOP/s"
+        if "mfu" in now:
+            text += f" ({now['mfu']:.1%} of {self.gemm_dtype.upper()} peak)"
+        if "max_memory_gib" in now:
+            text += f"  {now['max_memory_gib']:.1f} GiB"
+        return text
+
+    def record(self) -> dict[str, Any] | None:
+        """Return the medians over the steps after the warm-up, for the run's record; None before there are any."""
+        warm = self.seconds[self.warmup :]
+        if not warm:
+            return None
+        second = median(warm)
+        return {
+            "steps": len(warm),
+            "seconds_per_step": second,
+            "flops_per_step_and_rank": self.flops,
+            "gemm_dtype": self.gemm_dtype,
+            **self.rates(second),
+        }
+
+
+def gemm_dtype(config: Any) -> str:
+    """Return the dtype that the linear layers multiply in on a GPU: `fp8`, `bf16` or `fp32`."""
+    if config.fp8:
+        return "fp8"
+    return "bf16" if config.bf16 else "fp32"
+
+
+def gpu_of(device_name: str) -> Gpu | None:
+    """Return the data sheet of a device as its driver names it; None where there is none, so no peak is assumed."""
+    name = DEVICES.get(device_name)
+    return gpu(name) if name else None
+
+
+def peaks_of_gpu() -> dict[str, float]:
+    """Return the peak operations per second by dtype of this process's GPU; empty where it is unknown."""
+    known = gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if known is None:
+        return {}
+    return {"bf16": known.peak("bf16"), **({"fp8": known.peak("fp8")} if known.fp8 else {})}
+
+
+class StageMetrics(pl.Callback):
+    """Metrics that a stage has of its own, for the progress line and the run's record."""
+
+    def line(self) -> str:
+        """Return the newest step for the progress line."""
+        raise NotImplementedError
+
+    def record(self) -> dict[str, float]:
+        """Return the newest step and validation for the run's record."""
+        raise NotImplementedError
+
+
+#: terms of a distillation's loss, as it logs them
+TERMS = ("kl", "lm", "hidden", "val_kl", "val_lm", "val_hidden")
+#: ours: a run has so many lines in its file or more, where it has the steps
+LINES = 1000
 
 
 class ProgressLine(ProgressBar):
     """Report step, loss, validation loss, tokens/s, learning rate and ETA; rank 0 only.
 
     On a terminal the line is rewritten in place each step; elsewhere one is printed every `every_steps`. Each line that
-    stays is one of `progress.jsonl` in the run's folder too.
+    stays is one of `progress.jsonl` in the run's folder too, which has more of a short run: every step of one of
+    `LINES` steps. A validation repeats the line of its step, with what it measured.
 
     Args:
         every_steps: steps between printed lines.
@@ -37,6 +174,7 @@ class ProgressLine(ProgressBar):
         super().__init__()
         self.every_steps = every_steps
         self.losses: dict[str, list[float]] = {"loss": [], "validation loss": []}
+        self.validation_step: int | None = None
         self.step_times: deque[float] = deque(maxlen=50)
         self.disabled = False
 
@@ -55,7 +193,7 @@ class ProgressLine(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the run starts."""
-        self.started, self.first_step = time.perf_counter(), trainer.global_step
+        self.started, self.first_step, self.began = time.perf_counter(), trainer.global_step, time.time()
         if not self.disabled:
             self._console().print(self._start(trainer), highlight=False)
 
@@ -87,22 +225,30 @@ class ProgressLine(ProgressBar):
             return
         step = trainer.global_step
         due = step % self.every_steps == 0 or step == trainer.max_steps or step == self.first_step + 1
-        if not (due or self.is_terminal):
+        written = due or step % max(1, min(self.every_steps, trainer.max_steps // LINES)) == 0
+        if not (written or self.is_terminal):
             return
         report = self._report(trainer)
         if self.is_terminal:
             print("\r\033[K" + report.line(), end="\n" if due else "", flush=True)
-        else:
+        elif due:
             print(report.line(), flush=True)
-        if due:
-            with contextlib.suppress(OSError):  # a disk that is full ends a run at its checkpoint, with its reason
-                report.append(self._folder(trainer) / STEPS)
+        if written:
+            self._write(trainer, report)
+
+    def _write(self, trainer: pl.Trainer, report: Step) -> None:
+        with contextlib.suppress(OSError):  # a disk that is full ends a run at its checkpoint, with its reason
+            report.append(self._folder(trainer) / STEPS)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the validation loss, that of the untrained model too; it is shown with the next line."""
         loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None:
-            self.losses["validation loss"].append(float(loss))
+        if loss is None:
+            return
+        self.losses["validation loss"].append(float(loss))
+        self.validation_step = trainer.global_step
+        if not self.disabled and self.losses["loss"]:
+            self._write(trainer, self._report(trainer))
 
     @staticmethod
     def _folder(trainer: pl.Trainer) -> Path:
@@ -118,11 +264,29 @@ class ProgressLine(ProgressBar):
             steps=total,
             loss=self.losses["loss"][-1],
             validation_loss=next(reversed(self.losses["validation loss"]), math.nan),
-            measured=[*self._preference(trainer), *self._throughput(trainer)],
+            measured=[*self._of_stage(trainer), *self._throughput(trainer)],
             tokens_per_second=tokens / per_step,
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             seconds_left=elapsed / (step - self.first_step) * (total - step),
+            validation_step=self.validation_step,
+            metrics=self._metrics(trainer),
+            time=time.time(),
+            began=self.began,
         )
+
+    @staticmethod
+    def _metrics(trainer: pl.Trainer) -> dict[str, float]:
+        """Return what was measured of the step beside its loss; memory is the peak so far, of this rank."""
+        logged = trainer.callback_metrics
+        metrics = {name: float(logged[name]) for name in ("grad_norm", *TERMS) if name in logged}
+        for callback in trainer.callbacks:
+            if isinstance(callback, StageMetrics):
+                metrics |= callback.record()
+            elif isinstance(callback, Throughput) and callback.seconds:
+                metrics |= callback.rates(callback.seconds[-1])
+        if not torch.cuda.is_available():
+            metrics["max_resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return metrics
 
     @staticmethod
     def _throughput(trainer: pl.Trainer) -> list[str]:
@@ -130,8 +294,8 @@ class ProgressLine(ProgressBar):
         return measured[:1] if torch.cuda.is_available() else []
 
     @staticmethod
-    def _preference(trainer: pl.Trainer) -> list[str]:
-        return [cb.line() for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics)]
+    def _of_stage(trainer: pl.Trainer) -> list[str]:
+        return [cb.line() for cb in trainer.callbacks if isinstance(cb, StageMetrics)]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the summary, after the last checkpoint."""
@@ -148,6 +312,8 @@ class ProgressLine(ProgressBar):
         table.add_row("time", duration(time.perf_counter() - self.started))
         table.add_row("checkpoint", str(trainer.checkpoint_callback.best_model_path).removesuffix(".ckpt"))
         table.add_row("record", str(run_dir / "run.json"))
+        if (run_dir / REPORT).is_file():
+            table.add_row("report", str(run_dir / REPORT))
         table.add_row("resume or extend", " ".join(["nemo", *map(shlex.quote, sys.argv[1:])]))
         if trainer.loggers:
             table.add_row("look at it", f"tensorboard --logdir {shlex.quote(str(run_dir))}")

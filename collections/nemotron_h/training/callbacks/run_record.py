@@ -21,12 +21,11 @@ import torch
 from nemotron_h.checkpoint.adapters import describe_base
 from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.files import whole_file, write_json
-from nemotron_h.recipe.text import to_yaml
+from nemotron_h.platform import hardware
+from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import command_of
 from nemotron_h.training import settings
-from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
-from nemotron_h.training.callbacks.throughput import Throughput
-from nemotron_h.training.settings_in_force import changed_settings, described, settings_in_force
+from nemotron_h.training.callbacks.progress import TERMS, StageMetrics, Throughput
 
 VERSIONED = (
     "nemotron-h-recipes",
@@ -40,8 +39,8 @@ VERSIONED = (
     "causal-conv1d",
 )
 RECIPE = "recipe.yaml"
-#: the last values that a record keeps; the terms of a loss are those of a distillation
-METRICS = ("reduced_train_loss", "val_loss", "kl", "lm", "hidden", "val_kl", "val_lm", "val_hidden")
+#: the last values that a record keeps
+METRICS = ("reduced_train_loss", "val_loss", *TERMS)
 
 
 def versions() -> dict[str, str]:
@@ -108,6 +107,7 @@ class RunRecord(pl.Callback):
             "command": sys.argv,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.started)),
             "versions": versions(),
+            "hardware": hardware.describe(),
             "git": git_state(Path(__file__).parent),
             "recipe": plain(self.recipe),
         }
@@ -131,22 +131,27 @@ class RunRecord(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the record of the finished run."""
         if trainer.is_global_zero:
-            self.write(trainer, self.path(trainer))
+            complete = trainer.global_step >= trainer.max_steps
+            self.write(trainer, self.path(trainer), "finished" if complete else "trainer.max_time")
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:
         """Return `<run>/run.json`."""
         return Path(trainer.checkpoint_callback.dirpath).parent / "run.json"
 
-    def write(self, trainer: pl.Trainer, path: Path) -> None:
-        """Write the record as it is now."""
+    def write(self, trainer: pl.Trainer, path: Path, ended: str | None = None) -> None:
+        """Write the record as it is now.
+
+        Args:
+            ended: `finished`, or why the process stops before; None while it trains, and beside checkpoints.
+        """
         strategy, data, config = trainer.strategy, trainer.datamodule, trainer.lightning_module.config
         metrics = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
             if key in METRICS and torch.is_tensor(value)
         }
-        metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, PreferenceMetrics)), {})
+        metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, StageMetrics)), {})
         self.metrics = {**self.metrics, **metrics}
         record = {
             **self.fixed,
@@ -154,6 +159,7 @@ class RunRecord(pl.Callback):
             "changes": self.changes,
             "step": trainer.global_step,
             "max_steps": trainer.max_steps,
+            "ended": ended,
             "seconds": round(time.time() - self.started, 1),
             "layout": {
                 "world_size": trainer.world_size,
@@ -229,3 +235,38 @@ def adapter_of(config: Any, strategy: Any) -> dict[str, Any]:
     if config.adapter is None or strategy.adapter_base is None:
         return {}
     return {"adapter": {**plain(dataclasses.asdict(config.adapter)), "base": describe_base(strategy.adapter_base)}}
+
+
+Changes = dict[str, list[Any]]
+
+
+def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Any]:
+    """Return recipe key -> value, as trainer, data, optimizer and model were built with them.
+
+    A key that changes the numbers of the next step belongs here. The model, the order of the data and an adapter's
+    shape do not: a run that resumes with others is refused, or declares it (`resume.blend_change`).
+    """
+    strategy = trainer.strategy
+    return {
+        "trainer.max_steps": trainer.max_steps,
+        "init_seed": module.config.init_seed,
+        "init.checkpoint": strategy.init_checkpoint,
+        "precision": getattr(trainer.precision_plugin, "recipe", trainer.precision),
+        "parallel.ranks": trainer.world_size,
+        "parallel.tensor": strategy.tensor_model_parallel_size,
+        "parallel.pipeline": strategy.pipeline_model_parallel_size,
+        "parallel.sequence": strategy.sequence_parallel,
+        **trainer.datamodule.settings(),
+        **{f"optim.{key}": value for key, value in getattr(module.optim, "settings", {}).items()},
+        **module.settings(),
+    }
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
+    """Return key -> [value before, value now] where they differ; a side that lacks the key has None."""
+    return {key: [before.get(key), now.get(key)] for key in {**before, **now} if before.get(key) != now.get(key)}
+
+
+def described(changes: Changes) -> list[str]:
+    """Return a line for each change."""
+    return [f"{key}: {before} -> {now}" for key, (before, now) in changes.items()]

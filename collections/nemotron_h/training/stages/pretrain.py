@@ -11,27 +11,27 @@ import nemo_run as run
 from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections import llm
 
+from nemotron_h.architecture.gemms import FP8_FORMATS
+from nemotron_h.core.units import count_of
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
-from nemotron_h.recipe.counts import count_of
 from nemotron_h.schema.nemo_names import nemo_fields, recompute_fields
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
-from nemotron_h.training.callbacks.garbage import collect_garbage_together
 from nemotron_h.training.callbacks.gemm_table import GemmTable
+from nemotron_h.training.callbacks.lockstep import StepSeed, collect_garbage_together
 from nemotron_h.training.callbacks.nan_guard import NanGuard
 from nemotron_h.training.callbacks.preemption import Preemption
-from nemotron_h.training.callbacks.progress import ProgressLine
+from nemotron_h.training.callbacks.progress import ProgressLine, Throughput
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
-from nemotron_h.training.callbacks.step_seed import StepSeed
-from nemotron_h.training.callbacks.throughput import Throughput
+from nemotron_h.training.callbacks.run_report import RunReport
 from nemotron_h.training.optimizer import scheduled_adamw
+from nemotron_h.training.preflight import RunFolder
 from nemotron_h.training.resume import ResumeRun
-from nemotron_h.training.run_folder import RunFolder
 from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 
 
@@ -57,7 +57,17 @@ def build(recipe: RecipeConfig) -> run.Partial:
     """
     task = assemble(recipe, llm.pretrain, BlendDataModule, horizon_tokens=horizon_of(recipe).tokens)
     task.resume.init_checkpoint = recipe.init.checkpoint
-    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
+    return with_overrides(task, recipe)
+
+
+def with_overrides(task: run.Partial, recipe: RecipeConfig) -> run.Partial:
+    """Return the task of any stage with the recipe's `overrides` applied.
+
+    Errors:
+        UserError: one of them names an unknown key, or has a value of another type.
+    """
+    if recipe.overrides:
+        settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
     return task
 
 
@@ -84,7 +94,7 @@ def train_with(task: run.Partial, model: type, config: type, part: Any) -> None:
 
 def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_arguments: Any) -> run.Partial:
     """Assemble what the stages share: model, data, trainer, callbacks, log, resume and optimizer. The recipe's
-    `overrides` are left to the caller, who applies them to the whole task.
+    `overrides` are left to the caller, who applies them to the whole task (`with_overrides`).
 
     Args:
         entry: the function of `nemo.collections.llm` that runs the task.
@@ -121,9 +131,10 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 gradients=optim.gradients,
             ),
             callbacks=[
-                run.Config(GemmTable),
+                *([run.Config(GemmTable)] if recipe.precision in FP8_FORMATS else []),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(NanGuard),
+                run.Config(RunReport),  # before the progress line, which names it
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(collect_garbage_together),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),

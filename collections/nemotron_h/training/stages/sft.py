@@ -9,9 +9,8 @@ from nemo.collections import llm
 
 from nemotron_h.data.feed.sft_module import ConversationDataModule
 from nemotron_h.schema.recipe import AdapterSchema, RecipeConfig
-from nemotron_h.training import settings
 from nemotron_h.training.callbacks.adapter_table import AdapterTable
-from nemotron_h.training.stages.pretrain import assemble
+from nemotron_h.training.stages.pretrain import assemble, with_overrides
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
@@ -26,8 +25,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     task.model.config.calculate_per_token_loss = True
     task.resume.init_checkpoint = recipe.init.checkpoint
     adapt(task, recipe)
-    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
-    return task
+    return with_overrides(task, recipe)
 
 
 def adapt(task: run.Partial, recipe: RecipeConfig) -> None:

@@ -33,7 +33,7 @@ from torch.utils.data import default_collate  # noqa: E402
 from nemotron_h.checkpoint import folders  # noqa: E402
 from nemotron_h.core.errors import UserError, report  # noqa: E402
 from nemotron_h.core.progress import StageProgress  # noqa: E402
-from nemotron_h.core.sizes import gib  # noqa: E402
+from nemotron_h.core.units import gib  # noqa: E402
 from nemotron_h.data.feed.datamodule import BlendDataModule  # noqa: E402
 from nemotron_h.inference.trained_tokenizer import check_data  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402

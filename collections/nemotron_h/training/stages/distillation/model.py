@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.index import safe_reads
-from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, WeightFile, find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.model import init
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel

@@ -1,8 +1,5 @@
 """A distillation recipe as the object graph that `nemo llm distill` runs.
 
-The command is this project's: NeMo's own `llm.distill` reads checkpoints of NeMo's GPT models with a stored object
-graph, which this family's are not. `nemo llm distill student_model_path=... teacher_model_path=...` still means NeMo's.
-
 From Python: `compose("nemotron_h_tiny/distill", ["model=runs/child", "init.checkpoint=runs/child", "tokens=100_000"])`
 gives a recipe (`model` may be a name, a checkpoint or a YAML file), and `launch.runs.train(Run(name, recipe), ...)`
 runs it in a process of its own, continues it where it was interrupted, and raises a `UserError` where it fails.
@@ -19,8 +16,6 @@ from typing import Any
 import lightning.pytorch as pl
 import nemo_run as run
 import torch
-from nemo.collections import llm
-from nemo.lightning import AutoResume, NeMoLogger, OptimizerModule, Trainer
 from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.lightning.megatron_parallel import MegatronStep
 from torch import Tensor
@@ -29,39 +24,12 @@ from nemotron_h.checkpoint.reader import PROJECTION, WeightFile, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.schema.recipe import RecipeConfig
-from nemotron_h.training import settings
 from nemotron_h.training.preflight import check_split
 from nemotron_h.training.resume import CheckTokenizer, ResumeRun
+from nemotron_h.training.stages.distillation.command import distill
 from nemotron_h.training.stages.distillation.model import TERMS, DistillationConfig, DistillationModel
 from nemotron_h.training.stages.distillation.teacher_shards import ReadTeacher
-from nemotron_h.training.stages.pretrain import assemble, horizon_of, train_with
-
-
-def distill(
-    model: pl.LightningModule | None = None,
-    data: pl.LightningDataModule | None = None,
-    trainer: Trainer | None = None,
-    log: NeMoLogger | None = None,
-    resume: AutoResume | None = None,
-    optim: OptimizerModule | None = None,
-    student_model_path: str | None = None,
-    teacher_model_path: str | None = None,
-    distillation_config_path: str | None = None,
-) -> Path:
-    """Distill a student from a frozen teacher.
-
-    Args:
-        model: a `DistillationModel`, which names its teacher.
-        data, trainer, log, resume, optim: as of `llm.pretrain`.
-        student_model_path, teacher_model_path, distillation_config_path: of NeMo's `llm.distill`, in place of `model`.
-    Returns:
-        the run's folder.
-    """
-    if student_model_path is not None:
-        return llm.distill(
-            student_model_path, teacher_model_path, data, trainer, distillation_config_path, log, resume, optim
-        )
-    return llm.train(model=model, data=data, trainer=trainer, log=log, resume=resume, optim=optim, tokenizer="data")
+from nemotron_h.training.stages.pretrain import assemble, horizon_of, train_with, with_overrides
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
@@ -76,8 +44,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
         ResumeDistillation, blend_change=recipe.resume.blend_change, init_checkpoint=recipe.init.checkpoint
     )
     task.trainer.callbacks.insert(0, run.Config(DistillationTerms))
-    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
-    return task
+    return with_overrides(task, recipe)
 
 
 @dataclass(kw_only=True)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import write_json
-from nemotron_h.core.text_files import read_json_object
+from nemotron_h.core.files import read_json_object, write_json
 from nemotron_h.data.feed.phase_plan import DataPlan, compare
 from nemotron_h.planning.teacher_logits import ids_dtype, token_bytes, value_dtype
 

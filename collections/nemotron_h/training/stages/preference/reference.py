@@ -23,9 +23,9 @@ from nemo import lightning as nl
 from torch import Tensor
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.core.duration import duration
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256, whole_file
+from nemotron_h.core.units import duration
 from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataModule, Reference
 from nemotron_h.model.module import data_step, forward_step
 from nemotron_h.training.callbacks.run_record import plain, vars_of

@@ -17,12 +17,11 @@ from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.feed.preference_module import PreferenceDataModule
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.schema.recipe import PREFERENCE_LOSSES, PairLossSchema, RecipeConfig
-from nemotron_h.training import settings
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.resume import ResumeRun
 from nemotron_h.training.stages.preference.loss import BATCH_KEYS, PreferenceLoss
 from nemotron_h.training.stages.preference.reference import ReferenceLogprobs
-from nemotron_h.training.stages.pretrain import assemble, train_with
+from nemotron_h.training.stages.pretrain import assemble, train_with, with_overrides
 from nemotron_h.training.stages.sft import adapt
 
 
@@ -103,5 +102,4 @@ def build(recipe: RecipeConfig) -> run.Partial:
     task.trainer.callbacks.insert(0, run.Config(PreferenceMetrics))  # before the progress line, which shows them
     task.resume = run.Config(PreferenceResume, init_checkpoint=recipe.init.checkpoint)
     adapt(task, recipe)
-    settings.apply(task, recipe.overrides, f"recipe {recipe.name}: overrides")
-    return task
+    return with_overrides(task, recipe)

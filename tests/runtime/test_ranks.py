@@ -8,8 +8,8 @@ import sys
 import pytest
 
 SCRIPT = (
-    "import io, sys; from nemotron_h.core.errors import UserError; from nemotron_h.platform import exit_codes;"
-    "exit_codes.install(); exit_codes.install(); {}"
+    "import io, sys; from nemotron_h.core.errors import UserError; from nemotron_h.platform import ranks;"
+    "ranks.report_mistakes(); ranks.report_mistakes(); {}"
 )
 
 

@@ -1,4 +1,6 @@
-"""Make every random number of a step a function of (seed, step, rank), so that a resumed run draws the same ones."""
+"""Keep ranks in step: random numbers by (seed, step, rank), so that a resumed run draws the same ones, and garbage
+collection.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as megatron_random
+from nemo.lightning.pytorch.callbacks import GarbageCollectionCallback
 
 _STRIDE = 1_000_003  # a prime, so that steps and ranks of one run do not meet
 
@@ -33,3 +36,14 @@ class StepSeed(pl.Callback):
         megatron_random.get_cuda_rng_tracker().reset()
         megatron_random.model_parallel_cuda_manual_seed(base + 7 * data_rank)
         torch.manual_seed(base + 7 * data_rank)
+
+
+def collect_garbage_together(every_steps: int = 100) -> pl.Callback:
+    """Return NeMo's callback on GPUs, where a rank that pauses on its own stalls all others; nothing on the CPU.
+
+    Args:
+        every_steps: training steps (and validation batches) between collections.
+    """
+    if torch.cuda.is_available():
+        return GarbageCollectionCallback(gc_interval_train=every_steps, gc_interval_val=every_steps)
+    return pl.Callback()
