@@ -27,7 +27,7 @@ demo: $(STAMP) ## fetch real text, pretrain nemotron_h_tiny on the CPU, print a 
 	@$(BIN)/nemotron-h generate runs/nemotron_h_tiny "The capital of" --max-tokens 60
 	@echo "report: runs/nemotron_h_tiny/report.html, its loss by phase alone: runs/nemotron_h_tiny/loss.svg"
 
-# Two ranks of one thread each: on two cores they are faster than one rank of two threads (docs/performance.md).
+# Two ranks of one thread each: on two cores they are faster than one rank of two threads (docs/results/cpu.md).
 demo-compress: export CUDA_VISIBLE_DEVICES :=
 demo-compress: $(STAMP) ## pretrain a parent on two cores, compress it to two thirds (MiniPuzzle), write a report
 	@$(BIN)/nemotron-h data prepare --blend sample_small

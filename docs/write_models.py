@@ -15,7 +15,7 @@ from write_cards import cards, table as cards_table
 
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.core.sizes import GIB, gib
+from nemotron_h.core.units import GIB, gib
 from nemotron_h.data.blend import parse_count
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.checks import definition_of

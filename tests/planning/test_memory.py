@@ -223,7 +223,7 @@ def test_states_on_a_gpu() -> None:
     assert shared.weights + shared.gradients + shared.optimizer == pytest.approx(parameters * (6 + 12 / 768), rel=1e-4)
 
 
-#: peaks of bench_gpu.py on an H100, GiB (docs/performance.md): repeats of the 8B's 13 layers, as measured
+#: peaks of bench_gpu.py on an H100, GiB (docs/results/gpu.md): repeats of the 8B's 13 layers, as measured
 LEAN = {
     ("M-M-M-M*-M-M-", "bf16", "bf16", "fp32", ""): 44.45,
     ("M-M-M-M*-M-M-M-M-M*-M-M-M-", "bf16", "bf16", "fp32", ""): 73.00,

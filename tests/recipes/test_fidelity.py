@@ -1,4 +1,4 @@
-"""`docs/fidelity.md` is current, and no departure from a paper goes without a reason."""
+"""`docs/results/fidelity.md` is current, and no departure from a paper goes without a reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from nemotron_h.recipe import fidelity
 from nemotron_h.recipe.compose import known_recipes
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "fidelity.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "results" / "fidelity.md"
 OURS = {"nemotron_h_tiny", "nemotron_h_100m", "nemotron_h_400m", "nemotron_h_1b"}
 
 
@@ -44,4 +44,4 @@ def test_a_row_says_what_it_is(published, ours, source: str, agrees: bool, expla
 
 
 def test_the_document_is_current() -> None:
-    assert DOCUMENT.read_text() == fidelity.document(), "run: python -m nemotron_h.recipe.fidelity > docs/fidelity.md"
+    assert DOCUMENT.read_text() == fidelity.document(), "run: python -m nemotron_h.recipe.fidelity > docs/results/fidelity.md"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: ours, measured on an H100 (docs/performance.md): warps of the gated norm's backward per multiprocessor
+#: ours, measured on an H100 (docs/results/gpu_steps.md): warps of the gated norm's backward per multiprocessor
 WARPS = 32
 
 

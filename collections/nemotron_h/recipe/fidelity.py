@@ -1,4 +1,4 @@
-"""Paper against recipe, value by value: `python -m nemotron_h.recipe.fidelity` prints `docs/fidelity.md`."""
+"""Paper against recipe, value by value: `python -m nemotron_h.recipe.fidelity` prints `docs/results/fidelity.md`."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ EXPLAINS = {
 GROUPS = ("tokens", "data", "optim", "precision", "precision_options", "parallel", "model", "derived")
 HEADER = """# Paper against recipe
 
-Written by `python -m nemotron_h.recipe.fidelity > docs/fidelity.md` from `configs/paper.yaml` (what the papers publish)
-and `recipes/`; a test keeps it current and fails on a departure without a reason. `paper` is Nemotron-H
+Written by `python -m nemotron_h.recipe.fidelity > docs/results/fidelity.md` from `configs/paper.yaml` (what the papers
+publish) and `recipes/`; a test keeps it current and fails on a departure without a reason. `paper` is Nemotron-H
 (arXiv 2504.03624). `derived` values are arithmetic over others. The reason of a departure, and of a value that is not
 published, is the source that the recipe states for it."""
 
@@ -130,7 +130,7 @@ def shown(value: Any) -> str:
 
 
 def document() -> str:
-    """Return the whole of `docs/fidelity.md`."""
+    """Return the whole of `docs/results/fidelity.md`."""
     papers, parts = published(), [HEADER]
     # a variant, such as a correction of the teacher, is another run than the published one
     names = [name for name in known_recipes("pretrain") if name.endswith("/pretrain")]
