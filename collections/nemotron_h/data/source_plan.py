@@ -101,7 +101,7 @@ def _find_all(blend: Blend, say: Callable[[str], None]) -> dict[str, list[Input]
         if source.fetch:
             if problems:
                 break
-            say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
+            say(f"{name}: {source.fetch.title()}, licence: {source.licence or 'not stated'}")
         try:
             files[name] = find_inputs(blend, name, lambda text, name=name: say(f"{name}: {text}"))
         except UserError as error:
