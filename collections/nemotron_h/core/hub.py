@@ -6,6 +6,8 @@ that of the environment's `HF_TOKEN` alone; it is sent to the Hub, and neither p
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import time
@@ -146,14 +148,16 @@ def commit_of(repository: Repository, say: Callable[[str], None] = lambda text: 
     raise UserError(f"{repository}: there is no such revision", f"Look at {page(repository)}/commits/main; {known}.")
 
 
-def newest_commit(repository: Repository, say: Callable[[str], None] = lambda text: None) -> str:
-    """Return the newest commit of the main branch.
+def current_commit(repository: Repository, say: Callable[[str], None] = lambda text: None) -> str:
+    """Return the commit where a branch or tag is now; of an unpinned repository, that of its main branch.
 
     Errors:
         UserError: as of `commit_of`.
     """
+    revision = None if repository.revision == UNPINNED else repository.revision
+    named = {"repo_id": repository.name, "repo_type": repository.kind, "revision": revision}
     api = client(repository.key)
-    return patiently(lambda: api.repo_info(repository.name, repo_type=repository.kind), repository, say).sha
+    return patiently(lambda: api.repo_info(**named), repository, say).sha
 
 
 def patiently(
@@ -173,7 +177,8 @@ def patiently(
     failures, before = 0, progress()
     while True:
         try:
-            return do()
+            with _quiet():
+                return do()
         except Exception as error:
             failures, before = (0 if progress() > before else failures), progress()
             if failures == len(WAITS) or not is_passing(error):
@@ -238,6 +243,20 @@ def hub_error(error: BaseException, repository: Repository) -> UserError | None:
             "Check the network, the proxy (HTTPS_PROXY) and HF_ENDPOINT, then run again: it goes on where it was.",
         )
     return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave errors to `hub_error`: the libraries log each of their attempts too."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,4 +1,4 @@
-"""The files that a blend downloads, of packages and of data sets of the Hugging Face Hub, and checks of what it says."""
+"""The files that a blend downloads, of packages and of data sets of the Hugging Face Hub, and checks of their keys."""
 
 from __future__ import annotations
 

@@ -123,8 +123,7 @@ class _Stream:
                 old.unlink()
             state = {"commit": commit, "datasets": datasets.__version__, "parts": [], "next": None, "complete": False}
         self.state = state
-        with _quiet(datasets):
-            hub.patiently(self._explained, self.repository, self.say, lambda: len(self.state["parts"]))
+        hub.patiently(self._explained, self.repository, self.say, lambda: len(self.state["parts"]))
         documents, size = _amount(self.state["parts"])
         self.say(f"{documents:,} documents, {size / 1e6:,.1f} MB in {self.folder}")
         return self.state
@@ -286,17 +285,6 @@ class _Progress:
         left = f", {duration(max(0, min(rest)))} left" if rest else ""
         speed = (done[1] - self.first[1]) / seconds / 1e6
         self.say(f"{done[0]:,} documents, {done[1] / 1e6:,.0f} MB, {speed:,.1f} MB/s{left}")
-
-
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """Leave errors and progress to this module: the library logs some of both by itself."""
-    level = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
 
 
 def _first_line(error: Exception) -> str:
