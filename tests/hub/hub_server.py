@@ -149,7 +149,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
             return
         if what in ("", "revision"):
-            siblings = [{"rfilename": f, "size": len(c)} for f, c in repo.files.items()]
+            listed = [_entry(path, content) for path, content in repo.files.items()]
+            siblings = [{"rfilename": e["path"], "size": e["size"], "blobId": e["oid"], **_lfs(e)} for e in listed]
             self._json(
                 {
                     "_id": "1",
@@ -209,6 +210,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def _etag(content: bytes) -> str:
     """The hash that git has of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _lfs(entry: dict) -> dict[str, object]:
+    lfs = entry.get("lfs")
+    return {"lfs": {"sha256": lfs["oid"], "size": lfs["size"], "pointerSize": 130}} if lfs else {}
 
 
 def _entries(repo: Repo, folder: str, recursive: bool):

@@ -44,7 +44,10 @@ def jsonl(rows: list[dict]) -> bytes:
 def web(hub: Hub) -> Repo:
     """A data set of two configurations, in Parquet and JSON lines."""
     files = {"high/a.parquet": parquet(ROWS[:200]), "high/b.parquet": parquet(ROWS[200:])}
-    repo = Repo({"README.md": README, **files, "low/c.parquet": parquet(ROWS[:30]), "more/d.jsonl": jsonl(ROWS[:30])}, tags=["v1"])
+    repo = Repo(
+        {"README.md": README, **files, "low/c.parquet": parquet(ROWS[:30]), "more/d.jsonl": jsonl(ROWS[:30])},
+        tags=["v1"],
+    )
     hub.repos["datasets/org/web"] = repo
     return repo
 

@@ -53,7 +53,7 @@ def test_commits_are_written_where_the_revisions_stand(repos: dict[str, Repo], t
 
 def test_a_shipped_blend_is_pinned_by_a_difference_to_it(hub: Hub, tmp_path: Path) -> None:
     name = "nemotron_open"
-    with pytest.raises(UserError, match="is a shipped blend\nName the file to write: --out my_nemotron_open.yaml"):
+    with pytest.raises(UserError, match=r"is a shipped blend\nName the file to write: --out my_nemotron_open\.yaml"):
         pin(name, None, print)
     sources = load_blend(name).sources
     fetches = {key: source.fetch for key, source in sources.items() if source.fetch and source.fetch.kind == "hub"}
@@ -75,7 +75,7 @@ def test_what_cannot_be_pinned(repos: dict[str, Repo], tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(BLEND)
     path = tmp_path / "mine.yaml"
     path.write_text("defaults: [base, _self_]\nname: mine\nsources: {b: {fetch: {revision: next}}}\n")
-    with pytest.raises(UserError, match=r"sources.a.fetch.revision stands in a blend that its defaults name"):
+    with pytest.raises(UserError, match=r"sources.a.fetch.revision stands in a blend that its defaults name or"):
         pin(str(path), None, print)
     path.write_text(path.read_text().replace("{b:", "{a: {fetch: {revision: unpinned}}, b:"))
     assert pin(str(path), None, print) == {"a": repos["org/a"].commit(), "b": repos["org/b"].commit()}

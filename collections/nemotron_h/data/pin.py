@@ -48,7 +48,7 @@ def pin(name_or_path: str, out: Path | None, say: Callable[[str], None]) -> dict
     elsewhere = next((name for name in unpinned if not shipped and name not in places), None)
     if elsewhere:
         raise UserError(
-            f"{blend.path}: sources.{elsewhere}.fetch.revision stands in a blend that its defaults name",
+            f"{blend.path}: sources.{elsewhere}.fetch.revision stands in a blend that its defaults name or in an alias",
             f"Write it here too: sources: {{{elsewhere}: {{fetch: {{revision: {hub.UNPINNED}}}}}}}",
         )
     known: dict[tuple[str, str], str] = {}
