@@ -109,6 +109,28 @@ def test_other_columns_are_neither_downloaded_nor_stored(hub: Hub, web: Repo, tm
     assert streamed(renamed) == [{"text": row["other"], "n": row["id"]} for row in ROWS[:30]]
 
 
+def test_all_sources_are_looked_up_before_one_is_read(hub: Hub, web: Repo, tmp_path: Path) -> None:
+    path = blend(web, tmp_path)
+    content = yaml.safe_load(path.read_text())
+    content["sources"]["other"] = {"category": "web", "fetch": {**content["sources"]["web"]["fetch"], "split": "none"}}
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match=r"sources\.other\.fetch\.split: org/web has no split 'none'"):
+        prepare(load_blend(path), tmp_path / "data", workers=1)
+    assert not list((tmp_path / "cache").rglob("part-*"))
+    assert hub.downloaded("*/b.parquet") == 0
+
+
+def test_a_token_that_is_stored_stays_there(hub: Hub, web: Repo, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "token").write_text("hf_stored")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert len(streamed(blend(web, tmp_path, max_documents=3))) == 3
+    assert {authorization for *_, authorization in hub.log} == {""}
+
+
+def test_a_disk_that_is_too_small(hub: Hub, web: Repo, tmp_path: Path) -> None:
+    assert "max_bytes asks for 1e+09 GB more" in refusal(blend(web, tmp_path, max_bytes="1000000T"))
+
+
 def test_limits_and_files(hub: Hub, web: Repo, tmp_path: Path) -> None:
     assert streamed(blend(web, tmp_path, max_documents=7)) == [{"text": row["text"]} for row in ROWS[:7]]
     assert hub.downloaded("*/high/b.parquet") == 0
@@ -132,21 +154,21 @@ def test_conversations_keep_all_columns(hub: Hub, tmp_path: Path) -> None:
 def test_a_killed_preparation_goes_on(hub: Hub, web: Repo, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(hub_stream, "PART_BYTES", 3000)
     path = blend(web, tmp_path)
-    straight = hub_stream.stream(load_blend(path), "web", lambda text: None)
-    whole = [part.read_bytes() for _, part in straight]
+    straight = prepare(load_blend(path), tmp_path / "straight", workers=1)
+    whole = [part.read_bytes() for part in sorted((tmp_path / "cache").rglob("part-*"))]
     assert len(whole) > 4
     monkeypatch.setenv("NEMOTRON_H_CACHE", str(tmp_path / "killed"))
     script = Path(__file__).parent / "kill_after_parts.py"
     run = subprocess.run([sys.executable, script, path, "3"], capture_output=True, text=True, timeout=120)
     assert run.returncode == -9, run.stderr
     [state] = (tmp_path / "killed").rglob("state.json")
-    before = {part: part.stat().st_mtime_ns for part in state.parent.glob("part-*")}
-    assert len(before) >= 3
-    hub.log.clear()
-    resumed = hub_stream.stream(load_blend(path), "web", lambda text: None)
-    assert [part.read_bytes() for _, part in resumed] == whole
-    finished = list(before)[:3]
-    assert all(part.stat().st_mtime_ns == before[part] for part in sorted(finished))
+    finished = {part: part.stat().st_mtime_ns for part in sorted(state.parent.glob("part-*"))}
+    assert len(finished) == 3
+    resumed = prepare(load_blend(path), tmp_path / "resumed", workers=1)
+    assert [part.read_bytes() for part in sorted(state.parent.glob("part-*"))] == whole
+    assert {part: part.stat().st_mtime_ns for part in finished} == finished
+    assert resumed.texts("train") == straight.texts("train")
+    assert not list(state.parent.glob(".part-*")), "what the killed process left is removed"
 
 
 def test_a_server_that_fails_for_a_while(hub: Hub, web: Repo, tmp_path: Path, monkeypatch) -> None:
@@ -155,12 +177,13 @@ def test_a_server_that_fails_for_a_while(hub: Hub, web: Repo, tmp_path: Path, mo
     hub.faults += [
         Fault("*/auth-check", 429, 1, {"Retry-After": "0"}),
         Fault("*/revision/*", 502, 2),
-        Fault("*.parquet", 503, 9, after=1),  # 6 of them are the library's own attempts
+        Fault("*/b.parquet", 503, 7),  # after some parts; 6 of them are the library's own attempts
     ]
     assert streamed(blend(web, tmp_path), said) == [{"text": row["text"]} for row in ROWS]
     assert not any(fault.times for fault in hub.faults)
     assert [line for line in said if "HTTP 429" in line]
     assert [line for line in said if "HTTP 502" in line]
+    assert [line for line in said if "HTTP 503" in line]
 
 
 @pytest.mark.parametrize(("status", "words"), [(503, "the Hub fails (HTTP 503)"), (429, "refuses more requests")])

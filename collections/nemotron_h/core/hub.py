@@ -114,8 +114,9 @@ def missing_package(key: str, name: str) -> UserError:
 
 
 def endpoint() -> str:
-    """Return the Hub's address."""
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    """Return the Hub's address, without a password in it."""
+    address = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    return re.sub("//[^/@]*@", "//", address)
 
 
 def page(repository: Repository) -> str:
@@ -220,7 +221,7 @@ def hub_error(error: BaseException, repository: Repository) -> UserError | None:
             f"Accept its terms on {page(repository)}, and set {TOKEN} to a token of that account which may read it.",
         )
     if "RepositoryNotFoundError" in names or status == 401:
-        private = "" if token() else f"; where it is private, set {TOKEN}"
+        private = f"; the token of {TOKEN} may be wrong" if token() else f"; where it is private, set {TOKEN}"
         return UserError(
             f"{repository}: there is no such {repository.kind} (HTTP {status or 404})",
             f"Look at its name on {page(repository)}{private}.",

@@ -14,6 +14,7 @@ from nemotron_h.core.files import write_json
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend, Source
 from nemotron_h.data.prepare import sources as reading
+from nemotron_h.data.prepare.hub_stream import check
 from nemotron_h.data.prepare.inputs import Input, compression, find_inputs
 
 #: how much text a byte of such a file holds, for the space check. Ours
@@ -96,11 +97,14 @@ def _find_all(blend: Blend, say: Callable[[str], None]) -> dict[str, list[Input]
     """Return the files of every source; local ones are looked for first, so that all missing paths are named before
     anything is downloaded.
     """
-    files, problems = {}, []
+    files, problems, checked = {}, [], False
     for name, source in sorted(blend.sources.items(), key=lambda item: item[1].fetch is not None):
         if source.fetch:
             if problems:
                 break
+            if not checked:
+                check(blend, say)
+                checked = True
             say(f"{name}: {source.fetch.title()}, licence: {source.licence or 'not stated'}")
         try:
             files[name] = find_inputs(blend, name, lambda text, name=name: say(f"{name}: {text}"))

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from nemotron_h.checkpoint.hub_cache import folder_of
 from nemotron_h.core import hub
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
 from nemotron_h.core.hub import Repository
 from nemotron_h.core.locks import locked
+from nemotron_h.core.progress import StageProgress
 
 if TYPE_CHECKING:
     from nemotron_h.export.hf_reader import Source
@@ -31,8 +34,8 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_POLL_S = 1.0
-Progress = Callable[[str, int], Any]  # of a title and bytes: a context that yields an object with `advance`
+#: ours: seconds between two looks of a rank that waits, and until it says what for
+_POLL_S, _PATIENCE_S = 1.0, 600.0
 
 
 def obtain(checkpoint: str, key: str, rank: int = 0, say: Callable[[str], None] = print) -> None:
@@ -51,8 +54,12 @@ def obtain(checkpoint: str, key: str, rank: int = 0, say: Callable[[str], None] 
     repository = hub.parse(checkpoint, key)
     folder = folder_of(repository)
     if rank:
+        begun = time.monotonic()
         while not folder.is_dir():  # where rank 0 fails, the launcher ends this one too
             time.sleep(_POLL_S)
+            if time.monotonic() - begun > _PATIENCE_S:
+                begun = time.monotonic()
+                print(f"{key}: rank {rank} waits for {folder}, which rank 0 writes; is it on a disk that both see?")
         return
     if folder.is_dir():
         return
@@ -63,8 +70,8 @@ def obtain(checkpoint: str, key: str, rank: int = 0, say: Callable[[str], None] 
         from nemotron_h.export import hf_reader
 
         source = examine(repository, None, say)
-        say(f"importing {source.size / 1e9:,.2f} GB")
-        hf_reader.write(source, folder)
+        with StageProgress(Console(stderr=True), "importing", source.size, "bytes") as bar:
+            hf_reader.write(source, folder, bar.advance)
 
 
 def examine(repository: Repository, name: str | None, say: Callable[[str], None]) -> Source:
@@ -114,8 +121,10 @@ def download(repository: Repository, say: Callable[[str], None] = lambda text: N
         return Path(snapshot_download(**wanted, revision=commit, token=hub.token()))
 
     folder = hub.patiently(fetched, repository, say)
-    for each in files:
-        _compare(folder / each.rfilename, each, repository)
+    with StageProgress(Console(stderr=True), "comparing hashes", sum(each.size or 0 for each in files), "bytes") as bar:
+        for each in files:
+            _compare(folder / each.rfilename, each, repository)
+            bar.advance(each.size or 0)
     return folder, commit
 
 

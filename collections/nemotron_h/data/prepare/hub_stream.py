@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +27,8 @@ from nemotron_h.core.strict import nearest
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend, Source
 from nemotron_h.data.counts import parse_count
-from nemotron_h.data.prepare.fetch import cache_folder
+from nemotron_h.data.fetch_spec import HUB
+from nemotron_h.data.prepare.fetch import CACHE_VARIABLE, cache_folder
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -51,12 +53,7 @@ def stream(blend: Blend, name: str, say: Callable[[str], None]) -> list[tuple[st
     """
     source = blend.sources[name]
     fetch, folder = source.fetch, _folder(source)
-    repository = Repository(fetch.repo, fetch.revision, "dataset", f"{blend.path}: sources.{name}.fetch")
-    if fetch.revision == hub.UNPINNED:
-        raise UserError(
-            f"{repository.key}.revision: {fetch.repo} is not pinned",
-            f"nemotron-h data pin {blend.path} writes the commit that is the newest now.",
-        )
+    repository = _repository(blend, name)
     with locked(folder, "filled", repository.key):
         state = _state(folder)
         if not state.get("complete"):
@@ -64,9 +61,37 @@ def stream(blend: Blend, name: str, say: Callable[[str], None]) -> list[tuple[st
         return [(f"{fetch.repo}@{state['commit']}/{_part(i)}", folder / _part(i)) for i in range(len(state["parts"]))]
 
 
+def check(blend: Blend, say: Callable[[str], None]) -> None:
+    """Ask the Hub for the revisions, configurations, splits and columns of all sources that are not in the cache yet.
+
+    Errors:
+        UserError: as of `stream`.
+    """
+    for name, source in blend.sources.items():
+        if source.fetch is not None and source.fetch.kind == HUB and not _state(_folder(source)).get("complete"):
+            _Stream(source, _repository(blend, name), _folder(source), say).check()
+
+
+def _repository(blend: Blend, name: str) -> Repository:
+    """Return the pinned repository of a source.
+
+    Errors:
+        UserError: it is not pinned.
+    """
+    fetch = blend.sources[name].fetch
+    repository = Repository(fetch.repo, fetch.revision, "dataset", f"{blend.path}: sources.{name}.fetch")
+    if fetch.revision == hub.UNPINNED:
+        raise UserError(
+            f"{repository.key}.revision: {fetch.repo} is not pinned",
+            f"`nemotron-h data pin {blend.path}` writes the commit that is the newest now; of a shipped blend, "
+            f"`nemotron-h data pin {blend.name} --out my_{blend.name}.yaml` into a file of yours.",
+        )
+    return repository
+
+
 def origin(source: Source) -> str:
     """Return the repository, commit, configuration and split that a source was streamed from; empty for others."""
-    if source.fetch is None or source.fetch.kind != "hub":
+    if source.fetch is None or source.fetch.kind != HUB:
         return ""
     fetch = source.fetch
     words = [f"{fetch.repo}@{_state(_folder(source))['commit']}", f"config {fetch.config}" if fetch.config else ""]
@@ -108,30 +133,52 @@ class _Stream:
         self.most_documents, self.most_bytes = (None if limit is None else parse_count(limit) for limit in limits)
         self.state: dict[str, Any] = {}
 
-    def run(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Stream what is missing and return the final state."""
+    def check(self) -> None:
+        """Open the stream and read nothing of it."""
+        self._library()
+        self.state = {"commit": hub.commit_of(self.repository, self.say)}
+        hub.patiently(lambda: self._explained(self._open), self.repository, self.say)
+
+    def _library(self) -> Any:
         try:
             import datasets
         except ImportError as error:
             raise hub.missing_package(self.repository.key, "datasets") from error
+        return datasets
+
+    def run(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Stream what is missing and return the final state."""
+        datasets = self._library()
         commit = hub.commit_of(self.repository, self.say)
         if state and (state["commit"], state["datasets"]) != (commit, datasets.__version__):
             self.say("begins anew: the tag was moved, or another version of datasets counts its place in another way")
             state = {}
+        for old in self.folder.glob(".part-*" if state else "*part-*"):  # the part of a process that was killed; or all
+            old.unlink()
         if not state:
-            for old in self.folder.glob("part-*"):
-                old.unlink()
             state = {"commit": commit, "datasets": datasets.__version__, "parts": [], "next": None, "complete": False}
         self.state = state
-        hub.patiently(self._explained, self.repository, self.say, lambda: len(self.state["parts"]))
+        self._check_space()
+        progress = lambda: len(self.state["parts"])  # noqa: E731
+        hub.patiently(lambda: self._explained(self._fill), self.repository, self.say, progress)
         documents, size = _amount(self.state["parts"])
         self.say(f"{documents:,} documents, {size / 1e6:,.1f} MB in {self.folder}")
         return self.state
 
-    def _explained(self) -> None:
-        """Stream, and explain what the library says of files that it cannot read."""
+    def _check_space(self) -> None:
+        needed = 0 if self.most_bytes is None else self.most_bytes - _amount(self.state["parts"])[1]
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.repository.key}: max_bytes asks for {needed / 1e9:,.3g} GB more, {self.folder} has "
+                f"{free / 1e9:,.3g} GB free",
+                f"Free space, lower max_bytes, or set {CACHE_VARIABLE} to a folder on another disk.",
+            )
+
+    def _explained(self, do: Callable[[], Any]) -> None:
+        """Do it, and explain what the library says of files that it cannot read."""
         try:
-            self._fill()
+            do()
         except (UserError, OSError):
             raise
         except Exception as error:
