@@ -16,6 +16,7 @@ from hub_server import Fault, Hub, Repo
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
+from nemotron_h.data.messages import read_conversation
 from nemotron_h.data.prepare import hub_stream
 from nemotron_h.data.prepare.pipeline import prepare
 
@@ -139,16 +140,62 @@ def test_limits_and_files(hub: Hub, web: Repo, tmp_path: Path) -> None:
     assert len(streamed(blend(web, tmp_path, config=None, files=["more/*.jsonl"]))) == 30
 
 
-def test_conversations_keep_all_columns(hub: Hub, tmp_path: Path) -> None:
+#: the form of the card of nvidia/Nemotron-Post-Training-Dataset-v1, whose sizes are those of this test
+CARD = b"""---
+dataset_info:
+  features:
+    - {name: uuid, dtype: string}
+    - name: messages
+      list:
+        - {name: role, dtype: string}
+        - {name: content, dtype: string}
+        - name: tool_calls
+          list:
+            - {name: id, dtype: string}
+            - {name: type, dtype: string}
+  splits:
+    - {name: chat, num_bytes: 1000, num_examples: 3}
+    - {name: tool_calling, num_bytes: 1000, num_examples: 3}
+  download_size: 2000
+  dataset_size: 2000
+configs:
+  - config_name: default
+    data_files: [{split: chat, path: data/chat-*}, {split: tool_calling, path: data/tool-*}]
+license: cc-by-4.0
+---
+"""
+
+
+def test_conversations(hub: Hub, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    rows = [{"messages": talk, "category": "chat", "uuid": str(n)} for n in range(3)]
-    repo = hub.repos["datasets/org/web"] = Repo({"data/train.jsonl": jsonl(rows)})
-    path = blend(repo, tmp_path, source={"chat": "messages"}, config=None)
+    rows = [{"uuid": str(n), "messages": [{**turn, "tool_calls": None} for turn in talk]} for n in range(300)]
+    schema = pa.schema(
+        {
+            "uuid": pa.string(),
+            "messages": pa.list_(
+                pa.struct(
+                    {
+                        "role": pa.string(),
+                        "content": pa.string(),
+                        "tool_calls": pa.list_(pa.struct({"id": pa.string(), "type": pa.string()})),
+                    }
+                )
+            ),
+        }
+    )
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema), out)
+    files = {f"data/{split}-00000-of-00001.parquet": out.getvalue() for split in ("chat", "tool")}
+    repo = hub.repos["datasets/org/web"] = Repo({"README.md": CARD, **files})
+    path = blend(repo, tmp_path, source={"chat": "messages"}, config=None, split="chat")
     content = yaml.safe_load(path.read_text()) | {"chat_template": "nemotron_h"}
     path.write_text(yaml.safe_dump(content))
-    assert streamed(path) == rows
-    path.write_text(path.read_text().replace("split: train", "split: train\n      columns: {messages: messages}"))
-    assert streamed(path) == [{"messages": talk}] * 3
+    assert streamed(path) == rows, "all columns"
+    content["sources"]["web"]["fetch"]["columns"] = {"messages": "messages"}
+    path.write_text(yaml.safe_dump(content))
+    assert streamed(path) == [{"messages": row["messages"]} for row in rows]
+    source = load_blend(path).sources["web"]
+    assert all(read_conversation(record, source.chat) for record in streamed(path))
 
 
 def test_a_killed_preparation_goes_on(hub: Hub, web: Repo, tmp_path: Path, monkeypatch) -> None:

@@ -171,7 +171,8 @@ def patiently(
 
     Args:
         say: is told of every new attempt.
-        progress: of the work; where it has grown between two failures, the attempts are counted anew.
+        progress: of the work; where it has grown between two failures, the attempts are counted anew. Where it is 0
+            and no server answers, there is one new attempt.
     Errors:
         UserError: it went on failing, or for another reason that `hub_error` knows.
     """
@@ -182,7 +183,8 @@ def patiently(
                 return do()
         except Exception as error:
             failures, before = (0 if progress() > before else failures), progress()
-            if failures == len(WAITS) or not is_passing(error):
+            unreached = _status(error) is None and not progress()  # most often a wrong address, or no network at all
+            if failures == (1 if unreached else len(WAITS)) or not is_passing(error):
                 raise hub_error(error, repository) or error from error
             wait = max(WAITS[failures], _retry_after(error))
             failures += 1

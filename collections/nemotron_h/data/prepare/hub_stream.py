@@ -26,6 +26,7 @@ from nemotron_h.core.locks import locked
 from nemotron_h.core.strict import nearest
 from nemotron_h.core.text_files import read_json_object
 from nemotron_h.data.blend import Blend, Source
+from nemotron_h.data.blend_files import available_blends
 from nemotron_h.data.counts import parse_count
 from nemotron_h.data.fetch_spec import HUB
 from nemotron_h.data.prepare.fetch import CACHE_VARIABLE, cache_folder
@@ -81,10 +82,12 @@ def _repository(blend: Blend, name: str) -> Repository:
     fetch = blend.sources[name].fetch
     repository = Repository(fetch.repo, fetch.revision, "dataset", f"{blend.path}: sources.{name}.fetch")
     if fetch.revision == hub.UNPINNED:
+        path = Path(blend.path)
+        shipped = path in {file.resolve() for file in available_blends().values()}
+        what = f"{path.stem} --out my_{path.stem}.yaml" if shipped else path
         raise UserError(
             f"{repository.key}.revision: {fetch.repo} is not pinned",
-            f"`nemotron-h data pin {blend.path}` writes the commit that is the newest now; of a shipped blend, "
-            f"`nemotron-h data pin {blend.name} --out my_{blend.name}.yaml` into a file of yours.",
+            f"Write the commit that is the newest now: nemotron-h data pin {what}",
         )
     return repository
 
