@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,9 @@ configs:
 """
 
 
-def parquet(rows: list[dict]) -> bytes:
+def parquet(rows: list[dict], group: int = 50) -> bytes:
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), out, row_group_size=50)
+    pq.write_table(pa.Table.from_pylist(rows), out, row_group_size=group)
     return out.getvalue()
 
 
@@ -104,10 +105,19 @@ def test_prepared_as_from_a_folder_of_the_same_files(hub: Hub, web: Repo, tmp_pa
     assert "HF_HUB_OFFLINE is set" in refusal(blend(web, tmp_path, split="test"))
 
 
-def test_other_columns_are_neither_downloaded_nor_stored(hub: Hub, web: Repo, tmp_path: Path) -> None:
+def test_columns(hub: Hub, web: Repo, tmp_path: Path) -> None:
     assert streamed(blend(web, tmp_path)) == [{"text": row["text"]} for row in ROWS]
     renamed = blend(web, tmp_path, columns={"text": "other", "n": "id"}, split="test", config="high")
     assert streamed(renamed) == [{"text": row["other"], "n": row["id"]} for row in ROWS[:30]]
+
+
+def test_other_columns_of_parquet_are_not_downloaded(hub: Hub, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("fsspec.spec.AbstractBufferedFile.DEFAULT_BLOCK_SIZE", 4096)  # it reads ahead by 5 MB
+    rng = random.Random(0)
+    rows = [{"text": f"text {n}", "other": rng.randbytes(2000).hex()} for n in range(800)]
+    repo = hub.repos["datasets/org/web"] = Repo({"data.parquet": parquet(rows, 800)})
+    assert streamed(blend(repo, tmp_path, config=None)) == [{"text": row["text"]} for row in rows]
+    assert hub.downloaded("*/data.parquet") < len(repo.files["data.parquet"]) / 3
 
 
 def test_all_sources_are_looked_up_before_one_is_read(hub: Hub, web: Repo, tmp_path: Path) -> None:
