@@ -99,6 +99,13 @@ def test_to_a_folder_with_a_name(hub: Hub, model: Repo, tmp_path: Path, monkeypa
     assert "HF_HUB_OFFLINE is set" in refusal(name_of(model, "v1.0"))
 
 
+def test_an_output_that_cannot_be_is_refused_before_the_download(hub: Hub, model: Repo, tmp_path: Path) -> None:
+    for out, words in ((tmp_path, "exists already"), (tmp_path / "no" / "out", "there is no folder")):
+        result = CliRunner().invoke(app, ["import", "hf", name_of(model), str(out)])
+        assert words in str(result.exception)
+    assert not hub.log
+
+
 def test_refusals(hub: Hub, model: Repo, monkeypatch) -> None:
     text = refusal(name_of(model, "main"))
     assert "init.checkpoint: org/Small-1B@main: main is a branch, which moves" in text

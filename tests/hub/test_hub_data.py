@@ -323,6 +323,13 @@ def test_keys_that_cannot_be(tmp_path: Path, keys: dict, words: str) -> None:
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("package", ["datasets", "huggingface_hub"])
+def test_a_package_that_is_not_installed(hub: Hub, web: Repo, tmp_path: Path, monkeypatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    text = refusal(blend(web, tmp_path))
+    assert f"the Python package {package} is needed and not installed\nRun: pip install {package}" in text
+
+
 def test_a_file_that_is_damaged(hub: Hub, web: Repo, tmp_path: Path) -> None:
     web.files["more/d.jsonl"] = b'{"text": "a"}\n{"text": "b\n'
     text = refusal(blend(web, tmp_path, config=None, files=["more/*"]))

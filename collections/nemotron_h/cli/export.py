@@ -171,6 +171,7 @@ def import_hf(
     """
     from nemotron_h.core import hub
     from nemotron_h.export import hf_reader, hub_import
+    from nemotron_h.export.folder import check_new
 
     if hub.is_hub(folder):
         repository = hub.parse(str(folder), "import hf")
@@ -180,8 +181,7 @@ def import_hf(
             hub_import.obtain(str(folder), "import hf", say=typer.echo)
             typer.echo(f"{hub_import.folder_of(repository)}: {folder}")
             return
-        if out.exists():
-            raise UserError(f"{out} exists already", hint="name another OUT; nothing was written")
+        check_new(out)
         source = hub_import.examine(repository, name, typer.echo)
     elif out is None:
         raise UserError("OUT is missing", hint=f"nemotron-h import hf {folder} OUT")

@@ -87,13 +87,13 @@ def _difference(base: str, name: str, commits: dict[str, str]) -> str:
 
 def _places(path: Path) -> dict[str, tuple[int, int]]:
     """Return source -> where the characters of its revision begin and end, for those that the file itself states."""
-    found = {}
+    places = {}
     root = yaml.compose(read_bounded(path), Loader=yaml.SafeLoader)
     for name, source in _entries(_entries(root).get("sources")).items():
         revision = _entries(_entries(source).get("fetch")).get("revision")
         if isinstance(revision, yaml.ScalarNode):
-            found[name] = (revision.start_mark.index, revision.end_mark.index)
-    return found
+            places[name] = (revision.start_mark.index, revision.end_mark.index)
+    return places
 
 
 def _entries(node: yaml.Node | None) -> dict[str, yaml.Node]:

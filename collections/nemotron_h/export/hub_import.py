@@ -39,7 +39,7 @@ _POLL_S, _PATIENCE_S = 1.0, 600.0
 
 
 def obtain(checkpoint: str, key: str, rank: int = 0, say: Callable[[str], None] = print) -> None:
-    """Have a checkpoint in the cache where it is named on the Hub; what is a path stays as it is.
+    """Fetch a checkpoint that is named on the Hub into the cache, unless it is there; leave a path as it is.
 
     Args:
         checkpoint: of a recipe.
@@ -117,10 +117,10 @@ def download(repository: Repository, say: Callable[[str], None] = lambda text: N
         raise UserError(f"{repository}: it has no config.json", f"Look at {hub.page(repository)}: is it a model?")
     say(f"downloading {len(files)} files, {sum(each.size or 0 for each in files) / 1e9:,.2f} GB")
 
-    def fetched() -> Path:
+    def snapshot() -> Path:
         return Path(snapshot_download(**wanted, revision=commit, token=hub.token()))
 
-    folder = hub.patiently(fetched, repository, say)
+    folder = hub.patiently(snapshot, repository, say)
     with StageProgress(Console(stderr=True), "comparing hashes", sum(each.size or 0 for each in files), "bytes") as bar:
         for each in files:
             _compare(folder / each.rfilename, each, repository)

@@ -162,8 +162,11 @@ class _Stream:
             state = {"commit": commit, "datasets": datasets.__version__, "parts": [], "next": None, "complete": False}
         self.state = state
         self._check_space()
-        progress = lambda: len(self.state["parts"])  # noqa: E731
-        hub.patiently(lambda: self._explained(self._fill), self.repository, self.say, progress)
+
+        def parts() -> int:
+            return len(self.state["parts"])
+
+        hub.patiently(lambda: self._explained(self._fill), self.repository, self.say, parts)
         documents, size = _amount(self.state["parts"])
         self.say(f"{documents:,} documents, {size / 1e6:,.1f} MB in {self.folder}")
         return self.state
@@ -179,7 +182,7 @@ class _Stream:
             )
 
     def _explained(self, do: Callable[[], Any]) -> None:
-        """Do it, and explain what the library says of files that it cannot read."""
+        """Run a step, and explain what the library says of files that it cannot read."""
         try:
             do()
         except (UserError, OSError):
