@@ -70,6 +70,8 @@ def test_paths_of_a_recipe_start_in_the_work_folder(tmp_path: Path, monkeypatch:
     recipe.data.root, recipe.minipuzzle.parent = "/data", "/elsewhere/parent"
     moved = place.moved(recipe)
     assert (moved.data.root, moved.minipuzzle.parent) == ("/data", "/elsewhere/parent")
+    recipe.minipuzzle.parent = "hub:nvidia/Nemotron-H-8B-Base-8K@v1"
+    assert place.moved(recipe).minipuzzle.parent == recipe.minipuzzle.parent, "a name on the Hub is no path"
     monkeypatch.setenv("NEMOTRON_H_DATA", "/of/this/shell")
     recipe.data.root = None
     assert place.moved(recipe).data.root == str(tmp_path / "data"), "jobs do not have this shell's environment"

@@ -161,10 +161,12 @@ def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: p
         task = SimpleNamespace(
             log=SimpleNamespace(explicit_log_dir="runs/x"),
             data=SimpleNamespace(root=None, blend="sample_small"),
-            resume=SimpleNamespace(init_checkpoint=None),
-            model=SimpleNamespace(config=SimpleNamespace(teacher=None)),
+            resume=SimpleNamespace(init_checkpoint="hub:org/model@v1"),
+            model=SimpleNamespace(config=SimpleNamespace(teacher="runs/teacher")),
         )
         executors._move(task, LocalCluster(kind="local", work_dir=".", env={}))
+        assert task.model.config.teacher == str(Path.cwd() / "runs/teacher")
+        assert task.resume.init_checkpoint == "hub:org/model@v1", "a name on the Hub is no path"
         return task.data.root
 
     monkeypatch.delenv("NEMOTRON_H_DATA", raising=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.hub_cache import path_of
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
@@ -45,7 +46,7 @@ def find_base(checkpoint: Path, named: str | Path | None = None) -> Path:
     recorded = adapter_record(checkpoint)["base"]  # type: ignore[index]
     found = []
     for place in (recorded["checkpoint"], named):
-        if place is None or not (path := Path(place).expanduser()).is_dir():
+        if place is None or not (path := path_of(place)).is_dir():
             continue
         try:
             found.append(find_checkpoint(path))

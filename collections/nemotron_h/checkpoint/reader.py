@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.checkpoint.folders import INDEX, WEIGHTS
+from nemotron_h.checkpoint.hub_cache import check_fetched, path_of
 from nemotron_h.checkpoint.index import IndexedReader, read_index
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object
@@ -34,11 +35,14 @@ _FIRST_PART = "decoder."
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Find the checkpoint that `path` means: itself, or the newest finished one of a run folder.
+    """Find the checkpoint that `path` means: itself, the newest finished one of a run folder, or one of the Hub.
 
     Errors:
-        UserError: there is none, it is unfinished or torn, or a file is missing or has another size than was written.
+        UserError: there is none, it is unfinished or torn, or a file is missing or has another size than was written;
+            one of the Hub is not fetched yet.
     """
+    check_fetched(path)
+    path = path_of(path)
     if not path.is_dir():
         raise UserError(f"there is no checkpoint folder {path}")
     if not (path / WEIGHTS).is_dir():

@@ -47,6 +47,22 @@ def verify(blend: BlendOption, root: RootOption = None) -> None:
     run(load_blend(blend), root, console=Console())
 
 
+@app.command()
+def pin(
+    blend: Annotated[str, typer.Argument(help="A YAML file, whose revisions are replaced; or a shipped blend's name.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Of a shipped blend: the file to write, which has the revisions alone.")
+    ] = None,
+) -> None:
+    """Write the newest commit of every data set of the Hub that a blend leaves unpinned, or names by branch or tag.
+
+    Asks the Hub (HF_ENDPOINT, HF_TOKEN). Commits that a blend names already stay as they are.
+    """
+    from nemotron_h.data.pin import pin as run
+
+    run(blend, out, typer.echo)
+
+
 def _tokens(value: str) -> int:
     try:
         return parse_count(value)

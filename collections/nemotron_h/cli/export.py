@@ -149,14 +149,45 @@ def _bytes_of(text: str) -> int:
 
 @import_app.command("hf")
 def import_hf(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A Hugging Face folder of a Nemotron-H model.")],
-    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write; must not exist.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A Hugging Face folder of a Nemotron-H model, or hub:organisation/name@revision to download one.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The checkpoint folder to write; must not exist.",
+            show_default="of a hub: model the cache, where a run with this init.checkpoint finds it",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
 ) -> None:
-    """Read a Hugging Face folder into a checkpoint: weights, model definition (model.yaml), tokenizer."""
-    from nemotron_h.export import hf_reader
+    """Read a Hugging Face folder into a checkpoint: weights, model definition (model.yaml), tokenizer.
 
-    source = hf_reader.examine(folder, name)
+    Of a model on the Hub (HF_TOKEN, HF_ENDPOINT, HF_HOME) the safetensors, configuration and tokenizer are downloaded,
+    and compared with the Hub's hashes.
+    """
+    from nemotron_h.core import hub
+    from nemotron_h.export import hf_reader, hub_import
+    from nemotron_h.export.folder import check_new
+
+    if hub.is_hub(folder):
+        repository = hub.parse(str(folder), "import hf")
+        if out is None:
+            if name is not None:
+                raise UserError("--name is for an OUT: in the cache a model has the repository's name", "Name an OUT.")
+            hub_import.obtain(str(folder), "import hf", say=typer.echo)
+            typer.echo(f"{hub_import.folder_of(repository)}: {folder}")
+            return
+        check_new(out)
+        source = hub_import.examine(repository, name, typer.echo)
+    elif out is None:
+        raise UserError("OUT is missing", hint=f"nemotron-h import hf {folder} OUT")
+    else:
+        source = hf_reader.examine(folder, name)
     with progress("importing", source.size) as bar:
         hf_reader.write(source, out, bar.advance)
     parameters = f"{source.definition.parameters:,} parameters"

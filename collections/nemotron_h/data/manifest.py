@@ -76,6 +76,7 @@ class SourceManifest:
         empty_dropped: documents without a visible character.
         quarantined: unreadable records; each is a line of `quarantine.jsonl`.
         settings_hash: of the blend's settings for this source, to tell when they were edited since.
+        origin: of the Hub: repository, commit, configuration and split.
     """
 
     category: str
@@ -86,6 +87,7 @@ class SourceManifest:
     empty_dropped: int = 0
     quarantined: int = 0
     settings_hash: str = ""
+    origin: str = ""
 
 
 @dataclass

@@ -13,6 +13,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object, write_json
 from nemotron_h.data.blend import Blend, Source
 from nemotron_h.data.prepare import sources as reading
+from nemotron_h.data.prepare.hub_stream import check
 from nemotron_h.data.prepare.inputs import Input, compression, find_inputs
 
 #: how much text a byte of such a file holds, for the space check. Ours
@@ -95,12 +96,15 @@ def _find_all(blend: Blend, say: Callable[[str], None]) -> dict[str, list[Input]
     """Return the files of every source; local ones are looked for first, so that all missing paths are named before
     anything is downloaded.
     """
-    files, problems = {}, []
+    files, problems, checked = {}, [], False
     for name, source in sorted(blend.sources.items(), key=lambda item: item[1].fetch is not None):
         if source.fetch:
             if problems:
                 break
-            say(f"{name}: {source.fetch.package}, licence: {source.licence or 'not stated'}")
+            if not checked:
+                check(blend, say)
+                checked = True
+            say(f"{name}: {source.fetch.title()}, licence: {source.licence or 'not stated'}")
         try:
             files[name] = find_inputs(blend, name, lambda text, name=name: say(f"{name}: {text}"))
         except UserError as error:

@@ -14,6 +14,19 @@ from nemotron_h.core.errors import UserError
 _SPARE = 64 << 20
 
 
+def check_new(out: Path) -> None:
+    """Check that an output can be made there, before any work.
+
+    Errors:
+        UserError: `out` exists, or its parent is no folder.
+    """
+    out = out.absolute()
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already", hint="name another OUT; nothing was written")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent}", hint=f"create it: mkdir -p {out.parent}")
+
+
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that takes its name when the block ends well, and is removed when it does
@@ -40,10 +53,7 @@ def new_file(out: Path, needed: int) -> Iterator[Path]:
 @contextmanager
 def _unfinished(out: Path, needed: int) -> Iterator[Path]:
     out = out.absolute()
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already", hint="name another OUT; nothing was written")
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent}", hint=f"create it: mkdir -p {out.parent}")
+    check_new(out)
     free = shutil.disk_usage(out.parent).free
     if free < needed + _SPARE:
         raise UserError(

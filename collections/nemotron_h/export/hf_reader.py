@@ -100,6 +100,7 @@ class Source:
         max_positions: what its configuration tells, for a later export.
         size: bytes of the checkpoint's tensors.
         tokenizer: the folder's, or None where it has none.
+        origin: name and commit of the Hub, where it was downloaded.
     """
 
     folder: Path
@@ -108,6 +109,7 @@ class Source:
     max_positions: int | None
     size: int
     tokenizer: HuggingFaceTokenizer | None
+    origin: str = ""
 
 
 def examine(folder: Path, name: str | None = None) -> Source:
@@ -197,6 +199,6 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None) -> None:
             data |= {"tokenizer": TOKENIZER, **identity(tokenizers.copy(source.tokenizer, folder / TOKENIZER))}
         record = {
             "data": data,
-            "imported": {"from": str(source.folder.absolute())},
+            "imported": {"from": str(source.folder.absolute()), **({"hub": source.origin} if source.origin else {})},
         }
         finish(folder, source.definition, record, "Imported; counts and parameters are checked when it is loaded.")

@@ -13,6 +13,7 @@ from nemo_run.config import RUNDIR_NAME, get_nemorun_home
 from nemo_run.core.packaging.base import Packager
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.hub import is_hub
 from nemotron_h.launch.kubernetes import KubernetesExecutor
 from nemotron_h.launch.place import check_agrees, folder_of, root_at
 from nemotron_h.platform.ranks import check_here
@@ -68,7 +69,7 @@ def _move(task: run.Partial, cluster: Cluster) -> None:
         (task.model.config, "teacher"),
         (task.model.config, "teacher_logits"),
     ):
-        if getattr(part, key, None):
+        if getattr(part, key, None) and not is_hub(getattr(part, key)):
             setattr(part, key, str(here / getattr(part, key)))
     if task.data.blend.endswith((".yaml", ".yml")):
         task.data.blend = str(Path(task.data.blend).expanduser().resolve())

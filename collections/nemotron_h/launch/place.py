@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.hub import is_hub
 from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
 from nemotron_h.launch.load import is_cluster, load
 from nemotron_h.platform.ranks import check_here
@@ -126,7 +127,7 @@ class Place:
         for key in PATHS:
             part, name = key.split(".")
             value = getattr(getattr(recipe, part), name, None)
-            if value is not None:
+            if value is not None and not is_hub(value):
                 setattr(getattr(recipe, part), name, str(folder / Path(value).expanduser()))
         root = recipe.data.root or self.cluster.env.get(ROOT_VARIABLE) or root_at(self.cluster, folder)
         recipe.data.root = str(folder / Path(root).expanduser())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -15,7 +16,9 @@ from nemotron_h.architecture.definition import ModelDefinition, definition_from_
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.architecture.rank import Layout
 from nemotron_h.checkpoint.definition import read_model
+from nemotron_h.checkpoint.hub_cache import path_of
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.hub import is_hub
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import largest_stage
@@ -69,8 +72,12 @@ def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
     """
     if recipe.stage != "distill" or recipe.distill.teacher_logits:
         return None
-    path, origin = Path(recipe.distill.teacher).expanduser(), f"recipe {recipe.name}: distill.teacher"
-    shipped = Path(str(files("nemotron_h.configs"))) / "model" / f"{path.name}.yaml"
+    path, origin = path_of(recipe.distill.teacher), f"recipe {recipe.name}: distill.teacher"
+    models = Path(str(files("nemotron_h.configs"))) / "model"
+    shipped = models / f"{path.name}.yaml"
+    if is_hub(recipe.distill.teacher):  # Nemotron-H-56B-Base-8K is a nemotron_h_56b
+        name = re.sub(r"\W+", "_", path.name.partition("--")[2].lower())
+        shipped = next((f for f in sorted(models.glob("*.yaml"), reverse=True) if name.startswith(f.stem)), shipped)
     if not path.exists() and not shipped.is_file():
         raise UserError(
             f"{origin}: {path} is not on this machine, and no shipped model is called {path.name!r}: its size is "

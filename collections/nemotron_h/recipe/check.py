@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nemotron_h.checkpoint.hub_cache import path_of
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.hub import is_hub
 from nemotron_h.core.units import count_of
 from nemotron_h.data.blend import Blend, load_blend
 from nemotron_h.data.manifest import check_manifest, data_root
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_spans
-from nemotron_h.recipe.checks import definition_of
+from nemotron_h.recipe.checks import definition_of, named_checkpoints
 from nemotron_h.recipe.compose import trace
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -62,6 +64,11 @@ def examine(name_or_path: str, overrides: Sequence[str] = ()) -> Checked:
     blend = load_blend(data.blend)
     spans = phase_spans(blend.phases, horizon)
     unchecked = check_vocabulary(recipe, blend, name_or_path)
+    unchecked += [
+        f"{key}, which a run fetches: {checkpoint}"
+        for key, checkpoint in named_checkpoints(recipe).items()
+        if is_hub(checkpoint) and not path_of(checkpoint).is_dir()
+    ]
     if recipe.overrides:
         unchecked.append(f"keys and types of overrides, which nemo ... --dryrun checks: {', '.join(recipe.overrides)}")
     if recipe.minipuzzle is not None and recipe.minipuzzle.evaluate:

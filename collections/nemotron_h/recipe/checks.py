@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.hub import is_hub, parse
 from nemotron_h.core.strict import check_folder, check_name, check_one_of, leaves, nearest
 from nemotron_h.core.units import count_of, parse_count, seconds_of
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend
@@ -128,6 +129,9 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
     check_folder("log.dir", recipe.log.dir, f"{origin}: ")
     if recipe.data.root is not None:
         check_folder("data.root", recipe.data.root, f"{origin}: ")
+    for key, checkpoint in named_checkpoints(recipe).items():
+        if is_hub(checkpoint):
+            parse(checkpoint, f"{origin}: {key}")
     for key, value, allowed in (
         ("stage", recipe.stage, [*STAGES, *PIPELINES]),
         ("precision", recipe.precision, PRECISIONS),
@@ -145,6 +149,16 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
                     f"{origin}: precision_options.{key} is unused: precision is {recipe.precision}",
                     hint="leave it out, or set precision: fp8_current_scaling or fp8_blockwise",
                 )
+
+
+def named_checkpoints(recipe: RecipeConfig) -> dict[str, str]:
+    """Return key -> the checkpoint or run that a recipe names there."""
+    named = {
+        "init.checkpoint": recipe.init.checkpoint,
+        "distill.teacher": recipe.distill and recipe.distill.teacher,
+        "minipuzzle.parent": recipe.minipuzzle and recipe.minipuzzle.parent,
+    }
+    return {key: checkpoint for key, checkpoint in named.items() if checkpoint}
 
 
 def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:

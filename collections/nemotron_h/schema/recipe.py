@@ -201,8 +201,8 @@ class InitSchema:
     """Start of a run that has no checkpoint of its own.
 
     Attributes:
-        checkpoint: a run's folder or one of its checkpoints: weights are taken, the optimizer starts anew. Null draws
-            them from `init_seed`.
+        checkpoint: a run's folder, one of its checkpoints, or `hub:organisation/name@revision` of the Hugging Face
+            Hub: weights are taken, the optimizer starts anew. Null draws them from `init_seed`.
     """
 
     checkpoint: str | None = None
@@ -261,7 +261,7 @@ class DistillSchema:
     (1 - cosine)`, a mean over tokens; read by stage distill alone.
 
     Attributes:
-        teacher: a run's folder or one of its checkpoints.
+        teacher: a run's folder, one of its checkpoints, or one of the Hub, as `init.checkpoint`.
         temperature: both models' logits are divided by it in the KL.
         reverse: KL(student || teacher) instead of KL(teacher || student).
         kl_weight, lm_weight: of the KL, and of the cross entropy with the text.
@@ -372,7 +372,7 @@ class MiniPuzzleSchema:
     """A compression: the recipe's model is the parent, its data, optimizer and length are those of the distillation.
 
     Attributes:
-        parent: a run's folder or one of its checkpoints.
+        parent: a run's folder, one of its checkpoints, or one of the Hub, as `init.checkpoint`.
         layer_samples, neuron_samples: sequences of the training data that importance is measured on.
         layer_metric: what removing a layer changes: `mse` of the activations before the output, or `kl` of the logits.
         order: what stays: the most important (`importance`), or the control of a report, `random` or `reversed`.

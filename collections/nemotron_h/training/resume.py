@@ -18,6 +18,7 @@ from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
+from nemotron_h.export.hub_import import obtain
 from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.recipe.checks import check_blend_change
 from nemotron_h.training.callbacks.run_record import plain
@@ -86,7 +87,8 @@ class ResumeRun(nl.AutoResume):
         must_exist: a run that has no checkpoint is an error, not a start from scratch.
         blend_change: null, or `from_step`: the data may be another blend, seed, seq_length or global_batch_size than
             the checkpoint's, from its step on.
-        init_checkpoint: a run's folder or a checkpoint, whose weights a run without checkpoints of its own starts from.
+        init_checkpoint: a run's folder or a checkpoint, whose weights a run without checkpoints of its own starts from;
+            one of the Hub is fetched then.
     """
 
     resume_if_exists: bool = True
@@ -118,6 +120,7 @@ class ResumeRun(nl.AutoResume):
             if self.must_exist:
                 raise UserError(f"{AppState().log_dir} has no finished checkpoint and resume.must_exist is set")
             if self.init_checkpoint is not None:
+                obtain(self.init_checkpoint, "init.checkpoint", self._rank)
                 self._start_from(find_checkpoint(Path(self.init_checkpoint).expanduser()), trainer, model)
             elif model.config.adapter is not None:
                 raise UserError(
@@ -131,6 +134,8 @@ class ResumeRun(nl.AutoResume):
         self._check_adapter(path, model, elsewhere)
         self._leave_if_complete(path, trainer)
         if model.config.adapter is not None:
+            if self.init_checkpoint is not None:
+                obtain(self.init_checkpoint, "init.checkpoint", self._rank)
             self._freeze(find_base(path, self.init_checkpoint), trainer)
         trainer.callbacks.append(StandAtStep())
         if self.blend_change is not None:
@@ -240,8 +245,10 @@ class ResumeRun(nl.AutoResume):
 
     @staticmethod
     def _check_model(path: Path, model: Any, hint: str) -> None:
-        recorded = read_definition(read_record(path), f"checkpoint {path}")
-        changed = recorded.differences(model.config.definition(), "in the checkpoint", "now")
+        record = read_record(path)
+        recorded = read_definition(record, f"checkpoint {path}")
+        unnamed = ("name",) if "hub" in (record.get("imported") or {}) else ()  # there it is the repository's
+        changed = recorded.differences(model.config.definition(), "in the checkpoint", "now", but=unnamed)
         if changed:
             raise UserError(f"checkpoint {path} is of another model: {'; '.join(changed)}", hint=hint)
 

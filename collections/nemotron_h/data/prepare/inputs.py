@@ -16,7 +16,9 @@ from typing import IO
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
+from nemotron_h.data.fetch_spec import HUB
 from nemotron_h.data.prepare.fetch import fetch
+from nemotron_h.data.prepare.hub_stream import stream
 
 #: what a folder means, by format; where no file has such a name, and for the other formats, all of its files
 _SUFFIXES = {
@@ -61,6 +63,8 @@ def find_inputs(blend: Blend, name: str, say: Callable[[str], None] = lambda tex
         UserError: a path matches nothing, or a fetch fails.
     """
     source = blend.sources[name]
+    if source.fetch and source.fetch.kind == HUB:
+        return [Input(part, str(path)) for part, path in stream(blend, name, say)]
     if source.fetch:
         return [Input(member, str(path)) for member, path in fetch(source.fetch, say)]
     chosen: dict[str, str] = {}  # the real file -> the name by which it is read

@@ -47,6 +47,7 @@ from nemotron_h.data.manifest import (
 )
 from nemotron_h.data.prepare import sources as reading
 from nemotron_h.data.prepare.fetch import fetch
+from nemotron_h.data.prepare.hub_stream import origin
 from nemotron_h.data.prepare.inputs import resolve_path
 from nemotron_h.data.prepare.pool import worker_pool
 from nemotron_h.data.prepare.ready import adopt_split
@@ -145,6 +146,7 @@ class _Preparation:
                     category=plan.source.category,
                     licence=plan.source.licence,
                     settings_hash=plan.source.settings_hash(),
+                    origin=origin(plan.source),
                 )
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -366,6 +368,7 @@ class _Preparation:
             empty_dropped=merged["empty"],
             quarantined=merged["bad"],
             settings_hash=plan.source.settings_hash(),
+            origin=origin(plan.source),
         )
         inputs = {i.name: s.sha256 for i, s in zip(plan.inputs, plan.scans, strict=True)}
         write_json(folder / "source.json", dataclasses.asdict(entry) | {"inputs": inputs})

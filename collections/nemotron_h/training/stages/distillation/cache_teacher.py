@@ -35,6 +35,7 @@ from nemotron_h.core.errors import UserError, report  # noqa: E402
 from nemotron_h.core.progress import StageProgress  # noqa: E402
 from nemotron_h.core.units import gib  # noqa: E402
 from nemotron_h.data.feed.datamodule import BlendDataModule  # noqa: E402
+from nemotron_h.export.hub_import import obtain  # noqa: E402
 from nemotron_h.inference.trained_tokenizer import check_data  # noqa: E402
 from nemotron_h.model.module import NemotronHMegatronModel  # noqa: E402
 from nemotron_h.ops.distillation_loss import HiddenTeacher  # noqa: E402
@@ -83,6 +84,7 @@ class Writing:
             context_parallel_size=1,
         )
         trainer = SimpleNamespace(strategy=layout, num_devices=recipe.parallel.devices, num_nodes=1)
+        obtain(self.config.teacher, "distill.teacher", int(os.environ.get("RANK", 0)))
         stage.check_teacher(self.config, trainer)
         self.data: BlendDataModule = fdl.build(task.data)
         self.data.trainer = SimpleNamespace(

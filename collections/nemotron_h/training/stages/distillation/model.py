@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.hub_cache import path_of
 from nemotron_h.checkpoint.index import safe_reads
 from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, WeightFile, find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
@@ -127,7 +128,7 @@ class DistillationConfig(NemotronHConfig, DistillSchema):
 
     def known_teacher(self) -> dict[str, Any]:
         """Describe `teacher` as `record` does; empty where its logits are stored and it is not on this machine."""
-        if self.stored is not None and not (self.teacher and Path(self.teacher).expanduser().exists()):
+        if self.stored is not None and not (self.teacher and path_of(self.teacher).exists()):
             return {}
         checkpoint = self.teacher_checkpoint
         listed = folders.read_integrity(checkpoint)

@@ -23,6 +23,7 @@ from torch import Tensor
 from nemotron_h.checkpoint.reader import PROJECTION, WeightFile, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
+from nemotron_h.export.hub_import import obtain
 from nemotron_h.schema.recipe import RecipeConfig
 from nemotron_h.training.preflight import check_split
 from nemotron_h.training.resume import CheckTokenizer, ResumeRun
@@ -60,6 +61,8 @@ class ResumeDistillation(ResumeRun):
         """
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
         config = model.config
+        if config.stored is None and config.teacher:
+            obtain(config.teacher, "distill.teacher", self._rank)
         check_teacher(config, trainer)
         if config.stored is None:
             self._check_undamaged(config.teacher_checkpoint)
