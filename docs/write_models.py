@@ -167,12 +167,7 @@ def commands(model: str) -> list[str]:
             lines.append(f"    nemotron-h data prepare --blend {blend}")
             prepared.add(blend)
         lines.append(f"    {command(name)}")
-    return [*lines, *(f"    nemotron-h {_asks(name)} {name}" for name in recipes(model))]
-
-
-def _asks(recipe: str) -> str:
-    """Return the command that says what a recipe needs."""
-    return "recipe check" if stage_of(recipe) in PIPELINES else "plan"
+    return [*lines, f"    nemotron-h plan {model}    # or any recipe below by its name"]
 
 
 def results(model: str) -> list[str]:
