@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-sft demo-compress test test-hf test-gguf test-eval test-other-readers bench card lint clean
+.PHONY: help install demo demo-sft demo-compress test test-hf test-gguf test-eval test-other-readers bench card docs lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -70,8 +70,12 @@ card: $(STAMP) ## run a verification card of docs/cards again and say what diffe
 	@test -n "$(CARD)" || { echo "which card? make card CARD=docs/cards/nemotron_h_tiny-cpu.yaml"; ls docs/cards/*.yaml; exit 2; }
 	@$(BIN)/python demos/card.py "$(CARD)"
 
+docs: $(STAMP) ## build the documents as a site in site/, strictly: a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "open site/index.html"
+
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check .
 
 clean: ## remove environments; data and runs stay
-	rm -rf $(VENV) .bench
+	rm -rf $(VENV) .bench site

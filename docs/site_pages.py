@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -63,16 +62,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to files that are no part of the site into their names."""
+    """Turn links to files that are no part of the site into their names, and to the notebook into its page."""
     folder = os.path.dirname(page.file.src_uri)
 
     def inside(match: re.Match[str]) -> str:
         target = match[2].split("#")[0]
+        if target.endswith((".ipynb", "../CONTRIBUTING.md")):
+            return f"[{match[1]}]({'quickstart' if target.endswith('.ipynb') else 'contributing'}.md)"
         path = os.path.normpath(os.path.join(folder, target))
         return match[1] if path.startswith("..") else match[0]
 
     return LINK.sub(inside, markdown)
-
-
-def on_startup(**_: Any) -> None:
-    """Keep this file's state between builds (MkDocs asks for it)."""

@@ -51,10 +51,10 @@ RESULTS = {
         "Generation of the whole model with random weights on one H100: [generation](../results/generation.md).",
     ),
     "nemotron_h_4b": (
-        "Its grid of candidates was counted, nothing trained: [compression](../compression.md#candidates).",
+        "Its grid of candidates was counted, nothing trained: [compression](../compression.md).",
     ),
     "nemotron_h_47b": (
-        "Its grid of candidates was counted, nothing trained: [compression](../compression.md#candidates).",
+        "Its grid of candidates was counted, nothing trained: [compression](../compression.md).",
     ),
     "nemotron_t_8b": (
         "Not trained here. Generation with random weights on one H100: [generation](../results/generation.md).",

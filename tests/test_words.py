@@ -12,7 +12,7 @@ from pathlib import Path
 import house
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 #: no docstring opens so, and none of a function with the words of the second line (ruff's D401 lets some of both pass)
 OPENINGS = {"As", "How", "Of", "One", "What", "Where", "Whether", "Which"}
 NO_VERBS = {"A", "All", "An", "Each", "Every", "Its", "The", "Their", "This", "When", "Why"}

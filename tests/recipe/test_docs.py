@@ -1,4 +1,4 @@
-"""Commands of README, Makefile and docs compose; the new size of `docs/recipes.md` is made as the page says."""
+"""Commands of README, Makefile and docs compose; the new size of `docs/new_size.md` is made as the page says."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from nemotron_h.schema.nemo_names import SAME
 from nemotron_h.schema.recipe import STAGES
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "recipes.md"
+PAGE = ROOT / "docs" / "new_size.md"
 RECIPES = {(STAGES.get(stage_of(name)), factory_of(name)): name for name in known_recipes()}
 COMMAND = re.compile(r"nemo llm (\w+) --factory (\w+)((?: [^\s#`]+)*)")
 
 
 def commands() -> list[tuple[str, str]]:
     """Return (recipe, arguments) of every `nemo llm` with a shipped recipe that the pages show."""
-    pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md")))
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md")))
     shown = sorted(set(COMMAND.findall(re.sub(r" \\\n +", " ", pages))))
     return [(RECIPES[command, name], arguments) for command, name, arguments in shown if (command, name) in RECIPES]
 
@@ -57,7 +57,7 @@ def test_the_new_size_of_the_page_checks(tmp_path: Path, monkeypatch: pytest.Mon
 
 def own_commands() -> list[list[str]]:
     """Return the arguments of every `nemotron-h` command in the pages' blocks of code and in the Makefile."""
-    pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/*.md")))
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md")))
     pages = re.sub(r" *\\\n\s*", " ", pages)
     shown = re.findall(r"^(?: {4}(?:\$ )?|\t@\$\(BIN\)/)nemotron-h (\S.*)$", pages, re.MULTILINE)
     return [list(shlex.split(line.replace("$'", "'"), comments=True)) for line in sorted(set(shown))]
