@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from nemotron_h.core.errors import UserError, report
 from nemotron_h.launch.place import take
+from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.recipe.compose import compose, factory_of, known_recipes, names_model, stage_of
 from nemotron_h.recipe.overrides import split
 from nemotron_h.schema.recipe import STAGES, file_of_factory
@@ -64,7 +65,9 @@ def main() -> None:
     try:
         recipe = recipe_of(sys.argv[1:])
         if recipe is not None:
-            compose(*recipe)
+            composed = compose(*recipe)
+            if take(sys.argv[1:])[0] is None and "--dryrun" not in sys.argv:  # it runs here
+                check_trackers(composed.log.trackers)
     except UserError as error:
         report(error)
         sys.exit(error.EXIT_CODE)

@@ -29,6 +29,7 @@ from nemotron_h.core.strict import check_interpolations, culprit, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, parse_settings, parse_yaml, read_bounded
 from nemotron_h.recipe.checks import check
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
+from nemotron_h.schema.former_names import read_former
 from nemotron_h.schema.provenance import Layer, Origin, current_sources, leaves, origins
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -193,6 +194,7 @@ class _RecipeFiles(FileConfigSource):
         if "hydra" in config:
             raise UserError(f"{file}: unknown key hydra", hint="a recipe sets the keys of docs/recipes.md alone")
         _check_defaults(config.get("defaults"), file)
+        read_former(config, str(file))
         return ConfigResult(config=config, path=self.path, provider=self.provider, header=self._get_header_dict(text))
 
 

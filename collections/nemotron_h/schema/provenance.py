@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.strict_yaml import flat_lines, read_bounded
+from nemotron_h.schema.former_names import FORMER
 
 SCHEMA_DEFAULT = "schema default"
 OVERRIDE = "override"
@@ -65,7 +66,7 @@ def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Ori
         prefix = f"{layer.package}." if layer.package else ""
         for key, line in flat_lines(read_bounded(layer.file), str(layer.file)):
             if prefix or key.split(".")[0] not in ("defaults", "hydra"):
-                found[prefix + key] = Origin(rank, layer.file, line)
+                found[FORMER.get(prefix + key, prefix + key)] = Origin(rank, layer.file, line)
     return found | {key: Origin(len(layers)) for key in overridden}
 
 

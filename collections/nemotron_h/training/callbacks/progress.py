@@ -19,6 +19,7 @@ from rich.table import Table
 
 from nemotron_h.core.duration import duration
 from nemotron_h.core.progress import STEPS, Step
+from nemotron_h.training import trackers
 from nemotron_h.training.callbacks.preference_metrics import PreferenceMetrics
 from nemotron_h.training.callbacks.throughput import Throughput
 
@@ -149,8 +150,8 @@ class ProgressLine(ProgressBar):
         table.add_row("checkpoint", str(trainer.checkpoint_callback.best_model_path).removesuffix(".ckpt"))
         table.add_row("record", str(run_dir / "run.json"))
         table.add_row("resume or extend", " ".join(["nemo", *map(shlex.quote, sys.argv[1:])]))
-        if trainer.loggers:
-            table.add_row("look at it", f"tensorboard --logdir {shlex.quote(str(run_dir))}")
+        for view in trackers.views(trainer, shlex.quote(str(run_dir))):
+            table.add_row("look at it", view)
         self._console().print(table, highlight=False, soft_wrap=True, markup=False)  # paths may have brackets
 
     @staticmethod
