@@ -100,6 +100,44 @@ def test_steps_that_a_resume_repeats_are_logged_once(tmp_path: Path, monkeypatch
     assert start(range(5, 7), False) == [0, 1, 2, 3, 4, 5, 5, 6]  # with other settings, step 5 comes to something else
 
 
+@needs_wandb
+def test_steps_that_a_resume_repeats_are_sent_to_wandb_once() -> None:
+    """Its server tells a resumed run of the newest values alone: the last step's validation may be missing there."""
+    rows: list[dict[str, float]] = []
+    server = SimpleNamespace(
+        resumed=True,
+        summary={"loss": 2.0, "val_loss": 3.0, trackers.STEP: 5},
+        config=SimpleNamespace(update=lambda values, allow_val_change: None),
+        tags=("mine",),
+        id="abc",
+        log=rows.append,
+    )
+    logger = trackers.Wandb(project="p", experiment=server)
+    assert logger.begin(RUN) == "abc"
+    assert server.tags == ("mine", "b")
+    for step in (4, 5, 6):
+        logger.log_metrics({"loss": 1.0}, step)
+    assert [row[trackers.STEP] for row in rows] == [5, 6]
+
+
+@pytest.mark.parametrize("stated", [None, "ours"])
+def test_the_project_is_the_recipe_s_or_that_of_the_variables(
+    stated: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "of wandb")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "elsewhere").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    loggers = trackers.loggers(HAVE, stated, tmp_path / "run", first=True)
+    if "wandb" in loggers:
+        assert loggers["wandb"].name == (stated or "of wandb")
+    if "mlflow" in loggers:
+        client = loggers["mlflow"].experiment
+        assert client.get_experiment(loggers["mlflow"].experiment_id).name == (stated or "of mlflow")
+        assert (tmp_path / "elsewhere").is_dir()
+    assert not (tmp_path / "run").exists()
+
+
 @needs_mlflow
 def test_a_run_that_the_server_does_not_know_is_an_error(tmp_path: Path) -> None:
     (tmp_path / IDS).write_text('{"mlflow": "0123456789abcdef0123456789abcdef"}')

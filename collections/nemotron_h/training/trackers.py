@@ -142,7 +142,7 @@ class Wandb(Service, WandbLogger):
         """Return its address, or the command that sends what was written offline."""
         if not self.experiment.offline:
             return self.experiment.url
-        return f"wandb sync --append {Path(self.experiment.dir).parents[1]}/offline-run-*"
+        return f"wandb sync {Path(self.experiment.dir).parents[1]}/offline-run-*"
 
 
 class Mlflow(Service, MLFlowLogger):
@@ -179,7 +179,7 @@ class Mlflow(Service, MLFlowLogger):
     def view(self) -> str:
         """Return the command that shows a local store, or the server's address."""
         uri = self._tracking_uri
-        return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("file:") else uri
+        return f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {uri}" if uri.startswith("file:") else uri
 
 
 def loggers(names: Sequence[str], project: str | None, folder: Path, *, first: bool) -> dict[str, Logger]:

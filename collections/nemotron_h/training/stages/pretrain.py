@@ -147,6 +147,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             ckpt=run.Config(StepCheckpoint, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep),
             trackers=list(recipe.log.trackers),
             project=recipe.log.project,
+            extra_loggers=[],  # a list to add to, which a default of its class is not
         ),
         resume=run.Config(ResumeRun, blend_change=recipe.resume.blend_change),
         optim=run.Config(
