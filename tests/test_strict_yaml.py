@@ -56,7 +56,7 @@ def test_a_recipe_s_words_reach_their_types(tmp_path: Path) -> None:
     )
     recipe = compose.compose(str(tmp_path / "a.yaml"))
     assert (recipe.name, recipe.tokens, recipe.checkpoint.leave_after) == ("2024_07", "700000", "3:50:00")
-    assert (recipe.log.tensorboard, recipe.data.workers) == (False, 1)
+    assert (recipe.log.trackers, recipe.data.workers) == ([], 1)
 
 
 def test_recipes_and_package_may_lie_in_folders_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

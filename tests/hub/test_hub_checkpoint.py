@@ -11,8 +11,9 @@ from hub_server import Fault, Hub, Repo
 from small_folder import model_files
 from typer.testing import CliRunner
 
+from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.hub_cache import path_of
-from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_definition, read_record
+from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.export import hub_import

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import resource
 import subprocess
 import sys
@@ -14,6 +16,8 @@ from typer.testing import CliRunner
 
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
+from nemotron_h.planning.layouts import best, fewest_gpus
+from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.compose import compose, known_recipes
 
 Recipe = Callable[..., str]
@@ -35,11 +39,44 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
 
 
 def test_list_has_a_line_for_each(recipe: Recipe) -> None:
-    lines = recipe("list").splitlines()
-    assert [line.split()[0] for line in lines] == known_recipes()
-    assert next(line for line in lines if line.startswith("nemotron_h_8b/pretrain")).split()[1:] == [
-        *("8.101B", "parameters", "15T", "tokens")
-    ]
+    header, *lines = recipe("list").splitlines()
+    assert header.split() == ["recipe", "size", "stage", "tokens", "GPUs", "source"]
+    assert sorted(line.split()[0] for line in lines) == known_recipes()
+    assert max(map(len, lines)) <= 100
+    by_name = {line.split()[0]: line.split()[1:] for line in lines}
+    assert by_name["nemotron_h_8b/pretrain"] == ["8.1B", "pretrain", "15T", "2", "paper", "2.4"]
+    assert by_name["nemotron_h_8b/sft"] == ["sft", "2B", "2", "ours"], "a model's size is said once"
+    assert by_name["nemotron_h_47b/minipuzzle"][0] == "56.3B", "of the parent"
+    models = [line.split("/")[0] for line in lines]
+    assert len([model for model, _ in itertools.groupby(models)]) == len(set(models)), "grouped by model"
+    for ends in ("15T", "2B", "655K"):  # right-aligned
+        assert {line.index(f" {ends} ") + len(ends) for line in lines if f" {ends} " in line} == {
+            header.index("GPUs") - 3
+        }
+
+
+def test_list_for_machines(recipe: Recipe) -> None:
+    entries = {entry["recipe"]: entry for entry in json.loads(recipe("list", "--json"))}
+    assert sorted(entries) == known_recipes()
+    entry = entries["nemotron_h_8b/pretrain"]
+    assert (entry["tokens"], entry["source"], entry["gpus"]) == (15 * 10**12, "paper 2.4", 2)
+    assert entries["nemotron_h_47b/sft"]["stated"].startswith("ours: not published")
+    larger = {entry["recipe"]: entry["gpus"] for entry in json.loads(recipe("list", "--json", "--gpu", "b200"))}
+    assert larger["nemotron_h_8b/pretrain"] == 1
+
+
+@pytest.mark.parametrize("name", ["nemotron_h_8b", "nemotron_h_56b/sft_lora", "nemotron_h_4b/distill"])
+def test_the_fewest_gpus_of_the_list_are_those_of_sweeps(name: str) -> None:
+    recipe = compose(name)
+    plan = make_plan(recipe)
+    fewest = fewest_gpus(plan.definition, plan.layout, plan.gpu)
+
+    def fits(gpus: int) -> bool:
+        ranks = [f"parallel.devices={gpus}", "parallel.nodes=1", "parallel.tensor=1", "parallel.sequence=false"]
+        return best(make_plan(compose(name, ranks)).sweep()) is not None
+
+    assert fits(fewest)
+    assert fewest == 1 or not fits(fewest // 2)
 
 
 @pytest.mark.parametrize("name", ["nemotron_h_tiny", "nemotron_h_56b", "nano_9b_v2"])

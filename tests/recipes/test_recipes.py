@@ -13,6 +13,7 @@ from nemotron_h.core.strict import leaves
 from nemotron_h.recipe import compose
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import known_recipes, recipes_dir
+from nemotron_h.recipe.shipped import read_shipped
 from nemotron_h.schema.recipe import PIPELINES, STAGES
 
 trace = functools.cache(compose.trace)
@@ -47,6 +48,16 @@ def test_the_whole_family_ships() -> None:
     assert {name.split("/")[0] for name in known_recipes("sft")} == FAMILY - {"mamba2_8b", "mamba2_hybrid_8b"}
     assert {name.split("/")[0] for name in known_recipes("preference")} <= FAMILY
     assert set(STAGES) <= {compose.stage_of(name) for name in known_recipes()} <= {*STAGES, *PIPELINES}
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_what_ships_is_read_as_it_composes(name: str) -> None:
+    read, composed = (
+        dataclasses.replace(recipe, sources={}, model=dataclasses.replace(recipe.model, sources={}))
+        for recipe in (read_shipped(name), trace(name).recipe)  # composing drops sources of replaced values
+    )
+    assert read == composed
+    assert repr(read) == repr(composed), "of the same types"
 
 
 @pytest.mark.parametrize("name", known_recipes())

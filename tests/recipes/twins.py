@@ -103,7 +103,7 @@ def shrunken(name: str) -> list[str]:
         "parallel.sequence": "false",
         "log.validate_every_steps": STEPS,
         "log.validation_batches": 0,
-        "log.tensorboard": "false",
+        "log.trackers": "[]",
     }
     return [f"{key}={value}" for key, value in values.items()]
 

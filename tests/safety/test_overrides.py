@@ -57,8 +57,8 @@ def test_data_is_not(tmp_path: Path) -> None:
     of_recipe = ("optim.peak_lr", "data.root", "log.tensorboard")
     composed = compose(str(recipe(tmp_path, *settings)))
     assert composed.overrides == [setting for setting in settings if not setting.startswith(of_recipe)]
-    values = composed.optim.peak_lr, composed.data.root, composed.log.tensorboard
-    assert values == (pytest.approx(6e-3), "Configs/Partials", False)
+    values = composed.optim.peak_lr, composed.data.root, composed.log.trackers
+    assert values == (pytest.approx(6e-3), "Configs/Partials", [])
 
 
 @pytest.mark.parametrize("setting", ["trainer.max_steps", "=5", "a b=5", "trainer.max_steps="])

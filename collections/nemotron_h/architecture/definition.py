@@ -6,6 +6,7 @@ holds the numbers once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -295,7 +296,8 @@ class ModelDefinition:
                 sharded[f"overrides.{index}.{name}" if name in own else name] = getattr(block, name)
         bad = {name: value for name, value in sharded.items() if size < 1 or value % size}
         if bad:
-            fits = [n for n in range(1, max(sharded.values()) + 1) if all(v % n == 0 for v in sharded.values())]
+            common = math.gcd(*sharded.values())
+            fits = [n for n in range(1, common + 1) if common % n == 0]
             raise UserError(
                 f"{origin}: parallel.tensor = {size} does not divide "
                 + ", ".join(f"{name} = {value}" for name, value in bad.items())

@@ -15,6 +15,7 @@ from rich.text import Text
 from nemotron_h.cli.cache_teacher import distill_cache
 from nemotron_h.cli.chat import chat
 from nemotron_h.cli.compare_precision import compare_precision
+from nemotron_h.cli.completion import completion
 from nemotron_h.cli.data import app as data_app
 from nemotron_h.cli.eval import evaluate
 from nemotron_h.cli.export import export_app, import_app, merge_adapter
@@ -30,6 +31,7 @@ app = typer.Typer(
     name="nemotron-h",
     help="Recipes, data and checkpoints of Nemotron-H models. Training: nemo llm pretrain --factory NAME.",
     no_args_is_help=True,
+    add_completion=False,  # Typer's starts Python at each TAB
     pretty_exceptions_enable=False,
 )
 app.add_typer(recipe_app, name="recipe", help="Look at, make, compare and check recipes.")
@@ -47,6 +49,7 @@ app.command()(chat)
 app.command()(merge_adapter)
 app.command("eval")(evaluate)
 app.command("report")(draw_report)
+app.command()(completion)
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 

@@ -18,19 +18,41 @@ Overrides = Annotated[
 
 
 @app.command("list")
-def list_() -> None:
-    """List the shipped recipes: name, parameters of the model, tokens of the run."""
-    from nemotron_h.core.units import count_of, short_count
-    from nemotron_h.recipe.compose import compose, known_recipes
+def list_(
+    gpu: Annotated[str, typer.Option(help="Which GPU; see configs/gpus.yaml.")] = "h100",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON, with numbers in full.")] = False,
+) -> None:
+    """List the shipped recipes: parameters of the model, stage, tokens, fewest GPUs, source of the length.
 
-    console = Console(highlight=False, soft_wrap=True)
-    known = known_recipes()
-    width = max(map(len, known))
-    for name in known:
-        recipe = compose(name)
-        parameters = short_count(recipe.model.expect.parameters)
-        tokens = short_count(count_of(recipe.tokens, "tokens", name))
-        console.print(f"{name:<{width}}  {parameters:>6} parameters  {tokens:>6} tokens")
+    GPUs are the fewest on which `nemotron-h plan NAME --gpus N --sweep` has a layout that fits; how long it takes there
+    is another question.
+    """
+    from nemotron_h.planning.catalogue import catalogue
+
+    entries = catalogue(gpu)
+    if json_:
+        import dataclasses
+        import json
+
+        typer.echo(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
+        return
+    from rich.table import Table
+
+    from nemotron_h.core.units import short_count
+
+    def three_digits(count: int) -> str:
+        return short_count(float(f"{count:.3g}"))
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for column in ("recipe", "size", "stage", "tokens", "GPUs", "source"):
+        table.add_column(column, justify="right" if column in ("size", "tokens", "GPUs") else "left", no_wrap=True)
+    model = None
+    for entry in entries:
+        size = three_digits(entry.parameters) if entry.model != model else ""  # once a model: groups are seen
+        model = entry.model
+        gpus = "-" if entry.gpus is None else f"{entry.gpus:,}"
+        table.add_row(entry.recipe, size, entry.stage, three_digits(entry.tokens), gpus, entry.source)
+    Console(highlight=False, width=100).print(table)
 
 
 @app.command()

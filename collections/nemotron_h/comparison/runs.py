@@ -23,9 +23,9 @@ from nemotron_h.recipe.compose import compose
 from nemotron_h.schema.recipe import PRECISIONS, PrecisionOptionsSchema, RecipeConfig
 
 #: overrides of a recipe that an option of the command gives
-OPTIONS = {"tokens": "--steps", "precision": "--precision", "log.dir": "--out", "log.tensorboard": "--out"}
+OPTIONS = {"tokens": "--steps", "precision": "--precision", "log.dir": "--out"}
 #: settings of a built run that would undo what is compared
-FIXED = ("trainer.max_steps", "trainer.plugins", "log.explicit_log_dir", "log.tensorboard")
+FIXED = ("trainer.max_steps", "trainer.plugins", "log.explicit_log_dir", "log.trackers")
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,11 @@ def _common(
     every = whole.log.validate_every_steps
     if not any(override.startswith("log.validate_every_steps=") for override in overrides):
         every = min(every, max(1, steps // 4))  # ours: a short run shows a curve too
+    trackers = list(dict.fromkeys(["tensorboard", *whole.log.trackers]))  # whose events are compared
     return dataclasses.replace(
         whole,
         tokens=str(steps * tokens_per_step),
-        log=dataclasses.replace(whole.log, dir=str(out), tensorboard=True, every_steps=1, validate_every_steps=every),
+        log=dataclasses.replace(whole.log, dir=str(out), trackers=trackers, every_steps=1, validate_every_steps=every),
     )
 
 

@@ -235,6 +235,8 @@ def _explained(schema: Any, written: DictConfig | dict[str, Any], origin: str) -
         raise UserError(f"{origin}: {error.full_key} is missing", hint="write a value for it in the recipe") from error
     except OmegaConfBaseException as error:
         key = error.full_key or (culprit(schema, written) if isinstance(written, DictConfig) else "")
+        if "not a ListConfig" in str(error):
+            raise UserError(f"{origin}: {key or 'value'} is not a list", hint="write it in brackets: [A, B]") from error
         raise UserError(f"{origin}: {key or 'value'}: {_first_line(error)}") from error
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from nemotron_h.core.errors import UserError, report
 from nemotron_h.launch.place import take
+from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.recipe.compose import compose, factory_of, known_recipes, names_model, stage_of
 from nemotron_h.recipe.overrides import split
 from nemotron_h.schema.recipe import STAGES, RecipeConfig, file_of_factory
@@ -72,7 +73,9 @@ def main() -> None:
         recipe = recipe_of(sys.argv[1:])
         if recipe is not None:
             name, values = recipe
-            _COMPOSED[name, tuple(values)] = compose(name, values)
+            resolved = _COMPOSED[name, tuple(values)] = compose(name, values)
+            if take(sys.argv[1:])[0] is None and "--dryrun" not in sys.argv:  # it runs here
+                check_trackers(resolved.log.trackers)
     except UserError as error:
         report(error)
         sys.exit(error.EXIT_CODE)

@@ -15,6 +15,7 @@ from nemotron_h.core.hub import is_hub
 from nemotron_h.data.manifest import ROOT_VARIABLE, data_root
 from nemotron_h.launch.load import is_cluster, load
 from nemotron_h.platform.ranks import check_here
+from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.schema.cluster import Cluster, KubernetesCluster, SlurmCluster
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -111,13 +112,14 @@ class Place:
 
         Errors:
             UserError: more nodes or GPUs than this machine has, without a cluster that has them; a cluster file that
-                states other numbers.
+                states other numbers; a tracker that this machine lacks.
         """
         parallel = recipe.parallel
         if self.cluster is not None:
             check_agrees(self.cluster, parallel.nodes, parallel.devices, ("parallel.nodes", "parallel.devices"))
         if not self.submits:
             check_here(parallel.nodes, parallel.devices, f"{origin}: ")
+            check_trackers(recipe.log.trackers, f"{origin}: ")
 
     def moved(self, recipe: RecipeConfig) -> RecipeConfig:
         """Return the recipe with paths that mean the same here and in the jobs: they start in `work_dir`."""

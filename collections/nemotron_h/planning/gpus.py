@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import nearest
@@ -50,13 +51,22 @@ class Gpu:
         return self.fp8 * 1e12
 
 
+def known_gpus() -> list[str]:
+    """Return the names of `configs/gpus.yaml`."""
+    return [name for name in _read() if name != "sources"]
+
+
+def _read() -> dict[str, Any]:
+    return read_yaml(Path(str(files("nemotron_h.configs"))) / "gpus.yaml")
+
+
 def gpu(name: str) -> Gpu:
     """Return the GPU of this name.
 
     Errors:
         UserError: there is none; names the nearest.
     """
-    data = read_yaml(Path(str(files("nemotron_h.configs"))) / "gpus.yaml")
+    data = _read()
     sources = data.pop("sources")
     if name not in data:
         hint = f"{nearest(name, data)}Known: {', '.join(data)} (configs/gpus.yaml)."

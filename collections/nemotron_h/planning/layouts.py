@@ -299,6 +299,31 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
     return sorted(rows, key=lambda row: (-row.tokens_per_second, order.index(row.recompute)))
 
 
+def fewest_gpus(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> int | None:
+    """Return the smallest power of two of GPUs on which `sweep` has a layout of the same batch that fits and that
+    training takes; None where there is none.
+    """
+    models = [definition, *([] if layout.teacher is None else [layout.teacher])]
+    sizes = sorted(set.intersection(*(set(tensor_sizes(model, gpu.per_node)) for model in models)), reverse=True)
+    batch = layout.micro_batch * layout.micro_batches * layout.data
+    # bytes that every layout holds: the weights; where all are trained, twice float32 or more
+    least = definition.parameters * (2 if layout.adapter.kind != "none" else 8)
+    for gpus in (2**power for power in range((batch * 8 * max(sizes)).bit_length())):
+        if least > gpus * gpu.memory:
+            continue
+        for tensor in sizes:  # the most of them needs the least memory
+            for pipeline in (n for n in (8, 4, 2, 1) if n <= min(model.num_layers for model in models)):
+                shape = replace(
+                    layout, tensor=tensor, pipeline=pipeline, sequence=tensor > 1, **RECOMPUTE["all layers"]
+                )
+                spread = _spread(shape, replace(layout, context=1), gpus // (tensor * pipeline), gpus)
+                if spread is None or refusal(definition, spread):
+                    continue
+                if largest_stage(definition, spread).peak <= gpu.memory:
+                    return gpus
+    return None
+
+
 def best(rows: list[Row]) -> Row | None:
     """Return the fastest row that fits and that training takes; of equally fast ones that which recomputes least."""
     return next((row for row in rows if row.fits and not row.refused), None)

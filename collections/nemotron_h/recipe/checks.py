@@ -26,7 +26,9 @@ from nemotron_h.schema.recipe import (
     SCHEDULES,
     STAGES,
     STATE_DTYPES,
+    TRACKERS,
     CheckpointSchema,
+    LogSchema,
     PrecisionOptionsSchema,
     RecipeConfig,
 )
@@ -141,6 +143,7 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
         ("optim.schedule", recipe.optim.schedule, SCHEDULES),
     ):
         check_one_of(key, value, allowed, f"{origin}: ")
+    check_trackers(recipe.log, origin)
     check_blend_change(recipe.resume.blend_change, f"{origin}: ")
     if not recipe.precision.startswith("fp8"):
         for key, value in dataclasses.asdict(PrecisionOptionsSchema()).items():
@@ -159,6 +162,22 @@ def named_checkpoints(recipe: RecipeConfig) -> dict[str, str]:
         "minipuzzle.parent": recipe.minipuzzle and recipe.minipuzzle.parent,
     }
     return {key: checkpoint for key, checkpoint in named.items() if checkpoint}
+
+
+def check_trackers(log: LogSchema, origin: str) -> None:
+    """Check that trackers are known, each once, and that the project has a user and a name."""
+    for tracker in log.trackers:
+        check_one_of("log.trackers", tracker, TRACKERS, f"{origin}: ")
+    if len(set(log.trackers)) < len(log.trackers):
+        raise UserError(f"{origin}: log.trackers = {log.trackers} names one twice")
+    if log.project is not None:
+        if not log.project.strip():
+            raise UserError(f"{origin}: log.project = {log.project!r} is no name", hint="leave it out, or write a name")
+        if not {"wandb", "mlflow"} & set(log.trackers):
+            raise UserError(
+                f"{origin}: log.project is unused: log.trackers = {log.trackers}",
+                hint="leave it out, or add wandb or mlflow to log.trackers",
+            )
 
 
 def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:

@@ -31,6 +31,7 @@ from nemotron_h.core.strict_yaml import as_config, flat_lines, parse_settings, p
 from nemotron_h.recipe.checks import check
 from nemotron_h.recipe.dropped import without_dropped
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
+from nemotron_h.schema.former_names import FORMER, read_former
 from nemotron_h.schema.recipe import RecipeConfig
 
 SCHEMA_DEFAULT = "schema default"
@@ -187,7 +188,7 @@ def origins(layers: Sequence[Layer], overridden: Sequence[str]) -> dict[str, Ori
         prefix = f"{layer.package}." if layer.package else ""
         for key, line in flat_lines(read_bounded(layer.file), str(layer.file)):
             if prefix or key.split(".")[0] not in ("defaults", "hydra"):
-                found[prefix + key] = Origin(rank, layer.file, line)
+                found[FORMER.get(prefix + key, prefix + key)] = Origin(rank, layer.file, line)
     return found | {key: Origin(len(layers)) for key in overridden}
 
 
@@ -287,6 +288,7 @@ class _RecipeFiles(FileConfigSource):
         if "hydra" in config:
             raise UserError(f"{file}: unknown key hydra", hint="a recipe sets the keys of docs/recipes.md alone")
         _check_defaults(config.get("defaults"), file)
+        read_former(config, str(file))
         return ConfigResult(config=config, path=self.path, provider=self.provider, header=self._get_header_dict(text))
 
 

@@ -24,6 +24,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict_yaml import parse_yaml
 from nemotron_h.core.units import parse_count
 from nemotron_h.recipe.dropped import DROPPED
+from nemotron_h.schema.former_names import FORMER, trackers_of
 from nemotron_h.schema.nemo_names import DERIVED, SAME
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -97,12 +98,19 @@ def split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     Args:
         settings: `key=value` by either name, as `nemo` takes them: `None` is YAML's `null`.
     Errors:
-        UserError: a value is set by two names, to different values; names both.
+        UserError: a value is set by two names, to different values; names both. A key of NeMo's trackers.
     """
     values, others, names = [], [], {}
     for setting in itertools.chain.from_iterable(map(flattened, settings)):
         written, operator, value = parts(setting)
         key = SAME.get(written, written)
+        if former := key == "log.tensorboard" and operator == "=":  # NeMo's key too, `null` for none
+            key = FORMER[key]
+        if key.startswith(("log.wandb.", "log.tensorboard.")):
+            raise UserError(
+                f"{setting}: trackers are made of log.trackers and log.project",
+                hint="what else a tracker takes are its own variables: WANDB_ENTITY, WANDB_RUN_GROUP, WANDB_TAGS",
+            )
         if not is_of_recipe(key):
             others.append(setting)
             continue
@@ -110,9 +118,7 @@ def split(settings: Sequence[str]) -> tuple[list[str], list[str]]:
         if before != written and text != value:
             raise UserError(f"{before}={text} and {setting} set one value", hint=f"keep one of them: {key}={value}")
         names[key] = written, value
-        value = "null" if value == "None" else value
-        if key == "log.tensorboard" and value == "null":  # NeMo's way to have none
-            value = "false"
+        value = f"[{', '.join(trackers_of(value))}]" if former else "null" if value == "None" else value
         values.append(f"{key}{operator}{value}")
     for setting in others:
         derived = next((key for key in DERIVED.get(parts(setting)[0], ()) if key in names), None)

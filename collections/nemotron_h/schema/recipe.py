@@ -32,6 +32,7 @@ TOO_LONG = ("cut", "drop")
 PREFERENCE_LOSSES = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 ADAPTERS = ("none", "lora", "dora")
 SCHEDULES = ("cosine", "wsd")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
 BLEND_CHANGES = ("from_step",)
 
@@ -310,14 +311,17 @@ class LogSchema:
         every_steps: steps between progress lines.
         validate_every_steps: steps between validations.
         validation_batches: global batches per validation, at most as many as the held-out text has.
-        tensorboard: whether to write TensorBoard events.
+        trackers: where metrics go beside the run's own record: any of `tensorboard`, `wandb`, `mlflow`.
+        project: that wandb and mlflow show the run in; null is `$WANDB_PROJECT` or `$MLFLOW_EXPERIMENT_NAME`, or
+            `nemotron_h`.
     """
 
     dir: str = "runs"
     every_steps: int = number(10, least=1, most=COUNT)
     validate_every_steps: int = number(least=1, most=COUNT)
     validation_batches: int = number(least=0, most=COUNT)
-    tensorboard: bool = True
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str | None = None
 
 
 @dataclass

@@ -27,6 +27,7 @@ from nemotron_h.core.units import GIB, duration
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.report.run import REPORT
+from nemotron_h.training import trackers
 
 #: driver's name -> `configs/gpus.yaml`. Other boards of a chip (H100 PCIe and NVL) have lower peaks and are not in it.
 DEVICES = {
@@ -315,8 +316,8 @@ class ProgressLine(ProgressBar):
         if (run_dir / REPORT).is_file():
             table.add_row("report", str(run_dir / REPORT))
         table.add_row("resume or extend", " ".join(["nemo", *map(shlex.quote, sys.argv[1:])]))
-        if trainer.loggers:
-            table.add_row("look at it", f"tensorboard --logdir {shlex.quote(str(run_dir))}")
+        for view in trackers.views(trainer, shlex.quote(str(run_dir))):
+            table.add_row("look at it", view)
         self._console().print(table, highlight=False, soft_wrap=True, markup=False)  # paths may have brackets
 
     @staticmethod

@@ -24,7 +24,7 @@ from nemotron_h.core.files import whole_file, write_json
 from nemotron_h.platform import hardware
 from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import command_of
-from nemotron_h.training import settings
+from nemotron_h.training import settings, trackers
 from nemotron_h.training.callbacks.progress import TERMS, StageMetrics, Throughput
 
 VERSIONED = (
@@ -116,8 +116,17 @@ class RunRecord(pl.Callback):
         """Write the record, so that it exists from the first step on; a resumed run says what it changes."""
         if trainer.is_global_zero:
             self.write(trainer, self.path(trainer))
+            trackers.begin(trainer, self.described(trainer), self.path(trainer).parent)
             for line in self.announcement(trainer):
                 print(line)
+
+    def described(self, trainer: pl.Trainer) -> trackers.Described:
+        """Return what trackers show of the run beside its metrics."""
+        git = self.fixed["git"] or {}
+        tags = {"stage": self.recipe["stage"], "hardware": trackers.hardware(trainer.world_size)}
+        tags |= {"git_commit": git["commit"]} if git else {}
+        text = recipe_text(self.recipe, self.path(trainer).with_name(RECIPE), self.changes)
+        return trackers.Described(self.recipe, text, tags, repeats=not self.changed)
 
     def announcement(self, trainer: pl.Trainer) -> Iterator[str]:
         """Yield a line for each setting that holds from this step on."""

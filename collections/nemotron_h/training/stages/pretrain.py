@@ -8,7 +8,6 @@ from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
-from lightning.pytorch.loggers import TensorBoardLogger
 from nemo.collections import llm
 
 from nemotron_h.architecture.gemms import FP8_FORMATS
@@ -142,6 +141,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
                 run.Config(Preemption, leave_after=recipe.checkpoint.leave_after),  # last: see there
             ],
+            logger=False,  # Lightning would add a TensorBoard of its own to those of `log`
             log_every_n_steps=1,
             val_check_interval=recipe.log.validate_every_steps,
             limit_val_batches=recipe.log.validation_batches,
@@ -153,9 +153,9 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             RunFolder,
             explicit_log_dir=run_dir,
             ckpt=run.Config(StepCheckpoint, every_steps=recipe.checkpoint.every_steps, keep=recipe.checkpoint.keep),
-            tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name="")
-            if recipe.log.tensorboard
-            else None,
+            trackers=list(recipe.log.trackers),
+            project=recipe.log.project,
+            extra_loggers=[],  # a list to add to, which a default of its class is not
         ),
         resume=run.Config(ResumeRun, blend_change=recipe.resume.blend_change),
         optim=run.Config(
