@@ -52,8 +52,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that no file of `docs/` holds."""
     pages = {f"api/{room}.md": api(room) for room in rooms()}
-    lines = [f"- [{room}]({room}.md)" for room in rooms()]
-    pages["api/index.md"] = "\n".join(["# API", "", "What is in each room: [architecture](../architecture.md).", "", *lines])
+    index = ["# API", "", "What is in each room: [architecture](../architecture.md).", ""]
+    pages["api/index.md"] = "\n".join([*index, *(f"- [{room}]({room}.md)" for room in rooms())])
     pages["quickstart.md"] = notebook(DOCS / "quickstart.ipynb")
     pages["contributing.md"] = contributing()
     for path, content in pages.items():

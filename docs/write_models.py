@@ -11,7 +11,7 @@ import textwrap
 from itertools import groupby
 from pathlib import Path
 
-from write_cards import cards, table as cards_table
+import write_cards
 
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition
@@ -19,8 +19,9 @@ from nemotron_h.core.units import GIB, gib
 from nemotron_h.data.blend import parse_count
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.checks import definition_of
-from nemotron_h.recipe.compose import compose, configs_dir, factory_of, known_recipes, stage_of
+from nemotron_h.recipe.compose import configs_dir, factory_of, known_recipes, stage_of
 from nemotron_h.recipe.fidelity import published
+from nemotron_h.recipe.shipped import read_shipped
 from nemotron_h.schema.recipe import PIPELINES, STAGES, RecipeConfig
 
 DOCS = Path(__file__).resolve().parent
@@ -50,12 +51,8 @@ RESULTS = {
         "The whole model was not trained here. Its widths in 13, 26 and 39 layers: [GPUs](../results/gpu.md).",
         "Generation of the whole model with random weights on one H100: [generation](../results/generation.md).",
     ),
-    "nemotron_h_4b": (
-        "Its grid of candidates was counted, nothing trained: [compression](../compression.md).",
-    ),
-    "nemotron_h_47b": (
-        "Its grid of candidates was counted, nothing trained: [compression](../compression.md).",
-    ),
+    "nemotron_h_4b": ("Its grid of candidates was counted, nothing trained: [compression](../compression.md).",),
+    "nemotron_h_47b": ("Its grid of candidates was counted, nothing trained: [compression](../compression.md).",),
     "nemotron_t_8b": (
         "Not trained here. Generation with random weights on one H100: [generation](../results/generation.md).",
     ),
@@ -78,7 +75,7 @@ def recipes(model: str) -> list[str]:
 @functools.cache
 def recipe_of(name: str) -> RecipeConfig:
     """Return a recipe, composed once."""
-    return compose(name)
+    return read_shipped(name)
 
 
 def definition(model: str) -> ModelDefinition:
@@ -124,8 +121,8 @@ def command(name: str) -> str:
 
 def stages(model: str) -> list[str]:
     """Return the table of a model's recipes and what a plan says of each."""
-    rows = ["| recipe | tokens | batch | precision | GPUs: tensor x data | GiB a GPU, of an H100's | fits | checkpoint |"]
-    rows.append("|---|---|---|---|---|---|---|---|")
+    columns = "recipe | tokens | batch | precision | GPUs: tensor x data | GiB a GPU, of an H100's | fits | checkpoint"
+    rows = [f"| {columns} |", "|---|---|---|---|---|---|---|---|"]
     for name in recipes(model):
         recipe = recipe_of(name)
         if stage_of(name) in PIPELINES:  # several runs of the parent and its children, each with a plan of its own
@@ -149,7 +146,7 @@ def stages(model: str) -> list[str]:
 def widths(model: str) -> list[str]:
     """Return the table of a model's widths, with their sources."""
     d = definition(model)
-    rows = ["| | | source |", "|---|---|---|"]
+    rows = ["| | | source |", "|---|---|---|", f"| `pattern` | `{d.pattern}` | {d.sources.get('pattern', '')} |"]
     for key in WIDTHS:
         value = getattr(d, key)
         if value:
@@ -173,9 +170,9 @@ def commands(model: str) -> list[str]:
 def results(model: str) -> list[str]:
     """Return what was measured of a model, or that nothing was."""
     lines = [f"- {line}" for line in RESULTS.get(model, ())]
-    own = {name: card for name, card in cards().items() if card["recipe"].split("/")[0] == model}
+    own = {name: card for name, card in write_cards.cards().items() if card["recipe"].split("/")[0] == model}
     if own:
-        lines += [""] * bool(lines) + cards_table(own, "../results/cards.md")
+        lines += [""] * bool(lines) + write_cards.table(own, "../results/cards.md")
     return lines or ["Not trained here."]
 
 
@@ -187,7 +184,6 @@ def page(model: str) -> str:
         f"# {model}",
         textwrap.fill(about(model), 118, break_on_hyphens=False, break_long_words=False),
         f"{size(d.parameters)} parameters in {d.num_layers} layers: {layers(d)}.",
-        f"    {d.pattern}",
         *([] if model not in published() else fidelity),
         "## Widths",
         "\n".join(widths(model)),

@@ -44,4 +44,4 @@ def test_a_row_says_what_it_is(published, ours, source: str, agrees: bool, expla
 
 
 def test_the_document_is_current() -> None:
-    assert DOCUMENT.read_text() == fidelity.document(), "run: python -m nemotron_h.recipe.fidelity > docs/results/fidelity.md"
+    assert DOCUMENT.read_text() == fidelity.document(), "python -m nemotron_h.recipe.fidelity > " + str(DOCUMENT)
