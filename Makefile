@@ -72,7 +72,7 @@ card: $(STAMP) ## run a verification card of docs/cards again and say what diffe
 
 docs: $(STAMP) ## build the documents as a site in site/, strictly: a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
-	@echo "open site/index.html"
+	@echo "site/index.html; with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 
 lint: $(STAMP) ## ruff
 	@$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def test_list_has_a_line_for_each(recipe: Recipe) -> None:
     assert by_name["nemotron_h_47b/minipuzzle"][0] == "56.3B", "of the parent"
     models = [line.split("/")[0] for line in lines]
     assert len([model for model, _ in itertools.groupby(models)]) == len(set(models)), "grouped by model"
-    for ends in ("15T", "2B", "655K"):  # right-aligned
+    for ends in ("15T", "2B", "655k"):  # right-aligned
         assert {line.index(f" {ends} ") + len(ends) for line in lines if f" {ends} " in line} == {
             header.index("GPUs") - 3
         }
