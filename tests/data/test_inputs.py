@@ -83,3 +83,12 @@ def test_a_path_without_files_is_named(tmp_path):
     for path in ("empty", "no[thing", "nothing/**/*.jsonl"):
         with pytest.raises(UserError, match="no file matches"):
             chosen(tmp_path, path)
+
+
+def test_a_missing_folder_is_not_looked_for_in_all_others(tmp_path, monkeypatch):
+    def walk(folder: str) -> None:
+        raise AssertionError(f"all of {folder} is read")
+
+    monkeypatch.setattr("nemotron_h.data.prepare.inputs._walk", walk)
+    with pytest.raises(UserError, match="no file matches"):
+        chosen(tmp_path, "/path/to/corpus/web_crawl/**/*.jsonl")

@@ -132,6 +132,8 @@ def _matching(pattern: str) -> list[str]:
     while first < len(parts) and os.path.lexists(os.path.join(folder, parts[first])):
         folder, first = os.path.join(folder, parts[first]), first + 1
     rest = parts[first:]
+    if rest and not glob.has_magic(rest[0]):  # a missing folder, which may lie in / and must not be looked for there
+        return []
     if "**" in rest and os.path.isdir(folder):  # glob follows a link to its own folder 40 times
         return [f for f in _walk(folder) if _fits(os.path.relpath(f, folder).split(os.sep), rest)]
     matches = glob.glob(os.path.join(glob.escape(folder), *rest))
