@@ -43,6 +43,15 @@ def test_a_picture_of_readme_is_there() -> None:
     assert all((ROOT / picture).is_file() for picture in pictures)
 
 
+def test_links_of_readme_lead_to_headings() -> None:
+    """Links between pages of `docs/` are checked when the site is built, which README is no part of."""
+    anchors = re.findall(r"\]\(([^)#:]+)#([^)]+)\)", (ROOT / "README.md").read_text())
+    assert anchors
+    for page, anchor in anchors:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_the_index_has_every_page() -> None:
     linked = {(DOCS / link).resolve() for link in re.findall(r"\]\(([^)#]+)", (DOCS / "index.md").read_text())}
     models = {*(DOCS / "models").glob("*.md")} - {DOCS / "models" / "index.md"}
