@@ -1,4 +1,4 @@
-"""The face of the project: README and pages are short, what is written by scripts is current, site and notebook work."""
+"""README and pages are short, what scripts write of them is current, the site builds, the notebook runs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_page_of_cards_is_current() -> None:
 
 
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    """No broken link or anchor, no page outside of the navigation; API pages are read from files, nothing is imported."""
+    """No broken link or anchor, and no page outside of the navigation; API pages are read from files, not imported."""
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install -e '.[docs]'")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path / "site")]

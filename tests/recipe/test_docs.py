@@ -60,7 +60,8 @@ def own_commands() -> list[list[str]]:
     pages = "".join(page.read_text() for page in (ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("docs/**/*.md")))
     pages = re.sub(r" *\\\n\s*", " ", pages)
     shown = re.findall(r"^(?: {4}(?:\$ )?|\t@\$\(BIN\)/)nemotron-h (\S.*)$", pages, re.MULTILINE)
-    return [list(shlex.split(line.replace("$'", "'"), comments=True)) for line in sorted(set(shown))]
+    parsed = {tuple(shlex.split(line.replace("$'", "'"), comments=True)) for line in shown}
+    return [list(arguments) for arguments in sorted(parsed)]
 
 
 @pytest.mark.parametrize("arguments", own_commands(), ids=" ".join)
