@@ -83,12 +83,15 @@ def definition(model: str) -> ModelDefinition:
     return definition_of(recipe_of(f"{model}/pretrain"), model)
 
 
-def about(model: str) -> str:
-    """Return what the head of the definition's file and `configs/paper.yaml` say of a model."""
+def about(model: str) -> list[str]:
+    """Return what the head of the definition's file says of a model, and `configs/paper.yaml` of its training."""
     text = (configs_dir() / "model" / f"{model}.yaml").read_text()
-    head = " ".join(line.removeprefix("#").strip() for line in text.split("name:")[0].splitlines())
-    said = published().get(model, {}).get("about", "").replace("The rest is as above.", "The rest is the 47B's.")
-    return " ".join(f"{head} {said}".split())
+    paragraphs = [" ".join(line.removeprefix("#").strip() for line in text.split("name:")[0].splitlines())]
+    if model in published():
+        said = published()[model]["about"].replace("The rest is as above.", "The rest is the 47B's.")
+        link = f"[fidelity](../results/fidelity.md#{model})"
+        paragraphs.append(f"{said} Paper against recipe, value by value: {link}.")
+    return [textwrap.fill(" ".join(said.split()), 118, break_on_hyphens=False) for said in paragraphs]
 
 
 def layers(model: ModelDefinition, letters: bool = False) -> str:
@@ -179,16 +182,17 @@ def results(model: str) -> list[str]:
 def page(model: str) -> str:
     """Return the page of a model."""
     d = definition(model)
-    fidelity = [f"Paper against recipe, value by value: [fidelity](../results/fidelity.md#{model})."]
+    own = any("sample" not in recipe_of(name).data.blend for name in recipes(model))
     parts = [
         f"# {model}",
-        textwrap.fill(about(model), 118, break_on_hyphens=False, break_long_words=False),
+        *about(model),
         f"{size(d.parameters)} parameters in {d.num_layers} layers: {layers(d)}.",
-        *([] if model not in published() else fidelity),
         "## Widths",
+        "`paper` is Nemotron-H, arXiv 2504.03624.",
         "\n".join(widths(model)),
         "## Stages",
         "\n".join(commands(model)),
+        *(["Blends that are no sample read your own text: [data](../data.md)."] if own else []),
         "\n".join(stages(model)),
         "GPUs, memory and checkpoint are what `nemotron-h plan` computes, not measurements: "
         "[planning](../planning.md).",
