@@ -6,7 +6,9 @@ All of it is read from `configs/model`, `configs/paper.yaml`, `recipes/` and the
 from __future__ import annotations
 
 import functools
+import os
 import re
+import tempfile
 import textwrap
 from itertools import groupby
 from pathlib import Path
@@ -235,8 +237,14 @@ def readme() -> str:
 
 def pages() -> dict[Path, str]:
     """Return file -> content of all that this script writes."""
-    written = {DOCS / "models" / f"{model}.md": page(model) for model in models()}
-    return {**written, DOCS / "models" / "index.md": index(), README: readme()}
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as empty:  # a plan reads runs that are in the folder, such as the teacher
+        os.chdir(empty)
+        try:
+            written = {DOCS / "models" / f"{model}.md": page(model) for model in models()}
+            return {**written, DOCS / "models" / "index.md": index(), README: readme()}
+        finally:
+            os.chdir(before)
 
 
 if __name__ == "__main__":
