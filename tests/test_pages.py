@@ -85,6 +85,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     page = (tmp_path / "site" / "api" / "recipe.html").read_text()
     assert "nemotron_h.recipe.compose.compose" in page
+    assert "Raises:" in page
+    assert "Errors" not in page  # docs/site_docstrings.py
     assert not re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="https?:[^"]*"', page)
 
 
