@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.recipe import former_keys
 from nemotron_h.recipe.compose import compose, trace
 from nemotron_h.recipe.overrides import split
-from nemotron_h.schema import former_names
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_the_former_name_of_trackers_in_files(tmp_path: Path, capfd: pytest.Capt
     child.write_text(
         'defaults: [parent, _self_]\nlog:\n  tensorboard: false\nsources: {log.tensorboard: "ours: none"}\n'
     )
-    former_names._say.cache_clear()
+    former_keys._say.cache_clear()
     traced = trace(str(child))
     assert traced.recipe.log.trackers == []
     assert (traced.origins["log.trackers"].file, traced.origins["log.trackers"].line) == (child, 3)

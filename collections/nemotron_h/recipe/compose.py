@@ -29,9 +29,8 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_interpolations, culprit, leaves, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, flat_lines, parse_settings, parse_yaml, read_bounded
 from nemotron_h.recipe.checks import check
-from nemotron_h.recipe.dropped import without_dropped
+from nemotron_h.recipe.former_keys import FORMER, read_former, without_dropped
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
-from nemotron_h.schema.former_names import FORMER, read_former
 from nemotron_h.schema.recipe import RecipeConfig
 
 SCHEMA_DEFAULT = "schema default"

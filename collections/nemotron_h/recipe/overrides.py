@@ -23,8 +23,7 @@ from collections.abc import Iterable, Sequence
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict_yaml import parse_yaml
 from nemotron_h.core.units import parse_count
-from nemotron_h.recipe.dropped import DROPPED
-from nemotron_h.schema.former_names import FORMER, trackers_of
+from nemotron_h.recipe.former_keys import DROPPED, FORMER, trackers_of
 from nemotron_h.schema.nemo_names import DERIVED, SAME
 from nemotron_h.schema.recipe import RecipeConfig
 

@@ -10,7 +10,6 @@ import fiddle as fdl
 import nemo_run as run
 from nemo.collections import llm
 
-from nemotron_h.architecture.gemms import FP8_FORMATS
 from nemotron_h.core.units import count_of
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
@@ -130,7 +129,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 gradients=optim.gradients,
             ),
             callbacks=[
-                *([run.Config(GemmTable)] if recipe.precision in FP8_FORMATS else []),
+                run.Config(GemmTable),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(NanGuard),
                 run.Config(RunReport),  # before the progress line, which names it

@@ -8,7 +8,7 @@ import pytest
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.compose import compose
-from nemotron_h.recipe.dropped import DROPPED
+from nemotron_h.recipe.former_keys import DROPPED
 from nemotron_h.recipe.overrides import recipe_keys
 
 COMPRESSION = "nemotron_h_tiny/minipuzzle"
