@@ -42,7 +42,7 @@ def without_dropped(written: DictConfig, origin: str) -> DictConfig:
         value = OmegaConf.to_container(_part(written, parts))[name]
         if value != remains:
             raise UserError(
-                f"{origin}: {key} = {value!r} is gone: every recipe has {remains!r} (docs/compression.md)",
+                f"{origin}: {key} = {value!r} is gone: every recipe has {remains!r} (docs/results/compression.md)",
                 hint=f"leave {key} out",
             )
         _say(f"note: {origin}: {key} is no longer a key, every recipe has {remains!r}; leave it out")
