@@ -293,7 +293,13 @@ def test_a_teacher_counts() -> None:
     assert made.teacher_logits == 0
 
 
+def test_a_teacher_that_has_only_begun_is_the_shipped_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/nemotron_h_56b/tensorboard").mkdir(parents=True)
+    assert make_plan(compose("nemotron_h_47b/distill")).layout.teacher.name == "nemotron_h_56b"
+
+
 def test_a_teacher_of_unknown_size_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"distill\.teacher: runs/elsewhere is not on this machine") as error:
+    with pytest.raises(UserError, match=r"distill\.teacher: runs/elsewhere is no checkpoint on this machine") as error:
         make_plan(compose("nemotron_h_47b/distill", ["distill.teacher=runs/elsewhere"]))
     assert "distill.teacher=runs/nemotron_h_56b" in error.value.hint

@@ -15,6 +15,7 @@ from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.architecture.rank import Layout
+from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.checkpoint.hub_cache import path_of
 from nemotron_h.core.errors import UserError
@@ -78,13 +79,15 @@ def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
     if is_hub(recipe.distill.teacher):  # Nemotron-H-56B-Base-8K is a nemotron_h_56b
         name = re.sub(r"\W+", "_", path.name.partition("--")[2].lower())
         shipped = next((f for f in sorted(models.glob("*.yaml"), reverse=True) if name.startswith(f.stem)), shipped)
-    if not path.exists() and not shipped.is_file():
+    # a run that was only begun, or whose checkpoints were removed, tells nothing yet
+    tells = path.is_file() or (path / folders.RECORD).is_file() or folders.newest(path) is not None
+    if not tells and not shipped.is_file():
         raise UserError(
-            f"{origin}: {path} is not on this machine, and no shipped model is called {path.name!r}: its size is "
-            "not known",
+            f"{origin}: {path} is no checkpoint on this machine, and no shipped model is called {path.name!r}: its "
+            "size is not known",
             hint="name the teacher's checkpoint, or a run named as its model: distill.teacher=runs/nemotron_h_56b",
         )
-    read = read_model(path if path.exists() else shipped, origin)
+    read = read_model(path if tells else shipped, origin)
     typed = OmegaConf.merge(OmegaConf.structured(ModelSchema), read)  # YAML takes 1e-5 for text
     return definition_from_dict(OmegaConf.to_container(typed), origin)
 
