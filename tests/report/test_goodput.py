@@ -127,8 +127,11 @@ def test_the_command_shows_a_table_or_json(run: Path, tmp_path_factory: pytest.T
     assert told["goodput"] == pytest.approx(100 / 240)
     assert [process["end"]["kind"] for process in told["processes"]] == ["killed", "preemption", "finished"]
     assert [spike["step"] for process in told["processes"] for spike in process["spikes"]] == [17]
-    with pytest.raises(UserError, match="there is no run"):
-        processes(tmp_path_factory.mktemp("empty"))
+    empty = tmp_path_factory.mktemp("empty")
+    assert processes(empty) == []
+    refused = CliRunner().invoke(app, ["incidents", str(empty)])
+    assert isinstance(refused.exception, UserError)
+    assert f"{empty / INCIDENTS} has no incidents" in refused.exception.message
 
 
 def test_the_command_imports_no_torch(run: Path) -> None:

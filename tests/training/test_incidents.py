@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,8 @@ import torch
 from nemotron_h.core import incidents
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.core.incidents import INCIDENTS, read_incidents
-from nemotron_h.report.incidents import processes
+from nemotron_h.launch import runs
+from nemotron_h.report.incidents import evidence, processes
 from nemotron_h.training.attribution import cause_of
 from nemotron_h.training.callbacks import incidents as callback
 from nemotron_h.training.callbacks.incidents import Incidents, Spikes
@@ -121,6 +123,7 @@ def test_causes_are_told_by_the_exception_and_by_where_it_was_raised(tmp_path: P
         (throw(torch.OutOfMemoryError("CUDA out of memory")), incidents.MEMORY),
         (throw(RuntimeError("[gloo/pair.cc:553] Connection closed by peer")), incidents.LOST_RANK),
         (throw(RuntimeError("[gloo/buffer.cc:78] Timed out waiting 15000ms for recv")), incidents.HANG),
+        (throw(RuntimeError("CUDA error: uncorrectable ECC error encountered")), incidents.GPU),
         (throw(KeyboardInterrupt()), incidents.PREEMPTION),
         (throw(ValueError("a bug")), incidents.ERROR),
     ):
@@ -154,6 +157,14 @@ def test_another_rank_notes_an_end_of_its_own_alone(tmp_path: Path, monkeypatch:
     assert len(read_incidents(tmp_path / INCIDENTS)[0]) == 4, "an end is noted already"
 
 
+def test_an_error_of_a_gpu_names_host_and_device(tmp_path: Path) -> None:
+    noting, trainer = Incidents(), trainer_in(tmp_path, local_rank=3)
+    noting.end(trainer, error=RuntimeError("CUDA error: uncorrectable ECC error encountered"))
+    (process,) = processes(tmp_path)
+    assert process.end.kind == "gpu"
+    assert evidence(process.end).startswith(f"{socket.gethostname()}, GPU 3: RuntimeError: CUDA error: uncorrectable")
+
+
 def test_memory_says_what_it_was_for(tmp_path: Path) -> None:
     noting, trainer = Incidents(), trainer_in(tmp_path)
     noting.setup(trainer, None, "fit")
@@ -164,6 +175,26 @@ def test_memory_says_what_it_was_for(tmp_path: Path) -> None:
     assert process.end.details["part"] == "validation"
     before, now = process.end.details["memory_gib"]
     assert 0 < before <= now + 1
+
+
+def test_signals_of_ranks_that_it_started_are_evidence(tmp_path: Path) -> None:
+    noting, trainer = Incidents(), trainer_in(tmp_path)
+    started = [SimpleNamespace(poll=lambda code=code: code) for code in (None, -9, 1)]
+    trainer.strategy.launcher = SimpleNamespace(procs=started)
+    noting.end(trainer, error=RuntimeError("[gloo] Connection closed by peer"))
+    (process,) = processes(tmp_path)
+    assert process.end.details["signals"] == {"2": 9}
+    assert "rank 2 was ended by signal 9" in evidence(process.end)
+
+
+def test_a_command_notes_the_end_of_a_run_that_it_followed(tmp_path: Path) -> None:
+    run = SimpleNamespace(name="small", folder=tmp_path)
+    output = SimpleNamespace(newest=lambda: "small.log", text=lambda: "")
+    Incidents().setup(trainer_in(tmp_path), None, "fit")
+    with pytest.raises(UserError, match="small ended with exit code -9"):
+        runs._check_ended(run, 12, SimpleNamespace(code=-9, output=output))
+    (process,) = processes(tmp_path)
+    assert (process.end.kind, process.end.message) == ("killed", "ended with exit code -9")
 
 
 def test_incidents_that_cannot_be_written_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -18,9 +18,15 @@ def show_incidents(
     after a restart. Failures are ends other than `finished` and `preemption`. Exit code 0, whatever happened to the
     run.
     """
+    from nemotron_h.core.errors import UserError
+    from nemotron_h.core.incidents import INCIDENTS
     from nemotron_h.report.incidents import as_json, processes, summary, table, words
 
     of = processes(run)
+    if not of:
+        raise UserError(
+            f"{run / INCIDENTS} has no incidents: no run, or of an earlier version", "name a run's folder: runs/NAME"
+        )
     if json:
         print(as_json(of))
         return

@@ -16,8 +16,8 @@ STARTED, SPIKE = "started", "spike"
 FINISHED, PREEMPTION = "finished", "preemption"
 #: ends that are failures: of the user, of what was read, of the numbers, of the machine, or none of these: a bug
 MISTAKE, DATA, NUMERICS, MEMORY = "mistake", "data", "numerics", "out of memory"
-HANG, LOST_RANK, STORAGE, KILLED, ERROR = "hang", "lost rank", "storage", "killed", "error"
-FAILURES = (MISTAKE, DATA, NUMERICS, MEMORY, HANG, LOST_RANK, STORAGE, KILLED, ERROR)
+HANG, LOST_RANK, GPU, STORAGE, KILLED, ERROR = "hang", "lost rank", "gpu", "storage", "killed", "error"
+FAILURES = (MISTAKE, DATA, NUMERICS, MEMORY, HANG, LOST_RANK, GPU, STORAGE, KILLED, ERROR)
 ENDS = (FINISHED, PREEMPTION, *FAILURES)
 
 

@@ -5,6 +5,7 @@ again. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -287,7 +288,8 @@ def _check_ended(run: Run, steps: int, begun: _Process | _Job) -> None:
     if code == LEFT_EARLY:
         raise UserError(f"{run.name} left early, with a checkpoint", hint=begun.again)
     ended = "was killed or cancelled" if code is None else f"ended with exit code {code}"
-    close_killed(run.folder, ended)
+    with contextlib.suppress(OSError):  # the error that follows is what counts
+        close_killed(run.folder, ended)
     raise UserError(f"{run.name} {ended}: {_reason(begun.output.text())}", hint=f"see {file or begun.job.logs}")
 
 

@@ -8,11 +8,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core import locks
-from nemotron_h.core.errors import UserError
 from nemotron_h.core.incidents import (
     ENDS,
     FAILURES,
@@ -85,15 +83,8 @@ class Summary:
 
 
 def processes(folder: Path) -> list[Process]:
-    """Return the processes of a run in the order of their starts.
-
-    Errors:
-        UserError: the folder has no incidents.
-    """
+    """Return the processes of a run in the order of their starts; none where it has noted none."""
     incidents, _ = read_incidents(folder / INCIDENTS)
-    if not incidents:
-        what = "no incidents.jsonl of this version" if (folder / folders.RECORD).is_file() else "no run"
-        raise UserError(f"{folder}: there is {what}", hint="name the folder of a run: runs/NAME")
     steps, _ = read_steps(folder / STEPS)
     starts = list(dict.fromkeys(incident.began for incident in incidents))
     ends = [_end(began, [i for i in incidents if i.began == began]) for began in starts]
@@ -229,17 +220,16 @@ def evidence(incident: Incident) -> str:
     """Return the evidence of an incident in a sentence."""
     error = "" if incident.error == "UserError" else incident.error
     parts = [f"rank {incident.rank}" if incident.rank else "", error, incident.message]
+    details = incident.details
+    if "device" in details:
+        parts.insert(0, f"{details.get('host')}, GPU {details['device']}")
+    parts += [f"rank {rank} was ended by signal {number}" for rank, number in details.get("signals", {}).items()]
     told = ": ".join(part for part in parts if part)
-    if incident.details.get("part"):
-        told += f" (during {incident.details['part']}; {_memory(incident.details)})"
-    elif "memory_gib" in incident.details:
-        told += f" ({_memory(incident.details)})"
+    if "memory_gib" in details:
+        first, last = details["memory_gib"]
+        part = f"during {details['part']}; " if "part" in details else ""
+        told += f" ({part}memory {first:,.2f} GiB at first, {last:,.2f} GiB at last)"
     return told + (f" [{incident.file}]" if error and incident.file not in told else "")
-
-
-def _memory(details: dict[str, Any]) -> str:
-    first, last = details["memory_gib"]
-    return f"memory {first:,.2f} GiB at first, {last:,.2f} GiB at last"
 
 
 def words(total: Summary) -> list[tuple[str, str]]:

@@ -10,7 +10,6 @@ from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.folders import RECORD
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.core.files import whole_file
-from nemotron_h.core.incidents import INCIDENTS
 from nemotron_h.core.page import render
 from nemotron_h.core.plot import save
 from nemotron_h.core.units import short_count
@@ -99,7 +98,7 @@ def save_loss(run: Run, path: Path) -> None:
 def _html(run: Run) -> str:
     definition = read_definition(run.record, str(run.folder))
     state, why = run.state
-    ran = incidents.processes(run.folder) if (run.folder / INCIDENTS).is_file() else []
+    ran = incidents.processes(run.folder)
     return render(
         _PAGE,
         run=run,

@@ -60,6 +60,8 @@ def _kind(error: BaseException, chain: list[BaseException], calls: list[str]) ->
         return incidents.HANG if timed_out else incidents.LOST_RANK
     if any(map(_is_of_memory, chain)):
         return incidents.MEMORY
+    if any("CUDA error" in str(each) for each in chain):  # torch's text of every error of the driver
+        return incidents.GPU
     saves = any(call.startswith("training/callbacks/checkpoint.py") or call.endswith(" check_disk") for call in calls)
     if saves or any(isinstance(each, OSError) and each.errno in _STORAGE for each in chain):
         return incidents.STORAGE

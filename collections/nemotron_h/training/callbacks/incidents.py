@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -79,7 +81,8 @@ class Incidents(pl.Callback):
         if not self.begun:
             self.begun = True
             close_killed(_file(trainer).parent)
-            Incident(incidents.STARTED, self.began, self.began).append(_file(trainer))
+            where = {"host": socket.gethostname(), "pid": os.getpid()}
+            Incident(incidents.STARTED, self.began, self.began, details=where).append(_file(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the set-up."""
@@ -160,6 +163,8 @@ class Incidents(pl.Callback):
             if kind == incidents.MEMORY:
                 grown = [round(self.memory_at_first, 3), round(_memory_gib(), 3)]
                 details = {"part": self._part(cause.calls), "memory_gib": grown}
+            if kind == incidents.GPU:
+                details = {"host": socket.gethostname(), "device": trainer.local_rank}
             if kind in lost:
                 details = {"waited_in": cause.calls, "signals": _signals(trainer)}
             Incident(
