@@ -1,9 +1,14 @@
-"""Run a recipe whose layer 3 gets a weight, or a gradient, that is not a number: `nan_worker.py RECIPE STEP weight`."""
+"""Run a recipe whose layer 3 gets a weight, or a gradient, that is not a number: `nan_worker.py RECIPE STEP weight`.
+
+`disk` has no room from that step on.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from types import SimpleNamespace
 
 from nemotron_h.platform import quiet
 
@@ -28,7 +33,9 @@ class Poison(pl.Callback):
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step + 1 == self.step:
+        if trainer.global_step + 1 == self.step and self.part == "disk":
+            shutil.disk_usage = lambda _: SimpleNamespace(free=1000)
+        elif trainer.global_step + 1 == self.step:
             model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
             weight = model.decoder.layers[3].self_attention.linear_proj.weight
             if self.part == "weight":

@@ -9,6 +9,7 @@ import pytest
 from small_run import FORKS, Small
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.report.incidents import processes, summary
 from nemotron_h.report.run import REPORT
 
 
@@ -24,6 +25,10 @@ def stopped(small: Small, name: str, part: str) -> str:
 @pytest.mark.slow
 def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> None:
     said = stopped(small, "poisoned", "weight")
+    (process,) = processes(small.run_dir("poisoned"))
+    assert (process.end.kind, process.end.step, process.end.checkpoint) == ("numerics", 5, 4)
+    assert process.end.message.startswith("the loss of step 6 is not finite (micro-batch 1 of 4 on rank 0, ")
+    assert 0 < process.end.lost_seconds < process.wall - process.end.seconds["setup"]
     # 8 samples a step in micro-batches of 2: the sixth step begins with sample 40
     assert "the loss of step 6 is not finite (micro-batch 1 of 4 on rank 0, samples 40 (" in said
     assert "It first appears in the output of layer 3 (attention)." in said
@@ -46,6 +51,9 @@ def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> 
 @pytest.mark.slow
 def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     said = stopped(small, "overflown", "gradient")
+    (process,) = processes(small.run_dir("overflown"))
+    assert (process.end.kind, process.end.step) == ("numerics", 5)
+    assert process.end.message.startswith("a gradient of step 6 is not finite")
     assert "a gradient of step 6 is not finite, though its loss is (rank 0, samples 40, 41, " in said
     assert "Of 1 of " in said
     assert (
@@ -56,3 +64,21 @@ def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     found = folders.finished(small.run_dir("overflown"))
     assert [folders.step_of(path) for path in found] == [4]
     assert str(found[0]) in said
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_the_middle_is_noted_as_storage_and_the_next_start_goes_on(small: Small) -> None:
+    said = stopped(small, "full", "disk")
+    assert "one checkpoint takes up to" in said
+    small.train("full")
+    full, last = processes(small.run_dir("full"))
+    assert (full.end.kind, full.end.step, full.end.checkpoint) == ("storage", 8, 4)
+    assert full.end.message.startswith(f"{small.run_dir('full')} has 0.0 MiB free")
+    assert (last.end.kind, last.end.first_step, last.end.step) == ("finished", 4, 12)
+    total = summary([full, last])
+    assert (total.failures, total.restarts) == (1, 1)
+    assert total.seconds["redone"] == pytest.approx(full.end.seconds["training"] / 2, rel=1e-6), "4 of 8 steps"
+    counted = full.end.seconds["training"] / 2 + last.end.seconds["training"]
+    assert total.goodput == pytest.approx(counted / total.wall, rel=1e-6)
+    assert min(last.end.seconds.values()) > 0
+    assert sum(last.end.seconds.values()) < last.wall

@@ -16,6 +16,7 @@ from small_run import Small
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.children import ready_loader_worker
+from nemotron_h.report.incidents import processes
 from nemotron_h.report.run import REPORT
 
 STEPS = 12
@@ -33,6 +34,10 @@ def test_told_to_leave_and_started_again_equals_straight(small: Small, straight:
     assert "stopped at step 6 of\n12" in page
     assert "<p>SIGTERM</p>" in page
     assert "To go on from the newest checkpoint:" in page
+    (process,) = processes(small.run_dir("told"))
+    assert (process.end.kind, process.end.message) == ("preemption", "SIGTERM")
+    assert (process.end.step, process.end.checkpoint) == (6, 6)
+    assert ">preemption</td>" in page
     again = small.train("told")
     assert "resumed at step 6" in again.stdout
     for step, record in small.steps("told").items():
@@ -56,6 +61,9 @@ def test_a_stopped_rank_ends_the_run_by_name(small: Small) -> None:
     stopped = small.train("stopped", "trainer.devices=2", waits, "signal=6:1:SIGSTOP", ranks=2, check=False)
     assert stopped.returncode == 1
     assert "no answer from rank 1 of 2: stopped, killed, hanging" in stopped.stderr
+    (process,) = processes(small.run_dir("stopped"))
+    assert (process.end.kind, process.end.message, process.end.step) == ("hang", "no answer from ranks [1]", 5)
+    assert process.end.details["waited_in"], "where rank 0 was"
     assert folders.finished(small.run_dir("stopped"))[0].name == "step-000004"
 
 

@@ -15,10 +15,17 @@ from small_run import Small, assert_same, events, run_records, without_last
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core import progress
+from nemotron_h.report.incidents import processes
 from nemotron_h.report.run import REPORT, read_run
 
 STEPS = 12
 pytestmark = pytest.mark.slow
+
+
+def spike_window(run: Path) -> dict[str, list[float]]:
+    """What the last checkpoint has of the callback that tells spikes."""
+    common = torch.load(folders.finished(run)[0] / "weights/common.pt", weights_only=False)
+    return common["callbacks"]["Incidents"]
 
 
 def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, dict]) -> None:
@@ -40,6 +47,14 @@ def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, di
     norms = [float.fromhex(straight[s]["grad_norm"]) for s in range(1, STEPS + 1)]
     assert run.values("grad_norm").tolist() == norms
     assert [(phase.name, phase.first, phase.end) for phase in run.phases] == [("first", 0, 6), ("second", 6, 12)]
+    first, second, third = processes(run.folder)
+    assert [(p.end.kind, p.end.first_step, p.end.step) for p in (first, second)] == [("killed", 0, 5), ("killed", 4, 8)]
+    assert (third.end.kind, third.end.first_step, third.end.step) == ("finished", 8, 12)
+    assert "last seen at step" in first.end.message
+    assert first.end.lost_seconds < first.wall
+    noted = [spike_window(small.run_dir(name)) for name in ("straight", "resumed")]
+    assert noted[0] == noted[1], "so a resumed run tells the spikes of an unbroken one"
+    assert noted[0]["loss"] == [float.fromhex(straight[s]["loss"]) for s in range(1, STEPS + 1)]
     assert "in 3 processes" in (run.folder / REPORT).read_text()
     # the steps that validations follow, counted from 0
     assert list(events(small.run_dir("straight"))["val_loss"]) == [5, 11]

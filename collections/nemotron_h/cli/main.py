@@ -20,6 +20,7 @@ from nemotron_h.cli.data import app as data_app
 from nemotron_h.cli.eval import evaluate
 from nemotron_h.cli.export import export_app, import_app, merge_adapter
 from nemotron_h.cli.generate import generate
+from nemotron_h.cli.incidents import show_incidents
 from nemotron_h.cli.minipuzzle import minipuzzle
 from nemotron_h.cli.plan import plan
 from nemotron_h.cli.prune import importance, prune
@@ -49,6 +50,7 @@ app.command()(chat)
 app.command()(merge_adapter)
 app.command("eval")(evaluate)
 app.command("report")(draw_report)
+app.command("incidents")(show_incidents)
 app.command()(completion)
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}

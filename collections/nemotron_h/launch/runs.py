@@ -5,6 +5,7 @@ again. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -29,6 +30,7 @@ from nemotron_h.core.progress import StageProgress, Step, Steps
 from nemotron_h.launch.jobs import RECORD, Job, Watch
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.recipe.compose import to_yaml
+from nemotron_h.report.incidents import close_killed
 from nemotron_h.schema.recipe import STAGES, RecipeConfig, factory_of_file
 
 #: exit code of a run that left early, with a checkpoint (`training.callbacks.preemption`)
@@ -286,6 +288,8 @@ def _check_ended(run: Run, steps: int, begun: _Process | _Job) -> None:
     if code == LEFT_EARLY:
         raise UserError(f"{run.name} left early, with a checkpoint", hint=begun.again)
     ended = "was killed or cancelled" if code is None else f"ended with exit code {code}"
+    with contextlib.suppress(OSError):  # the error that follows is what counts
+        close_killed(run.folder, ended)
     raise UserError(f"{run.name} {ended}: {_reason(begun.output.text())}", hint=f"see {file or begun.job.logs}")
 
 

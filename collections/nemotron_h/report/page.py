@@ -13,7 +13,7 @@ from nemotron_h.core.files import whole_file
 from nemotron_h.core.page import render
 from nemotron_h.core.plot import save
 from nemotron_h.core.units import short_count
-from nemotron_h.report import charts, figures, sections
+from nemotron_h.report import charts, figures, incidents, sections
 from nemotron_h.report.run import PICTURE, REPORT, Run, read_run
 
 _PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
@@ -38,6 +38,9 @@ _PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
 {% for title, command in commands %}<p class="note">{{ title }}</p><pre tabindex="0">{{ command }}</pre>{% endfor %}
 {% if changes %}<h2>Settings that a resume changed</h2>
 {{ table([("from step", "n"), ("setting", ""), ("before", ""), ("after", "")], changes) }}{% endif %}
+{% if incidents %}<h2>Incidents</h2>
+<p class="note">{% for name, value in goodput %}{{ name }}: {{ value }}. {% endfor %}</p>
+{{ table([("when", ""), ("step", "n"), ("kind", ""), ("evidence", "wide"), ("time lost", "n")], incidents) }}{% endif %}
 <h2>Where it ran</h2>
 {{ table([("", ""), ("", "wide")], machine) }}
 <h2>Data</h2>
@@ -45,7 +48,7 @@ _PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
 {{ table([("source", ""), ("training tokens", "n"), ("their sha256", ""), ("validation tokens", "n"),
   ("their sha256", "")], sources) }}
 {% endblock %}
-{% block foot %}Drawn by <code>nemotron-h report {{ folder }}</code> from run.json and progress.jsonl.{% endblock %}
+{% block foot %}Drawn by <code>nemotron-h report {{ folder }}</code> from its files.{% endblock %}
 """
 
 
@@ -95,6 +98,7 @@ def save_loss(run: Run, path: Path) -> None:
 def _html(run: Run) -> str:
     definition = read_definition(run.record, str(run.folder))
     state, why = run.state
+    ran = incidents.processes(run.folder)
     return render(
         _PAGE,
         run=run,
@@ -109,6 +113,8 @@ def _html(run: Run) -> str:
         gemms=list(sections.gemms(run, definition)),
         commands=list(sections.commands(run)),
         changes=list(sections.changes(run)),
+        incidents=incidents.table(ran),
+        goodput=incidents.words(incidents.summary(ran)),
         machine=list(sections.machine(run)),
         data_note=sections.data_note(run),
         sources=list(sections.sources(run)),

@@ -15,6 +15,7 @@ from nemotron_h.architecture.adapters import check_adapter, trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core import locks
 from nemotron_h.core.errors import UserError, naming
+from nemotron_h.core.incidents import INCIDENTS
 from nemotron_h.core.progress import STEPS
 from nemotron_h.core.units import gib
 from nemotron_h.platform.memory import check_training_fits
@@ -133,7 +134,7 @@ class RunFolder(nl.NeMoLogger):
             return super().setup(trainer, resume_if_exists, task_config)
 
     def _setup_files_to_move(self, log_dir: Path, app_state: Any) -> None:
-        """Leave the lock and the steps in their place: NeMo moves files of an earlier start into a folder of theirs."""
+        """Leave lock, steps and incidents in place: NeMo moves files of an earlier start into a folder of theirs."""
         super()._setup_files_to_move(log_dir, app_state)
-        stay = (locks.LOCK, STEPS, trackers.IDS)
+        stay = (locks.LOCK, STEPS, INCIDENTS, trackers.IDS)
         app_state.files_to_move = [path for path in app_state.files_to_move if path.name not in stay]

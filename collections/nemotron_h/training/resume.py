@@ -21,6 +21,7 @@ from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.export.hub_import import obtain
 from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.recipe.checks import check_blend_change
+from nemotron_h.training.callbacks import run_report
 from nemotron_h.training.callbacks.run_record import plain
 from nemotron_h.training.preflight import check_layout
 
@@ -112,6 +113,13 @@ class ResumeRun(nl.AutoResume):
             UserError: impossible layout; damaged checkpoint; checkpoint of another model.
             SystemExit: with code 0, the run is complete.
         """
+        try:
+            self._setup(trainer, model)
+        except Exception as error:  # no callback hears of it: nothing fits yet
+            run_report.note(trainer, error=error)
+            raise
+
+    def _setup(self, trainer: pl.Trainer, model: Any) -> None:
         check_layout(trainer, model)
         self._rank, self._ranks = trainer.global_rank, trainer.world_size
         super().setup(trainer, model)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,9 @@ class StepCheckpoint(nl.ModelCheckpoint):
     Args:
         every_steps: steps between checkpoints; the last step of the run always writes one.
         keep: how many of the newest stay; -1 keeps all.
+
+    Attributes beyond NeMo's:
+        seconds: that this process has spent on them.
     """
 
     def __init__(self, every_steps: int, keep: int = 2) -> None:
@@ -52,6 +58,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
             always_save_context=False,
             save_context_on_train_end=False,
         )
+        self.seconds = 0.0
 
     def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Remove what was not written to its end and say so, as NeMo does; name what nothing reads; take up others."""
@@ -88,7 +95,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
         """
         folder = Path(ckpt_to_dir(filepath))
         then = "clear the cause and run the same command again: it continues from the newest checkpoint"
-        with naming(f"checkpoint {folder} cannot be written", hint=then):
+        with self._clock(), naming(f"checkpoint {folder} cannot be written", hint=then):
             problem = self._problem(trainer, folder) if trainer.is_global_zero else None
             problem = trainer.strategy.broadcast(problem)
             if problem is not None:
@@ -101,6 +108,14 @@ class StepCheckpoint(nl.ModelCheckpoint):
                     raise
                 said = reasons[0] if reasons else "the first rank says why"  # failures are known there alone
                 raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
+
+    @contextlib.contextmanager
+    def _clock(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - began
 
     @staticmethod
     def _problem(trainer: pl.Trainer, folder: Path) -> UserError | None:

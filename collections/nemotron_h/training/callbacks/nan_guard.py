@@ -12,6 +12,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor, nn
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.incidents import NUMERICS
 from nemotron_h.training.callbacks import run_report
 
 
@@ -79,7 +80,7 @@ class NanGuard(pl.Callback):
                 self._hint(trainer),
             )
         if error is not None:
-            run_report.stop(trainer, error.message)
+            run_report.stop(trainer, error.message, NUMERICS)
             raise error from exception
 
     @staticmethod

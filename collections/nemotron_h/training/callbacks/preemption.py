@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import lightning.pytorch as pl
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.core.incidents import PREEMPTION
 from nemotron_h.core.units import seconds_of
 from nemotron_h.training.callbacks import run_report
 
@@ -110,7 +111,7 @@ class Preemption(pl.Callback):
         for logger in trainer.loggers:
             logger.finalize("stopped")
         said = self.reason or "a signal to another rank"
-        run_report.stop(trainer, said)
+        run_report.stop(trainer, said, PREEMPTION)
         trainer.strategy.barrier("everything is written")  # launchers kill the others when the first rank leaves
         if trainer.is_global_zero:
             print(

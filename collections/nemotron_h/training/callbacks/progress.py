@@ -284,7 +284,7 @@ class ProgressLine(ProgressBar):
             if isinstance(callback, StageMetrics):
                 metrics |= callback.record()
             elif isinstance(callback, Throughput) and callback.seconds:
-                metrics |= callback.rates(callback.seconds[-1])
+                metrics |= callback.rates(callback.seconds[-1]) | {"training_seconds": sum(callback.seconds)}
         if not torch.cuda.is_available():
             metrics["max_resident_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         return metrics

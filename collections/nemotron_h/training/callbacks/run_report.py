@@ -1,4 +1,4 @@
-"""Draw the run's report where the run ends or stops."""
+"""Say how the run ended, where it ends or stops: in its incidents, its record and its report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.training.callbacks.incidents import Incidents
 from nemotron_h.training.callbacks.run_record import RunRecord
 
 
@@ -27,11 +28,13 @@ class RunReport(pl.Callback):
         self.pending = trainer.is_global_zero
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw after the last checkpoint."""
+        """Note the end and draw, after the last checkpoint."""
+        note(trainer)
         self.draw(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Draw before an error ends the run; a second ctrl-c waits for nothing."""
+        """Note the end and draw before an error ends the run; a second ctrl-c does not wait for a report."""
+        note(trainer, message="a second ctrl-c" if isinstance(exception, KeyboardInterrupt) else "", error=exception)
         if not isinstance(exception, KeyboardInterrupt):
             said = exception.message if isinstance(exception, UserError) else str(exception)
             self.draw(trainer, f"{type(exception).__name__}: {said}" if type(exception) is not UserError else said)
@@ -62,8 +65,18 @@ class RunReport(pl.Callback):
             )
 
 
-def stop(trainer: pl.Trainer, reason: str) -> None:
-    """Draw the report of a run that is about to stop."""
+def note(
+    trainer: pl.Trainer, kind: str = "", message: str = "", error: BaseException | None = None, rank: int = 0
+) -> None:
+    """Note the end of this process in the run's incidents; see `Incidents.end`."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Incidents):
+            callback.end(trainer, kind, message, error, rank)
+
+
+def stop(trainer: pl.Trainer, reason: str, kind: str) -> None:
+    """Note the end of a run that is about to stop, of a kind of `core.incidents`, and draw its report."""
+    note(trainer, kind, reason)
     for callback in trainer.callbacks:
         if isinstance(callback, RunReport):
             callback.draw(trainer, reason)

@@ -21,6 +21,7 @@ from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 from nemotron_h.training.callbacks.gemm_table import GemmTable
+from nemotron_h.training.callbacks.incidents import Incidents
 from nemotron_h.training.callbacks.lockstep import StepSeed, collect_garbage_together
 from nemotron_h.training.callbacks.nan_guard import NanGuard
 from nemotron_h.training.callbacks.preemption import Preemption
@@ -132,6 +133,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(GemmTable),
                 run.Config(StepSeed, seed=data.seed),
                 run.Config(NanGuard),
+                run.Config(Incidents),  # before the report, which shows them
                 run.Config(RunReport),  # before the progress line, which names it
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(collect_garbage_together),

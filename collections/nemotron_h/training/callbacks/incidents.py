@@ -1,0 +1,254 @@
+"""Note in `incidents.jsonl` how each process of a run begins and ends, and spikes of its loss and gradient norm."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+import torch
+from rich.console import Console
+
+from nemotron_h.core import incidents
+from nemotron_h.core.incidents import INCIDENTS, Incident, read_incidents
+from nemotron_h.core.units import GIB
+from nemotron_h.report.incidents import close_killed, since_checkpoint
+from nemotron_h.training.callbacks.progress import Throughput
+
+#: a spike is above the mean of the last steps by so many standard deviations; as OLMo-core's SkipStepOptimizer
+WINDOW, DEVIATIONS = 128, 6.0
+#: ours: steps before there is a verdict; the first losses of a run fall faster than any that follow
+LEAST = 32
+NO_FAILURES = (incidents.FINISHED, incidents.PREEMPTION)
+#: logged name -> name in the file
+WATCHED = {"reduced_train_loss": "loss", "grad_norm": "gradient norm"}
+
+
+class Spikes:
+    """The last values of a metric, one far from the others as the bound that it passed: it hides none after it."""
+
+    def __init__(self) -> None:
+        self.values: deque[float] = deque(maxlen=WINDOW)
+
+    def add(self, value: float) -> dict[str, float] | None:
+        """Take the value of a step, and return it with mean and standard deviation of those before if it is a spike."""
+        if not math.isfinite(value):
+            return None
+        mean = fmean(self.values) if self.values else value
+        deviation = math.sqrt(fmean((v - mean) ** 2 for v in self.values)) if self.values else 0.0
+        if len(self.values) < LEAST or not deviation:
+            self.values.append(value)
+            return None
+        bound = DEVIATIONS * deviation
+        self.values.append(min(max(value, mean - bound), mean + bound))
+        return {"value": value, "mean": mean, "deviation": deviation} if value > mean + bound else None
+
+
+class Incidents(pl.Callback):
+    """Note this process's beginning, its end, which `RunReport` tells, and spikes. Rank 0 writes; another rank where
+    rank 0 is gone, or where it fails first.
+
+    A file that cannot be written is a warning: nothing here changes an exit code. The values that spikes are told from
+    are in each checkpoint, so a resumed run notes those of an unbroken one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spikes = {name: Spikes() for name in WATCHED.values()}
+        self.began = _process_began()
+        self.begun = self.ended = False
+        self.first_step: int | None = None
+        self.setup_seconds = self.validation_seconds = self.memory_at_first = 0.0
+        self.validation_began: float | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Note the beginning, and the end of a process that was killed before."""
+        if trainer.is_global_zero:
+            with _warning():
+                self.begin(trainer)
+
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Note the beginning, once."""
+        if not self.begun:
+            self.begun = True
+            close_killed(_file(trainer).parent)
+            where = {"host": socket.gethostname(), "pid": os.getpid()}
+            Incident(incidents.STARTED, self.began, self.began, details=where).append(_file(trainer))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the set-up."""
+        self.first_step, self.memory_at_first = trainer.global_step, _memory_gib()
+        self.setup_seconds = time.time() - self.began - self.validation_seconds
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of a validation."""
+        self.validation_began = time.monotonic()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop it."""
+        if self.validation_began is not None:
+            self.validation_seconds += time.monotonic() - self.validation_began
+            self.validation_began = None
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Look for spikes, before the step's checkpoint takes `state_dict`."""
+        for logged, name in WATCHED.items():
+            value = trainer.callback_metrics.get(logged)
+            spike = None if value is None else self.spikes[name].add(float(value))
+            if spike is not None and trainer.is_global_zero:
+                said = (
+                    f"{name} {spike['value']:.4g}, {spike['mean']:.4g} +- {spike['deviation']:.2g} in the steps before"
+                )
+                with _warning():
+                    Incident(
+                        kind=incidents.SPIKE,
+                        time=time.time(),
+                        began=self.began,
+                        step=trainer.global_step,
+                        message=said,
+                        details={"metric": name, **spike},
+                    ).append(_file(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values that spikes are told from."""
+        return {name: list(spikes.values) for name, spikes in self.spikes.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the values of a checkpoint."""
+        for name, spikes in self.spikes.items():
+            spikes.values = deque(map(float, state_dict.get(name, ())), maxlen=WINDOW)
+
+    def end(
+        self, trainer: pl.Trainer, kind: str = "", message: str = "", error: BaseException | None = None, rank: int = 0
+    ) -> None:
+        """Note the end of this process, once; a second line may name the ranks that are gone.
+
+        Args:
+            kind: of `core.incidents`; empty is that of the error, without one that of a run that trained on.
+            error: that ended it.
+            rank: that writes: 0, or one of those that outlive it.
+        """
+        with _warning():
+            from nemotron_h.training.attribution import Cause, cause_of  # no run needs it that ends well
+
+            if error is not None:
+                cause = cause_of(error)
+            elif kind or trainer.global_step >= trainer.max_steps:
+                cause = Cause(incidents.FINISHED)
+            else:
+                cause = Cause(incidents.PREEMPTION, "trainer.max_time")
+            kind, lost = kind or cause.kind, (incidents.LOST_RANK, incidents.HANG)
+            if self.ended and not (kind in lost and message):
+                return
+            if trainer.global_rank != rank and (kind in (*lost, *NO_FAILURES) or self._others_noted(trainer)):
+                return
+            if trainer.is_global_zero:
+                self.begin(trainer)
+            self.ended = True
+            now, folder = time.time(), _file(trainer).parent
+            checkpoint, seconds = since_checkpoint(folder, self._began(trainer), now)
+            trained = self.first_step is not None
+            details: dict[str, Any] = {}
+            if kind == incidents.MEMORY:
+                grown = [round(self.memory_at_first, 3), round(_memory_gib(), 3)]
+                details = {"part": self._part(cause.calls), "memory_gib": grown}
+            if kind == incidents.GPU:
+                details = {"host": socket.gethostname(), "device": trainer.local_rank}
+            if kind in lost:
+                details = {"waited_in": cause.calls, "signals": _signals(trainer)}
+            Incident(
+                kind=kind,
+                time=now,
+                began=self._began(trainer),
+                step=trainer.global_step if trained else checkpoint or 0,
+                message=message or cause.message,
+                error=cause.error,
+                file=cause.file,
+                rank=trainer.global_rank,
+                first_step=self.first_step if trained else checkpoint or 0,
+                checkpoint=checkpoint,
+                lost_seconds=0.0 if kind == incidents.FINISHED else round(seconds, 3),
+                seconds={name: round(value, 3) for name, value in self._seconds(trainer).items()},
+                details=details,
+            ).append(_file(trainer))
+
+    def _began(self, trainer: pl.Trainer) -> float:
+        """Return when rank 0's process began, which stands for all."""
+        if trainer.is_global_zero:
+            return self.began
+        noted, _ = read_incidents(_file(trainer))
+        return noted[-1].began if noted else self.began
+
+    @staticmethod
+    def _others_noted(trainer: pl.Trainer) -> bool:
+        """Tell whether a rank has noted the end; rank 0 goes first."""
+        time.sleep(1)
+        noted, _ = read_incidents(_file(trainer))
+        return not noted or any(each.kind in incidents.ENDS for each in noted if each.began == noted[-1].began)
+
+    def _seconds(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return the seconds of this process by what they went to."""
+        if self.first_step is None:
+            return {"setup": time.time() - self.began - self.validation_seconds, "validation": self.validation_seconds}
+        return {
+            "setup": self.setup_seconds,
+            "training": sum(sum(cb.seconds) for cb in trainer.callbacks if isinstance(cb, Throughput)),
+            "validation": self.validation_seconds,
+            "saving": getattr(trainer.checkpoint_callback, "seconds", 0.0),
+        }
+
+    def _part(self, calls: Sequence[str]) -> str:
+        """Return what the process was at."""
+        if any("_save_checkpoint" in call for call in calls):
+            return "saving"
+        if self.validation_began is not None:
+            return "validation"
+        return "set-up" if self.first_step is None else "a training step"
+
+
+def _file(trainer: pl.Trainer) -> Path:
+    return Path(trainer.checkpoint_callback.dirpath).parent / INCIDENTS
+
+
+def _process_began() -> float:
+    """Return when this process began, in seconds since 1970; psutil's answer is of a boot in whole seconds."""
+    since_boot = psutil.Process().create_time() - psutil.boot_time()
+    return round(time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot), 3)
+
+
+def _memory_gib() -> float:
+    """Return the memory in use by this rank: of its GPU, without one of its process."""
+    used = torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
+    return used / GIB
+
+
+def _signals(trainer: pl.Trainer) -> dict[str, int]:
+    """Return rank -> the signal that ended it, of the ranks that this process started."""
+    started = getattr(getattr(trainer.strategy, "launcher", None), "procs", [])
+    codes = {str(rank): process.poll() for rank, process in enumerate(started, 1)}
+    return {rank: -code for rank, code in codes.items() if code is not None and code < 0}
+
+
+@contextmanager
+def _warning() -> Iterator[None]:
+    """Turn an error into a warning: how a run ends is not changed by what is written of it."""
+    try:
+        yield
+    except Exception as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"warning: {INCIDENTS} was not written: {type(error).__name__}: {error}",
+            style="yellow",
+            markup=False,
+            highlight=False,
+        )
