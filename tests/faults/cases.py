@@ -71,6 +71,7 @@ PAIRS = [
     for stage in STAGES
     if (kind in OF_PREPARATION if stage == "prepare" else kind != "kill_group")
 ]
+random.Random(0).shuffle(PAIRS)  # so that a short campaign has some of all
 
 
 def pair(seed: int) -> tuple[str, Stage]:
@@ -79,15 +80,16 @@ def pair(seed: int) -> tuple[str, Stage]:
     return kind, STAGES[stage]
 
 
-def fault(seed: int, files: int) -> Fault:
+def fault(seed: int, files: list[int]) -> Fault:
     """Return the fault of a seed.
 
     Args:
-        files: that the undisturbed command opens, renames and removes.
+        files: that each rank of the undisturbed command opens, renames and removes.
     """
     kind, stage = pair(seed)
     rng = random.Random(seed)
     ranks = None if kind == "interrupt_group" else (rng.randrange(stage.ranks),)
+    last = files[ranks[0]] if ranks else min(files)
     if kind in DAMAGE:
         return Fault(kind, amount=rng.random())
     amounts = {
@@ -99,12 +101,12 @@ def fault(seed: int, files: int) -> Fault:
     }
     amount = amounts.get(kind, 0.0)
     if stage.name == "prepare":
-        return Fault(kind, ranks, file=rng.randint(1, files), amount=amount)
+        return Fault(kind, ranks, file=rng.randint(1, last), amount=amount)
     if kind in ("bug", "nan_weight", "nan_batch"):
         part = "end" if kind == "bug" and rng.random() < 0.3 else "begin"
         return Fault(kind, ranks, part, rng.randint(1, stage.steps), amount=amount)
     if rng.random() < 0.35:
-        return Fault(kind, ranks, file=rng.randint(1, files), amount=amount)
+        return Fault(kind, ranks, file=rng.randint(1, last), amount=amount)
     if rng.random() < 0.4:
         saved = rng.choice([*range(stage.every, stage.steps, stage.every), stage.steps])
         return Fault(kind, ranks, "save", saved, rng.choice((0.0, rng.uniform(0, 0.15))), amount=amount)

@@ -2,7 +2,7 @@
 
 The fault comes from inside of the process at its moment, so a seed repeats it: in a step, while a checkpoint is saved,
 or at the N-th file that is opened, renamed or removed under the fault's folder. Each step is recorded as
-`tests/training/worker.py` does. The mark that the moment came is a file; the number of files is written at the end.
+`tests/training/worker.py` does. A file marks that the moment came; each rank's number of files is written at its end.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def main(fault: str, program: str, *arguments: str) -> None:
             sources.MIN_SHARD_BYTES = 1 << 14
         command()
     finally:
-        Path(injector.fault["mark"] + ".files").write_text(str(injector.files))
+        Path(f"{injector.fault['mark']}.{os.environ.get('RANK', 0)}").write_text(str(injector.files))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class Ground:
 
     def __init__(self, folder: Path) -> None:
         self.small: Small = prepared(folder)
-        self.files: dict[str, int] = {}
+        self.files: dict[str, list[int]] = {}
 
     def straight(self, stage: Stage) -> str:
         """Return the name of a stage's undisturbed run, which is made at the first call."""
@@ -70,7 +70,7 @@ class Ground:
             mark = self.small.folder / f"{name}.mark"
             end = self.command(stage, name, replace(NONE, folder=str(stage.folder(self.small, name)), mark=str(mark)))
             assert end.code == 0, end.out[-2000:] + end.err[-4000:]
-            self.files[name] = int(mark.with_name(f"{mark.name}.files").read_text())
+            self.files[name] = [int(Path(f"{mark}.{rank}").read_text()) for rank in range(stage.ranks)]
         return name
 
     def command(self, stage: Stage, name: str, fault: Fault, *settings: str) -> End:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from small_run import FORKS, Small
 
 from nemotron_h.checkpoint import folders
@@ -56,3 +59,12 @@ def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     found = folders.finished(small.run_dir("overflown"))
     assert [folders.step_of(path) for path in found] == [4]
     assert str(found[0]) in said
+
+
+def test_names_the_sources_of_a_window_of_several() -> None:
+    from nemotron_h.data.feed.packing import PackedOrder
+    from nemotron_h.training.callbacks.nan_guard import NanGuard
+
+    order = PackedOrder({"code": np.array([5] * 4), "talk": np.array([5] * 4)}, {"code": 0.5, "talk": 0.5}, 40, seed=1)
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(order=order))
+    assert NanGuard._samples(trainer, {"sample_ids": torch.tensor([0, 1])}) == "0 (code, talk), 1 (code, talk)"
