@@ -103,7 +103,7 @@ def fault(seed: int, files: list[int]) -> Fault:
     if stage.name == "prepare":
         return Fault(kind, ranks, file=rng.randint(1, last), amount=amount)
     if kind in ("bug", "nan_weight", "nan_batch"):
-        part = "end" if kind == "bug" and rng.random() < 0.3 else "begin"
+        part = "end" if kind != "nan_batch" and rng.random() < 0.3 else "begin"
         return Fault(kind, ranks, part, rng.randint(1, stage.steps), amount=amount)
     if rng.random() < 0.35:
         return Fault(kind, ranks, file=rng.randint(1, last), amount=amount)

@@ -110,9 +110,9 @@ def watch(injector: Injector) -> None:
     from worker import Recorder
 
     class Moments(pl.Callback):
-        """The moments of a step."""
+        """The moments of a step, and the faults that are of its model."""
 
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        def at(self, part: str, step: int, pl_module) -> None:
             model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
 
             @torch.no_grad()
@@ -123,14 +123,16 @@ def watch(injector: Injector) -> None:
             def activation() -> None:
                 hook = model.decoder.layers[0].register_forward_hook(lambda *_: (hook.remove(), _poison(_[2]))[1])
 
-            acts = {"nan_weight": weight, "nan_batch": activation}
-            injector.at("begin", trainer.global_step + 1, acts.get(injector.kind))
+            injector.at(part, step, {"nan_weight": weight, "nan_batch": activation}.get(injector.kind))
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.at("begin", trainer.global_step + 1, pl_module)
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-            injector.at("end", trainer.global_step)
+            self.at("end", trainer.global_step, pl_module)
 
         def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
-            injector.at("save", trainer.global_step)
+            self.at("save", trainer.global_step, pl_module)
 
     fit = pl.Trainer.fit
 

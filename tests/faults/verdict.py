@@ -113,7 +113,8 @@ def of_result(small: Small, stage: Stage, name: str, straight: str) -> str:
     records = [run_records(stage.folder(small, each)) for each in (name, straight)]
     for file in ("run.json", f"{last}/run.json"):
         one, two = (each[file] for each in records)
-        differ = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+        keys = {key for key in one.keys() | two.keys() if not key.startswith("git.")}  # somebody may be at work here
+        differ = sorted(key for key in keys if one.get(key) != two.get(key))
         if differ:
             return f"{file} differs in {', '.join(differ[:5])}"
     return ""

@@ -15,10 +15,10 @@ from nemotron_h.checkpoint import folders
 from nemotron_h.report.run import REPORT
 
 
-def stopped(small: Small, name: str, part: str) -> str:
-    """What a run says whose weight or gradient is poisoned at step 6, and which ends as a user's error does."""
+def stopped(small: Small, name: str, part: str, step: int = 6) -> str:
+    """What a run says whose weight or gradient is poisoned at a step, and which ends as a user's error does."""
     recipe, worker = small.recipe(name), Path(__file__).with_name("nan_worker.py")
-    code = FORKS.run(str(worker), str(recipe), "6", part, folder=small.folder, name=name, seconds=200)
+    code = FORKS.run(str(worker), str(recipe), str(step), part, folder=small.folder, name=name, seconds=200)
     said = (small.folder / f"{name}.err").read_text()
     assert code == 2, said[-4000:]
     return said
@@ -59,6 +59,14 @@ def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     found = folders.finished(small.run_dir("overflown"))
     assert [folders.step_of(path) for path in found] == [4]
     assert str(found[0]) in said
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_not_finite_is_in_no_checkpoint(small: Small) -> None:
+    said = stopped(small, "saved", "saved", 4)
+    assert "step-000004 is not written (rank 0): NaN or infinite weights in decoder.layers.3.self_attention.li" in said
+    assert folders.newest(small.run_dir("saved")) is None
+    assert not folders.unfinished(small.run_dir("saved"))
 
 
 def test_names_the_sources_of_a_window_of_several() -> None:

@@ -13,6 +13,7 @@ from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from torch.distributed.checkpoint import CheckpointException
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.training.callbacks.run_record import RunRecord
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
@@ -84,14 +85,16 @@ class StepCheckpoint(nl.ModelCheckpoint):
         """Write a checkpoint, or raise one error on all ranks.
 
         Errors:
-            UserError: the disk has no room for it, or is full; its folder is there already, or cannot be written.
+            UserError: the disk has no room for it, or is full; its folder is there already, or cannot be written; a
+                weight is not finite.
         """
         folder = Path(ckpt_to_dir(filepath))
         then = "clear the cause and run the same command again: it continues from the newest checkpoint"
         with naming(f"checkpoint {folder} cannot be written", hint=then):
             problem = self._problem(trainer, folder) if trainer.is_global_zero else None
-            problem = trainer.strategy.broadcast(problem)
-            if problem is not None:
+            problems: list[UserError | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(problems, problem or self._not_finite(trainer, folder))
+            for problem in filter(None, problems):
                 raise problem
             try:
                 super()._save_checkpoint(trainer, filepath)
@@ -117,6 +120,20 @@ class StepCheckpoint(nl.ModelCheckpoint):
             check_disk(size, run_dir)
         except UserError as error:
             return error
+        return None
+
+    @staticmethod
+    def _not_finite(trainer: pl.Trainer, folder: Path) -> UserError | None:
+        """Return why this rank's weights must not be saved: no step makes a NaN, but broken memory does, and a run
+        would never get away from its checkpoint.
+        """
+        named = trainer.lightning_module.named_parameters()
+        weights = {name.split("module.")[-1]: weight for name, weight in named if weight.numel()}
+        try:
+            check_weights(weights, f"checkpoint {folder} is not written (rank {trainer.global_rank})")
+        except UserError as error:
+            again = "the same command continues from the newest checkpoint; if this comes again, check the machine"
+            return UserError(error.message, again)
         return None
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
