@@ -65,6 +65,7 @@ def test_a_poor_message_is_told_from_a_clear_one() -> None:
     kill, full = Fault("kill", (1,)), Fault("full")
     clear = replace(GOOD, code=2, err="error: checkpoint x cannot be written\nfix: free space\n")
     assert [poor(end, full, PRETRAIN) for end in (GOOD, clear)] == ["", ""]
+    assert poor(clear, replace(full, folder="runs/small"), PRETRAIN) == "the error names no file of the run"
     assert "without error and fix" in poor(replace(clear, err="error: x\n"), full, PRETRAIN)
     trace = "Traceback (most recent call last):\n  File\nOSError: [Errno 28] No space left on device\n"
     assert poor(replace(clear, code=1, err=trace), full, PRETRAIN).endswith("No space left on device")

@@ -164,7 +164,7 @@ class Ground:
         (self.small.folder / name / "steps.jsonl").write_text("".join(steps))
         self._again(result, stage, name, *([way] if "=" in way else []))
         if not result.problems.get("STUCK"):
-            result.problems["DIVERGED"] = verdict.of_result(self.small, stage, name, straight)
+            result.problems["DIVERGED"] = verdict.of_result(self.small, stage, name, straight, settings="=" in way)
 
     def _again(self, result: Result, stage: Stage, name: str, *settings: str) -> None:
         again = self.command(stage, name, NONE, *settings)

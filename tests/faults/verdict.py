@@ -60,7 +60,8 @@ def of_end(end: End, fault: Fault, stage: Stage) -> str:
         named = re.search(rf"no answer from rank {fault.ranks[0]}\b.*The same command continues", said, re.DOTALL)
         return "" if named else "the rank that was killed is not named by the other"
     if end.code == 2 and re.search(r"^error: .*\n(.*\n)*?fix: ", end.err, re.MULTILINE):
-        return ""
+        of_a_file = fault.kind in (*DAMAGE, "full", "file_limit")
+        return "the error names no file of the run" if of_a_file and fault.folder not in end.err else ""
     return f"exit code {end.code} without error and fix: {said[-200:]}"
 
 
@@ -91,8 +92,12 @@ def recorded(small: Small, name: str) -> list[int]:
     return [int(number) for number in re.findall(r'^\{"step": (\d+)', text, re.MULTILINE)]
 
 
-def of_result(small: Small, stage: Stage, name: str, straight: str) -> str:
-    """Return how a run's result differs from the undisturbed one's; empty where it does not."""
+def of_result(small: Small, stage: Stage, name: str, straight: str, settings: bool = False) -> str:
+    """Return how a run's result differs from the undisturbed one's; empty where it does not.
+
+    Args:
+        settings: the last command had some, which its record names.
+    """
     if stage.recipe is None:
         one, two = (_tree(stage.folder(small, each)) for each in (name, straight))
         differ = sorted(file for file in one.keys() | two.keys() if one.get(file) != two.get(file))
@@ -113,7 +118,8 @@ def of_result(small: Small, stage: Stage, name: str, straight: str) -> str:
     records = [run_records(stage.folder(small, each)) for each in (name, straight)]
     for file in ("run.json", f"{last}/run.json"):
         one, two = (each[file] for each in records)
-        keys = {key for key in one.keys() | two.keys() if not key.startswith("git.")}  # somebody may be at work here
+        others = ("git.", "recipe.overrides") if settings else ("git.",)  # somebody may be at work in the repository
+        keys = {key for key in one.keys() | two.keys() if not key.startswith(others)}
         differ = sorted(key for key in keys if one.get(key) != two.get(key))
         if differ:
             return f"{file} differs in {', '.join(differ[:5])}"
