@@ -92,10 +92,10 @@ class StepCheckpoint(nl.ModelCheckpoint):
         then = "clear the cause and run the same command again: it continues from the newest checkpoint"
         with naming(f"checkpoint {folder} cannot be written", hint=then):
             problem = self._problem(trainer, folder) if trainer.is_global_zero else None
-            problems: list[UserError | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(problems, problem or self._not_finite(trainer, folder))
-            for problem in filter(None, problems):
+            problem = trainer.strategy.broadcast(problem)
+            if problem is not None:
                 raise problem
+            self._check_finite(trainer, folder)
             try:
                 super()._save_checkpoint(trainer, filepath)
             except CheckpointException as error:
@@ -123,18 +123,25 @@ class StepCheckpoint(nl.ModelCheckpoint):
         return None
 
     @staticmethod
-    def _not_finite(trainer: pl.Trainer, folder: Path) -> UserError | None:
-        """Return why this rank's weights must not be saved: no step makes a NaN, but broken memory does, and a run
-        would never get away from its checkpoint.
+    def _check_finite(trainer: pl.Trainer, folder: Path) -> None:
+        """Refuse to save a weight that is not finite. No step makes one, but broken memory does, and a run would never
+        get away from its checkpoint.
+
+        Errors:
+            UserError: on every rank, where a weight of any is not; that rank names it.
         """
+        refused, problem = f"checkpoint {folder} is not written", None
         named = trainer.lightning_module.named_parameters()
-        weights = {name.split("module.")[-1]: weight for name, weight in named if weight.numel()}
         try:
-            check_weights(weights, f"checkpoint {folder} is not written (rank {trainer.global_rank})")
+            weights = {name.split("module.")[-1]: weight for name, weight in named if weight.numel()}
+            check_weights(weights, f"{refused} (rank {trainer.global_rank})")
         except UserError as error:
-            again = "the same command continues from the newest checkpoint; if this comes again, check the machine"
-            return UserError(error.message, again)
-        return None
+            problem = error.message
+        if trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
+            raise UserError(
+                problem or f"{refused}: weights of another rank are not finite",
+                hint="the same command continues from the newest checkpoint; if this comes again, check the machine",
+            )
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
         """Return True for any but the one just written: Lightning would keep the one that this process began from."""
