@@ -29,9 +29,8 @@ from nemotron_h.core.progress import StageProgress
 
 def table(results: list[Result]) -> Table:
     """Return the cases by fault and stage: how many passed of how many, and what the others came to."""
-    shown = Table("fault", *STAGES, "cases", box=None, padding=(0, 2, 0, 0), expand=False)
-    for column in shown.columns:
-        column.no_wrap = True
+    shown = Table("fault", *STAGES, "cases", box=None, padding=(0, 2, 0, 0))
+    shown.columns[0].no_wrap = True
     for kind in KINDS.values():
         row = [_cell([r for r in results if (r.fault, r.stage) == (kind, stage)]) for stage in STAGES]
         shown.add_row(kind, *row, _cell([r for r in results if r.fault == kind]))

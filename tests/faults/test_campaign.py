@@ -72,6 +72,8 @@ def test_a_poor_message_is_told_from_a_clear_one() -> None:
     assert poor(replace(GOOD, code=-9), kill, PRETRAIN) == ""
     assert "not named" in poor(replace(GOOD, code=-9), kill, two)
     assert "how to go on" in poor(replace(GOOD, code=75), Fault("term"), PRETRAIN)
+    told = replace(GOOD, code=130, out="ctrl-c: the same command continues; finished shards are kept")
+    assert [bool(poor(end, Fault("interrupt"), STAGES["prepare"])) for end in (told, replace(told, out=""))] == [0, 1]
     assert poor(replace(GOOD, code=1, err=f"Traceback\nRuntimeError: {BUG}"), Fault("bug"), PRETRAIN) == ""
     assert "own words" in poor(replace(GOOD, code=1), Fault("bug"), PRETRAIN)
 

@@ -54,6 +54,8 @@ def of_end(end: End, fault: Fault, stage: Stage) -> str:
     if end.code == _LEFT_EARLY:
         told = "checkpoint written at step" in end.out and "the same command continues" in end.out
         return "" if told else "exit code 75 without the step and how to go on"
+    if fault.kind.startswith("interrupt") and end.code == 130 and "ctrl-c: the same command continues" in end.out:
+        return ""  # 128 + SIGINT, as shells have it
     if fault.kind in SIGNALS and stage.ranks == 1 and end.code == -SIGNALS[fault.kind]:
         return ""
     if fault.kind == "kill" and stage.ranks > 1:
