@@ -156,6 +156,8 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkey
     assert refused().message.endswith("the first rank says why")
     raised.append(full)
     assert refused().message == f"checkpoint {folder} cannot be written: {full.filename}: No space left on device"
+    raised.append(RuntimeError("basic_ios::clear: iostream error"))  # of torch.save
+    assert refused().message.endswith("iostream error, as PyTorch says where the disk is full")
     bug = CheckpointException("write", {1: (RuntimeError("a bug"), None)})
     raised.append(bug)
     with pytest.raises(CheckpointException):

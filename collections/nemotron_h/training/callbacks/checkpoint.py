@@ -18,6 +18,9 @@ from nemotron_h.core.errors import UserError, naming
 from nemotron_h.training.callbacks.run_record import RunRecord
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
 
+#: `torch.save` writes in C++, whose errors have no number
+_OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed")
+
 
 def describe_by_rank(checkpoint: Path) -> dict[str, list]:
     """Return size and sha256 of every file of a checkpoint, each read by one rank; returned on all ranks."""
@@ -103,6 +106,11 @@ class StepCheckpoint(nl.ModelCheckpoint):
                 if any("[Errno" not in reason for reason in reasons):
                     raise
                 said = reasons[0] if reasons else "the first rank says why"  # failures are known there alone
+                raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
+            except RuntimeError as error:
+                if not any(words in str(error) for words in _OF_TORCH_SAVE):
+                    raise
+                said = f"{error}, as PyTorch says where the disk is full"
                 raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
 
     @staticmethod
