@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-sft demo-compress test test-hf test-gguf test-eval test-other-readers bench card docs lint clean
+.PHONY: help install demo demo-sft demo-compress test faults test-hf test-gguf test-eval test-other-readers bench card docs lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -41,6 +41,9 @@ demo-sft: $(STAMP) ## fine-tune the model of `make demo` on real instructions, t
 test: $(STAMP) ## run the test suite
 	@$(BIN)/ruff check .
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile # two at a time, a core each
+
+faults: $(STAMP) ## kill, stop and damage small runs at random moments and compare: make faults N=200 SEED=0 (docs/faults.md)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --cases $(or $(N),200) --seed $(or $(SEED),0)
 
 test-hf: $(STAMP) ## exported models in Hugging Face transformers, in an environment of their own (set up first)
 	@python=$$($(BIN)/python -m nemotron_h.platform.environments .bench/hf tests/benchmarks/requirements_hf.txt) && \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from local_corpus import sentences, snapshot, write_jsonl
+from rich.console import Console
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.locks import locked
@@ -163,8 +165,10 @@ def test_finished_shards_are_not_done_again(corpus, monkeypatch):
 
     finish_source = preparing._Preparation._finish_source
     monkeypatch.setattr(preparing._Preparation, "_finish_source", stop)
+    out = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        corpus.prepare()
+        preparing.prepare(corpus.blend(), corpus.root, workers=2, console=Console(file=out, width=200))
+    assert "ctrl-c: the same command continues; finished shards are kept" in out.getvalue()
     monkeypatch.setattr(preparing._Preparation, "_finish_source", finish_source)
     done = {
         p: p.stat().st_mtime_ns

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import random
-
 import pytest
-from small_run import TALK, Small, distill_recipe, prepared
+from small_run import Small, distill_recipe, prepared, write_talk
 
 
 @pytest.fixture(scope="session")
@@ -24,20 +21,7 @@ def straight(small: Small) -> dict[int, dict]:
 @pytest.fixture(scope="session")
 def talk(small: Small, straight: dict[int, dict]) -> Small:
     """With conversations prepared beside the texts that `straight` was trained on."""
-    rng = random.Random(2)
-    words = (small.folder / "low.jsonl").read_text().split()[:400]
-    words = [word for word in words if word.isalpha()]
-
-    def said() -> str:
-        return " ".join(rng.choices(words, k=rng.randint(1, 12)))
-
-    lines = [
-        {"messages": [{"role": role, "content": said()} for role in ("user", "assistant") * rng.randint(1, 2)]}
-        for _ in range(300)
-    ]
-    (small.folder / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (small.folder / "talk.yaml").write_text(TALK)
-    small.prepare("talk.yaml")
+    write_talk(small)
     return small
 
 

@@ -1,6 +1,6 @@
 """Run a recipe whose layer 3 gets a weight, or a gradient, that is not a number: `nan_worker.py RECIPE STEP weight`.
 
-`disk` has no room from that step on.
+`gradient` is another part, `saved` a weight after the step; `disk` has no room from that step on.
 """
 
 from __future__ import annotations
@@ -35,13 +35,22 @@ class Poison(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step + 1 == self.step and self.part == "disk":
             shutil.disk_usage = lambda _: SimpleNamespace(free=1000)
-        elif trainer.global_step + 1 == self.step:
-            model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
-            weight = model.decoder.layers[3].self_attention.linear_proj.weight
+        elif trainer.global_step + 1 == self.step and self.part != "saved":
+            weight = self.weight(pl_module)
             if self.part == "weight":
                 weight[0, 0] = torch.nan
             else:
                 weight.register_hook(lambda gradient: gradient * torch.inf)
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step and self.part == "saved":
+            self.weight(pl_module)[0, 0] = torch.nan
+
+    @staticmethod
+    def weight(pl_module) -> torch.Tensor:
+        model = get_attr_wrapped_model(pl_module, "decoder", return_model_obj=True)
+        return model.decoder.layers[3].self_attention.linear_proj.weight
 
 
 def main(recipe: str, step: str, part: str) -> None:

@@ -28,7 +28,7 @@ phases:
   - {name: second, weights: {web: 30, math: 70}}
 """
 
-TUNING_STEPS = DISTILL_STEPS = 6
+TUNING_STEPS = DISTILL_STEPS = PREFERENCE_STEPS = 6
 
 TALK = """
 name: talk
@@ -38,6 +38,16 @@ sources:
   talk: {category: chat, format: jsonl, chat: messages, path: talk.jsonl, licence: ours, validation: 0.1}
 phases:
   - {name: all, weights: {chat: 100}}
+"""
+
+PAIRS = """
+name: pairs
+tokenizer: {kind: bpe, blend: words}
+chat_template: nemotron_h
+sources:
+  pairs: {category: pairs, format: jsonl, chat: preference, path: pairs.jsonl, licence: ours, validation: 0.1}
+phases:
+  - {name: all, weights: {pairs: 100}}
 """
 
 RECIPE = """
@@ -163,6 +173,52 @@ def prepared(folder: Path) -> Small:
     return small
 
 
+def write_talk(small: Small) -> None:
+    """Prepare conversations beside the texts that `straight` is trained on."""
+    rng = random.Random(2)
+    words = _words(small, "low")
+
+    def said() -> str:
+        return " ".join(rng.choices(words, k=rng.randint(1, 12)))
+
+    lines = [
+        {"messages": [{"role": role, "content": said()} for role in ("user", "assistant") * rng.randint(1, 2)]}
+        for _ in range(300)
+    ]
+    _prepare_lines(small, "talk", TALK, lines)
+
+
+def write_pairs(small: Small) -> None:
+    """Prepare pairs of answers beside those texts: words of one kind are preferred."""
+    rng = random.Random(2)
+    words, others = _words(small, "low"), _words(small, "high")
+
+    def said(of: list[str]) -> str:
+        return " ".join(rng.choices(of, k=rng.randint(2, 8)))
+
+    lines = [
+        {
+            "prompt": said(words),
+            "chosen": said(words),
+            "rejected": said(others),
+            "chosen_reward": rng.uniform(0, 4),
+            "rejected_reward": rng.uniform(-4, 1),
+        }
+        for _ in range(200)
+    ]
+    _prepare_lines(small, "pairs", PAIRS, lines)
+
+
+def _words(small: Small, source: str) -> list[str]:
+    return [word for word in (small.folder / f"{source}.jsonl").read_text().split()[:400] if word.isalpha()]
+
+
+def _prepare_lines(small: Small, name: str, blend: str, lines: list[dict]) -> None:
+    (small.folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (small.folder / f"{name}.yaml").write_text(blend)
+    small.prepare(f"{name}.yaml")
+
+
 def sft_recipe(small: Small, name: str) -> Path:
     """The recipe of `Small` as a fine-tuning from the run `straight`."""
     return small.variant(
@@ -171,6 +227,24 @@ def sft_recipe(small: Small, name: str) -> Path:
         ("tokens: 6144 # 12 steps", f"tokens: {TUNING_STEPS * 512}\ninit: {{checkpoint: {small.run_dir('straight')}}}"),
         ("words.yaml", "talk.yaml"),
         ("peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024", "peak_lr: 3e-3, final_lr: 1e-4, warmup_tokens: 512"),
+        ("every_steps: 4", "every_steps: 3"),
+        ("validate_every_steps: 6", "validate_every_steps: 3"),
+    )
+
+
+def preference_recipe(small: Small, name: str, loss: str = "dpo") -> Path:
+    """The recipe of `Small` as a preference training from the run `straight`."""
+    return small.variant(
+        name,
+        ("- /base/pretrain", "- /base/preference"),
+        (
+            "tokens: 6144 # 12 steps",
+            f"tokens: {PREFERENCE_STEPS * 1024}\npreference: {{loss: {loss}}}\n"
+            f"init: {{checkpoint: {small.run_dir('straight')}}}",
+        ),
+        ("words.yaml", "pairs.yaml"),
+        ("seq_length: 64", "seq_length: 128"),
+        ("peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024", "peak_lr: 3e-3, final_lr: 3e-4, warmup_tokens: 1024"),
         ("every_steps: 4", "every_steps: 3"),
         ("validate_every_steps: 6", "validate_every_steps: 3"),
     )

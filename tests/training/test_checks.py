@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
@@ -131,7 +132,9 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkey
     from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 
     older = checkpoint(tmp_path, 4)
-    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=lambda problem: problem))
+    alone = SimpleNamespace(broadcast=lambda problem: problem, reduce_boolean_decision=lambda decision, all: decision)
+    model = torch.nn.Linear(1, 1)
+    trainer = SimpleNamespace(is_global_zero=True, global_rank=0, strategy=alone, lightning_module=model)
     callback, folder = StepCheckpoint(every_steps=4), older.with_name("step-000008")
     raised: list[BaseException] = []
 
@@ -153,10 +156,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkey
     assert refused().message.endswith("the first rank says why")
     raised.append(full)
     assert refused().message == f"checkpoint {folder} cannot be written: {full.filename}: No space left on device"
+    raised.append(RuntimeError("basic_ios::clear: iostream error"))  # of torch.save
+    assert refused().message.endswith("iostream error, as PyTorch says where the disk is full")
     bug = CheckpointException("write", {1: (RuntimeError("a bug"), None)})
     raised.append(bug)
     with pytest.raises(CheckpointException):
         callback._save_checkpoint(trainer, str(folder))
+    model.bias.data.fill_(torch.inf)
+    assert refused().message == f"checkpoint {folder} is not written (rank 0): NaN or infinite weights in bias"
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2_000))
     with pytest.raises(UserError, match=f"{tmp_path} has 0.0 MiB free, one checkpoint takes up to 0.0 MiB"):
         callback._save_checkpoint(trainer, str(folder))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from small_run import FORKS, Small
 
 from nemotron_h.checkpoint import folders
@@ -13,10 +16,10 @@ from nemotron_h.report.incidents import processes, summary
 from nemotron_h.report.run import REPORT
 
 
-def stopped(small: Small, name: str, part: str) -> str:
-    """What a run says whose weight or gradient is poisoned at step 6, and which ends as a user's error does."""
+def stopped(small: Small, name: str, part: str, step: int = 6) -> str:
+    """What a run says whose weight or gradient is poisoned at a step, and which ends as a user's error does."""
     recipe, worker = small.recipe(name), Path(__file__).with_name("nan_worker.py")
-    code = FORKS.run(str(worker), str(recipe), "6", part, folder=small.folder, name=name, seconds=200)
+    code = FORKS.run(str(worker), str(recipe), str(step), part, folder=small.folder, name=name, seconds=200)
     said = (small.folder / f"{name}.err").read_text()
     assert code == 2, said[-4000:]
     return said
@@ -82,3 +85,20 @@ def test_a_full_disk_in_the_middle_is_noted_as_storage_and_the_next_start_goes_o
     assert total.goodput == pytest.approx(counted / total.wall, rel=1e-6)
     assert min(last.end.seconds.values()) > 0
     assert sum(last.end.seconds.values()) < last.wall
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_not_finite_is_in_no_checkpoint(small: Small) -> None:
+    said = stopped(small, "saved", "saved", 4)
+    assert "step-000004 is not written (rank 0): NaN or infinite weights in decoder.layers.3.self_attention.li" in said
+    assert folders.newest(small.run_dir("saved")) is None
+    assert not folders.unfinished(small.run_dir("saved"))
+
+
+def test_names_the_sources_of_a_window_of_several() -> None:
+    from nemotron_h.data.feed.packing import PackedOrder
+    from nemotron_h.training.callbacks.nan_guard import NanGuard
+
+    order = PackedOrder({"code": np.array([5] * 4), "talk": np.array([5] * 4)}, {"code": 0.5, "talk": 0.5}, 40, seed=1)
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(order=order))
+    assert NanGuard._samples(trainer, {"sample_ids": torch.tensor([0, 1])}) == "0 (code, talk), 1 (code, talk)"

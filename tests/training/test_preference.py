@@ -4,71 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_run import Small, assert_same, changes_at_resume
+from small_run import PREFERENCE_STEPS, Small, assert_same, changes_at_resume, preference_recipe, write_pairs
 
 from nemotron_h.report.run import REPORT, read_run
 
 pytestmark = pytest.mark.slow
-STEPS = 6
-
-BLEND = """
-name: pairs
-tokenizer: {kind: bpe, blend: words}
-chat_template: nemotron_h
-sources:
-  pairs: {category: pairs, format: jsonl, chat: preference, path: pairs.jsonl, licence: ours, validation: 0.1}
-phases:
-  - {name: all, weights: {pairs: 100}}
-"""
-
-
-def preference_recipe(small: Small, name: str, loss: str = "dpo") -> Path:
-    """The recipe of `Small` as a preference training from the run `straight`."""
-    return small.variant(
-        name,
-        ("- /base/pretrain", "- /base/preference"),
-        (
-            "tokens: 6144 # 12 steps",
-            f"tokens: {STEPS * 1024}\ninit: {{checkpoint: {small.run_dir('straight')}}}\npreference: {{loss: {loss}}}",
-        ),
-        ("words.yaml", "pairs.yaml"),
-        ("seq_length: 64", "seq_length: 128"),
-        ("peak_lr: 1e-2, final_lr: 1e-4, warmup_tokens: 1024", "peak_lr: 3e-3, final_lr: 3e-4, warmup_tokens: 1024"),
-        ("every_steps: 4", "every_steps: 3"),
-        ("validate_every_steps: 6", "validate_every_steps: 3"),
-    )
+STEPS = PREFERENCE_STEPS
 
 
 @pytest.fixture(scope="module")
 def paired(small: Small, straight: dict[int, dict]) -> Small:
     """With pairs prepared beside the texts that `straight` was trained on: words of one kind are preferred."""
-    rng = random.Random(2)
-    words = [w for w in (small.folder / "low.jsonl").read_text().split()[:400] if w.isalpha()]
-    others = [w for w in (small.folder / "high.jsonl").read_text().split()[:400] if w.isalpha()]
-
-    def said(of: list[str]) -> str:
-        return " ".join(rng.choices(of, k=rng.randint(2, 8)))
-
-    lines = [
-        {
-            "prompt": said(words),
-            "chosen": said(words),
-            "rejected": said(others),
-            "chosen_reward": rng.uniform(0, 4),
-            "rejected_reward": rng.uniform(-4, 1),
-        }
-        for _ in range(200)
-    ]
-    (small.folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (small.folder / "pairs.yaml").write_text(BLEND)
-    small.prepare("pairs.yaml")
+    write_pairs(small)
     return small
 
 

@@ -121,6 +121,10 @@ class PackedOrder:
         index = int(np.searchsorted(self._ends, number, side="right"))
         return self.round(index)[number - (self._ends[index - 1] if index else 0)]
 
+    def sources(self, number: int) -> list[str]:
+        """Return the names of the sources that a window has conversations of."""
+        return sorted({item.source for item in self.window(number)})
+
     def cost(self, number: int) -> int:
         """Return a window's attention work: the sum of its conversations' squared lengths."""
         return sum(int(self.costs[item.source][item.number]) for item in self.window(number))

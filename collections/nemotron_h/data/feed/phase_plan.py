@@ -189,6 +189,10 @@ class DataOrder:
         """Return the first sample of a step; that is also the number of samples consumed before it."""
         return self.origin.sample + max(step - self.origin.step, 0) * self.plan.global_batch_size
 
+    def sources(self, sample: int) -> list[str]:
+        """Return the name of the source that a sample is of; a list, as of the orders whose samples have several."""
+        return [self.sampler[sample].source]
+
     def phase_at(self, step: int) -> PlannedPhase:
         """Return the phase that a step belongs to."""
         return self._phases[self.sampler.phase_of(self.sample_at(step))]

@@ -88,12 +88,13 @@ def prepare(
     Errors:
         UserError: bad input, no network, a full disk, or another preparation of the same folder under way.
     """
-    folder = data_root(root) / blend.name
+    folder, console = data_root(root) / blend.name, console or Console()
     try:
         with locked(folder, "prepared", "the blend's folder (--root)"):
-            return _Preparation(blend, folder.resolve(), workers or os.cpu_count() or 1, console or Console()).run(
-                force
-            )
+            return _Preparation(blend, folder.resolve(), workers or os.cpu_count() or 1, console).run(force)
+    except KeyboardInterrupt:
+        console.print("\nctrl-c: the same command continues; finished shards are kept", highlight=False)
+        raise
     except OSError as error:
         raise _system_error(error, folder) from error
 

@@ -16,9 +16,13 @@ from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
 from torch.distributed.checkpoint import CheckpointException
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.training.callbacks.run_record import RunRecord
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
+
+#: `torch.save` writes in C++, whose errors have no number
+_OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed")
 
 
 def describe_by_rank(checkpoint: Path) -> dict[str, list]:
@@ -91,7 +95,8 @@ class StepCheckpoint(nl.ModelCheckpoint):
         """Write a checkpoint, or raise one error on all ranks.
 
         Errors:
-            UserError: the disk has no room for it, or is full; its folder is there already, or cannot be written.
+            UserError: the disk has no room for it, or is full; its folder is there already, or cannot be written; a
+                weight is not finite.
         """
         folder = Path(ckpt_to_dir(filepath))
         then = "clear the cause and run the same command again: it continues from the newest checkpoint"
@@ -100,6 +105,7 @@ class StepCheckpoint(nl.ModelCheckpoint):
             problem = trainer.strategy.broadcast(problem)
             if problem is not None:
                 raise problem
+            self._check_finite(trainer, folder)
             try:
                 super()._save_checkpoint(trainer, filepath)
             except CheckpointException as error:
@@ -107,6 +113,11 @@ class StepCheckpoint(nl.ModelCheckpoint):
                 if any("[Errno" not in reason for reason in reasons):
                     raise
                 said = reasons[0] if reasons else "the first rank says why"  # failures are known there alone
+                raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
+            except RuntimeError as error:
+                if not any(words in str(error) for words in _OF_TORCH_SAVE):
+                    raise
+                said = f"{error}, as PyTorch says where the disk is full"
                 raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
 
     @contextlib.contextmanager
@@ -133,6 +144,27 @@ class StepCheckpoint(nl.ModelCheckpoint):
         except UserError as error:
             return error
         return None
+
+    @staticmethod
+    def _check_finite(trainer: pl.Trainer, folder: Path) -> None:
+        """Refuse to save a weight that is not finite. No step makes one, but broken memory does, and a run would never
+        get away from its checkpoint.
+
+        Errors:
+            UserError: on every rank, where a weight of any is not; that rank names it.
+        """
+        refused, problem = f"checkpoint {folder} is not written", None
+        named = trainer.lightning_module.named_parameters()
+        try:
+            weights = {name.split("module.")[-1]: weight for name, weight in named if weight.numel()}
+            check_weights(weights, f"{refused} (rank {trainer.global_rank})")
+        except UserError as error:
+            problem = error.message
+        if trainer.strategy.reduce_boolean_decision(problem is not None, all=False):
+            raise UserError(
+                problem or f"{refused}: weights of another rank are not finite",
+                hint="the same command continues from the newest checkpoint; if this comes again, check the machine",
+            )
 
     def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
         """Return True for any but the one just written: Lightning would keep the one that this process began from."""

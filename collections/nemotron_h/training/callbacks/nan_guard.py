@@ -108,7 +108,7 @@ class NanGuard(pl.Callback):
         if ids is None:
             return ""
         order = getattr(trainer.datamodule, "order", None)
-        sources = [f" ({order.sampler[int(i)].source})" if order is not None else "" for i in ids]
+        sources = [f" ({', '.join(order.sources(int(i)))})" if order is not None else "" for i in ids]
         return ", ".join(f"{int(i)}{source}" for i, source in zip(ids, sources, strict=True))
 
 
