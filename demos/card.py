@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from weights import differing
@@ -33,8 +32,9 @@ from nemotron_h.checkpoint.reader import find_checkpoint
 from nemotron_h.core import strict, strict_yaml
 from nemotron_h.core.errors import UserError, report
 from nemotron_h.core.files import whole_file
-from nemotron_h.core.progress import STEPS
+from nemotron_h.core.progress import STEPS, read_steps
 from nemotron_h.core.units import GIB
+from nemotron_h.platform.hardware import describe
 from nemotron_h.recipe.compose import compose, factory_of, locate, stage_of, to_yaml
 from nemotron_h.schema.recipe import STAGES, command_of
 
@@ -126,11 +126,10 @@ class Line:
 
 def hardware() -> str:
     """Return the name of this machine: its GPUs, or its processor and cores."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return f"{len(os.sched_getaffinity(0))} cores of {model or platform.processor() or platform.machine()}"
+    machine = describe()
+    if machine["gpus"]:
+        return f"{len(machine['gpus'])} x {machine['gpus'][0]}"
+    return f"{machine['cores']} cores of {machine['cpu'] or platform.machine()}"
 
 
 def program(name: str) -> str:
@@ -212,10 +211,7 @@ class Runs:
 
 def losses_of(run: Path) -> dict[int, float]:
     """Return the training losses of a run by step; of a step that was trained twice, the last."""
-    file = run / STEPS
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    steps = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
-    return {step["step"]: step["loss"] for step in steps}
+    return {step.step: step.loss for step in read_steps(run / STEPS)[0]}
 
 
 def compared(card: Card, runs: Runs) -> Iterator[Line]:
@@ -228,13 +224,13 @@ def compared(card: Card, runs: Runs) -> Iterator[Line]:
     losses, record = losses_of(run), json.loads((run / "run.json").read_text())
     for step, loss in card.losses.items():
         yield Line(f"loss of step {step}", loss, losses.get(int(step), math.nan), card.loss_tolerance)
-    speed = {"max_memory_gib": runs.peak_gib, **(record["throughput"] or {})}
+    speed = record["throughput"] or {}
+    speed["memory_gib"] = speed.get("max_memory_gib", runs.peak_gib)
     here = hardware() == card.hardware
     for key, name in SPEED.items():
         if (stated := getattr(card, key)) is not None:
             tolerance = card.memory_tolerance if key == "memory_gib" else card.speed_tolerance
-            measured = speed.get("max_memory_gib" if key == "memory_gib" else key, math.nan)
-            yield Line(name, stated, measured, tolerance if here else None)
+            yield Line(name, stated, speed.get(key, math.nan), tolerance if here else None)
     if card.resume_after is not None:
         runs.train("resumed", stop_after=card.resume_after)
         again = runs.train("resumed")

@@ -12,6 +12,7 @@ import pytest
 
 from nemotron_h.core import strict, strict_yaml
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.progress import Step
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "docs/cards").glob("*.yaml"))
@@ -50,8 +51,11 @@ class Recorded:
 def test_what_differs_is_said(card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, losses in (("run", {1: 4.0, 2: 3.0}), ("resumed", {1: 4.0, 2: 3.5})):
         (tmp_path / name).mkdir()
-        lines = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()]
-        (tmp_path / name / "progress.jsonl").write_text("".join(lines) + '{"step": 3, "lo')  # half written
+        file = tmp_path / name / "progress.jsonl"
+        for step, loss in losses.items():
+            Step(step, 2, loss, 4.0, [], 1000.0, 1e-3, 0.0).append(file)
+        with file.open("a") as opened:
+            opened.write('{"step": 3, "lo')  # half written
         (tmp_path / name / "run.json").write_text(json.dumps({"throughput": {"seconds_per_step": 2.0}}))
     monkeypatch.setattr(card, "find_checkpoint", lambda path: path)
     monkeypatch.setattr(card, "differing", lambda one, other: ["norm.weight"])

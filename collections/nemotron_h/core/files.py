@@ -9,13 +9,14 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemotron_h.core.errors import UserError
 
+T = TypeVar("T")
 _PIECE = 1 << 20
 
 
@@ -144,3 +145,20 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return content
+
+
+def parsed_lines(file: Path, parse: Callable[[bytes], T]) -> tuple[list[T], list[int]]:
+    """Return what `parse` makes of each line of a file, in order, and the numbers of the lines that it refuses; both
+    empty where there is no file. A process that was killed, or a full disk, leaves half a line.
+
+    Args:
+        parse: raises ValueError for a line that is none.
+    """
+    parsed, refused = [], []
+    with suppress(FileNotFoundError), file.open("rb") as opened:
+        for number, line in enumerate(opened, 1):
+            try:
+                parsed.append(parse(line))
+            except ValueError:
+                refused.append(number)
+    return parsed, refused

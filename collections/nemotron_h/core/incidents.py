@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from nemotron_h.core.files import parsed_lines
 
 #: in a run's folder
 INCIDENTS = "incidents.jsonl"
@@ -85,14 +86,5 @@ class Incident:
 
 
 def read_incidents(file: Path) -> tuple[list[Incident], list[int]]:
-    """Return the incidents of a file in the order of its lines, and the numbers of lines that are none; both empty
-    where there is no file.
-    """
-    incidents, unreadable = [], []
-    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
-        for number, line in enumerate(opened, 1):
-            try:
-                incidents.append(Incident.parse(line))
-            except ValueError:
-                unreadable.append(number)
-    return incidents, unreadable
+    """Return the incidents of a file and the numbers of unreadable lines, as `parsed_lines` does."""
+    return parsed_lines(file, Incident.parse)

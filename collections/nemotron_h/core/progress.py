@@ -22,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from nemotron_h.core.files import parsed_lines
 from nemotron_h.core.units import duration
 
 #: seconds between plain lines
@@ -101,17 +102,8 @@ _NUMBERS = ("step", "steps", "loss", "validation_loss", "tokens_per_second", "lr
 
 
 def read_steps(file: Path) -> tuple[list[Step], list[int]]:
-    """Return the steps of a file in the order of its lines, and the numbers of lines that are none; both empty where
-    there is no file. A run that was killed, or a full disk, leaves half a line.
-    """
-    steps, unreadable = [], []
-    with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
-        for number, line in enumerate(opened, 1):
-            try:
-                steps.append(Step.parse(line))
-            except ValueError:
-                unreadable.append(number)
-    return steps, unreadable
+    """Return the steps of a file and the numbers of unreadable lines, as `parsed_lines` does."""
+    return parsed_lines(file, Step.parse)
 
 
 class Steps:
