@@ -13,7 +13,7 @@ from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-EXPORTED = ("nemotron_h_tiny", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_56b", "nano_9b_v2", "mamba2_8b")
+EXPORTED = ("nemotron_h_tiny", "nemotron_h_8b", "nemotron_h_47b", "nano_4b", "nano_9b_v2", "mamba2_8b")
 
 
 def shipped(name: str) -> ModelDefinition:

@@ -54,9 +54,11 @@ def op_cases() -> Iterator[tuple[str, Any, Any, list[torch.Tensor], dict[str, An
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", generator=rng)
 
-    batch, length, heads, width, groups, state = 2, 300, 8, 64, 2, 128
+    batch, length, heads, groups, state = 2, 300, 8, 2, 128
     documents = (torch.arange(length, device="cuda")[None] // 77).int().expand(batch, -1).contiguous()
-    for name, seq_idx in (("scan", None), ("scan with documents", documents)):
+    # heads of 80 are those of Nano 4B, 9B and 12B
+    scans = (("scan", 64, None), ("scan with documents", 64, documents), ("scan of 80", 80, documents))
+    for name, width, seq_idx in scans:
         inputs = [
             normal(batch, length, heads, width),
             normal(batch, length, heads),

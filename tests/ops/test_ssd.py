@@ -80,6 +80,12 @@ def test_groups(groups, dtype):
     compare(make(2, 40, groups=groups), dtype)
 
 
+def test_the_widths_of_the_family():
+    """Heads of 64 and 80 channels, a state of 128."""
+    for head_dim in (64, 80):
+        compare(make(1, 40, heads=4, head_dim=head_dim, n=128), torch.float32)
+
+
 @pytest.mark.parametrize("speed", [1e-3, 0.05, 1.0, 10.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slow_and_fast_decay(speed, dtype):

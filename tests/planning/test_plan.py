@@ -122,11 +122,12 @@ def test_the_47b_fits_the_paper_s_budget_only_with_fp4_keys_and_values() -> None
         ("nemotron_h_8b", 96, 16),
         ("nemotron_h_47b", 720, 20),
         ("nemotron_h_56b", 864, 40),
+        ("nano_4b", 78.75, 16),
         ("nano_9b_v2", 135, 16),
         ("nano_12b_v2", 140, 24),
     ],
 )
-def test_states_per_sequence(name: str, ssm_mib: int, kv_kib: int) -> None:
+def test_states_per_sequence(name: str, ssm_mib: float, kv_kib: int) -> None:
     memory = inference_memory(definition(name), Serving(1000))
     assert memory.ssm_states / 2**20 == ssm_mib
     assert memory.kv_cache / 1000 / 2**10 == kv_kib

@@ -31,7 +31,7 @@ NO_SOURCE = (
 )
 FAMILY = {
     *("nemotron_h_4b", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_47b_paper", "nemotron_h_56b", "nemotron_t_8b"),
-    *("mamba2_8b", "mamba2_hybrid_8b", "nano_9b_v2", "nano_12b_v2"),
+    *("mamba2_8b", "mamba2_hybrid_8b", "nano_4b", "nano_9b_v2", "nano_12b_v2"),
     *("nemotron_h_tiny", "nemotron_h_100m", "nemotron_h_400m", "nemotron_h_1b"),
 }
 
