@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,7 @@ WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe
 KNOW_FRAMEWORKS = frozenset({"model", "platform", "precision", "training", "launch"})
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Return module name (without `nemotron_h.`) -> file."""
     files = sorted(LIBRARY.rglob("*.py"))
@@ -67,13 +69,15 @@ def loads(module: str) -> set[str]:
     while left:
         name = left.pop()
         loaded.add(name)
-        tree = ast.parse(files[name].read_text())
-        names = {
-            f"{node.module}.{alias.name}" if each else node.module
-            for node in tree.body
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-            for each in (False, True)
-        }
-        left |= {name.removeprefix("nemotron_h.") for name in names}.intersection(files) - loaded
+        left |= _at_import(files[name]).intersection(files) - loaded
     return loaded
+
+
+@functools.cache
+def _at_import(file: Path) -> frozenset[str]:
+    """Return what the import of a file imports of the library."""
+    statements = (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom))
+    names = {
+        name for node in statements for alias in node.names for name in (node.module, f"{node.module}.{alias.name}")
+    }
+    return frozenset(str(name).removeprefix("nemotron_h.") for name in names)

@@ -91,6 +91,13 @@ def test_a_stage_loads_none_of_the_others(stage: str) -> None:
         assert {m for m in loaded if m.startswith(others[other])} <= {"training.stages.distillation.command"}, other
 
 
+def test_modules_import_in_any_order() -> None:
+    """A module whose imports come back to it loads, or not, by which of them is asked for first."""
+    loaded = {module: house.loads(module) for module in house.modules()}
+    cycles = {tuple(sorted((one, two))) for one, names in loaded.items() for two in names - {one} if one in loaded[two]}
+    assert not cycles
+
+
 def test_files_are_short() -> None:
     lengths = {module: len(file.read_text().splitlines()) for module, file in house.modules().items()}
     assert not {module for module, length in lengths.items() if length > 500}

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from save_checkpoint import finish, save
 from small_model import VOCABULARY, pure_config, small_model
 from small_tokenizer import train_small
+from typer.testing import CliRunner
 
+from nemotron_h.checkpoint.reader import WeightFile
+from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.export import hf_writer
 
@@ -321,3 +324,26 @@ def test_tensors_of_another_model(folder: Path) -> None:
     content["weight_map"]["backbone.layers.9.norm.weight"] = "more.safetensors"
     index.write_text(json.dumps(content))
     refused(folder, r"1 tensors have no place in the model of its config\.json: backbone\.layers\.9\.norm\.weight")
+
+
+def test_outlying_embedding_rows(folder: Path, tmp_path: Path) -> None:
+    """They are named in any case, and replaced on request."""
+    name = "backbone.embeddings.weight"
+    file = next(file for file in folder.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(file)
+    tensors[name][[7, 9]] = 0
+    save_file(tensors, file, {"format": "pt"})
+    said = CliRunner().invoke(app, ["import", "hf", str(folder), str(tmp_path / "kept")], catch_exceptions=False)
+    assert "outlying embedding rows, kept; --repair-embeddings replaces them: 7 " in said.output
+    invoke("import", "hf", folder, tmp_path / "repaired", "--repair-embeddings")
+    record = json.loads((tmp_path / "repaired" / "run.json").read_text())["embedding_rows"]
+    assert record["repaired"] is True
+    assert list(record["outliers"]) == ["7", "9"]
+    norms = {}
+    for out in ("kept", "repaired"):
+        file = WeightFile(tmp_path / out)
+        weight = torch.empty(file.shapes["embedding.word_embeddings.weight"])
+        file.read({"embedding.word_embeddings.weight": weight})
+        norms[out] = weight.norm(dim=1)
+    assert norms["kept"][[7, 9]].tolist() == [0, 0]
+    assert torch.allclose(norms["repaired"][[7, 9]], norms["repaired"].median().expand(2), rtol=1e-2)

@@ -164,6 +164,13 @@ def import_hf(
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
+    repair_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--repair-embeddings",
+            help="Give rows of the embedding whose norm is 1,000 times off the direction of the output layer's row.",
+        ),
+    ] = False,
 ) -> None:
     """Read a Hugging Face folder into a checkpoint: weights, model definition (model.yaml), tokenizer.
 
@@ -171,14 +178,16 @@ def import_hf(
     and compared with the Hub's hashes.
     """
     from nemotron_h.core import hub
+    from nemotron_h.data.tokenizer import token_of
     from nemotron_h.export import hf_reader, hub_import
     from nemotron_h.export.folder import check_new
 
     if hub.is_hub(folder):
         repository = hub.parse(str(folder), "import hf")
         if out is None:
-            if name is not None:
-                raise UserError("--name is for an OUT: in the cache a model has the repository's name", "Name an OUT.")
+            if name is not None or repair_embeddings:
+                option = "--repair-embeddings" if name is None else "--name"
+                raise UserError(f"{option} is for an OUT: in the cache a model is as its repository", "Name an OUT.")
             hub_import.obtain(str(folder), "import hf", say=typer.echo)
             typer.echo(f"{hub_import.folder_of(repository)}: {folder}")
             return
@@ -189,7 +198,10 @@ def import_hf(
     else:
         source = hf_reader.examine(folder, name)
     with progress("importing", source.size) as bar:
-        hf_reader.write(source, out, bar.advance)
+        outliers = hf_reader.write(source, out, bar.advance, repair_embeddings)
+    if outliers.norms:
+        then = "replaced" if repair_embeddings else "kept; --repair-embeddings replaces them"
+        typer.echo(f"outlying embedding rows, {then}: {outliers.described(token_of(source.tokenizer))}", err=True)
     parameters = f"{source.definition.parameters:,} parameters"
     typer.echo(f"{out}: {source.definition.name}, {parameters} in {str(source.dtype).removeprefix('torch.')}")
 

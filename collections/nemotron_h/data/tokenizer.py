@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,15 @@ def load_tokenizer(path: str | Path, kind: str | None = None) -> Tokenizer:
         reason = error if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)
         raise UserError(f"{path}: cannot load the {kind} tokenizer: {reason}", "Restore its files.") from error
     return tokenizer
+
+
+def token_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    """Return what gives the text of a token by its id: empty without a tokenizer, and for rows of padding."""
+
+    def token(number: int) -> str:
+        return tokenizer.ids_to_text([number]) if tokenizer and number < tokenizer.vocab_size else ""
+
+    return token
 
 
 def nemo_tokenizer(path: str | Path) -> Tokenizer:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint.embedding_rows import Outliers, find_outliers, replacements
 from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
@@ -27,6 +28,8 @@ from nemotron_h.inference.trained_tokenizer import identity
 SINGLE = "model.safetensors"
 #: float32 holds every number of each
 _DTYPES = ("F32", "BF16", "F16")
+#: names of the embedding and the output layer there
+_EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
 _NAMED = 5  # tensors that an error lists
 
 
@@ -175,21 +178,29 @@ def _dtype(folder: Path, tensors: TensorFolder, rows: list[Weight]) -> torch.dty
     return torch.bfloat16 if dtypes == {"BF16"} else torch.float32
 
 
-def write(source: Source, out: Path, advance: Advance = lambda _: None) -> None:
+def write(source: Source, out: Path, advance: Advance = lambda _: None, repair_embeddings: bool = False) -> Outliers:
     """Write the checkpoint: weights, record, model definition, and the tokenizer where the folder has one.
 
     Args:
         source: of `examine`.
         out: the checkpoint's folder; must not exist.
         advance: told the bytes of each written tensor.
+        repair_embeddings: give outliers among the embedding's rows new ones; the record tells of them in any case.
+    Returns:
+        the outliers of the folder's embedding.
     Errors:
         UserError: `out` exists, the disk is full, or weights are NaN or infinite.
     """
+    words = source.definition.vocab_size
     with new_folder(out, source.size) as folder, TensorFolder(source.folder) as tensors:
+        outliers = find_outliers(tensors.read(_EMBEDDING), words)
 
         def read(row: Weight) -> dict[str, Tensor]:
             theirs = {name: tensors.read(name) for name in row.theirs}
             check_weights(theirs, str(source.folder))
+            if repair_embeddings and _EMBEDDING in theirs and outliers.norms:
+                rows = replacements(outliers, tensors.read(_HEAD))
+                theirs[_EMBEDDING][list(outliers.norms)] = rows.to(theirs[_EMBEDDING])
             return row.to_ours(torch.cat([tensor.to(row.dtype(source.dtype)) for tensor in theirs.values()]))
 
         write_weights(folder, source.definition, source.dtype, read, advance)
@@ -199,6 +210,8 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None) -> None:
             data |= {"tokenizer": TOKENIZER, **identity(tokenizers.copy(source.tokenizer, folder / TOKENIZER))}
         record = {
             "data": data,
+            **outliers.record(repair_embeddings),
             "imported": {"from": str(source.folder.absolute()), **({"hub": source.origin} if source.origin else {})},
         }
         finish(folder, source.definition, record, "Imported; counts and parameters are checked when it is loaded.")
+    return outliers

@@ -204,9 +204,12 @@ class InitSchema:
     Attributes:
         checkpoint: a run's folder, one of its checkpoints, or `hub:organisation/name@revision` of the Hugging Face
             Hub: weights are taken, the optimizer starts anew. Null draws them from `init_seed`.
+        repair_embeddings: give rows of the input embedding whose norm is far from the others' (they are named in any
+            case) the direction of the output layer's row, at the median norm. Released models have some near zero.
     """
 
     checkpoint: str | None = None
+    repair_embeddings: bool = False
 
 
 @dataclass

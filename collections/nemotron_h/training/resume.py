@@ -22,6 +22,7 @@ from nemotron_h.export.hub_import import obtain
 from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.recipe.checks import check_blend_change
 from nemotron_h.training.callbacks import run_report
+from nemotron_h.training.callbacks.embedding_rows import EmbeddingRows
 from nemotron_h.training.callbacks.run_record import plain
 from nemotron_h.training.preflight import check_layout
 
@@ -90,6 +91,7 @@ class ResumeRun(nl.AutoResume):
             the checkpoint's, from its step on.
         init_checkpoint: a run's folder or a checkpoint, whose weights a run without checkpoints of its own starts from;
             one of the Hub is fetched then.
+        repair_embeddings: replace the outliers among the rows of those weights' embedding.
     """
 
     resume_if_exists: bool = True
@@ -97,6 +99,7 @@ class ResumeRun(nl.AutoResume):
     must_exist: bool = False
     blend_change: str | None = None
     init_checkpoint: str | None = None
+    repair_embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_blend_change(self.blend_change)
@@ -163,8 +166,9 @@ class ResumeRun(nl.AutoResume):
         if model.config.adapter is not None:
             self._freeze(checkpoint, trainer)
         trainer.strategy.init_checkpoint = self.init_checkpoint
+        trainer.strategy.repair_embeddings = self.repair_embeddings
         trainer.strategy.restore_config = nl.RestoreConfig(path=str(checkpoint), load_optim_state=False)
-        trainer.callbacks.append(CheckTokenizer(checkpoint))
+        trainer.callbacks += [CheckTokenizer(checkpoint), EmbeddingRows(checkpoint, self.repair_embeddings)]
         if self._rank == 0:
             print(f"weights from {checkpoint}")
 
@@ -238,9 +242,14 @@ class ResumeRun(nl.AutoResume):
 
     def _check_initial_weights(self, path: Path, trainer: pl.Trainer, model: Any, hint: str) -> None:
         """Refuse other initial weights than the run began with; an adapter's frozen ones may have been moved."""
-        now = {"init_seed": model.config.init_seed, "init.checkpoint": self.init_checkpoint}
-        recorded = {**now, **read_record(path).get("settings", {})}
+        now = {
+            "init_seed": model.config.init_seed,
+            "init.checkpoint": self.init_checkpoint,
+            "init.repair_embeddings": self.repair_embeddings,
+        }
+        recorded = {**now, "init.repair_embeddings": False, **read_record(path).get("settings", {})}
         trainer.strategy.init_checkpoint = recorded["init.checkpoint"]
+        trainer.strategy.repair_embeddings = recorded["init.repair_embeddings"]
         if self.init_checkpoint is None or model.config.adapter is not None:
             del now["init.checkpoint"]
         changed = [

@@ -31,7 +31,6 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import FINITE, check_number, nearest, ranges
 from nemotron_h.recipe.overrides import HINT, check_data, is_object, names_under, parts
 from nemotron_h.schema.recipe import RecipeConfig
-from nemotron_h.training.strategy import NemotronHTrainer
 
 _DATA_ONLY = ContextVar("data_only", default=False)
 
@@ -261,7 +260,7 @@ def unknown_key(task: nemo_run.Partial, dotted: str) -> UserError | None:
 def is_of_a_recipe(task: nemo_run.Partial) -> bool:
     """Tell whether a task was built from a recipe of this project."""
     trainer = getattr(task, "trainer", None)
-    return isinstance(trainer, fdl.Buildable) and fdl.get_callable(trainer) is NemotronHTrainer
+    return isinstance(trainer, fdl.Buildable) and fdl.get_callable(trainer).__module__.startswith("nemotron_h.")
 
 
 def _keys(node: fdl.Buildable) -> set[str]:

@@ -102,10 +102,12 @@ class NemotronHStrategy(nl.MegatronStrategy):
         adapter_base: the checkpoint of the frozen weights, where the model has adapters. Checkpoints then hold the
             adapters and their optimizer alone.
         init_checkpoint: the recipe's `init.checkpoint` where the run began; None is weights of `init_seed`.
+        repair_embeddings: its `init.repair_embeddings`.
     """
 
     adapter_base: Path | None = None
     init_checkpoint: str | None = None
+    repair_embeddings: bool = False
 
     def __init__(
         self,

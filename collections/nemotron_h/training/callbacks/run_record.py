@@ -25,6 +25,7 @@ from nemotron_h.platform import hardware
 from nemotron_h.recipe.compose import to_yaml
 from nemotron_h.schema.recipe import command_of
 from nemotron_h.training import settings, trackers
+from nemotron_h.training.callbacks.embedding_rows import EmbeddingRows
 from nemotron_h.training.callbacks.progress import TERMS, StageMetrics, Throughput
 
 VERSIONED = (
@@ -98,6 +99,7 @@ class RunRecord(pl.Callback):
         """Note what does not change during this process."""
         resumed = read_record(Path(str(trainer.ckpt_path))) if trainer.ckpt_path else {}
         self.metrics, self.changes = resumed.get("metrics", {}), resumed.get("changes", [])
+        self.start = {key: resumed[key] for key in ("embedding_rows",) if key in resumed}
         self.settings = plain(settings_in_force(trainer, pl_module))
         self.changed = changed_settings(resumed["settings"], self.settings) if "settings" in resumed else {}
         if self.changed:
@@ -179,6 +181,7 @@ class RunRecord(pl.Callback):
             "model": plain(vars_of(config)),
             **adapter_of(config, strategy),
             **config.record(),
+            **next((cb.record() for cb in trainer.callbacks if isinstance(cb, EmbeddingRows)), self.start),
             "data": data.record(),
             "metrics": self.metrics,
             "throughput": next((cb.record() for cb in trainer.callbacks if isinstance(cb, Throughput)), None),
@@ -260,6 +263,7 @@ def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> dict[s
         "trainer.max_steps": trainer.max_steps,
         "init_seed": module.config.init_seed,
         "init.checkpoint": strategy.init_checkpoint,
+        "init.repair_embeddings": strategy.repair_embeddings,
         "precision": getattr(trainer.precision_plugin, "recipe", trainer.precision),
         "parallel.ranks": trainer.world_size,
         "parallel.tensor": strategy.tensor_model_parallel_size,

@@ -55,7 +55,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
     task = assemble(recipe, llm.pretrain, BlendDataModule, horizon_tokens=horizon_of(recipe).tokens)
-    task.resume.init_checkpoint = recipe.init.checkpoint
     return with_overrides(task, recipe)
 
 
@@ -158,7 +157,12 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             project=recipe.log.project,
             extra_loggers=[],  # a list to add to, which a default of its class is not
         ),
-        resume=run.Config(ResumeRun, blend_change=recipe.resume.blend_change),
+        resume=run.Config(
+            ResumeRun,
+            blend_change=recipe.resume.blend_change,
+            init_checkpoint=recipe.init.checkpoint,
+            repair_embeddings=recipe.init.repair_embeddings,
+        ),
         optim=run.Config(
             scheduled_adamw,
             peak_lr=optim.peak_lr,

@@ -23,7 +23,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
     task.tokenizer = "data"
     # windows differ in how many tokens they teach: a mean over all of a step's, not of micro-batches' means
     task.model.config.calculate_per_token_loss = True
-    task.resume.init_checkpoint = recipe.init.checkpoint
     adapt(task, recipe)
     return with_overrides(task, recipe)
 

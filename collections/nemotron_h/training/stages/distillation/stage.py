@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import lightning.pytorch as pl
 import nemo_run as run
 import torch
@@ -41,9 +42,7 @@ def build(recipe: RecipeConfig) -> run.Partial:
     """
     task = assemble(recipe, distill, BlendDataModule, horizon_tokens=horizon_of(recipe).tokens)
     train_with(task, DistillationModel, DistillationConfig, recipe.distill)
-    task.resume = run.Config(
-        ResumeDistillation, blend_change=recipe.resume.blend_change, init_checkpoint=recipe.init.checkpoint
-    )
+    fdl.update_callable(task.resume, ResumeDistillation)
     task.trainer.callbacks.insert(0, run.Config(DistillationTerms))
     return with_overrides(task, recipe)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import fiddle as fdl
 import nemo_run as run
 from nemo.collections import llm
 
@@ -100,6 +101,6 @@ def build(recipe: RecipeConfig) -> run.Partial:
     # Megatron then divides a step's gradients by what the loss counts: pairs, of all micro-batches and ranks
     task.model.config.calculate_per_token_loss = True
     task.trainer.callbacks.insert(0, run.Config(PreferenceMetrics))  # before the progress line, which shows them
-    task.resume = run.Config(PreferenceResume, init_checkpoint=recipe.init.checkpoint)
+    fdl.update_callable(task.resume, PreferenceResume)
     adapt(task, recipe)
     return with_overrides(task, recipe)
