@@ -1,7 +1,8 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [key=value ...]`: overrides of the built
-recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal` sends a signal to the process
+recipe are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written
+is whole, so that a test knows where the next start continues, `signal` sends a signal to the process
 group of one rank during it, `save` while its checkpoint is written. Each step appends to `steps.jsonl` beside the run:
 the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the
 numbers of the samples that this rank read.
@@ -110,6 +111,7 @@ class Recorder(pl.Callback):
                 file.write(json.dumps(record) + "\n")
         READ.clear()
         if trainer.global_step == self.kill:
+            trainer.checkpoint_callback.finish(trainer)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
