@@ -59,7 +59,7 @@ class Save:
 
     def line(self) -> str:
         """Return what it cost, for the run's output."""
-        once = f" ({self.allocating:.1f} s of it to allocate memory, once)" if self.allocating else ""
+        once = f" ({self.allocating:.1f} s of it to allocate memory, once)" if self.allocating >= 0.05 else ""
         return (
             f"checkpoint step {self.step:,}: {gib(self.bytes)}, training waited {self.waited:.1f} s{once}, written in "
             f"{self.writing:.1f} s ({self.bytes / max(self.writing, 1e-9) / 1e9:.2g} GB/s)"
