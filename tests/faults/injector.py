@@ -137,7 +137,7 @@ def watch(injector: Injector) -> None:
     fit = pl.Trainer.fit
 
     def watched(self: pl.Trainer, *args: Any, **kwargs: Any) -> Any:
-        self.callbacks[:0] = [Recorder(None, None, None), Moments()]
+        self.callbacks[:0] = [Recorder(), Moments()]
         return fit(self, *args, **kwargs)
 
     pl.Trainer.fit = watched

@@ -76,7 +76,8 @@ def of_resume(small: Small, stage: Stage, name: str, before: list[int], whole: P
         left: the run before it said that it had written a checkpoint.
     """
     reached, kept = max(before, default=0), folders.step_of(whole) if whole else 0
-    due = (reached - 1) // stage.every * stage.every if reached else 0  # one of this very step may be half written
+    # one of this very step may be half written, and that of before where training went on while it was
+    due = max(0, (reached - 1) // stage.every - 1) * stage.every if reached else 0
     if left and kept != reached:
         return f"left at step {reached} with a checkpoint of step {kept}"
     if kept < due:

@@ -2,42 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
-
-import psutil
 import pytest
 import torch
-
-
-def test_checkpoints_are_written_without_another_process(tmp_path: Path) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-    from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
-    from torch.distributed.checkpoint.metadata import MetadataIndex
-    from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
-
-    from nemotron_h.platform import megatron_fixes
-
-    def write(*paths: Path) -> Any:
-        results: SimpleQueue = SimpleQueue()
-        item = WriteItem(MetadataIndex("weight"), WriteItemType.TENSOR)
-        buckets = [(str(path), path.name, ([], [(item, torch.arange(10_000.0))])) for path in paths]
-        FileSystemWriterAsync.write_preloaded_data_multiproc([_StorageWriterTransforms()], False, 0, buckets, results)
-        return results.get_nowait()
-
-    megatron_fixes.install()
-    before = set(psutil.Process().children(recursive=True))
-    written = write(tmp_path / "a", tmp_path / "b")
-    assert set(psutil.Process().children(recursive=True)) <= before
-    for number, name in enumerate("ab"):
-        assert written[number][0].size_in_bytes == (tmp_path / name).stat().st_size
-        assert torch.equal(torch.load(tmp_path / name), torch.arange(10_000.0))
-    full = write(tmp_path / "c", Path("/dev/full"))
-    assert (type(full), full.errno, full.filename) == (OSError, errno.ENOSPC, "/dev/full")
-    missing = write(tmp_path / "absent" / "a")
-    assert (missing.errno, missing.filename) == (errno.ENOENT, str(tmp_path / "absent" / "a"))
 
 
 def test_checkpoints_are_read_by_torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:

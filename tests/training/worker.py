@@ -1,19 +1,26 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
-`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [key=value ...]`: overrides of the built
-recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal` sends a signal to the process
-group of one rank during it, `save` while its checkpoint is written. Each step appends to `steps.jsonl` beside the run:
+`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [write=STEP:RANK:NAME] [slow=SECONDS]
+[bug=STEP] [key=value ...]`: overrides of the built
+recipe are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written
+is whole, so that a test knows where the next start continues, `signal` sends a signal to the process
+group of one rank during it, `save` while its checkpoint is copied, `write` while threads write it, which may be an
+error's name too, that the thread meets; `slow` are seconds that a thread takes for a megabyte, and `bug` is an
+exception on every rank in that step. Each step appends to `steps.jsonl` beside the run:
 the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the
 numbers of the samples that this rank read.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 from nemotron_h.platform import quiet
@@ -25,10 +32,12 @@ import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
 import torch  # noqa: E402
 
+from nemotron_h.checkpoint import folders  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.data.feed.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.data.feed.preference_module import PairDataset  # noqa: E402
 from nemotron_h.data.feed.sft_module import PackedDataset  # noqa: E402
+from nemotron_h.platform import checkpoint_writer  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 from nemotron_h.training.stages import pretrain, sft  # noqa: E402
@@ -69,20 +78,51 @@ def open_ports() -> list[str]:
 class Recorder(pl.Callback):
     """Append a line per step; kill or signal the process when told."""
 
-    def __init__(self, kill: int | None, signal: str | None, save: str | None) -> None:
-        self.kill = kill
-        self.told = {"signal": signal, "save": save}
+    def __init__(
+        self,
+        kill: int | None = None,
+        signal: str | None = None,
+        save: str | None = None,
+        write: str | None = None,
+        slow: float = 0.0,
+        bug: int | None = None,
+    ) -> None:
+        self.kill, self.slow, self.bug = kill, slow, bug
+        self.told = {"signal": signal, "save": save, "write": write}
+
+    def watch_threads(self, rank: int) -> None:
+        """Slow down the threads that write checkpoints, and disturb one in the middle of a file."""
+        write, advance, writing = checkpoint_writer._write, checkpoint_writer.advance, threading.local()
+
+        def watched(transforms, bucket):
+            writing.step = folders.step_of(Path(bucket[0]).parents[1])
+            writing.bytes = 0
+            return write(transforms, bucket)
+
+        def slowly(size: int) -> None:
+            advance(size)
+            time.sleep(self.slow * size / 1e6)
+            before, writing.bytes = writing.bytes, writing.bytes + size
+            if before <= 400_000 < writing.bytes:
+                self.tell("write", writing.step, rank)
+
+        checkpoint_writer._write, checkpoint_writer.advance = watched, slowly
 
     def tell(self, when: str, step: int, rank: int) -> None:
         told = self.told[when]
         if told and told.rsplit(":", 1)[0] == f"{step}:{rank}":
-            number = getattr(signal, told.rsplit(":", 1)[1])
+            name = told.rsplit(":", 1)[1]
+            if hasattr(errno, name):
+                raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+            number = getattr(signal, name)
             subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"], start_new_session=True, check=True)
 
     def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
         self.tell("save", trainer.global_step, trainer.global_rank)
 
     def on_train_start(self, trainer, pl_module) -> None:
+        if self.slow or self.told["write"]:
+            self.watch_threads(trainer.global_rank)
         if not torch.cuda.is_available():  # NCCL's ranks meet on the network's interface
             assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
         if not trainer.global_step and trainer.world_size == 1:
@@ -91,6 +131,8 @@ class Recorder(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self.tell("signal", trainer.global_step + 1, trainer.global_rank)
+        if trainer.global_step + 1 == self.bug:
+            raise RuntimeError("a bug of a step")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         metrics = trainer.callback_metrics
@@ -110,6 +152,7 @@ class Recorder(pl.Callback):
                 file.write(json.dumps(record) + "\n")
         READ.clear()
         if trainer.global_step == self.kill:
+            trainer.checkpoint_callback.finish(trainer)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -123,12 +166,12 @@ def main(recipe: str, *options: str) -> None:
         "distill": distill.build,
     }
     task = builders[composed.stage](composed)
-    given = {"kill": None, "signal": None, "save": None}
+    given, numbers = {}, {"kill": int, "slow": float, "bug": int}
     changed = []
     for option in options:
         key, value = option.split("=", 1)
-        if key in given:
-            given[key] = int(value) if key == "kill" else value
+        if key in ("kill", "signal", "save", "write", "slow", "bug"):
+            given[key] = numbers.get(key, str)(value)
         else:
             changed.append(option)
     change(task, changed, "worker.py")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
-from queue import Queue, SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers
+
+from nemotron_h.platform import checkpoint_writer
 
 
 def install() -> None:
@@ -22,7 +21,7 @@ def install() -> None:
     _order_mixed_precision_groups()
     _accumulate_weight_gradients_without_apex()
     _flatten_products_of_frozen_weights()
-    _write_checkpoints_in_threads()
+    checkpoint_writer.install()
     _norm_and_clip_gradients_of_each_dtype()
     _multiply_shapes_with_numpy_2()
     _read_files_with_torch()
@@ -112,46 +111,6 @@ def _order_mixed_precision_groups() -> None:
 
     build.nemotron_h = True  # type: ignore[attr-defined]
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(build)
-
-
-def _write_checkpoints_in_threads() -> None:
-    """Write the files of a checkpoint in threads of the rank.
-
-    megatron-core forks a process for each file and spawns another one for their results, which first imports all that
-    the run imports. A signal to the process group (Slurm, systemd, GNU timeout and ctrl-c send such) ends them and with
-    them the save, and the spawned one outlives a rank that is killed. Threads know neither, and an error of the file
-    system arrives as it was raised.
-    """
-    writer = filesystem_async.FileSystemWriterAsync
-    if getattr(writer.write_preloaded_data_multiproc, "nemotron_h", False):
-        return
-
-    def write(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: SimpleQueue) -> None:
-        counts, outcomes = Queue(), SimpleQueue()
-        for _ in buckets:
-            counts.put(None)
-        with ThreadPoolExecutor(len(buckets)) as pool:
-            for number, bucket in enumerate(buckets):
-                arguments = (transforms, number, bucket, outcomes, counts, True)
-                pool.submit(writer.write_preloaded_data, *arguments, use_msc=use_msc)
-        written = dict(outcomes.get_nowait() for _ in buckets)
-        errors = [(number, error) for number, error in written.items() if isinstance(error, Exception)]
-        results.put(_of_file_system(errors[0][1], buckets[errors[0][0]][0]) if errors else written)
-
-    write.nemotron_h = True  # type: ignore[attr-defined]
-    writer.write_preloaded_data_multiproc = staticmethod(write)
-    filesystem_async._results_queue = SimpleQueue()
-
-
-def _of_file_system(error: Exception, path: str) -> Exception:
-    """Return the operating system's error behind one of a write, with the file's path, or the error itself.
-
-    torch closes a file that could not be written to, fails again, and hides the first error behind the second.
-    """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return error if cause is None else OSError(cause.errno, cause.strerror, path)
 
 
 def _norm_and_clip_gradients_of_each_dtype() -> None:

@@ -129,8 +129,8 @@ def since_checkpoint(folder: Path, began: float, until: float) -> tuple[int | No
     whole = folders.finished(folder)
     if not whole:
         return None, round(max(0.0, until - began), 3)
-    written = (whole[0] / folders.INTEGRITY).stat().st_mtime
-    return folders.step_of(whole[0]), round(max(0.0, until - max(written, began)), 3)
+    saved = (whole[0] / folders.RECORD).stat().st_mtime  # at its step; the rest is written while training goes on
+    return folders.step_of(whole[0]), round(max(0.0, until - max(saved, began)), 3)
 
 
 def _without_end(folder: Path, kind: str, began: float, steps: Sequence[Step]) -> Incident:

@@ -18,7 +18,7 @@ def is_of_a_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def lost_ranks(grace: float, wait: bool = True) -> list[int]:
+def lost_ranks(grace: float, wait: bool = True, place: str = "lost_ranks") -> list[int]:
     """Report that this rank lives, and return the ranks that did not.
 
     Each rank whose operation fails gets here. The store of the ranks answers without any collective operation; rank 0
@@ -27,13 +27,14 @@ def lost_ranks(grace: float, wait: bool = True) -> list[int]:
     Args:
         grace: seconds that the others get.
         wait: for the others; without it nothing is returned.
+        place: that they all come to, once in a process.
     """
     ranks = set(range(dist.get_world_size()))
     answered: set[int] | None = None
 
     def ask() -> None:
         nonlocal answered
-        store, end = dist.PrefixStore("lost_ranks", _get_default_store()), time.monotonic() + grace
+        store, end = dist.PrefixStore(place, _get_default_store()), time.monotonic() + grace
         with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
             store.set(str(dist.get_rank()), "")
             store.add("number", 1)

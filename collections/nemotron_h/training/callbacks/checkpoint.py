@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +16,82 @@ import torch
 import torch.distributed as dist
 from nemo import lightning as nl
 from nemo.lightning.pytorch.strategies.utils import ckpt_to_dir
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizerCallback
 from torch.distributed.checkpoint import CheckpointException
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.core.errors import UserError, naming
+from nemotron_h.core.units import gib
+from nemotron_h.platform import checkpoint_writer
+from nemotron_h.platform.checkpoint_writer import Written
 from nemotron_h.training.callbacks.run_record import RunRecord
+from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
 
 #: `torch.save` writes in C++, whose errors have no number
 _OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed")
+_CONTINUE = "clear the cause and run the same command again: it continues from the newest checkpoint"
 
 
-def describe_by_rank(checkpoint: Path) -> dict[str, list]:
-    """Return size and sha256 of every file of a checkpoint, each read by one rank; returned on all ranks."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    # One listing for all: on a shared file system the ranks' own could differ, and a file would go unread.
-    names = [folders.content(checkpoint) if rank == 0 else None]
-    dist.broadcast_object_list(names)
-    parts: list[dict[str, list]] = [{}] * ranks
-    dist.all_gather_object(parts, folders.describe(checkpoint, names[0][rank::ranks]))
-    return {name: entry for part in parts for name, entry in part.items()}
+@dataclass
+class Save:
+    """A checkpoint that is being written, and then what it cost.
+
+    Attributes:
+        folder: of the checkpoint.
+        waited: seconds that training stopped for it: to copy the shards, and to finish it.
+        allocating: seconds of those in which memory for the copies was allocated, once in a process.
+        bytes: of all its files.
+        writing: seconds from the copy until the last file of any rank was on the disk.
+    """
+
+    folder: Path
+    waited: float = 0.0
+    allocating: float = 0.0
+    bytes: int = 0
+    writing: float = 0.0
+
+    @property
+    def step(self) -> int:
+        """Return the step that it is of."""
+        return folders.step_of(self.folder)
+
+    def line(self) -> str:
+        """Return what it cost, for the run's output."""
+        once = f" ({self.allocating:.1f} s of it to allocate memory, once)" if self.allocating >= 0.05 else ""
+        return (
+            f"checkpoint step {self.step:,}: {gib(self.bytes)}, training waited {self.waited:.1f} s{once}, written in "
+            f"{self.writing:.1f} s ({self.bytes / max(self.writing, 1e-9) / 1e9:.2g} GB/s)"
+        )
+
+    def record(self) -> dict[str, float]:
+        """Return what it cost, for the run's record."""
+        return {
+            "step": self.step,
+            "bytes": self.bytes,
+            "waited_seconds": round(self.waited, 3),
+            "allocating_seconds": round(self.allocating, 3),
+            "writing_seconds": round(self.writing, 3),
+        }
 
 
-class StepCheckpoint(nl.ModelCheckpoint):
+class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
     """NeMo's checkpoint callback: `checkpoints/step-000100`, the newest `keep`, optimizer always included.
+
+    Training waits while each rank copies its shards into host memory. Threads write the copies while it goes on
+    (`platform.checkpoint_writer`), and at the end of the step in which the last rank has written, the checkpoint is
+    made whole, its marker removed, and then the oldest one removed. Until then the run has the checkpoint of before.
+    NeMo's strategy leaves that to an `AsyncFinalizerCallback`, which this is too, so that an error has its message.
 
     Args:
         every_steps: steps between checkpoints; the last step of the run always writes one.
         keep: how many of the newest stay; -1 keeps all.
 
     Attributes beyond NeMo's:
-        seconds: that this process has spent on them.
+        seconds: that training has stopped for them in this process.
+        save: the one that is being written.
+        last: the last one that was finished.
     """
 
     def __init__(self, every_steps: int, keep: int = 2) -> None:
@@ -63,6 +110,9 @@ class StepCheckpoint(nl.ModelCheckpoint):
             save_context_on_train_end=False,
         )
         self.seconds = 0.0
+        self.save: Save | None = None
+        self.last: Save | None = None
+        self._removal: threading.Thread | None = None
 
     def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         """Remove what was not written to its end and say so, as NeMo does; name what nothing reads; take up others."""
@@ -92,41 +142,85 @@ class StepCheckpoint(nl.ModelCheckpoint):
         return candidates
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        """Write a checkpoint, or raise one error on all ranks.
+        """Begin to write a checkpoint, once that of before is finished, or raise one error on all ranks.
 
         Errors:
             UserError: the disk has no room for it, or is full; its folder is there already, or cannot be written; a
-                weight is not finite.
+                weight is not finite; that of before could not be written.
         """
         folder = Path(ckpt_to_dir(filepath))
-        then = "clear the cause and run the same command again: it continues from the newest checkpoint"
-        with self._clock(), naming(f"checkpoint {folder} cannot be written", hint=then):
+        if self.save is not None:
+            before, began = self.save.folder.name, time.monotonic()
+            self.finish(trainer)
+            if trainer.is_global_zero:
+                print(f"{folder.name} waited {time.monotonic() - began:.1f} s for {before} to be written", flush=True)
+        save = Save(folder)
+        with self._clock(save), _errors(folder):
+            if self._removal is not None:
+                self._removal.join()  # its bytes are free then
             problem = self._problem(trainer, folder) if trainer.is_global_zero else None
             problem = trainer.strategy.broadcast(problem)
             if problem is not None:
                 raise problem
             self._check_finite(trainer, folder)
+            super()._save_checkpoint(trainer, filepath)
+            self.save = save
+            if trainer.is_global_zero:
+                for record in (cb for cb in trainer.callbacks if isinstance(cb, RunRecord)):
+                    record.write(trainer, folder / folders.RECORD)
+
+    def finish(self, trainer: pl.Trainer, wait: bool = True) -> None:
+        """Finish the checkpoint that is being written, on all ranks together.
+
+        Args:
+            wait: until it is written; else nothing is done where a rank still writes.
+        Errors:
+            UserError: it could not be written, on every rank; the first one says why.
+        """
+        save = self.save
+        if save is None:
+            return
+        with self._clock(save), _errors(save.folder):
             try:
-                super()._save_checkpoint(trainer, filepath)
-            except CheckpointException as error:
-                reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in sorted(error.failures.items())]
-                if any("[Errno" not in reason for reason in reasons):
-                    raise
-                said = reasons[0] if reasons else "the first rank says why"  # failures are known there alone
-                raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
-            except RuntimeError as error:
-                if not any(words in str(error) for words in _OF_TORCH_SAVE):
-                    raise
-                said = f"{error}, as PyTorch says where the disk is full"
-                raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=then) from error
+                if not trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait):
+                    return
+            except BaseException:
+                self.save = None
+                raise
+        self.save, self.last = None, save
+        if trainer.is_global_zero:
+            print(save.line(), flush=True)
+        if wait and self._removal is not None:
+            self._removal.join()
+
+    def end(self, trainer: pl.Trainer, error: BaseException | None) -> None:
+        """Finish the checkpoint that is being written where the process is about to end and all ranks get here; else
+        leave it unfinished, and with its marker: the next start removes it and has the one of before.
+
+        Args:
+            error: that ends the process. A second ctrl-c waits for nothing.
+        """
+        if self.save is None:
+            return
+        apart = isinstance(error, KeyboardInterrupt) or (error is not None and is_of_a_collective(error))
+        if not apart and not (trainer.world_size > 1 and lost_ranks(GRACE_S, place="end of a save")):
+            try:
+                self.finish(trainer)
+                return
+            except Exception as failure:
+                said = failure.message if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
+                print(f"checkpoint not finished: {said}", flush=True)
+        self.save = None
+        checkpoint_writer.abandon()
 
     @contextlib.contextmanager
-    def _clock(self) -> Iterator[None]:
+    def _clock(self, save: Save) -> Iterator[None]:
         began = time.monotonic()
         try:
             yield
         finally:
             self.seconds += time.monotonic() - began
+            save.waited += time.monotonic() - began
 
     @staticmethod
     def _problem(trainer: pl.Trainer, folder: Path) -> UserError | None:
@@ -179,21 +273,44 @@ class StepCheckpoint(nl.ModelCheckpoint):
         folder = Path(ckpt_to_dir(filepath))
 
         def finalize() -> None:
-            trainer.strategy.barrier("checkpoint written")
-            if trainer.is_global_zero:
-                for record in (cb for cb in trainer.callbacks if isinstance(cb, RunRecord)):
-                    record.write(trainer, folder / folders.RECORD)
-            described = describe_by_rank(folder)
-            if trainer.is_global_zero:
-                folders.write_integrity(folder, described)
+            parts: list[Written] | None = [Written()] * trainer.world_size if trainer.is_global_zero else None
+            dist.gather_object(checkpoint_writer.take_written(folder / folders.WEIGHTS), parts)
+            if parts is not None:
+                self._describe(folder, parts)
             finish()
 
         return finalize
+
+    def _describe(self, folder: Path, parts: list[Written]) -> None:
+        """Write the integrity file of a checkpoint: of what the ranks have written, only other files are read."""
+        described = {f"{folders.WEIGHTS}/{name}": entry for part in parts for name, entry in part.files.items()}
+        others = [name for name in folders.content(folder) if name not in described]
+        described |= folders.describe(folder, others)
+        folders.write_integrity(folder, described)
+        self.save.bytes = sum(size for size, _ in described.values())
+        self.save.writing = max(part.seconds for part in parts)
+        self.save.allocating = max(part.allocating for part in parts)
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
+        """Remove an old checkpoint when the newer one is finished, in a thread; NeMo would remove its marker at once.
+
+        Args:
+            override_async: the newer one is finished.
+        """
+        if not override_async:
+            super()._remove_checkpoint(trainer, filepath)
+        elif trainer.is_global_zero:
+            self.set_checkpoint_unfinished_marker(filepath)
+            if self._removal is not None:
+                self._removal.join()
+            self._removal = threading.Thread(target=_remove, args=(Path(ckpt_to_dir(filepath)),))
+            self._removal.start()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Checkpoint as NeMo does; the last step only once it is validated: a run that has it is complete."""
+        self.finish(trainer, wait=False)
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, index)
 
@@ -202,11 +319,41 @@ class StepCheckpoint(nl.ModelCheckpoint):
         self.save_now(trainer)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Checkpoint this step, whatever `every_steps` says, unless that has just been done."""
+        """Have a whole checkpoint of this step, whatever `every_steps` says, before this returns."""
         if not self.has_saved(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
+        self.finish(trainer)
 
     def has_saved(self, trainer: pl.Trainer) -> bool:
-        """Return whether this process wrote this step's checkpoint."""
+        """Return whether this process has begun to write this step's checkpoint."""
         return self._last_global_step_saved == trainer.global_step
+
+
+@contextlib.contextmanager
+def _errors(folder: Path) -> Iterator[None]:
+    """Raise errors of the file system, where a checkpoint is written, as errors that a user can act on."""
+    with naming(f"checkpoint {folder} cannot be written", hint=_CONTINUE):
+        try:
+            yield
+        except CheckpointException as error:
+            reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in sorted(error.failures.items())]
+            if any("[Errno" not in reason for reason in reasons):
+                raise
+            said = reasons[0] if reasons else "the first rank says why"  # failures are known there alone
+            raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=_CONTINUE) from error
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _OF_TORCH_SAVE):
+                raise
+            said = f"{error}, as PyTorch says where the disk is full"
+            raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=_CONTINUE) from error
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder and then the marker beside it."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        print(f"{folder} was not removed: {error}; the next start tries again", flush=True)
+    else:
+        StepCheckpoint.remove_checkpoint_unfinished_marker(folder)

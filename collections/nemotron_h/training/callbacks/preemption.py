@@ -105,8 +105,9 @@ class Preemption(pl.Callback):
         leave = trainer.strategy.reduce_boolean_decision(self.reason is not None, all=False)
         if not leave or trainer.global_step >= trainer.max_steps:
             return
-        if not trainer.checkpoint_callback.has_saved(trainer):
-            trainer.checkpoint_callback.save_now(trainer)
+        saved = trainer.checkpoint_callback.has_saved(trainer)
+        trainer.checkpoint_callback.save_now(trainer)
+        if not saved:
             trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its callbacks
         for logger in trainer.loggers:
             logger.finalize("stopped")

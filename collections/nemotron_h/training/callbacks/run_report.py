@@ -68,7 +68,11 @@ class RunReport(pl.Callback):
 def note(
     trainer: pl.Trainer, kind: str = "", message: str = "", error: BaseException | None = None, rank: int = 0
 ) -> None:
-    """Note the end of this process in the run's incidents; see `Incidents.end`."""
+    """Note the end of this process in the run's incidents (`Incidents.end`), and finish the checkpoint that is being
+    written (`StepCheckpoint.end`).
+    """
+    if hasattr(trainer.checkpoint_callback, "end"):  # tests have others
+        trainer.checkpoint_callback.end(trainer, error)
     for callback in trainer.callbacks:
         if isinstance(callback, Incidents):
             callback.end(trainer, kind, message, error, rank)

@@ -1,0 +1,189 @@
+"""What saves cost: seconds that training stops, bytes per second to the disk, and memory of the GPU.
+
+`python tests/gpu/bench_saves.py --out FOLDER` pretrains the 8B's widths in 13 layers (1.82 B parameters, a checkpoint
+of 24 GiB), or the small model of the CPU tests without a GPU, with a checkpoint every so many steps, and prints for
+each save what training waited and what the write reached, and the peak of the GPU's memory before and after saves.
+Then it writes the same bytes to the same folder with as many threads, plainly and hashed, in turn. FOLDER is on the
+disk to be measured, and has room for two checkpoints. Numbers are printed as lines of JSON at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+import small_run
+
+from nemotron_h.platform import quiet
+
+quiet.hush()
+
+import fiddle as fdl  # noqa: E402
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
+
+from nemotron_h.checkpoint import folders  # noqa: E402
+from nemotron_h.core.files import HashedFile  # noqa: E402
+from nemotron_h.core.units import GIB  # noqa: E402
+from nemotron_h.platform import checkpoint_writer  # noqa: E402
+from nemotron_h.recipe.compose import compose  # noqa: E402
+from nemotron_h.training.callbacks.progress import Throughput  # noqa: E402
+from nemotron_h.training.stages import pretrain  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+LARGE = """model:
+  pattern: M-M-M-M*-M-M-
+  expect: {mamba: 6, attention: 1, ffn: 6, parameters: 1_823_889_664}
+  vocab_size: 8192
+"""
+
+
+def prepared(folder: Path) -> small_run.Small:
+    """Prepare two sources of random words, enough for windows of 8,192 tokens."""
+    rng = random.Random(1)
+    for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
+        words = ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(80)]
+        documents = [" ".join(rng.choices(words, k=200)) for _ in range(3000 if ON_GPU else 300)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (folder / "words.yaml").write_text(small_run.BLEND)
+    prepare = ("data", "prepare", "--blend", str(folder / "words.yaml"), "--root", str(folder / "data"))
+    subprocess.run([sys.executable, "-m", "nemotron_h", *prepare], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    return small_run.Small(folder)
+
+
+def recipe(small: small_run.Small, args: argparse.Namespace) -> Path:
+    """Write the recipe of the run."""
+    path = small.recipe("saves")
+    text = path.read_text()
+    length, batch = (8192, 4) if ON_GPU else (64, 8)
+    if ON_GPU:
+        model = text[text.index("model:\n") : text.index("data:\n")]
+        text = text.replace(model, LARGE).replace("- /base/pretrain", "- /base/pretrain\n  - /model: nemotron_h_8b")
+    for before, after in (
+        ("tokens: 6144 # 12 steps", f"tokens: {args.steps * length * batch}"),
+        ("precision: bf16", f"precision: {args.precision}"),
+        ("seq_length: 64", f"seq_length: {length}"),
+        ("global_batch_size: 8", f"global_batch_size: {batch}"),
+        ("micro_batch_size: 2", "micro_batch_size: 1"),
+        ("warmup_tokens: 1024", f"warmup_tokens: {length * batch}"),
+        ("peak_lr: 1e-2", "peak_lr: 8e-4"),
+        ("checkpoint: {every_steps: 4}", f"checkpoint: {{every_steps: {args.every}, keep: 1}}"),
+        ("validate_every_steps: 6, validation_batches: 1", "validate_every_steps: 100000, validation_batches: 0"),
+    ):
+        assert before in text, before
+        text = text.replace(before, after)
+    path.write_text(text)
+    return path
+
+
+class Watch(pl.Callback):
+    """Take note of saves, of the peak of the GPU's memory, and of the steps that go on while a save is written."""
+
+    def __init__(self) -> None:
+        self.saves: list[Any] = []
+        self.peaks: list[float] = []
+        self.besides: list[bool] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
+        self.look(trainer)
+        self.besides.append(trainer.checkpoint_callback.save is not None)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.look(trainer)
+        self.seconds = next(cb.seconds for cb in trainer.callbacks if isinstance(cb, Throughput))
+
+    def look(self, trainer: pl.Trainer) -> None:
+        if ON_GPU:
+            self.peaks.append(torch.cuda.max_memory_allocated() / GIB)
+        last = trainer.checkpoint_callback.last
+        if last is not None and last not in self.saves:
+            self.saves.append(last)
+
+
+def rate(folder: Path, sizes: list[int], hashed: bool) -> float:
+    """Return the bytes per second of writing files of these sizes, a thread each, until the disk has them."""
+    memory = memoryview(checkpoint_writer.STAGING._memory)
+
+    def write(number: int) -> None:
+        begin = min(sum(sizes[:number]), max(0, len(memory) - sizes[number]))
+        data = memory[begin : begin + sizes[number]]
+        if hashed:
+            with HashedFile(folder / str(number)) as file:
+                file.write(data)
+                file.sync()
+            return
+        with (folder / str(number)).open("wb", buffering=0) as file:
+            while data:
+                data = data[file.write(data[: 1 << 24]) :]
+            os.fsync(file.fileno())
+
+    folder.mkdir()
+    began = time.monotonic()
+    with ThreadPoolExecutor(len(sizes)) as pool:
+        list(pool.map(write, range(len(sizes))))
+    seconds = time.monotonic() - began
+    shutil.rmtree(folder)
+    return sum(sizes) / seconds
+
+
+def main() -> None:
+    """Train, then write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder on the disk to be measured, made anew")
+    parser.add_argument("--every", type=int, default=30 if ON_GPU else 4, help="steps between saves")
+    parser.add_argument("--steps", type=int, default=75 if ON_GPU else 12, help="of the run")
+    parser.add_argument("--precision", default="bf16", help="of the recipe")
+    parser.add_argument("--rounds", type=int, default=2, help="of plain and hashed writes")
+    args = parser.parse_args()
+    folder = args.out.absolute() / "saves"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    began = time.monotonic()
+    small = prepared(folder)
+    task, watch = pretrain.build(compose(str(recipe(small, args)))), Watch()
+    task.trainer.callbacks.insert(0, watch)
+    fdl.build(task)()
+    took = time.monotonic() - began
+    checkpoint = folders.finished(small.run_dir("saves"))[0]
+    sizes = [path.stat().st_size for path in sorted((checkpoint / folders.WEIGHTS).glob("*.distcp"))]
+    shutil.rmtree(small.run_dir("saves"))
+    rates: dict[str, list[float]] = {"plain": [], "hashed": []}
+    for _ in range(args.rounds):
+        for name, found in rates.items():
+            found.append(rate(folder / "plain", sizes, name == "hashed") / 1e9)
+    shutil.rmtree(folder)
+
+    for save in watch.saves:
+        print(json.dumps({**save.record(), "gb_per_second": round(save.bytes / save.writing / 1e9, 3)}))
+    besides, alone = (
+        [s for s, b in zip(watch.seconds, watch.besides, strict=True) if b is found] for found in (True, False)
+    )
+    print(
+        json.dumps(
+            {
+                "machine": torch.cuda.get_device_name() if ON_GPU else f"{os.cpu_count()} CPU cores",
+                "files": len(sizes),
+                "disk_gb_per_second": {name: [round(r, 3) for r in found] for name, found in rates.items()},
+                "step_seconds_without_a_save": round(median(alone[3:] or alone), 4),
+                "step_seconds_beside_a_save": round(median(besides), 4) if besides else None,
+                "peak_gib_before_saves": round(watch.peaks[args.every - 1], 3) if ON_GPU else None,
+                "peak_gib_after_saves": round(watch.peaks[-1], 3) if ON_GPU else None,
+                "seconds_of_the_run": round(took, 1),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
