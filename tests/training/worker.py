@@ -1,8 +1,9 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
-`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [key=value ...]`: overrides of the built
-recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal` sends a signal to the process
-group of one rank during it, `save` while its checkpoint is written. Each step appends to `steps.jsonl` beside the run:
+`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [copy=FOLDER] [key=value ...]`: overrides of
+the built recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal` sends a signal to the
+process group of one rank during it, `save` while its checkpoint is written; `copy` writes a checkpoint of what was
+loaded, before the first step. Each step appends to `steps.jsonl` beside the run:
 the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the
 numbers of the samples that this rank read.
 """
@@ -69,8 +70,8 @@ def open_ports() -> list[str]:
 class Recorder(pl.Callback):
     """Append a line per step; kill or signal the process when told."""
 
-    def __init__(self, kill: int | None, signal: str | None, save: str | None) -> None:
-        self.kill = kill
+    def __init__(self, kill: int | None, signal: str | None, save: str | None, copy: str | None) -> None:
+        self.kill, self.copy = kill, copy
         self.told = {"signal": signal, "save": save}
 
     def tell(self, when: str, step: int, rank: int) -> None:
@@ -85,6 +86,8 @@ class Recorder(pl.Callback):
     def on_train_start(self, trainer, pl_module) -> None:
         if not torch.cuda.is_available():  # NCCL's ranks meet on the network's interface
             assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
+        if self.copy:
+            trainer.save_checkpoint(self.copy)
         if not trainer.global_step and trainer.world_size == 1:
             weights = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
             torch.save(weights, Path(trainer.checkpoint_callback.dirpath).parents[1] / "start.pt")
@@ -123,7 +126,7 @@ def main(recipe: str, *options: str) -> None:
         "distill": distill.build,
     }
     task = builders[composed.stage](composed)
-    given = {"kill": None, "signal": None, "save": None}
+    given = {"kill": None, "signal": None, "save": None, "copy": None}
     changed = []
     for option in options:
         key, value = option.split("=", 1)
