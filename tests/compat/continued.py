@@ -44,9 +44,9 @@ def processor() -> dict[str, str]:
     }
 
 
-def run_program(folder: Path, program: str, *arguments: str, code: int = 0) -> str:
+def run_program(folder: Path, program: str, *arguments: str, code: int = 0, ranks: int = 1) -> str:
     """Run a script or module in a folder as a process of its own, check its exit code; return what it printed."""
-    ended = FORKS.run(program, *arguments, folder=folder, name="run")
+    ended = FORKS.run(program, *arguments, folder=folder, name="run", ranks=ranks)
     out, err = ((folder / f"run.{end}").read_text() for end in ("out", "err"))
     assert ended == code, f"{program} {' '.join(arguments)}: {ended}\n{out[-2000:]}{err[-4000:]}"
     return out

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from continued import ADAPTER, BASE, outcome, processor
+from continued import ADAPTER, BASE, WORKER, outcome, processor, run_program
+from small_run import COMPARE
 from typer.testing import CliRunner
 
 from nemotron_h.cli.main import app
@@ -64,6 +65,17 @@ def test_runs_resume_as_they_did(found: dict[str, Any]) -> None:
         )
         assert names == expected_names
         assert actual["peft"].keys() == expected["peft"].keys()
+
+
+@pytest.mark.slow
+def test_whole_states_are_read_by_ranks_that_hold_parts(tmp_path: Path) -> None:
+    """The written run's optimizer lies there as whole tensors; ranks of today write each its part."""
+    folder = tmp_path / "written"
+    shutil.copytree(HERE / "written", folder)
+    options = ("trainer.devices=2", "trainer.max_steps=5", "copy=copy")
+    run_program(folder, str(WORKER), "runs/small/recipe.yaml", *options, ranks=2)
+    said = run_program(folder, str(COMPARE), f"{BASE}/weights", "copy/weights")
+    assert "same: " in said, said
 
 
 @pytest.fixture

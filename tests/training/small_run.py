@@ -143,10 +143,14 @@ class Small:
 
     def same_tensors(self, one: str, two: str, step: int) -> bool:
         """Return whether two runs' checkpoints of a step hold the same weights and optimizer, bit for bit."""
-        folders = (str(self.run_dir(name) / f"checkpoints/step-{step:06d}/weights") for name in (one, two))
-        name = f"{one}_and_{two}"
-        done = self._done(name, FORKS.run(str(COMPARE), *folders, folder=self.folder, name=name), True)
-        assert "same: " in done.stdout, done.stdout
+        first, second = (self.run_dir(name) / f"checkpoints/step-{step:06d}" for name in (one, two))
+        return self.same_checkpoints((first, second))
+
+    def same_checkpoints(self, *pairs: tuple[Path, Path]) -> bool:
+        """Return whether the two of each pair of checkpoints hold the same weights and optimizer, bit for bit."""
+        folders = [str(folder / "weights") for pair in pairs for folder in pair]
+        done = self._done("compare", FORKS.run(str(COMPARE), *folders, folder=self.folder, name="compare"), True)
+        assert done.stdout.count("same: ") == len(pairs), done.stdout
         return True
 
     def steps(self, name: str) -> dict[int, dict]:

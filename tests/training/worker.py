@@ -1,12 +1,12 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [write=STEP:RANK:NAME] [slow=SECONDS]
-[bug=STEP] [key=value ...]`: overrides of the built
-recipe are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written
-is whole, so that a test knows where the next start continues, `signal` sends a signal to the process
-group of one rank during it, `save` while its checkpoint is copied, `write` while threads write it, which may be an
-error's name too, that the thread meets; `slow` are seconds that a thread takes for a megabyte, and `bug` is an
-exception on every rank in that step. Each step appends to `steps.jsonl` beside the run:
+[bug=STEP] [copy=FOLDER] [key=value ...]`: overrides of the built recipe are dotted; `kill` ends the process with SIGKILL
+right after that step, once the checkpoint that is being written is whole, so that a test knows where the next start
+continues, `signal` sends a signal to the process group of one rank during it, `save` while its checkpoint is copied,
+`write` while threads write it, which may be an error's name too, that the thread meets; `slow` are seconds that a
+thread takes for a megabyte, `bug` is an exception on every rank in that step, and `copy` writes a checkpoint of what
+was loaded, before the first step. Each step appends to `steps.jsonl` beside the run:
 the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the
 numbers of the samples that this rank read.
 """
@@ -86,8 +86,9 @@ class Recorder(pl.Callback):
         write: str | None = None,
         slow: float = 0.0,
         bug: int | None = None,
+        copy: str | None = None,
     ) -> None:
-        self.kill, self.slow, self.bug = kill, slow, bug
+        self.kill, self.slow, self.bug, self.copy = kill, slow, bug, copy
         self.told = {"signal": signal, "save": save, "write": write}
 
     def watch_threads(self, rank: int) -> None:
@@ -125,6 +126,9 @@ class Recorder(pl.Callback):
             self.watch_threads(trainer.global_rank)
         if not torch.cuda.is_available():  # NCCL's ranks meet on the network's interface
             assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
+        if self.copy:
+            trainer.save_checkpoint(self.copy)
+            trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
         if not trainer.global_step and trainer.world_size == 1:
             weights = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
             torch.save(weights, Path(trainer.checkpoint_callback.dirpath).parents[1] / "start.pt")
@@ -170,7 +174,7 @@ def main(recipe: str, *options: str) -> None:
     changed = []
     for option in options:
         key, value = option.split("=", 1)
-        if key in ("kill", "signal", "save", "write", "slow", "bug"):
+        if key in ("kill", "signal", "save", "write", "slow", "bug", "copy"):
             given[key] = numbers.get(key, str)(value)
         else:
             changed.append(option)

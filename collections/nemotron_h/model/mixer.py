@@ -15,11 +15,13 @@ Of a layer's input u (Dao and Gu 2024, arXiv 2405.21060, section 7.1; Nemotron-H
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules, _split_tensor_factory
 from megatron.core.transformer import TransformerConfig
@@ -56,6 +58,25 @@ def fused_obstacle(conv_channels: int, projected: int) -> str:
 @functools.cache
 def _say_once(text: str) -> None:
     logger.info(text)
+
+
+def _split(shard: ShardedTensor, sections: list[int], parts: list[str]) -> ShardedTensorFactory:
+    """Return Megatron's factory of a tensor's parts along its first axis, with flat ranges of Python's integers.
+
+    The optimizer's state is a flat range of each part. Megatron's ends are numpy's scalars, which the checkpoint's
+    index would name a function for.
+    """
+    factory = _split_tensor_factory(shard, sections, parts, 0)
+    build = factory.build_fn
+
+    def build_parts(*args: object) -> list[ShardedTensor]:
+        shards = build(*args)
+        for part in shards:
+            if (flat := part.flattened_range) is not None:
+                part.flattened_range = slice(int(flat.start), int(flat.stop))
+        return shards
+
+    return dataclasses.replace(factory, build_fn=build_parts)
 
 
 class GatedNorm(nn.Module):
@@ -277,5 +298,5 @@ class NemotronHMixer(MegatronModule):
             ("conv1d.weight", self.conv_sections, ["x", "B", "C"]),
             ("conv1d.bias", self.conv_sections, ["x", "B", "C"]),
         ):
-            state[f"{prefix}{key}"] = _split_tensor_factory(state[f"{prefix}{key}"], sections, parts, 0)
+            state[f"{prefix}{key}"] = _split(state[f"{prefix}{key}"], sections, parts)
         return state

@@ -26,7 +26,7 @@ from nemotron_h.core import children
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import seconds_of
 from nemotron_h.model import adapters
-from nemotron_h.platform import cpu, megatron_fixes
+from nemotron_h.platform import cpu, flat_shards, megatron_fixes
 from nemotron_h.platform.ranks import (
     ADDRESS,
     check_here,
@@ -121,6 +121,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
         self.collective_timeout = timedelta(seconds=seconds_of(collective_timeout))
         self.overlap_grad_reduce = overlap_grad_reduce
         megatron_fixes.install()
+        flat_shards.install()
         if not torch.cuda.is_available():
             cpu.install()
             kwargs.setdefault("process_group_backend", "gloo")
@@ -133,7 +134,6 @@ class NemotronHStrategy(nl.MegatronStrategy):
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=distributed_optimizer,
             ),
-            ckpt_optim_fully_reshardable=True,
             replace_progress_bar=False,
             **kwargs,
         )
@@ -188,6 +188,16 @@ class NemotronHStrategy(nl.MegatronStrategy):
                 "(trainer.strategy.collective_timeout). The same command continues from the newest checkpoint."
             ) from exception
 
+    @property
+    def sharded_state_dict_metadata(self) -> dict[str, Any]:
+        """Return NeMo's, with the optimizer's state sharded as the ranks hold it: nothing is gathered to save it, and
+        any layout reads it (`platform/flat_shards.py`). A checkpoint states its own, so former ones are read as before.
+        """
+        metadata = super().sharded_state_dict_metadata
+        if self.ddp_config.use_distributed_optimizer:
+            metadata["distrib_optim_sharding_type"] = "fully_sharded_model_space"
+        return metadata
+
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save as NeMo does, without the frozen weights of an adapted model."""
         part = "all" if self.adapter_base is None else "adapter"
@@ -197,11 +207,15 @@ class NemotronHStrategy(nl.MegatronStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, selective_restore: bool = False) -> dict[str, Any]:
         """Load as NeMo does, data alone: see `safe_reads`. Initial weights are the model's alone, and resuming an
         adapted model reads its base first.
+
+        Errors:
+            UserError: a checkpoint of another optimizer is to be resumed.
         """
         with safe_reads(Path(checkpoint_path) / WEIGHTS):
             if selective_restore:
                 with adapters.only("base", self.megatron_parallel):
                     return super().load_checkpoint(checkpoint_path, selective_restore)
+            self._check_optimizer(checkpoint_path)
             if self.adapter_base is None:
                 return super().load_checkpoint(checkpoint_path, selective_restore)
             base = self.load_checkpoint(self.adapter_base, selective_restore=True)
@@ -209,6 +223,17 @@ class NemotronHStrategy(nl.MegatronStrategy):
             del base
             with adapters.only("adapter", self.megatron_parallel):
                 return super().load_checkpoint(checkpoint_path, selective_restore)
+
+    def _check_optimizer(self, checkpoint: str | Path) -> None:
+        """Refuse to read the state of an optimizer that is sharded over ranks into one that is not, and the reverse."""
+        content = self.unwrapped_checkpoint_io.load_content_metadata(checkpoint)
+        saved, now = "distrib_optim_sharding_type" in content, self.ddp_config.use_distributed_optimizer
+        if saved != now:
+            raise UserError(
+                f"checkpoint {checkpoint} was written with parallel.distributed_optimizer = {str(saved).lower()}, "
+                f"which is {str(now).lower()} now",
+                hint=f"set parallel.distributed_optimizer={str(saved).lower()}",
+            )
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
         """Load as NeMo does; betas, epsilon and weight decay stay the recipe's, where the checkpoint has others."""
