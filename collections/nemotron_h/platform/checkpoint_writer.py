@@ -19,7 +19,6 @@ from queue import SimpleQueue
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -40,7 +39,7 @@ _abandoned = threading.Event()
 
 @dataclass
 class Written:
-    """What this rank's threads wrote of one checkpoint.
+    """Files that this rank's threads wrote of one checkpoint.
 
     Attributes:
         files: name in `weights` -> [bytes, sha256].
@@ -176,10 +175,3 @@ class ThreadCaller(async_utils.AsyncCaller):
 
     def __del__(self) -> None:
         """Leave the thread to the process: the interface asks for this."""
-
-
-def install() -> None:
-    """Have megatron-core write with these."""
-    torch_dist.FileSystemWriterAsync = CheckpointWriter
-    async_utils.TemporalAsyncCaller = ThreadCaller
-    filesystem_async._results_queue = SimpleQueue()  # in place of a process that serves one
