@@ -152,7 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder on the disk to be measured, made anew")
     parser.add_argument("--every", type=int, default=30 if ON_GPU else 4, help="steps between saves")
-    parser.add_argument("--steps", type=int, default=75 if ON_GPU else 12, help="of the run")
+    parser.add_argument("--steps", type=int, default=65 if ON_GPU else 12, help="of the run")
     parser.add_argument("--precision", default="bf16", help="of the recipe")
     parser.add_argument("--rounds", type=int, default=2, help="of such writes")
     args = parser.parse_args()

@@ -85,6 +85,7 @@ class CheckpointWriter(filesystem_async.FileSystemWriterAsync):
         self.thread_count = min(MOST_FILES, max(1, math.ceil(sum(sizes) / FILE_BYTES)))
         super().prepare_write_data(plan, _StagedPlanner(planner))
         STAGING.wait()
+        _abandoned.clear()  # of a run before in this process, a notebook's
         self.results_queue = SimpleQueue() if self.write_buckets else None
         _written[str(self.checkpoint_dir)] = Written(allocating=STAGING.seconds)
 
