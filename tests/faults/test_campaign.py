@@ -88,7 +88,8 @@ def test_lost_work_is_what_lies_beyond_the_newest_whole_checkpoint(tmp_path: Pat
     assert lost([*range(1, 7), 5, 6], 6, 4) == ""
     assert lost([*range(1, 5), 1, 2], 4, 0) == "", "killed while the first was written"
     assert "resumed at step 0" in lost([*range(1, 7), 1, 2], 6, 4)
-    assert "newest whole checkpoint is of step 0" in lost([*range(1, 7), 1], 6, 0)
+    assert lost([*range(1, 7), 1], 6, 0) == "", "killed while the first was written and training went on"
+    assert "newest whole checkpoint is of step 0" in lost([*range(1, 11), 1], 10, 0)
     assert "left at step 6" in lost([*range(1, 7), 5], 6, 4, left=True)
 
 

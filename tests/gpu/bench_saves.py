@@ -3,7 +3,8 @@
 `python tests/gpu/bench_saves.py --out FOLDER` pretrains the 8B's widths in 13 layers (1.82 B parameters, a checkpoint
 of 24 GiB), or the small model of the CPU tests without a GPU, with a checkpoint every so many steps, and prints for
 each save what training waited and what the write reached, and the peak of the GPU's memory before and after saves.
-Then it writes the same bytes to the same folder with as many threads, plainly and hashed, in turn. FOLDER is on the
+Then it writes the same bytes to the same folder with as many threads in turn: plainly, hashed, and hashed with each
+piece sent to the disk at once. FOLDER is on the
 disk to be measured, and has room for two checkpoints. Numbers are printed as lines of JSON at the end.
 """
 
@@ -111,15 +112,24 @@ class Watch(pl.Callback):
             self.saves.append(last)
 
 
-def rate(folder: Path, sizes: list[int], hashed: bool) -> float:
-    """Return the bytes per second of writing files of these sizes, a thread each, until the disk has them."""
+def rate(folder: Path, sizes: list[int], way: str) -> float:
+    """Return the bytes per second of writing files of these sizes, a thread each, until the disk has them.
+
+    Args:
+        way: `plain`; `hashed`, as saves do; or `early`, the same where the kernel is asked to write each piece at once.
+    """
     memory = memoryview(checkpoint_writer.STAGING._memory)
 
     def write(number: int) -> None:
         begin = min(sum(sizes[:number]), max(0, len(memory) - sizes[number]))
         data = memory[begin : begin + sizes[number]]
-        if hashed:
-            with HashedFile(folder / str(number)) as file:
+        if way != "plain":
+
+            def ask(size: int) -> None:
+                if way == "early":
+                    os.posix_fadvise(file._file.fileno(), file.size - size, size, os.POSIX_FADV_DONTNEED)
+
+            with HashedFile(folder / str(number), ask) as file:
                 file.write(data)
                 file.sync()
             return
@@ -142,9 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder on the disk to be measured, made anew")
     parser.add_argument("--every", type=int, default=30 if ON_GPU else 4, help="steps between saves")
-    parser.add_argument("--steps", type=int, default=75 if ON_GPU else 12, help="of the run")
+    parser.add_argument("--steps", type=int, default=65 if ON_GPU else 12, help="of the run")
     parser.add_argument("--precision", default="bf16", help="of the recipe")
-    parser.add_argument("--rounds", type=int, default=2, help="of plain and hashed writes")
+    parser.add_argument("--rounds", type=int, default=2, help="of such writes")
     args = parser.parse_args()
     folder = args.out.absolute() / "saves"
     shutil.rmtree(folder, ignore_errors=True)
@@ -158,10 +168,10 @@ def main() -> None:
     checkpoint = folders.finished(small.run_dir("saves"))[0]
     sizes = [path.stat().st_size for path in sorted((checkpoint / folders.WEIGHTS).glob("*.distcp"))]
     shutil.rmtree(small.run_dir("saves"))
-    rates: dict[str, list[float]] = {"plain": [], "hashed": []}
+    rates: dict[str, list[float]] = {"plain": [], "hashed": [], "early": []}
     for _ in range(args.rounds):
-        for name, found in rates.items():
-            found.append(rate(folder / "plain", sizes, name == "hashed") / 1e9)
+        for way, found in rates.items():
+            found.append(rate(folder / "files", sizes, way) / 1e9)
     shutil.rmtree(folder)
 
     for save in watch.saves:

@@ -275,7 +275,7 @@ def distill_recipe(small: Small, name: str, *changes: tuple[str, str]) -> Path:
 
 
 #: what two runs of one recipe may differ in: where they were started, and how fast they were
-OF_THE_PROCESS = ("command", "started", "seconds", "throughput", "recipe.log.dir")
+OF_THE_PROCESS = ("command", "started", "seconds", "throughput", "save", "recipe.log.dir")
 TIMINGS = (
     *("tokens_per_second_per_rank", "tflops_per_rank", "train_step_timing in s", "hp_metric"),
     *("mfu", "mfu_bf16", "max_memory_gib"),  # on a GPU

@@ -173,6 +173,29 @@ def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkey
     assert f"mv {folder} {older.parent}/aside-step-000008" in error.hint
 
 
+def test_a_second_ctrl_c_or_a_lost_rank_leaves_what_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from nemotron_h.platform import checkpoint_writer
+    from nemotron_h.training.callbacks import checkpoint as callbacks
+
+    abandoned: list[str] = []
+    monkeypatch.setattr(checkpoint_writer, "abandon", lambda: abandoned.append("abandoned"))
+    monkeypatch.setattr(callbacks, "lost_ranks", lambda grace, place: [1])
+    trainer = SimpleNamespace(is_global_zero=True, world_size=2, strategy=SimpleNamespace(checkpoint_io=None))
+    callback = callbacks.StepCheckpoint(every_steps=4)
+    callback.end(trainer, None)
+    assert not abandoned, "nothing is being written"
+    for number, (ranks, error) in enumerate(
+        ((1, KeyboardInterrupt()), (2, ValueError("of rank 0 alone")), (1, ValueError("the GPU is gone"))), 1
+    ):
+        callback.save, trainer.world_size = callbacks.Save(tmp_path / "step-000008"), ranks
+        callback.end(trainer, error)
+        assert callback.save is None
+        assert len(abandoned) >= number
+    assert "checkpoint not finished: AttributeError" in capsys.readouterr().out, "the last one was tried"
+
+
 def test_a_shell_of_a_slurm_job_is_no_task_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemotron_h.platform import ranks
     from nemotron_h.training.strategy import NemotronHTrainer

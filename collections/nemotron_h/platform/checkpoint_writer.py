@@ -19,7 +19,6 @@ from queue import SimpleQueue
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
-from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_item
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -40,7 +39,7 @@ _abandoned = threading.Event()
 
 @dataclass
 class Written:
-    """What this rank's threads wrote of one checkpoint.
+    """Files that this rank's threads wrote of one checkpoint.
 
     Attributes:
         files: name in `weights` -> [bytes, sha256].
@@ -86,6 +85,7 @@ class CheckpointWriter(filesystem_async.FileSystemWriterAsync):
         self.thread_count = min(MOST_FILES, max(1, math.ceil(sum(sizes) / FILE_BYTES)))
         super().prepare_write_data(plan, _StagedPlanner(planner))
         STAGING.wait()
+        _abandoned.clear()  # of a run before in this process, a notebook's
         self.results_queue = SimpleQueue() if self.write_buckets else None
         _written[str(self.checkpoint_dir)] = Written(allocating=STAGING.seconds)
 
@@ -176,10 +176,3 @@ class ThreadCaller(async_utils.AsyncCaller):
 
     def __del__(self) -> None:
         """Leave the thread to the process: the interface asks for this."""
-
-
-def install() -> None:
-    """Have megatron-core write with these."""
-    torch_dist.FileSystemWriterAsync = CheckpointWriter
-    async_utils.TemporalAsyncCaller = ThreadCaller
-    filesystem_async._results_queue = SimpleQueue()  # in place of a process that serves one

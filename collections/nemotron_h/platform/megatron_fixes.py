@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import torch
+from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import layers
 
-from nemotron_h.platform import checkpoint_writer
+from nemotron_h.platform.checkpoint_writer import CheckpointWriter, ThreadCaller
 
 
 def install() -> None:
@@ -21,7 +24,7 @@ def install() -> None:
     _order_mixed_precision_groups()
     _accumulate_weight_gradients_without_apex()
     _flatten_products_of_frozen_weights()
-    checkpoint_writer.install()
+    _write_checkpoints_in_threads()
     _norm_and_clip_gradients_of_each_dtype()
     _multiply_shapes_with_numpy_2()
     _read_files_with_torch()
@@ -111,6 +114,13 @@ def _order_mixed_precision_groups() -> None:
 
     build.nemotron_h = True  # type: ignore[attr-defined]
     DistributedOptimizer._build_optimizer_group_ranges = classmethod(build)
+
+
+def _write_checkpoints_in_threads() -> None:
+    """Have threads write checkpoints in place of processes: see `checkpoint_writer`."""
+    torch_dist.FileSystemWriterAsync = CheckpointWriter
+    async_utils.TemporalAsyncCaller = ThreadCaller
+    filesystem_async._results_queue = SimpleQueue()  # in place of a process that serves one
 
 
 def _norm_and_clip_gradients_of_each_dtype() -> None:

@@ -295,7 +295,7 @@ class CheckpointSchema:
 
     Attributes:
         every_steps: steps between checkpoints.
-        keep: how many of the newest stay; -1 keeps all.
+        keep: how many of the newest stay beside one that is being written; -1 keeps all.
         leave_after: time that one process may take, `HH:MM:SS`; then it writes a checkpoint and leaves with code 75.
             Null is no limit: SIGTERM and SIGUSR1 do the same where the scheduler announces the end.
     """

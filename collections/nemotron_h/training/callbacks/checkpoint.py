@@ -164,10 +164,10 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
                 raise problem
             self._check_finite(trainer, folder)
             super()._save_checkpoint(trainer, filepath)
-            self.save = save
             if trainer.is_global_zero:
                 for record in (cb for cb in trainer.callbacks if isinstance(cb, RunRecord)):
                     record.write(trainer, folder / folders.RECORD)
+            self.save = save  # not before: without its record it is never finished
 
     def finish(self, trainer: pl.Trainer, wait: bool = True) -> None:
         """Finish the checkpoint that is being written, on all ranks together.
@@ -185,7 +185,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
                 if not trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=wait):
                     return
             except BaseException:
-                self.save = None
+                self._leave()
                 raise
         self.save, self.last = None, save
         if trainer.is_global_zero:
@@ -210,6 +210,10 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
             except Exception as failure:
                 said = failure.message if isinstance(failure, UserError) else f"{type(failure).__name__}: {failure}"
                 print(f"checkpoint not finished: {said}", flush=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave what is being written as it is."""
         self.save = None
         checkpoint_writer.abandon()
 

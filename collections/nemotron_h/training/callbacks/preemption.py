@@ -33,7 +33,8 @@ AGAIN_S = 2.0
 class Preemption(pl.Callback):
     """Leave at the end of the step in which any rank was told to: SIGTERM, SIGUSR1, ctrl-c, or `leave_after` is over.
 
-    Told while a checkpoint is written, a run leaves as soon as that is whole. A second ctrl-c ends it at once.
+    A run that is told leaves with a whole checkpoint of its last step; one that is being written is finished first. A
+    second ctrl-c ends it at once.
 
     Put it last in the list of callbacks: those after it would miss the last step.
 
@@ -88,7 +89,7 @@ class Preemption(pl.Callback):
             raise KeyboardInterrupt
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Leave before the next step where its checkpoint has just been written, which may have taken minutes."""
+        """Leave before the next step where the checkpoint of the last one has just begun: it takes no other."""
         if trainer.global_step and trainer.checkpoint_callback.has_saved(trainer):
             self._leave_if_told(trainer)
 

@@ -184,6 +184,7 @@ class RunRecord(pl.Callback):
             **next((cb.record() for cb in trainer.callbacks if isinstance(cb, EmbeddingRows)), self.start),
             "data": data.record(),
             "metrics": self.metrics,
+            "save": last.record() if (last := getattr(trainer.checkpoint_callback, "last", None)) else None,
             "throughput": next((cb.record() for cb in trainer.callbacks if isinstance(cb, Throughput)), None),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
