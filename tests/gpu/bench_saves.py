@@ -1,8 +1,9 @@
 """What saves cost: seconds that training stops, bytes per second to the disk, and memory of the GPU.
 
-`python tests/gpu/bench_saves.py --out FOLDER` pretrains the 8B's widths in 13 layers (1.82 B parameters, a checkpoint
-of 24 GiB), or the small model of the CPU tests without a GPU, with a checkpoint every so many steps, and prints for
-each save what training waited and what the write reached, and the peak of the GPU's memory before and after saves.
+After `nemotron-h data prepare --blend sample_small`, `python tests/gpu/bench_saves.py --out FOLDER` pretrains the 8B's
+widths in 13 layers (1.82 B parameters, a checkpoint of 24 GiB), or the tiny model without a GPU, with a checkpoint
+every so many steps, and prints for each save what training waited and what the write reached, and the peak of the
+GPU's memory before and after saves.
 Then it writes the same bytes to the same folder with as many threads in turn: plainly, hashed, and hashed with each
 piece sent to the disk at once. FOLDER is on the
 disk to be measured, and has room for two checkpoints. Numbers are printed as lines of JSON at the end.
@@ -13,18 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import small_run
 
 from nemotron_h.platform import quiet
 
@@ -39,53 +34,32 @@ from nemotron_h.core.files import HashedFile  # noqa: E402
 from nemotron_h.core.units import GIB  # noqa: E402
 from nemotron_h.platform import checkpoint_writer  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
+from nemotron_h.schema.recipe import RecipeConfig  # noqa: E402
 from nemotron_h.training.callbacks.progress import Throughput  # noqa: E402
 from nemotron_h.training.stages import pretrain  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-LARGE = """model:
-  pattern: M-M-M-M*-M-M-
-  expect: {mamba: 6, attention: 1, ffn: 6, parameters: 1_823_889_664}
-  vocab_size: 8192
-"""
+#: the 8B's widths in 13 layers, as in its verification cards; nothing changes on the CPU
+CUT = (
+    "model.pattern=M-M-M-M*-M-M-",
+    "model.expect={mamba: 6, attention: 1, ffn: 6, parameters: 1_823_889_664}",
+    *("model.vocab_size=8192", "data.blend=sample_small", "data.global_batch_size=4"),
+    *("parallel.nodes=1", "parallel.devices=1", "parallel.tensor=1", "parallel.sequence=false"),
+)
 
 
-def prepared(folder: Path) -> small_run.Small:
-    """Prepare two sources of random words, enough for windows of 8,192 tokens."""
-    rng = random.Random(1)
-    for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
-        words = ["".join(rng.choices(letters, k=rng.randint(2, 6))) for _ in range(80)]
-        documents = [" ".join(rng.choices(words, k=200)) for _ in range(3000 if ON_GPU else 300)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
-    (folder / "words.yaml").write_text(small_run.BLEND)
-    prepare = ("data", "prepare", "--blend", str(folder / "words.yaml"), "--root", str(folder / "data"))
-    subprocess.run([sys.executable, "-m", "nemotron_h", *prepare], check=True, stdout=subprocess.DEVNULL, timeout=120)
-    return small_run.Small(folder)
-
-
-def recipe(small: small_run.Small, args: argparse.Namespace) -> Path:
-    """Write the recipe of the run."""
-    path = small.recipe("saves")
-    text = path.read_text()
-    length, batch = (8192, 4) if ON_GPU else (64, 8)
-    if ON_GPU:
-        model = text[text.index("model:\n") : text.index("data:\n")]
-        text = text.replace(model, LARGE).replace("- /base/pretrain", "- /base/pretrain\n  - /model: nemotron_h_8b")
-    for before, after in (
-        ("tokens: 6144 # 12 steps", f"tokens: {args.steps * length * batch}"),
-        ("precision: bf16", f"precision: {args.precision}"),
-        ("seq_length: 64", f"seq_length: {length}"),
-        ("global_batch_size: 8", f"global_batch_size: {batch}"),
-        ("micro_batch_size: 2", "micro_batch_size: 1"),
-        ("warmup_tokens: 1024", f"warmup_tokens: {length * batch}"),
-        ("peak_lr: 1e-2", "peak_lr: 8e-4"),
-        ("checkpoint: {every_steps: 4}", f"checkpoint: {{every_steps: {args.every}, keep: 1}}"),
-        ("validate_every_steps: 6, validation_batches: 1", "validate_every_steps: 100000, validation_batches: 0"),
-    ):
-        assert before in text, before
-        text = text.replace(before, after)
-    path.write_text(text)
-    return path
+def recipe(args: argparse.Namespace, folder: Path) -> RecipeConfig:
+    """Return the recipe of the run."""
+    name, changes, batch = ("nemotron_h_8b", CUT, 4 * 8192) if ON_GPU else ("nemotron_h_tiny", (), 32 * 256)
+    own = (
+        f"tokens={args.steps * batch}",
+        f"optim.warmup_tokens={batch}",
+        f"precision={args.precision}",
+        f"checkpoint={{every_steps: {args.every}, keep: 1}}",
+        *("log.validate_every_steps=100_000", "log.validation_batches=0", "log.trackers=[]"),
+        f"log.dir={folder}",
+    )
+    return compose(name, [*changes, *own])
 
 
 class Watch(pl.Callback):
@@ -160,14 +134,15 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began = time.monotonic()
-    small = prepared(folder)
-    task, watch = pretrain.build(compose(str(recipe(small, args)))), Watch()
+    composed, watch = recipe(args, folder), Watch()
+    run_dir = folder / composed.name
+    task = pretrain.build(composed)
     task.trainer.callbacks.insert(0, watch)
     fdl.build(task)()
     took = time.monotonic() - began
-    checkpoint = folders.finished(small.run_dir("saves"))[0]
+    checkpoint = folders.finished(run_dir)[0]
     sizes = [path.stat().st_size for path in sorted((checkpoint / folders.WEIGHTS).glob("*.distcp"))]
-    shutil.rmtree(small.run_dir("saves"))
+    shutil.rmtree(run_dir)
     rates: dict[str, list[float]] = {"plain": [], "hashed": [], "early": []}
     for _ in range(args.rounds):
         for way, found in rates.items():
