@@ -61,19 +61,24 @@ def edges() -> dict[tuple[str, str], set[str]]:
     return found
 
 
+def imported(module: str) -> set[str]:
+    """Return the modules that the import of a module imports itself, whatever functions import later."""
+    files = modules()
+    names = {
+        f"{node.module}.{alias.name}" if each else node.module
+        for node in ast.parse(files[module].read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        for each in (False, True)
+    }
+    return {name.removeprefix("nemotron_h.") for name in names}.intersection(files) - {module}
+
+
 def loads(module: str) -> set[str]:
-    """Return a module and those that its import loads, whatever functions import later."""
-    files, loaded, left = modules(), set(), {module}
+    """Return a module and those that its import loads."""
+    loaded, left = set(), {module}
     while left:
         name = left.pop()
         loaded.add(name)
-        tree = ast.parse(files[name].read_text())
-        names = {
-            f"{node.module}.{alias.name}" if each else node.module
-            for node in tree.body
-            if isinstance(node, ast.ImportFrom)
-            for alias in node.names
-            for each in (False, True)
-        }
-        left |= {name.removeprefix("nemotron_h.") for name in names}.intersection(files) - loaded
+        left |= imported(name) - loaded
     return loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import runpy
 
@@ -23,6 +24,11 @@ def test_imports_go_down() -> None:
         if above != "__main__" and below not in YAML and floor[above] <= floor[below]
     }
     assert not upward
+
+
+def test_any_module_can_be_imported_first() -> None:
+    """A job imports those first that its task names, in an order of their own."""
+    graphlib.TopologicalSorter({module: house.imported(module) for module in house.modules()}).prepare()
 
 
 def test_rooms_know_what_they_may() -> None:

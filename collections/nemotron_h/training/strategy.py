@@ -36,7 +36,6 @@ from nemotron_h.platform.ranks import (
     report_mistakes,
     slurm_error,
 )
-from nemotron_h.training.callbacks import run_report
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
 
@@ -177,6 +176,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
         grace = min(GRACE_S, self.collective_timeout.total_seconds())
         lost = lost_ranks(grace, wait=is_of_a_collective(exception))
         if lost:
+            from nemotron_h.training.callbacks import run_report  # it imports this file, which jobs import first
+
             writer = min(set(range(dist.get_world_size())) - set(lost))
             run_report.note(self.trainer, message=f"no answer from ranks {lost}", error=exception, rank=writer)
             ranks = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
