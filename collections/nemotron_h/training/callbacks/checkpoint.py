@@ -20,6 +20,7 @@ from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.training.callbacks.run_record import RunRecord
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
+from nemotron_h.training.sections import CHECKPOINTING, sections
 
 #: `torch.save` writes in C++, whose errors have no number
 _OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed")
@@ -124,7 +125,8 @@ class StepCheckpoint(nl.ModelCheckpoint):
     def _clock(self) -> Iterator[None]:
         began = time.monotonic()
         try:
-            yield
+            with sections.within(CHECKPOINTING):
+                yield
         finally:
             self.seconds += time.monotonic() - began
 
