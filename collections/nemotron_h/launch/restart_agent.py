@@ -28,7 +28,7 @@ GRACE_S, LEAVE_S = 1.0, 60.0
 DUMP_S = 2.0
 #: ours: between a monitor's looks at its rank
 CHECK_S = 1.0
-#: ours: monitors of other nodes have told their agents by then, and their ranks have written stacks before any is killed
+#: ours: monitors of other nodes have told their agents by then, so all stacks are written before a rank is killed
 OTHER_NODES_S = 3.0
 #: in a run's folder
 FOLDER = "stacks"

@@ -77,6 +77,7 @@ class Sections:
         self.monitored = False
         self.name, self.entered = SETUP, time.monotonic()
         self.longest: dict[str, float] = {}
+        self.limits: dict[str, float] = {}
 
     def connect(self) -> None:
         """Connect to the monitor, have stacks written at `DUMP_SIGNAL`, and begin the set-up."""
@@ -88,10 +89,13 @@ class Sections:
         client.init_workload_monitoring()
         client.start_section(SETUP)
         self.client, self.monitored, self.stacks = client, True, file
+        self.limits = dict(client.section_timeouts.section)
 
     def measure(self) -> None:
-        """Count the section of now as far as it has come."""
-        self.longest[self.name] = max(self.longest.get(self.name, 0.0), time.monotonic() - self.entered)
+        """Count the section of now as far as it has come; a rank that goes on after a hang does not count that."""
+        seconds = time.monotonic() - self.entered
+        if seconds <= self.limits.get(self.name, seconds):
+            self.longest[self.name] = max(self.longest.get(self.name, 0.0), seconds)
 
     def enter(self, name: str) -> None:
         """Leave the section of now for another, or begin the same one again."""
@@ -111,6 +115,7 @@ class Sections:
 
     def set_limits(self, seconds: Mapping[str, float]) -> None:
         """Have the monitor take these limits from now on."""
+        self.limits = dict(seconds)
         state = {"section": dict(seconds), "out_of_section": None, "calculated_sections": [*seconds]}
         state["is_out_of_section_calculated"] = False
         self._tell(lambda client: client.load_state_dict({client.CURRENT_TIMEOUTS_STATE_KEY: {"section": state}}))

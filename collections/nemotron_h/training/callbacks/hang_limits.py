@@ -30,8 +30,8 @@ class HangLimits(pl.Callback):
     """Enter the sections of `training.sections` where there is a monitor; else do nothing.
 
     Every so many steps the ranks compare the longest that each section took on any of them, in this process and in
-    earlier ones: limits follow it, and are in the run's folder for its next start. The set-up counts where a checkpoint was read, which takes longer than
-    initial weights; the end of a run never does.
+    earlier ones: limits follow it, and are in the run's folder for its next start. The set-up counts where a checkpoint
+    was read, which takes longer than initial weights; the end of a run never does.
 
     Args:
         every_steps: between comparisons.
