@@ -27,24 +27,21 @@ from nemotron_h.training.sections import (
 
 
 class HangLimits(pl.Callback):
-    """Enter the sections of `training.sections` where there is a monitor; else do nothing.
+    """Enter the sections of `training.sections`.
 
-    Every so many steps the ranks compare the longest that each section took on any of them, in this process and in
-    earlier ones: limits follow it, and are in the run's folder for its next start. The set-up counts where a checkpoint
-    was read, which takes longer than initial weights; the end of a run never does.
-
-    Args:
-        every_steps: between comparisons.
+    After 2, 4, 8 and every 16 steps of a process the ranks compare the longest that each section took on any of them,
+    now and in earlier processes: limits follow it, and are in the run's folder for its next start. The set-up counts
+    where a checkpoint was read, which takes longer than initial weights; the end of a run never does.
     """
 
-    def __init__(self, every_steps: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.every_steps, self.steps, self.resumed = every_steps, 0, False
+        self.steps, self.resumed = 0, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note whether the set-up read a checkpoint, and what earlier processes measured."""
         self.resumed = trainer.global_step > 0
-        self.longest = read_longest(self._folder(trainer)) if sections.monitored else {}
+        self.longest = read_longest(self._folder(trainer))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         """Begin a step; the first one of a process, which compiles kernels, is of its set-up."""
@@ -58,7 +55,7 @@ class HangLimits(pl.Callback):
         self.steps += 1
         if self.steps == 1:
             sections.enter(STEP)
-        elif sections.monitored and trainer.global_step % self.every_steps == 0:
+        elif self.steps in (2, 4, 8) or self.steps % 16 == 0:
             self.update(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

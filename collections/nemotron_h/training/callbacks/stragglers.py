@@ -38,7 +38,7 @@ class Slow:
 
 
 class Ranks:
-    """What comparisons have shown of each rank."""
+    """Ranks as comparisons show them, one after the other."""
 
     def __init__(self) -> None:
         self.slow: dict[int, Slow] = {}

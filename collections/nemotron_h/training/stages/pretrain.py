@@ -21,7 +21,6 @@ from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 from nemotron_h.training.callbacks.gemm_table import GemmTable
-from nemotron_h.training.callbacks.hang_limits import HangLimits
 from nemotron_h.training.callbacks.incidents import Incidents
 from nemotron_h.training.callbacks.lockstep import StepSeed, collect_garbage_together
 from nemotron_h.training.callbacks.nan_guard import NanGuard
@@ -139,7 +138,6 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(RunReport),  # before the progress line, which names it
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(Stragglers, every_steps=recipe.log.every_steps),  # behind NanGuard, which waits for ranks
-                run.Config(HangLimits, every_steps=recipe.log.every_steps),
                 run.Config(collect_garbage_together),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
