@@ -63,21 +63,25 @@ def edges() -> dict[tuple[str, str], set[str]]:
     return found
 
 
+@functools.cache
+def imported(module: str) -> set[str]:
+    """Return the modules that the import of a module imports itself, whatever functions import later."""
+    files = modules()
+    names = {
+        f"{node.module}.{alias.name}" if each else node.module
+        for node in ast.parse(files[module].read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        for each in (False, True)
+    }
+    return {name.removeprefix("nemotron_h.") for name in names}.intersection(files) - {module}
+
+
 def loads(module: str) -> set[str]:
-    """Return a module and those that its import loads, whatever functions import later."""
-    files, loaded, left = modules(), set(), {module}
+    """Return a module and those that its import loads."""
+    loaded, left = set(), {module}
     while left:
         name = left.pop()
         loaded.add(name)
-        left |= _at_import(files[name]).intersection(files) - loaded
+        left |= imported(name) - loaded
     return loaded
-
-
-@functools.cache
-def _at_import(file: Path) -> frozenset[str]:
-    """Return what the import of a file imports of the library."""
-    statements = (node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ImportFrom))
-    names = {
-        name for node in statements for alias in node.names for name in (node.module, f"{node.module}.{alias.name}")
-    }
-    return frozenset(str(name).removeprefix("nemotron_h.") for name in names)

@@ -78,6 +78,14 @@ def test_paths_of_a_recipe_start_in_the_work_folder(tmp_path: Path, monkeypatch:
     assert place_of(["executor=local"])[0].moved(recipe).data.root == "/of/this/shell"
 
 
+def test_runs_of_a_command_here_start_themselves_again_where_the_executor_says_so() -> None:
+    assert place_of(["executor=local"])[0].launcher == HERE.launcher == ()
+    assert place_of(["executor=local", "executor.restarts=2"])[0].launcher == ("executor=local", "executor.restarts=2")
+    assert place_of([*SLURM, "executor.work_dir=/shared", "executor.restarts=2"])[0].launcher == (), (
+        "jobs have all of their executor's keys"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

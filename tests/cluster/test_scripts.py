@@ -153,6 +153,24 @@ def test_local_command(dry_run) -> None:
     assert re.search(r"^torchrun .*--nproc-per-node 2 ", printed, re.M)
 
 
+def test_restarts_put_their_launcher_before_a_ranks_command(dry_run) -> None:
+    restarts = ("executor.restarts=3", "executor.hang_after=90")
+    code, printed = dry_run("nemotron_h_tiny", "executor=local", *restarts)
+    assert code == 0, printed
+    values = r"--run \S+/runs/nemotron_h_tiny --restarts 3 --hang-after 90 --nodes {} --devices {} "
+    command = "python -m nemotron_h.launch.restarts " + values + "-m nemo_run.core.runners.fdl_runner -n pretrain "
+    assert re.search("^" + command.format(1, 1), printed, re.M)
+    code, script = dry_run("nemotron_h_tiny", *SLURM, *EIGHT, *restarts)
+    assert code == 0, script
+    assert {"nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "8"}.items() <= options(script).items()
+    assert re.search("^srun .* " + command.format(2, 8), script, re.M)
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    code, printed = dry_run("nemotron_h_tiny", *KUBERNETES, "executor.restarts=3")
+    assert code == 2, "the cluster's runtime says how often"
+    assert "restarts" in printed
+
+
 def test_data_that_the_environment_names_are_those_of_a_local_job(monkeypatch: pytest.MonkeyPatch) -> None:
     from nemotron_h.launch import executors
     from nemotron_h.schema.cluster import LocalCluster

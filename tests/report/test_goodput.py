@@ -17,8 +17,9 @@ from nemotron_h.cli.main import app
 from nemotron_h.core import incidents, locks
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.incidents import INCIDENTS, Incident, read_incidents
-from nemotron_h.core.progress import STEPS, Step
+from nemotron_h.core.progress import RANK_TIMES, STEPS, Step
 from nemotron_h.report.incidents import close_killed, processes, summary
+from nemotron_h.report.ranks import read_ranks, words
 
 
 def start(folder: Path, began: float) -> None:
@@ -132,6 +133,24 @@ def test_the_command_shows_a_table_or_json(run: Path, tmp_path_factory: pytest.T
     refused = CliRunner().invoke(app, ["incidents", str(empty)])
     assert isinstance(refused.exception, UserError)
     assert f"{empty / INCIDENTS} has no incidents" in refused.exception.message
+
+
+def test_restarts_and_the_slowest_rank_are_shown(run: Path) -> None:
+    note = Incident(incidents.RESTARTED, 1090.0, 1000.0, 6, "restart 1 of 3, from step 6: a bug", file="stacks/1.txt")
+    note.append(run / INCIDENTS)
+    content = {"step": 20, "seconds": [1.0, 1.1, 2.0, 0.9], "slow_since_step": {"2": 7}}
+    (run / RANK_TIMES).write_text(json.dumps(content))
+    shown = CliRunner().invoke(app, ["incidents", str(run)], terminal_width=200).output
+    assert "restarted" in shown
+    assert "[stacks/1.txt]" in " ".join(shown.split())
+    assert "the slowest of 4 is rank 2: 2 s a step, 1.90 times the median; slower than the others since step 7" in shown
+    printed = json.loads(CliRunner().invoke(app, ["incidents", str(run), "--json"]).output)
+    assert printed["processes"][0]["notes"][0]["kind"] == "restarted"
+    (run / RANK_TIMES).write_text('{"seconds": [1.0]}')
+    with pytest.raises(UserError, match="does not hold the times of a run's ranks"):
+        read_ranks(run)
+    (run / RANK_TIMES).write_text(json.dumps(content | {"slow_since_step": {}}))
+    assert words(read_ranks(run)).endswith("1.90 times the median")
 
 
 def test_the_command_imports_no_torch(run: Path) -> None:

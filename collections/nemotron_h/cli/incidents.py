@@ -12,7 +12,7 @@ def show_incidents(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: runs/NAME. It may still be training.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all that is known.")] = False,
 ) -> None:
-    """Show when and why each process of a run ended, spikes, the time lost, and goodput.
+    """Show when and why each process of a run ended, spikes, restarts, slow ranks, the time lost, and goodput.
 
     Goodput is the share of the wall time, restarts included, that was training of steps that count: not trained again
     after a restart. Failures are ends other than `finished` and `preemption`. Exit code 0, whatever happened to the
@@ -21,6 +21,8 @@ def show_incidents(
     from nemotron_h.core.errors import UserError
     from nemotron_h.core.incidents import INCIDENTS
     from nemotron_h.report.incidents import as_json, processes, summary, table, words
+    from nemotron_h.report.ranks import read_ranks
+    from nemotron_h.report.ranks import words as words_of_ranks
 
     of = processes(run)
     if not of:
@@ -43,5 +45,7 @@ def show_incidents(
         shown.add_row(*map(Text, row))  # text: messages have brackets
     console.print(shown)
     console.print()
-    for name, value in words(summary(of)):
+    times = read_ranks(run)
+    ranks = [("ranks", words_of_ranks(times))] if times else []
+    for name, value in [*words(summary(of)), *ranks]:
         console.print(f"{name:>9}  {value}", markup=False, soft_wrap=True)

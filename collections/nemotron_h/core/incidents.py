@@ -14,6 +14,9 @@ from nemotron_h.core.files import parsed_lines
 #: in a run's folder
 INCIDENTS = "incidents.jsonl"
 STARTED, SPIKE = "started", "spike"
+#: of a run that starts itself again (`launch.restarts`), and a rank that is slower than the others
+RESTARTED, RECOVERED, GAVE_UP, STRAGGLER = "restarted", "recovered", "gave up", "straggler"
+NOTES = (SPIKE, RESTARTED, RECOVERED, GAVE_UP, STRAGGLER)
 FINISHED, PREEMPTION = "finished", "preemption"
 #: ends that are failures: of the user, of what was read, of the numbers, of the machine, or none of these: a bug
 MISTAKE, DATA, NUMERICS, MEMORY = "mistake", "data", "numerics", "out of memory"
@@ -27,7 +30,7 @@ class Incident:
     """A line of the file.
 
     Attributes:
-        kind: `started`, `spike`, or one of `ENDS`.
+        kind: `started`, one of `NOTES`, or one of `ENDS`.
         time, began: of the incident and of its process, in seconds since 1970; `began` tells processes apart.
         step: that the process had trained.
         message, error, file: the evidence: in words, type of the exception, the file that it is about or came from.

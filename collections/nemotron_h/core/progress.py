@@ -29,6 +29,8 @@ from nemotron_h.core.units import duration
 _EVERY_S = 10.0
 #: in a run's folder: a JSON line for each `Step` that it reports, of every process that trained there
 STEPS = "progress.jsonl"
+#: in a run's folder: the seconds of a step of each rank, as `training/callbacks/stragglers.py` last compared them
+RANK_TIMES = "rank_times.json"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.hub import is_hub
 from nemotron_h.launch.kubernetes import KubernetesExecutor
 from nemotron_h.launch.place import check_agrees, folder_of, root_at
+from nemotron_h.launch.restarting import Restarting
+from nemotron_h.launch.restarts import LEAVE
 from nemotron_h.platform.ranks import check_here
 from nemotron_h.schema.cluster import Cluster, KubernetesCluster, LocalCluster, SlurmCluster
 
@@ -38,14 +40,28 @@ def executor(cluster: Cluster, task: run.Partial, recipe: str) -> run.Config:
     check_agrees(cluster, nodes, devices, ("parallel.nodes", "parallel.devices"))
     _move(task, cluster)
     if isinstance(cluster, SlurmCluster):
-        return _slurm(cluster, nodes, devices, recipe)
+        return _slurm(cluster, task, recipe)
     if isinstance(cluster, KubernetesCluster):
         return _kubernetes(cluster, nodes, devices, recipe)
     assert isinstance(cluster, LocalCluster)
     check_here(nodes, devices)
-    launcher = "torchrun" if devices > 1 else None
+    launcher = _restarting(cluster, task) or ("torchrun" if devices > 1 else None)
     return run.Config(
         run.LocalExecutor, ntasks_per_node=devices, launcher=launcher, env_vars={**_path(), **cluster.env}
+    )
+
+
+def _restarting(cluster: LocalCluster | SlurmCluster, task: run.Partial) -> run.Config[Restarting] | None:
+    """Return the launcher of a run that starts itself again, where the cluster file says so."""
+    if not cluster.restarts:
+        return None
+    return run.Config(
+        Restarting,
+        folder=task.log.explicit_log_dir,
+        restarts=cluster.restarts,
+        hang_after=cluster.hang_after,
+        nodes=task.trainer.num_nodes,
+        devices=task.trainer.devices,
     )
 
 
@@ -75,20 +91,24 @@ def _move(task: run.Partial, cluster: Cluster) -> None:
         task.data.blend = str(Path(task.data.blend).expanduser().resolve())
 
 
-def _slurm(cluster: SlurmCluster, nodes: int, devices: int, recipe: str) -> run.Config[run.SlurmExecutor]:
-    """Start one task per device by srun: Lightning and NeMo read the ranks from Slurm, and signals reach Python.
+def _slurm(cluster: SlurmCluster, task: run.Partial, recipe: str) -> run.Config[run.SlurmExecutor]:
+    """Start one task per device by srun: Lightning and NeMo read the ranks from Slurm, and signals reach Python. With
+    restarts it is one task per node, `launch.restarts`, which passes them on.
 
     torchrun in between would end at SIGUSR1 itself. A chain is an array with one job at a time: one submission, no
     rights needed beyond `sbatch`'s, and each job follows the one before whatever that one's exit code.
     """
     _check_paths(cluster)
+    nodes, devices, restarting = task.trainer.num_nodes, task.trainer.devices, _restarting(cluster, task)
+    leave = {LEAVE: str(cluster.leave_before_end)} if restarting else {}
     return run.Config(
         run.SlurmExecutor,
         account=cluster.account,
         partition=cluster.partition,
         job_name_prefix=f"{recipe}-",
         nodes=nodes,
-        ntasks_per_node=devices,
+        ntasks_per_node=1 if restarting else devices,
+        launcher=restarting,
         gpus_per_node=devices if cluster.gpus == "gpus_per_node" else None,
         gres=f"gpu:{devices}" if cluster.gpus == "gres" else None,
         time=cluster.time,
@@ -97,7 +117,7 @@ def _slurm(cluster: SlurmCluster, nodes: int, devices: int, recipe: str) -> run.
         exclusive=True if cluster.exclusive else None,
         container_image=cluster.container,
         container_mounts=_mounts(cluster),
-        env_vars={key: shlex.quote(value) for key, value in cluster.env.items()},
+        env_vars={key: shlex.quote(value) for key, value in (leave | cluster.env).items()},
         setup_lines="\n" + "\n".join([*cluster.setup, *([END_CHAIN] if cluster.chain > 1 else [])]),
         # requeue: after a node failed or a job of higher rank came; singleton: two submissions never write one run
         additional_parameters={"requeue": True, "dependency": "singleton", **cluster.sbatch},
@@ -150,7 +170,7 @@ def _kubernetes(cluster: KubernetesCluster, nodes: int, devices: int, recipe: st
         image_pull_secrets=list(cluster.pull_secrets),
         tolerations=list(cluster.tolerations),
         labels=dict(cluster.labels),
-        env_vars={**cluster.env, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(cluster.leave_before_end)},
+        env_vars={**cluster.env, LEAVE: str(cluster.leave_before_end)},
         launcher="torchrun",
         packager=run.Config(Packager),
     )

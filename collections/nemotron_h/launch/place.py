@@ -107,6 +107,11 @@ class Place:
         """Return the environment variables that a process here gets beside those of this process."""
         return {} if self.cluster is None else dict(self.cluster.env)
 
+    @property
+    def launcher(self) -> tuple[str, ...]:
+        """Return what a process here is started with beside its recipe: the executor that starts it again, if any."""
+        return self.arguments if not self.submits and getattr(self.cluster, "restarts", 0) else ()
+
     def check(self, recipe: RecipeConfig, origin: str) -> None:
         """Refuse a recipe that cannot start there.
 

@@ -171,7 +171,7 @@ def dry_run(run: Run, place: Place) -> str:
         UserError: the run does not fit the cluster file.
     """
     if not place.submits:
-        return shlex.join(command_of(run))
+        return shlex.join([*command_of(run), *place.launcher])
     with tempfile.TemporaryDirectory() as folder:
         shown = dataclasses.replace(run, file=Path(folder) / f"{run.name}.yaml")
         write_recipe(shown)
@@ -218,7 +218,7 @@ class _Process:
         with path.open("a") as log:
             self.output = _Output(lambda: path, log.tell())
             self.process = subprocess.Popen(
-                command_of(run),
+                [*command_of(run), *place.launcher],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way

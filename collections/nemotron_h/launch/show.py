@@ -10,6 +10,8 @@ from typing import Any
 import nemo_run as run
 import yaml
 
+from nemotron_h.launch.submit import command_of
+
 
 def dry_run(task: run.Partial, executor: run.Executor, name: str) -> str:
     """Prepare a submission as nemo-run does, in a folder that is removed again, and return what it would send.
@@ -39,5 +41,4 @@ def _text(job: Any) -> str:
         script = (Path(executor.job_dir) / "launch.sh").read_text()
         commented = "".join(f"# {line}\n" for line in script.splitlines())
         return f"{yaml.safe_dump(body, sort_keys=False)}\n# launch.sh:\n{commented}"
-    (role,) = job._executable.roles
-    return shlex.join([role.entrypoint, *role.args])
+    return shlex.join(command_of(job))

@@ -15,6 +15,7 @@ from torchx.specs import AppState
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.launch.jobs import Job, Watch
+from nemotron_h.launch.restarting import Restarting
 
 
 def submit(task: nemo_run.Partial, executor: nemo_run.Executor, name: str, detach: bool) -> None:
@@ -55,8 +56,15 @@ def submit(task: nemo_run.Partial, executor: nemo_run.Executor, name: str, detac
 
 def become(job: nemo_run.run.job.Job) -> None:
     """Turn this process into the prepared run: signals reach it, and its exit code is this command's."""
+    command = command_of(job)
+    os.execvpe(command[0], command, {**os.environ, **job.executor.env_vars})
+
+
+def command_of(job: nemo_run.run.job.Job) -> list[str]:
+    """Return the command line of a prepared run on this machine; nemo-run has launchers change those of jobs alone."""
     (role,) = job._executable.roles
-    os.execvpe(role.entrypoint, [role.entrypoint, *role.args], {**os.environ, **job.executor.env_vars})
+    command, launcher = [role.entrypoint, *role.args], job.executor.get_launcher()
+    return [command[0], *launcher.arguments(command)] if isinstance(launcher, Restarting) else command
 
 
 def wait(job: Job) -> None:

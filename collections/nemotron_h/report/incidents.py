@@ -19,6 +19,7 @@ from nemotron_h.core.incidents import (
     INCIDENTS,
     KILLED,
     LOST_RANK,
+    NOTES,
     SPIKE,
     Incident,
     read_incidents,
@@ -37,11 +38,13 @@ class Process:
         end: how it ended. Without a line of it the process was killed, or is running: an incident of that kind, as far
             as its steps say.
         spikes: in steps that count.
+        notes: restarts, and ranks that were slow.
     """
 
     began: float
     end: Incident
     spikes: list[Incident]
+    notes: list[Incident] = dataclasses.field(default_factory=list)
 
     @property
     def wall(self) -> float:
@@ -97,7 +100,12 @@ def processes(folder: Path) -> list[Process]:
                 ends[number] = _without_end(folder, kind, began, [s for s in steps if began <= (s.began or 0) < until])
     counted = [_counted(number, ends) for number in range(len(ends))]
     return [
-        Process(began, end, [i for i in incidents if i.began == began and i.kind == SPIKE and i.step <= last])
+        Process(
+            began,
+            end,
+            [i for i in incidents if i.began == began and i.kind == SPIKE and i.step <= last],
+            [i for i in incidents if i.began == began and i.kind in NOTES and i.kind != SPIKE],
+        )
         for began, end, last in zip(starts, ends, counted, strict=True)
     ]
 
@@ -109,12 +117,33 @@ def close_killed(folder: Path, evidence: str = "") -> None:
         evidence: what is known of its end.
     """
     incidents, _ = read_incidents(folder / INCIDENTS)
-    if not incidents or _end(incidents[-1].began, incidents) is not None:
-        return
-    began = incidents[-1].began
-    steps = [step for step in read_steps(folder / STEPS)[0] if (step.began or 0) >= began]
-    end = _without_end(folder, KILLED, began, steps)
-    dataclasses.replace(end, message=evidence or end.message).append(folder / INCIDENTS)
+    if incidents and _end(incidents[-1].began, incidents) is None:
+        end = _end_of_killed(folder, incidents[-1].began)
+        dataclasses.replace(end, message=evidence or end.message).append(folder / INCIDENTS)
+
+
+def close(folder: Path, began: float, kind: str, message: str, file: str = "") -> Incident | None:
+    """Note the end of a run's process that is gone now, or return the one that names the cause, which a rank has noted.
+
+    Args:
+        began: of the process.
+        kind: of `core.incidents`.
+        message: what is known of its end; a rank that lost another, and noted that, knew less.
+        file: the incident's.
+    """
+    end = _end(began, read_incidents(folder / INCIDENTS)[0])
+    if end is not None and end.kind not in (LOST_RANK, HANG, KILLED):
+        return end
+    now, end = time.time(), _end_of_killed(folder, began)
+    lost = since_checkpoint(folder, began, now)[1]
+    told = {"kind": kind, "message": message, "file": file, "time": now, "lost_seconds": lost}
+    dataclasses.replace(end, **told).append(folder / INCIDENTS)
+    return None
+
+
+def _end_of_killed(folder: Path, began: float) -> Incident:
+    """Return the end of a run's last process as far as its steps say."""
+    return _without_end(folder, KILLED, began, [s for s in read_steps(folder / STEPS)[0] if (s.began or 0) >= began])
 
 
 def _end(began: float, incidents: Sequence[Incident]) -> Incident | None:
@@ -186,15 +215,16 @@ def summary(of: Sequence[Process]) -> Summary:
 
 
 def table(of: Sequence[Process]) -> list[tuple[str, str, str, str, str]]:
-    """Return when, step, kind, evidence and seconds lost of each end and spike, in the order of their times."""
-    rows = sorted((i for process in of for i in (*process.spikes, process.end)), key=lambda incident: incident.time)
+    """Return when, step, kind, evidence and seconds lost of each end and note, in the order of their times."""
+    noted = (i for process in of for i in (*process.spikes, process.end, *process.notes))
+    rows = sorted(noted, key=lambda incident: incident.time)
     return [
         (
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(incident.time)),
             f"{incident.step:,}",
             incident.kind,
             evidence(incident),
-            "" if incident.kind in (SPIKE, RUNNING) else f"{incident.lost_seconds:,.0f} s",
+            "" if incident.kind in (*NOTES, RUNNING) else f"{incident.lost_seconds:,.0f} s",
         )
         for incident in rows
     ]
@@ -206,7 +236,13 @@ def as_json(of: Sequence[Process]) -> str:
     return json.dumps(
         {
             "processes": [
-                {"began": p.began, "end": p.end.known(), "spikes": [s.known() for s in p.spikes]} for p in of
+                {
+                    "began": p.began,
+                    "end": p.end.known(),
+                    "spikes": [s.known() for s in p.spikes],
+                    "notes": [n.known() for n in p.notes],
+                }
+                for p in of
             ],
             **dataclasses.asdict(total),
             "goodput": total.goodput,
@@ -229,7 +265,8 @@ def evidence(incident: Incident) -> str:
         first, last = details["memory_gib"]
         part = f"during {details['part']}; " if "part" in details else ""
         told += f" ({part}memory {first:,.2f} GiB at first, {last:,.2f} GiB at last)"
-    return told + (f" [{incident.file}]" if error and incident.file not in told else "")
+    named = incident.file not in told and (error or incident.kind in NOTES)
+    return told + (f" [{incident.file}]" if named else "")
 
 
 def words(total: Summary) -> list[tuple[str, str]]:

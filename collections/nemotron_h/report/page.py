@@ -13,7 +13,7 @@ from nemotron_h.core.files import whole_file
 from nemotron_h.core.page import render
 from nemotron_h.core.plot import save
 from nemotron_h.core.units import short_count
-from nemotron_h.report import charts, figures, incidents, sections
+from nemotron_h.report import charts, figures, incidents, ranks, sections
 from nemotron_h.report.run import PICTURE, REPORT, Run, read_run
 
 _PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
@@ -41,6 +41,10 @@ _PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
 {% if incidents %}<h2>Incidents</h2>
 <p class="note">{% for name, value in goodput %}{{ name }}: {{ value }}. {% endfor %}</p>
 {{ table([("when", ""), ("step", "n"), ("kind", ""), ("evidence", "wide"), ("time lost", "n")], incidents) }}{% endif %}
+{% if ranks %}<h2>Ranks</h2>
+<p class="note">A step of each rank before it waits for others, by step {{ "{:,}".format(ranks.step) }}; the slowest
+first.</p>
+{{ table([("rank", "n"), ("seconds", "n"), ("times the median", "n"), ("slow since", "")], rank_rows) }}{% endif %}
 <h2>Where it ran</h2>
 {{ table([("", ""), ("", "wide")], machine) }}
 <h2>Data</h2>
@@ -98,7 +102,7 @@ def save_loss(run: Run, path: Path) -> None:
 def _html(run: Run) -> str:
     definition = read_definition(run.record, str(run.folder))
     state, why = run.state
-    ran = incidents.processes(run.folder)
+    ran, times = incidents.processes(run.folder), ranks.read_ranks(run.folder)
     return render(
         _PAGE,
         run=run,
@@ -115,6 +119,8 @@ def _html(run: Run) -> str:
         changes=list(sections.changes(run)),
         incidents=incidents.table(ran),
         goodput=incidents.words(incidents.summary(ran)),
+        ranks=times,
+        rank_rows=ranks.table(times) if times else [],
         machine=list(sections.machine(run)),
         data_note=sections.data_note(run),
         sources=list(sections.sources(run)),

@@ -34,7 +34,17 @@ class Cluster:
 
 @dataclass
 class LocalCluster(Cluster):
-    """Process of its own on this machine (torchrun for more than one device)."""
+    """Process of its own on this machine (torchrun for more than one device).
+
+    Attributes:
+        restarts: how often the run is started again after a crash or a hang of a rank, from its newest checkpoint; 0
+            ends it there.
+        hang_after: with restarts, the least limit in seconds of a part of a run (docs/clusters.md); a part that takes
+            longer than its limit is a hang.
+    """
+
+    restarts: int = number(least=0, most=10_000)
+    hang_after: int = number(least=1, most=COUNT)
 
 
 @dataclass
@@ -46,6 +56,7 @@ class SlurmCluster(Cluster):
         time: limit of one job, `HH:MM:SS` or `D-HH:MM:SS`.
         leave_before_end: seconds before that limit at which the run is told to write a checkpoint and leave.
         chain: how many jobs may follow each other until the run is complete.
+        restarts, hang_after: as of `LocalCluster`, in each job.
         gpus: how GPUs are asked for: `gpus_per_node`, `gres`, or `none` (whole nodes, or no GPUs).
         exclusive: whether to ask for whole nodes.
         container: image for Pyxis; null runs on the node itself.
@@ -60,6 +71,8 @@ class SlurmCluster(Cluster):
     time: str = MISSING
     leave_before_end: int = number(least=1, most=COUNT)
     chain: int = number(least=1, most=10_000)
+    restarts: int = number(least=0, most=10_000)
+    hang_after: int = number(least=1, most=COUNT)
     gpus: str = MISSING
     exclusive: bool = MISSING
     container: str | None = MISSING

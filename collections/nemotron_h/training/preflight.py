@@ -16,11 +16,12 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core import locks
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.core.incidents import INCIDENTS
-from nemotron_h.core.progress import STEPS
+from nemotron_h.core.progress import RANK_TIMES, STEPS
 from nemotron_h.core.units import gib
 from nemotron_h.platform.memory import check_training_fits
 from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.training import trackers
+from nemotron_h.training.sections import LIMITS
 
 #: bytes per parameter in a checkpoint: bf16 weights at most fp32, plus fp32 main weights and two Adam moments
 CHECKPOINT_BYTES_PER_PARAMETER = 16
@@ -136,5 +137,5 @@ class RunFolder(nl.NeMoLogger):
     def _setup_files_to_move(self, log_dir: Path, app_state: Any) -> None:
         """Leave lock, steps and incidents in place: NeMo moves files of an earlier start into a folder of theirs."""
         super()._setup_files_to_move(log_dir, app_state)
-        stay = (locks.LOCK, STEPS, INCIDENTS, trackers.IDS)
+        stay = (locks.LOCK, STEPS, INCIDENTS, RANK_TIMES, LIMITS, trackers.IDS)
         app_state.files_to_move = [path for path in app_state.files_to_move if path.name not in stay]

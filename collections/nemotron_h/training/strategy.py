@@ -36,8 +36,11 @@ from nemotron_h.platform.ranks import (
     report_mistakes,
     slurm_error,
 )
+from nemotron_h.training.callbacks import run_report
+from nemotron_h.training.callbacks.hang_limits import HangLimits
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
+from nemotron_h.training.sections import sections
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ def with_parameters_of(parent: type) -> Callable[[type], type]:
 
 @with_parameters_of(nl.Trainer)
 class NemotronHTrainer(nl.Trainer):
-    """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere.
+    """NeMo's trainer, on GPUs where they are visible and on the CPU elsewhere; with `HangLimits` under a monitor.
 
     Errors:
         UserError: srun started other tasks than the layout has ranks.
@@ -75,6 +78,8 @@ class NemotronHTrainer(nl.Trainer):
         if accelerator == "auto":
             accelerator = "gpu" if torch.cuda.is_available() else "cpu"
         forget_tasks_of_others()
+        if sections.monitored:
+            kwargs["callbacks"] = [*(kwargs.get("callbacks") or []), HangLimits()]
         if not is_rank(num_nodes * devices):
             check_here(num_nodes, devices, gpus=torch.cuda.device_count() if accelerator == "gpu" else 0)
         try:
@@ -177,8 +182,6 @@ class NemotronHStrategy(nl.MegatronStrategy):
         grace = min(GRACE_S, self.collective_timeout.total_seconds())
         lost = lost_ranks(grace, wait=is_of_a_collective(exception))
         if lost:
-            from nemotron_h.training.callbacks import run_report  # imports settings, which import this file
-
             writer = min(set(range(dist.get_world_size())) - set(lost))
             run_report.note(self.trainer, message=f"no answer from ranks {lost}", error=exception, rank=writer)
             ranks = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"

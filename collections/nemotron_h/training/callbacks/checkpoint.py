@@ -28,6 +28,7 @@ from nemotron_h.platform.checkpoint_writer import Written
 from nemotron_h.training.callbacks.run_record import RunRecord
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
+from nemotron_h.training.sections import CHECKPOINTING, sections
 
 #: `torch.save` writes in C++, whose errors have no number
 _OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed")
@@ -221,7 +222,8 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
     def _clock(self, save: Save) -> Iterator[None]:
         began = time.monotonic()
         try:
-            yield
+            with sections.within(CHECKPOINTING):
+                yield
         finally:
             self.seconds += time.monotonic() - began
             save.waited += time.monotonic() - began

@@ -29,6 +29,7 @@ WINDOW, DEVIATIONS = 128, 6.0
 #: ours: steps before there is a verdict; the first losses of a run fall faster than any that follow
 LEAST = 32
 NO_FAILURES = (incidents.FINISHED, incidents.PREEMPTION)
+_RESTARTS = (incidents.RESTARTED, incidents.RECOVERED)
 #: logged name -> name in the file
 WATCHED = {"reduced_train_loss": "loss", "grad_norm": "gradient norm"}
 
@@ -85,9 +86,15 @@ class Incidents(pl.Callback):
             Incident(incidents.STARTED, self.began, self.began, details=where).append(_file(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the set-up."""
+        """End the set-up; after a restart the time from the fault to here is noted."""
         self.first_step, self.memory_at_first = trainer.global_step, _memory_gib()
         self.setup_seconds = time.time() - self.began - self.validation_seconds
+        if trainer.is_global_zero and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            last = next((i for i in reversed(read_incidents(_file(trainer))[0]) if i.kind in _RESTARTS), None)
+            if last is not None and last.kind == incidents.RESTARTED:
+                seconds = round(time.time() - last.details["fault"], 3)
+                said = f"trains again {seconds:,.1f} s after the fault"
+                self.note(trainer, incidents.RECOVERED, said, {"seconds": seconds})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of a validation."""
@@ -110,15 +117,13 @@ class Incidents(pl.Callback):
                 said = (
                     f"{name} {spike['value']:.4g}, {spike['mean']:.4g} +- {spike['deviation']:.2g} in the steps before"
                 )
-                with _warning():
-                    Incident(
-                        kind=incidents.SPIKE,
-                        time=time.time(),
-                        began=self.began,
-                        step=trainer.global_step,
-                        message=said,
-                        details={"metric": name, **spike},
-                    ).append(_file(trainer))
+                self.note(trainer, incidents.SPIKE, said, {"metric": name, **spike})
+
+    def note(self, trainer: pl.Trainer, kind: str, message: str, details: dict[str, Any]) -> None:
+        """Note what is no end: one of `core.incidents.NOTES`."""
+        with _warning():
+            now, step = time.time(), trainer.global_step
+            Incident(kind, now, self.began, step, message, details=details).append(_file(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values that spikes are told from."""

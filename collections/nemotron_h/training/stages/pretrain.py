@@ -28,6 +28,7 @@ from nemotron_h.training.callbacks.preemption import Preemption
 from nemotron_h.training.callbacks.progress import ProgressLine, Throughput
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
 from nemotron_h.training.callbacks.run_report import RunReport
+from nemotron_h.training.callbacks.stragglers import Stragglers
 from nemotron_h.training.optimizer import scheduled_adamw
 from nemotron_h.training.preflight import RunFolder
 from nemotron_h.training.resume import ResumeRun
@@ -135,6 +136,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(Incidents),  # before the report, which shows them
                 run.Config(RunReport),  # before the progress line, which names it
                 run.Config(Throughput),  # before the progress line, which shows it
+                run.Config(Stragglers, every_steps=recipe.log.every_steps),  # behind NanGuard, which waits for ranks
                 run.Config(collect_garbage_together),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
