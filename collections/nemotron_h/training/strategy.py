@@ -134,6 +134,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
                 use_distributed_optimizer=distributed_optimizer,
             ),
             ckpt_async_save=False,
+            # who writes which shard is agreed on once, among the ranks that hold the same ones: over all ranks of a
+            # large run, and for each save, that alone takes minutes
+            ckpt_parallel_save_within_dp=True,
+            ckpt_assume_constant_structure=True,
             replace_progress_bar=False,
             **kwargs,
         )
