@@ -197,7 +197,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
         """
         metadata = super().sharded_state_dict_metadata
         if self.ddp_config.use_distributed_optimizer:
-            metadata["distrib_optim_sharding_type"] = "fully_sharded_model_space"
+            metadata["distrib_optim_sharding_type"] = flat_shards.SHARDING
         return metadata
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
