@@ -44,7 +44,7 @@ from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dt
 
 from nemotron_h.architecture.definition import ModelDefinition  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
-from nemotron_h.platform import megatron_fixes  # noqa: E402
+from nemotron_h.platform import flat_shards, megatron_fixes  # noqa: E402
 from nemotron_h.precision.plugins import plugin  # noqa: E402
 from nemotron_h.training.optimizer import adam_of, state_dtypes  # noqa: E402
 
@@ -287,7 +287,7 @@ class Side:
 
     def _state(self, loading: bool) -> dict[str, Any]:
         model = self.model.module.sharded_state_dict()
-        kind = {"distrib_optim_sharding_type": "fully_reshardable"}
+        kind = {"distrib_optim_sharding_type": flat_shards.SHARDING}
         return {
             "model": model,
             "optimizer": self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=kind),

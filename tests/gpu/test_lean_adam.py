@@ -129,7 +129,7 @@ def main_weights(folder: Path) -> dict[str, torch.Tensor]:
     from megatron.core import dist_checkpointing
 
     held = dist_checkpointing.load_plain_tensors(str(folder))
-    return {name: value for name, value in held.items() if name.startswith("optimizer.state.param.")}
+    return {name: value for name, value in held.items() if name.startswith("optimizer.state.fp32_param.")}
 
 
 @pytest.mark.parametrize("resumed", [("bf16", "bf16"), ("fp32", "fp32")])

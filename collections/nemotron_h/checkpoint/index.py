@@ -37,7 +37,7 @@ _PARTS: dict[tuple[str, str], Any] = {
                 "TensorStorageMetadata _MEM_FORMAT_ENCODING",
             ),
             (planner, "BytesIOWriteData SavePlan TensorWriteData WriteItem WriteItemType"),
-            (filesystem, "_StorageInfo"),
+            (filesystem, "_StorageInfo _StoragePrefix"),
         )
         for name in names.split()
     },

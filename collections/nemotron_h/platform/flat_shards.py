@@ -1,6 +1,6 @@
 """Read optimizer states that another layout has saved, of them no more than this rank needs.
 
-A rank saves the flat range that it holds of each parameter's state (`fully_sharded_model_space`). In the checkpoint a
+A rank saves the flat range that it holds of each parameter's state (`SHARDING`). In the checkpoint a
 tensor of shape G, which tensor parallelism had cut into F chunks of shape C (G = F * C by axis), is one of shape
 [*F, size of C], each chunk flat. A rank of the same layout reads ranges of its last axis. megatron-core 0.15.3 reads
 whole chunks for any other rank, however little of a parameter that holds, and takes F of the checkpoint and of this run
@@ -19,6 +19,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.dist_checkpointing.strategies import resharding
 from megatron.core.dist_checkpointing.strategies.resharding import TensorReformulationMetadata
 from torch import Tensor
+
+#: megatron-core's name of the format, `distrib_optim_sharding_type` of a checkpoint's content
+SHARDING = "fully_sharded_model_space"
 
 
 def install() -> None:

@@ -139,6 +139,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=distributed_optimizer,
             ),
+            # who writes which shard is agreed on once, among the ranks that hold the same ones: over all ranks of a
+            # large run, and for each save, that alone takes minutes
+            ckpt_parallel_save_within_dp=True,
+            ckpt_assume_constant_structure=True,
             replace_progress_bar=False,
             **kwargs,
         )
@@ -198,7 +202,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
         """
         metadata = super().sharded_state_dict_metadata
         if self.ddp_config.use_distributed_optimizer:
-            metadata["distrib_optim_sharding_type"] = "fully_sharded_model_space"
+            metadata["distrib_optim_sharding_type"] = flat_shards.SHARDING
         return metadata
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
