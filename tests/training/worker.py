@@ -1,10 +1,10 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
-`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [key=value ...]`: overrides of the built
-recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal` sends a signal to the process
-group of one rank during it, `save` while its checkpoint is written. Each step appends to `steps.jsonl` beside the run:
-the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the
-numbers of the samples that this rank read.
+`worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [poison=STEP:PART[:RANK] ...] [key=value
+...]`: overrides of the built recipe are dotted; `kill` ends the process with SIGKILL right after that step, `signal`
+sends a signal to the process group of one rank during it, `save` while its checkpoint is written, `poison` is of
+`poison.py`. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning rate as exact
+hexadecimal floats, AdamW's betas, epsilon and weight decay, and the numbers of the samples that this rank read.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import fiddle as fdl  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
 import torch  # noqa: E402
+from poison import Poison  # noqa: E402
 
 from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.data.feed.datamodule import WindowDataset  # noqa: E402
@@ -124,15 +125,19 @@ def main(recipe: str, *options: str) -> None:
     }
     task = builders[composed.stage](composed)
     given = {"kill": None, "signal": None, "save": None}
-    changed = []
+    changed, poison = [], []
     for option in options:
         key, value = option.split("=", 1)
         if key in given:
             given[key] = int(value) if key == "kill" else value
+        elif key == "poison":
+            poison.append(value)
         else:
             changed.append(option)
     change(task, changed, "worker.py")
     task.trainer.callbacks.insert(0, run.Config(Recorder, **given))
+    if poison:
+        task.trainer.callbacks.append(run.Config(Poison, told=poison))
     try:
         fdl.build(task)()
     except UserError as error:

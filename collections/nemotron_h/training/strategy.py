@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from nemotron_h.platform.ranks import (
 from nemotron_h.training.callbacks import run_report
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
+from nemotron_h.training.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
         adapter_base: the checkpoint of the frozen weights, where the model has adapters. Checkpoints then hold the
             adapters and their optimizer alone.
         init_checkpoint: the recipe's `init.checkpoint` where the run began; None is weights of `init_seed`.
+        inputs: of the step that is being trained.
     """
 
     adapter_base: Path | None = None
@@ -119,6 +121,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
     ) -> None:
         self.collective_timeout = timedelta(seconds=seconds_of(collective_timeout))
         self.overlap_grad_reduce = overlap_grad_reduce
+        self.inputs = StepInputs()
         megatron_fixes.install()
         if not torch.cuda.is_available():
             cpu.install()
@@ -128,7 +131,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=sequence_parallel,
             ddp=DistributedDataParallelConfig(
-                check_for_nan_in_grad=True,
+                check_for_nan_in_grad=False,  # a wait per bucket, an error of one rank: `GuardedOptimizer` does it
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=distributed_optimizer,
             ),
@@ -162,6 +165,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
 
     def _started_by_rank_0(self) -> bool:
         return bool(self.local_rank) and isinstance(self.cluster_environment, LightningEnvironment)
+
+    def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a step as NeMo does, with inputs that are kept for a second run."""
+        return super().training_step(self.inputs.take(dataloader_iter), *args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the ranks that are gone where one was waited for in vain.
