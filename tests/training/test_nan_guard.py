@@ -79,6 +79,14 @@ def float32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
+def weight_files(small: Small, name: str) -> dict:
+    """Sizes and hashes of the last checkpoint's files of weights and optimizer; others name the run's folder."""
+    listed = folders.read_integrity(folders.finished(small.run_dir(name))[0])
+    files = {file: entry for file, entry in listed.items() if file.endswith(".distcp")}
+    assert files
+    return files
+
+
 DROPOUT = "model.config.hidden_dropout=0.1"
 PIPELINE = ("trainer.devices=2", "trainer.strategy.pipeline_model_parallel_size=2")
 
@@ -98,7 +106,7 @@ def test_a_transient_fault_of_one_rank_leaves_no_trace(
     small.train(one, *settings, ranks=2)
     done = small.train(two, *settings, *(f"poison={each}" for each in poison), ranks=2)
     assert small.steps(one) == small.steps(two)
-    assert small.same_tensors(one, two, 12)
+    assert weight_files(small, one) == weight_files(small, two)
     (process,) = processes(small.run_dir(two))
     assert [(event.kind, event.step) for event in process.events] == [("transient", 5), ("transient", 7)]
     for event in process.events:
@@ -121,7 +129,7 @@ def test_skipped_steps_change_nothing_and_a_resumed_run_skips_the_same(small: Sm
     assert "resumed at step 8" in small.train("skipped_killed", *spikes, ranks=2).stdout
     steps = small.steps("skipped")
     assert small.steps("skipped_killed") == steps
-    assert small.same_tensors("skipped", "skipped_killed", 12)
+    assert weight_files(small, "skipped") == weight_files(small, "skipped_killed")
     (process,) = processes(small.run_dir("skipped"))
     assert [(event.kind, event.step) for event in process.events] == [("skipped", 7), ("skipped", 10)]
     resumed = processes(small.run_dir("skipped_killed"))

@@ -99,7 +99,7 @@ def agreed(loss: Tensor, norm: float, others: list[Tensor]) -> tuple[float, floa
         others: gradients that it does not have, which count where they are not finite.
     """
     if others:
-        norm += 0 * float(torch.stack(torch._foreach_norm(others)).sum())
+        norm += 0 * float(sum(each.float() for each in torch._foreach_norm(others)))
     known = (float(loss) if parallel_state.is_pipeline_last_stage() else -math.inf, norm)
     if dist.get_world_size() == 1:
         return known
