@@ -83,6 +83,10 @@ class Poison(pl.Callback):
         """Let it be infinite in the second micro-batch, the first time."""
         self.once(weight.register_hook, lambda gradient: gradient * torch.inf)
 
+    def duplicate_once(self, layer: nn.Module, weight: Tensor) -> None:
+        """Let that of a weight which each tensor-parallel rank has whole be infinite, the first time."""
+        self.once(layer.input_layernorm.weight.register_hook, lambda gradient: gradient * torch.inf)
+
     def output_once(self, layer: nn.Module, weight: Tensor) -> None:
         """Let it have a NaN in the second micro-batch, the first time."""
         self.once(layer.register_forward_hook, lambda module, args, output: (output[0] * torch.nan, *output[1:]))

@@ -165,6 +165,33 @@ def test_a_weight_that_is_not_finite_is_in_no_checkpoint(small: Small) -> None:
     assert not folders.unfinished(small.run_dir("saved"))
 
 
+def test_all_ranks_know_what_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemotron_h.training import guarded_optimizer
+    from nemotron_h.training.guarded_optimizer import agreed
+
+    def told(other: list[float], last: bool, loss: float, norm: float, others: tuple = ()) -> tuple[float, float]:
+        """What a rank takes as its own and another's, which has (loss, norm) packed so."""
+        monkeypatch.setattr(guarded_optimizer.parallel_state, "is_pipeline_last_stage", lambda: last)
+        monkeypatch.setattr(guarded_optimizer.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(guarded_optimizer.torch.cuda, "current_device", lambda: "cpu")
+        monkeypatch.setattr(
+            guarded_optimizer.dist,
+            "all_reduce",
+            lambda mine, op: mine.copy_(torch.maximum(mine, torch.tensor(other, dtype=torch.float64))),
+        )
+        return agreed(torch.tensor(loss), norm, [torch.tensor(each) for each in others])
+
+    inf, nan, none = float("inf"), float("nan"), float("-inf")
+    assert told([0, 0, none, 2.0], True, 3.5, 2.0) == (3.5, 2.0), "the other is of an earlier stage"
+    assert told([0, 0, 3.5, 2.0], False, 0.0, 2.0) == (3.5, 2.0), "and there"
+    assert told([0, 0, -3.5, 2.0], False, 0.0, 2.0) == (-3.5, 2.0)
+    assert str(told([2, 0, none, 2.0], True, 3.5, 2.0)) == str((nan, 2.0))
+    assert told([0, 1, 3.5, none], True, 3.5, 2.0) == (3.5, inf)
+    assert str(told([0, 0, 3.5, 2.0], True, nan, inf)) == str((nan, inf))
+    assert str(told([0, 0, 3.5, 2.0], True, 3.5, 2.0, ([1.0], [1.0, nan]))) == str((3.5, nan)), "a duplicate's"
+    assert told([0, 0, 3.5, 2.0], True, 3.5, 2.0, ([1.0], [5.0])) == (3.5, 2.0)
+
+
 def test_names_the_sources_of_a_window_of_several() -> None:
     from nemotron_h.data.feed.packing import PackedOrder
     from nemotron_h.training.callbacks.nan_guard import samples

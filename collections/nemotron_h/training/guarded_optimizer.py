@@ -23,7 +23,7 @@ Measured = tuple[Any, float, float]
 class GuardedOptimizer(McoreDistributedOptimizer):
     """NeMo's optimizer, which updates weights by finite gradients alone, and on request by none of a spike.
 
-    A step that is not applied leaves weights and optimizer states as they are. Learning rate and data go on, as in
+    A step that is not applied leaves weights and optimizer states as they are. Learning rate and data go on, as with
     OLMo-core's SkipStepOptimizer. The gradient norm is that before clipping.
 
     Args:

@@ -123,8 +123,7 @@ class Search:
         if self.place.micro_batch is None:
             self.place.micro_batch = len(self.batches) - 1
             self.place.samples = self.samples(self.batches[-1])
-            weights = self.model.named_parameters()
-            self.place.weights = [name for name, weight in weights if not _holds_only_finite(weight)]
+            self.place.weights = [name for name, weight in _weights(self.model) if not _holds_only_finite(weight)]
 
     def _look_at_gradients(self) -> None:
         """Note gradients that are not finite, once; with pipeline stages no micro-batch is known for them."""
@@ -149,7 +148,16 @@ def fingerprint(pl_module: pl.LightningModule) -> Tensor:
 
 def _gradients(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights that are trained by name, with Megatron's sums of their gradients."""
-    return ((name, weight.main_grad) for name, weight in model.named_parameters() if hasattr(weight, "main_grad"))
+    return ((name, weight.main_grad) for name, weight in _weights(model) if hasattr(weight, "main_grad"))
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield weights by their names in the whole model: a pipeline stage counts its layers from 0."""
+    layers = {str(n): str(layer.layer_number - 1) for n, layer in enumerate(model.decoder.layers)}
+    for name, weight in model.named_parameters():
+        stack, _, rest = name.partition("decoder.layers.")
+        number, _, part = rest.partition(".")
+        yield (f"{stack}decoder.layers.{layers[number]}.{part}" if rest else name), weight
 
 
 def _named_parts(model: nn.Module) -> dict[str, nn.Module]:

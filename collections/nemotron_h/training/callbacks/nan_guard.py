@@ -75,7 +75,7 @@ class NanGuard(pl.Callback):
             UserError: on every rank, where one is not finite again.
         """
         before = fingerprint(pl_module)
-        seen = f"{socket.gethostname()}, rank {trainer.global_rank}" if not all(self.finite) else ""
+        seen = f"rank {trainer.global_rank} on {socket.gethostname()}" if not all(self.finite) else ""
         with Search(trainer, pl_module, partial(samples, trainer)) as self.search, trainer.strategy.inputs.repeated():
             measured = run()
         search, self.search = self.search, None
@@ -98,8 +98,8 @@ class NanGuard(pl.Callback):
     def _note(trainer: pl.Trainer, first: tuple[float, ...], second: list[float], seen: list[str]) -> None:
         """Note that the second run was finite."""
         names = ("loss", "gradient norm")
-        values = {name: [str(one), two] for name, one, two in zip(names, first, second, strict=True)}
-        said = "; ".join(f"{name} {one}, run again {two:.4g}" for name, (one, two) in values.items())
+        values = {name: [f"{one:.6g}", two] for name, one, two in zip(names, first, second, strict=True)}
+        said = "; ".join(f"{name} {one}, run again {two:.6g}" for name, (one, two) in values.items())
         where = f" (losses of {', '.join(seen)})" if seen else ""
         note_in_run(
             trainer,
