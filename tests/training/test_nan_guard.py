@@ -187,6 +187,7 @@ def test_all_ranks_know_what_one_measured(monkeypatch: pytest.MonkeyPatch) -> No
     assert told([0, 0, -3.5, 2.0], False, 0.0, 2.0) == (-3.5, 2.0)
     assert str(told([2, 0, none, 2.0], True, 3.5, 2.0)) == str((nan, 2.0))
     assert told([0, 1, 3.5, none], True, 3.5, 2.0) == (3.5, inf)
+    assert told([0, 0, 3.5, 2.0], True, none, 2.0) == (inf, 2.0)
     assert str(told([0, 0, 3.5, 2.0], True, nan, inf)) == str((nan, inf))
     assert str(told([0, 0, 3.5, 2.0], True, 3.5, 2.0, ([1.0], [1.0, nan]))) == str((3.5, nan)), "a duplicate's"
     assert told([0, 0, 3.5, 2.0], True, 3.5, 2.0, ([1.0], [5.0])) == (3.5, 2.0)

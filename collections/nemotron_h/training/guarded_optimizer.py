@@ -100,12 +100,12 @@ def agreed(loss: Tensor, norm: float, others: list[Tensor]) -> tuple[float, floa
     """
     if others:
         norm += 0 * float(sum(each.float() for each in torch._foreach_norm(others)))
-    known = (float(loss) if parallel_state.is_pipeline_last_stage() else -math.inf, norm)
     if dist.get_world_size() == 1:
-        return known
+        return float(loss), norm
+    known = (float(loss) if parallel_state.is_pipeline_last_stage() else None, norm)
     # MAX passes no NaN on in every library: kinds of number go beside the values
-    kinds = [2.0 if math.isnan(value) else float(value == math.inf) for value in known]
-    values = [value if math.isfinite(value) else -math.inf for value in known]
+    kinds = [0.0 if value is None or math.isfinite(value) else 1.0 + math.isnan(value) for value in known]
+    values = [-math.inf if value is None or kind else value for value, kind in zip(known, kinds, strict=True)]
     packed = torch.tensor([*kinds, *values], dtype=torch.float64, device=torch.cuda.current_device())
     dist.all_reduce(packed, op=dist.ReduceOp.MAX)
     *kinds, loss, norm = packed.tolist()
