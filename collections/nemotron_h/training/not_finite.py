@@ -82,21 +82,28 @@ class Search:
         self.config, self.ddp, self.samples = get_model_config(pl_module), trainer.strategy.ddp_config, samples
         self.place = Place(trainer.global_rank, parallel_state.get_pipeline_model_parallel_rank())
         self.batches: list[dict[str, Any]] = []
+        self.before: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> Search:
         self.handles = [m.register_forward_hook(self._hook(name)) for name, m in _named_parts(self.model).items()]
-        self.before = self.ddp.overlap_grad_reduce, self.config.finalize_model_grads_func
-        self.ddp.overlap_grad_reduce, reduce = False, self.before[1]
+        reduce = self.config.finalize_model_grads_func
 
         def look_and_reduce(*args: Any, **kwargs: Any) -> Any:
             self._look_at_gradients()
             return reduce(*args, **kwargs)
 
-        self.config.finalize_model_grads_func = look_and_reduce
+        self._swap(self.config, "finalize_model_grads_func", look_and_reduce)
+        self._swap(self.config, "grad_sync_func", None)
+        self._swap(self.ddp, "overlap_grad_reduce", False)
         return self
 
+    def _swap(self, owner: Any, name: str, value: Any) -> None:
+        self.before.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     def __exit__(self, *_: object) -> None:
-        self.ddp.overlap_grad_reduce, self.config.finalize_model_grads_func = self.before
+        for before in self.before:
+            setattr(*before)
         for handle in self.handles:
             handle.remove()
 
