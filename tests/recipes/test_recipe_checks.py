@@ -35,6 +35,12 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         ),
         (NANO, ["precision_options.fp8_backend=emulated"], ("fp8_backend = 'emulated'", "Did you mean emulate?")),
         # unknown and unused keys
+        (TINY, ["optim.skip_spikes=maybe"], ("optim.skip_spikes", "maybe")),
+        (
+            TINY,
+            ["optim.skip_spikes=true", "tokens=262_144"],
+            ("optim.skip_spikes is unused: the run has 32 steps", "32 before it", "raise tokens"),
+        ),
         (TINY, ["optim.peak_lrr=1"], ("unknown key optim.peak_lrr", "Did you mean peak_lr?")),
         (TINY, ["recompute.mlp=layer"], ("unknown key recompute.mlp", "Known keys there: mamba, ffn, attention")),
         (TINY, ["optim.decay_tokens=8192"], ("optim.decay_tokens is unused", "optim.schedule: wsd")),

@@ -51,7 +51,8 @@ def run(tmp_path: Path) -> Path:
     start(tmp_path, 1100.0)
     end(tmp_path, 1100.0, incidents.PREEMPTION, 70.0, (6, 16), message="SIGTERM", checkpoint=16)
     start(tmp_path, 1200.0)
-    Incident(incidents.SPIKE, 1215.0, 1200.0, 17, "loss 9, 2 +- 0.1 in the steps before").append(tmp_path / INCIDENTS)
+    for number, kind in enumerate(incidents.EVENTS):
+        Incident(kind, 1215.0 + number, 1200.0, 17 + number, "loss 9, 2 +- 0.1").append(tmp_path / INCIDENTS)
     end(tmp_path, 1200.0, incidents.FINISHED, 40.0, (16, 20), checkpoint=20)
     return tmp_path
 
@@ -119,15 +120,17 @@ def test_half_a_line_is_left_out_and_ended(run: Path) -> None:
 def test_the_command_shows_a_table_or_json(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     shown = CliRunner().invoke(app, ["incidents", str(run)], env={"COLUMNS": "250"})
     assert shown.exit_code == 0, shown.output
-    rows = [line.split()[2:4] for line in shown.output.splitlines()[1:5]]
-    assert rows == [["9", "killed"], ["16", "preemption"], ["17", "spike"], ["20", "finished"]]
+    rows = [line.split()[2:4] for line in shown.output.splitlines()[1:7]]
+    events = [["17", "spike"], ["18", "skipped"], ["19", "transient"]]
+    assert rows == [["9", "killed"], ["16", "preemption"], *events, ["20", "finished"]]
+    assert "events  1 spike, 1 skipped, 1 transient" in shown.output
     assert "SIGTERM" in shown.output
     assert "goodput  41.7% of 240 s was training of steps that count" in shown.output
     assert "failures  1, one in 167 s" in shown.output
     told = json.loads(CliRunner().invoke(app, ["incidents", str(run), "--json"]).output)
     assert told["goodput"] == pytest.approx(100 / 240)
     assert [process["end"]["kind"] for process in told["processes"]] == ["killed", "preemption", "finished"]
-    assert [spike["step"] for process in told["processes"] for spike in process["spikes"]] == [17]
+    assert [event["step"] for process in told["processes"] for event in process["events"]] == [17, 18, 19]
     empty = tmp_path_factory.mktemp("empty")
     assert processes(empty) == []
     refused = CliRunner().invoke(app, ["incidents", str(empty)])

@@ -15,11 +15,12 @@ import torch
 from nemotron_h.core import incidents
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.core.incidents import INCIDENTS, read_incidents
+from nemotron_h.core.spikes import Spikes
 from nemotron_h.launch import runs
 from nemotron_h.report.incidents import evidence, processes
 from nemotron_h.training.attribution import cause_of
 from nemotron_h.training.callbacks import incidents as callback
-from nemotron_h.training.callbacks.incidents import Incidents, Spikes
+from nemotron_h.training.callbacks.incidents import Incidents
 
 
 def test_a_spike_is_above_six_deviations_of_the_last_steps_and_hides_no_other() -> None:
@@ -52,7 +53,8 @@ def test_a_warm_up_has_no_spikes() -> None:
 
 
 def trainer_in(folder: Path, **values: object) -> SimpleNamespace:
-    defaults = {"is_global_zero": True, "global_rank": 0, "global_step": 0, "callback_metrics": {}, "callbacks": []}
+    defaults = {"is_global_zero": True, "global_rank": 0, "global_step": 0, "callbacks": []}
+    defaults["optimizers"] = [SimpleNamespace(skip_spikes=False)]
     checkpoints = SimpleNamespace(dirpath=folder / "checkpoints", seconds=0.0)
     return SimpleNamespace(**{**defaults, **values}, checkpoint_callback=checkpoints, strategy=SimpleNamespace())
 
@@ -67,9 +69,8 @@ def trained(folder: Path, steps: range, values: list[float], state: dict | None,
     noting.on_train_start(trainer, None)
     states = {}
     for step in steps:
+        trainer.optimizers[0].is_spike(values[step], 1.0)
         trainer.global_step = step + 1
-        trainer.callback_metrics = {"reduced_train_loss": torch.tensor(values[step])}
-        noting.on_train_batch_end(trainer, None, None, None, 0)
         states[step + 1] = noting.state_dict()
     noting.end(trainer, incidents.PREEMPTION, "SIGTERM")
     return states
@@ -86,10 +87,32 @@ def test_a_resumed_run_notes_the_spikes_of_an_unbroken_one(tmp_path: Path) -> No
     trained(whole, range(300), values, None, began=100.0)
     states = trained(resumed, range(106), values, None, began=100.0)
     trained(resumed, range(100, 300), values, states[100], began=200.0)  # from a checkpoint of step 100
-    told = [[(s.step, s.details) for p in processes(folder) for s in p.spikes] for folder in (whole, resumed)]
+    told = [[(s.step, s.details) for p in processes(folder) for s in p.events] for folder in (whole, resumed)]
     assert [step for step, _ in told[0]] == [51, 105, 108, 251]
     assert told[0] == told[1]
-    assert "loss 7.773, 2.965 +- 0.11" in processes(whole)[0].spikes[0].message
+    assert "loss 7.773, 2.965 +- 0.11" in processes(whole)[0].events[0].message
+
+
+def test_a_skipped_step_is_one_line_with_all_its_reasons(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rng, noting = random.Random(3), Incidents()
+    trainer = trainer_in(tmp_path, optimizers=[SimpleNamespace(skip_spikes=True)])
+    noting.setup(trainer, None, "fit")
+    noting.on_train_start(trainer, None)
+    for trainer.global_step in range(40):
+        assert not trainer.optimizers[0].is_spike(rng.gauss(3, 0.1), rng.gauss(1, 0.1))
+    trainer.global_step = 40
+    assert trainer.optimizers[0].is_spike(9.0, 8.0)
+    trainer.global_step = 41
+    noting.end(trainer, incidents.PREEMPTION, "SIGTERM")
+    (process,) = processes(tmp_path)
+    (event,) = process.events
+    assert (event.kind, event.step, list(event.details)) == ("skipped", 41, ["loss", "gradient norm"])
+    assert event.message.startswith("update not applied: loss 9, 2.997 +- 0.1 ")
+    assert "; gradient norm 8, " in event.message
+    assert f"warning: step 41: {event.message}" in capsys.readouterr().err
+    other = trainer_in(tmp_path, global_rank=1, is_global_zero=False, optimizers=trainer.optimizers)
+    assert Incidents().look(other, 9.0, 8.0) is False
+    assert len(processes(tmp_path)[0].events) == 1
 
 
 def raised(action: Callable) -> BaseException:

@@ -1,14 +1,14 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [write=STEP:RANK:NAME] [slow=SECONDS]
-[bug=STEP] [copy=FOLDER] [key=value ...]`: overrides of the built recipe are dotted; `kill` ends the process with
-SIGKILL right after that step, once the checkpoint that is being written is whole, so that a test knows where the next
-start continues, `signal` sends a signal to the process group of one rank during it, `save` while its checkpoint is
-copied, `write` while threads write it, which may be an error's name too, that the thread meets; `slow` are seconds that
-a thread takes for a megabyte, `bug` is an exception on every rank in that step, and `copy` writes a checkpoint of what
-was loaded, before the first step. Each step appends to `steps.jsonl` beside the run:
-the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the
-numbers of the samples that this rank read.
+[bug=STEP] [copy=FOLDER] [poison=STEP:PART[:RANK] ...] [key=value ...]`: overrides of the built recipe are dotted;
+`kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written is whole, so that
+a test knows where the next start continues, `signal` sends a signal to the process group of one rank during it, `save`
+while its checkpoint is copied, `write` while threads write it, which may be an error's name too, that the thread meets;
+`slow` are seconds that a thread takes for a megabyte, `bug` is an exception on every rank in that step, `copy` writes a
+checkpoint of what was loaded, before the first step, and `poison` is of `poison.py`. Each step appends to `steps.jsonl`
+beside the run: the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight
+decay, and the numbers of the samples that this rank read.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import fiddle as fdl  # noqa: E402
 import lightning.pytorch as pl  # noqa: E402
 import nemo_run as run  # noqa: E402
 import torch  # noqa: E402
+from poison import Poison  # noqa: E402
 
 from nemotron_h.checkpoint import folders  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402
@@ -171,15 +172,19 @@ def main(recipe: str, *options: str) -> None:
     }
     task = builders[composed.stage](composed)
     given, numbers = {}, {"kill": int, "slow": float, "bug": int}
-    changed = []
+    changed, poison = [], []
     for option in options:
         key, value = option.split("=", 1)
         if key in ("kill", "signal", "save", "write", "slow", "bug", "copy"):
             given[key] = numbers.get(key, str)(value)
+        elif key == "poison":
+            poison.append(value)
         else:
             changed.append(option)
     change(task, changed, "worker.py")
     task.trainer.callbacks.insert(0, run.Config(Recorder, **given))
+    if poison:
+        task.trainer.callbacks.append(run.Config(Poison, told=poison))
     try:
         fdl.build(task)()
     except UserError as error:

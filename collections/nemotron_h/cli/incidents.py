@@ -12,7 +12,8 @@ def show_incidents(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder: runs/NAME. It may still be training.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all that is known.")] = False,
 ) -> None:
-    """Show when and why each process of a run ended, spikes, restarts, slow ranks, the time lost, and goodput.
+    """Show when and why each process of a run ended, spikes, skipped steps, transient faults, restarts, slow ranks,
+    the time lost, and goodput.
 
     Goodput is the share of the wall time, restarts included, that was training of steps that count: not trained again
     after a restart. Failures are ends other than `finished` and `preemption`. Exit code 0, whatever happened to the

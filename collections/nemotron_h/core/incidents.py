@@ -1,4 +1,6 @@
-"""Incidents of a run: how each of its processes began and ended, and spikes; JSON lines that every process adds to."""
+"""Incidents of a run: how each of its processes began and ended, and steps that were not as others; JSON lines that
+every process adds to.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,13 @@ from nemotron_h.core.files import parsed_lines
 
 #: in a run's folder
 INCIDENTS = "incidents.jsonl"
-STARTED, SPIKE = "started", "spike"
+STARTED = "started"
+#: of a step, and no ends: a spike, one whose update was not applied, and numbers that were finite when it was run again
+SPIKE, SKIPPED, TRANSIENT = "spike", "skipped", "transient"
+EVENTS = (SPIKE, SKIPPED, TRANSIENT)
 #: of a run that starts itself again (`launch.restarts`), and a rank that is slower than the others
 RESTARTED, RECOVERED, GAVE_UP, STRAGGLER = "restarted", "recovered", "gave up", "straggler"
-NOTES = (SPIKE, RESTARTED, RECOVERED, GAVE_UP, STRAGGLER)
+NOTES = (RESTARTED, RECOVERED, GAVE_UP, STRAGGLER)
 FINISHED, PREEMPTION = "finished", "preemption"
 #: ends that are failures: of the user, of what was read, of the numbers, of the machine, or none of these: a bug
 MISTAKE, DATA, NUMERICS, MEMORY = "mistake", "data", "numerics", "out of memory"
@@ -30,7 +35,7 @@ class Incident:
     """A line of the file.
 
     Attributes:
-        kind: `started`, one of `NOTES`, or one of `ENDS`.
+        kind: `started`, one of `EVENTS`, of `NOTES`, or of `ENDS`.
         time, began: of the incident and of its process, in seconds since 1970; `began` tells processes apart.
         step: that the process had trained.
         message, error, file: the evidence: in words, type of the exception, the file that it is about or came from.

@@ -12,6 +12,7 @@ from nemotron_h.architecture.definition import ModelDefinition, definition_from_
 from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.hub import is_hub, parse
+from nemotron_h.core.spikes import LEAST
 from nemotron_h.core.strict import check_folder, check_name, check_one_of, leaves, nearest
 from nemotron_h.core.units import count_of, parse_count, seconds_of
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend
@@ -60,7 +61,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     check_stage(recipe, definition, origin)
     check_recompute(recipe, definition, origin)
     check_schedule(recipe, origin)
-    check_measured_steps(recipe, origin)
+    check_steps(recipe, origin)
     check_optimizer_state(recipe, origin)
     check_layout(recipe, definition, origin)
     if recipe.precision in FP8_FORMATS:
@@ -244,8 +245,8 @@ def check_learning_rates(peak_lr: float, final_lr: float, where: str = "") -> No
         )
 
 
-def check_measured_steps(recipe: RecipeConfig, origin: str) -> None:
-    """Check that the run has the steps to measure."""
+def check_steps(recipe: RecipeConfig, origin: str) -> None:
+    """Check that the run has the steps to measure, and those that spikes are told from."""
     data = recipe.data
     steps = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size).steps
     for step in recipe.precision_options.measured_steps:
@@ -254,6 +255,11 @@ def check_measured_steps(recipe: RecipeConfig, origin: str) -> None:
                 f"{origin}: precision_options.measured_steps has {step}; the run has steps 1 to {steps:,}",
                 hint="leave it out, or raise tokens",
             )
+    if recipe.optim.skip_spikes and steps <= LEAST:
+        raise UserError(
+            f"{origin}: optim.skip_spikes is unused: the run has {steps:,} steps, and a spike takes {LEAST} before it",
+            hint="leave it out, or raise tokens",
+        )
 
 
 def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from nemotron_h.checkpoint import folders
 from nemotron_h.core import locks
 from nemotron_h.core.incidents import (
     ENDS,
+    EVENTS,
     FAILURES,
     FINISHED,
     HANG,
@@ -20,7 +22,6 @@ from nemotron_h.core.incidents import (
     KILLED,
     LOST_RANK,
     NOTES,
-    SPIKE,
     Incident,
     read_incidents,
 )
@@ -37,13 +38,13 @@ class Process:
         began: in seconds since 1970.
         end: how it ended. Without a line of it the process was killed, or is running: an incident of that kind, as far
             as its steps say.
-        spikes: in steps that count.
+        events: spikes, skipped steps and transient faults, in steps that count.
         notes: restarts, and ranks that were slow.
     """
 
     began: float
     end: Incident
-    spikes: list[Incident]
+    events: list[Incident]
     notes: list[Incident] = dataclasses.field(default_factory=list)
 
     @property
@@ -67,12 +68,14 @@ class Summary:
             `between` processes; `other` is what nothing measured, an unfinished step among it.
         failures: ends that are neither `finished` nor `preemption`.
         restarts: processes after the first.
+        events: kind -> how many there were, in steps that count.
     """
 
     wall: float
     seconds: dict[str, float]
     failures: int
     restarts: int
+    events: dict[str, int]
 
     @property
     def goodput(self) -> float:
@@ -103,8 +106,8 @@ def processes(folder: Path) -> list[Process]:
         Process(
             began,
             end,
-            [i for i in incidents if i.began == began and i.kind == SPIKE and i.step <= last],
-            [i for i in incidents if i.began == began and i.kind in NOTES and i.kind != SPIKE],
+            [i for i in incidents if i.began == began and i.kind in EVENTS and i.step <= last],
+            [i for i in incidents if i.began == began and i.kind in NOTES],
         )
         for began, end, last in zip(starts, ends, counted, strict=True)
     ]
@@ -211,12 +214,13 @@ def summary(of: Sequence[Process]) -> Summary:
             seconds["between"] += max(0.0, process.began - ends[number - 1].time)
     failures = sum(end.kind in FAILURES for end in ends)
     wall = sum(process.wall for process in of) + seconds["between"]
-    return Summary(wall, seconds, failures, len(of) - 1)
+    events = Counter(event.kind for process in of for event in process.events)
+    return Summary(wall, seconds, failures, len(of) - 1, dict(events))
 
 
 def table(of: Sequence[Process]) -> list[tuple[str, str, str, str, str]]:
-    """Return when, step, kind, evidence and seconds lost of each end and note, in the order of their times."""
-    noted = (i for process in of for i in (*process.spikes, process.end, *process.notes))
+    """Return when, step, kind, evidence and seconds lost of each end, event and note, in the order of their times."""
+    noted = (i for process in of for i in (*process.events, process.end, *process.notes))
     rows = sorted(noted, key=lambda incident: incident.time)
     return [
         (
@@ -224,7 +228,7 @@ def table(of: Sequence[Process]) -> list[tuple[str, str, str, str, str]]:
             f"{incident.step:,}",
             incident.kind,
             evidence(incident),
-            "" if incident.kind in (*NOTES, RUNNING) else f"{incident.lost_seconds:,.0f} s",
+            "" if incident.kind in (*EVENTS, *NOTES, RUNNING) else f"{incident.lost_seconds:,.0f} s",
         )
         for incident in rows
     ]
@@ -239,7 +243,7 @@ def as_json(of: Sequence[Process]) -> str:
                 {
                     "began": p.began,
                     "end": p.end.known(),
-                    "spikes": [s.known() for s in p.spikes],
+                    "events": [e.known() for e in p.events],
                     "notes": [n.known() for n in p.notes],
                 }
                 for p in of
@@ -277,4 +281,5 @@ def words(total: Summary) -> list[tuple[str, str]]:
         ("time", ", ".join(f"{name} {value:,.0f} s" for name, value in total.seconds.items() if value >= 0.5) or "0 s"),
         ("failures", f"{total.failures}, one in {between:,.0f} s" if between is not None else "none"),
         ("restarts", str(total.restarts)),
+        *([("events", ", ".join(f"{count} {kind}" for kind, count in total.events.items()))] if total.events else []),
     ]

@@ -126,6 +126,8 @@ class OptimSchema:
         clip_grad: largest global gradient norm; 0 is no clipping.
         moments: `fp32`, or `bf16`: Adam's two moments, half as large; on GPUs only.
         gradients: `fp32`, or `bf16`: sums of gradients over micro-batches and data-parallel ranks, half as large.
+        skip_spikes: do not apply a step whose loss or gradient norm is over six standard deviations above the mean of
+            the last 128 steps; learning rate and data go on.
     """
 
     peak_lr: float = number(above=0, most=10)
@@ -140,6 +142,7 @@ class OptimSchema:
     clip_grad: float = number(1.0, least=0, most=1e9)
     moments: str = "fp32"
     gradients: str = "fp32"
+    skip_spikes: bool = False
 
 
 @dataclass

@@ -16,6 +16,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.recipe.checks import check_distributed_optimizer, check_learning_rates
 from nemotron_h.schema.recipe import STATE_DTYPES
+from nemotron_h.training.guarded_optimizer import GuardedOptimizer
 
 
 class _OfThisRecipe:
@@ -102,7 +103,10 @@ class ScheduledAdamW(MegatronOptimizerModule):
                 hint="raise tokens, or lower optim.warmup_tokens",
             )
         with adam_of(self.config):
-            return super().optimizers(model)
+            return [
+                GuardedOptimizer(each.mcore_optimizer, self.settings["skip_spikes"])
+                for each in super().optimizers(model)
+            ]
 
 
 def state_dtypes(moments: str) -> dict[str, Any]:
@@ -141,6 +145,7 @@ def scheduled_adamw(
     clip_grad: float = 1.0,
     distributed_optimizer: bool = True,
     moments: str = "fp32",
+    skip_spikes: bool = False,
 ) -> ScheduledAdamW:
     """Build AdamW with linear warm-up and cosine decay, or a constant rate and linear decay.
 
@@ -152,6 +157,7 @@ def scheduled_adamw(
         clip_grad: largest global gradient norm; 0 is no clipping.
         distributed_optimizer: shard the optimizer's state over data-parallel ranks.
         moments: dtype of Adam's moments, `fp32` or `bf16`.
+        skip_spikes: do not apply a step whose loss or gradient norm is a spike.
     Errors:
         UserError: `final_lr` is above `peak_lr`; there is no such dtype, or `bf16` without what it needs: a GPU,
             Transformer Engine, the distributed optimizer.

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from nemotron_h.training.callbacks.hang_limits import HangLimits
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
 from nemotron_h.training.sections import sections
+from nemotron_h.training.step_inputs import StepInputs
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
             adapters and their optimizer alone.
         init_checkpoint: the recipe's `init.checkpoint` where the run began; None is weights of `init_seed`.
         repair_embeddings: its `init.repair_embeddings`.
+        inputs: of the step that is being trained.
     """
 
     adapter_base: Path | None = None
@@ -125,6 +127,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
     ) -> None:
         self.collective_timeout = timedelta(seconds=seconds_of(collective_timeout))
         self.overlap_grad_reduce = overlap_grad_reduce
+        self.inputs = StepInputs()
         megatron_fixes.install()
         flat_shards.install()
         if not torch.cuda.is_available():
@@ -135,7 +138,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=sequence_parallel,
             ddp=DistributedDataParallelConfig(
-                check_for_nan_in_grad=True,
+                check_for_nan_in_grad=False,  # a wait per bucket, an error of one rank: `GuardedOptimizer` does it
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=distributed_optimizer,
             ),
@@ -171,6 +174,10 @@ class NemotronHStrategy(nl.MegatronStrategy):
 
     def _started_by_rank_0(self) -> bool:
         return bool(self.local_rank) and isinstance(self.cluster_environment, LightningEnvironment)
+
+    def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a step as NeMo does, with inputs that are kept for a second run."""
+        return super().training_step(self.inputs.take(dataloader_iter), *args, **kwargs)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the ranks that are gone where one was waited for in vain.

@@ -60,9 +60,13 @@ class CastStatisticsCallback(pl.Callback):
         """Watch this step's matmuls, if it is one to measure."""
         if not self.recipe or trainer.global_step + 1 not in self.steps:
             return
-        self.counts = {}
         for layer, name, module in self._products(pl_module):
             self.hooks.append(module.register_forward_hook(self._watch(layer, name)))
+
+    def on_megatron_step_start(self, step: Any) -> None:
+        """Begin to count, anew where a step is run again."""
+        if self.hooks:
+            self.counts = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int

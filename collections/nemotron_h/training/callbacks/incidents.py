@@ -1,16 +1,14 @@
-"""Note in `incidents.jsonl` how each process of a run begins and ends, and spikes of its loss and gradient norm."""
+"""Note in `incidents.jsonl` how each process of a run begins and ends, and steps that were not as others."""
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,43 +18,20 @@ from rich.console import Console
 
 from nemotron_h.core import incidents
 from nemotron_h.core.incidents import INCIDENTS, Incident, read_incidents
+from nemotron_h.core.spikes import Spikes
 from nemotron_h.core.units import GIB
 from nemotron_h.report.incidents import close_killed, since_checkpoint
 from nemotron_h.training.callbacks.progress import Throughput
 
-#: a spike is above the mean of the last steps by so many standard deviations; as OLMo-core's SkipStepOptimizer
-WINDOW, DEVIATIONS = 128, 6.0
-#: ours: steps before there is a verdict; the first losses of a run fall faster than any that follow
-LEAST = 32
 NO_FAILURES = (incidents.FINISHED, incidents.PREEMPTION)
 _RESTARTS = (incidents.RESTARTED, incidents.RECOVERED)
-#: logged name -> name in the file
-WATCHED = {"reduced_train_loss": "loss", "grad_norm": "gradient norm"}
-
-
-class Spikes:
-    """The last values of a metric, one far from the others as the bound that it passed: it hides none after it."""
-
-    def __init__(self) -> None:
-        self.values: deque[float] = deque(maxlen=WINDOW)
-
-    def add(self, value: float) -> dict[str, float] | None:
-        """Take the value of a step, and return it with mean and standard deviation of those before if it is a spike."""
-        if not math.isfinite(value):
-            return None
-        mean = fmean(self.values) if self.values else value
-        deviation = math.sqrt(fmean((v - mean) ** 2 for v in self.values)) if self.values else 0.0
-        if len(self.values) < LEAST or not deviation:
-            self.values.append(value)
-            return None
-        bound = DEVIATIONS * deviation
-        self.values.append(min(max(value, mean - bound), mean + bound))
-        return {"value": value, "mean": mean, "deviation": deviation} if value > mean + bound else None
+#: of a step, in the order in which the optimizer tells them
+WATCHED = ("loss", "gradient norm")
 
 
 class Incidents(pl.Callback):
-    """Note this process's beginning, its end, which `RunReport` tells, and spikes. Rank 0 writes; another rank where
-    rank 0 is gone, or where it fails first.
+    """Note this process's beginning, its end, which `RunReport` tells, and spikes, transient faults and skipped steps.
+    Rank 0 writes; another rank where rank 0 is gone, or where it fails first.
 
     A file that cannot be written is a warning: nothing here changes an exit code. The values that spikes are told from
     are in each checkpoint, so a resumed run notes those of an unbroken one.
@@ -64,7 +39,7 @@ class Incidents(pl.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self.spikes = {name: Spikes() for name in WATCHED.values()}
+        self.spikes = {name: Spikes() for name in WATCHED}
         self.began = _process_began()
         self.begun = self.ended = False
         self.first_step: int | None = None
@@ -86,7 +61,10 @@ class Incidents(pl.Callback):
             Incident(incidents.STARTED, self.began, self.began, details=where).append(_file(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End the set-up; after a restart the time from the fault to here is noted."""
+        """End the set-up, and be asked of each step before its update; after a restart the time from the fault to here
+        is noted.
+        """
+        trainer.optimizers[0].is_spike = partial(self.look, trainer)
         self.first_step, self.memory_at_first = trainer.global_step, _memory_gib()
         self.setup_seconds = time.time() - self.began - self.validation_seconds
         if trainer.is_global_zero and "TORCHELASTIC_RESTART_COUNT" in os.environ:
@@ -106,24 +84,34 @@ class Incidents(pl.Callback):
             self.validation_seconds += time.monotonic() - self.validation_began
             self.validation_began = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """Look for spikes, before the step's checkpoint takes `state_dict`."""
-        for logged, name in WATCHED.items():
-            value = trainer.callback_metrics.get(logged)
-            spike = None if value is None else self.spikes[name].add(float(value))
-            if spike is not None and trainer.is_global_zero:
-                said = (
-                    f"{name} {spike['value']:.4g}, {spike['mean']:.4g} +- {spike['deviation']:.2g} in the steps before"
-                )
-                self.note(trainer, incidents.SPIKE, said, {"metric": name, **spike})
+    def look(self, trainer: pl.Trainer, *values: float) -> bool:
+        """Take the values `WATCHED` of a step, note spikes, and tell whether there is one."""
+        verdicts = {name: self.spikes[name].add(value) for name, value in zip(WATCHED, values, strict=True)}
+        spikes = {name: spike for name, spike in verdicts.items() if spike is not None}
+        said = {
+            name: f"{name} {spike['value']:.4g}, {spike['mean']:.4g} +- {spike['deviation']:.2g} in the steps before"
+            for name, spike in spikes.items()
+        }
+        if spikes and trainer.optimizers[0].skip_spikes:
+            self.note(trainer, incidents.SKIPPED, f"update not applied: {'; '.join(said.values())}", spikes)
+        else:
+            for name, spike in spikes.items():
+                self.note(trainer, incidents.SPIKE, said[name], {"metric": name, **spike})
+        return bool(spikes)
 
     def note(self, trainer: pl.Trainer, kind: str, message: str, details: dict[str, Any]) -> None:
-        """Note what is no end: one of `core.incidents.NOTES`."""
+        """Note, on rank 0, an incident that ends nothing: one of `core.incidents.EVENTS`, of the step that has not been
+        counted yet, or of `core.incidents.NOTES`. Say it where the step is not what it would have been.
+        """
+        step = trainer.global_step + (kind in incidents.EVENTS)
+        if not trainer.is_global_zero:
+            return
+        if kind in (incidents.SKIPPED, incidents.TRANSIENT):
+            Console(stderr=True, soft_wrap=True).print(
+                f"warning: step {step:,}: {message}", style="yellow", markup=False, highlight=False
+            )
         with _warning():
-            now, step = time.time(), trainer.global_step
-            Incident(kind, now, self.began, step, message, details=details).append(_file(trainer))
+            Incident(kind, time.time(), self.began, step, message, details=details).append(_file(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values that spikes are told from."""
@@ -132,7 +120,7 @@ class Incidents(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the values of a checkpoint."""
         for name, spikes in self.spikes.items():
-            spikes.values = deque(map(float, state_dict.get(name, ())), maxlen=WINDOW)
+            spikes.values = Spikes(state_dict.get(name, ())).values
 
     def end(
         self, trainer: pl.Trainer, kind: str = "", message: str = "", error: BaseException | None = None, rank: int = 0
@@ -220,6 +208,13 @@ class Incidents(pl.Callback):
         if self.validation_began is not None:
             return "validation"
         return "set-up" if self.first_step is None else "a training step"
+
+
+def note_in_run(trainer: pl.Trainer, kind: str, message: str, details: dict[str, Any]) -> None:
+    """Note an incident of the step that is being trained; see `Incidents.note`."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Incidents):
+            callback.note(trainer, kind, message, details)
 
 
 def _file(trainer: pl.Trainer) -> Path:

@@ -179,6 +179,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             weight_decay=optim.weight_decay,
             clip_grad=optim.clip_grad,
             moments=optim.moments,
+            skip_spikes=optim.skip_spikes,
             distributed_optimizer=parallel.distributed_optimizer,
         ),
     )
