@@ -11,7 +11,6 @@ import argparse
 import concurrent.futures
 import multiprocessing
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import verdict
 from cases import KINDS, PAIRS, next_cases
-from ledger import FILE, Ledger, write_page
+from ledger import FILE, Ledger, commit, write_page
 from trial import FORKS, Ground, Result
 
 from nemotron_h.core.progress import StageProgress
@@ -53,15 +52,6 @@ def results(cases: Sequence[str], jobs: int, folder: Path) -> Iterator[Result]:
             yield from (each.result() for each in concurrent.futures.as_completed(tried))
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def commit() -> str:
-    """Return the commit that is tried, with a + where files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    library = ["--", ":/collections", ":/configs", ":/recipes"]
-    changed = subprocess.run([*git, "status", "--porcelain", *library], capture_output=True, text=True, check=False)
-    return (head.stdout.strip() or "unknown") + ("+" if changed.stdout else "")
 
 
 def main() -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +28,15 @@ PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 BEGIN, END = "<!-- cases: written by tests/faults/ledger.py -->\n", "<!-- end of cases -->\n"
 
 
+def commit() -> str:
+    """Return the commit that is tried, with a + where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    library = ["--", ":/collections", ":/configs", ":/recipes"]
+    changed = subprocess.run([*git, "status", "--porcelain", *library], capture_output=True, text=True, check=False)
+    return (head.stdout.strip() or "unknown") + ("+" if changed.stdout else "")
+
+
 class Ledger:
     """Counts of all campaigns.
 
@@ -34,6 +44,7 @@ class Ledger:
         campaigns: day, commit, cases, failures, seconds and processes of each.
         counts: stage -> kind -> outcome -> how many.
         failures: case -> outcome, what was said, at which commit, and `passes_at` where it was tried again and passed.
+        chaos: day, commit, command, points and verdicts of each time that ckpt-chaos judged.
     """
 
     def __init__(self, file: Path = FILE) -> None:
@@ -42,6 +53,7 @@ class Ledger:
         self.campaigns: list[dict[str, Any]] = content.get("campaigns", [])
         self.counts: dict[str, dict[str, dict[str, int]]] = content.get("counts", {})
         self.failures: dict[str, dict[str, str]] = content.get("failures", {})
+        self.chaos: list[dict[str, Any]] = content.get("chaos", [])
 
     def tried(self) -> dict[tuple[str, str], int]:
         """Return (stage, kind) -> how many cases were tried."""
@@ -81,7 +93,8 @@ class Ledger:
             for stage, kinds in sorted(self.counts.items(), key=lambda item: order[item[0]])
         }
         failures = dict(sorted(self.failures.items()))
-        write_json(self.file, {"campaigns": self.campaigns, "counts": counts, "failures": failures})
+        parts = {"campaigns": self.campaigns, "counts": counts, "failures": failures, "chaos": self.chaos}
+        write_json(self.file, parts)
 
     def cell(self, has: Callable[[str, str], bool]) -> str:
         """Return "passed/tried" over the pairs of stage and kind that a function has; "-" where none was tried."""
@@ -113,6 +126,11 @@ class Ledger:
         for case, failure in sorted(self.failures.items()):
             passes = failure.get("passes_at", "-")
             lines.append(f"| {case} | {failure['outcome'].lower()} | {failure['commit']} | {passes} |")
+        lines += ["", "| ckpt-chaos | day | commit | points | verdicts |", "|---|---|---|---|---|"]
+        for each in self.chaos:
+            verdicts = ", ".join(f"{number} {name}" for name, number in sorted(each["verdicts"].items()))
+            values = (f"`{each['command']}`", each["day"], each["commit"], each["points"], verdicts)
+            lines.append("| " + " | ".join(map(str, values)) + " |")
         return "\n".join(lines) + "\n"
 
 

@@ -134,7 +134,7 @@ def of_result(small: Small, stage: Stage, name: str, straight: str, settings: bo
         return f"steps {', '.join(map(str, differ))} differ, the first in {', '.join(keys)}"
     last = f"checkpoints/step-{stage.steps:06d}"
     written = [folders.read_integrity(stage.folder(small, each) / last) for each in (name, straight)]
-    weights = [{file: entry for file, entry in each.items() if file.startswith(folders.WEIGHTS)} for each in written]
+    weights = [{file: entry for file, entry in each.items() if file.endswith(".distcp")} for each in written]
     if weights[0] != weights[1]:
         try:
             small.same_tensors(name, straight, stage.steps)
