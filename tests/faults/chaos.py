@@ -75,7 +75,7 @@ def serve(place: socket.socket, folder: Path) -> None:
     while True:
         with place.accept()[0] as asked, asked.makefile("rw") as stream:
             order = stream.readline()
-            code = FORKS.run(__file__, "--fork", order, folder=folder, name="fork", seconds=150)
+            code = FORKS.run(__file__, "--fork", order, folder=folder, name="fork", seconds=300)
             said = [(folder / f"fork.{end}").read_text(errors="replace") for end in ("out", "err")]
             stream.write(json.dumps({"code": code if code >= 0 else 128 - code, "said": said}) + "\n")
 

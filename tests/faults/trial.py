@@ -25,7 +25,7 @@ from nemotron_h.checkpoint import folders
 INJECTOR = Path(__file__).with_name("injector.py")
 NONE = Fault("none")
 #: ours: a command of a few seconds that is not over by then hangs
-LIMIT_S = 150
+LIMIT_S = 300
 #: a folder that another process still writes is tried again after so long
 WAIT_S = 2
 
