@@ -142,6 +142,9 @@ def of_result(small: Small, stage: Stage, name: str, straight: str, settings: bo
             small.same_tensors(name, straight, stage.steps)
         except AssertionError as error:
             return f"weights or optimizer differ: {str(error)[-300:]}"
+    numbers = [len(folders.finished(stage.folder(small, each))) for each in (name, straight)]
+    if numbers[0] != numbers[1]:
+        return f"{numbers[0]} checkpoints are kept, not {numbers[1]}"
     records = [run_records(stage.folder(small, each)) for each in (name, straight)]
     for file in ("run.json", f"{last}/run.json"):
         one, two = (each[file] for each in records)
