@@ -32,8 +32,6 @@ SIGNALS = {
     "interrupt_group": signal.SIGINT,
 }
 _LEFT_EARLY = 75
-#: steps after its own by whose end a checkpoint is whole
-FINISHED_AFTER = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def of_resume(small: Small, stage: Stage, name: str, before: list[int], whole: P
         left: the run before it said that it had written a checkpoint.
     """
     reached, kept = max(before, default=0), folders.step_of(whole) if whole else 0
-    due = max(0, reached - FINISHED_AFTER) // stage.every * stage.every
+    due = (reached - 1) // stage.every * stage.every if reached else 0  # one of this very step may be half written
     if left and kept != reached:
         return f"left at step {reached} with a checkpoint of step {kept}"
     if kept < due:
