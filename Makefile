@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-sft demo-compress test faults test-hf test-gguf test-eval test-other-readers bench card docs lint clean
+.PHONY: help install demo demo-sft demo-compress test faults chaos test-hf test-gguf test-eval test-other-readers bench card docs lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -42,8 +42,11 @@ test: $(STAMP) ## run the test suite
 	@$(BIN)/ruff check .
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile # two at a time, a core each
 
-faults: $(STAMP) ## kill, stop and damage small runs at random moments and compare: make faults N=200 SEED=0 (docs/faults.md)
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --cases $(or $(N),200) --seed $(or $(SEED),0)
+faults: $(STAMP) ## kill, stop and damage small runs at random moments and compare: make faults N=200 JOBS=2 (docs/faults.md)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --cases $(or $(N),200) --jobs $(or $(JOBS),1) $(if $(REAL),--outside)
+
+chaos: $(STAMP) ## ckpt-chaos kills a small run at each file that it writes and judges the resume: make chaos N=40 FORKS=1
+	@$(BIN)/python tests/faults/chaos.py --points $(or $(N),40) $(if $(FORKS),--forks)
 
 test-hf: $(STAMP) ## exported models in Hugging Face transformers, in an environment of their own (set up first)
 	@python=$$($(BIN)/python -m nemotron_h.platform.environments .bench/hf tests/benchmarks/requirements_hf.txt) && \

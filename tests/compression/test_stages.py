@@ -76,6 +76,7 @@ def test_an_interrupted_stage_is_continued(chain: Chain, name: str) -> None:
     chain.interrupt = name
     with pytest.raises(KeyboardInterrupt):
         chain.pipeline.run()
+    assert chain.said[-1] == "stopped: the same command continues; finished stages are kept"
     assert chain.pipeline.states()[name].word == "interrupted"
     chain.ran.clear()
     chain.pipeline.run()

@@ -15,7 +15,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.indexed import read_lengths
-from nemotron_h.data.manifest import check_manifest
+from nemotron_h.data.manifest import check_manifest, load_manifest, probe
 from nemotron_h.data.messages import read_conversation
 from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.prepare.verify import verify
@@ -99,10 +99,16 @@ def test_a_mask_of_another_size_or_content_is_found(talk: Path) -> None:
         with pytest.raises(UserError, match=r"train\.loss is missing or of another size"):
             check_manifest(talk / "data", blend)
         file.write_bytes(bytes([1 - content[0]]) + content[1:])
+        with pytest.raises(UserError, match=r"b/train\.bin/\.idx/\.loss are not the files that were prepared"):
+            check_manifest(talk / "data", blend)
+        manifest = load_manifest(talk / "data", "talk")
+        manifest.sources["b"].splits["train"].probe = probe(manifest.prefix("b", "train"))  # as it was written formerly
+        manifest.save()
         with pytest.raises(UserError, match=r"train\.loss changed"):
             verify(blend, talk / "data", console=Console(quiet=True))
     finally:
         file.write_bytes(content)
+    assert check_manifest(talk / "data", blend).sources["b"].splits["train"].probe
 
 
 def test_too_many_bad_conversations_stop_with_the_first(tmp_path: Path, talk: Path) -> None:

@@ -1,8 +1,9 @@
 """Run a command with a fault: `injector.py FAULT nemo llm pretrain ...`; FAULT is JSON, as `cases.Fault` has it.
 
-The fault comes from inside of the process at its moment, so a seed repeats it: in a step, while a checkpoint is saved,
+The fault comes from inside of the process at its moment, so a case repeats it: in a step, while a checkpoint is saved,
 or at the N-th file that is opened, renamed or removed under the fault's folder. Each step is recorded as
 `tests/training/worker.py` does. A file marks that the moment came; each rank's number of files is written at its end.
+The runs that a pipeline starts are forks; the fault is of one of them where it says which.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forked_runs import ForkedRun
+
 #: what the stand-in for a bug says
 BUG = "stand-in for a bug in a step"
 _FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
 class Injector:
-    """The fault of this process: `fault` as `cases.Fault` has it; nothing on ranks that it is not for."""
+    """The fault of this process: `fault` as `cases.Fault` has it; nothing on ranks and runs that it is not for."""
 
-    def __init__(self, fault: dict[str, Any]) -> None:
+    def __init__(self, fault: dict[str, Any], run: int = 0) -> None:
         self.fault, self.kind, self.fired, self.files = fault, fault["kind"], False, 0
         self.process = os.getpid()
         ranks = fault["ranks"]
-        self.here = self.kind != "none" and (ranks is None or int(os.environ.get("RANK", 0)) in ranks)
+        here = run == fault["run"] and (ranks is None or int(os.environ.get("RANK", 0)) in ranks)
+        self.here = self.kind != "none" and here
         sys.addaudithook(self.count)
 
     def count(self, event: str, arguments: tuple) -> None:
@@ -80,16 +84,15 @@ class Injector:
         subprocess.Popen(["sh", "-c", again], start_new_session=True)
         os.kill(self.process, signal.SIGSTOP)
 
+    def stop_for_good(self) -> None:
+        os.kill(self.process, signal.SIGSTOP)
+
     def bug(self) -> None:
         raise RuntimeError(BUG)
 
     def full(self) -> None:
         """Fill the disk of the fault's folder but for so many bytes."""
-        disk = Path(self.fault["disk"])
-        left = shutil.disk_usage(disk).free - int(self.fault["amount"])
-        if left > 0:
-            with (disk / "filler").open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, left)
+        fill(Path(self.fault["disk"]), int(self.fault["amount"]))
 
     def file_limit(self) -> None:
         """Let no file grow beyond so many bytes, as `ulimit -f` does."""
@@ -99,6 +102,14 @@ class Injector:
         """Move the wall clock."""
         now, jump = time.time, self.fault["amount"]
         time.time = lambda: now() + jump
+
+
+def fill(disk: Path, but: int) -> None:
+    """Fill a file system but for so many bytes."""
+    left = shutil.disk_usage(disk).free - but
+    if left > 0:
+        with (disk / "filler").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, left)
 
 
 def watch(injector: Injector) -> None:
@@ -152,19 +163,42 @@ def _poison(output: Any) -> Any:
     return poisoned
 
 
+def nemo(injector: Injector) -> None:
+    """Run `nemo`, watched."""
+    watch(injector)
+    from nemotron_h.launch.command import main as command
+
+    command()
+
+
+def fork_runs(fault: dict[str, Any]) -> None:
+    """Have the runs that a pipeline starts be forks."""
+    from nemotron_h.launch import runs
+
+    started = 0
+
+    def start(*arguments: Any, **named: Any) -> ForkedRun:
+        nonlocal started
+        started += 1
+        return ForkedRun(lambda: nemo(Injector(fault, started)), *arguments, **named)
+
+    runs.subprocess = type("subprocess", (), {**vars(subprocess), "Popen": staticmethod(start)})
+
+
 def main(fault: str, program: str, *arguments: str) -> None:
     """Run the command as its console script does."""
     injector = Injector(json.loads(fault))
     sys.argv = [program, *arguments]
     try:
         if program == "nemo":
-            watch(injector)
-            from nemotron_h.launch.command import main as command
-        else:
-            from nemotron_h.cli.main import main as command
-            from nemotron_h.data.prepare import sources
+            nemo(injector)
+            return
+        from nemotron_h.cli.main import main as command
+        from nemotron_h.data.prepare import sources
 
-            sources.MIN_SHARD_BYTES = 1 << 14
+        sources.MIN_SHARD_BYTES = 1 << 14
+        if arguments[0] == "minipuzzle":
+            fork_runs(injector.fault)
         command()
     finally:
         Path(f"{injector.fault['mark']}.{os.environ.get('RANK', 0)}").write_text(str(injector.files))

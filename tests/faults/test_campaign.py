@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import verdict
-from campaign import table
-from cases import DAMAGE, PAIRS, Fault, fault, pair
+from cases import DAMAGE, KINDS, PAIRS, Fault, fault, next_cases
 from injector import BUG
-from rich.console import Console
+from ledger import PAGE, Ledger
 from small_run import Small
 from stages import STAGES
 from trial import Ground, Result
 from verdict import End
 
-SEED = 2026
 PRETRAIN = STAGES["pretrain"]
 GOOD = End(0, "", "", 1.0, False)
 
@@ -27,15 +25,10 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return Ground(tmp_path_factory.mktemp("faults"))
 
 
-def seed_of(kind: str, stage: str = "pretrain") -> int:
-    """Return the first seed from `SEED` on with this fault in this stage."""
-    return next(seed for seed in range(SEED, SEED + len(PAIRS)) if (pair(seed)[0], pair(seed)[1].name) == (kind, stage))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kill", "flipped"])
+@pytest.mark.parametrize("kind", ["kill", "flipped", "torn_data"])
 def test_a_disturbed_run_ends_as_an_undisturbed_one(ground: Ground, kind: str) -> None:
-    result = ground.trial(seed_of(kind))
+    result = ground.trial(f"pretrain/{kind}/2026")
     assert result.outcome == verdict.PASS, result
 
 
@@ -52,16 +45,21 @@ def test_a_run_that_is_not_the_undisturbed_one_has_diverged(ground: Ground) -> N
     assert verdict.of_result(ground.small, PRETRAIN, "other", straight) == "steps 12 differ, the first in loss"
 
 
-def test_a_seed_gives_one_case_and_seeds_in_a_row_all_pairs() -> None:
-    assert len({pair(seed)[0] + pair(seed)[1].name for seed in range(7, 7 + len(PAIRS))}) == len(PAIRS)
-    chosen = [fault(seed, [100, 80]) for seed in range(SEED, SEED + 5 * len(PAIRS))]
-    assert chosen == [fault(seed, [100, 80]) for seed in range(SEED, SEED + 5 * len(PAIRS))]
-    assert {each.part for each in chosen if each.kind not in DAMAGE and not each.file} == {"begin", "end", "save"}
+def test_a_case_is_always_the_same_and_those_that_follow_are_of_the_pairs_with_the_fewest() -> None:
+    cases = next_cases(5 * len(PAIRS), {}) + next_cases(5 * len(PAIRS), {}, outside=True)
+    assert len({*cases}) == len(cases)
+    assert {tuple(case.split("/")[:2]) for case in cases} == {*PAIRS}
+    assert next_cases(2, {pair: 7 for pair in PAIRS if pair != ("sft", "kill")}) == ["sft/kill/0", "sft/kill/1"]
+    chosen = [fault(case, [100, 80]) for case in cases]
+    assert chosen == [fault(case, [100, 80]) for case in cases]
+    moments = {each.part for each in chosen if each.kind not in DAMAGE and not each.file}
+    assert moments == {"begin", "end", "save", "start"}
     assert {rank for each in chosen for rank in each.ranks or ()} == {0, 1}
+    assert {each.run for each in chosen} == {0, 1, 2, 3}
 
 
 def test_a_poor_message_is_told_from_a_clear_one() -> None:
-    poor, two = verdict.of_end, STAGES["pretrain, 2 ranks"]
+    poor, two = verdict.of_end, STAGES["pretrain_2_ranks"]
     kill, full = Fault("kill", (1,)), Fault("full")
     clear = replace(GOOD, code=2, err="error: checkpoint x cannot be written\nfix: free space\n")
     assert [poor(end, full, PRETRAIN) for end in (GOOD, clear)] == ["", ""]
@@ -72,6 +70,8 @@ def test_a_poor_message_is_told_from_a_clear_one() -> None:
     assert poor(replace(GOOD, code=-9), kill, PRETRAIN) == ""
     assert "not named" in poor(replace(GOOD, code=-9), kill, two)
     assert "how to go on" in poor(replace(GOOD, code=75), Fault("term"), PRETRAIN)
+    gone = poor(replace(GOOD, code=2, err="error: x\nfix: y"), Fault("stop_for_good", (1,)), two)
+    assert "not named" in gone
     told = replace(GOOD, code=130, out="ctrl-c: the same command continues; finished shards are kept")
     assert [bool(poor(end, Fault("interrupt"), STAGES["prepare"])) for end in (told, replace(told, out=""))] == [0, 1]
     assert poor(replace(GOOD, code=1, err=f"Traceback\nRuntimeError: {BUG}"), Fault("bug"), PRETRAIN) == ""
@@ -96,19 +96,38 @@ def test_lost_work_is_what_lies_beyond_the_newest_whole_checkpoint(tmp_path: Pat
 def test_the_way_out_is_the_one_that_the_error_names(tmp_path: Path) -> None:
     flipped = Fault("flipped")
 
-    def way(code: int, err: str) -> tuple[str, str]:
+    def way(code: int, err: str) -> tuple[list[str], str]:
         return verdict.fix(replace(GOOD, code=code, err=err), flipped, tmp_path)
 
-    assert way(2, "fix: to continue from it add resume.resume_from_path=a/step-000008\n")[0].endswith("step-000008")
-    assert way(2, "fix: remove the run's folder to start anew") == (f"rm -r {tmp_path}", "")
+    assert way(2, "fix: to continue from it add resume.resume_from_path=a/step-000008\n")[0][0].endswith("step-000008")
+    assert way(2, "fix: remove the run's folder to start anew") == (["rm", "-r", str(tmp_path)], "")
+    again = "nemotron-h data prepare --blend words --root data"
+    assert way(2, f"fix: Run: {again}\n") == (again.split(), "")
     assert "no way out" in way(2, "error: damaged")[1]
     assert "exit code 0" in way(0, "")[1]
 
 
-def test_the_table_counts_what_passed_and_names_the_rest() -> None:
-    console = Console(width=200, record=True)
-    results = [Result(n, "kill -9", "sft", "", o) for n, o in enumerate(("PASS", "PASS", "LOST WORK", "SKIPPED"))]
-    with console.capture() as shown:
-        console.print(table(results))
-    assert "2/4, 1 lost work, 1 skipped" in shown.get()
-    assert [result.failed() for result in results] == [False, False, True, False]
+def test_the_ledger_counts_cases_and_the_page_has_its_tables(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.json")
+    ledger.begin("abc", 1)
+    for number, outcome in enumerate(("PASS", "PASS", "LOST WORK", "SKIPPED", "NOT REACHED")):
+        ledger.add(Result(f"sft/kill/{number}", "", outcome, {outcome: "why"}), 60.0)
+    again = Ledger(tmp_path / "ledger.json")
+    assert again.tried() == {("sft", "kill"): 5}
+    assert next_cases(len(PAIRS), again.tried()).count("sft/kill/5") == 0
+    page = again.page()
+    assert f"| {KINDS['kill']} | - | - | 3/4 |" in page
+    assert "| abc | 5 | 1 | 1 | 1 |" in page
+    assert "| sft/kill/2 | lost work | abc | - |" in page
+    again.again(Result("sft/kill/2", "", "PASS"), "def")
+    assert "| sft/kill/2 | lost work | abc | def |" in Ledger(tmp_path / "ledger.json").page()
+    assert Ledger().page() in PAGE.read_text(), "python tests/faults/ledger.py writes it"
+
+
+def test_a_record_of_a_run_from_outside_has_a_step_once(tmp_path: Path) -> None:
+    outside = STAGES["nemo_pretrain"]
+    folder = outside.folder(Small(tmp_path), "run")
+    folder.mkdir(parents=True)
+    lines = [f'{{"step": {step}, "began": {began}.5}}\n' for step, began in ((1, 0), (2, 0), (2, 0), (3, 0), (3, 1))]
+    (folder / "progress.jsonl").write_text("".join([*lines, '{"step": 4, "lo']))
+    assert verdict.recorded(Small(tmp_path), outside, "run") == [1, 2, 3, 3, 4]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import shlex
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from small_run import Small, run_records
 from stages import Stage
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.compression.stages import digest
 from nemotron_h.core.files import file_sha256
 from nemotron_h.core.locks import LOCK
 
@@ -54,13 +58,13 @@ def of_end(end: End, fault: Fault, stage: Stage) -> str:
     if end.code == _LEFT_EARLY:
         told = "checkpoint written at step" in end.out and "the same command continues" in end.out
         return "" if told else "exit code 75 without the step and how to go on"
-    if fault.kind.startswith("interrupt") and end.code == 130 and "ctrl-c: the same command continues" in end.out:
-        return ""  # 128 + SIGINT, as shells have it
+    if fault.kind in SIGNALS and end.code == 128 + SIGNALS[fault.kind] and "the same command continues" in end.out:
+        return ""  # as shells have it
     if fault.kind in SIGNALS and stage.ranks == 1 and end.code == -SIGNALS[fault.kind]:
         return ""
-    if fault.kind == "kill" and stage.ranks > 1:
+    if fault.kind in ("kill", "stop_for_good") and stage.ranks > 1:
         named = re.search(rf"no answer from rank {fault.ranks[0]}\b.*The same command continues", said, re.DOTALL)
-        return "" if named else "the rank that was killed is not named by the other"
+        return "" if named else "the rank that is gone is not named by the other"
     if end.code == 2 and re.search(r"^error: .*\n(.*\n)*?fix: ", end.err, re.MULTILINE):
         of_a_file = fault.kind in (*DAMAGE, "full", "file_limit")
         return "the error names no file of the run" if of_a_file and fault.folder not in end.err else ""
@@ -82,17 +86,34 @@ def of_resume(small: Small, stage: Stage, name: str, before: list[int], whole: P
         return f"left at step {reached} with a checkpoint of step {kept}"
     if kept < due:
         return f"step {reached} was done, the newest whole checkpoint is of step {kept}"
-    lines = recorded(small, name)
+    lines = recorded(small, stage, name)
     if len(lines) > len(before) and lines[len(before)] != kept + 1:
         return f"resumed at step {lines[len(before)] - 1}, the newest whole checkpoint is of step {kept}"
     return ""
 
 
-def recorded(small: Small, name: str) -> list[int]:
+def recorded(small: Small, stage: Stage, name: str) -> list[int]:
     """Return the numbers of the steps of a run in the order in which they were done."""
-    file = small.folder / name / "steps.jsonl"
-    text = file.read_text() if file.is_file() else ""
-    return [int(number) for number in re.findall(r'^\{"step": (\d+)', text, re.MULTILINE)]
+    file = _record(small, stage, name)
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    lines = re.findall(r'^\{"step": (\d+)[,}](?:.*"began": ([\d.]+))?', text, re.MULTILINE)
+    if stage.outside:
+        lines = [line for line, _ in itertools.groupby(lines)]  # a validation is a line of its step too
+    return [int(step) for step, _ in lines]
+
+
+def _record(small: Small, stage: Stage, name: str) -> Path:
+    """Return the file that has a line for each step of a run: the campaign's own, or the run's."""
+    return stage.folder(small, name) / "progress.jsonl" if stage.outside else small.folder / name / "steps.jsonl"
+
+
+def _steps(small: Small, stage: Stage, name: str) -> dict[int, dict]:
+    """Return step -> what was recorded of it."""
+    if not stage.outside:
+        return small.steps(name)
+    lines = map(json.loads, _record(small, stage, name).read_text().splitlines())
+    kept = ("step", "loss", "lr", "validation_loss", "validation_step")
+    return {line["step"]: {**{key: line[key] for key in kept}, "norm": line["metrics"]["grad_norm"]} for line in lines}
 
 
 def of_result(small: Small, stage: Stage, name: str, straight: str, settings: bool = False) -> str:
@@ -105,19 +126,24 @@ def of_result(small: Small, stage: Stage, name: str, straight: str, settings: bo
         one, two = (_tree(stage.folder(small, each)) for each in (name, straight))
         differ = sorted(file for file in one.keys() | two.keys() if one.get(file) != two.get(file))
         return f"files differ: {', '.join(differ[:5])}" if differ else ""
-    one, two = small.steps(name), small.steps(straight)
+    if not stage.trains:
+        return _of_pipeline(stage.folder(small, name), stage.folder(small, straight))
+    one, two = _steps(small, stage, name), _steps(small, stage, straight)
     differ = sorted(step for step in one.keys() | two.keys() if one.get(step) != two.get(step))
     if differ:
         keys = [key for key in two[differ[0]] if one.get(differ[0], {}).get(key) != two[differ[0]][key]]
         return f"steps {', '.join(map(str, differ))} differ, the first in {', '.join(keys)}"
     last = f"checkpoints/step-{stage.steps:06d}"
     written = [folders.read_integrity(stage.folder(small, each) / last) for each in (name, straight)]
-    weights = [{file: entry for file, entry in each.items() if file.startswith(folders.WEIGHTS)} for each in written]
+    weights = [{file: entry for file, entry in each.items() if file.endswith(".distcp")} for each in written]
     if weights[0] != weights[1]:
         try:
             small.same_tensors(name, straight, stage.steps)
         except AssertionError as error:
             return f"weights or optimizer differ: {str(error)[-300:]}"
+    numbers = [len(folders.finished(stage.folder(small, each))) for each in (name, straight)]
+    if numbers[0] != numbers[1]:
+        return f"{numbers[0]} checkpoints are kept, not {numbers[1]}"
     records = [run_records(stage.folder(small, each)) for each in (name, straight)]
     for file in ("run.json", f"{last}/run.json"):
         one, two = (each[file] for each in records)
@@ -129,6 +155,24 @@ def of_result(small: Small, stage: Stage, name: str, straight: str, settings: bo
     return ""
 
 
+def _of_pipeline(one: Path, two: Path) -> str:
+    """Return in what a pipeline's stages differ: what they came to, what they wrote, and the steps of their runs."""
+    for record in sorted(two.glob("*/stage.json")):
+        stage, expected = record.parent.name, json.loads(record.read_text())
+        found = json.loads((one / stage / "stage.json").read_text())
+        for key in ("result", "outputs"):
+            if found[key] != expected[key]:
+                return f"{key} of {stage} differs: {found[key]}, not {expected[key]}"[:300]
+        for output in expected["outputs"]:
+            if digest(one / stage / output) != expected["outputs"][output]:
+                return f"{stage}/{output} is another than its record says"
+    for steps in sorted(two.glob("*/steps.jsonl")):
+        file = steps.relative_to(two)
+        if {*(one / file).read_text().splitlines()} != {*steps.read_text().splitlines()}:
+            return f"{file} differs"
+    return ""
+
+
 def _tree(folder: Path) -> dict[str, str]:
     """Return the files of prepared data by name, with their sha256; of its caches the names alone."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
@@ -136,18 +180,20 @@ def _tree(folder: Path) -> dict[str, str]:
     return {name: "" if name in caches else file_sha256(path) for name, path in files.items()}
 
 
-def fix(end: End, fault: Fault, folder: Path) -> tuple[str, str]:
-    """Return the way out that the error of a damaged checkpoint names, a setting or a command, and what is wrong with
-    the error.
+def fix(end: End, fault: Fault, folder: Path) -> tuple[list[str], str]:
+    """Return the way out that the error of a damaged file names, a setting alone or a command's words, and what is
+    wrong with the error.
     """
     assert fault.kind in DAMAGE
     if end.code != 2:
-        return "", f"damage ended in exit code {end.code}: {(end.out + end.err)[-200:]}"
+        return [], f"damage ended in exit code {end.code}: {(end.out + end.err)[-200:]}"
     for pattern, way in (
         (r"resume\.resume_from_path=\S+", "{0}"),
         (r"remove the run's folder", f"rm -r {folder}"),
         (r"set it aside: (mv \S+ \S+)", "{1}"),
+        (r"Run: (nemotron-h data prepare .*)", "{1}"),
+        (r"remove (/\S+) and run again", "rm -r {1}"),
     ):
         if match := re.search(pattern, end.err):
-            return way.format(match[0], *match.groups()), ""
-    return "", f"the error names no way out: {end.err[-300:]}"
+            return shlex.split(way.format(match[0], *match.groups())), ""
+    return [], f"the error names no way out: {end.err[-300:]}"

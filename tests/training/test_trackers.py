@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import offline_runs
 import pytest
 from small_run import Small, events
+from tensorboard.summary.writer.record_writer import RecordWriter
 
-from nemotron_h.core.errors import UserError
+from nemotron_h.core.errors import UserError, user_error
 from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.training import trackers
 from nemotron_h.training.trackers import IDS, Described
@@ -219,3 +222,28 @@ def test_a_package_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match=r"log\.trackers has mlflow, which is not installed") as caught:
         check_trackers(["tensorboard", "mlflow"])
     assert "pip install -e '.[mlflow]'" in caught.value.hint
+
+
+def test_events_on_a_full_disk_are_one_error_that_names_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def log(step: int) -> None:
+        logger.log_metrics({"loss": 1.0}, step)
+        logger.save()
+
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    logger = trackers.TensorBoard(save_dir=tmp_path, name="")
+    log(1)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        log(2)
+    assert user_error(raised.value).message == f"{tmp_path}/version_0: No space left on device"
+    assert not printed
+    thread = threading.Thread(target=full)
+    thread.start()
+    thread.join()
+    assert len(printed) == 1, "of other threads"

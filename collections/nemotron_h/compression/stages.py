@@ -137,7 +137,11 @@ class Pipeline:
         """
         hint = "wait until it has ended, or take another name or log.dir"
         with locked(self.folder, "written", "the pipeline's folder (log.dir and name)", hint):
-            self._run_stages(only)
+            try:
+                self._run_stages(only)
+            except (KeyboardInterrupt, SystemExit):  # ctrl-c, SIGTERM
+                self.say("stopped: the same command continues; finished stages are kept")
+                raise
 
     def _run_stages(self, only: str | None) -> None:
         chosen = [self.stage(only)] if only else list(self.stages)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class SplitManifest:
         dtype: numpy name of the token type in the `.bin` file.
         sha256_bin: of the `.bin` file.
         sha256_idx: of the `.idx` file.
-        probe: sha256 over evenly spaced blocks of both files, cheap enough to compare at every start (see `probe`).
+        probe: sha256 over evenly spaced blocks of all its files, cheap enough to compare at every start (see `probe`).
         sha256_loss: conversations only: of the `.loss` file, a byte per token: 1 where it is to be learnt. A pair is
             one document, the chosen conversation and then the rejected one, where 2 is added.
         sha256_rewards: pairs only: of the `.rewards` file, float32 [documents, 2]; NaN where a record states none.
@@ -243,15 +244,20 @@ def split_problem(manifest: Manifest, source: str, split: str) -> str:
     rewards = prefix + ".rewards"
     if entry.sha256_rewards and not (os.path.isfile(rewards) and os.path.getsize(rewards) == 8 * entry.documents):
         return f"{rewards} is missing or of another size than {8 * entry.documents:,} bytes (source {source}, {split})"
-    if entry.probe and probe(prefix) != entry.probe:
-        return f"{prefix}.bin/.idx are not the files that were prepared (source {source}, {split})"
+    beside = tuple(s for s, sha in ((".loss", entry.sha256_loss), (".rewards", entry.sha256_rewards)) if sha)
+    # formerly a probe had the first two files alone
+    if entry.probe and entry.probe not in {probe(prefix, suffixes) for suffixes in {beside, ()}}:
+        names = "/".join((".bin", ".idx", *beside))
+        return f"{prefix}{names} are not the files that were prepared (source {source}, {split})"
     return ""
 
 
-def probe(prefix: str) -> str:
-    """Return the sha256 over 16 evenly spaced blocks of 4 KiB of each of `prefix`.bin and `prefix`.idx."""
+def probe(prefix: str, beside: Sequence[str] = ()) -> str:
+    """Return the sha256 over 16 evenly spaced blocks of 4 KiB of each of `prefix`.bin, `prefix`.idx and the files of
+    `beside`, which are suffixes.
+    """
     digest = hashlib.sha256()
-    for suffix in (".bin", ".idx"):
+    for suffix in (".bin", ".idx", *beside):
         with open(prefix + suffix, "rb", buffering=0) as file:
             last = max(0, os.fstat(file.fileno()).st_size - _PROBE_BYTES)
             for number in range(_PROBE_BLOCKS):

@@ -4,9 +4,11 @@ loggers. A resumed run goes on in the same run of each service: `trackers.json` 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger, rank_zero_experiment
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
@@ -47,6 +50,45 @@ class Described:
         """Return the recipe's values, without their sources."""
         values = {key: value for key, value in self.recipe.items() if key != "sources"}
         return {**values, "model": {key: value for key, value in values["model"].items() if key != "sources"}}
+
+
+class TensorBoard(TensorBoardLogger):
+    """Events in the run's folder. A thread of TensorBoard's writes them, and the next call raises what it met: a full
+    disk is then an error that names the folder, once, without that thread's traceback.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        others = threading.excepthook
+
+        def hook(thrown: threading.ExceptHookArgs) -> None:
+            if not isinstance(thrown.thread, _AsyncWriterThread):
+                others(thrown)
+
+        threading.excepthook = hook
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or self.log_dir
+            raise
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log metrics."""
+        with self._naming():
+            super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        """Write what was logged."""
+        with self._naming():
+            super().save()
+
+    def finalize(self, status: str) -> None:
+        """Close the file."""
+        with self._naming():
+            super().finalize(status)
 
 
 class Service:
@@ -194,7 +236,7 @@ def loggers(names: Sequence[str], project: str | None, folder: Path, *, first: b
         UserError: MLflow refuses its address.
     """
     makers = {
-        "tensorboard": lambda ids: TensorBoardLogger(save_dir="tensorboard", name=""),
+        "tensorboard": lambda ids: TensorBoard(save_dir="tensorboard", name=""),
         "wandb": lambda ids: _wandb(project, folder, ids),
         "mlflow": lambda ids: _mlflow(project, folder, ids),
     }
@@ -268,7 +310,7 @@ def views(trainer: pl.Trainer, folder: str) -> list[str]:
     return [
         logger.view() if isinstance(logger, Service) else f"tensorboard --logdir {folder}"
         for logger in trainer.loggers
-        if isinstance(logger, Service | TensorBoardLogger)
+        if isinstance(logger, Service | TensorBoard)
     ]
 
 

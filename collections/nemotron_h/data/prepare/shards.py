@@ -278,13 +278,16 @@ def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
         "sha256_bin": sha256,
         "sha256_idx": write_index(target + ".idx", final, dtype),
     }
-    content["probe"] = probe(target)
+    beside = []
     if job.loss:
         parts = [(f"{p}.{split}.loss", *rest) for p, *rest in shards]
         content["sha256_loss"] = _join(target + ".loss", parts, np.dtype(np.uint8))
+        beside.append(".loss")
     if job.rewards:  # two a document
         parts = [(f"{p}.{split}.rewards", np.full(len(of_shard), 2), kept) for p, of_shard, kept in shards]
         content["sha256_rewards"] = _join(target + ".rewards", parts, np.dtype(np.float32))
+        beside.append(".rewards")
+    content["probe"] = probe(target, beside)
     return content, int(len(keep) - len(final))
 
 
