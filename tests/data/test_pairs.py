@@ -233,9 +233,7 @@ def test_bad_pairs_are_counted_with_file_and_line_and_rewards_kept(root: Path) -
     content = file.read_bytes()
     try:
         file.write_bytes(bytes([1 ^ content[0]]) + content[1:])
-        with pytest.raises(
-            UserError, match=r"a/train\.bin/\.idx/\.loss/\.rewards are not the files"
-        ):
+        with pytest.raises(UserError, match=r"a/train\.bin/\.idx/\.loss/\.rewards are not the files"):
             verify(blend, root / "data", console=Console(quiet=True))
     finally:
         file.write_bytes(content)
