@@ -137,6 +137,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
             sequence_parallel=sequence_parallel,
+            ckpt_async_save=True,  # `StepCheckpoint` knows no other
             ddp=DistributedDataParallelConfig(
                 check_for_nan_in_grad=False,  # a wait per bucket, an error of one rank: `GuardedOptimizer` does it
                 grad_reduce_in_fp32=True,

@@ -320,6 +320,10 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         if trainer.global_step < trainer.max_steps:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, index)
 
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Finish what has been written by now: a validation can take far longer than a step."""
+        self.finish(trainer, wait=False)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checkpoint the last step."""
         self.save_now(trainer)
