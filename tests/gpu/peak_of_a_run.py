@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the run, made anew")
     parser.add_argument("--precision", default="bf16", help="of the recipe")
     args = parser.parse_args()
-    args.every, args.steps = 6, 12
+    args.every = args.steps = 12
     folder = args.out.absolute() / "peak"
     shutil.rmtree(folder, ignore_errors=True)
     composed, history = bench_saves.recipe(args, folder), History()
