@@ -35,6 +35,7 @@ def run(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(small_model(small_config(), seed=step), folder / f"step-{step:06d}")
     shutil.copytree(folder / "step-000001", folder / "step-000003")
     (folder / "step-000003-unfinished").touch()
+    (folder / "step-000003" / folders.INTEGRITY).unlink()
     return folder.parent
 
 

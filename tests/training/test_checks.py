@@ -63,8 +63,16 @@ def test_ranks_share_the_reading_and_together_see_all_damage(tmp_path: Path) -> 
 def test_unfinished_checkpoints_are_not_taken(tmp_path: Path) -> None:
     first, second, third = (checkpoint(tmp_path, step) for step in (10, 9, 100))
     assert folders.finished(tmp_path) == [third, first, second]
-    third.with_name(third.name + "-unfinished").touch()
+    mark = third.with_name(third.name + "-unfinished")
+    mark.touch()
     (first / folders.INTEGRITY).unlink()
+    assert folders.finished(tmp_path) == [third, second]  # all of it is written, its mark is late
+    assert not folders.unfinished(tmp_path)
+    folders.remove_late_marks(tmp_path)
+    assert not mark.exists()
+    mark.touch()
+    (third / folders.INTEGRITY).unlink()
+    folders.remove_late_marks(tmp_path)
     assert folders.finished(tmp_path) == [second]
     assert folders.unfinished(tmp_path) == [third]
     assert folders.size_of(second) == 2562
@@ -87,6 +95,7 @@ def test_a_torn_folder_is_named_unless_a_newer_one_is_whole(tmp_path: Path) -> N
     with pytest.raises(UserError, match=f"{second} was written by a second run of {tmp_path}"):
         folders.newest(tmp_path)
     second.with_name(second.name + "-unfinished").touch()
+    (second / folders.INTEGRITY).unlink()
     torn.rename(torn.with_name("aside-step-000008"))
     assert folders.newest(tmp_path) == first
     first.rename(first.with_name("aside-step-000004"))
@@ -111,6 +120,7 @@ def test_a_start_says_what_it_removes_and_what_nothing_reads(
 
     torn, _, last = (checkpoint(tmp_path, step) for step in (4, 8, 12))
     (torn / folders.INTEGRITY).unlink()
+    (last / folders.INTEGRITY).unlink()
     last.with_name(last.name + "-unfinished").touch()
     callback = StepCheckpoint(every_steps=4)
     callback.dirpath = last.parent

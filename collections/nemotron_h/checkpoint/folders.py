@@ -1,7 +1,8 @@
 """Checkpoint folders of a run: which are finished, which are whole, which is the newest. Imports no torch.
 
 <run>/checkpoints/step-000100/            weights/, context/, run.json, integrity.json
-<run>/checkpoints/step-000100-unfinished  marks one that is being written or removed; a start removes both
+<run>/checkpoints/step-000100-unfinished  marks one that is being written or removed; a start removes both, unless
+                                          integrity.json is there: it is written last, and removed first
 <run>/checkpoints/step-000100-v1/         written by a second run of one folder; a run does not start beside it
 <run>/checkpoints/aside-step-000100/      set aside by resume.resume_from_path, or by hand; nothing reads it
 A step-* without integrity.json and without marker is torn: a run does not start where it is the newest.
@@ -64,6 +65,17 @@ def newest(run_dir: Path) -> Path | None:
 
 def unfinished(run_dir: Path) -> list[Path]:
     """Return folders whose writing or removal is under way or was interrupted; each has a marker beside it."""
+    return [folder for folder in _marked(run_dir) if not (folder / INTEGRITY).is_file()]
+
+
+def remove_late_marks(run_dir: Path) -> None:
+    """Remove the markers of checkpoints that are whole: their process ended between the last file and the mark."""
+    for folder in _marked(run_dir):
+        if (folder / INTEGRITY).is_file():
+            folder.with_name(f"{folder.name}{UNFINISHED}").unlink()
+
+
+def _marked(run_dir: Path) -> list[Path]:
     markers = sorted((run_dir / "checkpoints").glob(f"step-*{UNFINISHED}"))
     return [marker.with_name(marker.name.removesuffix(UNFINISHED)) for marker in markers]
 

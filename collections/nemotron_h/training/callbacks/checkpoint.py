@@ -119,6 +119,7 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
         """Remove what was not written to its end and say so, as NeMo does; name what nothing reads; take up others."""
         run_dir = Path(self.dirpath).parent
         if trainer.is_global_zero:
+            folders.remove_late_marks(run_dir)
             for path in folders.unfinished(run_dir):
                 print(f"removed {path}: it was not written to its end", flush=True)
             for path, problem in folders.torn(run_dir).items():
@@ -360,8 +361,9 @@ def _errors(folder: Path) -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder and then the marker beside it."""
+    """Remove a folder, the file that says that it is whole first, and then the marker beside it."""
     try:
+        (folder / folders.INTEGRITY).unlink(missing_ok=True)
         shutil.rmtree(folder)
     except OSError as error:
         print(f"{folder} was not removed: {error}; the next start tries again", flush=True)
