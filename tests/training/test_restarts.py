@@ -18,6 +18,7 @@ import yaml
 from small_run import FORKS, Small
 
 from nemotron_h.core.incidents import GAVE_UP, INCIDENTS, RECOVERED, RESTARTED, STARTED, Incident, read_incidents
+from nemotron_h.launch import faults
 from nemotron_h.launch.faults import Fault, Restarts, exit_code, told
 from nemotron_h.report.incidents import processes, table
 from nemotron_h.training import sections
@@ -116,7 +117,9 @@ def test_a_run_that_is_told_to_leave_is_not_started_again(tmp_path: Path) -> Non
     assert launched.returncode == 75, said
 
 
-def test_a_run_is_given_up_without_progress_and_not_before(tmp_path: Path) -> None:
+def test_a_run_is_given_up_without_progress_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_SLACK_S", 0.0)  # starts take seconds
+
     def checkpoint(step: int) -> None:
         folder = tmp_path / f"checkpoints/step-{step:06d}"
         folder.mkdir(parents=True)
@@ -142,6 +145,14 @@ def test_a_run_is_given_up_without_progress_and_not_before(tmp_path: Path) -> No
     assert fail(used) is None
     noted, _ = read_incidents(tmp_path / INCIDENTS)
     assert "1 restart (executor.restarts) are used up" in noted[-1].message
+
+
+def test_a_fault_that_another_node_has_noted_counts_once(tmp_path: Path) -> None:
+    nodes = [Restarts(tmp_path, 3), Restarts(tmp_path, 3)]
+    for node, restarts in enumerate(nodes):
+        assert "restart 1 of 3" in restarts.next([Fault(node, -signal.SIGKILL, time.time())], {})
+    noted, _ = read_incidents(tmp_path / INCIDENTS)
+    assert [incident.kind for incident in noted] == ["killed", RESTARTED]
 
 
 def test_the_cause_that_a_rank_has_noted_is_that_of_the_restart(tmp_path: Path) -> None:
