@@ -17,7 +17,16 @@ import pytest
 import yaml
 from small_run import FORKS, Small
 
-from nemotron_h.core.incidents import GAVE_UP, INCIDENTS, RECOVERED, RESTARTED, STARTED, Incident, read_incidents
+from nemotron_h.core.incidents import (
+    GAVE_UP,
+    INCIDENTS,
+    RECOVERED,
+    RESTARTED,
+    STARTED,
+    STRAGGLER,
+    Incident,
+    read_incidents,
+)
 from nemotron_h.launch import faults
 from nemotron_h.launch.faults import Fault, Restarts, exit_code, told
 from nemotron_h.report.incidents import processes, table
@@ -26,6 +35,7 @@ from nemotron_h.training import sections
 IN_RANKS = Path(__file__).with_name("in_ranks")
 FAULTS = [
     {"start": 0, "rank": 1, "step": 6, "kind": "kill"},
+    {"start": 1, "rank": 0, "step": 5, "kind": "slow"},
     {"start": 1, "rank": 1, "step": 10, "kind": "stop"},
     {"start": 2, "rank": 0, "step": 11, "kind": "bug"},
 ]
@@ -41,7 +51,7 @@ def test_a_killed_a_stopped_and_a_failing_rank_leave_the_run_of_an_undisturbed_o
     cluster.write_text(yaml.safe_dump(here))
     factory = f"nemotron_h_recipe(path={small.recipe('restarted')})"
     command = ("llm", "pretrain", "--factory", factory, "--yes", f"executor={cluster}")
-    values = ("parallel.devices=2", "log.every_steps=2")
+    values = ("parallel.devices=2", "log.every_steps=1")
     code = FORKS.run("nemotron_h.launch.command", *command, *values, folder=small.folder, name="restarted")
     said = (small.folder / "restarted.out").read_text()
     assert code == 0, said[-3000:] + (small.folder / "restarted.err").read_text()[-3000:]
@@ -72,7 +82,9 @@ def test_a_killed_a_stopped_and_a_failing_rank_leave_the_run_of_an_undisturbed_o
     assert limits["setup"]["limit"] == pytest.approx(5 * limits["setup"]["longest"], rel=1e-6)
     times = json.loads((run / "rank_times.json").read_text())
     assert (times["step"], len(times["seconds"])) == (12, 2)
-    assert "recovered" in [row[2] for row in table(processes(run))]
+    assert {"recovered", "straggler"} <= {row[2] for row in table(processes(run))}
+    slow = [i for i in noted if i.kind == STRAGGLER and i.began == restarts[1].began and i.details["rank"] == 0]
+    assert re.match(r"rank 0 takes .* times the median since step [67]$", slow[0].message)
 
 
 def _launch(run: Path, kind: str, *, restarts: int = 3) -> subprocess.Popen:
