@@ -175,8 +175,8 @@ class Agent(launcher.LocalElasticAgent):
         """Have the ranks that run write their stacks, and return them."""
         begun, end = self._pids(), time.monotonic() + DUMP_S
         for pid in begun.values():
+            _send(pid, DUMP_SIGNAL)  # first: a process that is stopped takes it before it goes on
             _send(pid, signal.SIGCONT)
-            _send(pid, DUMP_SIGNAL)
         left = set(begun)
         while left and time.monotonic() < end:
             time.sleep(0.1)
