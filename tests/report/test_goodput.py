@@ -146,14 +146,14 @@ def test_restarts_and_the_slowest_rank_are_shown(run: Path) -> None:
     shown = CliRunner().invoke(app, ["incidents", str(run)], terminal_width=200).output
     assert "restarted" in shown
     assert "[stacks/1.txt]" in " ".join(shown.split())
-    assert "the slowest of 4 is rank 2: 2 s a step, 1.90 times the median; slower than the others since step 7" in shown
+    assert "the slowest of 4 is rank 2: 2 s a step, 2.00 times the median; slower than the others since step 7" in shown
     printed = json.loads(CliRunner().invoke(app, ["incidents", str(run), "--json"]).output)
     assert printed["processes"][0]["notes"][0]["kind"] == "restarted"
     (run / RANK_TIMES).write_text('{"seconds": [1.0]}')
     with pytest.raises(UserError, match="does not hold the times of a run's ranks"):
         read_ranks(run)
     (run / RANK_TIMES).write_text(json.dumps(content | {"slow_since_step": {}}))
-    assert words(read_ranks(run)).endswith("1.90 times the median")
+    assert words(read_ranks(run)).endswith("2.00 times the median")
 
 
 def test_the_command_imports_no_torch(run: Path) -> None:

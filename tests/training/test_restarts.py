@@ -17,7 +17,17 @@ import pytest
 import yaml
 from small_run import FORKS, Small
 
-from nemotron_h.core.incidents import GAVE_UP, INCIDENTS, RECOVERED, RESTARTED, STARTED, Incident, read_incidents
+from nemotron_h.core.incidents import (
+    GAVE_UP,
+    INCIDENTS,
+    RECOVERED,
+    RESTARTED,
+    STARTED,
+    STRAGGLER,
+    Incident,
+    read_incidents,
+)
+from nemotron_h.launch import faults
 from nemotron_h.launch.faults import Fault, Restarts, exit_code, told
 from nemotron_h.report.incidents import processes, table
 from nemotron_h.training import sections
@@ -25,6 +35,7 @@ from nemotron_h.training import sections
 IN_RANKS = Path(__file__).with_name("in_ranks")
 FAULTS = [
     {"start": 0, "rank": 1, "step": 6, "kind": "kill"},
+    {"start": 1, "rank": 0, "step": 5, "kind": "slow"},
     {"start": 1, "rank": 1, "step": 10, "kind": "stop"},
     {"start": 2, "rank": 0, "step": 11, "kind": "bug"},
 ]
@@ -40,7 +51,7 @@ def test_a_killed_a_stopped_and_a_failing_rank_leave_the_run_of_an_undisturbed_o
     cluster.write_text(yaml.safe_dump(here))
     factory = f"nemotron_h_recipe(path={small.recipe('restarted')})"
     command = ("llm", "pretrain", "--factory", factory, "--yes", f"executor={cluster}")
-    values = ("parallel.devices=2", "log.every_steps=2")
+    values = ("parallel.devices=2", "log.every_steps=1")
     code = FORKS.run("nemotron_h.launch.command", *command, *values, folder=small.folder, name="restarted")
     said = (small.folder / "restarted.out").read_text()
     assert code == 0, said[-3000:] + (small.folder / "restarted.err").read_text()[-3000:]
@@ -71,7 +82,9 @@ def test_a_killed_a_stopped_and_a_failing_rank_leave_the_run_of_an_undisturbed_o
     assert limits["setup"]["limit"] == pytest.approx(5 * limits["setup"]["longest"], rel=1e-6)
     times = json.loads((run / "rank_times.json").read_text())
     assert (times["step"], len(times["seconds"])) == (12, 2)
-    assert "recovered" in [row[2] for row in table(processes(run))]
+    assert {"recovered", "straggler"} <= {row[2] for row in table(processes(run))}
+    slow = [i for i in noted if i.kind == STRAGGLER and i.began == restarts[1].began and i.details["rank"] == 0]
+    assert re.match(r"rank 0 takes .* times the median since step [67]$", slow[0].message)
 
 
 def _launch(run: Path, kind: str, *, restarts: int = 3) -> subprocess.Popen:
@@ -116,7 +129,9 @@ def test_a_run_that_is_told_to_leave_is_not_started_again(tmp_path: Path) -> Non
     assert launched.returncode == 75, said
 
 
-def test_a_run_is_given_up_without_progress_and_not_before(tmp_path: Path) -> None:
+def test_a_run_is_given_up_without_progress_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_SLACK_S", 0.0)  # starts take seconds
+
     def checkpoint(step: int) -> None:
         folder = tmp_path / f"checkpoints/step-{step:06d}"
         folder.mkdir(parents=True)
@@ -142,6 +157,14 @@ def test_a_run_is_given_up_without_progress_and_not_before(tmp_path: Path) -> No
     assert fail(used) is None
     noted, _ = read_incidents(tmp_path / INCIDENTS)
     assert "1 restart (executor.restarts) are used up" in noted[-1].message
+
+
+def test_a_fault_that_another_node_has_noted_counts_once(tmp_path: Path) -> None:
+    nodes = [Restarts(tmp_path, 3), Restarts(tmp_path, 3)]
+    for node, restarts in enumerate(nodes):
+        assert "restart 1 of 3" in restarts.next([Fault(node, -signal.SIGKILL, time.time())], {})
+    noted, _ = read_incidents(tmp_path / INCIDENTS)
+    assert [incident.kind for incident in noted] == ["killed", RESTARTED]
 
 
 def test_the_cause_that_a_rank_has_noted_is_that_of_the_restart(tmp_path: Path) -> None:

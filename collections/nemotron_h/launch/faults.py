@@ -6,9 +6,10 @@ import json
 import re
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core import incidents
@@ -17,6 +18,7 @@ from nemotron_h.core.incidents import INCIDENTS, Incident, read_incidents
 from nemotron_h.launch.runs import LEFT_EARLY
 from nemotron_h.report.incidents import close, evidence, since_checkpoint
 
+T = TypeVar("T")
 #: ours: a run that made no new checkpoint in so many restarts one after the other would not in the next
 IDLE_RESTARTS = 2
 #: a start meets these again: a mistake of the user; a run that was told to leave, which whoever told it continues
@@ -24,7 +26,7 @@ FINAL = (UserError.EXIT_CODE, LEFT_EARLY)
 #: a stack that ends in one of these files waits for other ranks
 _COLLECTIVES = re.compile(r"torch/distributed/|megatron/core/pipeline_parallel/p2p_communication")
 #: seconds that the start of a process, as the kernel tells it, may lie before that of its launcher's note of it
-_SLACK_S = 2.0
+_SLACK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Restarts:
     def __init__(self, run: Path, most: int) -> None:
         self.run, self.most = run, most
         self.used = self.idle = 0
-        self.started, self.checkpoint = time.time(), self._newest()
+        self.launched = self.started = time.time()
+        self.checkpoint = self._newest()
 
     def _newest(self) -> int:
         return max((folders.step_of(path) for path in folders.finished(self.run)), default=-1)
@@ -119,55 +122,57 @@ class Restarts:
         Returns:
             what is said of the restart; None: the run is given up, which is noted and printed.
         """
-        newest = self._newest()
-        self.idle = 0 if newest > self.checkpoint else self.idle + (self.used > 0)
-        began, what = self._note_end(told(faults, stacks), faults, file)
-        self.checkpoint = newest
-        where = f"step {newest:,}" if newest >= 0 else "the first step"
-        if self.used >= self.most:
-            why = f"{self.most} restart{'s' if self.most != 1 else ''} (executor.restarts) are used up"
-            return self._give_up(f"{what}; {why}", began, faults, file)
-        if self.idle >= IDLE_RESTARTS:
-            why = f"{self.idle} restarts in a row came to no newer checkpoint than that of {where}"
-            return self._give_up(f"{what}; {why}", began, faults, file)
-        self.used += 1
-        said = f"restart {self.used} of {self.most}, from {where}: {what}"
-        self._note(incidents.RESTARTED, said, began, faults, file)
-        self.started = time.time()
-        return said + (f"; stacks of the ranks: {self.run / file}" if file else "")
-
-    def _give_up(self, message: str, began: float, faults: Sequence[Fault], file: str) -> None:
-        self._note(incidents.GAVE_UP, message, began, faults, file)
-        print(f"the run is given up: {message}", flush=True)
-
-    def _note_end(self, what: str, faults: Sequence[Fault], file: str) -> tuple[float, str]:
-        """Note the end of the ranks, where none of them has noted its cause, and return when their process began, and
-        the cause.
-        """
         noted, _ = read_incidents(self.run / INCIDENTS)
         began = noted[-1].began if noted and noted[-1].began > self.started - _SLACK_S else self.started
-        if self.run.is_dir():  # else it failed before it made its folder
-            end = close(self.run, began, faults[0].kind, what, file)
+        of_launch = [i for i in noted if i.kind == incidents.RESTARTED and i.time > self.launched]
+        others = any(incident.began == began for incident in of_launch)  # another node has noted this one
+        what, newest = told(faults, stacks), self._newest()
+        self.idle = 0 if newest > self.checkpoint else self.idle + (self.used > 0)
+        self.used = max(self.used, len(of_launch) - others)
+        self.checkpoint, self.started = newest, time.time()
+        where = f"step {newest:,}" if newest >= 0 else "the first step"
+        if self.run.is_dir() and not others:  # else it failed before it made its folder
+            end = _noting(lambda: close(self.run, began, faults[0].kind, what, file))
             what = evidence(end) if end is not None else what
-        return began, what
+        kind, why = incidents.GAVE_UP, ""
+        if self.used >= self.most:
+            why = f"{self.most} restart{'s' if self.most != 1 else ''} (executor.restarts) are used up"
+        elif self.idle >= IDLE_RESTARTS:
+            why = f"{self.idle} restarts in a row came to no newer checkpoint than that of {where}"
+        else:
+            self.used += 1
+            kind = incidents.RESTARTED
+        said = f"{what}; {why}" if why else f"restart {self.used} of {self.most}, from {where}: {what}"
+        if self.run.is_dir() and not others:
+            _noting(lambda: self._incident(kind, said, began, faults, file).append(self.run / INCIDENTS))
+        if why:
+            print(f"the run is given up: {said}", flush=True)
+            return None
+        return said + (f"; stacks of the ranks: {self.run / file}" if file else "")
 
-    def _note(self, kind: str, message: str, began: float, faults: Sequence[Fault], file: str) -> None:
-        if not self.run.is_dir():
-            return
-        now, fault = time.time(), min(each.time for each in faults)
+    def _incident(self, kind: str, message: str, began: float, faults: Sequence[Fault], file: str) -> Incident:
+        fault = min(each.time for each in faults)
         checkpoint, lost = since_checkpoint(self.run, began, fault)
-        details = {"restart": self.used, "of": self.most, "fault": fault, "ranks": [each.rank for each in faults]}
-        Incident(
+        return Incident(
             kind,
-            now,
+            time.time(),
             began,
             max(0, self.checkpoint),
             message,
             file=file,
             checkpoint=checkpoint,
             lost_seconds=lost,
-            details=details,
-        ).append(self.run / INCIDENTS)
+            details={"restart": self.used, "of": self.most, "fault": fault, "ranks": [each.rank for each in faults]},
+        )
+
+
+def _noting(note: Callable[[], T]) -> T | None:
+    """Return what a note returns; one that cannot be written is a warning: the run goes on, or ends, without it."""
+    try:
+        return note()
+    except OSError as error:
+        print(f"warning: {INCIDENTS} was not written: {error}", flush=True)
+        return None
 
 
 def read_hang(file: Path) -> Mapping[str, object]:

@@ -87,7 +87,7 @@ class Agent(launcher.LocalElasticAgent):
     def __init__(self, *args: Any, restarts: Restarts, nodes: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.restarts, self.nodes = restarts, nodes
-        self.succeeded = self.ended = False
+        self.ended = False
 
     def setup_rank_monitors(self, envs: Mapping[int, Mapping[str, str]]) -> None:
         """Start the monitors as NVRx does, without the one that prints each state of a restart."""
@@ -113,7 +113,6 @@ class Agent(launcher.LocalElasticAgent):
     def _monitor_workers(self, group: Any) -> Any:
         """Look at the ranks, and end those of a hang."""
         result = super()._monitor_workers(group)
-        self.succeeded = result.state is launcher.WorkerState.SUCCEEDED
         if result.state is launcher.WorkerState.HEALTHY and self._hangs():
             time.sleep(1.2 * CHECK_S)  # the other monitors tell of their ranks, which wait for it
             self._end_ranks(self._hangs())
@@ -122,7 +121,10 @@ class Agent(launcher.LocalElasticAgent):
 
     def _restart_workers(self, group: Any) -> None:
         """Start the ranks again, or raise `Over`; without a failure here another node begins a restart."""
-        if any(self.codes().values()) and not self.ended:
+        if not any(self.codes().values()):
+            self._write(self._dump())
+            self._kill()  # they wait for those of the other node, and would not hear SIGTERM
+        elif not self.ended:
             self._end_ranks({})
         super()._restart_workers(group)
         self.ended = False
@@ -157,6 +159,7 @@ class Agent(launcher.LocalElasticAgent):
         said = self.restarts.next(faults, stacks, self._write(stacks))
         for rank in self.codes():
             hang_file(rank).unlink(missing_ok=True)
+            stack_file(rank).unlink(missing_ok=True)
         if said is None:
             self._exit_barrier_timeout = LEAVE_S
             raise Over
@@ -172,8 +175,8 @@ class Agent(launcher.LocalElasticAgent):
         """Have the ranks that run write their stacks, and return them."""
         begun, end = self._pids(), time.monotonic() + DUMP_S
         for pid in begun.values():
+            _send(pid, DUMP_SIGNAL)  # first: a process that is stopped takes it before it goes on
             _send(pid, signal.SIGCONT)
-            _send(pid, DUMP_SIGNAL)
         left = set(begun)
         while left and time.monotonic() < end:
             time.sleep(0.1)
@@ -189,8 +192,12 @@ class Agent(launcher.LocalElasticAgent):
         node = f"-node-{self._worker_group.group_rank}" if self.nodes > 1 else ""
         name = f"{FOLDER}/{time.strftime('%Y%m%d-%H%M%S')}{node}.txt"
         file = self.restarts.run / name
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("\n".join(texts))
+        try:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("\n".join(texts))
+        except OSError as error:
+            print(f"warning: no stacks were written: {error}", flush=True)
+            return ""
         return name
 
     def _kill(self) -> None:

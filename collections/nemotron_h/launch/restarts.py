@@ -97,10 +97,8 @@ def launch(given: argparse.Namespace, allowed: dict[str, float]) -> int:
         ended = 128 + int(error.sigval)
     except (Over, launcher.ChildFailedError):
         pass
-    if agents and agents[0].succeeded:
-        return 0
     codes = [code for code in (agents[0].codes() if agents else {}).values() if code is not None]
-    return exit_code(codes) or ended
+    return exit_code(codes) if codes else ended
 
 
 def _leave(launcher: Any, number: int, frame: Any) -> None:

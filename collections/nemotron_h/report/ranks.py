@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object
@@ -30,8 +30,8 @@ class RankTimes:
 
     @property
     def median(self) -> float:
-        """Return the median over the ranks."""
-        return median(self.seconds)
+        """Return the median over the ranks; of an even number, the lower one."""
+        return median_low(self.seconds)
 
     def slowest(self) -> list[int]:
         """Return the ranks, the slowest first."""

@@ -17,6 +17,13 @@ from typing import Any
 class Faults:
     """The faults, by name."""
 
+    def __init__(self, pl_module: Any) -> None:
+        self.pl_module = pl_module
+
+    def slow(self) -> None:
+        """Take longer for each micro-batch from here on."""
+        self.pl_module.register_forward_pre_hook(lambda *_: time.sleep(0.8))
+
     def kill(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -41,7 +48,7 @@ def watch() -> None:
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, index: int) -> None:
             for fault in faults:
                 if fault["step"] == trainer.global_step + 1:
-                    getattr(Faults(), fault["kind"])()
+                    getattr(Faults(pl_module), fault["kind"])()
 
     fit = pl.Trainer.fit
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median_low
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,7 +49,7 @@ class Ranks:
         Args:
             first: step that the comparison begins with.
         """
-        middle, said = median(seconds), []
+        middle, said = median_low(seconds), []  # of two ranks, the faster one
         for rank, value in enumerate(seconds):
             if value > SLOW * middle:
                 slow = self.slow.setdefault(rank, Slow(first))
@@ -142,5 +142,5 @@ class Stragglers(pl.Callback):
             message = f"rank {rank} {words}" + (f" since step {slow[str(rank)]:,}" if str(rank) in slow else "")
             print(message, flush=True)
             for incidents in (each for each in trainer.callbacks if isinstance(each, Incidents)):
-                details = {"rank": rank, "seconds": seconds[rank], "median": median(seconds)}
+                details = {"rank": rank, "seconds": seconds[rank], "median": median_low(seconds)}
                 incidents.note(trainer, STRAGGLER, message, details)
