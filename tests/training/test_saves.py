@@ -45,7 +45,7 @@ def test_training_goes_on_and_what_is_written_is_of_the_save_s_step(small: Small
 
 
 def test_each_of_many_saves_of_a_process_is_of_its_step(small: Small, straight: dict[int, dict]) -> None:
-    """Where the structure of the first saves is kept for later ones, tensors are not."""
+    """Write new tensors, though the structure of the first saves is kept for later ones."""
     small.train("often", "log.ckpt.every_steps=1", "log.ckpt.keep=-1")
     written = [folders.read_integrity(checkpoint(small, "often", step)) for step in range(1, 13)]
     shards = [entry for each in written for name, entry in each.items() if name.endswith(".distcp")]
