@@ -44,18 +44,28 @@ def test_training_goes_on_and_what_is_written_is_of_the_save_s_step(small: Small
     assert sorted(p.name for p in folder.parent.iterdir()) == ["step-000008", "step-000012"], "4 is gone, with its mark"
 
 
+def test_each_of_many_saves_of_a_process_is_of_its_step(small: Small, straight: dict[int, dict]) -> None:
+    """Write new tensors, though the structure of the first saves is kept for later ones."""
+    small.train("often", "log.ckpt.every_steps=1", "log.ckpt.keep=-1")
+    written = [folders.read_integrity(checkpoint(small, "often", step)) for step in range(1, 13)]
+    shards = [entry for each in written for name, entry in each.items() if name.endswith(".distcp")]
+    assert len(set(shards)) == len(shards) == 12
+    for step in (8, 12):
+        assert small.same_tensors("often", "straight", step)
+
+
 def test_an_error_of_a_thread_is_one_error_on_all_ranks(small: Small) -> None:
-    done = small.train("full", "trainer.devices=2", "write=8:1:ENOSPC", SLOW, ranks=2, check=False)
+    done = small.train("thread_full", "trainer.devices=2", "write=8:1:ENOSPC", SLOW, ranks=2, check=False)
     assert done.returncode == 2
-    folder = checkpoint(small, "full", 8)
+    folder = checkpoint(small, "thread_full", 8)
     file = folder / folders.WEIGHTS / "__1_0.distcp"
     said = f"checkpoint {folder} cannot be written: "
     assert f"{said}rank 1: Worker failure: [Errno 28] No space left on device: '{file}'" in done.stderr
     assert f"{said}the first rank says why" in done.stderr
     assert "Traceback" not in done.stderr
     assert "continues from the newest checkpoint" in done.stderr
-    assert folders.finished(small.run_dir("full")) == [checkpoint(small, "full", 4)]
-    assert folders.unfinished(small.run_dir("full")) == [folder]
+    assert folders.finished(small.run_dir("thread_full")) == [checkpoint(small, "thread_full", 4)]
+    assert folders.unfinished(small.run_dir("thread_full")) == [folder]
 
 
 def test_killed_while_it_is_written_the_one_of_before_is_there(small: Small, straight: dict[int, dict]) -> None:
