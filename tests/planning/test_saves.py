@@ -18,6 +18,7 @@ from nemotron_h.planning.saves import save_cost
 from nemotron_h.recipe.compose import compose
 
 PAGE = Path(__file__).parents[2] / "docs" / "storage.md"
+LIBRARY = Path(saves.__file__).parents[1]
 
 
 def cost(name: str, *overrides: str, gpu_name: str = "h100", storage: float | None = None) -> saves.SaveCost:
@@ -31,7 +32,7 @@ def test_the_56b_on_6144_gpus() -> None:
     assert found.rank_bytes == pytest.approx(share, rel=0.01)
     assert found.node_bytes == 8 * found.rank_bytes
     assert found.nodes * found.node_bytes == pytest.approx(found.bytes, rel=0.01)
-    assert (found.nodes, found.files) == (768, 12_288)
+    assert (found.nodes, found.files) == (768, 6144)
     assert found.stopped_seconds == pytest.approx(0.2 + share / 50e9, rel=1e-3)
     assert found.write_seconds == pytest.approx(8 * share / 1e9, rel=0.01)
     # 419 in 54 days of 16,384 GPUs are one in 3.09 hours, and of 6,144 GPUs one in 8.25
@@ -56,7 +57,13 @@ def test_the_interval_under_one_percent_is_the_shortest() -> None:
 def test_one_gpu_writes_the_whole_checkpoint() -> None:
     found = cost("nemotron_h_100m", "parallel.devices=1")
     assert found.rank_bytes == pytest.approx(found.bytes, rel=0.01)
-    assert (found.nodes, found.files) == (1, 2)
+    assert (found.nodes, found.files) == (1, math.ceil(found.rank_bytes / 2**28))
+    assert cost("nemotron_h_8b", "parallel.nodes=1", "parallel.tensor=8").files == 8 * 8
+
+
+def test_files_are_as_large_as_the_writer_makes_them() -> None:
+    stated = f"\nFILE_BYTES, MOST_FILES = 1 << {saves.FILE_BYTES.bit_length() - 1}, {saves.MOST_FILES}\n"
+    assert stated in LIBRARY.joinpath("platform", "checkpoint_writer.py").read_text()  # its import is Megatron's
 
 
 def test_the_storage_s_bandwidth_decides_the_write() -> None:

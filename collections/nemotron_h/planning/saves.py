@@ -23,8 +23,8 @@ STATES, STATE_BYTES = 3, 4
 AGREEMENT_S = 0.2
 #: ours, an assumption: GB/s that a node writes, all nodes at once
 STORAGE_GB_S = 1.0
-#: files of a rank: megatron-core's `thread_count`
-FILES_PER_RANK = 2
+#: bytes for each of which a rank writes a file, and how many at most (platform/checkpoint_writer.py)
+FILE_BYTES, MOST_FILES = 1 << 28, 8
 #: bytes of the index for each piece of a tensor, ours: 420 to 460 in checkpoints of an 86 M model in three layouts
 INDEX_BYTES = 440
 #: parameters of a bucket of gradients, of which each rank has a range: megatron-core's default, at least so many per
@@ -150,7 +150,7 @@ def save_cost(
         node_bytes=node,
         node_memory=None if gpu.node_memory_gb is None else gpu.node_memory_gb * 1e9,
         nodes=math.ceil(layout.ranks / gpu.per_node),
-        files=layout.ranks * FILES_PER_RANK,
+        files=layout.ranks * min(MOST_FILES, math.ceil(rank / FILE_BYTES)),
         index_bytes=pieces(definition, layout) * INDEX_BYTES,
         stopped_seconds=AGREEMENT_S + rank / (gpu.to_host_gb_s * 1e9),
         write_seconds=node / (storage * 1e9),
