@@ -25,6 +25,9 @@ def plan(
     context: Annotated[
         int | None, typer.Option(help="Tokens per sequence in inference.", show_default="as in training")
     ] = None,
+    storage: Annotated[
+        float | None, typer.Option(help="GB/s that a node writes to the checkpoints' disk.", show_default="1")
+    ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Tabulate layouts on these GPUs and mark the best.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write a picture of the memory: plan.png.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
@@ -35,7 +38,7 @@ def plan(
 
     # how GPUs are spread over nodes changes nothing here
     ranks = [] if gpus is None else ["parallel.nodes=1", f"parallel.devices={gpus}"]
-    made = make_plan(compose(name, [*(overrides or ()), *ranks]), gpu, mfu, start, context)
+    made = make_plan(compose(name, [*(overrides or ()), *ranks]), gpu, mfu, start, context, storage)
     rows = made.sweep() if sweep else []
     if json_:
         import dataclasses

@@ -20,6 +20,11 @@ def rough(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)
 
 
+def brief(seconds: float) -> str:
+    """Return seconds with as many digits as matter where they are few, else as `rough`."""
+    return f"{seconds:.2g} s" if seconds < 100 else rough(seconds)
+
+
 def seconds_of(duration: str, where: str = "") -> int:
     """Return the seconds of `HH:MM:SS` or `D-HH:MM:SS`.
 

@@ -22,6 +22,8 @@ class Gpu:
         memory_gb: 10^9 bytes.
         bandwidth_gb_s: of its memory, 10^9 bytes per second.
         per_node: GPUs that NVLink connects; tensor parallelism stays within.
+        to_host_gb_s: copies of one GPU to pinned host memory, 10^9 bytes per second.
+        node_memory_gb: host memory of `per_node` GPUs; None where it is not known.
         source: where the numbers come from.
     """
 
@@ -31,6 +33,8 @@ class Gpu:
     memory_gb: float
     bandwidth_gb_s: float
     per_node: int
+    to_host_gb_s: float
+    node_memory_gb: float | None
     source: str
 
     @property

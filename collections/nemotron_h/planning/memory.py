@@ -203,10 +203,10 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     adapters = rank_adapters(definition, layout, stage)
     trained = adapters if layout.frozen else base
     shards = layout.data * layout.context if layout.distributed_optimizer else 1
-    weights = _sized(layout, base, WEIGHT_BYTES) + _sized(layout, adapters, WEIGHT_BYTES)
+    weights = weight_bytes(layout, base) + weight_bytes(layout, adapters)
     beside = 0
     if layout.teacher is not None:
-        beside = _sized(layout, rank_parameters(layout.teacher, layout, stage), WEIGHT_BYTES)
+        beside = weight_bytes(layout, rank_parameters(layout.teacher, layout, stage))
         beside += _fp8_weights(layout.teacher, layout, stage) if layout.fp8 else 0  # as stored: no backward
     if layout.fp8:
         weights += 2 * _fp8_weights(definition, layout, stage)  # as stored and transposed
@@ -221,6 +221,11 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
         teacher=beside,
     )
     return max(_moments(definition, layout, states, rank), key=lambda moment: moment.peak)
+
+
+def weight_bytes(layout: Layout, parameters: tuple[int, int]) -> int:
+    """Return the bytes of weights, (all, of these in float32)."""
+    return _sized(layout, parameters, WEIGHT_BYTES)
 
 
 def _sized(layout: Layout, parameters: tuple[int, int], by_precision: dict[str, int]) -> int:

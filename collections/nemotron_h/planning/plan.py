@@ -20,6 +20,7 @@ from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_flops, sweep
 from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memory
+from nemotron_h.planning.saves import SaveCost, save_cost
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
 from nemotron_h.recipe.checks import definition_of
@@ -45,6 +46,7 @@ class Plan:
         schedule: steps, phases, time.
         checkpoint: bytes on disk of one checkpoint.
         keep: checkpoints that stay on disk; -1 is all.
+        saves: cost of the checkpoints in time, host memory and bandwidth.
         context: tokens of a sequence in inference.
         inference: bytes of a BF16 model with one sequence of so many tokens.
         inference_fp4: the same in FP4 (paper 3): weights and keys and values.
@@ -65,6 +67,7 @@ class Plan:
     schedule: Schedule
     checkpoint: dict[str, int]
     keep: int
+    saves: SaveCost
     context: int
     inference: InferenceMemory
     inference_fp4: InferenceMemory
@@ -99,6 +102,10 @@ class Plan:
     def sweep(self) -> list[Row]:
         """Return other layouts of the same batch on the same GPUs, fastest first."""
         return sweep(self.definition, self.layout, self.gpu, self.schedule.tokens_per_second)
+
+    def _saves(self) -> dict[str, Any]:
+        derived = ("interval_seconds", "share", "least_steps", "needed_gb_s", "lost_seconds", "young_steps", "warnings")
+        return {**asdict(self.saves), **{name: getattr(self.saves, name) for name in derived}}
 
     def _teacher(self) -> dict[str, Any] | None:
         model = self.layout.teacher
@@ -142,6 +149,7 @@ class Plan:
                 "checkpoints": schedule.checkpoints,
             },
             "checkpoint_bytes": self.checkpoint,
+            "saves": self._saves(),
             "teacher_logits_bytes": self.teacher_logits,
             "inference": {
                 "context": self.context,
@@ -162,6 +170,7 @@ def make_plan(
     mfu: float | None = None,
     start: datetime | None = None,
     context: int | None = None,
+    storage: float | None = None,
 ) -> Plan:
     """Plan a recipe.
 
@@ -171,8 +180,9 @@ def make_plan(
         mfu: utilisation of the peak of the recipe's precision, in (0, 1]; None takes `default_mfu`.
         start: when the run begins.
         context: tokens of a sequence in inference; None takes the training's.
+        storage: GB/s that a node writes; None takes `planning.saves.STORAGE_GB_S`.
     Errors:
-        UserError: unknown GPU, or a utilisation outside of (0, 1].
+        UserError: unknown GPU, a utilisation outside of (0, 1], or a bandwidth that is none.
     """
     origin = f"recipe {recipe.name}"
     definition = definition_of(recipe, origin)
@@ -197,6 +207,18 @@ def make_plan(
         tokens=layout.seq_length * layout.micro_batch,
         bf16_edge_layers=layout.bf16_edge_layers,
     )
+    schedule = plan_schedule(
+        tokens=count_of(recipe.tokens, "tokens", origin),
+        tokens_per_step=tokens_per_step,
+        warmup_tokens=count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin),
+        phases=load_blend(recipe.data.blend).phases,
+        tokens_per_second=layout.ranks * device.peak(recipe.precision) * assumed / step_flops(definition, layout),
+        gpus=layout.ranks,
+        checkpoint_every=recipe.checkpoint.every_steps,
+        start=start,
+    )
+    checkpoint = checkpoint_bytes(definition, recipe.precision, recipe.adapter)
+    size, every = sum(checkpoint.values()), recipe.checkpoint.every_steps
     return Plan(
         name=recipe.name,
         definition=definition,
@@ -209,18 +231,10 @@ def make_plan(
         teacher_logits=_cache_bytes(recipe, definition, layout, origin),
         stages=stages,
         remedies=[] if fits else remedies(definition, layout, device),
-        schedule=plan_schedule(
-            tokens=count_of(recipe.tokens, "tokens", origin),
-            tokens_per_step=tokens_per_step,
-            warmup_tokens=count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin),
-            phases=load_blend(recipe.data.blend).phases,
-            tokens_per_second=layout.ranks * device.peak(recipe.precision) * assumed / step_flops(definition, layout),
-            gpus=layout.ranks,
-            checkpoint_every=recipe.checkpoint.every_steps,
-            start=start,
-        ),
-        checkpoint=checkpoint_bytes(definition, recipe.precision, recipe.adapter),
+        schedule=schedule,
+        checkpoint=checkpoint,
         keep=recipe.checkpoint.keep,
+        saves=save_cost(definition, layout, device, size, schedule.step_seconds, every, storage),
         context=context,
         inference=inference_memory(definition, Serving(context)),
         inference_fp4=inference_memory(definition, Serving(context, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"])),

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nemotron_h.core.units import gib, rough
+from nemotron_h.core.units import brief, gib, rough
 from nemotron_h.planning.layouts import Row, best
 from nemotron_h.planning.memory import largest_stage
 from nemotron_h.planning.plan import Plan, parts_by_stage
+from nemotron_h.planning.saves import AGREEMENT_S, FAILURES, SHARE
 
 
 def _table(console: Console, title: str, *columns: str) -> Table:
@@ -53,6 +54,7 @@ def show(plan: Plan, console: Console) -> None:
         table.add_row("the teacher's logits", gib(plan.teacher_logits))
     console.print(table)
     console.print(f"{schedule.checkpoints:,} checkpoints are written, {kept}\n")
+    _show_saves(plan, console)
     table = _table(console, f"Inference, one sequence of {plan.context:,} tokens", "", "BF16", "FP4")
     for label, part in (
         ("weights", "weights"),
@@ -141,6 +143,35 @@ def _show_schedule(plan: Plan, console: Console) -> None:
         f"{schedule.tokens_per_second / schedule.gpus:,.0f} tokens/s per GPU, {schedule.step_seconds:,.3f} s per step, "
         f"{rough(schedule.seconds)}, [bold]{schedule.gpu_hours:,.0f} GPU-hours[/bold]\n"
     )
+
+
+def _show_saves(plan: Plan, console: Console) -> None:
+    cost, gpu = plan.saves, plan.gpu
+    table = _table(console, "A checkpoint", "in all", "per node", "per GPU")
+    table.add_row(gib(cost.bytes), gib(cost.node_bytes), gib(cost.rank_bytes))
+    console.print(table)
+
+    def steps(number: int) -> str:
+        return f"{number:,} steps ({brief(number * cost.step_seconds)})"
+
+    lines = (
+        f"{cost.files:,} files and an index of {gib(cost.index_bytes)}; host memory stages what a node writes",
+        f"training stops {brief(cost.stopped_seconds)}: {AGREEMENT_S:g} s to plan the save, "
+        f"{brief(cost.stopped_seconds - AGREEMENT_S)} to copy at {gpu.to_host_gb_s:g} GB/s per GPU",
+        f"written beside training in {brief(cost.write_seconds)}, at {cost.storage_gb_s:g} GB/s per node (--storage), "
+        f"{cost.nodes:,} node{'s' if cost.nodes > 1 else ''}",
+        f"to end before the next save a write needs {cost.needed_gb_s:.2g} GB/s of all nodes together",
+        f"checkpoint.every_steps = {steps(cost.every_steps)}: {100 * cost.share:.2g} % of the time; under "
+        f"{100 * SHARE:g} % from {steps(cost.least_steps)} on",
+        f"a failure every {rough(cost.failure_seconds)} ({FAILURES} in 54 days of 16,384 GPUs) costs "
+        f"{brief(cost.lost_seconds)} of training",
+        f"Young's interval, which loses least to saves and failures: {steps(cost.young_steps)}",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    for warning in cost.warnings:
+        console.print(f"[yellow]warning[/yellow]: {warning}", soft_wrap=True)
+    console.print()
 
 
 def show_sweep(plan: Plan, rows: list[Row], console: Console) -> None:

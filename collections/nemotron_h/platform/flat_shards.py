@@ -1,11 +1,11 @@
 """Read optimizer states that another layout has saved, of them no more than this rank needs.
 
-A rank saves the flat range that it holds of each parameter's state (`SHARDING`). In the checkpoint a
-tensor of shape G, which tensor parallelism had cut into F chunks of shape C (G = F * C by axis), is one of shape
-[*F, size of C], each chunk flat. A rank of the same layout reads ranges of its last axis. megatron-core 0.15.3 reads
-whole chunks for any other rank, however little of a parameter that holds, and takes F of the checkpoint and of this run
-to divide equal shapes: with another padding of the vocabulary, which the tensor-parallel size decides, it reads what
-memory has. Here a rank reads the rows that its range lies in, of the chunks that have them.
+A rank saves the flat range that it holds of each parameter's state (`SHARDING`). In the checkpoint a tensor of shape G,
+which tensor parallelism had cut into F chunks of shape C (G = F * C by axis), is one of shape [*F, size of C], each
+chunk flat. A rank of the same layout reads ranges of its last axis. megatron-core 0.15.3 reads whole chunks for any
+other rank, however little of a parameter that holds, and takes F of the checkpoint and of this run to divide equal
+shapes: with another padding of the vocabulary, which the tensor-parallel size decides, it reads what memory has. Here a
+rank reads the rows that its range lies in, of the chunks that have them.
 """
 
 from __future__ import annotations

@@ -153,6 +153,10 @@ class Block:
         """Return the weights of the linear layers, in the order in which a forward pass uses them."""
         raise NotImplementedError
 
+    def tensor_count(self) -> int:
+        """Return how many `ours` of `tensors` has beside the input norm, all split by tensor-parallel ranks."""
+        return len(self.matrices())
+
     def vectors(self) -> int:
         """Return the parameters beside the matrices and the input norm."""
         return 0

@@ -95,6 +95,12 @@ class Mamba(Block):
             Matrix("out_proj", hidden, self.d_inner, "inputs", part, ("mamba_num_heads", "hidden_size")),
         )
 
+    def tensor_count(self) -> int:
+        """Return 16: z, x, B, C, dt of the projection in; x, B, C of the convolution's weight and of its bias; A_log, D
+        and dt_bias; gated norm; projection out.
+        """
+        return 5 + 2 * 3 + 3 + 1 + 1
+
     def vectors(self) -> int:
         """Return the parameters of convolution (weight and bias), scan (A_log, D, dt_bias) and gated norm."""
         return self.conv_channels * (self.conv_kernel + 1) + 3 * self.mamba_num_heads + self.d_inner
