@@ -239,6 +239,18 @@ def test_bad_pairs_are_counted_with_file_and_line_and_rewards_kept(root: Path) -
         file.write_bytes(content)
 
 
+def test_a_tokenizer_that_is_damaged_names_the_command_that_makes_it_again(root: Path) -> None:
+    file = root / "data" / "pairs" / "tokenizer" / "nemotron_h_tokenizer.json"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1])
+        with pytest.raises(UserError, match="is not the tokenizer that the data of blend 'pairs' was made") as refused:
+            _ = module(root).tokenizer
+        assert refused.value.hint == f"Run: nemotron-h data prepare --blend {root}/pairs.yaml --root {root}/data"
+    finally:
+        file.write_bytes(content)
+
+
 @pytest.mark.parametrize("too_long", ["drop", "cut"])
 def test_windows_hold_whole_pairs_with_their_reference_and_rewards(root: Path, too_long: str) -> None:
     data = module(root, too_long=too_long, reward_gap=7.0)

@@ -117,7 +117,7 @@ class Ledger:
         rows.append(["all", *cells, self.cell(lambda s, k: True)])
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines += ["", "| day | commit | cases | failed | minutes | processes |", "|---|---|---|---|---|---|"]
-        for each in self.campaigns:
+        for each in (each for each in self.campaigns if each["cases"]):
             minutes = round(each["seconds"] / 60)
             values = (each["day"], each["commit"], each["cases"], each["failed"], minutes, each["jobs"])
             lines.append("| " + " | ".join(map(str, values)) + " |")

@@ -156,6 +156,11 @@ def data_root(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get(ROOT_VARIABLE) or "data").expanduser()
 
 
+def preparation(root: str | Path | None, blend: str) -> str:
+    """Return the fix of what is not prepared, or not as it was: the command that prepares a blend, by name or file."""
+    return f"Run: nemotron-h data prepare --blend {blend} --root {data_root(root)}"
+
+
 def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = None) -> Manifest:
     """Read `<root>/<blend_name>/manifest.json`.
 
@@ -166,7 +171,7 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
         UserError: when it is absent, unreadable or of another format version.
     """
     path = data_root(root) / blend_name / "manifest.json"
-    again = f"Run: nemotron-h data prepare --blend {blend or blend_name} --root {data_root(root)}"
+    again = preparation(root, blend or blend_name)
     if not path.exists():
         raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again)
     try:
@@ -195,7 +200,7 @@ def check_manifest(root: str | Path | None, blend: Blend) -> Manifest:
     """
     manifest = load_manifest(root, blend.name, blend.path)
     path = Path(manifest.folder) / "manifest.json"
-    again = f"Run: nemotron-h data prepare --blend {blend.path or blend.name} --root {data_root(root)}"
+    again = preparation(root, blend.path or blend.name)
     missing = [name for name in blend.sources if name not in manifest.sources]
     if missing:
         raise UserError(f"{path}: the blend's sources {', '.join(missing)} are not prepared", again)

@@ -25,7 +25,7 @@ from nemotron_h.core.children import ready_loader_worker
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_number
 from nemotron_h.data.blend import Blend
-from nemotron_h.data.manifest import Manifest, check_manifest
+from nemotron_h.data.manifest import Manifest, check_manifest, preparation
 from nemotron_h.data.tokenizer import Tokenizer, fingerprint, nemo_tokenizer
 from nemotron_h.schema.recipe import DataSchema
 
@@ -162,7 +162,7 @@ class PreparedDataModule(FieldsAsArguments, DataSchema, pl.LightningDataModule, 
         if fingerprint(path) != expected:
             raise UserError(
                 f"{path} is not the tokenizer that the data of blend {self.blend_spec.name!r} was made with",
-                "Restore its files, or prepare the blend again: nemotron-h data prepare",
+                preparation(self.root, self.blend_spec.path or self.blend_spec.name),
             )
         return nemo_tokenizer(path)
 
