@@ -151,12 +151,20 @@ def layer_config(config: TransformerConfig, number: int) -> TransformerConfig:
 def stack_spec() -> ModuleSpec:
     """Return the stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
     if has_kernels():
-        parts = Parts(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, engine_attention(), norm=None)
+        parts = Parts(
+            te.TELayerNormColumnParallelLinear,
+            te.TERowParallelLinear,
+            engine_attention(),
+            norm=None,
+            plain_column=te.TEColumnParallelLinear,
+            shared_norm=te.TENorm,
+        )
         return ModuleSpec(module=NemotronHStack, submodules=parts)
     return plain_stack_spec()
 
 
 def plain_stack_spec() -> ModuleSpec:
     """Return the stack in PyTorch's operations; also the one that emulates FP8."""
-    parts = Parts(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm)
+    columns = {"plain_column": CpuColumnParallelLinear, "shared_norm": RMSNorm}
+    parts = Parts(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm, **columns)
     return ModuleSpec(module=NemotronHStack, submodules=parts)

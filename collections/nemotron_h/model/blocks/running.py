@@ -37,12 +37,15 @@ class Parts:
         column, row: column- and row-parallel linear layers.
         attention: core attention.
         norm: before a layer; None where the column-parallel layer normalises its own input.
+        plain_column, shared_norm: a column-parallel layer that never does, and a norm before several of them.
     """
 
     column: type
     row: type
     attention: type
     norm: type | None
+    plain_column: type
+    shared_norm: type
 
     def own_norm(self, name: str) -> dict[str, type]:
         """Return the norm as a submodule of this name, nothing where the projection has it inside."""
@@ -146,6 +149,10 @@ class Running:
         raise NotImplementedError
 
     # generation
+
+    def weights(self, tensors: list[Tensor]) -> Any:
+        """Return the layer's weights, of its tensors in the order of `Block.tensors`."""
+        return self.Weights(*tensors)
 
     def loaded(self, weights: Any) -> Any:
         """Return weights as steps use them, of those that a checkpoint holds."""
