@@ -83,6 +83,7 @@ def shrunken(name: str) -> list[str]:
     lacking = {key for letter, kind in KINDS.items() if letter not in pattern for key in kind.widths}
     widths = {key: value for key, value in SMALL.items() if key not in lacking}
     kept = ("family", "conv_kernel", "position_embedding", "rope_base", "rope_percent", "norm_epsilon", "init_std")
+    kept += ("mamba_norm", "multipliers")
     nothing = {key: 0 for kind in KINDS.values() for key in kind.widths}
     shape = {**nothing, **widths, **{key: getattr(model, key) for key in kept}, "pattern": pattern}
     parameters = ModelDefinition(name="twin", expect=Expect(0, 0, 0, 0), **shape).parameters

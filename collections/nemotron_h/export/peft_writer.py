@@ -23,8 +23,8 @@ from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
-from nemotron_h.export.config import check_expressible
 from nemotron_h.export.folder import new_folder
+from nemotron_h.export.hf_types import check_expressible
 from nemotron_h.export.hf_writer import INDENT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
