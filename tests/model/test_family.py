@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.architecture.rank import padded_vocabulary
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
 from nemotron_h.recipe.compose import configs_dir
@@ -96,7 +97,8 @@ def test_megatron_module(name: str) -> None:
     with torch.device("meta"):
         module = config.configure_model(None)
     assert sum(p.numel() for p in module.parameters() if not p.is_meta) < 1e7, "weights were given memory"
-    assert sum(p.numel() for p in module.parameters()) == definition.parameters
+    padding = 2 * (padded_vocabulary(definition, 1) - definition.vocab_size) * definition.hidden_size
+    assert sum(p.numel() for p in module.parameters()) == definition.parameters + padding
     by_layer = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
     assert by_layer == [definition.block(symbol).parameters for symbol in definition.pattern]
     described = config.definition()

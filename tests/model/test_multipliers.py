@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.core.errors import UserError
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose
@@ -83,6 +84,19 @@ def test_refused(model: str, changes: dict, words: str) -> None:
 def test_patterns_refused(changes: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         definition_from_dict({**asdict(shipped("tiny")), **changes}, "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("size", "width"), [("0.5b", 3352), ("1.5b", 0), ("1.5b_deep", 3608), ("3b", 0), ("7b", 6680), ("34b", 0)]
+)
+def test_fp8_names_the_widths_that_it_cannot_take(size: str, width: int) -> None:
+    """No multiple of 16, from the plan on."""
+    shape = {"seq_length": 8192, "micro_batch_size": 1}
+    if not width:
+        check_gemms(shipped(size), "fp8_current_scaling", **shape)
+        return
+    with pytest.raises(UserError, match=f"in_proj of the parallel layers is .* x {width} .*needs multiples of 16"):
+        check_gemms(shipped(size), "fp8_current_scaling", **shape)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
 
 def _module(theirs: str) -> str:
     """Return the module of transformers' model that a weight of an exported folder is loaded into, as PEFT names it."""
-    return f"base_model.model.model.{theirs.removeprefix('backbone.').removesuffix('.weight')}"
+    inside = theirs.removeprefix("backbone.").removeprefix("model.")
+    return f"base_model.model.model.{inside.removesuffix('.weight')}"
 
 
 def _is_whole(row: Weight) -> bool:

@@ -165,6 +165,5 @@ def stack_spec() -> ModuleSpec:
 
 def plain_stack_spec() -> ModuleSpec:
     """Return the stack in PyTorch's operations; also the one that emulates FP8."""
-    columns = {"plain_column": CpuColumnParallelLinear, "shared_norm": RMSNorm}
-    parts = Parts(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm, **columns)
+    parts = Parts(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm)
     return ModuleSpec(module=NemotronHStack, submodules=parts)

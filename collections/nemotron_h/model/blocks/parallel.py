@@ -5,7 +5,7 @@ Axes: b batch, l tokens, h hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +61,7 @@ class RunningParallel(Running):
 
         from nemotron_h.model.megatron_layers import ParallelLayer, ParallelSubmodules, ScaledKeyAttention
 
-        parts = replace(parts, column=parts.plain_column, norm=parts.shared_norm)
+        parts = parts.unfused()
         mixer = RunningMamba.layer_spec(parts).submodules.mixer
         attention = RunningAttention.layer_spec(parts).submodules.self_attention
         attention.module = ScaledKeyAttention
