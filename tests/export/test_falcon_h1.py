@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted_model import KINDS, adapter, randomize_adapters
 from save_checkpoint import save
-from small_model import MULTIPLIERS, VOCABULARY, pure_config, small_model, tokens
+from small_model import MULTIPLIERS, VOCABULARY, pure_config, relative_error, small_model, tokens
 from test_hf_round_trip import export, read_all, theirs
+from test_merge import save_adapter
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.export import hf_reader
+from nemotron_h.export import hf_reader, peft_writer
 from nemotron_h.export.hf_types import from_config, to_config
 from nemotron_h.inference.generate import generate
 from nemotron_h.inference.model import load_model
@@ -97,6 +99,31 @@ def test_every_tensor_comes_back(exported: tuple[torch.nn.Module, Path, Path], t
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert json.loads((folder / "config.json").read_text()) == json.loads((again / "config.json").read_text())
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("megatron")
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_the_trained_model_in_generation_and_in_peft(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="NeMo brings it")
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    trained, base = pure_config("PS", adapter=adapter(kind)).configure_model(None), small_model(pure_config("PS"))
+    trained.load_state_dict(base.state_dict())
+    randomize_adapters(trained)
+    trained.eval()
+    first = save(base, tmp_path / "base")
+    checkpoint = save_adapter(trained, tmp_path / "adapter", first)
+    peft_writer.write(peft_writer.plan(checkpoint), tmp_path / "peft")
+    ids = tokens(BATCH, LENGTH)
+    expected = trained(input_ids=ids)[..., :VOCABULARY]
+    assert relative_error(base(input_ids=ids)[..., :VOCABULARY], expected) > 0.1
+    ours = load_model(checkpoint)
+    assert relative_error(ours.logits(ours.extend(ids, ours.new_states(BATCH, LENGTH))), expected) < TOLERANCE
+    whole = AutoModelForCausalLM.from_pretrained(export(first, tmp_path / "hf"))
+    theirs_too = PeftModel.from_pretrained(whole, tmp_path / "peft").eval()
+    assert relative_error(theirs_too(input_ids=ids, use_cache=False).logits, expected) < TOLERANCE
 
 
 def shipped(size: str) -> ModelDefinition:
