@@ -15,7 +15,6 @@ from pathlib import Path
 
 import write_cards
 
-from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.units import GIB, gib
 from nemotron_h.data.blend import parse_count
@@ -32,9 +31,11 @@ README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- models: written by docs/write_models.py -->", "<!-- end of models -->"
 WIDTHS = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads"),
-    *("mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel", "position_embedding", "vocab_size"),
-    *("norm_epsilon", "init_std"),
+    *("mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel", "position_embedding", "rope_base"),
+    *("vocab_size", "norm_epsilon", "init_std"),
 )
+#: models that share a row of README's table: their names' common head
+SERIES = ("falcon_h1",)
 #: what was measured of a model beyond its cards, and the page that names the command
 RESULTS = {
     "nemotron_h_tiny": (
@@ -91,16 +92,14 @@ def about(model: str) -> list[str]:
     paragraphs = [" ".join(line.removeprefix("#").strip() for line in text.split("name:")[0].splitlines())]
     if model in published():
         said = published()[model]["about"].replace("The rest is as above.", "The rest is the 47B's.")
-        link = f"[fidelity](../results/fidelity.md#{model})"
+        link = f"[fidelity](../results/fidelity.md#{model.replace('.', '')})"  # as headings become anchors
         paragraphs.append(f"{said} Paper against recipe, value by value: {link}.")
     return [textwrap.fill(" ".join(said.split()), 118, break_on_hyphens=False) for said in paragraphs]
 
 
 def layers(model: ModelDefinition, letters: bool = False) -> str:
     """Return the layers of each kind that a model has: `24 Mamba-2, 4 attention, 24 FFN`, or by letters."""
-    titles = {"mamba": "Mamba-2", "attention": "attention", "ffn": "FFN"}
-    counts = [(kind, model.count(kind.letter)) for kind in KINDS.values() if model.count(kind.letter)]
-    return ", ".join(f"{n} {kind.letter if letters else titles[kind.name]}" for kind, n in counts)
+    return ", ".join(f"{model.count(kind.letter)} {kind.letter if letters else kind.title}" for kind in model.kinds)
 
 
 def size(parameters: int) -> str:
@@ -223,9 +222,16 @@ def index() -> str:
 def table() -> str:
     """Return README's table of models, in lines of at most 100 characters."""
     rows = ["| model | layers | parameters | stages with a recipe |", "|---|---|---|---|"]
+    of_series = {head: [name for name in models() if name.startswith(f"{head}_")] for head in SERIES}
     for model in models():
         d = definition(model)
-        rows.append(f"| {model} | {layers(d, letters=True)} | {size(d.parameters)} | {stage_names(model)} |")
+        if not any(model in names for names in of_series.values()):
+            rows.append(f"| {model} | {layers(d, letters=True)} | {size(d.parameters)} | {stage_names(model)} |")
+    for head, names in of_series.items():
+        ends = [definition(name) for name in (names[0], names[-1])]
+        letters = " and ".join(kind.letter for kind in ends[0].kinds)
+        span = " to ".join(size(end.parameters) for end in ends)
+        rows.append(f"| {head}, {len(names)} sizes | {letters} | {span} | {stage_names(names[0])} |")
     return "\n".join(rows)
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.export.config import definition_name, from_config, to_config
+from nemotron_h.export.config import definition_name
+from nemotron_h.export.hf_types import from_config, to_config
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose
 
@@ -60,7 +61,7 @@ def test_other_writers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is llama; only nemotron_h can be imported"),
+        ({"model_type": "llama"}, "model_type is llama; only nemotron_h and falcon_h1 can be imported"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = silu, which this family does not have"),
         ({"use_bias": True}, "use_bias = True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),

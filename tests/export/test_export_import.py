@@ -192,7 +192,7 @@ def test_import_over_something(exported: Path, tmp_path: Path) -> None:
 def test_other_architecture(folder: Path) -> None:
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"nemotron_h"', '"llama"'))
-    refused(folder, r"config\.json: model_type is llama; only nemotron_h can be imported")
+    refused(folder, r"config\.json: model_type is llama; only nemotron_h and falcon_h1 can be imported")
 
 
 def test_missing_file(folder: Path) -> None:

@@ -114,6 +114,17 @@ def test_kernels_equal_plain_operations() -> None:
         assert max(errors) < 2e-2, (name, errors)
 
 
+#: Falcon-H1's layers in place of the hybrid's
+FALCON = {
+    "hybrid_override_pattern": "PSPS",
+    "family": "falcon_h1",
+    "position_embedding_type": "rope",
+    "rotary_base": 10_000,
+    "rotary_percent": 1.0,
+    "multipliers": {"embedding": 1.3, "key": 1.2, "ssm_in": 1.25, "ssm_out": 0.5, "ssm_b": 0.85, "ffn_gate": 1.15},
+}
+
+
 def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
     """A small model; equal seeds give equal weights whatever the layers' classes."""
     from megatron.core.transformer.module import Float16Module
@@ -122,7 +133,7 @@ def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
 
     config = NemotronHConfig(
         definition_name="gpu",
-        hybrid_override_pattern="M-M*-",
+        **{"hybrid_override_pattern": "M-M*-", **changes},
         hidden_size=256,
         ffn_hidden_size=512,
         num_attention_heads=4,
@@ -140,7 +151,6 @@ def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
         mamba_stack_spec=spec,
         fuse_weight_gradients=False,  # there is no gradient buffer without Megatron's DDP
         gradient_accumulation_fusion=False,
-        **changes,
     )
     built = config.configure_model(None).cuda()
     return Float16Module(config, built) if dtype == torch.bfloat16 else built
@@ -161,22 +171,23 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
         return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
-    losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, spec in (("engine", layers.stack_spec), ("plain", plain)):
-            if name == "engine" and dtype == torch.float32:
-                continue  # its attention has no float32 kernel
-            built = model(spec, dtype)
-            loss = built(
-                input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
-            ).mean()
-            loss.backward()
-            square = sum(float(p.grad.float().square().sum()) for p in built.parameters())
-            losses[name, dtype] = (float(loss), square**0.5)
-            print(f"{name} {dtype}: loss {float(loss):.5f}, gradient norm {square**0.5:.5f}", flush=True)
-    for key in (("engine", torch.bfloat16), ("plain", torch.bfloat16)):
-        for value, expected in zip(losses[key], losses["plain", torch.float32], strict=True):
-            assert abs(value - expected) < 2e-2 * abs(expected), losses
+    for changes in ({}, FALCON):
+        losses = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, spec in (("engine", layers.stack_spec), ("plain", plain)):
+                if name == "engine" and dtype == torch.float32:
+                    continue  # its attention has no float32 kernel
+                built = model(spec, dtype, **changes)
+                loss = built(
+                    input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
+                ).mean()
+                loss.backward()
+                square = sum(float(p.grad.float().square().sum()) for p in built.parameters())
+                losses[name, dtype] = (float(loss), square**0.5)
+                print(f"{name} {dtype}: loss {float(loss):.5f}, gradient norm {square**0.5:.5f}", flush=True)
+        for key in (("engine", torch.bfloat16), ("plain", torch.bfloat16)):
+            for value, expected in zip(losses[key], losses["plain", torch.float32], strict=True):
+                assert abs(value - expected) < 2e-2 * abs(expected), losses
 
 
 def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
@@ -253,9 +264,11 @@ def test_fused_mixer_equals_separate_kernels() -> None:
         parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)
         return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
-    for documents in (False, True):
+    falcon = {**FALCON, "mamba_norm": False}
+    for documents, changes in ((False, {}), (True, {}), (False, FALCON), (True, falcon)):
         (loss, gradients), (loss_apart, apart) = (
-            loss_and_gradients(model(plain, torch.float32).train(), fused, documents) for fused in (True, False)
+            loss_and_gradients(model(plain, torch.float32, **changes).train(), fused, documents)
+            for fused in (True, False)
         )
         # the kernels multiply float32 in TF32
         errors = {name: relative(gradients[name], apart[name]) for name in apart}

@@ -24,7 +24,11 @@ def mamba(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
     """x [batch, length, hidden], doc [batch, length]."""
     heads, width, groups, n = d.mamba_num_heads, d.mamba_head_dim, d.mamba_num_groups, d.mamba_state_dim
     inner, batch, length = heads * width, x.shape[0], x.shape[1]
-    projected = x @ p["mixer.in_proj.weight"].T
+    scales = d.scales
+    projected = (x * scales.ssm_in) @ p["mixer.in_proj.weight"].T
+    parts = {"z": inner, "x": inner, "b": groups * n, "c": groups * n, "dt": heads}
+    factors = [torch.full((size,), getattr(scales, f"ssm_{part}"), dtype=x.dtype) for part, size in parts.items()]
+    projected = projected * torch.cat(factors)
     z, xbc = projected[..., :inner], projected[..., inner : 2 * inner + 2 * groups * n]
     dt = softplus(projected[..., 2 * inner + 2 * groups * n :] + p["mixer.dt_bias"])
     taps, bias = p["mixer.conv1d.weight"][:, 0], p["mixer.conv1d.bias"]
@@ -53,8 +57,10 @@ def mamba(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
         y = (state * c[:, t, of_head][:, :, None, :]).sum(-1) + p["mixer.D"][:, None] * u[:, t]
         ys.append(y.reshape(batch, inner))
     y = torch.stack(ys, dim=1) * silu(z)
-    y = rms(y.reshape(batch, length, groups, inner // groups), d.norm_epsilon).reshape(batch, length, inner)
-    return (y * p["mixer.norm.weight"]) @ p["mixer.out_proj.weight"].T
+    if d.mamba_norm:
+        y = rms(y.reshape(batch, length, groups, inner // groups), d.norm_epsilon).reshape(batch, length, inner)
+        y = y * p["mixer.norm.weight"]
+    return y @ p["mixer.out_proj.weight"].T * scales.ssm_out
 
 
 def rotate(x: Tensor, d) -> Tensor:
@@ -74,7 +80,8 @@ def attention(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
     """Causal within documents; x [batch, length, hidden], doc [batch, length]."""
     batch, length = x.shape[:2]
     per_group = d.num_attention_heads // d.num_query_groups
-    qkv = (x @ p["self_attention.linear_qkv.weight"].T).reshape(
+    scales = d.scales
+    qkv = (x * scales.attention_in @ p["self_attention.linear_qkv.weight"].T).reshape(
         batch, length, d.num_query_groups, per_group + 2, d.head_dim
     )
     allowed = torch.zeros(batch, length, length, dtype=torch.bool)
@@ -83,12 +90,12 @@ def attention(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
             allowed[:, t, s] = doc[:, t] == doc[:, s]
     outs = []
     for group in range(d.num_query_groups):
-        key, value = rotate(qkv[:, :, group, per_group], d), qkv[:, :, group, per_group + 1]
+        key, value = rotate(qkv[:, :, group, per_group] * scales.key, d), qkv[:, :, group, per_group + 1]
         for head in range(per_group):
             scores = rotate(qkv[:, :, group, head], d) @ key.transpose(1, 2) / math.sqrt(d.head_dim)
             weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * allowed
             outs.append(weights @ value / weights.sum(-1, keepdim=True))
-    return torch.cat(outs, dim=-1) @ p["self_attention.linear_proj.weight"].T
+    return torch.cat(outs, dim=-1) @ p["self_attention.linear_proj.weight"].T * scales.attention_out
 
 
 def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
@@ -99,7 +106,7 @@ def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | N
         d: the model definition.
     """
     doc = torch.zeros_like(tokens) if seq_idx is None else seq_idx
-    x = parameters["embedding.word_embeddings.weight"][tokens]
+    x = parameters["embedding.word_embeddings.weight"][tokens] * d.scales.embedding
     for index, symbol in enumerate(d.pattern):
         prefix = f"decoder.layers.{index}."
         p = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
@@ -107,11 +114,18 @@ def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | N
             x = x + mamba(p, d, rms(x, d.norm_epsilon) * p["norm.weight"], doc)
         elif symbol == "*":
             x = x + attention(p, d, rms(x, d.norm_epsilon) * p["input_layernorm.weight"], doc)
+        elif symbol == "P":
+            h = rms(x, d.norm_epsilon) * p["norm.weight"]
+            x = x + mamba(p, d, h, doc) + attention(p, d, h, doc)
+        elif symbol == "S":
+            h = (rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"]) @ p["mlp.linear_fc1.weight"].T
+            gate, up = h[..., : d.ffn_hidden_size] * d.scales.ffn_gate, h[..., d.ffn_hidden_size :]
+            x = x + (silu(gate) * up) @ p["mlp.linear_fc2.weight"].T * d.scales.ffn_down
         else:
             h = (rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"]) @ p["mlp.linear_fc1.weight"].T
             x = x + torch.clamp(h, min=0) ** 2 @ p["mlp.linear_fc2.weight"].T
     x = rms(x, d.norm_epsilon) * parameters["decoder.final_norm.weight"]
-    return x @ parameters["output_layer.weight"].T
+    return x @ parameters["output_layer.weight"].T * d.scales.head
 
 
 def losses(scores: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from nemotron_h.schema.multipliers import MultipliersSchema
+
 VOCABULARY = 300  # padded to 384
 
 
@@ -43,8 +45,34 @@ def small_config(groups: int = 2, pattern: str = "M-M*-M-", dtype: torch.dtype =
     )
 
 
+#: none is 1, and no two products of a branch are equal
+MULTIPLIERS = {
+    "embedding": 1.3,
+    "head": 0.9,
+    "attention_in": 0.95,
+    "key": 1.2,
+    "attention_out": 0.6,
+    "ssm_in": 1.25,
+    "ssm_out": 0.5,
+    "ssm_z": 0.7,
+    "ssm_x": 1.1,
+    "ssm_b": 0.85,
+    "ssm_c": 1.4,
+    "ssm_dt": 0.65,
+    "ffn_gate": 1.15,
+    "ffn_down": 1.35,
+}
+
+
 def pure_config(symbols: str, **changes):
-    """A small Transformer with rotary positions (`*-`), or Mamba-2 alone (`M`); widths that it lacks are left out."""
+    """A small Transformer with rotary positions (`*-`), Mamba-2 alone (`M`), or Falcon-H1 (`PS`); widths that it lacks
+    are left out.
+    """
+    if symbols == "PS":
+        rotary = {"position_embedding_type": "rope", "rotary_base": 100, "rotary_percent": 1.0}
+        return small_config(
+            pattern="PSPS", family="falcon_h1", **{"multipliers": MultipliersSchema(**MULTIPLIERS), **rotary, **changes}
+        )
     mamba = ("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel")
     if symbols == "M":
         absent = ("num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")

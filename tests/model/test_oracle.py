@@ -64,15 +64,22 @@ def test_float64(packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize(
     ("symbols", "changes"),
-    [("M", {}), ("*-", {}), ("*-", {"rotary_percent": 1.0, "rotary_base": 10000})],
-    ids=["mamba2", "transformer", "transformer, whole heads rotated"],
+    [
+        ("M", {}),
+        ("*-", {}),
+        ("*-", {"rotary_percent": 1.0, "rotary_base": 10000}),
+        ("PS", {"mamba_num_groups": 1}),
+        ("PS", {"mamba_num_groups": 2}),
+        ("PS", {"mamba_norm": False}),
+    ],
+    ids=["mamba2", "transformer", "transformer, whole heads rotated", "falcon_h1, 1 group", "2 groups", "no norm"],
 )
 def test_pure_patterns(symbols: str, changes: dict, packed: bool) -> None:
     """The reference turns by positions in the row too: in packed rows only the differences count."""
     config = pure_config(symbols, dtype=torch.float64, **changes)
     config.definition().validate_structure("test")
     model = small_model(config)
-    if symbols == "*-":  # megatron-core computes angles in the precision of these
+    if config.position_embedding_type == "rope":  # megatron-core computes angles in the precision of these
         model.rotary_pos_emb.inv_freq = exact_frequencies(config)
     ids, seq_idx = tokens(BATCH, LENGTH + 1), documents() if packed else None
     scores, losses, parameters = expected(model, config.definition(), ids, seq_idx)

@@ -46,8 +46,9 @@ def gradients(model) -> dict[str, torch.Tensor]:
         (lambda: pure_config("M", dtype=torch.float64), 1e-9),
         # positions count from the row's start, which scores do not see beyond the rounding of float32 angles
         (lambda: pure_config("*-", dtype=torch.float64), 1e-4),
+        (lambda: pure_config("PS", dtype=torch.float64), 1e-4),
     ],
-    ids=["hybrid, 1 group", "hybrid, 8 groups", "mamba2", "transformer, rotary"],
+    ids=["hybrid, 1 group", "hybrid, 8 groups", "mamba2", "transformer, rotary", "falcon_h1"],
 )
 def test_packed_is_separate(make, tolerance: float) -> None:
     model = small_model(make())

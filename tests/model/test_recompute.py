@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from small_model import small_config, small_model, tokens
+from small_model import pure_config, small_config, small_model, tokens
 
 SETTINGS = {
     "mamba": {"recompute_mamba": "layer"},
@@ -11,12 +11,21 @@ SETTINGS = {
     "ffn": {"recompute_ffn": "layer"},
     "activation": {"recompute_ffn": "activation"},
     "all": {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "layer"},
+    "parallel": {"recompute_parallel": "layer"},
+    "swiglu": {"recompute_swiglu": "layer"},
+    "swiglu activation": {"recompute_swiglu": "activation"},
 }
+
+
+def config_of(**changes):
+    """The small hybrid, or the small Falcon-H1 where a setting is of its layers."""
+    falcon = any(key in changes for key in ("recompute_parallel", "recompute_swiglu"))
+    return pure_config("PS", **changes) if falcon else small_config(**changes)
 
 
 def step(**changes):
     """Loss and gradients of one training step."""
-    model = small_model(small_config(**changes)).train()
+    model = small_model(config_of(**changes)).train()
     batch = tokens(2, 65)
     loss = model(input_ids=batch[:, :-1], labels=batch[:, 1:].contiguous()).mean()
     loss.backward()
@@ -27,7 +36,7 @@ def kept_bytes(**changes) -> int:
     """What autograd keeps of a forward pass, beyond the weights."""
     import torch
 
-    model = small_model(small_config(**changes)).train()
+    model = small_model(config_of(**changes)).train()
     batch, saved = tokens(2, 65), []
 
     def pack(tensor):
@@ -43,11 +52,13 @@ def kept_bytes(**changes) -> int:
 
 @pytest.fixture(scope="module")
 def plain(megatron):
-    return (*step(), kept_bytes())
+    """Without recomputation: of the hybrid, and of Falcon-H1."""
+    return [(*step(**settings), kept_bytes(**settings)) for settings in ({}, {"recompute_parallel": "none"})]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_recompute_is_exact_and_keeps_less(plain, megatron, name: str) -> None:
+    plain = plain[any(name.startswith(kind) for kind in ("parallel", "swiglu"))]
     loss, gradients = step(**SETTINGS[name])
     assert loss.equal(plain[0])
     assert gradients.keys() == plain[1].keys()

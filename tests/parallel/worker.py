@@ -33,6 +33,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
 from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
 
@@ -46,11 +47,35 @@ FAMILIES = {
         "rotary_percent": 0.5,
     },
     "mamba2": {"hybrid_override_pattern": "MMM"},
+    "falcon_h1": {
+        "hybrid_override_pattern": "PSPSPS",
+        "position_embedding_type": "rope",
+        "rotary_base": 100,
+        "rotary_percent": 1.0,
+        "multipliers": MultipliersSchema(
+            embedding=1.3,
+            head=0.9,
+            attention_in=0.95,
+            key=1.2,
+            attention_out=0.6,
+            ssm_in=1.25,
+            ssm_out=0.5,
+            ssm_z=0.7,
+            ssm_x=1.1,
+            ssm_b=0.85,
+            ssm_c=1.4,
+            ssm_dt=0.65,
+            ffn_gate=1.15,
+            ffn_down=1.35,
+        ),
+    },
     "preference": {"hybrid_override_pattern": "M-M*-"},
 }
-ADAPTED = ("lora", "dora")
+#: what is trained -> the model
+ADAPTED = {"lora": "nemotron_h", "dora": "nemotron_h", "falconlora": "falcon_h1"}
 TARGETS = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
+RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 
 
@@ -112,6 +137,8 @@ def randomize_adapters(module: torch.nn.Module) -> None:
             split = {} if adapter.row_parallel else {"axis": 0, "tp_rank": rank, "tp_size": size}
             if name.endswith("in_proj"):
                 split["sections"] = layer.mixer.in_proj_sections
+            if name.endswith("linear_fc1") and layer.mlp.config.gated_linear_unit:
+                split["sections"] = [len(linear.weight) // 2] * 2
             init.fill(adapter.b, f"{key}.b", init.normal(0.2), 7, **split)
             if adapter.magnitude is not None:
                 init.fill(adapter.magnitude, f"{key}.magnitude", init.uniform(1.0, 3.0), 7, **split)
@@ -141,8 +168,8 @@ def forward(iterator, model):
 def train(name: str) -> dict[str, object]:
     """Losses of every step, gradients of the first, and final weights."""
     family = name.partition("-")[0] if "-" in name else "nemotron_h"
-    kind = family if family in ADAPTED else "none"
-    family = "nemotron_h" if family in ADAPTED else family
+    kind = family.removeprefix("falcon") if family in ADAPTED else "none"
+    family = ADAPTED.get(family, family)
     shape = layout(name)
     parallel_state.initialize_model_parallel(shape["tp"], shape["pp"])
     model_parallel_cuda_manual_seed(1)

@@ -35,6 +35,19 @@ MODELS: dict[str, dict[str, Any]] = {
         **_ATTENTION,
         **_FFN,
     },
+    "falcon_h1": {
+        "family": "falcon_h1",
+        "hybrid_override_pattern": "PSPSPS",
+        "hidden_size": 256,
+        "vocab_size": 512,
+        "multipliers": {"rule": "falcon_h1"},
+        "position_embedding_type": "rope",
+        "rotary_base": 100_000,
+        "rotary_percent": 1.0,
+        **_ATTENTION,
+        **_MAMBA,
+        "ffn_hidden_size": 768,
+    },
 }
 
 
@@ -42,7 +55,13 @@ def as_definition(model: dict[str, Any]) -> ModelDefinition:
     """The definition of these keyword arguments; `recompute_*` are no part of it."""
     pattern = model["hybrid_override_pattern"]
     own = {key: value for key, value in model.items() if not key.startswith("recompute_")}
-    renamed = {"hybrid_override_pattern": "pattern", "kv_channels": "head_dim"}
+    renamed = {
+        "hybrid_override_pattern": "pattern",
+        "kv_channels": "head_dim",
+        "position_embedding_type": "position_embedding",
+        "rotary_base": "rope_base",
+        "rotary_percent": "rope_percent",
+    }
     return ModelDefinition(
         name="small",
         expect=Expect(pattern.count("M"), pattern.count("*"), pattern.count("-"), 0),

@@ -56,6 +56,17 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "layers, bf16": {"model": HYBRID, "seq_length": 1000, "precision": "bf16"},
     "Mamba-2 alone": {"model": MODELS["mamba"], "seq_length": 1024},
     "Transformer": {"model": MODELS["transformer"], "seq_length": 1024},
+    "Falcon-H1": {"model": MODELS["falcon_h1"], "seq_length": 1024},
+    "Falcon-H1, bf16, a long sequence": {"model": MODELS["falcon_h1"], "seq_length": 2048, "precision": "bf16"},
+    "Falcon-H1, recompute SwiGLU": {
+        "model": {**MODELS["falcon_h1"], "recompute_swiglu": "activation"},
+        "seq_length": 1024,
+    },
+    "Falcon-H1, recompute everything": {
+        "model": {**MODELS["falcon_h1"], "recompute_parallel": "layer", "recompute_swiglu": "layer"},
+        "seq_length": 1024,
+    },
+    "Falcon-H1, LoRA": {"model": MODELS["falcon_h1"], "seq_length": 512, "adapter": adapter("lora")},
     "documents": {"model": MODELS["transformer"], "seq_length": 1000, "documents": True},
     "documents in two rows": {"model": MODELS["transformer"], "seq_length": 500, "micro_batch": 2, "documents": True},
     "documents, bf16": {"model": HYBRID, "seq_length": 500, "micro_batch": 2, "documents": True, "precision": "bf16"},
@@ -100,6 +111,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     },
     "DoRA, data 2": {"model": HYBRID, "seq_length": 512, "adapter": adapter("dora")},
     "data 2": {"model": MODELS["hybrid"], "seq_length": 512, "precision": "bf16"},
+    "Falcon-H1, tensor 2": {"model": MODELS["falcon_h1"], "seq_length": 512, "tensor": 2, "sequence": True},
     "data 2, whole optimizer": {"model": HYBRID, "seq_length": 512, "distributed_optimizer": False},
 }
 

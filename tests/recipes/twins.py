@@ -80,9 +80,10 @@ def shrunken(name: str) -> list[str]:
     """The overrides that make a recipe's twin."""
     recipe = compose(name)
     model, pattern = recipe.model, head_of(recipe.model.family, recipe.model.pattern)
-    lacking = {key for letter, kind in KINDS.items() if letter not in pattern for key in kind.widths}
-    widths = {key: value for key, value in SMALL.items() if key not in lacking}
+    needed = {"hidden_size", "vocab_size", *(key for letter in pattern for key in KINDS[letter].widths)}
+    widths = {key: value for key, value in SMALL.items() if key in needed}
     kept = ("family", "conv_kernel", "position_embedding", "rope_base", "rope_percent", "norm_epsilon", "init_std")
+    kept += ("mamba_norm", "multipliers")
     nothing = {key: 0 for kind in KINDS.values() for key in kind.widths}
     shape = {**nothing, **widths, **{key: getattr(model, key) for key in kept}, "pattern": pattern}
     parameters = ModelDefinition(name="twin", expect=Expect(0, 0, 0, 0), **shape).parameters

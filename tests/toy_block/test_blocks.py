@@ -1,4 +1,4 @@
-"""A model with a new kind of block, and with widths of its own in some layers, through all that a model goes through:
+"""A model with a new kind of block, one with widths of its own in some layers, and Falcon-H1's, through all of a life:
 recipe, plan, training, resume, generation, slicing. The block is two files and two lines of registries.
 """
 
@@ -34,14 +34,31 @@ from nemotron_h.planning.flops import flops_per_token  # noqa: E402
 from nemotron_h.planning.plan import make_plan  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 
-#: name -> changes of the small recipe, and the parameters by hand
+ROTARY = "\n  position_embedding: rope\n  rope_base: 10000\n  rope_percent: 1.0"
+#: name -> changes of the small recipe, the counts of its layers, and the parameters by hand
 MODELS = {
     # norms 6 * 64; the gated layer has a third matrix of 64 x 96
-    "toy": ([("pattern: M-M*-", "pattern: MGM*-"), ("family: nemotron_h", "family: pruned")], 163376 + 64 * 96),
+    "toy": (
+        [("pattern: M-M*-", "pattern: MGM*-"), ("family: nemotron_h", "family: pruned")],
+        "mamba: 2, attention: 1, ffn: 1",
+        163376 + 64 * 96,
+    ),
     # 2 groups of keys fewer: 2 * 16 * 64 each; 32 neurons fewer: 2 * 64 each
     "overrides": (
         [("init_std: 0.1", "init_std: 0.1\n  overrides: {1: {ffn_hidden_size: 64}, 3: {num_query_groups: 1}}")],
+        "mamba: 2, attention: 1, ffn: 2",
         163376 - 32 * 2 * 64 - 2 * 16 * 64,
+    ),
+    # of two P, each: norm, projection in and out, convolution, scan, gated norm, attention; of two S; and the ends
+    "falcon_h1": (
+        [
+            ("pattern: M-M*-", "pattern: PSPS"),
+            ("family: nemotron_h", f"family: falcon_h1{ROTARY}"),
+            ("init_std: 0.1", "init_std: 0.1\n  multipliers: {rule: falcon_h1}"),
+        ],
+        "mamba: 0, attention: 0, ffn: 0, parallel: 2, swiglu: 2",
+        2 * (64 + 64 * 328 + 128 * 64 + 5 * 192 + 3 * 8 + 128 + 64 * 128 + 64 * 64 + 64 + 3 * 64 * 96)
+        + (2 * 512 * 64 + 64),
     ),
 }
 WORKER = HERE / "worker.py"
@@ -62,10 +79,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, toy: None) -> Small:
 @pytest.fixture(scope="module", params=MODELS)
 def trained(small: Small, request: pytest.FixtureRequest) -> tuple[Path, Path]:
     """Recipe and last checkpoint of a run that was killed and resumed, equal to one that was not."""
-    changes, parameters = MODELS[request.param]
-    counts = "mamba: 2, attention: 1, ffn: {}, parameters: {}"
-    ffns = 1 if request.param == "toy" else 2
-    changes = [*changes, (counts.format(2, 163376), counts.format(ffns, parameters))]
+    changes, layers, parameters = MODELS[request.param]
+    counts = ("mamba: 2, attention: 1, ffn: 2, parameters: 163376", f"{layers}, parameters: {parameters}")
+    changes = [*changes, counts]
     names = [f"{request.param}_{how}" for how in ("straight", "resumed")]
     recipes = [small.variant(name, *changes) for name in names]
     for name, recipe, kills in zip(names, recipes, ([[]], [["kill=6"], []]), strict=True):
@@ -142,7 +158,7 @@ def test_it_is_sliced(trained: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_formats_say_what_they_cannot_hold(trained: tuple[Path, Path]) -> None:
     definition = read_definition(read_record(trained[1]), "")
-    with pytest.raises(UserError, match=r"gated layers, which|widths of their own in layers 1, 3"):
+    with pytest.raises(UserError, match=r"gated layers, which|swiglu layers, which|widths of their own in layers 1, 3"):
         check_expressible(definition)
 
 

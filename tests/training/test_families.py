@@ -1,4 +1,4 @@
-"""A Transformer with rotary positions and Mamba-2 alone train, write a checkpoint, and generate from it."""
+"""A Transformer with rotary positions, Mamba-2 alone and Falcon-H1 train, write a checkpoint, and generate from it."""
 
 from __future__ import annotations
 
@@ -46,6 +46,30 @@ model:
   init_std: 0.1
   expect: {mamba: 3, attention: 0, ffn: 0, parameters: 156680}
 """,
+    "falcon_h1": """
+model:
+  name: small
+  family: falcon_h1
+  pattern: PSPS
+  hidden_size: 64
+  ffn_hidden_size: 96
+  num_attention_heads: 4
+  num_query_groups: 2
+  head_dim: 16
+  mamba_num_heads: 8
+  mamba_head_dim: 16
+  mamba_num_groups: 1
+  mamba_state_dim: 16
+  conv_kernel: 4
+  mamba_norm: false
+  multipliers: {rule: falcon_h1}
+  position_embedding: rope
+  rope_base: 10000
+  rope_percent: 1.0
+  vocab_size: 512
+  init_std: 0.1
+  expect: {mamba: 0, attention: 0, ffn: 0, parallel: 2, swiglu: 2, parameters: 183216}
+""",
 }
 
 
@@ -65,5 +89,5 @@ def test_trains_and_generates(small: Small, family: str) -> None:
     assert losses[2] < losses[0]
     model = load_model(small.run_dir(family))
     assert model.definition.family == family
-    assert model.definition.position_embedding == ("rope" if family == "transformer" else "none")
+    assert model.definition.position_embedding == ("none" if family == "mamba2" else "rope")
     assert len(generate(model, [[1, 2, 3]], max_tokens=5, sampling=Sampling(temperature=0))[0]) == 5

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nemotron_h.architecture.blocks.block import Block, Matrix
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers
+from nemotron_h.architecture.multipliers import ONES
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import nearest
 from nemotron_h.schema.recipe import ADAPTERS, AdapterSchema
@@ -23,11 +25,16 @@ def targets(definition: ModelDefinition) -> dict[str, list[Matrix]]:
     return matrices
 
 
-def owners() -> dict[str, type[Block]]:
-    """Return the kind that has a matrix of each name, of all kinds that there are."""
-    widths = dict.fromkeys((key for kind in KINDS.values() for key in kind.widths), 1)
-    of_kinds = {kind: kind.of({"hidden_size": 1, "rope_percent": 0.0, **widths}) for kind in KINDS.values()}
-    return {matrix.name: kind for kind, block in of_kinds.items() for matrix in block.matrices()}
+def owners(first: Iterable[type[Block]] = ()) -> dict[str, type[Block]]:
+    """Return the kind that has a matrix of each name, of all kinds that there are; of several, one of `first`."""
+    kinds = list(dict.fromkeys((*first, *KINDS.values())))
+    widths = dict.fromkeys((key for kind in kinds for key in kind.widths), 1)
+    others = {"hidden_size": 1, "rope_percent": 0.0, "mamba_norm": True, "multipliers": ONES}
+    found: dict[str, type[Block]] = {}
+    for kind in kinds:
+        for matrix in kind.of({**others, **widths}).matrices():
+            found.setdefault(matrix.name, kind)
+    return found
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Coverage:
 
     Attributes:
         target: the matrix.
-        layer_type: `mamba`, `attention` or `ffn`.
+        layer_type: name of the kind of layers.
         layers: how many layers have it.
         weights: parameters of the matrix, over these layers.
         trained: parameters of its adapters; 0 where it is no target.
@@ -51,7 +58,7 @@ class Coverage:
 
 def coverage(adapter: AdapterSchema, definition: ModelDefinition) -> list[Coverage]:
     """Return every matrix of the model's layers, adapted or not, kinds in the order of the registry."""
-    kinds, rows = owners(), []
+    kinds, rows = owners(definition.kinds), []
     for target, matrices in targets(definition).items():
         trained = sum(
             adapter.rank * (matrix.outputs + matrix.inputs) + (matrix.outputs if adapter.kind == "dora" else 0)

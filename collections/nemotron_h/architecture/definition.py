@@ -16,14 +16,16 @@ from typing import Any
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.blocks.families import FAMILIES, WITHOUT_POSITIONS, check_pattern
 from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.multipliers import NAMES, OF_ENDS, Multipliers, resolve
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import check_number, nearest, ranges
+from nemotron_h.core.strict import check_number, check_one_of, nearest, ranges
+from nemotron_h.schema.multipliers import MULTIPLIER_RULES, MultipliersSchema
 from nemotron_h.schema.recipe import ModelSchema
 
 POSITION_EMBEDDINGS = ("none", "rope")
 _WHOLE = {each.name for each in fields(ModelSchema) if each.type == "int"}
-#: what a block is made of: numbers of the model
-_BLOCK_KEYS = tuple(each.name for each in fields(ModelSchema) if each.type in ("int", "float"))
+#: what a block is made of, beside multipliers: numbers of the model
+_BLOCK_KEYS = tuple(each.name for each in fields(ModelSchema) if each.type in ("int", "float", "bool"))
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Expect:
     attention: int = 0
     ffn: int = 0
     parameters: int = 0
+    parallel: int = 0
+    swiglu: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,21 +49,24 @@ class ModelDefinition:
     Attributes:
         name: the name of the definition, as in `configs/model/<name>.yaml`.
         family: which rules the pattern follows: `nemotron_h` (paper 2.1), `transformer` (attention and FFN in pairs),
-            `mamba2` (Mamba-2 alone), or `pruned`: any order, as removing layers leaves it.
-        pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` FFN.
+            `mamba2` (Mamba-2 alone), `falcon_h1` (attention beside Mamba-2, and SwiGLU, in pairs), or `pruned`: any
+            order, as removing layers leaves it.
+        pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` FFN, `P` attention beside Mamba-2, `S` SwiGLU.
         hidden_size: width of the residual stream.
-        ffn_hidden_size: inner width of each (squared ReLU, non-gated) FFN.
+        ffn_hidden_size: inner width of each FFN: squared ReLU without a gate, or SwiGLU.
         num_attention_heads, num_query_groups, head_dim: grouped-query attention; `num_query_groups` is the number of
             key-value heads. `num_attention_heads * head_dim` need not be `hidden_size`.
         mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim: Mamba-2 heads, their width, the groups
             that share B and C, and the state per channel.
         conv_kernel: window of the causal convolution.
+        mamba_norm: an RMSNorm follows the gate of each mixer; false leaves it out.
         position_embedding: `none` (paper 2.1), or `rope` (rotary, in attention layers).
         rope_base: base of the rotary angles' wave lengths, with `rope` only.
         rope_percent: part of each head that is rotated, in (0, 1], with `rope` only.
         vocab_size: rows of the (untied) embedding and output matrices, before padding.
         norm_epsilon: of every RMSNorm.
         init_std: standard deviation of the initial weights.
+        multipliers: factors of activations, stated or by a rule of the shape.
         overrides: layer -> widths of its own, such as `{18: {num_query_groups: 4}}`; a searched child's layers differ.
         expect: counts that must come out.
         sources: where the values come from (`paper 2.1`, `ours: ...`), by key.
@@ -80,11 +87,13 @@ class ModelDefinition:
     mamba_num_groups: int = 0
     mamba_state_dim: int = 0
     conv_kernel: int = 0
+    mamba_norm: bool = True
     position_embedding: str = "none"
     rope_base: int = 0
     rope_percent: float = 0.0
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
+    multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
     overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -92,6 +101,8 @@ class ModelDefinition:
         # Hydra and JSON have numbers of layers as text
         numbered = {int(n) if str(n).isdecimal() else n: dict(widths) for n, widths in self.overrides.items()}
         object.__setattr__(self, "overrides", numbered)
+        if isinstance(self.multipliers, Mapping):  # of a recipe or a record
+            object.__setattr__(self, "multipliers", MultipliersSchema(**self.multipliers))
 
     @property
     def num_layers(self) -> int:
@@ -102,6 +113,11 @@ class ModelDefinition:
     def rotary_dim(self) -> int:
         """Return the channels of each head that are rotated; 0 without rotary positions."""
         return int(self.head_dim * self.rope_percent)
+
+    @cached_property
+    def scales(self) -> Multipliers:
+        """Return the factors of activations: those that are stated, and the rule's."""
+        return resolve(self.multipliers, {name: getattr(self, name) for name in _BLOCK_KEYS})
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -116,7 +132,7 @@ class ModelDefinition:
     def block(self, letter: str, overrides: Mapping[str, int] | None = None) -> Block:
         """Return a layer of this letter with the model's widths, some of them overridden."""
         widths = {name: getattr(self, name) for name in _BLOCK_KEYS}
-        return KINDS[letter].of({**widths, **(overrides or {})})
+        return KINDS[letter].of({**widths, **(overrides or {}), "multipliers": self.scales})
 
     def count(self, symbol: str) -> int:
         """Return how many layers have this letter."""
@@ -190,11 +206,13 @@ class ModelDefinition:
                 raise UserError(f"{origin}: model.{key} = {value!r} is unknown", hint=hint)
         check_pattern(self.pattern, self.family, origin)
         self._validate_widths(origin)
+        self._validate_multipliers(origin)
         self._validate_overrides(origin)
         self._validate_positions(origin)
-        unknown = sorted(set(self.sources) - {f.name for f in fields(self)})
+        names = {f.name for f in fields(self)}
+        unknown = sorted(key for key in self.sources if key.partition(".")[0] not in names)
         if unknown:
-            hint = nearest(unknown[0], [f.name for f in fields(self)])
+            hint = nearest(unknown[0], names)
             raise UserError(
                 f"{origin}: model.sources names {', '.join(unknown)}, which a model does not have", hint=hint
             )
@@ -204,7 +222,7 @@ class ModelDefinition:
 
     def _validate_widths(self, origin: str) -> None:
         for key, allowed in ranges(ModelSchema).items():
-            if key == "overrides" or key.startswith("expect."):
+            if key == "overrides" or "." in key:
                 continue
             value = getattr(self, key)
             check_number(f"model.{key}", value, allowed, f"{origin}: ")
@@ -220,6 +238,34 @@ class ModelDefinition:
                         f"the pattern has no {kind.letter} ({kind.name}) layer",
                         hint=f"leave model.{key} out, or add {kind.letter} to model.pattern",
                     )
+
+        if not self.mamba_norm and not any(kind.gated_norm for kind in self.kinds):
+            raise UserError(
+                f"{origin}: model.mamba_norm = false has no use: the pattern has no Mamba-2 layer",
+                hint="leave model.mamba_norm out",
+            )
+
+    def _validate_multipliers(self, origin: str) -> None:
+        written = self.multipliers
+        check_one_of("model.multipliers.rule", written.rule, MULTIPLIER_RULES, f"{origin}: ")
+        applied = {name for kind in self.kinds for name in kind.multipliers}.union(OF_ENDS)
+        if written.rule != "none" and (without := [name for name in NAMES if name not in applied]):
+            raise UserError(
+                f"{origin}: model.multipliers.rule = {written.rule} computes {', '.join(without)}, which no layer of "
+                "the pattern applies",
+                hint="leave model.multipliers out, or take the layers of family falcon_h1: PS, over and over",
+            )
+        limits = ranges(MultipliersSchema)
+        for name in NAMES:
+            value = getattr(written, name)
+            if value is None:
+                continue
+            check_number(f"model.multipliers.{name}", value, limits[name], f"{origin}: ")
+            if name not in applied:
+                raise UserError(
+                    f"{origin}: model.multipliers.{name} = {value} has no use: no layer of the pattern applies it",
+                    hint=f"leave model.multipliers.{name} out",
+                )
 
     def _validate_overrides(self, origin: str) -> None:
         for index, widths in self.overrides.items():

@@ -31,7 +31,7 @@ class Layout:
         precision: as the recipe's.
         bf16_edge_layers: with FP8, layers at each end that stay in BF16.
         moments, gradients: dtypes of Adam's moments and of gradient sums, as the recipe's `optim`.
-        recompute_mamba, recompute_ffn, recompute_attention: as the recipe's `recompute`.
+        recompute_mamba, recompute_ffn, ...: as the recipe's `recompute`, by kind of layer.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
         backend: `gpu` or `cpu`.
         widened: on the CPU bfloat16 matmuls go through float32 (ops/linear.py: widens_bfloat16).
@@ -56,6 +56,8 @@ class Layout:
     recompute_mamba: str = "none"
     recompute_ffn: str = "none"
     recompute_attention: str = "none"
+    recompute_parallel: str = "none"
+    recompute_swiglu: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
     widened: bool = False

@@ -1,4 +1,5 @@
-"""Every weight under both of its names: Megatron's checkpoint (`ours`) and Hugging Face's `nemotron_h` (`theirs`).
+"""Every weight under both of its names: Megatron's checkpoint (`ours`) and Hugging Face's (`theirs`), whose type is
+`falcon_h1` for a model of that family and `nemotron_h` for all others.
 
 One table serves both directions. The tensors of a row, concatenated along their first axis, are the same numbers on
 both sides; only attention's queries, keys and values are in another order of rows.
@@ -7,6 +8,7 @@ both sides; only attention's queries, keys and values are in another order of ro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,15 +37,45 @@ def _split(whole: Tensor, shapes: dict[str, Shape]) -> dict[str, Tensor]:
     return dict(zip(shapes, whole.split([shape[0] for shape in shapes.values()]), strict=True))
 
 
+@dataclass(frozen=True)
+class HfNames:
+    """Names of a type of models beside those inside of its layers.
+
+    Attributes:
+        root: stands before all but the output layer's.
+        embedding, final_norm: modules.
+        blocks: layers of a pattern that are one layer there.
+    """
+
+    root: str
+    embedding: str
+    final_norm: str
+    blocks: int = 1
+
+    def layer(self, index: int) -> str:
+        """Return the prefix of the names of a layer of the pattern."""
+        return f"{self.root}layers.{index // self.blocks}."
+
+
+#: family -> names, where it has a type of its own
+_OF_FAMILIES = {"falcon_h1": HfNames("model.", "embed_tokens", "final_layernorm", blocks=2)}
+_OTHERS = HfNames("backbone.", "embeddings", "norm_f")
+
+
+def hf_names(definition: ModelDefinition) -> HfNames:
+    """Return the names of a model's type."""
+    return _OF_FAMILIES.get(definition.family, _OTHERS)
+
+
 def weights(definition: ModelDefinition) -> Iterator[Weight]:
     """Yield all weights of a model, in the order in which the model applies them."""
+    names = hf_names(definition)
     vocabulary = (definition.vocab_size, definition.hidden_size)
-    yield Weight(
-        {"embedding.word_embeddings.weight": vocabulary}, {"backbone.embeddings.weight": vocabulary}, padded=True
-    )
+    embedding = f"{names.root}{names.embedding}.weight"
+    yield Weight({"embedding.word_embeddings.weight": vocabulary}, {embedding: vocabulary}, padded=True)
     for index, block in enumerate(definition.blocks):
-        for row in block.tensors(f"decoder.layers.{index}.", f"backbone.layers.{index}."):
+        for row in block.tensors(f"decoder.layers.{index}.", names.layer(index)):
             yield Weight(**vars(row))
     hidden = (definition.hidden_size,)
-    yield Weight({"decoder.final_norm.weight": hidden}, {"backbone.norm_f.weight": hidden})
+    yield Weight({"decoder.final_norm.weight": hidden}, {f"{names.root}{names.final_norm}.weight": hidden})
     yield Weight({"output_layer.weight": vocabulary}, {"lm_head.weight": vocabulary}, padded=True)

@@ -24,8 +24,10 @@ from nemotron_h.architecture.blocks.block import Axis, Indices
 from nemotron_h.architecture.blocks.families import family_of
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import Expect, ModelDefinition
+from nemotron_h.architecture.multipliers import OF_ENDS
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
+from nemotron_h.schema.multipliers import MultipliersSchema
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def child_definition(parent: ModelDefinition, child: Child, name: str) -> ModelD
     values["overrides"] = {n: widths for n, widths in own.items() if widths}
     if not any(parent.blocks[layer].attends for layer in child.layers):
         values.update(position_embedding="none", rope_base=0, rope_percent=0.0)
+    kinds = {type(parent.blocks[layer]) for layer in child.layers}
+    # the parent's, as numbers: a rule would compute others of the child's widths
+    scales = {name: getattr(parent.scales, name) for kind in kinds for name in (*kind.multipliers, *OF_ENDS)}
+    values["multipliers"] = MultipliersSchema(**{name: scale for name, scale in scales.items() if scale != 1})
+    values["mamba_norm"] = parent.mamba_norm or not any(kind.gated_norm for kind in kinds)
     values.update(hidden_size=len(child.hidden), pattern=pattern)
     changed = sorted(key for key, value in values.items() if value != getattr(parent, key))
     sources = {key: text for key, text in parent.sources.items() if key not in changed}

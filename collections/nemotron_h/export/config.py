@@ -9,6 +9,7 @@ from typing import Any
 from nemotron_h.architecture.blocks.families import family_of
 from nemotron_h.architecture.blocks.registry import KINDS, kind_named
 from nemotron_h.architecture.definition import Expect, ModelDefinition
+from nemotron_h.architecture.multipliers import ONES
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
 
@@ -72,6 +73,25 @@ def check_expressible(definition: ModelDefinition) -> None:
             f"model {definition.name} has {definition.position_embedding} positions; "
             f"Hugging Face's {MODEL_TYPE} has none, so it would compute something else",
             hint="only models with position_embedding: none can be exported",
+        )
+    check_plain(definition, f"Hugging Face's {MODEL_TYPE}")
+
+
+def check_plain(definition: ModelDefinition, reader: str) -> None:
+    """Refuse multipliers and a mixer without a norm, for a format that knows neither.
+
+    Args:
+        reader: the format, in words.
+    Errors:
+        UserError: names what it lacks.
+    """
+    wrong = {"multipliers": definition.scales != ONES, "mamba_norm": not definition.mamba_norm}
+    lacks = [key for key, lacking in wrong.items() if lacking]
+    if lacks:
+        raise UserError(
+            f"model {definition.name} has model.{' and model.'.join(lacks)}, which {reader} does not know, so it would "
+            "compute something else",
+            hint="keep it as a checkpoint of ours: training and generation take it",
         )
 
 
@@ -151,7 +171,7 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
         key = "attention_head_dim" if theirs == "head_dim" and theirs not in config else theirs
         if key not in config and ours in ("norm_epsilon", "init_std"):
             continue  # the definition's defaults are transformers'
-        values[ours] = _positive(config.get(key), theirs, origin, whole=ours not in ("norm_epsilon", "init_std"))
+        values[ours] = positive(config.get(key), theirs, origin, whole=ours not in ("norm_epsilon", "init_std"))
     definition = ModelDefinition(name=name, family=family_of(pattern), expect=Expect(), **values)
     definition.validate_structure(origin)
     return definition.counted()
@@ -164,10 +184,10 @@ def max_positions_of(config: Mapping[str, Any], origin: str) -> int | None:
         UserError: the value is no such number.
     """
     value = config.get("max_position_embeddings")
-    return None if value is None else int(_positive(value, "max_position_embeddings", origin, whole=True))
+    return None if value is None else int(positive(value, "max_position_embeddings", origin, whole=True))
 
 
-def _positive(value: Any, key: str, origin: str, *, whole: bool) -> int | float:
+def positive(value: Any, key: str, origin: str, *, whole: bool) -> int | float:
     """Return a width or another positive number as it is.
 
     Errors:

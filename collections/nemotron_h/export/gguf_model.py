@@ -11,7 +11,7 @@ from torch import Tensor
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight
 from nemotron_h.core.errors import UserError
-from nemotron_h.export.config import check_uniform
+from nemotron_h.export.config import check_plain, check_uniform
 from nemotron_h.export.gguf_format import F32, TensorEntry, TensorType, Value
 
 #: Mamba-2 alone has an architecture of its own, with the same tensors
@@ -48,6 +48,7 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
             "compute something else",
             hint="only models with position_embedding: none can be exported",
         )
+    check_plain(d, f"llama.cpp's {architecture}")
     if architecture == HYBRID and not any(kind.attends for kind in d.kinds):
         raise UserError(
             f"model {d.name} has no attention layer; llama.cpp ends with an error when it loads such a {architecture}",

@@ -20,8 +20,9 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object
 from nemotron_h.data.tokenizer import HuggingFaceTokenizer
 from nemotron_h.export import tokenizer as tokenizers
-from nemotron_h.export.config import definition_name, from_config, max_positions_of
+from nemotron_h.export.config import definition_name, max_positions_of
 from nemotron_h.export.folder import new_folder
+from nemotron_h.export.hf_types import from_config
 from nemotron_h.export.hf_writer import INDEX
 from nemotron_h.inference.trained_tokenizer import identity
 

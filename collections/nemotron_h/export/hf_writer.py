@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from nemotron_h.core.files import write_json
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.export import tokenizer as tokenizers
-from nemotron_h.export.config import MAX_POSITIONS, to_config
+from nemotron_h.export.config import MAX_POSITIONS
 from nemotron_h.export.folder import new_folder
+from nemotron_h.export.hf_types import to_config
 from nemotron_h.export.source import ModelSource
 
 INDEX = "model.safetensors.index.json"

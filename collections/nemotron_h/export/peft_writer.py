@@ -23,8 +23,8 @@ from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
-from nemotron_h.export.config import check_expressible
 from nemotron_h.export.folder import new_folder
+from nemotron_h.export.hf_types import check_expressible
 from nemotron_h.export.hf_writer import INDENT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -118,7 +118,8 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
 
 def _module(theirs: str) -> str:
     """Return the module of transformers' model that a weight of an exported folder is loaded into, as PEFT names it."""
-    return f"base_model.model.model.{theirs.removeprefix('backbone.').removesuffix('.weight')}"
+    inside = theirs.removeprefix("backbone.").removeprefix("model.")
+    return f"base_model.model.model.{inside.removesuffix('.weight')}"
 
 
 def _is_whole(row: Weight) -> bool:

@@ -218,6 +218,10 @@ def load_model(
         for weights in layers:
             lay_out(weights)
         ends[2] = column_major(ends[2])
+    # multipliers are in the weights: of the layers' by `Running.loaded`
+    for end, factor in ((ends[0], definition.scales.embedding), (ends[2], definition.scales.head)):
+        if factor != 1:
+            end.mul_(factor)
     return GenerationModel(definition, ends[0], layers, *ends[1:])
 
 
@@ -254,7 +258,7 @@ class _Reader:
         """Read these layers, and what else was asked for."""
         asked = [(self.running[number], self._layer(number)) for number in numbers]
         self.read()
-        return [running.loaded(running.Weights(*tensors)) for running, tensors in asked]
+        return [running.loaded(running.weights(tensors)) for running, tensors in asked]
 
     def take(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Ask for a weight."""

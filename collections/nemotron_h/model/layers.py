@@ -151,7 +151,14 @@ def layer_config(config: TransformerConfig, number: int) -> TransformerConfig:
 def stack_spec() -> ModuleSpec:
     """Return the stack for this machine: Transformer Engine's layers where it is installed and a GPU is visible."""
     if has_kernels():
-        parts = Parts(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, engine_attention(), norm=None)
+        parts = Parts(
+            te.TELayerNormColumnParallelLinear,
+            te.TERowParallelLinear,
+            engine_attention(),
+            norm=None,
+            plain_column=te.TEColumnParallelLinear,
+            shared_norm=te.TENorm,
+        )
         return ModuleSpec(module=NemotronHStack, submodules=parts)
     return plain_stack_spec()
 

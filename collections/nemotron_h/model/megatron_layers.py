@@ -13,7 +13,9 @@ i's document: out_i = sum_j softmax_j(q_i.k_j / sqrt(d)) v_j
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,9 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -33,12 +37,16 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
+from nemotron_h.architecture.multipliers import ONES
 from nemotron_h.ops import linear
+from nemotron_h.ops.activation import swiglu
 from nemotron_h.ops.embedding import lookup
 from nemotron_h.ops.norm import rms_norm
 from nemotron_h.precision.emulation import fp8_linear
@@ -127,12 +135,118 @@ class RecomputingMLP(MLP):
         """Return the output [sequence, batch, hidden], and the output projection's bias (None)."""
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(hidden_states, per_token_scale)
+        return _recomputing(self, self.activation_func, hidden_states)
+
+
+def _recomputing(mlp: MLP, activation: Callable[[Tensor], Tensor], hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Run an MLP whose backward pass computes its activation again."""
+    inner, _ = mlp.linear_fc1(hidden)
+    again = CheckpointWithoutOutput(fp8=None)  # the activation has no FP8 state; `False` would be taken as true
+    activated = again.checkpoint(activation, inner)
+    out, bias = mlp.linear_fc2(activated)
+    again.discard_output_and_register_recompute(out)
+    return out, bias
+
+
+class GatedMLP(MLP):
+    """megatron-core's gated MLP over the plain SwiGLU, with multipliers; gate and up are one matrix.
+
+    Attributes:
+        scales: `ffn_gate` and `ffn_down` are applied; that of the output inside the activation, where it costs nothing.
+        recomputes: the backward pass computes the activation again.
+    """
+
+    scales = ONES
+    recomputes = False
+
+    def activation(self, inner: Tensor) -> Tensor:
+        """Return the input of the second matrix [sequence, batch, neurons], of gate and up side by side."""
+        return swiglu(inner, self.scales.ffn_gate, self.scales.ffn_down)
+
+    def forward(self, hidden_states: Tensor, per_token_scale: None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the output [sequence, batch, hidden], and the output projection's bias (None)."""
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return _recomputing(self, self.activation, hidden_states)
         inner, _ = self.linear_fc1(hidden_states)
-        again = CheckpointWithoutOutput(fp8=None)  # the activation has no FP8 state; `False` would be taken as true
-        activated = again.checkpoint(self.activation_func, inner)
-        out, bias = self.linear_fc2(activated)
-        again.discard_output_and_register_recompute(out)
-        return out, bias
+        return self.linear_fc2(self.activation(inner))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return Megatron's distributed-checkpoint layout: gate and up, and what an adapter adds to them, split over
+        ranks one by one.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for key in ("b", "magnitude"):
+            name = f"{prefix}linear_fc1.adapter.{key}"
+            if name in state:
+                state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets)
+        return state
+
+
+class SwiGLULayer(MLPLayer):
+    """megatron-core's MLP layer with a gate, whatever the model's other FFNs have."""
+
+    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+        config = copy.copy(config)
+        config.gated_linear_unit, config.activation_func = True, F.silu
+        super().__init__(config, *args, **kwargs)
+        # megatron-core's layer builds no MLP but its own; the class adds no state
+        self.mlp.__class__ = GatedMLP
+
+
+class ScaledKeyAttention(SelfAttention):
+    """megatron-core's attention, its keys times a number before they are rotated."""
+
+    key_scale = 1.0
+
+    def get_query_key_value_tensors(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [s, b, h, d], keys and values [s, b, g, d]."""
+        query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
+        return query, key if self.key_scale == 1 else key * self.key_scale, value
+
+
+@dataclass
+class ParallelSubmodules:
+    """Parts of a `ParallelLayer`."""
+
+    norm: type
+    mixer: ModuleSpec
+    self_attention: ModuleSpec
+
+
+class ParallelLayer(MegatronModule):
+    """Mixer and attention over one norm; both outputs are added to the residual stream.
+
+    Attributes:
+        scales: multipliers of the branches; those inside of them are their own.
+    """
+
+    scales = ONES
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: ParallelSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number = layer_number
+        shared = {"config": config, "layer_number": layer_number, "pg_collection": pg_collection}
+        self.norm = submodules.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+        self.mixer = build_module(submodules.mixer, d_model=config.hidden_size, **shared)
+        self.self_attention = build_module(submodules.self_attention, **shared)
+
+    def forward(
+        self, hidden: Tensor, documents: Documents | None, seq_idx: Tensor | None, rotary: Tensor | None
+    ) -> Tensor:
+        """Return [sequence, batch, hidden]; the arguments are those of `Surroundings`."""
+        normed = self.norm(hidden)
+        mixed, _ = self.mixer(normed, seq_idx=seq_idx)
+        if self.scales.attention_in != 1:
+            normed = normed * self.scales.attention_in
+        attended, _ = self.self_attention(normed, attention_mask=documents, rotary_pos_emb=rotary)
+        out = torch.add(hidden, mixed, alpha=self.scales.ssm_out)
+        return torch.add(out, attended, alpha=self.scales.attention_out)
 
 
 class AccumulatingEmbedding(VocabParallelEmbedding):

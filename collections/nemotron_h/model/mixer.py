@@ -11,6 +11,8 @@ Of a layer's input u (Dao and Gu 2024, arXiv 2405.21060, section 7.1; Nemotron-H
     z, x, B, C, dt = u W_in      x, B, C = silu(conv(x, B, C))
     y = SSD(x, softplus(dt + dt_bias), A = -exp(A_log), B, C) + D x
     out = RMSNorm(y silu(z)) W_out, the mean square over the channels of a group
+
+Falcon-H1 (arXiv 2507.22448) multiplies z, x, B, C and dt by a number each, and leaves out the norm in its smallest.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint,
 from torch import Tensor, nn
 
 from nemotron_h.model import init
+from nemotron_h.ops.activation import gated_silu
+from nemotron_h.ops.scale import scale_sections
 from nemotron_h.ops.select import select_ops
 
 logger = logging.getLogger(__name__)
@@ -110,6 +114,8 @@ class NemotronHMixer(MegatronModule):
     float32_parameters = ("A_log", "D", "dt_bias")
     #: training takes the kernel that fuses all between the projections
     fused = False
+    #: of the input projection's parts, or None
+    in_proj_scales: tuple[float, ...] | None = None
 
     def __init__(
         self,
@@ -163,7 +169,7 @@ class NemotronHMixer(MegatronModule):
             parameter = nn.Parameter(torch.ones(self.heads_local, dtype=torch.float32, device=device))
             parameter._no_weight_decay = True
             self.register_parameter(name, parameter)
-        self.norm = GatedNorm(self.inner_local, config.params_dtype, device)
+        self.norm = GatedNorm(self.inner_local, config.params_dtype, device) if config.mamba_norm else None
         self.out_proj = build_module(
             submodules.out_proj,
             self.inner,
@@ -186,8 +192,14 @@ class NemotronHMixer(MegatronModule):
             which = f"one by one: {obstacle}" if obstacle else "in one memory-saving kernel"
             _say_once(f"Mamba-2 convolution, scan and norm run {which}")
 
-    def initialize(self, name: str, seed: int) -> None:
-        """Initialize the mixer's weights (`nemotron_h.model.init`); `name` is the mixer's global name."""
+    def initialize(self, name: str, seed: int, out_std: float | None = None) -> None:
+        """Initialize the mixer's weights (`nemotron_h.model.init`).
+
+        Args:
+            name: the mixer's global name.
+            seed: of the run.
+            out_std: of the output projection; None divides the others' by the root of the number of layers.
+        """
         rank, size = self.tp_group.rank(), self.tp_group.size()
         bound = 1.0 / math.sqrt(self.config.conv_kernel)  # kaiming uniform with a = sqrt(5) over the window
         std = self.config.init_method_std
@@ -203,8 +215,8 @@ class NemotronHMixer(MegatronModule):
             )
         init.fill(self.A_log, f"{name}.A_log", init.log_uniform_a, **shard)
         init.fill(self.dt_bias, f"{name}.dt_bias", init.dt_bias, **shard)
-        residual = init.normal(std / math.sqrt(self.config.num_layers))
-        init.fill(self.out_proj.weight, f"{name}.out_proj", residual, **{**shard, "axis": 1})
+        residual = std / math.sqrt(self.config.num_layers) if out_std is None else out_std
+        init.fill(self.out_proj.weight, f"{name}.out_proj", init.normal(residual), **{**shard, "axis": 1})
 
     def _apply(self, fn, recurse: bool = True):
         """Keep `float32_parameters` in float32 when the model is cast to a lower precision (moves still apply)."""
@@ -226,6 +238,8 @@ class NemotronHMixer(MegatronModule):
             the output in the input's shape, and the output projection's bias (None).
         """
         projected, _ = self.in_proj(hidden_states)
+        if self.in_proj_scales is not None:
+            projected = scale_sections(projected, self.in_proj_sections, self.in_proj_scales)
         projected = projected.transpose(0, 1)  # [b, l, 2 inner + 2 g s + n], a view: the ops take strided input
         mix = self._mix_fused if self.fused and self.training else self._mix
         y = mix(projected, seq_idx)  # [b, l, inner]
@@ -240,7 +254,7 @@ class NemotronHMixer(MegatronModule):
             self.dt_bias,
             -torch.exp(self.A_log),
             self.D,
-            self.norm.weight,
+            None if self.norm is None else self.norm.weight,
             head_dim=self.head_dim,
             groups=self.groups_local,
             eps=self.config.layernorm_epsilon,
@@ -262,6 +276,8 @@ class NemotronHMixer(MegatronModule):
             dt_bias=self.dt_bias,
             seq_idx=seq_idx,
         )
+        if self.norm is None:
+            return gated_silu(z, y.flatten(-2))
         return self.ops.gated_rms_norm(
             y.flatten(-2),
             z,

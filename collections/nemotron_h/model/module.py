@@ -25,6 +25,7 @@ from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear, has_kernels
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
+from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
 
@@ -59,6 +60,11 @@ def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     )
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """Return activations times a multiplier of the model."""
+    return x if factor == 1 else x * factor
+
+
 class NemotronHMegatronModel(MegatronMambaModel):
     """megatron-core's Mamba model with layout-independent initial weights, document boundaries and adapters.
 
@@ -71,6 +77,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
 
     def __init__(self, config: NemotronHConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
+        self.scales = config.definition().scales
         if self.post_process and config.use_cpu_initialization:
             # megatron-core builds this layer itself; the class adds no state, only how it multiplies
             self.output_layer.__class__ = CpuColumnParallelLinear
@@ -153,12 +160,16 @@ class NemotronHMegatronModel(MegatronMambaModel):
         return self.compute_language_model_loss(labels, logits)
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None) -> Tensor:
-        """Return [sequence, batch, hidden] after this stage's layers, on the last stage after the final norm."""
+        """Return [sequence, batch, hidden] after this stage's layers, on the last stage what the output layer takes."""
         embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
+        if embedded is not None:
+            embedded = scaled(embedded, self.scales.embedding)
         if embedded is not None and self.config.adapter is not None and self.training and torch.is_grad_enabled():
             # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
             embedded.requires_grad_()
-        return self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
+        hidden = self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
+        # in place of the logits: they are far larger
+        return scaled(hidden, self.scales.head) if self.post_process else hidden
 
     def _rotary_angles(self, embedded: Tensor | None) -> Tensor | None:
         """Return angles [sequence, 1, 1, channels] of the whole sequence; sequence parallelism shows a part of it."""
@@ -252,13 +263,14 @@ class NemotronHConfig(SSMConfig):
         overrides: layer -> widths of its own.
         vocab_size: the vocabulary of the tokenizer, before padding.
         conv_kernel: window of the causal convolution.
+        mamba_norm: an RMSNorm follows the gate of each mixer.
+        multipliers: factors of activations, stated or by a rule.
         init_seed: seed of the initial weights.
         fp8_emulation: the FP8 recipe that the layers emulate (`nemotron_h.precision.emulation`), or None.
         fuse_weight_gradients: Transformer Engine's layers accumulate into Megatron's gradient buffer (`main_grad`, made
             by its DistributedDataParallel); off for a model that is trained without that wrapper.
-        recompute_mamba, recompute_attention, recompute_ffn: what the backward pass computes again instead of keeping,
-            by layer type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (the squared
-            ReLU's output is not kept).
+        recompute_mamba, recompute_attention, ...: what the backward pass computes again instead of keeping, by layer
+            type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (its output is not kept).
         adapter: what is trained in place of the weights, or None.
     """
 
@@ -267,11 +279,15 @@ class NemotronHConfig(SSMConfig):
     overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     vocab_size: int = 0
     conv_kernel: int = 4
+    mamba_norm: bool = True
+    multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
     init_seed: int = 1234
     fp8_emulation: str | None = None
     recompute_mamba: str = "none"
     recompute_attention: str = "none"
     recompute_ffn: str = "none"
+    recompute_parallel: str = "none"
+    recompute_swiglu: str = "none"
     adapter: AdapterSchema | None = None
 
     normalization: str = "RMSNorm"

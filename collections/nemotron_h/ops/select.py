@@ -293,7 +293,7 @@ def _kernel_fused_mixer(
     dt_bias: Tensor,
     A: Tensor,
     D: Tensor,
-    norm_weight: Tensor,
+    norm_weight: Tensor | None,
     *,
     head_dim: int,
     groups: int,
@@ -308,7 +308,7 @@ def _kernel_fused_mixer(
         zxbcdt: [batch, length, 2 * heads * head_dim + 2 * groups * state + heads], the input projection's output.
         conv_weight, conv_bias: [channels, width] and [channels], channels = heads * head_dim + 2 * groups * state.
         dt_bias, A, D: [heads].
-        norm_weight: [heads * head_dim]; the norm's groups are the SSM's.
+        norm_weight: [heads * head_dim], or None without a norm; its groups are the SSM's.
 
     Returns:
         [batch, length, heads * head_dim], the output projection's input.

@@ -24,20 +24,31 @@ from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import largest_stage
 from nemotron_h.schema.nemo_names import recompute_fields
-from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
+from nemotron_h.schema.recipe import RECOMPUTE, ModelSchema, RecipeConfig, RecomputeSchema
 
 #: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and matmuls
 #: that get smaller)
 TENSOR_COST = 0.04
 #: ours: the same for context parallelism
 CONTEXT_COST = 0.05
-#: what a sweep tries, from the least recomputation to the most
-RECOMPUTE = {
-    "none": {},
-    "ffn activation": {"recompute_ffn": "activation"},
-    "ffn layer": {"recompute_ffn": "layer"},
-    "all layers": {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_attention": "layer"},
-}
+
+
+def recompute_choices(definition: ModelDefinition) -> dict[str, dict[str, str]]:
+    """Return what a sweep tries, from the least recomputation to the most: name -> kind of layers -> setting."""
+    kinds = [kind for kind in RECOMPUTE if definition.layer_counts()[kind]]
+    ffns = [kind for kind in kinds if "activation" in RECOMPUTE[kind]]
+    return {
+        "none": {},
+        "ffn activation": dict.fromkeys(ffns, "activation"),
+        "ffn layer": dict.fromkeys(ffns, "layer"),
+        "all layers": dict.fromkeys(kinds, "layer"),
+    }
+
+
+def _recomputed(layout: Layout, settings: dict[str, str]) -> tuple[str, Layout]:
+    """Return settings as a command line takes them, and the layout with them."""
+    text = " ".join(f"recompute.{kind}={value}" for kind, value in settings.items())
+    return text, replace(layout, **{f"recompute_{kind}": value for kind, value in settings.items()})
 
 
 def layout_of(recipe: RecipeConfig) -> Layout:
@@ -108,7 +119,7 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     pipeline = layout.micro_batches / (layout.micro_batches + layout.pipeline - 1)
     tensor = 1 - TENSOR_COST * math.log2(layout.tensor)
     context = 1 - CONTEXT_COST * math.log2(layout.context)
-    again = {name: getattr(layout, f"recompute_{name}") == "layer" for name in ("mamba", "attention", "ffn")}
+    again = {name: layout.recompute(name) == "layer" for name in RECOMPUTE}
     model = step_flops(definition, layout)
     recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again, layout.adapter))
     return pipeline * tensor * context * recompute
@@ -158,14 +169,7 @@ def tensor_sizes(definition: ModelDefinition, largest: int) -> list[int]:
 
 def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iterator[list[tuple[str, Layout | None]]]:
     """Yield kinds of change, each from the smallest step to the largest."""
-    yield [
-        ("recompute.ffn=activation", replace(layout, recompute_ffn="activation")),
-        ("recompute.ffn=layer", replace(layout, recompute_ffn="layer")),
-        (
-            "recompute.mamba=layer recompute.ffn=layer recompute.attention=layer",
-            replace(layout, **RECOMPUTE["all layers"]),
-        ),
-    ]
+    yield [_recomputed(layout, settings) for settings in recompute_choices(definition).values() if settings]
     smaller = [n for n in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % n == 0]
     yield [
         (
@@ -230,7 +234,7 @@ def remedies(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> list[Reme
     The smallest step of every kind (recompute, micro-batch, sequence, tensor and pipeline parallel, more GPUs) that
     suffices; with all layers recomputed on top where no single kind does.
     """
-    for prefix, base in (("", layout), (*_everything(layout),)):
+    for prefix, base in (("", layout), _everything(definition, layout)):
         found = []
         for kind in _changes(definition, base, gpu.per_node):
             for settings, changed in kind:
@@ -245,9 +249,9 @@ def remedies(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> list[Reme
     return []
 
 
-def _everything(layout: Layout) -> tuple[str, Layout]:
-    settings = "recompute.mamba=layer recompute.ffn=layer recompute.attention=layer "
-    return settings, replace(layout, **RECOMPUTE["all layers"])
+def _everything(definition: ModelDefinition, layout: Layout) -> tuple[str, Layout]:
+    settings, changed = _recomputed(layout, recompute_choices(definition)["all layers"])
+    return f"{settings} ", changed
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,7 @@ class Row:
 
     Attributes:
         layout: what it is.
-        recompute: name of its recomputation, a key of `RECOMPUTE`.
+        recompute: name of its recomputation, a key of `recompute_choices`.
         peak: bytes of its largest stage.
         fits: whether the GPU holds that.
         tokens_per_second: of all GPUs, by `relative_speed`.
@@ -284,6 +288,7 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
     rows = []
     models = [definition, *([] if layout.teacher is None else [layout.teacher])]
     sizes = set.intersection(*(set(tensor_sizes(model, gpu.per_node)) for model in models))
+    choices = recompute_choices(definition)
     for tensor in sorted(sizes):
         for pipeline in (n for n in (1, 2, 4, 8) if n <= min(model.num_layers for model in models)):
             for context in (1, 2):
@@ -292,13 +297,13 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
                 spread = _spread(shape, layout, replicas, layout.ranks)
                 if spread is None or layout.seq_length % context:
                     continue
-                for name, settings in RECOMPUTE.items():
-                    tried = replace(spread, **{**recompute_fields(RecomputeSchema()), **settings})
+                for name, settings in choices.items():
+                    _, tried = _recomputed(replace(spread, **recompute_fields(RecomputeSchema())), settings)
                     peak = largest_stage(definition, tried).peak
                     speed = tokens_per_second * relative_speed(definition, tried) / own
                     refused = refusal(definition, tried)
                     rows.append(Row(tried, name, peak, peak <= gpu.memory, speed, tokens / speed, refused))
-    order = list(RECOMPUTE)
+    order = list(choices)
     return sorted(rows, key=lambda row: (-row.tokens_per_second, order.index(row.recompute)))
 
 
@@ -309,6 +314,7 @@ def fewest_gpus(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> int | 
     models = [definition, *([] if layout.teacher is None else [layout.teacher])]
     sizes = sorted(set.intersection(*(set(tensor_sizes(model, gpu.per_node)) for model in models)), reverse=True)
     batch = layout.micro_batch * layout.micro_batches * layout.data
+    _, recomputed = _everything(definition, layout)
     # bytes that every layout holds: the weights; where all are trained, twice float32 or more
     least = definition.parameters * (2 if layout.adapter.kind != "none" else 8)
     for gpus in (2**power for power in range((batch * 8 * max(sizes)).bit_length())):
@@ -316,9 +322,7 @@ def fewest_gpus(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> int | 
             continue
         for tensor in sizes:  # the most of them needs the least memory
             for pipeline in (n for n in (8, 4, 2, 1) if n <= min(model.num_layers for model in models)):
-                shape = replace(
-                    layout, tensor=tensor, pipeline=pipeline, sequence=tensor > 1, **RECOMPUTE["all layers"]
-                )
+                shape = replace(recomputed, tensor=tensor, pipeline=pipeline, sequence=tensor > 1)
                 spread = _spread(shape, replace(layout, context=1), gpus // (tensor * pipeline), gpus)
                 if spread is None or refusal(definition, spread):
                     continue

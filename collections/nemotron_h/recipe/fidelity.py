@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.core.strict import leaves
 from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.core.units import count_of, parse_count
@@ -90,7 +89,7 @@ def derived(recipe: RecipeConfig) -> dict[str, Any]:
     ranks = parallel.nodes * parallel.devices
     ends = [phase.until for phase in phases if phase.until is not None]
     return {
-        "derived.layers": ", ".join(f"{definition.count(letter)} {kind.title}" for letter, kind in KINDS.items()),
+        "derived.layers": ", ".join(f"{definition.count(kind.letter)} {kind.title}" for kind in definition.kinds),
         "derived.num_layers": definition.num_layers,
         "derived.ranks": ranks,
         "derived.data_parallel": ranks // (parallel.tensor * parallel.pipeline),

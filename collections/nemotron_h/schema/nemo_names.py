@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
+from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.recipe import AdapterSchema, DistillSchema, ModelSchema, PairLossSchema, RecomputeSchema
 
 _RENAMED = {
@@ -44,6 +45,7 @@ SAME = {
     "log.wandb.project": "log.project",
     "model.config.init_seed": "init_seed",
     **{f"model.config.recompute_{each.name}": f"recompute.{each.name}" for each in fields(RecomputeSchema)},
+    **{f"model.config.multipliers.{each.name}": f"model.multipliers.{each.name}" for each in fields(MultipliersSchema)},
     **{f"model.config.adapter.{each.name}": f"adapter.{each.name}" for each in fields(AdapterSchema)},
     **{f"model.config.{each.name}": f"distill.{each.name}" for each in fields(DistillSchema)},
     **{f"model.config.{each.name}": f"preference.{each.name}" for each in fields(PairLossSchema)},

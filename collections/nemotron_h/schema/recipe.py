@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from omegaconf import MISSING
 
 from nemotron_h.core.strict import number, within
+from nemotron_h.schema.multipliers import MultipliersSchema
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
@@ -33,7 +34,13 @@ PREFERENCE_LOSSES = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 ADAPTERS = ("none", "lora", "dora")
 SCHEDULES = ("cosine", "wsd")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-RECOMPUTE = {"mamba": ("none", "layer"), "ffn": ("none", "activation", "layer"), "attention": ("none", "layer")}
+RECOMPUTE = {
+    "mamba": ("none", "layer"),
+    "ffn": ("none", "activation", "layer"),
+    "attention": ("none", "layer"),
+    "parallel": ("none", "layer"),
+    "swiglu": ("none", "activation", "layer"),
+}
 BLEND_CHANGES = ("from_step",)
 
 # Ranges are ours: they stop typing errors and what would overflow far from its cause, and leave room for any model.
@@ -55,6 +62,8 @@ class ExpectSchema:
     attention: int = number(least=0, most=COUNT)
     ffn: int = number(least=0, most=COUNT)
     parameters: int = number(least=0, most=10**18)
+    parallel: int = number(0, least=0, most=COUNT)
+    swiglu: int = number(0, least=0, most=COUNT)
 
 
 @dataclass
@@ -75,11 +84,13 @@ class ModelSchema:
     mamba_num_groups: int = number(0, least=0, most=WIDTH)
     mamba_state_dim: int = number(0, least=0, most=WIDTH)
     conv_kernel: int = number(0, least=0, most=WIDTH)
+    mamba_norm: bool = True
     position_embedding: str = "none"
     rope_base: int = number(0, least=0, most=10**18)
     rope_percent: float = number(0.0, least=0, most=1)
     norm_epsilon: float = number(1e-5, above=0, most=1)
     init_std: float = number(0.02, above=0, most=10)
+    multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
     overrides: dict[str, dict[str, int]] = field(default_factory=dict, metadata=within(least=1, most=WIDTH))
     expect: ExpectSchema = field(default_factory=ExpectSchema)
     sources: dict[str, str] = field(default_factory=dict)
@@ -179,13 +190,15 @@ class RecomputeSchema:
     """Activations that the backward pass computes again instead of keeping, by layer type.
 
     Attributes:
-        mamba, attention: `none`, or `layer` (only the layer's input is kept).
-        ffn: `none`, `activation` (the squared ReLU is computed again), or `layer`.
+        mamba, attention, parallel: `none`, or `layer` (only the layer's input is kept).
+        ffn, swiglu: `none`, `activation` (squared ReLU or SwiGLU is computed again), or `layer`.
     """
 
     mamba: str = "none"
     ffn: str = "none"
     attention: str = "none"
+    parallel: str = "none"
+    swiglu: str = "none"
 
 
 @dataclass

@@ -115,19 +115,24 @@ class Attention(Block):
 
     def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
         """Yield norm, queries with keys and values, and the output projection."""
-        qkv, hidden = f"{ours}self_attention.linear_qkv", self.hidden_size
-        yield input_norm(hidden, f"{ours}input_layernorm.weight", f"{qkv}.layer_norm_weight", theirs)
+        fused = f"{ours}self_attention.linear_qkv.layer_norm_weight"
+        yield input_norm(self.hidden_size, f"{ours}input_layernorm.weight", fused, theirs)
+        yield from self.projection_tensors(f"{ours}self_attention.", f"{theirs}mixer.")
+
+    def projection_tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
+        """Yield both projections; `ours` and `theirs` are prefixes of the attention's names."""
+        hidden = self.hidden_size
         yield Tensors(
-            {f"{qkv}.weight": (self.queries + 2 * self.keys, hidden)},
+            {f"{ours}linear_qkv.weight": (self.queries + 2 * self.keys, hidden)},
             {
-                f"{theirs}mixer.{name}_proj.weight": (rows, hidden)
+                f"{theirs}{name}_proj.weight": (rows, hidden)
                 for name, rows in (("q", self.queries), ("k", self.keys), ("v", self.keys))
             },
             order=self._query_key_value_order(),
         )
         yield Tensors(
-            {f"{ours}self_attention.linear_proj.weight": (hidden, self.queries)},
-            {f"{theirs}mixer.o_proj.weight": (hidden, self.queries)},
+            {f"{ours}linear_proj.weight": (hidden, self.queries)},
+            {f"{theirs}o_proj.weight": (hidden, self.queries)},
         )
 
     def _query_key_value_order(self) -> Indices:

@@ -130,6 +130,8 @@ class Block:
         divides: pairs of keys of which the first is a multiple of the second.
         sharded: keys that tensor-parallel ranks split, the one that says most first.
         attends: attention's positions and documents matter to it.
+        gated_norm: `mamba_norm` matters to it.
+        multipliers: those that it applies.
         llama_cpp: Hugging Face's name of a tensor, inside the layer -> llama.cpp's.
     """
 
@@ -140,6 +142,8 @@ class Block:
     divides: ClassVar[tuple[tuple[str, str], ...]] = ()
     sharded: ClassVar[tuple[str, ...]] = ()
     attends: ClassVar[bool] = False
+    gated_norm: ClassVar[bool] = False
+    multipliers: ClassVar[tuple[str, ...]] = ()
     llama_cpp: ClassVar[Mapping[str, str]] = {}
 
     hidden_size: int

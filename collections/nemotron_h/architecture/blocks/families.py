@@ -5,18 +5,22 @@ from __future__ import annotations
 from nemotron_h.architecture.blocks.attention import Attention
 from nemotron_h.architecture.blocks.ffn import FFN
 from nemotron_h.architecture.blocks.mamba import Mamba
+from nemotron_h.architecture.blocks.parallel import Parallel
 from nemotron_h.architecture.blocks.registry import KINDS
+from nemotron_h.architecture.blocks.swiglu import SwiGLU
 from nemotron_h.core.errors import UserError
 
 #: any order, as removing layers leaves it
 PRUNED = "pruned"
 #: what has rules, the narrowest first
-_RULED = ("mamba2", "transformer", "nemotron_h")
-FAMILIES = ("nemotron_h", "transformer", "mamba2", PRUNED)
+_RULED = ("mamba2", "transformer", "falcon_h1", "nemotron_h")
+FAMILIES = ("nemotron_h", "transformer", "mamba2", "falcon_h1", PRUNED)
 #: families without position embeddings (paper 2.1)
 WITHOUT_POSITIONS = ("nemotron_h",)
 
 _M, _A, _F = Mamba.letter, Attention.letter, FFN.letter
+#: family -> the letters that its pattern repeats
+_PAIRS = {"transformer": _A + _F, "falcon_h1": Parallel.letter + SwiGLU.letter}
 
 
 def check_pattern(pattern: str, family: str, origin: str) -> None:
@@ -39,18 +43,23 @@ def check_pattern(pattern: str, family: str, origin: str) -> None:
                 f"{origin}: model.pattern has {pattern[other]} at layer {other}; family mamba2 has M alone",
                 hint=f"nearest: {_M * len(pattern)}; or set model.family to nemotron_h",
             )
-    elif family == "transformer":
-        pairs = (_A + _F) * max(1, len(pattern) // 2)
+    elif family in _PAIRS:
+        pairs = _PAIRS[family] * max(1, len(pattern) // 2)
         if pattern != pairs:
             raise UserError(
-                f"{origin}: model.pattern = {pattern} is not *- over and over, as family transformer has it",
-                hint=f"nearest: {pairs}; or set model.family to nemotron_h",
+                f"{origin}: model.pattern = {pattern} is not {_PAIRS[family]} over and over, as family {family} has it",
+                hint=f"nearest: {pairs}; or set model.family to {'nemotron_h' if family == 'transformer' else PRUNED}",
             )
     elif family == "nemotron_h":
         _check_hybrid(pattern, origin)
 
 
 def _check_hybrid(pattern: str, origin: str) -> None:
+    if others := sorted(set(pattern) - {_M, _A, _F}):
+        raise UserError(
+            f"{origin}: model.pattern has {' '.join(others)}; family nemotron_h has M, * and - (paper 2.1)",
+            hint=f"set model.family to {PRUNED}, which takes any order of all kinds",
+        )
     if pattern[0] != _M:
         raise UserError(f"{origin}: model.pattern starts with {pattern[0]}; the first layer is M (paper 2.1)")
     if pattern[-1] != _F:

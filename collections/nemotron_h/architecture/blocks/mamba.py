@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemotron_h.architecture.blocks.block import (
     Axis,
@@ -49,6 +49,7 @@ class Mamba(Block):
     )
     divides: ClassVar[tuple[tuple[str, str], ...]] = (("mamba_num_heads", "mamba_num_groups"),)
     sharded: ClassVar[tuple[str, ...]] = ("mamba_num_groups", "mamba_num_heads")
+    gated_norm: ClassVar[bool] = True
     llama_cpp: ClassVar[Mapping[str, str]] = {
         "norm.weight": "attn_norm.weight",
         "mixer.in_proj.weight": "ssm_in.weight",
@@ -66,6 +67,12 @@ class Mamba(Block):
     mamba_num_groups: int
     mamba_state_dim: int
     conv_kernel: int
+    mamba_norm: bool = True
+
+    @classmethod
+    def of(cls, widths: Mapping[str, Any]) -> Mamba:
+        """Return the block with the widths of a layer."""
+        return replace(super().of(widths), mamba_norm=widths["mamba_norm"])
 
     @property
     def d_inner(self) -> int:
@@ -103,7 +110,8 @@ class Mamba(Block):
 
     def vectors(self) -> int:
         """Return the parameters of convolution (weight and bias), scan (A_log, D, dt_bias) and gated norm."""
-        return self.conv_channels * (self.conv_kernel + 1) + 3 * self.mamba_num_heads + self.d_inner
+        norm = self.d_inner if self.mamba_norm else 0
+        return self.conv_channels * (self.conv_kernel + 1) + 3 * self.mamba_num_heads + norm
 
     def float32_parameters(self) -> int:
         """Return those of the scan."""
@@ -137,7 +145,7 @@ class Mamba(Block):
         """Return what training keeps and allocates."""
         in_proj, out_proj = self.matrices()
         projected, conv, inner = rank.act(self.in_proj_size), rank.act(self.conv_channels), rank.act(self.d_inner)
-        rows = rank.tokens * self.mamba_num_groups // rank.layout.tensor * 4
+        rows = rank.tokens * self.mamba_num_groups // rank.layout.tensor * 4 if self.mamba_norm else 0
         out = rank.saved_input(out_proj, inner, fp8)
         out_weight = rank.gathered + inner + rank.weight(out_proj)
         in_weight = rank.weight(in_proj)
@@ -204,10 +212,13 @@ class Mamba(Block):
 
     def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
         """Yield norm, projection in, convolution, scan, gated norm, projection out."""
+        fused = f"{ours}mixer.in_proj.layer_norm_weight"
+        yield input_norm(self.hidden_size, f"{ours}norm.weight", fused, theirs)
+        yield from self.mixer_tensors(f"{ours}mixer.", f"{theirs}mixer.")
+
+    def mixer_tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
+        """Yield all but the norm before the mixer; `ours` and `theirs` are prefixes of the mixer's names."""
         conv = {"x": self.d_inner, "B": self.group_states, "C": self.group_states}
-        ours, own_norm = f"{ours}mixer.", f"{ours}norm.weight"
-        yield input_norm(self.hidden_size, own_norm, f"{ours}in_proj.layer_norm_weight", theirs)
-        theirs = f"{theirs}mixer."
 
         def fused(name: str, parts: dict[str, int], *shape: int) -> Tensors:
             whole = {f"{theirs}{name}": (sum(parts.values()), *shape)}
@@ -221,7 +232,8 @@ class Mamba(Block):
         yield fused("conv1d.bias", conv)
         for name in ("A_log", "D", "dt_bias"):
             yield same(name, self.mamba_num_heads, exact=True)
-        yield same("norm.weight", self.d_inner)
+        if self.mamba_norm:
+            yield same("norm.weight", self.d_inner)
         yield same("out_proj.weight", self.hidden_size, self.d_inner)
 
     def llama_cpp_shape(self, name: str, shape: Shape) -> Shape:
@@ -257,5 +269,5 @@ class Mamba(Block):
         rows = np.concatenate([inner, self.d_inner + inner, 2 * self.d_inner + states, dt])  # z, x, B and C, dt
         in_proj = stays(rows, self.in_proj_size)
         per_head = [(stays(heads, self.mamba_num_heads), None)] * 3  # A_log, D, dt_bias
-        outer = ((channels, None), (stream, channels))
+        outer = (*([(channels, None)] if self.mamba_norm else []), (stream, channels))
         return (stream, None), (in_proj, stream), (conv, None), (conv, None), *per_head, *outer

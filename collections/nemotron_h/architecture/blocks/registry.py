@@ -6,9 +6,11 @@ from nemotron_h.architecture.blocks.attention import Attention
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.blocks.ffn import FFN
 from nemotron_h.architecture.blocks.mamba import Mamba
+from nemotron_h.architecture.blocks.parallel import Parallel
+from nemotron_h.architecture.blocks.swiglu import SwiGLU
 
 #: letter in a pattern -> kind
-KINDS: dict[str, type[Block]] = {kind.letter: kind for kind in (Mamba, Attention, FFN)}
+KINDS: dict[str, type[Block]] = {kind.letter: kind for kind in (Mamba, Attention, FFN, Parallel, SwiGLU)}
 
 
 def kind_named(name: str) -> type[Block]:

@@ -43,7 +43,8 @@ class KeyValueCache(State):
         """Make room for sequences of so many tokens. Doubles the room, so that growing is rare."""
         if self.keys.shape[2] >= capacity:
             return
-        for name, old in vars(self).items():
+        for name in ("keys", "values"):
+            old = getattr(self, name)
             new = old.new_zeros(*old.shape[:2], max(capacity, 2 * old.shape[2]), old.shape[3])
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)

@@ -5,7 +5,7 @@ Axes: b batch, l tokens, h hidden, n heads, p channels of a head, g groups, s st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class MambaWeights:
-    """A Mamba-2 layer. `A` is negative; `A`, `D` and `dt_bias` are float32 (float64 in a float64 model)."""
+    """A Mamba-2 layer. `A` is negative; `A`, `D`, `dt_bias` are float32 (float64 in a float64 model); `gated_norm` is
+    empty without `mamba_norm`.
+    """
 
     norm: Tensor
     in_proj: Tensor
@@ -89,6 +91,13 @@ class RunningMamba(Running):
         """Return the layer's output [l, b, h]."""
         return layer(hidden, seq_idx=around.seq_idx)
 
+    def weights(self, tensors: list[Tensor]) -> MambaWeights:
+        """Return the layer's weights, of its tensors in the order of `Block.tensors`."""
+        if not self.block.mamba_norm:
+            names = [each.name for each in fields(self.Weights)]
+            tensors.insert(names.index("gated_norm"), tensors[0].new_empty(0))
+        return self.Weights(*tensors)
+
     def loaded(self, weights: MambaWeights) -> MambaWeights:
         """Return A of its logarithm, and the convolution's weight as [channels, taps]."""
         weights.A = -weights.A.exp()  # stored as log(-A)
@@ -120,7 +129,9 @@ class RunningMamba(Running):
         """Return the output [..., h] of the scan's y [..., n, p], gated by z."""
         size = self.block.d_inner // self.block.mamba_num_groups
         y = y.flatten(-2)
-        if not y.is_cuda:
+        if not self.block.mamba_norm:
+            y = F.silu(z) * y
+        elif not y.is_cuda:
             y = rms_norm_inference(y, w.gated_norm, z, group_size=size, eps=self.epsilon)
         else:
             y = ops.gated_rms_norm(y, z, w.gated_norm, group_size=size, eps=self.epsilon)
@@ -159,7 +170,7 @@ class RunningMamba(Running):
     ) -> None:
         """Add the output to the residual stream."""
         residual.matmul(h, w.in_proj, buffers.projected)
-        residual.values.addmm_(buffers(w, state), w.out_proj.t(), alpha=buffers.gated.gain)
+        residual.values.addmm_(buffers(w, state), w.out_proj.t(), alpha=buffers.gain)
 
     def whole(
         self,
@@ -179,6 +190,9 @@ class RunningMamba(Running):
         x, b, c = self._split_conv(ops.conv1d(xbc, w.conv_weight, w.conv_bias))
         y = ops.ssd(x, dt, w.A, b, c, D=w.D, dt_bias=w.dt_bias).flatten(-2)
         groups = self.block.mamba_num_groups
+        if not self.block.mamba_norm:
+            y = F.silu(z) * y
+            return F.linear(y if mask is None else y * mask, w.out_proj)
         if mask is None:
             size = self.block.d_inner // groups
             return F.linear(ops.gated_rms_norm(y, z, w.gated_norm, group_size=size, eps=self.epsilon), w.out_proj)
@@ -217,10 +231,16 @@ class _Mixer:
         self.c_rows = self.c_copy.flatten(0, 1)
         self.y_rows = buffer(batch * groups, 1, size // groups)
         self.y, self.y_by_group = self.y_rows.view_as(self.u), self.y_rows.view(batch, groups, -1)
-        self.gated = Normed(batch, groups, size // groups, eps=epsilon, dtype=dtype)
+        if block.mamba_norm:
+            self.gated = Normed(batch, groups, size // groups, eps=epsilon, dtype=dtype)
+            self.gain = self.gated.gain
+        else:
+            self.gated, self.gain = None, 1.0
+            self.product = buffer(batch, groups, size // groups)
+            self.product_flat = self.product.flatten(1)
 
     def __call__(self, w: MambaWeights, state: MambaState) -> Tensor:
-        """Return what `out_proj` multiplies, without the gain of `gated`, from `projected`."""
+        """Return what `out_proj` multiplies, without `gain`, from `projected`."""
         torch.cat([state.conv, self.newest], dim=1, out=self.taps)
         state.conv.copy_(self.rest)
         torch.sum(self.taps.mul_(w.conv_weight.t()), dim=1, out=self.convolved).add_(w.conv_bias)
@@ -235,5 +255,8 @@ class _Mixer:
         torch.bmm(self.c_rows, wide.flatten(0, 1).mT, out=self.y_rows)
         self.y.addcmul_(self.x, w.D.unsqueeze(-1))
 
+        if self.gated is None:
+            torch.mul(F.silu(self.z), self.y_by_group, out=self.product)
+            return self.product_flat
         torch.mul(F.silu(self.z), self.y_by_group, out=self.gated.values)
         return self.gated(w.gated_norm)

@@ -8,7 +8,7 @@ Axes: b batch, l tokens, h hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,12 +37,20 @@ class Parts:
         column, row: column- and row-parallel linear layers.
         attention: core attention.
         norm: before a layer; None where the column-parallel layer normalises its own input.
+        plain_column, shared_norm: a column-parallel layer that never does, and a norm before several of them; None
+            where `column` and `norm` are these.
     """
 
     column: type
     row: type
     attention: type
     norm: type | None
+    plain_column: type | None = None
+    shared_norm: type | None = None
+
+    def unfused(self) -> Parts:
+        """Return the classes for layers of which no projection normalises its input."""
+        return replace(self, column=self.plain_column or self.column, norm=self.shared_norm or self.norm)
 
     def own_norm(self, name: str) -> dict[str, type]:
         """Return the norm as a submodule of this name, nothing where the projection has it inside."""
@@ -146,6 +154,10 @@ class Running:
         raise NotImplementedError
 
     # generation
+
+    def weights(self, tensors: list[Tensor]) -> Any:
+        """Return the layer's weights, of its tensors in the order of `Block.tensors`."""
+        return self.Weights(*tensors)
 
     def loaded(self, weights: Any) -> Any:
         """Return weights as steps use them, of those that a checkpoint holds."""

@@ -15,6 +15,7 @@ from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
+from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import nemo_fields, recompute_fields
 from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
@@ -41,7 +42,7 @@ def model_config(
     """Return the definition in Megatron's names, and what its backward pass computes again (nothing by default)."""
     return run.Config(
         NemotronHConfig,
-        **nemo_fields(model),
+        **{**nemo_fields(model), "multipliers": run.Config(MultipliersSchema, **dataclasses.asdict(model.multipliers))},
         num_layers=len(model.pattern),
         seq_length=seq_length,
         init_seed=init_seed,

@@ -1,0 +1,49 @@
+"""Hugging Face's types of models that are read and written, each in a file of its own. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.core.errors import UserError
+from nemotron_h.export import config as nemotron_h
+from nemotron_h.export import falcon_config as falcon_h1
+
+#: `model_type` of config.json -> to_config, from_config, check_expressible
+TYPES: dict[str, ModuleType] = {each.MODEL_TYPE: each for each in (nemotron_h, falcon_h1)}
+
+
+def _of(definition: ModelDefinition) -> ModuleType:
+    """Return the type of a model's family."""
+    return TYPES.get(definition.family, nemotron_h)
+
+
+def check_expressible(definition: ModelDefinition) -> None:
+    """Refuse a model that its type cannot express.
+
+    Errors:
+        UserError: names what the type lacks.
+    """
+    _of(definition).check_expressible(definition)
+
+
+def to_config(definition: ModelDefinition, **facts: Any) -> dict[str, Any]:
+    """Return the content of `config.json`; arguments as of `config.to_config`."""
+    return _of(definition).to_config(definition, **facts)
+
+
+def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefinition:
+    """Return the definition that a `config.json` describes; arguments as of `config.from_config`.
+
+    Errors:
+        UserError: of no type that is read, or as the type's.
+    """
+    found = config.get("model_type")
+    if found not in TYPES:
+        raise UserError(
+            f"{origin}: model_type is {found}; only {' and '.join(TYPES)} can be imported",
+            hint="give the folder of such a model, as `nemotron-h export hf` or transformers writes it",
+        )
+    return TYPES[found].from_config(config, name, origin)
