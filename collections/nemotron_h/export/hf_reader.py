@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.embedding_rows import Outliers, find_outliers, replacements
+from nemotron_h.checkpoint.embedding_rows import EMBEDDING, HEAD, Outliers, find_outliers, replacements
 from nemotron_h.checkpoint.finite import check_weights
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
@@ -29,8 +29,6 @@ from nemotron_h.inference.trained_tokenizer import identity
 SINGLE = "model.safetensors"
 #: float32 holds every number of each
 _DTYPES = ("F32", "BF16", "F16")
-#: names of the embedding and the output layer there
-_EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
 _NAMED = 5  # tensors that an error lists
 
 
@@ -192,16 +190,17 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None, repair_e
     Errors:
         UserError: `out` exists, the disk is full, or weights are NaN or infinite.
     """
-    words = source.definition.vocab_size
+    theirs_of = {next(iter(row.ours)): next(iter(row.theirs)) for row in weights(source.definition)}
     with new_folder(out, source.size) as folder, TensorFolder(source.folder) as tensors:
-        outliers = find_outliers(tensors.read(_EMBEDDING), words)
+        outliers = find_outliers(tensors.read(theirs_of[EMBEDDING]), source.definition.vocab_size)
 
         def read(row: Weight) -> dict[str, Tensor]:
             theirs = {name: tensors.read(name) for name in row.theirs}
             check_weights(theirs, str(source.folder))
-            if repair_embeddings and _EMBEDDING in theirs and outliers.norms:
-                rows = replacements(outliers, tensors.read(_HEAD))
-                theirs[_EMBEDDING][list(outliers.norms)] = rows.to(theirs[_EMBEDDING])
+            if repair_embeddings and EMBEDDING in row.ours and outliers.norms:
+                (embedding,) = theirs.values()
+                rows = replacements(outliers, tensors.read(theirs_of[HEAD]))
+                embedding[list(outliers.norms)] = rows.to(embedding)
             return row.to_ours(torch.cat([tensor.to(row.dtype(source.dtype)) for tensor in theirs.values()]))
 
         write_weights(folder, source.definition, source.dtype, read, advance)
