@@ -110,3 +110,16 @@ def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Sma
     assert float.fromhex(one[1]["margin"]) == 0
     assert float.fromhex(one[3]["margin"]) > 0.05
     assert float.fromhex(one[3]["loss"]) < float.fromhex(one[1]["loss"])
+
+
+def test_kept_log_probs_that_are_damaged_are_computed_anew(tmp_path: Path) -> None:
+    from nemotron_h.training.stages import pretrain  # noqa: F401 (first)
+    from nemotron_h.training.stages.preference import reference
+
+    path, key, values = tmp_path / "a.npz", {"blend": "x"}, {"train": {"a": np.arange(4.0).reshape(2, 2)}}
+    reference.write(path, key, values)
+    content = path.read_bytes()
+    for at in range(0, len(content), 5):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        found, why = reference.read(path, key)
+        assert (found is None and "computing them anew" in why) or reference.digest(found) == reference.digest(values)

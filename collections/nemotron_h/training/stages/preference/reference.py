@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import time
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from nemotron_h.training.stages.preference.loss import BATCH_KEYS, answer_logpro
 
 FORMAT = 1
 FOLDER = ".reference"
+#: what numpy and zipfile say of a damaged file
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _SECONDS_BETWEEN_LINES = 10
 
 
@@ -132,7 +136,7 @@ def read(path: Path, key: dict[str, Any]) -> tuple[dict[str, Reference] | None, 
             with np.load(others[-1]) as content:
                 then = json.loads(str(content["key"]))
             changed = ", ".join(name for name in key if then.get(name) != key[name])
-        except (OSError, ValueError, KeyError):
+        except _UNREADABLE:
             changed = "unreadable"
         return None, f"those kept in {others[-1]} are not this run's ({changed} differs); computing them anew"
     try:
@@ -143,7 +147,7 @@ def read(path: Path, key: dict[str, Any]) -> tuple[dict[str, Reference] | None, 
                     split, source = name.split("/", 1)
                     found.setdefault(split, {})[source] = content[name]
             whole = json.loads(str(content["key"])) == key and str(content["sha256"]) == digest(found)
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         return None, f"{path} cannot be read ({error}); computing them anew"
     return (found, "") if whole else (None, f"the content of {path} changed since it was written; computing them anew")
 
