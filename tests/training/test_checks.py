@@ -118,7 +118,7 @@ def test_a_start_says_what_it_removes_and_what_nothing_reads(
 
     from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 
-    torn, _, last = (checkpoint(tmp_path, step) for step in (4, 8, 12))
+    torn, *whole, last = (checkpoint(tmp_path, step) for step in (4, 5, 6, 8, 12))
     (torn / folders.INTEGRITY).unlink()
     (last / folders.INTEGRITY).unlink()
     last.with_name(last.name + "-unfinished").touch()
@@ -131,7 +131,9 @@ def test_a_start_says_what_it_removes_and_what_nothing_reads(
     said = capsys.readouterr().out
     assert f"removed {last}: it was not written to its end" in said
     assert f"checkpoint {torn} has no integrity.json" in said
-    assert sorted(path.name for path in last.parent.iterdir()) == ["step-000004", "step-000008"]
+    assert f"removed {whole[0]}: checkpoint.keep is 2" in said  # left by a process that was killed before it did
+    assert sorted(path.name for path in last.parent.iterdir()) == ["step-000004", "step-000006", "step-000008"]
+    assert sorted(callback.best_k_models) == sorted(map(str, whole[1:]))
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

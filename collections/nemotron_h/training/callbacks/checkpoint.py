@@ -126,10 +126,17 @@ class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
                 print(f"checkpoint {path} {problem}; remove it when it is not needed", flush=True)
         super().setup(trainer, *args, **kwargs)
         self.nemo_topk_check_previous_run()
+        if trainer.is_global_zero and self.save_top_k > 0:  # more than that: of a process that was killed, or kept more
+            for path in folders.finished(run_dir)[self.save_top_k :]:
+                self.set_checkpoint_unfinished_marker(path)
+                _remove(path)
+                print(f"removed {path}: checkpoint.keep is {self.save_top_k}", flush=True)
 
     def nemo_topk_check_previous_run(self) -> None:
         """Take up the checkpoints that an earlier process of this run left."""
         found = folders.finished(Path(self.dirpath).parent)
+        if self.save_top_k > 0:
+            found = found[: self.save_top_k]  # Lightning removes none where there are too many
         self.best_k_models = {str(path): torch.tensor(float(folders.step_of(path))) for path in found}
         if found:
             self.best_model_path, self.kth_best_model_path = str(found[0]), str(found[-1])
