@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import random
 import re
@@ -298,7 +299,7 @@ def test_one_table_has_the_graph_s_name_of_every_value(app) -> None:
         task = build(recipe)
         for graph, key in [*SAME.items(), *((key, key) for key in sorted(left))]:
             part, _, field = key.rpartition(".")
-            holder = getattr(recipe, part) if part else recipe
+            holder = functools.reduce(getattr, part.split("."), recipe) if part else recipe
             if holder is None or _value_of(task, graph) is None:
                 continue
             assert _value_of(task, graph) == getattr(holder, field), (graph, key)

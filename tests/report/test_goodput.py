@@ -43,7 +43,8 @@ def run(tmp_path: Path) -> Path:
     checkpoint = tmp_path / "checkpoints/step-000006"
     checkpoint.mkdir(parents=True)
     (checkpoint / folders.INTEGRITY).write_text("{}")
-    os.utime(checkpoint / folders.INTEGRITY, (1045.0, 1045.0))
+    (checkpoint / folders.RECORD).write_text("{}")
+    os.utime(checkpoint / folders.RECORD, (1045.0, 1045.0))
     start(tmp_path, 1000.0)
     for step in range(1, 10):
         report(tmp_path, step, 1012.0, 5.0 * step)

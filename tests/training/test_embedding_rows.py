@@ -25,7 +25,7 @@ def damaged(small: Small) -> Path:
     """A checkpoint of the run `straight` whose rows of these ids are zero, or nearly."""
     source = find_checkpoint(small.run_dir("straight"))
     definition, file = read_definition(read_record(source), "straight"), WeightFile(source)
-    folder = small.folder / "damaged"
+    folder = small.folder / "outlying_rows"
     folder.mkdir()
 
     def read(row):

@@ -135,7 +135,8 @@ def test_a_run_is_given_up_without_progress_and_not_before(tmp_path: Path, monke
     def checkpoint(step: int) -> None:
         folder = tmp_path / f"checkpoints/step-{step:06d}"
         folder.mkdir(parents=True)
-        (folder / "integrity.json").write_text("{}")
+        for name in ("integrity.json", "run.json"):
+            (folder / name).write_text("{}")
 
     def fail(restarts: Restarts) -> str | None:
         return restarts.next([Fault(1, -signal.SIGKILL, time.time())], {})

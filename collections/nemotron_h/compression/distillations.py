@@ -19,6 +19,7 @@ from nemotron_h.launch import runs as launch
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.launch.runs import Run
 from nemotron_h.recipe.checks import check, definition_of
+from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.recipe import DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
 
 #: what a distillation's result depends on, beside teacher, student and data: parts of the recipe
@@ -32,7 +33,8 @@ PLACES = {"data": ("root", "workers")}
 def model_part(definition: ModelDefinition) -> ModelSchema:
     """Return the definition as a recipe's part."""
     values = dataclasses.asdict(definition.counted())
-    return ModelSchema(**{**values, "expect": ExpectSchema(**values["expect"])})
+    parts = {"expect": ExpectSchema(**values["expect"]), "multipliers": MultipliersSchema(**values["multipliers"])}
+    return ModelSchema(**{**values, **parts})
 
 
 def settings(recipe: RecipeConfig) -> dict[str, object]:
