@@ -287,10 +287,16 @@ def _check_ended(run: Run, steps: int, begun: _Process | _Job) -> None:
     code, file = begun.code, begun.output.newest()
     if code == LEFT_EARLY:
         raise UserError(f"{run.name} left early, with a checkpoint", hint=begun.again)
-    ended = "was killed or cancelled" if code is None else f"ended with exit code {code}"
+    log = f"see {file or begun.job.logs}"
+    if code is None:
+        ended, hint = "was killed or cancelled", log
+    elif code < 0:
+        ended, hint = f"was ended by {signal.Signals(-code).name}", f"{begun.again}; {log}"
+    else:
+        ended, hint = f"ended with exit code {code}", log
     with contextlib.suppress(OSError):  # the error that follows is what counts
         close_killed(run.folder, ended)
-    raise UserError(f"{run.name} {ended}: {_reason(begun.output.text())}", hint=f"see {file or begun.job.logs}")
+    raise UserError(f"{run.name} {ended}: {_reason(begun.output.text())}", hint=hint)
 
 
 def _reason(text: str) -> str:
