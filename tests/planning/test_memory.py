@@ -158,7 +158,9 @@ def test_peak_is_as_planned(measured: dict[str, list[dict[str, Any]]], name: str
         # gloo's buffers, a megabyte, would show in the states of adapters
         if "adapter" not in case or case.get("tensor", 1) == 1:
             assert plan.states == pytest.approx(rank["states"], rel=0.03), said
-        assert plan.peak == pytest.approx(rank["peak"], rel=0.05 if "pipeline" in name else 0.03), said
+        # what gloo still sends to the other rank may be there
+        sends = "pipeline" in name or case.get("sequence")
+        assert plan.peak == pytest.approx(rank["peak"], rel=0.05 if sends else 0.03), said
 
 
 @pytest.mark.slow
