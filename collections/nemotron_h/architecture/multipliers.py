@@ -57,7 +57,7 @@ def resolve(written: MultipliersSchema, widths: Mapping[str, Any]) -> Multiplier
     except (KeyError, ZeroDivisionError):
         raise UserError(
             f"model.multipliers.rule = {written.rule} cannot be computed of this shape",
-            hint="it needs the widths of attention, Mamba-2 and FFN, all positive",
+            hint="it needs the widths of attention, Mamba-2 and feed-forward layers, all positive",
         ) from None
     stated = {name: value for name in NAMES if (value := getattr(written, name)) is not None}
     return Multipliers(**{**vars(computed), **stated})
