@@ -106,7 +106,10 @@ def _system_error(error: OSError, folder: Path) -> UserError:
             f"the disk of {error.filename or folder} is full",
             "Free space and run the same command again: finished shards are kept, half-written ones redone.",
         )
-    return UserError(f"{error.filename or f'preparing {folder}'}: {error.strerror or error}")
+    return UserError(
+        f"{error.filename or f'preparing {folder}'}: {error.strerror or error}",
+        "Clear the cause and run the same command again: finished shards are kept, half-written ones redone.",
+    )
 
 
 class _Preparation:

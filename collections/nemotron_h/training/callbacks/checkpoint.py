@@ -31,7 +31,7 @@ from nemotron_h.training.preflight import check_disk, checkpoint_bytes
 from nemotron_h.training.sections import CHECKPOINTING, sections
 
 #: `torch.save` writes in C++, whose errors have no number
-_OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed")
+_OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed", "enforce fail at inline_container")
 _CONTINUE = "clear the cause and run the same command again: it continues from the newest checkpoint"
 
 
