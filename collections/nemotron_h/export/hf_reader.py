@@ -192,15 +192,18 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None, repair_e
     """
     theirs_of = {next(iter(row.ours)): next(iter(row.theirs)) for row in weights(source.definition)}
     with new_folder(out, source.size) as folder, TensorFolder(source.folder) as tensors:
-        outliers = find_outliers(tensors.read(theirs_of[EMBEDDING]), source.definition.vocab_size)
+        outliers = Outliers({}, 0.0)
 
         def read(row: Weight) -> dict[str, Tensor]:
+            nonlocal outliers
             theirs = {name: tensors.read(name) for name in row.theirs}
             check_weights(theirs, str(source.folder))
-            if repair_embeddings and EMBEDDING in row.ours and outliers.norms:
+            if EMBEDDING in row.ours:
                 (embedding,) = theirs.values()
-                rows = replacements(outliers, tensors.read(theirs_of[HEAD]))
-                embedding[list(outliers.norms)] = rows.to(embedding)
+                outliers = find_outliers(embedding, source.definition.vocab_size)
+                if repair_embeddings and outliers.norms:
+                    rows = replacements(outliers, tensors.read(theirs_of[HEAD]))
+                    embedding[list(outliers.norms)] = rows.to(embedding)
             return row.to_ours(torch.cat([tensor.to(row.dtype(source.dtype)) for tensor in theirs.values()]))
 
         write_weights(folder, source.definition, source.dtype, read, advance)

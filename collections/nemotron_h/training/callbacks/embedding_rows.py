@@ -30,6 +30,8 @@ class EmbeddingRows(pl.Callback):
     def __init__(self, checkpoint: Path, repair: bool) -> None:
         self.checkpoint, self.repair = checkpoint, repair
         self.outliers = Outliers({}, 0.0)
+        self.rows: Tensor | None = None
+        self.watched = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Read the embedding on the first rank, and name its outliers.
@@ -46,9 +48,10 @@ class EmbeddingRows(pl.Callback):
         if trainer.global_rank == 0:
             file = WeightFile(self.checkpoint)
             self.outliers = read_outliers(file, config.vocab_size)
-            self.rows = read_replacements(file, self.outliers) if self.repair and self.outliers.norms else None
+            if self.repair and self.outliers.norms:
+                self.rows = read_replacements(file, self.outliers)
             self._announce(trainer)
-        shared = [(self.outliers, getattr(self, "rows", None))]
+        shared = [(self.outliers, self.rows)]
         if dist.is_initialized():
             dist.broadcast_object_list(shared)
         self.outliers, self.rows = shared[0]
@@ -57,13 +60,13 @@ class EmbeddingRows(pl.Callback):
         if not self.outliers.norms:
             return
         token = token_of(load_tokenizer(trainer.datamodule.manifest.tokenizer_path()))
-        found = f"{len(self.outliers.norms)} embedding rows of {self.checkpoint} have outlying norms"
+        rows = f"{len(self.outliers.norms)} embedding rows of {self.checkpoint} have outlying norms"
         then = (
             "they are replaced"
             if self.repair
             else "training diverges where the data have these tokens; init.repair_embeddings=true replaces the rows"
         )
-        print(f"warning: {found}: {self.outliers.described(token)}; {then}", flush=True)
+        print(f"warning: {rows}: {self.outliers.described(token)}; {then}", flush=True)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put new rows into the weights, which are loaded by now, or watch for the tokens of the old ones."""
@@ -71,6 +74,7 @@ class EmbeddingRows(pl.Callback):
             return
         ids = torch.tensor(list(self.outliers.norms))
         self.met = torch.zeros(len(ids), dtype=torch.int32)
+        self.watched = self.rows is None
         for embedding in _embeddings(pl_module):
             weight, first = embedding.weight, embedding.vocab_start_index
             if self.rows is not None:
@@ -85,13 +89,14 @@ class EmbeddingRows(pl.Callback):
 
     def _watch(self, ids: Tensor) -> Any:
         def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self.met |= torch.isin(ids, inputs[0]).int()
+            if self.watched:
+                self.met |= torch.isin(ids, inputs[0]).int()
 
         return note
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Say once of each token that the data have it."""
-        if not self.outliers.norms or self.rows is not None:
+        if not self.watched:
             return
         met = self.met.to(trainer.strategy.root_device)
         if dist.is_initialized():
@@ -105,6 +110,7 @@ class EmbeddingRows(pl.Callback):
                 flush=True,
             )
         self.met = torch.where(met > 0, 2, 0).int()
+        self.watched = not bool((met > 0).all())
 
     def record(self) -> dict[str, Any]:
         """Return what the run's record tells of the rows."""
