@@ -69,10 +69,16 @@ class Watch(pl.Callback):
         self.saves: list[Any] = []
         self.peaks: list[float] = []
         self.besides: list[bool] = []
+        self.starts: list[float] = []
+        self.begun: list[int] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         self.look(trainer)
-        self.besides.append(trainer.checkpoint_callback.save is not None)
+        self.starts.append(time.monotonic())
+        save = trainer.checkpoint_callback.save
+        self.besides.append(save is not None)
+        if save is not None and save.step == trainer.global_step:
+            self.begun.append(index)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.look(trainer)
@@ -84,6 +90,12 @@ class Watch(pl.Callback):
         last = trainer.checkpoint_callback.last
         if last is not None and last not in self.saves:
             self.saves.append(last)
+
+    def lost(self) -> list[float]:
+        """Return the seconds that each save cost: of the step that it came after, and the next, over the usual."""
+        steps = [end - begin for begin, end in zip(self.starts, self.starts[1:], strict=False)]
+        usual = median(steps)
+        return [sum(steps[index - 1 : index + 1]) - 2 * usual for index in self.begun]
 
 
 def rate(folder: Path, sizes: list[int], way: str) -> float:
@@ -162,6 +174,7 @@ def main() -> None:
                 "disk_gb_per_second": {name: [round(r, 3) for r in found] for name, found in rates.items()},
                 "step_seconds_without_a_save": round(median(alone[3:] or alone), 4),
                 "step_seconds_beside_a_save": round(median(besides), 4) if besides else None,
+                "seconds_that_saves_cost": [round(seconds, 3) for seconds in watch.lost()],
                 "peak_gib_before_saves": round(watch.peaks[args.every - 1], 3) if ON_GPU else None,
                 "peak_gib_after_saves": round(watch.peaks[-1], 3) if ON_GPU else None,
                 "seconds_of_the_run": round(took, 1),

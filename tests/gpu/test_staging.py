@@ -31,6 +31,7 @@ def test_copies_are_whole_pinned_and_take_no_memory_of_the_gpu() -> None:
         staging.reserve(tensor.nbytes for tensor in tensors)
         began = time.perf_counter()
         copies = [staging.copy(tensor) for tensor in tensors]
+        staging.seal()
         staging.wait()
         seconds = time.perf_counter() - began
         assert torch.cuda.max_memory_allocated() == before
@@ -43,5 +44,40 @@ def test_copies_are_whole_pinned_and_take_no_memory_of_the_gpu() -> None:
         assert (staging.seconds > 0) == (turn == 0)
 
 
+def test_an_update_waits_for_the_copies_and_a_pass_does_not() -> None:
+    weights, buffer = torch.ones(BYTES // 4, device="cuda"), torch.ones(7, device="cuda")
+    staging = Staging()
+
+    def save() -> list[torch.Tensor]:
+        staging.reserve((weights.nbytes, buffer.nbytes))
+        with torch.cuda.stream(staging._stream):
+            torch.cuda._sleep(1 << 30)  # the copies come late
+        copies = [staging.copy(weights), staging.copy(buffer)]
+        temporary = staging.copy(weights + 1)  # its memory is free before it is copied, and taken by the next line
+        other = torch.zeros_like(weights)
+        staging.seal()
+        buffer.add_(1)  # as a pass does
+        return [*copies, temporary, other]
+
+    staging.reserve((2 * weights.nbytes + 4096, buffer.nbytes))
+    save()  # once, so that memory of the GPU is there
+    staging.wait()
+    buffer.fill_(1)
+    began = time.perf_counter()
+    copies = save()
+    assert time.perf_counter() - began < 0.2, "the host waits for nothing"
+    staging.wait_on_gpu()
+    weights.add_(1)  # as an update does
+    staging.wait()
+    assert [float(copy.min()) for copy in copies[:3]] == [1, 1, 2]
+    assert [float(copy.max()) for copy in copies[:3]] == [1, 1, 2]
+    weights.fill_(1)
+    copies = save()
+    weights.add_(1)  # not told of the copies
+    staging.wait()
+    assert float(copies[0].max()) == 2, "the copies were not late: the test shows nothing"
+
+
 if __name__ == "__main__":
     test_copies_are_whole_pinned_and_take_no_memory_of_the_gpu()
+    test_an_update_waits_for_the_copies_and_a_pass_does_not()

@@ -33,7 +33,9 @@ def test_the_56b_on_6144_gpus() -> None:
     assert found.node_bytes == 8 * found.rank_bytes
     assert found.nodes * found.node_bytes == pytest.approx(found.bytes, rel=0.01)
     assert (found.nodes, found.files) == (768, 6144)
-    assert found.stopped_seconds == pytest.approx(0.2 + share / 50e9, rel=1e-3)
+    assert found.copy_seconds == pytest.approx(share / 50e9, rel=1e-3)
+    assert found.stopped_seconds == 0.2, "the copy ends beside a step"
+    assert replace(found, copy_seconds=found.step_seconds + 1).stopped_seconds == pytest.approx(1.2)
     assert found.write_seconds == pytest.approx(8 * share / 1e9, rel=0.01)
     # 419 in 54 days of 16,384 GPUs are one in 3.09 hours, and of 6,144 GPUs one in 8.25
     assert found.failure_seconds / 3600 == pytest.approx(8.25, abs=0.01)

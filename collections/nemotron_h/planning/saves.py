@@ -1,7 +1,7 @@
 """Cost of checkpoints: bytes, files, seconds, and the interval at which they cost little. Pure arithmetic.
 
-Each rank copies its own shard to host memory, for which training stops, and writes it while training goes on. A shard
-is the rank's share of its optimizer states and of the weights that it holds with other data-parallel ranks.
+Each rank copies its own shard to host memory beside the next step, and writes it while training goes on. A shard is the
+rank's share of its optimizer states and of the weights that it holds with other data-parallel ranks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SaveCost:
         nodes: how many there are.
         files: of tensors.
         index_bytes: of the index of their pieces.
-        stopped_seconds: training stops for a save.
+        copy_seconds: until a rank's shard is in host memory; the update of the next step waits for it.
         write_seconds: until the checkpoint is on disk, while training goes on.
         storage_gb_s: assumed, of one node.
         step_seconds: of a step.
@@ -63,7 +63,7 @@ class SaveCost:
     nodes: int
     files: int
     index_bytes: int
-    stopped_seconds: float
+    copy_seconds: float
     write_seconds: float
     storage_gb_s: float
     step_seconds: float
@@ -74,6 +74,11 @@ class SaveCost:
     def interval_seconds(self) -> float:
         """Return the seconds of training between the recipe's checkpoints."""
         return self.every_steps * self.step_seconds
+
+    @property
+    def stopped_seconds(self) -> float:
+        """Return the seconds that training stops for a save: to plan it, and for a copy that outlasts the next step."""
+        return AGREEMENT_S + max(0.0, self.copy_seconds - self.step_seconds)
 
     @property
     def share(self) -> float:
@@ -152,7 +157,7 @@ def save_cost(
         nodes=math.ceil(layout.ranks / gpu.per_node),
         files=layout.ranks * min(MOST_FILES, math.ceil(rank / FILE_BYTES)),
         index_bytes=pieces(definition, layout) * INDEX_BYTES,
-        stopped_seconds=AGREEMENT_S + rank / (gpu.to_host_gb_s * 1e9),
+        copy_seconds=rank / (gpu.to_host_gb_s * 1e9),
         write_seconds=node / (storage * 1e9),
         storage_gb_s=storage,
         step_seconds=step_seconds,

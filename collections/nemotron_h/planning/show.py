@@ -154,10 +154,11 @@ def _show_saves(plan: Plan, console: Console) -> None:
     def steps(number: int) -> str:
         return f"{number:,} steps ({brief(number * cost.step_seconds)})"
 
+    late = cost.stopped_seconds > AGREEMENT_S
     lines = (
         f"{cost.files:,} files and an index of {gib(cost.index_bytes)}; host memory stages what a node writes",
-        f"training stops {brief(cost.stopped_seconds)}: {AGREEMENT_S:g} s to plan the save, "
-        f"{brief(cost.stopped_seconds - AGREEMENT_S)} to copy at {gpu.to_host_gb_s:g} GB/s per GPU",
+        f"training stops {brief(cost.stopped_seconds)} to plan the save{' and copy it' * late}; copied beside the "
+        f"next step in {brief(cost.copy_seconds)}, at {gpu.to_host_gb_s:g} GB/s per GPU",
         f"written beside training in {brief(cost.write_seconds)}, at {cost.storage_gb_s:g} GB/s per node (--storage), "
         f"{cost.nodes:,} node{'s' if cost.nodes > 1 else ''}",
         f"to end before the next save a write needs {cost.needed_gb_s:.2g} GB/s of all nodes together",

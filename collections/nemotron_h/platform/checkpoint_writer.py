@@ -79,12 +79,15 @@ class CheckpointWriter(filesystem_async.FileSystemWriterAsync):
     """megatron-core's writer with copies staged in one block of host memory, and threads in place of processes."""
 
     def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Copy this rank's shards and divide them into files. Training may change the tensors when this returns."""
+        """Have this rank's shards copied and divide them into files.
+
+        Training may change buffers when this returns, and weights and optimizer states after `STAGING.wait_on_gpu`.
+        """
         sizes = [filesystem_async._item_size(i) for i in plan.items if i.type != WriteItemType.BYTE_IO]
         STAGING.reserve(sizes)
         self.thread_count = min(MOST_FILES, max(1, math.ceil(sum(sizes) / FILE_BYTES)))
         super().prepare_write_data(plan, _StagedPlanner(planner))
-        STAGING.wait()
+        STAGING.seal()
         _abandoned.clear()  # of a run before in this process, a notebook's
         self.results_queue = SimpleQueue() if self.write_buckets else None
         _written[str(self.checkpoint_dir)] = Written(allocating=STAGING.seconds)
@@ -93,6 +96,7 @@ class CheckpointWriter(filesystem_async.FileSystemWriterAsync):
         self, transforms: Sequence[Any], use_msc: bool, rank: int, buckets: list[Any], results: SimpleQueue
     ) -> None:
         """Write each bucket into its file; the results, or the first error, go into the queue."""
+        STAGING.wait()
         began = time.monotonic()
         written = _written[str(self.checkpoint_dir)]
         outcomes: dict[int, list[WriteResult]] = {}

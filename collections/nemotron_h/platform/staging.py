@@ -1,4 +1,8 @@
-"""Host memory that a rank's shards are copied into before they are written: one block, allocated once and reused."""
+"""Host memory that a rank's shards are copied into before they are written: one block, allocated once and reused.
+
+A GPU copies them beside the next forward and backward pass, on a stream of its own. The update of the weights waits for
+the copies on the GPU, the threads that write wait for them on the host; training does not.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,16 @@ from torch import Tensor
 _ALIGNMENT = 4096
 #: ours: bytes that a thread touches at a time
 _TOUCHED = 1 << 28
+#: ours: bytes of a GPU's tensor from which it is copied beside the next pass. Smaller ones are copied before it: they
+#: may be buffers that a pass changes, where only an update changes weights and optimizer states.
+_BESIDE = 1 << 20
 
 
 class Staging:
     """Copies of tensors in host memory, pinned where there is a GPU, from `reserve` until the next one.
+
+    After `reserve` and a `copy` of each comes `seal`; then whoever reads the copies calls `wait`, and whoever is about
+    to change the tensors `wait_on_gpu`.
 
     Attributes:
         size: bytes of the block.
@@ -30,6 +40,8 @@ class Staging:
     def __init__(self) -> None:
         self.size, self.seconds, self._end = 0, 0.0, 0
         self._memory: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
 
     def reserve(self, sizes: Iterable[int]) -> None:
         """Make room for tensors of so many bytes each; the copies of before are gone."""
@@ -39,6 +51,9 @@ class Staging:
             self._free()
             self._memory, self.size = _pinned(needed) if torch.cuda.is_available() else _plain(needed), needed
             self.seconds = time.monotonic() - began
+        if torch.cuda.is_available():
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return a contiguous copy with a storage of its own size; of a GPU's tensor, it is whole after `wait`."""
@@ -46,13 +61,29 @@ class Staging:
             return torch.empty(tensor.shape, dtype=tensor.dtype)
         begin, self._end = self._end, self._end + _aligned(tensor.nbytes)
         copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=begin)
-        return copy.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+        copy = copy.view(tensor.shape)
+        if tensor.is_cuda and tensor.nbytes >= _BESIDE:
+            with torch.cuda.stream(self._stream):
+                copy.copy_(tensor.detach(), non_blocking=True)
+            tensor.record_stream(self._stream)  # one that is made for the save alone is freed before it is copied
+            return copy
+        return copy.copy_(tensor.detach(), non_blocking=True)
 
-    @staticmethod
-    def wait() -> None:
-        """Wait for the copies; work that the GPU is given later is not waited for."""
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+    def seal(self) -> None:
+        """Take note that all copies have been asked for."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+            self._copied = self._stream.record_event()
+
+    def wait(self) -> None:
+        """Wait until the copies are whole; work that the GPU is given beside them is not waited for."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def wait_on_gpu(self) -> None:
+        """Have the GPU do what it is given from now on after the copies; the host goes on."""
+        if self._copied is not None:
+            torch.cuda.current_stream().wait_event(self._copied)
 
     def _free(self) -> None:
         if isinstance(self._memory, mmap.mmap) and torch.cuda.is_available():

@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from nemo.core.optim import McoreDistributedOptimizer
 from torch import Tensor
 
+from nemotron_h.platform.checkpoint_writer import STAGING
+
 #: result of the step's closure, and its loss and gradient norm as all ranks know them
 Measured = tuple[Any, float, float]
 
@@ -54,6 +56,7 @@ class GuardedOptimizer(McoreDistributedOptimizer):
             zeros = optimizer.count_zeros() if optimizer.config.log_num_zeros_in_grad else None
             if not (self.is_spike(loss, norm) and self.skip_spikes):
                 self._clip(norm)
+                STAGING.wait_on_gpu()  # for what a save still copies
                 optimizer.step_with_ready_grads()
         return result, norm, zeros
 

@@ -41,7 +41,7 @@ class Save:
 
     Attributes:
         folder: of the checkpoint.
-        waited: seconds that training stopped for it: to copy the shards, and to finish it.
+        waited: seconds that training stopped for it: to begin and to finish it.
         allocating: seconds of those in which memory for the copies was allocated, once in a process.
         bytes: of all its files.
         writing: seconds from the copy until the last file of any rank was on the disk.
@@ -80,10 +80,11 @@ class Save:
 class StepCheckpoint(nl.ModelCheckpoint, AsyncFinalizerCallback):
     """NeMo's checkpoint callback: `checkpoints/step-000100`, the newest `keep`, optimizer always included.
 
-    Training waits while each rank copies its shards into host memory. Threads write the copies while it goes on
-    (`platform.checkpoint_writer`), and at the end of the step in which the last rank has written, the checkpoint is
-    made whole, its marker removed, and then the oldest one removed. Until then the run has the checkpoint of before.
-    NeMo's strategy leaves that to an `AsyncFinalizerCallback`, which this is too, so that an error has its message.
+    Training waits until each rank knows what it writes. Its shards are copied into host memory beside the next step,
+    and threads write the copies (`platform.checkpoint_writer`). At the end of the step in which the last rank has
+    written, the checkpoint is made whole, its marker removed, and then the oldest one removed. Until then the run has
+    the checkpoint of before. NeMo's strategy leaves that to an `AsyncFinalizerCallback`, which this is too, so that an
+    error has its message.
 
     Args:
         every_steps: steps between checkpoints; the last step of the run always writes one.
