@@ -6,7 +6,6 @@ Throughput is in exact operations: tokens/s, TFLOP/s and MFU per GPU, and memory
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import resource
 import shlex
@@ -83,9 +82,6 @@ class Throughput(pl.Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.started)
-        if len(self.seconds) == 1 and torch.cuda.is_available():
-            # Triton's tuning failed with some blocks: these errors, in cycles with their frames, keep a layer's tensors
-            gc.collect()
         for name, value in self.rates(self.seconds[-1]).items():
             pl_module.log(name, value, batch_size=1)
 
