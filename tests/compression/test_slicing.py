@@ -23,7 +23,7 @@ from nemotron_h.compression.candidates import Candidates
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
-from nemotron_h.schema.recipe import BudgetSchema, GridSchema
+from nemotron_h.schema.minipuzzle import BudgetSchema, GridSchema
 
 AXES = ("layers", "hidden", "neurons", "heads", "channels", "all")
 

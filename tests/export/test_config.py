@@ -68,7 +68,7 @@ def test_other_writers() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = set"),
         ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit = \[0.001, 0.1\]"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
-        ({"hybrid_override_pattern": "MEM*E", "num_hidden_layers": 5}, "mixtures of experts"),
+        ({"hybrid_override_pattern": "MEM*E", "num_hidden_layers": 5}, r"mixture of experts \(E\)"),
         ({"hybrid_override_pattern": "MEM*E"}, r"num_hidden_layers is 13, the pattern MEM\*E has 5 layers"),
         ({"hybrid_override_pattern": ""}, "neither hybrid_override_pattern nor a list layers_block_type"),
         ({"hybrid_override_pattern": "", "layers_block_type": ["mlp", "moe"]}, "layers of type moe"),

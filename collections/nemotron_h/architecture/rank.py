@@ -22,6 +22,7 @@ class Layout:
 
     Attributes:
         tensor, pipeline, data: ranks per axis.
+        expert: ranks, of the tensor-, context- and data-parallel ones of a stage, that routed experts are split over.
         context: context-parallel ranks; planned only, training refuses more than 1.
         sequence: sequence parallelism over the tensor-parallel ranks.
         distributed_optimizer: the optimizer's state is sharded over `data`.
@@ -47,6 +48,7 @@ class Layout:
     pipeline: int = 1
     context: int = 1
     data: int = 1
+    expert: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
     precision: str = "bf16"
@@ -58,6 +60,7 @@ class Layout:
     recompute_attention: str = "none"
     recompute_parallel: str = "none"
     recompute_swiglu: str = "none"
+    recompute_experts: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
     widened: bool = False
@@ -115,6 +118,8 @@ class Rank:
         self.residual = whole // t if layout.sequence else whole
         self.gathered = whole if layout.sequence and t > 1 else 0
         self.whole = whole
+        #: tokens whose residual stream this rank holds
+        self.own_tokens = self.tokens // (t if layout.sequence else 1)
         self.norm_rows = self.tokens // (t if layout.sequence else 1) * 4
         self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
 

@@ -59,6 +59,8 @@ _LAYER_TYPES = {
     "full_attention": "attention",
     "mlp": "ffn",
 }
+#: kinds of layers that an import reads
+_READ = set(_LAYER_TYPES.values())
 
 
 def check_expressible(definition: ModelDefinition) -> None:
@@ -249,6 +251,9 @@ def _pattern(config: Mapping[str, Any], origin: str) -> str:
     layers = config.get("num_hidden_layers", len(pattern))
     if layers != len(pattern):
         raise UserError(f"{origin}: num_hidden_layers is {layers!r}, the pattern {pattern} has {len(pattern)} layers")
-    if "E" in pattern:
-        raise UserError(f"{origin}: the pattern {pattern} has mixtures of experts (E), which this family does not have")
+    others = [
+        f"{kind.title} ({letter})" for letter, kind in KINDS.items() if letter in pattern and kind.name not in _READ
+    ]
+    if others:
+        raise UserError(f"{origin}: the pattern {pattern} has {', '.join(others)}, which is not imported")
     return pattern

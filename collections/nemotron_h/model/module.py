@@ -263,6 +263,8 @@ class NemotronHConfig(SSMConfig):
         overrides: layer -> widths of its own.
         vocab_size: the vocabulary of the tokenizer, before padding.
         conv_kernel: window of the causal convolution.
+        num_experts, ..., mtp_steps: as in `ModelDefinition`.
+        balance_loss, bias_update: as the recipe's `experts`.
         mamba_norm: an RMSNorm follows the gate of each mixer.
         multipliers: factors of activations, stated or by a rule.
         init_seed: seed of the initial weights.
@@ -279,6 +281,16 @@ class NemotronHConfig(SSMConfig):
     overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     vocab_size: int = 0
     conv_kernel: int = 4
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_hidden_size: int = 0
+    shared_expert_hidden_size: int = 0
+    expert_scaling: float = 0.0
+    expert_latent_size: int = 0
+    mtp_pattern: str = ""
+    mtp_steps: int = 0
+    balance_loss: float = 1e-4
+    bias_update: float = 1e-3
     mamba_norm: bool = True
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
     init_seed: int = 1234
@@ -288,6 +300,7 @@ class NemotronHConfig(SSMConfig):
     recompute_ffn: str = "none"
     recompute_parallel: str = "none"
     recompute_swiglu: str = "none"
+    recompute_experts: str = "none"
     adapter: AdapterSchema | None = None
 
     normalization: str = "RMSNorm"

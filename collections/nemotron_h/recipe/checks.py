@@ -29,6 +29,7 @@ from nemotron_h.schema.recipe import (
     STATE_DTYPES,
     TRACKERS,
     CheckpointSchema,
+    ExpertsSchema,
     LogSchema,
     PrecisionOptionsSchema,
     RecipeConfig,
@@ -64,6 +65,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     check_steps(recipe, origin)
     check_optimizer_state(recipe, origin)
     check_layout(recipe, definition, origin)
+    check_experts(recipe, definition, origin)
     if recipe.precision in FP8_FORMATS:
         check_gemms(
             definition,
@@ -200,6 +202,26 @@ def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: s
                 f"{origin}: recompute.{kind} = {value!r} is unused: {definition.name} has no {kind} layers",
                 hint=f"leave recompute.{kind} out",
             )
+
+
+def check_experts(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
+    """Check that experts split over their ranks, and that keys of experts are for a model that has some."""
+    parallel = recipe.parallel
+    ranks = parallel.nodes * parallel.devices // parallel.pipeline
+    definition.validate_expert_parallel(parallel.expert, ranks, origin)
+    if not any(kind.distributed for kind in definition.kinds):
+        for key, default in dataclasses.asdict(ExpertsSchema()).items():
+            if (value := getattr(recipe.experts, key)) != default:
+                raise UserError(
+                    f"{origin}: experts.{key} = {value} is unused: model {definition.name} has no experts",
+                    hint=f"leave experts.{key} out",
+                )
+    elif parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(
+            f"{origin}: parallel.tensor = {parallel.tensor} without parallel.sequence: each tensor-parallel rank would "
+            "send all tokens to their experts",
+            hint="set parallel.sequence: true",
+        )
 
 
 def check_schedule(recipe: RecipeConfig, origin: str) -> None:
