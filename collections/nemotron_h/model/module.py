@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -28,6 +29,9 @@ from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
+
+#: key of Transformer Engine's state of a layer, or of one of many matrices of a layer
+_EXTRA = re.compile(r"_extra_state\d*$")
 
 
 def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str, Any]:
@@ -93,7 +97,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         without it continues in any precision.
         """
         state = super().sharded_state_dict(*args, **kwargs)
-        state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        state = {key: value for key, value in state.items() if not _EXTRA.search(key)}
         if self.state_part == "all":
             return state
         wanted = self.state_part == "adapter"
@@ -109,15 +113,13 @@ class NemotronHMegatronModel(MegatronMambaModel):
         """Accept the base alone, or the adapters alone; DoRA's lengths begin at the base's."""
         tuned = list(adapters.adapted(self))
         parts = {
-            adapters.is_adapter_key(name)
-            for name in state_dict
-            if name.startswith(prefix) and not name.endswith("_extra_state")
+            adapters.is_adapter_key(name) for name in state_dict if name.startswith(prefix) and not _EXTRA.search(name)
         }
         if not tuned or len(parts) != 1:
             return
         base = not parts.pop()
-        own = {name: p for name, p in self.named_parameters() if adapters.is_adapter_key(name) == base}
-        state_dict.update({f"{prefix}{name}": p.detach() for name, p in own.items()})
+        own = {n: t for n, t in self.state_dict().items() if adapters.is_adapter_key(n) == base and torch.is_tensor(t)}
+        state_dict.update({f"{prefix}{name}": tensor for name, tensor in own.items() if not _EXTRA.search(name)})
         if base:
             for name, layer in tuned:
                 if layer.adapter.magnitude is not None:
@@ -229,6 +231,11 @@ GPU_OPTIONS: dict[str, GpuOption] = {
         False, False, "no biases and no dropout (paper 2.1): what is left is one addition, already one kernel"
     ),
     "bias_activation_fusion": GpuOption(False, False, "no biases; the squared ReLU is Transformer Engine's kernel"),
+    "moe_permute_fusion": GpuOption(
+        True,
+        False,
+        "tokens to experts and back in one kernel each, whose sums have one order: steps repeat bit for bit",
+    ),
     "masked_softmax_fusion": GpuOption(False, False, "cuDNN's attention never forms the scores that it would fuse"),
     "deallocate_pipeline_outputs": GpuOption(
         True, False, "frees what a pipeline stage has sent; the CPU path reads it"
@@ -310,6 +317,12 @@ class NemotronHConfig(SSMConfig):
     add_bias_linear: bool = False
     gated_linear_unit: bool = False
     share_embeddings_and_output_weights: bool = False
+    # of experts (DeepSeek-V3, arXiv 2412.19437, 2.1.2): no token is dropped
+    moe_router_score_function: str = "sigmoid"
+    moe_router_load_balancing_type: str = "seq_aux_loss"
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_permute_fusion: bool = gpu_option("moe_permute_fusion")
+    expert_tensor_parallel_size: int = 1
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_func: Callable = squared_relu
@@ -346,6 +359,9 @@ class NemotronHConfig(SSMConfig):
                 self.num_attention_heads = self.num_query_groups = self.mamba_num_heads
             if "ffn_hidden_size" not in widths:
                 self.ffn_hidden_size = self.hidden_size
+            # Megatron asks for these where there are experts; a layer has its own widths
+            self.num_moe_experts = self.num_experts or None
+            self.moe_ffn_hidden_size = self.expert_hidden_size or None
         self.overrides = {int(number): dict(widths) for number, widths in self.overrides.items()}
         if self.adapter == AdapterSchema():
             self.adapter = None
@@ -457,8 +473,11 @@ class NemotronHModel(MambaModel):
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run may change of the loss, by recipe key."""
-        adapter = self.config.adapter
-        return {} if adapter is None else {"adapter.dropout": adapter.dropout}
+        config, adapter = self.config, self.config.adapter
+        found = {} if adapter is None else {"adapter.dropout": adapter.dropout}
+        if config.num_experts:
+            found |= {f"experts.{key}": getattr(config, key) for key in ("balance_loss", "bias_update")}
+        return found
 
     def forward(  # type: ignore[override]
         self,

@@ -21,6 +21,7 @@ from nemotron_h.schema.recipe import ExpertsSchema, ModelSchema, RecipeConfig, R
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+from nemotron_h.training.callbacks.expert_load import ExpertLoad
 from nemotron_h.training.callbacks.gemm_table import GemmTable
 from nemotron_h.training.callbacks.incidents import Incidents
 from nemotron_h.training.callbacks.lockstep import StepSeed, collect_garbage_together
@@ -148,6 +149,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(Stragglers, every_steps=recipe.log.every_steps),  # behind NanGuard, which waits for ranks
                 run.Config(collect_garbage_together),
+                *([run.Config(ExpertLoad)] if recipe.model.num_experts else []),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
