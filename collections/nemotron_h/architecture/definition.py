@@ -177,6 +177,11 @@ class ModelDefinition:
         return sum(block.parameters for block in self.blocks) + self.other_parameters
 
     @property
+    def has_experts(self) -> bool:
+        """Tell whether tokens pass some of its parameters alone."""
+        return any(kind.distributed for kind in self.kinds)
+
+    @property
     def active_parameters(self) -> int:
         """Return the parameters that one token passes, as model cards count them: embedding and output included."""
         return sum(block.active_parameters for block in self.blocks) + self.other_parameters
@@ -188,6 +193,11 @@ class ModelDefinition:
             return 0
         # norms of the embedding, the state before and the output; a projection of the first two, concatenated
         return sum(block.parameters for block in self.mtp_blocks) + self.hidden_size * (2 * self.hidden_size + 3)
+
+    def planned_only(self) -> dict[str, int | str]:
+        """Return key -> value of what can be planned and not trained."""
+        values = {key: getattr(self, key) for key in ("expert_latent_size", "mtp_pattern")}
+        return {key: value for key, value in values.items() if value}
 
     @property
     def other_parameters(self) -> int:
@@ -202,7 +212,7 @@ class ModelDefinition:
         """Return what `expect` has to be."""
         names = {each.name for each in fields(Expect)}
         stated = {name: count for name, count in self.layer_counts().items() if name in names}
-        active = self.active_parameters if self.active_parameters < self.parameters else 0
+        active = self.active_parameters if self.has_experts else 0
         return Expect(**stated, parameters=self.parameters, active=active, mtp=self.mtp_parameters)
 
     def counted(self) -> ModelDefinition:
@@ -402,7 +412,7 @@ class ModelDefinition:
             UserError: names the key, and the nearest size that fits.
         """
         counts = {key: getattr(block, key) for block in self.blocks for key in block.distributed}
-        if not counts and size > 1:
+        if not self.has_experts and size > 1:
             raise UserError(
                 f"{origin}: parallel.expert = {size} is unused: model {self.name} has no experts",
                 hint="leave parallel.expert out",

@@ -73,6 +73,16 @@ class Layout:
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
+    def shards(self) -> int:
+        """Return the ranks with the same weights, over which the optimizer's state is sharded."""
+        return self.data * self.context if self.distributed_optimizer else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Return the same of the routed experts."""
+        return self.tensor * self.context * self.data // self.expert if self.distributed_optimizer else 1
+
+    @property
     def base_precision(self) -> str:
         """Return the precision of the weights: FP8 keeps them in bfloat16."""
         return "fp32" if self.precision == "fp32" else "bf16"
@@ -141,7 +151,8 @@ class Rank:
             return 0
         plain = self.float32 and self.layout.tensor == 1
         copy = self.tokens * min(matrix.outputs, matrix.inputs) * 4 if plain else 0
-        return matrix.size // self.layout.tensor * self.e + copy + self.wide(matrix.size)
+        outputs, inputs = matrix.on_rank(self.layout.tensor)
+        return outputs * inputs * self.e + copy + self.wide(matrix.outputs * matrix.inputs)
 
     def wide(self, elements: int) -> int:
         """Return the float32 bytes of a widened matmul with a matrix of so many elements: it, and a block of rows."""

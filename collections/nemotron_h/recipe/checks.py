@@ -46,17 +46,20 @@ OWN_KEYS = {
 }
 
 
-def check(recipe: RecipeConfig, origin: str) -> None:
+def check(recipe: RecipeConfig, origin: str, trains: bool = True) -> None:
     """Check all that a type cannot: names, ranges, schedule, layout, phases, and sources without a value.
 
     Args:
         origin: the recipe or file to name in an error.
+        trains: False takes models too that can be planned and not trained.
     Errors:
         UserError: names the key, the origin and what would fit.
     """
     if recipe.overrides:
         check_overrides(recipe.overrides, origin)
     definition = definition_of(recipe, origin)
+    if trains:
+        check_trainable(definition, origin)
     check_names(recipe, origin)
     check_checkpoint(recipe.checkpoint, origin)
     check_stage(recipe, definition, origin)
@@ -84,6 +87,17 @@ def check(recipe: RecipeConfig, origin: str) -> None:
 def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
     """Return the recipe's model, validated against its own `expect`."""
     return definition_from_dict(OmegaConf.to_container(OmegaConf.structured(recipe.model)), origin)
+
+
+def check_trainable(definition: ModelDefinition, origin: str) -> None:
+    """Refuse a model of which a part can be planned and not trained."""
+    for key, value in definition.planned_only().items():
+        raise UserError(
+            f"{origin}: model.{key} = {value} of model {definition.name}: training does not have it, megatron-core "
+            "0.15.3 builds no hybrid with it",
+            hint=f"leave it out of configs/model/{definition.name}.yaml and count model.expect anew, or take "
+            "model=nano_30b_a3b, which has the other layers; nemotron-h plan takes it as it is",
+        )
 
 
 def check_stage(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
@@ -209,7 +223,7 @@ def check_experts(recipe: RecipeConfig, definition: ModelDefinition, origin: str
     parallel = recipe.parallel
     ranks = parallel.nodes * parallel.devices // parallel.pipeline
     definition.validate_expert_parallel(parallel.expert, ranks, origin)
-    if not any(kind.distributed for kind in definition.kinds):
+    if not definition.has_experts:
         for key, default in dataclasses.asdict(ExpertsSchema()).items():
             if (value := getattr(recipe.experts, key)) != default:
                 raise UserError(

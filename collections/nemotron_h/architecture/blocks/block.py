@@ -179,8 +179,12 @@ class Block:
         raise NotImplementedError
 
     def tensor_count(self) -> int:
-        """Return how many `ours` of `tensors` has beside the input norm, all split by tensor-parallel ranks."""
+        """Return how many `ours` of `tensors` has beside the input norm."""
         return len(self.matrices())
+
+    def pieces(self, tensor: int) -> int:
+        """Return the pieces of these that a checkpoint of `tensor` ranks has; each rank writes one of each."""
+        return self.tensor_count() * tensor
 
     def vectors(self) -> int:
         """Return the parameters beside the matrices and the input norm."""

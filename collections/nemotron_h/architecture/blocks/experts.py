@@ -79,6 +79,15 @@ class Experts(Block):
             Matrix("shared_experts.linear_fc2", hidden, shared, "inputs", "experts", down[::-1]),
         )
 
+    def tensor_count(self) -> int:
+        """Return the matrices and the correction bias."""
+        return len(self.matrices()) + 1
+
+    def pieces(self, tensor: int) -> int:
+        """Return a piece of each expert's matrices, those of the shared one on each rank, and the others whole."""
+        matrices = self.matrices()
+        return 1 + sum(matrix.experts or (tensor if matrix.split else 1) for matrix in matrices)
+
     def vectors(self) -> int:
         """Return the correction bias: a number for each expert."""
         return self.num_experts
