@@ -126,6 +126,16 @@ FALCON = {
     "multipliers": {"embedding": 1.3, "key": 1.2, "ssm_in": 1.25, "ssm_out": 0.5, "ssm_b": 0.85, "ffn_gate": 1.15},
 }
 
+#: experts, one after the other and in groups, in place of FFNs
+EXPERTS = {
+    "hybrid_override_pattern": "MEM*E",
+    "num_experts": 8,
+    "experts_per_token": 2,
+    "expert_hidden_size": 128,
+    "shared_expert_hidden_size": 256,
+    "expert_scaling": 2.5,
+}
+
 
 def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
     """A small model; equal seeds give equal weights whatever the layers' classes."""
@@ -173,7 +183,7 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
         return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
-    for changes in ({}, FALCON):
+    for changes in ({}, FALCON, EXPERTS):
         losses = {}
         for dtype in (torch.float32, torch.bfloat16):
             for name, spec in (("engine", layers.stack_spec), ("plain", plain)):

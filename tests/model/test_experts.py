@@ -122,3 +122,16 @@ def test_routed_experts_have_none() -> None:
     settings = adapter("lora", targets=["experts.linear_fc1"])
     with pytest.raises(UserError, match=r"adapter\.targets has 'experts\.linear_fc1', which"):
         pure_config("E", adapter=settings).configure_model(None)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_a_step_of_fixed_shapes_is_the_plain_one(batch: int) -> None:
+    """As a GPU takes it: of up to 3 tokens, 6 choices, experts are gathered; of more, all of them run."""
+    from nemotron_h.architecture.blocks.experts import Experts
+    from nemotron_h.model.blocks.experts import ExpertsWeights, RunningExperts
+
+    block, g = Experts(16, 6, 2, 24, 32, 1.5), torch.Generator().manual_seed(batch)
+    shapes = ((16,), (6, 16), (6,), (6, 24, 16), (6, 16, 24), (32, 16), (16, 32))
+    weights = ExpertsWeights(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes))
+    running, h = RunningExperts(block, 1e-5), torch.randn(batch, 16, generator=g, dtype=torch.float64)
+    assert relative_error(running._run_by_shape(weights, h), running._run(weights, h)) < 1e-12

@@ -100,11 +100,12 @@ class ExpertsLayer(MLPLayer):
         config.moe_ffn_hidden_size = config.ffn_hidden_size = config.expert_hidden_size
         config.moe_aux_loss_coeff, config.moe_router_enable_expert_bias = config.balance_loss, True
         super().__init__(config, *args, **kwargs)
-        # megatron-core's layer builds no router but its own; its weight has been cast to the model's dtype
+        # megatron-core's layer builds no router but its own, with a weight on the CPU and in the model's dtype
         router = self.mlp.router
         router.__class__ = Router
         router.forget()
-        router.weight.data = router.weight.data.to(torch.promote_types(router.weight.dtype, torch.float32))
+        exact = torch.promote_types(router.weight.dtype, torch.float32)
+        router.weight.data = router.weight.data.to(device=router.expert_bias.device, dtype=exact)
 
     def spread_experts(self) -> None:
         """Have gradients of the experts reduced over the ranks that hold the same ones: with tensor parallelism these

@@ -361,6 +361,7 @@ class NemotronHConfig(SSMConfig):
                 self.ffn_hidden_size = self.hidden_size
             # Megatron asks for these where there are experts; a layer has its own widths
             self.num_moe_experts = self.num_experts or None
+            self.moe_permute_fusion = self.moe_permute_fusion and self.num_experts > 0  # else an old engine will do
             self.moe_ffn_hidden_size = self.expert_hidden_size or None
         self.overrides = {int(number): dict(widths) for number, widths in self.overrides.items()}
         if self.adapter == AdapterSchema():

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Indices: TypeAlias = "np.ndarray"
-#: rows and columns of a tensor that stay; None is all of them
-Cut: TypeAlias = "tuple[Indices | None, Indices | None]"
+#: what stays of a tensor along each of its first axes, rows and columns of a matrix; None is all of them
+Cut: TypeAlias = "tuple[Indices | None, ...]"
 
 
 @dataclass(frozen=True)

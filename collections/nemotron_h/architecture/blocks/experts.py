@@ -9,11 +9,21 @@ residual stream. Routed experts are split over expert-parallel ranks, and none o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from nemotron_h.architecture.blocks.block import Block, LayerMemory, Matrix, Operation, Tensors, input_norm
+from nemotron_h.architecture.blocks.block import (
+    Block,
+    Cut,
+    Indices,
+    LayerMemory,
+    Matrix,
+    Operation,
+    Tensors,
+    input_norm,
+    stays,
+)
 
 if TYPE_CHECKING:
     from nemotron_h.architecture.rank import Rank
@@ -151,3 +161,12 @@ class Experts(Block):
                 for number in range(matrix.experts)
             }
             yield Tensors({f"{mlp}experts.{name}.weight": (matrix.experts, *shape)}, every, stacked=True)
+
+    def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
+        """Return what stays of each tensor: channels of the residual stream, the only ones that pruning may remove."""
+        stream = stays(hidden, self.hidden_size)
+        found: list[Cut] = [(stream, None), (None, stream), (None, None)]
+        for matrix in self.matrices()[1:]:
+            rows, columns = (stream if key == "hidden_size" else None for key in reversed(matrix.keys))
+            found.append((None, rows, columns) if matrix.experts else (rows, columns))
+        return tuple(found)

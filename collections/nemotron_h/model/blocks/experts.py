@@ -111,17 +111,21 @@ class RunningExperts(Running):
         return self._run(w, h[:, -last:])
 
     def step(self, ops: Ops, w: ExpertsWeights, h: Tensor, state: None, at: Step) -> Tensor:
-        """Return the output [b, h]; on a GPU shapes do not depend on the choice, so that a graph can record them."""
-        if not h.is_cuda:
-            return self._run(w, h)
+        """Return the output [b, h]."""
+        return self._run_by_shape(w, h) if h.is_cuda else self._run(w, h)
+
+    def _run_by_shape(self, w: ExpertsWeights, h: Tensor) -> Tensor:
+        """Return the output [b, h] by operations whose shapes do not depend on the choice: a CUDA graph records them.
+
+        The chosen experts' weights are gathered; where these are more than all there are, each expert reads each token.
+        """
         experts, scores = self._choice(w, h)
         if experts.numel() <= self.block.num_experts:
-            up, down = w.up[experts], w.down[experts]  # [b, k, f, h], [b, k, h, f]
-            inner = F.relu(torch.einsum("bh,bkfh->bkf", h, up)).square()
-            routed = torch.einsum("bkf,bkhf->bh", (inner * scores.unsqueeze(-1)).to(h.dtype), down)
+            inner = F.relu(torch.einsum("bh,bkfh->bkf", h, w.up[experts])).square()
+            inner = (inner * scores.unsqueeze(-1)).to(h.dtype)
+            routed = torch.einsum("bkf,bkhf->bh", inner, w.down[experts])
         else:
-            weights = torch.zeros(len(h), self.block.num_experts, dtype=scores.dtype, device=h.device)
-            weights.scatter_(1, experts, scores)
+            weights = scores.new_zeros(len(h), self.block.num_experts).scatter_(1, experts, scores)
             inner = F.relu(torch.matmul(h, w.up.transpose(1, 2))).square()  # [n, b, f]
             inner = (inner * weights.t().unsqueeze(-1)).to(h.dtype)
             routed = torch.matmul(inner, w.down.transpose(1, 2)).sum(dim=0)
