@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from small_run import Small
+from small_run import Small, assert_same
 
 from nemotron_h.core.progress import STEPS, read_steps
 from nemotron_h.inference.generate import generate
@@ -78,6 +79,7 @@ def test_killed_and_resumed_is_straight_and_so_is_a_step_that_is_run_again(small
     assert "resumed at step 4" in small.train("experts_killed", *options, ranks=2, recipe=killed).stdout
     again = recipe(small, "experts_again")
     small.train("experts_again", *options, "poison=3:output_once:1", ranks=2, recipe=again)
+    assert_same(small, "experts", "experts_killed")
     for name in ("experts_killed", "experts_again"):
         assert small.steps(name) == small.steps("experts")
         assert small.same_tensors("experts", name, 6)
@@ -86,3 +88,6 @@ def test_killed_and_resumed_is_straight_and_so_is_a_step_that_is_run_again(small
     assert all(1 <= load <= 2 for load in loads), "of 4 experts a token passes 2"
     assert all(0.9 < step.metrics["balance_loss"] < 2 for step in steps.values())
     assert steps[6].loss < steps[1].loss
+    record = json.loads((small.run_dir("experts") / "run.json").read_text())
+    assert record["metrics"]["expert_load"] == loads[-1]
+    assert (record["layout"]["expert"], record["settings"]["experts.bias_update"]) == (2, 1e-3)

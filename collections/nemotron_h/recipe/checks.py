@@ -222,7 +222,9 @@ def check_experts(recipe: RecipeConfig, definition: ModelDefinition, origin: str
     """Check that experts split over their ranks, and that keys of experts are for a model that has some."""
     parallel = recipe.parallel
     ranks = parallel.nodes * parallel.devices // parallel.pipeline
-    definition.validate_expert_parallel(parallel.expert, ranks, origin)
+    check_expert_layout(
+        definition, origin, expert=parallel.expert, tensor=parallel.tensor, sequence=parallel.sequence, ranks=ranks
+    )
     if not definition.has_experts:
         for key, default in dataclasses.asdict(ExpertsSchema()).items():
             if (value := getattr(recipe.experts, key)) != default:
@@ -230,10 +232,28 @@ def check_experts(recipe: RecipeConfig, definition: ModelDefinition, origin: str
                     f"{origin}: experts.{key} = {value} is unused: model {definition.name} has no experts",
                     hint=f"leave experts.{key} out",
                 )
-    elif parallel.tensor > 1 and not parallel.sequence:
+    elif not parallel.distributed_optimizer and max(parallel.expert, parallel.tensor) > 1:
         raise UserError(
-            f"{origin}: parallel.tensor = {parallel.tensor} without parallel.sequence: each tensor-parallel rank would "
-            "send all tokens to their experts",
+            f"{origin}: parallel.distributed_optimizer = false with parallel.expert = {parallel.expert} and "
+            f"parallel.tensor = {parallel.tensor}: no other layout could read the states of the experts' optimizer",
+            hint="leave parallel.distributed_optimizer out",
+        )
+
+
+def check_expert_layout(
+    definition: ModelDefinition, origin: str, *, expert: int, tensor: int, sequence: bool, ranks: int
+) -> None:
+    """Check that experts split over their ranks, and that tokens do before they are sent to them.
+
+    Args:
+        expert, tensor, sequence: as `ParallelSchema`.
+        ranks: of a pipeline stage.
+    """
+    definition.validate_expert_parallel(expert, ranks, origin)
+    if definition.has_experts and tensor > 1 and not sequence:
+        raise UserError(
+            f"{origin}: parallel.tensor = {tensor} without parallel.sequence: each tensor-parallel rank would send all "
+            "tokens to their experts",
             hint="set parallel.sequence: true",
         )
 

@@ -56,6 +56,13 @@ class ExpertLoad(StageMetrics):
                 router.forget()
         return step
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Log them."""
+        for name, value in self.record().items():
+            pl_module.log(name, value, batch_size=1)
+
     def line(self) -> str:
         """Return the worst layer's load for the progress line."""
         return "" if self.measured is None else f"expert load {float(self.measured[0].max()):.2f}x"
