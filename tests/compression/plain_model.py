@@ -9,6 +9,7 @@ from nemotron_h.architecture.blocks.families import family_of
 from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.model.blocks.attention import AttentionWeights
+from nemotron_h.model.blocks.experts import ExpertsWeights
 from nemotron_h.model.blocks.ffn import FFNWeights
 from nemotron_h.model.blocks.mamba import MambaWeights
 
@@ -22,6 +23,13 @@ WIDTHS = {
     },
     "*": {"num_attention_heads": 4, "num_query_groups": 2, "head_dim": 16},
     "-": {"ffn_hidden_size": 80},
+    "E": {
+        "num_experts": 6,
+        "experts_per_token": 2,
+        "expert_hidden_size": 40,
+        "shared_expert_hidden_size": 64,
+        "expert_scaling": 1.5,
+    },
 }
 
 
@@ -72,6 +80,17 @@ def model(d: ModelDefinition, dtype: torch.dtype = torch.float64, seed: int = 0)
             rows = queries + 2 * b.num_query_groups * b.head_dim
             return AttentionWeights(
                 norm, take(f"{n}.qkv", rows, d.hidden_size), take(f"{n}.proj", d.hidden_size, queries)
+            )
+        if symbol == "E":
+            up, down = (b.num_experts, b.expert_hidden_size, d.hidden_size), (d.hidden_size, b.expert_hidden_size)
+            return ExpertsWeights(
+                norm,
+                take(f"{n}.gate", b.num_experts, d.hidden_size),
+                take(f"{n}.expert_bias", b.num_experts),
+                take(f"{n}.up", *up),
+                take(f"{n}.down", b.num_experts, *down),
+                take(f"{n}.shared_up", b.shared_expert_hidden_size, d.hidden_size),
+                take(f"{n}.shared_down", d.hidden_size, b.shared_expert_hidden_size),
             )
         return FFNWeights(
             norm, take(f"{n}.up", b.ffn_hidden_size, d.hidden_size), take(f"{n}.down", d.hidden_size, b.ffn_hidden_size)

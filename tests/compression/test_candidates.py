@@ -24,7 +24,7 @@ from nemotron_h.core.units import BYTES
 from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose, configs_dir
-from nemotron_h.schema.recipe import BudgetSchema, GridSchema
+from nemotron_h.schema.minipuzzle import BudgetSchema, GridSchema
 
 GIB = 2**30
 MILLION = 2**20
@@ -124,7 +124,7 @@ def test_a_million_candidates_in_seconds_and_without_torch() -> None:
         "from nemotron_h.recipe.compose import compose\n"
         "from nemotron_h.recipe.checks import definition_of\n"
         "from nemotron_h.compression.candidates import Candidates\n"
-        "from nemotron_h.schema.recipe import BudgetSchema, GridSchema\n"
+        "from nemotron_h.schema.minipuzzle import BudgetSchema, GridSchema\n"
         "parent = definition_of(compose('nemotron_h_56b'), '')\n"
         "grid = GridSchema(attention=list(range(1, 11)), mamba=list(range(14, 54)), ffn=list(range(14, 54)),\n"
         "                  ffn_hidden_size=list(range(24576, 32769, 1024)), hidden_size=list(range(4096, 8193, 512)))\n"

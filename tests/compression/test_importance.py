@@ -22,7 +22,7 @@ from nemotron_h.compression.selection import child_of, top_layers
 from nemotron_h.compression.slicing import Masked, slice_model
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
-from nemotron_h.schema.recipe import METRICS
+from nemotron_h.schema.minipuzzle import METRICS
 
 SAMPLES, LENGTH = 5, 40
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from forks import Forks
-from small_model import relative_error, small_config, small_model
+from small_model import pure_config, relative_error, small_config, small_model
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.checkpoint.definition import read_definition
@@ -23,7 +23,7 @@ from nemotron_h.compression.candidates import Candidates
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
-from nemotron_h.schema.recipe import BudgetSchema, GridSchema
+from nemotron_h.schema.minipuzzle import BudgetSchema, GridSchema
 
 AXES = ("layers", "hidden", "neurons", "heads", "channels", "all")
 
@@ -116,6 +116,7 @@ def test_layers_of_one_kind_may_differ() -> None:
         ("MMM", {}),
         ("*-*-", {"position_embedding": "rope", "rope_base": 100, "rope_percent": 0.5}),
         ("M-M*-M-", {"head_dim": 8}),
+        ("MEM*EM-", {}),
     ],
 )
 def test_other_families(pattern: str, changes: dict) -> None:
@@ -223,6 +224,18 @@ def test_written_child(parent: Path, tmp_path: Path) -> None:
     assert record["pruned"]["by"] == "test"
     text = yaml.safe_load((out / "model.yaml").read_text())
     assert definition_from_dict(text, "model.yaml") == made
+
+
+def test_a_child_with_experts_is_written_and_read(megatron: None, tmp_path: Path) -> None:
+    """Its layers and channels of the residual stream; writing compares it with its masked parent."""
+    from save_checkpoint import save
+
+    checkpoint = save(small_model(pure_config("E")), tmp_path / "parent", data=DATA)
+    hidden = child_of(checkpoint, "hidden").hidden
+    child = replace(Child.whole(read_definition(read_record(checkpoint), ""), (0, 1, 2, 4, 6)), hidden=hidden)
+    made = slicing.write_child(checkpoint, child, tmp_path / "child", "narrow")
+    assert (made.pattern, made.num_experts, made.hidden_size) == ("MEMEE", 6, len(hidden))
+    assert load_model(tmp_path / "child").definition == made
 
 
 def test_layers_that_differ_are_written_and_read(parent: Path, tmp_path: Path) -> None:

@@ -68,10 +68,10 @@ def test_other_writers() -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config = set"),
         ({"time_step_limit": [0.001, 0.1]}, r"time_step_limit = \[0.001, 0.1\]"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers = 1"),
-        ({"hybrid_override_pattern": "MEM*E", "num_hidden_layers": 5}, "mixtures of experts"),
+        ({"hybrid_override_pattern": "MEM*E", "num_hidden_layers": 5}, "n_routed_experts is missing; a positive"),
         ({"hybrid_override_pattern": "MEM*E"}, r"num_hidden_layers is 13, the pattern MEM\*E has 5 layers"),
         ({"hybrid_override_pattern": ""}, "neither hybrid_override_pattern nor a list layers_block_type"),
-        ({"hybrid_override_pattern": "", "layers_block_type": ["mlp", "moe"]}, "layers of type moe"),
+        ({"hybrid_override_pattern": "", "layers_block_type": ["mlp", "moa"]}, "layers of type moa"),
         ({"hidden_size": None}, "hidden_size is missing; a positive whole number is needed"),
         ({"n_groups": 3}, "mamba_num_heads = 16 is not a multiple of model.mamba_num_groups = 3"),
     ],
@@ -80,6 +80,52 @@ def test_refused(change: dict, message: str) -> None:
     config = config_of(shipped("nemotron_h_tiny")) | change
     with pytest.raises(UserError, match=message):
         from_config(config, "x", "DIR/config.json")
+
+
+def with_experts() -> ModelDefinition:
+    definition = replace(
+        shipped("nemotron_h_tiny"),
+        pattern="MEM*EME",
+        ffn_hidden_size=0,
+        num_experts=8,
+        experts_per_token=2,
+        expert_hidden_size=96,
+        shared_expert_hidden_size=192,
+        expert_scaling=2.5,
+        sources={},
+    ).counted()
+    definition.validate("the test")
+    return definition
+
+
+def test_experts_come_back() -> None:
+    definition = with_experts()
+    config = config_of(definition)
+    keys = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+    assert [config[key] for key in keys] == [8, 2, 96, 192]
+    assert (config["routed_scaling_factor"], config["n_group"], config["norm_topk_prob"]) == (2.5, 1, True)
+    assert from_config(config, definition.name, "config.json") == definition
+    names = {"M": "mamba", "*": "attention", "E": "moe"}
+    config["layers_block_type"] = [names[symbol] for symbol in config.pop("hybrid_override_pattern")]
+    assert from_config(config, definition.name, "config.json") == definition
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_group": 4, "topk_group": 2}, "n_group = 4, topk_group = 2, which is not imported"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False, which is not imported"),
+        ({"n_shared_experts": 2}, "n_shared_experts = 2"),
+        ({"moe_latent_size": 64}, "moe_latent_size = 64: experts between two linear layers"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers = 2: a block that predicts further tokens"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ({"num_experts_per_tok": 9}, "experts_per_token = 9 is above model.num_experts = 8"),
+        ({"routed_scaling_factor": "2.5"}, "routed_scaling_factor is '2.5'; a positive number"),
+    ],
+)
+def test_experts_refused(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_config(config_of(with_experts()) | change, "x", "DIR/config.json")
 
 
 def test_names() -> None:

@@ -27,6 +27,7 @@ CONFIGS = {
     "pruned": lambda **changes: small_config(pattern="MM*-M--", ffn_hidden_size=56, **changes),
     "nano_4b": lambda **changes: small_config(pattern=NANO_4B, mamba_head_dim=80, **changes),
     "mamba2": lambda **changes: pure_config("M", **changes),
+    "experts": lambda **changes: pure_config("E", **changes),
 }
 
 
@@ -71,8 +72,9 @@ def test_every_tensor_comes_back(kind: str, dtype: torch.dtype, tmp_path: Path) 
     assert json.loads((folder / "config.json").read_text()) == json.loads((again / "config.json").read_text())
 
 
-def test_table_has_every_weight_of_a_checkpoint(tmp_path: Path) -> None:
-    checkpoint = save(small_model(small_config()), tmp_path / "c")
+@pytest.mark.parametrize("make", [small_config, lambda: pure_config("E")], ids=["hybrid", "experts"])
+def test_table_has_every_weight_of_a_checkpoint(make, tmp_path: Path) -> None:
+    checkpoint = save(small_model(make()), tmp_path / "c")
     definition = read_definition(read_record(checkpoint), "test")
     assert {name for row in weights(definition) for name in row.ours} == set(WeightFile(checkpoint).shapes)
     stated = sum(torch.Size(shape).numel() for row in weights(definition) for shape in row.theirs.values())
@@ -109,11 +111,12 @@ def test_other_dtype(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "torch.bfloat16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_imported_checkpoint_trains_and_generates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [small_config, lambda: pure_config("E")], ids=["hybrid", "experts"])
+def test_imported_checkpoint_trains_and_generates(make, tmp_path: Path) -> None:
     """megatron-core loads it into the training model; generation reads it; both compute what the first model did."""
     from megatron.core import dist_checkpointing
 
-    config = small_config()
+    config = make()
     model = small_model(config).eval()
     folder = export(save(model, tmp_path / "first"), tmp_path / "hf")
     hf_reader.write(hf_reader.examine(folder), tmp_path / "second")

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted_model import KINDS, adapted_config, adapted_model, randomize_adapters
+from adapted_model import KINDS, adapted_config, adapted_model, adapter, randomize_adapters
+from safetensors.torch import load_file
 from save_checkpoint import finish, save
-from small_model import relative_error, tokens
+from small_model import pure_config, relative_error, small_model, tokens
 from test_hf_round_trip import export, read_all, theirs
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from nemotron_h.checkpoint.adapters import describe_base, open_weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
-from nemotron_h.export import hf_reader, merge
+from nemotron_h.export import hf_reader, merge, peft_writer
 from nemotron_h.inference.model import load_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -98,6 +99,26 @@ def test_a_merge_changes_the_targets_alone(pair, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "merged" / folders.RECORD).read_text())
     assert "adapter" not in record
     assert record["merged"]["base"]["checkpoint"] == str(base)
+
+
+def test_adapters_of_shared_experts(megatron, tmp_path: Path) -> None:
+    shared = ["in_proj", "shared_experts.linear_fc1", "shared_experts.linear_fc2"]
+    model = pure_config("E", adapter=adapter("lora", targets=shared)).configure_model(None)
+    base = small_model(pure_config("E"))
+    model.load_state_dict(base.state_dict())
+    randomize_adapters(model)
+    adapted = save_adapter(model, tmp_path / "adapter", save(base, tmp_path / "base"))
+    ids = tokens(2, 50)
+    expected = trained_logits(model, ids)
+    assert relative_error(logits_of(tmp_path / "base", ids), expected) > 0.1
+    merge.write(merge.plan(adapted), tmp_path / "merged")
+    for checkpoint in (adapted, tmp_path / "merged"):
+        assert relative_error(logits_of(checkpoint, ids), expected) < 1e-4
+    plan = peft_writer.plan(adapted)
+    assert plan.config["target_modules"] == ["in_proj", "up_proj", "down_proj"]
+    peft_writer.write(plan, tmp_path / "peft")
+    module = "base_model.model.model.layers.1.mixer.shared_experts.up_proj"
+    assert f"{module}.lora_A.weight" in load_file(tmp_path / "peft" / "adapter_model.safetensors")
 
 
 def test_training_loads_a_merged_checkpoint(pair, tmp_path: Path) -> None:

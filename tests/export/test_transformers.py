@@ -42,6 +42,8 @@ CONFIGS = {
     "pruned": lambda: small_config(pattern="MM*-M--", ffn_hidden_size=56),
     "no_attention": lambda: small_config(pattern="MM-M-", num_attention_heads=0, num_query_groups=0, kv_channels=0),
     "mamba2": lambda: pure_config("M"),
+    "experts_groups_1": lambda: pure_config("E", mamba_num_groups=1),
+    "experts_groups_2": lambda: pure_config("E"),
     "bf16": lambda: small_config(2, dtype=torch.bfloat16),
 }
 TOLERANCE = 1e-4

@@ -32,6 +32,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH, ROWS = 384, 2
 ONE_OF_EACH, ATTENTION = "M-M*-", "*-"
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "layer"}
+#: of the layers
+MATRICES = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 #: name -> pattern, precision, whether adapters are trained, other settings
 MODELS: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "attention": (ATTENTION, "bf16", False, {}),
@@ -83,7 +85,6 @@ def model(pattern: str, precision: str, adapted: bool, changes: dict[str, Any], 
     from megatron.core.transformer.module import Float16Module
     from nemo.lightning.pytorch.plugins.mixed_precision import update_config_with_dtype_overrides
 
-    from nemotron_h.architecture.adapters import owners
     from nemotron_h.model import adapters, init
     from nemotron_h.model.module import NemotronHConfig
     from nemotron_h.precision.plugins import plugin
@@ -107,7 +108,7 @@ def model(pattern: str, precision: str, adapted: bool, changes: dict[str, Any], 
         "init_method_std": 0.06,
         "fuse_weight_gradients": False,  # there is no gradient buffer without Megatron's DDP
         "gradient_accumulation_fusion": False,
-        "adapter": AdapterSchema("lora", 8, 16.0, 0.0, list(owners())) if adapted else None,
+        "adapter": AdapterSchema("lora", 8, 16.0, 0.0, MATRICES) if adapted else None,
     }
     config = NemotronHConfig(**{**values, **changes, **layout})
     backend = "te" if precision.startswith("fp8") else "auto"

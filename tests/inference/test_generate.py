@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("megatron")
 BATCH, LENGTH = 3, 75  # two whole chunks of the scan and a part
 GREEDY = Sampling(temperature=0)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+#: of float64 with experts: megatron-core rounds their scores to float32
+ROUNDED = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def pair(megatron: None, tmp_path_factory: pytest.TempPathFactory):
     made: dict = {}
 
     def build(kind: int | str = 2, dtype: torch.dtype = torch.float32) -> tuple:
-        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, `*-`, `PS`)."""
+        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, `*-`, `PS`, `E`)."""
         if (kind, dtype) not in made:
             config = pure_config(kind, dtype=dtype) if isinstance(kind, str) else small_config(kind, dtype=dtype)
             model = small_model(config).eval()
@@ -50,7 +52,7 @@ def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", [1, 2, 8, "M", "*-", "PS"])
+@pytest.mark.parametrize("kind", [1, 2, 8, "M", "*-", "PS", "E"])
 @pytest.mark.parametrize("chunk", [1, 33, 64])
 def test_prefill_and_steps_are_the_full_forward(pair, kind: int | str, dtype: torch.dtype, chunk: int) -> None:
     trained, model = pair(kind, dtype)
@@ -63,11 +65,12 @@ def test_prefill_and_steps_are_the_full_forward(pair, kind: int | str, dtype: to
     actual = model.logits(torch.cat(hidden, dim=1))
     assert actual.dtype == dtype
     for position in range(LENGTH):
-        assert relative_error(actual[:, position], expected[:, position]) < TOLERANCE[dtype], position
+        tolerance = max(TOLERANCE[dtype], ROUNDED if kind == "E" else 0)
+        assert relative_error(actual[:, position], expected[:, position]) < tolerance, position
 
 
 @pytest.mark.parametrize("limit", [7, 32, 100, 1000])  # passes of a part of a row, and of several rows
-@pytest.mark.parametrize("kind", [2, "M", "*-", "PS"])
+@pytest.mark.parametrize("kind", [2, "M", "*-", "PS", "E"])
 def test_ragged_batch_is_each_alone(pair, kind: int | str, limit: int) -> None:
     trained, model = pair(kind, dtype=torch.float64)
     lengths = [70, 41, 40, 40, 3, 1]
@@ -80,7 +83,8 @@ def test_ragged_batch_is_each_alone(pair, kind: int | str, limit: int) -> None:
     ]
     for row, length in enumerate(lengths):
         expected = full_forward(trained, ids[row : row + 1, : length + 8])[0, length - 1 :]
-        assert relative_error(torch.stack([scores[row] for scores in actual]), expected) < 1e-9
+        tolerance = ROUNDED if kind == "E" else 1e-9
+        assert relative_error(torch.stack([scores[row] for scores in actual]), expected) < tolerance
 
 
 def test_batch_order_and_company_do_not_matter(model: GenerationModel) -> None:

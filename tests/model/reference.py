@@ -98,6 +98,26 @@ def attention(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
     return torch.cat(outs, dim=-1) @ p["self_attention.linear_proj.weight"].T * scales.attention_out
 
 
+def experts(p: dict[str, Tensor], d, x: Tensor) -> Tensor:
+    """A token's experts are those of the highest scores, with the bias; their scores without it weigh their outputs."""
+
+    def ffn(t: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.clamp(t @ up.T, min=0) ** 2 @ down.T
+
+    outs = []
+    for token in x.flatten(0, 1):
+        scores = 1 / (1 + torch.exp(-(p["mlp.router.weight"] @ token)))
+        ranked = sorted(range(d.num_experts), key=lambda n: -(scores[n] + p["mlp.router.expert_bias"][n]).item())
+        chosen = ranked[: d.experts_per_token]
+        out = ffn(token, p["mlp.shared_experts.linear_fc1.weight"], p["mlp.shared_experts.linear_fc2.weight"])
+        for n in chosen:
+            expert = f"mlp.experts.local_experts.{n}."
+            weight = d.expert_scaling * scores[n] / sum(scores[m] for m in chosen)
+            out = out + weight * ffn(token, p[f"{expert}linear_fc1.weight"], p[f"{expert}linear_fc2.weight"])
+        outs.append(out)
+    return torch.stack(outs).view(x.shape)
+
+
 def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | None = None) -> Tensor:
     """Scores [batch, length, padded vocabulary].
 
@@ -121,6 +141,8 @@ def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | N
             h = (rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"]) @ p["mlp.linear_fc1.weight"].T
             gate, up = h[..., : d.ffn_hidden_size] * d.scales.ffn_gate, h[..., d.ffn_hidden_size :]
             x = x + (silu(gate) * up) @ p["mlp.linear_fc2.weight"].T * d.scales.ffn_down
+        elif symbol == "E":
+            x = x + experts(p, d, rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"])
         else:
             h = (rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"]) @ p["mlp.linear_fc1.weight"].T
             x = x + torch.clamp(h, min=0) ** 2 @ p["mlp.linear_fc2.weight"].T

@@ -64,10 +64,23 @@ MULTIPLIERS = {
 }
 
 
+#: 6 experts, of which a token passes 2
+EXPERTS = {
+    "num_experts": 6,
+    "experts_per_token": 2,
+    "expert_hidden_size": 40,
+    "shared_expert_hidden_size": 64,
+    "expert_scaling": 1.5,
+    "balance_loss": 0.0,
+}
+
+
 def pure_config(symbols: str, **changes):
-    """A small Transformer with rotary positions (`*-`), Mamba-2 alone (`M`), or Falcon-H1 (`PS`); widths that it lacks
-    are left out.
+    """A small Transformer with rotary positions (`*-`), Mamba-2 alone (`M`), Falcon-H1 (`PS`), or a hybrid with experts
+    in place of FFNs (`E`); widths that it lacks are left out.
     """
+    if symbols == "E":
+        return small_config(pattern="MEM*EME", **{**EXPERTS, "ffn_hidden_size": 0, **changes})
     if symbols == "PS":
         rotary = {"position_embedding_type": "rope", "rotary_base": 100, "rotary_percent": 1.0}
         return small_config(
@@ -84,7 +97,8 @@ def pure_config(symbols: str, **changes):
 def small_model(config, seed: int = 0):
     """The Megatron model of `config` on one rank, with weights from `scale_one`."""
     model = config.configure_model(None).to(config.params_dtype)
-    scale_one(dict(model.named_parameters()), seed)
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+    scale_one({**dict(model.named_parameters()), **biases}, seed)
     return model
 
 
@@ -102,6 +116,8 @@ def scale_one(parameters: dict[str, Tensor], seed: int) -> None:
             value = torch.log(0.05 + 4 * uniform**2)  # decays per unit of time from exp(-0.05) to exp(-4)
         elif name.endswith("dt_bias"):
             value = -4 + 5 * uniform  # softplus: steps from 0.02 to 1.3
+        elif name.endswith("expert_bias"):
+            value = 0.2 * normal  # about the spread of scores
         elif name.endswith("norm.weight"):
             value = 0.5 + uniform
         elif name.endswith("conv1d.weight"):

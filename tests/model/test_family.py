@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.rank import padded_vocabulary
+from nemotron_h.checkpoint.names import weights
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import typed
 from nemotron_h.recipe.compose import configs_dir
@@ -28,6 +29,16 @@ PUBLISHED = {
     "falcon_h1_3b": "3.149387264",
     "falcon_h1_7b": "7.585648736",
     "falcon_h1_34b": "33.642516224",
+    "nano_30b_a3b": "31.577940288",  # the checkpoint's, its correction biases included; so the next
+    "super_120b_a12b": "120.668707840",
+    "ultra_550b_a55b": "549.3",
+}
+#: billions of parameters that a token passes, embedding and output included, and of all with those of further tokens
+PUBLISHED_ACTIVE = {
+    "nano_30b_a3b": ("3.6", "31.577940288"),
+    "lightning_30b_a3b": ("3.6", "32.913266240"),
+    "super_120b_a12b": ("12.8", "123.611033088"),  # published as 12.7 and 120.6: truncated
+    "ultra_550b_a55b": ("56.1", "560.5"),
 }
 NAMES = sorted(path.stem for path in (configs_dir() / "model").glob("*.yaml"))
 
@@ -55,6 +66,30 @@ def test_published_counts(name: str, billions: str) -> None:
     assert f"{read(name)[1].parameters / 1e9:.{digits}f}" == billions
 
 
+@pytest.mark.parametrize(("name", "active", "together"), [(name, *both) for name, both in PUBLISHED_ACTIVE.items()])
+def test_published_counts_of_experts(name: str, active: str, together: str) -> None:
+    made = read(name)[1]
+    for text, count in ((active, made.active_parameters), (together, made.parameters + made.mtp_parameters)):
+        assert f"{count / 1e9:.{len(text.partition('.')[2])}f}" == text
+
+
+def test_tensors_of_the_checkpoints() -> None:
+    """3.5 Lightning's index has 6,513 tensors: those of Nano 30B, of two layers more, and four between these."""
+    layers = [weights(read(name)[1]) for name in ("nano_30b_a3b", "lightning_30b_a3b")]
+    names = [[name for row in rows for name in row.theirs] for rows in layers]
+    assert names[0] == names[1]
+    assert len(set(names[0])) == len(names[0]) == 6243
+    for name in ("gate.weight", "gate.e_score_correction_bias", "experts.127.up_proj.weight"):
+        assert f"backbone.layers.1.mixer.{name}" in names[0]
+    further = [
+        name
+        for block in read("lightning_30b_a3b")[1].mtp_blocks
+        for row in block.tensors("", "")
+        for name in row.theirs
+    ]
+    assert len(names[1]) + len(further) + len(("eh_proj", "enorm", "hnorm", "final_layernorm")) == 6513
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "attention"),
     [
@@ -67,6 +102,8 @@ def test_published_counts(name: str, billions: str) -> None:
         ("nano_12b_v2", (62, 28, 6, 28), [7, 16, 25, 34, 43, 52]),
         ("mamba2_hybrid_8b", (56, 24, 4, 28), [10, 22, 33, 45]),
         ("mamba2_8b", (56, 56, 0, 0), []),
+        ("nano_30b_a3b", (52, 23, 6, 0), [5, 12, 19, 26, 33, 42]),
+        ("super_120b_a12b", (88, 40, 8, 0), [7, 16, 25, 36, 47, 58, 69, 78]),
     ],
 )
 def test_published_layers(name: str, layers: tuple[int, ...], attention: list[int]) -> None:
@@ -84,22 +121,31 @@ def test_paper_47b_is_the_56b_without_the_dropped_layers() -> None:
     assert [index for index, pair in enumerate(zip(child, released, strict=True)) if pair[0] != pair[1]] == [74]
 
 
+def numbers_of(module: torch.nn.Module) -> int:
+    """Parameters of a module, with correction biases of routers, which no gradient changes: buffers, for Megatron."""
+    biases = [buffer for name, buffer in module.named_buffers() if name.endswith("expert_bias")]
+    return sum(tensor.numel() for tensor in (*module.parameters(), *biases))
+
+
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("name", NAMES)
 def test_megatron_module(name: str) -> None:
     """The module that training builds has the definition's parameters, layer by layer, and describes itself as it."""
     import fiddle
 
+    from nemotron_h.model.blocks.registry import RUNNING
     from nemotron_h.training.stages.pretrain import model_config
 
     model, definition = read(name)
+    if definition.planned_only() or any(kind.letter not in RUNNING for kind in definition.kinds):
+        pytest.skip("can be planned and not trained")
     config = fiddle.build(model_config(model, seq_length=8192, init_seed=1))
     with torch.device("meta"):
         module = config.configure_model(None)
     assert sum(p.numel() for p in module.parameters() if not p.is_meta) < 1e7, "weights were given memory"
     padding = 2 * (padded_vocabulary(definition, 1) - definition.vocab_size) * definition.hidden_size
-    assert sum(p.numel() for p in module.parameters()) == definition.parameters + padding
-    by_layer = [sum(p.numel() for p in layer.parameters()) for layer in module.decoder.layers]
+    assert numbers_of(module) == definition.parameters + padding
+    by_layer = [numbers_of(layer) for layer in module.decoder.layers]
     assert by_layer == [definition.block(symbol).parameters for symbol in definition.pattern]
     described = config.definition()
     described.validate_structure(name)
@@ -115,6 +161,9 @@ def test_layout_of_the_paper(name: str) -> None:
     definition = read(name)[1]
     if name == "nemotron_h_tiny" or name.startswith("falcon_h1"):
         pytest.skip("one or two groups: made for two cores, or Falcon-H1's, which `test_multipliers.py` has")
+    if definition.has_experts:
+        assert min(definition.num_query_groups, definition.mamba_num_groups) == 2
+        pytest.skip("two key-value heads, which tensor parallelism splits over two ranks; experts are split otherwise")
     definition.validate_tensor_parallel(8, name)
     with pytest.raises(UserError) as error:
         definition.validate_tensor_parallel(16, name)

@@ -23,14 +23,15 @@ def documents() -> torch.Tensor:
 def expected(model, definition, ids, seq_idx):
     """The reference's logits and losses with the model's weights, and those weights as float64 leaves."""
     parameters = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    scores = reference.logits(parameters, definition, ids[:, :-1], seq_idx)
+    biases = {name: buffer.double() for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
+    scores = reference.logits({**parameters, **biases}, definition, ids[:, :-1], seq_idx)
     return scores, reference.losses(scores, ids[:, 1:]), parameters
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("groups", [1, 2, 8])
-def test_float32(groups: int, packed: bool) -> None:
-    config = small_config(groups)
+@pytest.mark.parametrize("groups", [1, 2, 8, "E"])
+def test_float32(groups: int | str, packed: bool) -> None:
+    config = pure_config("E") if groups == "E" else small_config(groups)
     model = small_model(config)
     ids, seq_idx = tokens(BATCH, LENGTH + 1), documents() if packed else None
     scores, losses, parameters = expected(model, config.definition(), ids, seq_idx)

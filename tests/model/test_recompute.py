@@ -13,12 +13,15 @@ SETTINGS = {
     "all": {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "layer"},
     "parallel": {"recompute_parallel": "layer"},
     "swiglu": {"recompute_swiglu": "layer"},
+    "experts": {"recompute_experts": "layer"},
     "swiglu activation": {"recompute_swiglu": "activation"},
 }
 
 
 def config_of(**changes):
-    """The small hybrid, or the small Falcon-H1 where a setting is of its layers."""
+    """The small hybrid, or that with experts or the small Falcon-H1 where a setting is of their layers."""
+    if "recompute_experts" in changes:
+        return pure_config("E", **{"balance_loss": 0.1, **changes})
     falcon = any(key in changes for key in ("recompute_parallel", "recompute_swiglu"))
     return pure_config("PS", **changes) if falcon else small_config(**changes)
 
@@ -52,13 +55,14 @@ def kept_bytes(**changes) -> int:
 
 @pytest.fixture(scope="module")
 def plain(megatron):
-    """Without recomputation: of the hybrid, and of Falcon-H1."""
-    return [(*step(**settings), kept_bytes(**settings)) for settings in ({}, {"recompute_parallel": "none"})]
+    """Without recomputation: of the hybrid, of Falcon-H1, and with experts."""
+    models = ({}, {"recompute_parallel": "none"}, {"recompute_experts": "none"})
+    return [(*step(**settings), kept_bytes(**settings)) for settings in models]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_recompute_is_exact_and_keeps_less(plain, megatron, name: str) -> None:
-    plain = plain[any(name.startswith(kind) for kind in ("parallel", "swiglu"))]
+    plain = plain[2 if name == "experts" else any(name.startswith(kind) for kind in ("parallel", "swiglu"))]
     loss, gradients = step(**SETTINGS[name])
     assert loss.equal(plain[0])
     assert gradients.keys() == plain[1].keys()

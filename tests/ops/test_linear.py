@@ -99,3 +99,15 @@ def test_which_processors_widen(
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
     assert module.widens_bfloat16.__wrapped__() is widens
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_no_rows(kind: str, widened: tuple[torch.dtype, float]) -> None:
+    """As an expert without tokens: nothing, and a gradient of zeros."""
+    dtype = torch.float32 if kind == "float32" else widened[0]
+    x, weight = (torch.ones(rows, 8, dtype=dtype, requires_grad=True) for rows in (0, 3))
+    y = linear(x, weight)
+    assert y.shape == (0, 3)
+    y.sum().backward()
+    assert x.grad.shape == (0, 8)
+    assert torch.equal(weight.grad, torch.zeros(3, 8, dtype=dtype))

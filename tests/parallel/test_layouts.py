@@ -17,6 +17,7 @@ PURE = tuple(f"{family}-{layout}" for family in ("transformer", "mamba2") for la
 PAIRS = ("preference-tp2sp", "preference-pp2", "preference-dp2")
 ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2", "dora-tp2sp", "dora-tp2spopt")
 FALCON = (*(f"falcon_h1-{layout}" for layout in ("tp2spagain", "pp2", "dp2")), "falconlora-tp2sp")
+EXPERTS = tuple(f"experts-{layout}" for layout in ("ep2", "dp2", "tp2sp", "pp2", "tp2spep2again", "tp2spopt", "ep2opt"))
 KINDS = ("transformer", "mamba2", "preference", "lora", "dora")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 
@@ -34,9 +35,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
         **launch(
             1,
             folder / "one.pt",
-            ("one", "oneopt", *(f"{family}-one" for family in (*KINDS, "falcon_h1", "falconlora"))),
+            ("one", "oneopt", *(f"{family}-one" for family in (*KINDS, "falcon_h1", "falconlora", "experts"))),
         ),
-        **launch(2, folder / "two.pt", (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON)),
+        **launch(2, folder / "two.pt", (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS)),
         **launch(4, folder / "four.pt", FOUR_RANKS),
     }
 
@@ -47,7 +48,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *FOUR_RANKS])
+@pytest.mark.parametrize("name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *FOUR_RANKS])
 def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
     family = name.partition("-")[0] + "-" if "-" in name else ""
     one, other = results[f"{family}one"], results[name]

@@ -32,9 +32,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noq
 
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
+from nemotron_h.model.expert_layers import routers  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
+from nemotron_h.training.callbacks.expert_load import balance  # noqa: E402
 from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
 
 #: the hybrid and the pure patterns; 5, 6 and 3 layers, so that two stages are uneven or part a pair
@@ -70,19 +72,32 @@ FAMILIES = {
         ),
     },
     "preference": {"hybrid_override_pattern": "M-M*-"},
+    # two stages: one without experts
+    "experts": {
+        "hybrid_override_pattern": "M*EE",
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "expert_hidden_size": 48,
+        "shared_expert_hidden_size": 64,
+        "expert_scaling": 1.5,
+        "balance_loss": 0.05,
+    },
 }
+#: large, so that choices change within the steps
+BIAS_UPDATE = 0.05
 #: what is trained -> the model
 ADAPTED = {"lora": "nemotron_h", "dora": "nemotron_h", "falconlora": "falcon_h1"}
 TARGETS = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
-RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation"}
+RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation", "recompute_experts": "layer"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 
 
 def layout(name: str) -> dict[str, int | bool]:
     """`tp2sp` -> tensor 2, sequence parallel; `opt` is the distributed optimizer."""
-    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp)(\d)", name)}
-    return {"tp": sizes.get("tp", 1), "pp": sizes.get("pp", 1), "sp": "sp" in name, "opt": "opt" in name}
+    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp|ep)(\d)", name)}
+    counts = {key: sizes.get(key, 1) for key in ("tp", "pp", "ep")}
+    return {**counts, "sp": "sp" in name, "opt": "opt" in name}
 
 
 def batches(step: int) -> torch.Tensor:
@@ -110,7 +125,8 @@ def assemble(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     def collect(node: object) -> None:
         if isinstance(node, ShardedTensor):
-            pieces.append((node.key, node.global_shape, node.global_offset, node.data.detach().clone()))
+            data = node.data.detach().clone().view(*[1] * node.prepend_axis_num, *node.data.shape)
+            pieces.append((node.key, node.global_shape, node.global_offset, data))
         elif isinstance(node, dict):
             for value in node.values():
                 collect(value)
@@ -171,7 +187,9 @@ def train(name: str) -> dict[str, object]:
     kind = family.removeprefix("falcon") if family in ADAPTED else "none"
     family = ADAPTED.get(family, family)
     shape = layout(name)
-    parallel_state.initialize_model_parallel(shape["tp"], shape["pp"])
+    parallel_state.initialize_model_parallel(
+        shape["tp"], shape["pp"], expert_model_parallel_size=shape["ep"], expert_tensor_parallel_size=1
+    )
     model_parallel_cuda_manual_seed(1)
     config = NemotronHConfig(
         definition_name="test",
@@ -194,6 +212,7 @@ def train(name: str) -> dict[str, object]:
         pipeline_dtype=torch.float32,
         tensor_model_parallel_size=shape["tp"],
         pipeline_model_parallel_size=shape["pp"],
+        expert_model_parallel_size=shape["ep"],
         sequence_parallel=shape["sp"],
         adapter=AdapterSchema(kind, 4, 8.0, 0.0, TARGETS) if kind != "none" else None,
         **(RECOMPUTE if name.endswith("again") else {}),
@@ -203,7 +222,10 @@ def train(name: str) -> dict[str, object]:
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
     model = DistributedDataParallel(config, ddp, module)
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=shape["opt"], clip_grad=1.0), [model]
+        OptimizerConfig(
+            optimizer="adam", lr=1e-3, adam_eps=1e-5, use_distributed_optimizer=shape["opt"], clip_grad=1.0
+        ),
+        [model],
     )
     config.finalize_model_grads_func = finalize_model_grads
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -213,6 +235,8 @@ def train(name: str) -> dict[str, object]:
         mine = whole[rank * BATCH // size : (rank + 1) * BATCH // size]
         model.zero_grad_buffer()
         optimizer.zero_grad()
+        for router in routers(module):
+            router.forget()
         out = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(mine),
@@ -233,12 +257,15 @@ def train(name: str) -> dict[str, object]:
             for p in module.parameters():
                 p.data.copy_(p.main_grad if p.requires_grad else torch.zeros_like(p))
             gradients = assemble(module)
+            gradients = {key: value for key, value in gradients.items() if not key.endswith("expert_bias")}
             if kind != "none":
                 gradients = {key: value for key, value in gradients.items() if ".adapter." in key}
             for n, p in module.named_parameters():
                 p.data.copy_(weights[n])
         _, norm, _ = optimizer.step()
         losses.append(float(norm))
+        if config.num_experts:
+            losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module)}
     parallel_state.destroy_model_parallel()
     return result

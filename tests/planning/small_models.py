@@ -10,6 +10,9 @@ _ATTENTION = {"num_attention_heads": 4, "num_query_groups": 2, "kv_channels": 64
 _MAMBA = {"mamba_num_heads": 16, "mamba_head_dim": 32, "mamba_num_groups": 2, "mamba_state_dim": 64, "conv_kernel": 4}
 _FFN = {"ffn_hidden_size": 1344}
 
+#: matrices of their layers
+MATRICES = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
 #: family -> the model; vocabularies are multiples of what Megatron pads to with two tensor-parallel ranks
 MODELS: dict[str, dict[str, Any]] = {
     "hybrid": {

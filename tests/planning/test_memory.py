@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import MODELS, as_definition
+from small_models import MATRICES, MODELS, as_definition
 
-from nemotron_h.architecture.adapters import owners, trained_parameters
+from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.blocks import mamba
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.rank import Layout, Rank
@@ -30,7 +30,7 @@ EVERYTHING = {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_a
 
 def adapter(kind: str, **changes: Any) -> dict[str, Any]:
     """Settings of an adapter on every matrix."""
-    return {"kind": kind, "rank": 16, "alpha": 16.0, "targets": list(owners()), **changes}
+    return {"kind": kind, "rank": 16, "alpha": 16.0, "targets": MATRICES, **changes}
 
 
 def definition_100m() -> ModelDefinition:

@@ -29,6 +29,8 @@ NO_SOURCE = (
     "data.workers",
     "adapter.kind",
 )
+#: what is there where nothing is written
+LEFT_OUT = (("model.mamba_norm", True), ("model.multipliers.rule", "none"), ("parallel.expert", 1))
 FAMILY = {
     *("nemotron_h_4b", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_47b_paper", "nemotron_h_56b", "nemotron_t_8b"),
     *("mamba2_8b", "mamba2_hybrid_8b", "nano_4b", "nano_9b_v2", "nano_12b_v2"),
@@ -84,8 +86,8 @@ def test_every_value_that_matters_has_a_source(name: str) -> None:
         for key, value in leaves(dataclasses.asdict(composed.recipe))
         if f"{key}.".startswith(MATTERS)
         and not key.startswith(NO_SOURCE)
-        and value not in (None, 0, 0.0, [], {})  # left out
-        and (key, value) not in (("model.mamba_norm", True), ("model.multipliers.rule", "none"))  # so are these
+        and value not in (None, 0, 0.0, "", [], {})  # left out
+        and (key, value) not in LEFT_OUT
         and key not in composed.sources
     ]
     assert not missing

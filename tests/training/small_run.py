@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from forks import FORKS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -329,6 +330,12 @@ def changes_at_resume(small: Small, name: str, copy: str, recipe: Path, *setting
         assert f"  {key}: {before} -> {now}\n" in said
     assert small.steps(copy)[step + 1]["loss"] != small.steps(name)[step + 1]["loss"]
     return changes
+
+
+def layout_of_strategy(**changes: object) -> SimpleNamespace:
+    """What checks ask of a strategy; one rank by default."""
+    sizes = {f"{kind}_parallel_size": 1 for kind in ("tensor_model", "pipeline_model", "expert_model", "context")}
+    return SimpleNamespace(**{**sizes, "sequence_parallel": False, **changes})
 
 
 def losses(small: Small, name: str) -> list[float]:

@@ -10,6 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from small_run import layout_of_strategy
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
@@ -255,7 +257,7 @@ def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monk
 
     monkeypatch.setattr(memory, "available", lambda: 12 * 2**30)
     large, tiny = (definition_of(compose(name), name) for name in ("nemotron_h_8b", "nemotron_h_tiny"))
-    strategy = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1)
+    strategy = layout_of_strategy()
     trainer = SimpleNamespace(strategy=strategy, num_devices=8, num_nodes=1)
     lora = AdapterSchema(kind="lora", rank=8, alpha=16, targets=["in_proj"])
     for first, adapter, others, least in (
@@ -270,6 +272,34 @@ def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monk
         )
         with pytest.raises(UserError, match=rf"model {first.name}: training takes at least {least} GiB"):
             preflight.check_layout(trainer, SimpleNamespace(config=config))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("nemotron_h_tiny", {"expert_model_parallel_size": 2}, "parallel.expert = 2 is unused: model nemotron_h_tiny"),
+        (
+            "nemotron_h_moe_tiny",
+            {"expert_model_parallel_size": 3},
+            "parallel.expert = 3 does not divide num_experts = 8",
+        ),
+        ("nemotron_h_moe_tiny", {"tensor_model_parallel_size": 2}, "parallel.tensor = 2 without parallel.sequence"),
+        ("super_120b_a12b", {}, "model.expert_latent_size = 1024 of model super_120b_a12b: training does not have it"),
+    ],
+)
+def test_layouts_of_experts_that_cannot_be(name: str, changes: dict[str, int], words: str) -> None:
+    """Set on the command line, behind the recipe's checks."""
+    from nemotron_h.architecture.definition import definition_from_dict
+    from nemotron_h.core.strict_yaml import read_config
+    from nemotron_h.recipe.compose import configs_dir
+    from nemotron_h.schema.recipe import ModelSchema
+    from nemotron_h.training.preflight import check_split
+
+    written = OmegaConf.merge(ModelSchema, read_config(configs_dir() / "model" / f"{name}.yaml"))
+    definition = definition_from_dict(OmegaConf.to_container(written), name)
+    with pytest.raises(UserError) as error:
+        check_split(definition, layout_of_strategy(**changes), 8)
+    assert words in str(error.value)
 
 
 def test_a_run_shorter_than_its_warmup_is_an_error() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import FORKS, Small, assert_same, changes_at_resume, distill_recipe, losses
+from small_run import FORKS, Small, assert_same, changes_at_resume, distill_recipe, layout_of_strategy, losses
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.report.run import REPORT, read_run
@@ -167,7 +167,7 @@ def test_refusals(distilled: Small, tmp_path: Path) -> None:
     from nemotron_h.training.stages.distillation.stage import ResumeDistillation, check_teacher
 
     teacher = find_checkpoint(distilled.run_dir("straight"))
-    strategy = SimpleNamespace(tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1)
+    strategy = layout_of_strategy()
     trainer = SimpleNamespace(strategy=strategy, num_devices=1, num_nodes=1)
 
     def refused(match: str, **changes: object) -> None:

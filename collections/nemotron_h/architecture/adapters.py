@@ -16,12 +16,13 @@ from nemotron_h.schema.recipe import ADAPTERS, AdapterSchema
 
 
 def targets(definition: ModelDefinition) -> dict[str, list[Matrix]]:
-    """Return the matrices of a model's layers by name, one of each layer that has it; kinds as in the registry."""
+    """Return the matrices that may have adapters by name, one of each layer that has it; kinds as in the registry."""
     ordered = sorted(definition.blocks, key=lambda block: list(KINDS).index(block.letter))
     matrices: dict[str, list[Matrix]] = {}
     for block in ordered:
         for matrix in block.matrices():
-            matrices.setdefault(matrix.name, []).append(matrix)
+            if matrix.adapts:
+                matrices.setdefault(matrix.name, []).append(matrix)
     return matrices
 
 
@@ -33,7 +34,8 @@ def owners(first: Iterable[type[Block]] = ()) -> dict[str, type[Block]]:
     found: dict[str, type[Block]] = {}
     for kind in kinds:
         for matrix in kind.of({**others, **widths}).matrices():
-            found.setdefault(matrix.name, kind)
+            if matrix.adapts:
+                found.setdefault(matrix.name, kind)
     return found
 
 
@@ -73,7 +75,7 @@ def coverage(adapter: AdapterSchema, definition: ModelDefinition) -> list[Covera
 def trained_parameters(adapter: AdapterSchema, definition: ModelDefinition) -> int:
     """Return the number of trained parameters: those of the adapters, or all of the model's without adapters."""
     if adapter.kind == "none":
-        return definition.parameters
+        return definition.parameters + definition.mtp_parameters
     return sum(row.trained for row in coverage(adapter, definition))
 
 

@@ -30,7 +30,14 @@ _BLOCK_KEYS = tuple(each.name for each in fields(ModelSchema) if each.type in ("
 
 @dataclass(frozen=True)
 class Expect:
-    """Counts that the definition states and loading checks; parameters are without vocabulary padding."""
+    """Counts that the definition states and loading checks; parameters are without vocabulary padding.
+
+    Attributes:
+        mamba, attention, ffn, parallel, swiglu, experts: layers of each kind.
+        parameters: of the model, without `mtp`.
+        active: of these, what one token passes; 0 in a model without experts, where it passes all.
+        mtp: parameters of the block that predicts further tokens.
+    """
 
     mamba: int = 0
     attention: int = 0
@@ -38,6 +45,9 @@ class Expect:
     parameters: int = 0
     parallel: int = 0
     swiglu: int = 0
+    experts: int = 0
+    active: int = 0
+    mtp: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class ModelDefinition:
         family: which rules the pattern follows: `nemotron_h` (paper 2.1), `transformer` (attention and FFN in pairs),
             `mamba2` (Mamba-2 alone), `falcon_h1` (attention beside Mamba-2, and SwiGLU, in pairs), or `pruned`: any
             order, as removing layers leaves it.
-        pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` FFN, `P` attention beside Mamba-2, `S` SwiGLU.
+        pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` FFN, `P` attention beside Mamba-2, `S` SwiGLU,
+            `E` a mixture of experts.
         hidden_size: width of the residual stream.
         ffn_hidden_size: inner width of each FFN: squared ReLU without a gate, or SwiGLU.
         num_attention_heads, num_query_groups, head_dim: grouped-query attention; `num_query_groups` is the number of
@@ -59,6 +70,15 @@ class ModelDefinition:
         mamba_num_heads, mamba_head_dim, mamba_num_groups, mamba_state_dim: Mamba-2 heads, their width, the groups
             that share B and C, and the state per channel.
         conv_kernel: window of the causal convolution.
+        num_experts, experts_per_token: routed experts of a layer, and how many of them a token passes.
+        expert_hidden_size, shared_expert_hidden_size: inner widths of each routed expert and of the shared one.
+        expert_scaling: the routed experts' weights, which sum to 1, are multiplied by it.
+        expert_latent_size: width of the routed experts' inputs and outputs, between two linear layers; 0 is
+            `hidden_size`, without these.
+        mtp_pattern: layers of the block that predicts further tokens, such as `*E` (multi-token prediction, arXiv
+            2412.19437 2.2); empty is none. It also has a linear layer of a token's embedding and the state before, and
+            three norms.
+        mtp_steps: how many further tokens it predicts, one after the other by the same weights.
         mamba_norm: an RMSNorm follows the gate of each mixer; false leaves it out.
         position_embedding: `none` (paper 2.1), or `rope` (rotary, in attention layers).
         rope_base: base of the rotary angles' wave lengths, with `rope` only.
@@ -87,6 +107,14 @@ class ModelDefinition:
     mamba_num_groups: int = 0
     mamba_state_dim: int = 0
     conv_kernel: int = 0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_hidden_size: int = 0
+    shared_expert_hidden_size: int = 0
+    expert_scaling: float = 0.0
+    expert_latent_size: int = 0
+    mtp_pattern: str = ""
+    mtp_steps: int = 0
     mamba_norm: bool = True
     position_embedding: str = "none"
     rope_base: int = 0
@@ -124,6 +152,11 @@ class ModelDefinition:
         """Return the layers, each with its own widths."""
         return tuple(self.block(letter, self.overrides.get(index, {})) for index, letter in enumerate(self.pattern))
 
+    @cached_property
+    def mtp_blocks(self) -> tuple[Block, ...]:
+        """Return the layers of the block that predicts further tokens."""
+        return tuple(self.block(letter) for letter in self.mtp_pattern)
+
     @property
     def kinds(self) -> tuple[type[Block], ...]:
         """Return the kinds of the layers that there are, in the order of the registry."""
@@ -144,6 +177,29 @@ class ModelDefinition:
         return sum(block.parameters for block in self.blocks) + self.other_parameters
 
     @property
+    def has_experts(self) -> bool:
+        """Tell whether tokens pass some of its parameters alone."""
+        return any(kind.distributed for kind in self.kinds)
+
+    @property
+    def active_parameters(self) -> int:
+        """Return the parameters that one token passes, as model cards count them: embedding and output included."""
+        return sum(block.active_parameters for block in self.blocks) + self.other_parameters
+
+    @property
+    def mtp_parameters(self) -> int:
+        """Return the parameters of the block that predicts further tokens; none of them are in `parameters`."""
+        if not self.mtp_pattern:
+            return 0
+        # norms of the embedding, the state before and the output; a projection of the first two, concatenated
+        return sum(block.parameters for block in self.mtp_blocks) + self.hidden_size * (2 * self.hidden_size + 3)
+
+    def planned_only(self) -> dict[str, int | str]:
+        """Return key -> value of what can be planned and not trained."""
+        values = {key: getattr(self, key) for key in ("expert_latent_size", "mtp_pattern")}
+        return {key: value for key, value in values.items() if value}
+
+    @property
     def other_parameters(self) -> int:
         """Return the parameters outside of the layers: embedding, output, final norm."""
         return 2 * self.vocab_size * self.hidden_size + self.hidden_size
@@ -156,7 +212,8 @@ class ModelDefinition:
         """Return what `expect` has to be."""
         names = {each.name for each in fields(Expect)}
         stated = {name: count for name, count in self.layer_counts().items() if name in names}
-        return Expect(**stated, parameters=self.parameters)
+        active = self.active_parameters if self.has_experts else 0
+        return Expect(**stated, parameters=self.parameters, active=active, mtp=self.mtp_parameters)
 
     def counted(self) -> ModelDefinition:
         """Return the same model with `expect` filled in."""
@@ -209,6 +266,7 @@ class ModelDefinition:
         self._validate_multipliers(origin)
         self._validate_overrides(origin)
         self._validate_positions(origin)
+        self._validate_mtp(origin)
         names = {f.name for f in fields(self)}
         unknown = sorted(key for key in self.sources if key.partition(".")[0] not in names)
         if unknown:
@@ -219,6 +277,10 @@ class ModelDefinition:
         for index, block in enumerate(self.blocks):
             for dividend, divisor in block.divides:
                 _check_divides(block, dividend, divisor, origin, index if index in self.overrides else None)
+            for part, whole in block.at_most:
+                a, b, where = getattr(block, part), getattr(block, whole), f"{origin}: model"
+                if a > b:
+                    raise UserError(f"{where}.{part} = {a} is above model.{whole} = {b}", hint=f"set it to {b} or less")
 
     def _validate_widths(self, origin: str) -> None:
         for key, allowed in ranges(ModelSchema).items():
@@ -231,7 +293,8 @@ class ModelDefinition:
         for kind in KINDS.values():
             for key in kind.widths:
                 if kind in self.kinds:
-                    self._validate_positive(origin, key)
+                    if key not in kind.optional:
+                        self._validate_positive(origin, key)
                 elif getattr(self, key) and not any(key in other.widths for other in self.kinds):
                     raise UserError(
                         f"{origin}: model.{key} = {getattr(self, key)} has no use: "
@@ -325,6 +388,45 @@ class ModelDefinition:
                     f"{origin}: model.overrides.{index}.head_dim: rotary angles are computed once for all layers",
                     hint="leave it out, or set model.position_embedding to none",
                 )
+
+    def _validate_mtp(self, origin: str) -> None:
+        if self.mtp_pattern and (others := sorted(set(self.mtp_pattern) - set(self.pattern))):
+            raise UserError(
+                f"{origin}: model.mtp_pattern = {self.mtp_pattern} has {' '.join(others)}, which model.pattern has not",
+                hint=f"use {' '.join(dict.fromkeys(self.pattern))}",
+            )
+        if bool(self.mtp_pattern) != (self.mtp_steps > 0):
+            raise UserError(
+                f"{origin}: model.mtp_pattern = {self.mtp_pattern!r} and model.mtp_steps = {self.mtp_steps}",
+                hint="state both, such as *E and 1, or leave both out",
+            )
+
+    def validate_expert_parallel(self, size: int, ranks: int, origin: str) -> None:
+        """Check that the experts split over `size` ranks, and that these are among the ranks of a pipeline stage.
+
+        Args:
+            size: expert-parallel ranks.
+            ranks: tensor- times data-parallel ranks, over which they lie.
+            origin: the file or recipe to name in an error.
+        Errors:
+            UserError: names the key, and the nearest size that fits.
+        """
+        counts = {key: getattr(block, key) for block in self.blocks for key in block.distributed}
+        if not self.has_experts and size > 1:
+            raise UserError(
+                f"{origin}: parallel.expert = {size} is unused: model {self.name} has no experts",
+                hint="leave parallel.expert out",
+            )
+        bad = [f"{key} = {value} of model {self.name}" for key, value in counts.items() if size < 1 or value % size]
+        if size < 1 or ranks % size:
+            bad.append(f"the {ranks} ranks of a pipeline stage (parallel.nodes * devices / pipeline)")
+        if bad:
+            common = math.gcd(ranks, *counts.values())
+            fits = [n for n in range(1, common + 1) if common % n == 0]
+            raise UserError(
+                f"{origin}: parallel.expert = {size} does not divide {', nor '.join(bad)}",
+                hint=f"nearest: {min(fits, key=lambda n: abs(n - size))}; sizes that fit: {', '.join(map(str, fits))}",
+            )
 
     def validate_tensor_parallel(self, size: int, origin: str) -> None:
         """Check that every sharded dimension splits over `size` ranks.

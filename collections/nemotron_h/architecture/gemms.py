@@ -32,12 +32,13 @@ class Gemm:
 
     Attributes:
         layer: number of the layer, from 0; the number of layers for the output layer.
-        kind: `mamba`, `attention`, `ffn` or `output`.
+        kind: name of the kind of layers, or `output`.
         name: as in the model.
         m, n, k: tokens, outputs and inputs.
         dtype: `FP8`, `BF16` or `FP32`.
         why: in FP8 its formats, else the reason that keeps the matmul out of it; empty where nothing is in FP8.
         keys: of the model, that inputs and outputs come from.
+        count: how many of it the rank has: one for each of its experts, of whose tokens `m` is the mean.
     """
 
     layer: int
@@ -49,6 +50,7 @@ class Gemm:
     dtype: str
     why: str
     keys: tuple[str, str]
+    count: int = 1
 
 
 def gemm_table(
@@ -58,6 +60,7 @@ def gemm_table(
     *,
     tokens: int,
     bf16_edge_layers: int = 2,
+    expert_parallel: int = 1,
 ) -> list[Gemm]:
     """Return the linear layers' matmuls of a forward pass, in the order of the model.
 
@@ -67,6 +70,7 @@ def gemm_table(
         tensor_parallel: ranks that each weight is split over.
         tokens: of one micro batch, `seq_length * micro_batch_size`.
         bf16_edge_layers: layers at each end that stay in BF16 when `precision` is FP8.
+        expert_parallel: ranks that routed experts are split over.
     """
     plain = "FP32" if precision == "fp32" else "BF16"
     formats = FP8_FORMATS.get(precision)
@@ -82,7 +86,15 @@ def gemm_table(
         dtype, why = (plain, edge if formats else "") if edge or not formats else ("FP8", in_fp8)
         for matrix in block.matrices():
             n, k = matrix.on_rank(tensor_parallel)
-            table.append(Gemm(layer, block.name, matrix.name, tokens, n, k, dtype, why, matrix.keys))
+            m, count = (
+                tokens if matrix.split else tokens // tensor_parallel,
+                1,
+            )  # sequence parallel, where none is split
+            if matrix.experts:  # each rank sends its tokens, and has a share of the experts
+                m = max(1, m * matrix.active * expert_parallel // matrix.experts)
+                count = matrix.experts // expert_parallel
+            precision_of = ("FP32", "in float32" if formats else "") if matrix.exact else (dtype, why)
+            table.append(Gemm(layer, block.name, matrix.name, m, n, k, *precision_of, matrix.keys, count))
     head, width = -(-definition.vocab_size // tensor_parallel), definition.hidden_size
     why, keys = "output layer" if formats else "", ("hidden_size", "vocab_size")
     table.append(Gemm(definition.num_layers, "output", OUTPUT_LAYER, tokens, head, width, plain, why, keys))

@@ -22,6 +22,7 @@ class Layout:
 
     Attributes:
         tensor, pipeline, data: ranks per axis.
+        expert: ranks, of the tensor-, context- and data-parallel ones of a stage, that routed experts are split over.
         context: context-parallel ranks; planned only, training refuses more than 1.
         sequence: sequence parallelism over the tensor-parallel ranks.
         distributed_optimizer: the optimizer's state is sharded over `data`.
@@ -47,6 +48,7 @@ class Layout:
     pipeline: int = 1
     context: int = 1
     data: int = 1
+    expert: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
     precision: str = "bf16"
@@ -58,6 +60,7 @@ class Layout:
     recompute_attention: str = "none"
     recompute_parallel: str = "none"
     recompute_swiglu: str = "none"
+    recompute_experts: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
     widened: bool = False
@@ -68,6 +71,16 @@ class Layout:
     def ranks(self) -> int:
         """Return the number of ranks."""
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def shards(self) -> int:
+        """Return the ranks with the same weights, over which the optimizer's state is sharded."""
+        return self.data * self.context if self.distributed_optimizer else 1
+
+    @property
+    def expert_shards(self) -> int:
+        """Return the same of the routed experts."""
+        return self.tensor * self.context * self.data // self.expert if self.distributed_optimizer else 1
 
     @property
     def base_precision(self) -> str:
@@ -115,6 +128,8 @@ class Rank:
         self.residual = whole // t if layout.sequence else whole
         self.gathered = whole if layout.sequence and t > 1 else 0
         self.whole = whole
+        #: tokens whose residual stream this rank holds
+        self.own_tokens = self.tokens // (t if layout.sequence else 1)
         self.norm_rows = self.tokens // (t if layout.sequence else 1) * 4
         self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
 
@@ -136,7 +151,8 @@ class Rank:
             return 0
         plain = self.float32 and self.layout.tensor == 1
         copy = self.tokens * min(matrix.outputs, matrix.inputs) * 4 if plain else 0
-        return matrix.size // self.layout.tensor * self.e + copy + self.wide(matrix.size)
+        outputs, inputs = matrix.on_rank(self.layout.tensor)
+        return outputs * inputs * self.e + copy + self.wide(matrix.outputs * matrix.inputs)
 
     def wide(self, elements: int) -> int:
         """Return the float32 bytes of a widened matmul with a matrix of so many elements: it, and a block of rows."""

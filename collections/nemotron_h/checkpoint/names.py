@@ -2,7 +2,8 @@
 `falcon_h1` for a model of that family and `nemotron_h` for all others.
 
 One table serves both directions. The tensors of a row, concatenated along their first axis, are the same numbers on
-both sides; only attention's queries, keys and values are in another order of rows.
+both sides; only attention's queries, keys and values are in another order of rows, and Megatron's experts are one
+tensor, stacked along an axis of their own.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ class Weight(Tensors):
 
     def to_theirs(self, whole: Tensor) -> dict[str, Tensor]:
         """Reorder ours, concatenated along the first axis, and split them into theirs."""
+        if self.stacked:
+            whole = whole.flatten(0, 1)
         return _split(whole if self.order is None else whole[torch.from_numpy(self.order)], self.theirs)
 
     def to_ours(self, whole: Tensor) -> dict[str, Tensor]:
         """Reorder theirs, concatenated along the first axis, and split them into ours."""
+        if self.stacked:
+            whole = whole.unflatten(0, (len(self.theirs), -1))
         return _split(whole if self.order is None else whole[torch.from_numpy(self.order.argsort())], self.ours)
 
 

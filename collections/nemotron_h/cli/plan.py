@@ -38,7 +38,7 @@ def plan(
 
     # how GPUs are spread over nodes changes nothing here
     ranks = [] if gpus is None else ["parallel.nodes=1", f"parallel.devices={gpus}"]
-    made = make_plan(compose(name, [*(overrides or ()), *ranks]), gpu, mfu, start, context, storage)
+    made = make_plan(compose(name, [*(overrides or ()), *ranks], trains=False), gpu, mfu, start, context, storage)
     rows = made.sweep() if sweep else []
     if json_:
         import dataclasses

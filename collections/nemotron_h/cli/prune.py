@@ -114,7 +114,7 @@ def prune(
     from nemotron_h.compression.selection import child_of
     from nemotron_h.core.files import file_sha256
     from nemotron_h.export.config import definition_name
-    from nemotron_h.schema.recipe import BudgetSchema, GridSchema
+    from nemotron_h.schema.minipuzzle import BudgetSchema, GridSchema
 
     checkpoint = find_checkpoint(checkpoint)
     parent = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")

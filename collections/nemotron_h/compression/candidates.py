@@ -19,7 +19,7 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import BYTES, GIB, parse_count
 from nemotron_h.planning.inference import InferenceMemory, Serving, layer_memory
-from nemotron_h.schema.recipe import BudgetSchema, GridSchema
+from nemotron_h.schema.minipuzzle import BudgetSchema, GridSchema
 
 _LISTS = tuple(f.name for f in fields(GridSchema) if f.name != "depth")
 #: lists of the grid: numbers of layers, by the names of their kinds, and widths, by their keys in the model; all layers

@@ -32,7 +32,7 @@ from nemotron_h.data.blend import Blend
 from nemotron_h.data.feed.calibration import calibration_windows
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.inference.model import GenerationModel
-from nemotron_h.schema.recipe import METRICS, ORDERS
+from nemotron_h.schema.minipuzzle import METRICS, ORDERS
 
 VALUES, RECORD = "importance.safetensors", "importance.json"
 FILES = (RECORD, VALUES)

@@ -15,7 +15,8 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import GIB
 from nemotron_h.platform import memory
 from nemotron_h.recipe.checks import definition_of
-from nemotron_h.schema.recipe import GridSchema, RecipeConfig
+from nemotron_h.schema.minipuzzle import GridSchema
+from nemotron_h.schema.recipe import RecipeConfig
 
 VALUE_BYTES = {"cuda": 2, "cpu": 4}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}

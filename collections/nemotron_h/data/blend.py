@@ -20,7 +20,7 @@ from nemotron_h.core.strict import is_name, merged, nearest, number, typed, with
 from nemotron_h.core.units import parse_count
 from nemotron_h.data.blend_files import find_blend, layers_of
 from nemotron_h.data.fetch_spec import HUB, Fetch, fetch_problems
-from nemotron_h.schema.recipe import COUNT, SEED, VOCABULARY
+from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")

@@ -35,6 +35,17 @@ KEYS = {
     "init_std": "initializer_range",
 }
 
+#: definition -> config.json, of experts: stated of a model that has some, for transformers writes all keys of any
+EXPERT_KEYS = {
+    "num_experts": "n_routed_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "expert_hidden_size": "moe_intermediate_size",
+    "shared_expert_hidden_size": "moe_shared_expert_intermediate_size",
+    "expert_scaling": "routed_scaling_factor",
+}
+#: what every model with experts has, as `FIXED`
+EXPERTS_FIXED = {"n_shared_experts": 1, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}
+
 #: what every model of the family has (paper 2.1). A config.json that says otherwise is of another model; one that says
 #: nothing means these, which are also the defaults of transformers.
 FIXED = {
@@ -48,6 +59,8 @@ FIXED = {
     "tie_word_embeddings": False,
 }
 
+#: keys of a definition that are no whole numbers
+_REAL = ("norm_epsilon", "init_std", "expert_scaling")
 _LARGEST = 2**31  # ours: beyond any width
 
 #: sizes that transformers requires to be positive, for layer types that a pattern lacks
@@ -58,7 +71,10 @@ _LAYER_TYPES = {
     "attention": "attention",
     "full_attention": "attention",
     "mlp": "ffn",
+    "moe": "experts",
 }
+#: kinds of layers that an import reads
+_READ = set(_LAYER_TYPES.values())
 
 
 def check_expressible(definition: ModelDefinition) -> None:
@@ -132,6 +148,8 @@ def to_config(
     """
     check_expressible(definition)
     widths = {theirs: getattr(definition, ours) or _UNUSED_WIDTH for ours, theirs in KEYS.items()}
+    if definition.num_experts:
+        widths |= {theirs: getattr(definition, ours) for ours, theirs in EXPERT_KEYS.items()} | EXPERTS_FIXED
     return {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -165,13 +183,15 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
     values: dict[str, Any] = {"pattern": pattern}
     needed = {key for letter in pattern for key in KINDS[letter].widths}
     unused = {key for kind in KINDS.values() for key in kind.widths} - needed
-    for ours, theirs in KEYS.items():
+    if not needed.isdisjoint(EXPERT_KEYS):
+        _check_experts(config, origin)
+    for ours, theirs in {**KEYS, **EXPERT_KEYS}.items():
         if ours == "pattern" or ours in unused:
             continue
         key = "attention_head_dim" if theirs == "head_dim" and theirs not in config else theirs
         if key not in config and ours in ("norm_epsilon", "init_std"):
             continue  # the definition's defaults are transformers'
-        values[ours] = positive(config.get(key), theirs, origin, whole=ours not in ("norm_epsilon", "init_std"))
+        values[ours] = positive(config.get(key), theirs, origin, whole=ours not in _REAL)
     definition = ModelDefinition(name=name, family=family_of(pattern), expect=Expect(), **values)
     definition.validate_structure(origin)
     return definition.counted()
@@ -215,8 +235,6 @@ def _check_architecture(config: Mapping[str, Any], origin: str) -> None:
     other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
     if config.get("quantization_config"):
         other["quantization_config"] = "set"
-    if config.get("num_nextn_predict_layers"):
-        other["num_nextn_predict_layers"] = config["num_nextn_predict_layers"]
     try:
         lowest, highest = (_number(value) for value in config.get("time_step_limit") or (0.0, float("inf")))
     except (ValueError, TypeError, KeyError):
@@ -227,6 +245,23 @@ def _check_architecture(config: Mapping[str, Any], origin: str) -> None:
     if other:
         said = ", ".join(f"{key} = {value}" for key, value in other.items())
         raise UserError(f"{origin}: {said}, which this family does not have (paper 2.1)")
+    if steps := config.get("num_nextn_predict_layers"):
+        raise UserError(
+            f"{origin}: num_nextn_predict_layers = {steps}: a block that predicts further tokens is not imported",
+            hint="import the model without it: set num_nextn_predict_layers to 0, and leave out its tensors (mtp.)",
+        )
+
+
+def _check_experts(config: Mapping[str, Any], origin: str) -> None:
+    """Refuse variants of experts that the family does not have, or that are not trained here."""
+    if latent := config.get("moe_latent_size"):
+        raise UserError(
+            f"{origin}: moe_latent_size = {latent}: experts between two linear layers are planned, and not imported",
+            hint="nemotron-h plan takes such a model (model.expert_latent_size)",
+        )
+    if other := {key: config[key] for key, value in EXPERTS_FIXED.items() if config.get(key, value) != value}:
+        said, known = (", ".join(f"{key} = {value}" for key, value in each.items()) for each in (other, EXPERTS_FIXED))
+        raise UserError(f"{origin}: {said}, which is not imported", hint=f"the released models have {known}")
 
 
 def _number(value: Any) -> float:
@@ -249,6 +284,9 @@ def _pattern(config: Mapping[str, Any], origin: str) -> str:
     layers = config.get("num_hidden_layers", len(pattern))
     if layers != len(pattern):
         raise UserError(f"{origin}: num_hidden_layers is {layers!r}, the pattern {pattern} has {len(pattern)} layers")
-    if "E" in pattern:
-        raise UserError(f"{origin}: the pattern {pattern} has mixtures of experts (E), which this family does not have")
+    others = [
+        f"{kind.title} ({letter})" for letter, kind in KINDS.items() if letter in pattern and kind.name not in _READ
+    ]
+    if others:
+        raise UserError(f"{origin}: the pattern {pattern} has {', '.join(others)}, which is not imported")
     return pattern

@@ -182,8 +182,8 @@ def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
         number = layer.layer_number - 1
         matrices = {matrix.name: matrix for matrix in blocks[number].matrices()}
         for name, linear in list(layer.named_modules()):
-            target = name.rpartition(".")[2]
-            if target not in matrices or target not in settings.targets:
+            target = next((own for own in matrices if f".{name}".endswith(f".{own}")), None)
+            if target not in settings.targets:
                 continue
             row_parallel = matrices[target].split == "inputs"
             if hasattr(linear, "return_layernorm_output"):

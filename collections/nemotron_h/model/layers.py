@@ -158,6 +158,7 @@ def stack_spec() -> ModuleSpec:
             norm=None,
             plain_column=te.TEColumnParallelLinear,
             shared_norm=te.TENorm,
+            grouped=(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear),
         )
         return ModuleSpec(module=NemotronHStack, submodules=parts)
     return plain_stack_spec()

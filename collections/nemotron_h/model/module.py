@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -28,6 +29,9 @@ from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
+
+#: key of Transformer Engine's state of a layer, or of one of many matrices of a layer
+_EXTRA = re.compile(r"_extra_state\d*$")
 
 
 def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str, Any]:
@@ -93,7 +97,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         without it continues in any precision.
         """
         state = super().sharded_state_dict(*args, **kwargs)
-        state = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        state = {key: value for key, value in state.items() if not _EXTRA.search(key)}
         if self.state_part == "all":
             return state
         wanted = self.state_part == "adapter"
@@ -109,15 +113,13 @@ class NemotronHMegatronModel(MegatronMambaModel):
         """Accept the base alone, or the adapters alone; DoRA's lengths begin at the base's."""
         tuned = list(adapters.adapted(self))
         parts = {
-            adapters.is_adapter_key(name)
-            for name in state_dict
-            if name.startswith(prefix) and not name.endswith("_extra_state")
+            adapters.is_adapter_key(name) for name in state_dict if name.startswith(prefix) and not _EXTRA.search(name)
         }
         if not tuned or len(parts) != 1:
             return
         base = not parts.pop()
-        own = {name: p for name, p in self.named_parameters() if adapters.is_adapter_key(name) == base}
-        state_dict.update({f"{prefix}{name}": p.detach() for name, p in own.items()})
+        own = {n: t for n, t in self.state_dict().items() if adapters.is_adapter_key(n) == base and torch.is_tensor(t)}
+        state_dict.update({f"{prefix}{name}": tensor for name, tensor in own.items() if not _EXTRA.search(name)})
         if base:
             for name, layer in tuned:
                 if layer.adapter.magnitude is not None:
@@ -229,6 +231,11 @@ GPU_OPTIONS: dict[str, GpuOption] = {
         False, False, "no biases and no dropout (paper 2.1): what is left is one addition, already one kernel"
     ),
     "bias_activation_fusion": GpuOption(False, False, "no biases; the squared ReLU is Transformer Engine's kernel"),
+    "moe_permute_fusion": GpuOption(
+        True,
+        False,
+        "tokens to experts and back in one kernel each, whose sums have one order: steps repeat bit for bit",
+    ),
     "masked_softmax_fusion": GpuOption(False, False, "cuDNN's attention never forms the scores that it would fuse"),
     "deallocate_pipeline_outputs": GpuOption(
         True, False, "frees what a pipeline stage has sent; the CPU path reads it"
@@ -263,6 +270,8 @@ class NemotronHConfig(SSMConfig):
         overrides: layer -> widths of its own.
         vocab_size: the vocabulary of the tokenizer, before padding.
         conv_kernel: window of the causal convolution.
+        num_experts, ..., mtp_steps: as in `ModelDefinition`.
+        balance_loss, bias_update: as the recipe's `experts`.
         mamba_norm: an RMSNorm follows the gate of each mixer.
         multipliers: factors of activations, stated or by a rule.
         init_seed: seed of the initial weights.
@@ -279,6 +288,16 @@ class NemotronHConfig(SSMConfig):
     overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     vocab_size: int = 0
     conv_kernel: int = 4
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_hidden_size: int = 0
+    shared_expert_hidden_size: int = 0
+    expert_scaling: float = 0.0
+    expert_latent_size: int = 0
+    mtp_pattern: str = ""
+    mtp_steps: int = 0
+    balance_loss: float = 1e-4
+    bias_update: float = 1e-3
     mamba_norm: bool = True
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
     init_seed: int = 1234
@@ -288,6 +307,7 @@ class NemotronHConfig(SSMConfig):
     recompute_ffn: str = "none"
     recompute_parallel: str = "none"
     recompute_swiglu: str = "none"
+    recompute_experts: str = "none"
     adapter: AdapterSchema | None = None
 
     normalization: str = "RMSNorm"
@@ -297,6 +317,12 @@ class NemotronHConfig(SSMConfig):
     add_bias_linear: bool = False
     gated_linear_unit: bool = False
     share_embeddings_and_output_weights: bool = False
+    # of experts (DeepSeek-V3, arXiv 2412.19437, 2.1.2): no token is dropped
+    moe_router_score_function: str = "sigmoid"
+    moe_router_load_balancing_type: str = "seq_aux_loss"
+    moe_token_dispatcher_type: str = "alltoall"
+    moe_permute_fusion: bool = gpu_option("moe_permute_fusion")
+    expert_tensor_parallel_size: int = 1
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     activation_func: Callable = squared_relu
@@ -333,6 +359,10 @@ class NemotronHConfig(SSMConfig):
                 self.num_attention_heads = self.num_query_groups = self.mamba_num_heads
             if "ffn_hidden_size" not in widths:
                 self.ffn_hidden_size = self.hidden_size
+            # Megatron asks for these where there are experts; a layer has its own widths
+            self.num_moe_experts = self.num_experts or None
+            self.moe_permute_fusion = self.moe_permute_fusion and self.num_experts > 0  # else an old engine will do
+            self.moe_ffn_hidden_size = self.expert_hidden_size or None
         self.overrides = {int(number): dict(widths) for number, widths in self.overrides.items()}
         if self.adapter == AdapterSchema():
             self.adapter = None
@@ -444,8 +474,11 @@ class NemotronHModel(MambaModel):
 
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run may change of the loss, by recipe key."""
-        adapter = self.config.adapter
-        return {} if adapter is None else {"adapter.dropout": adapter.dropout}
+        config, adapter = self.config, self.config.adapter
+        found = {} if adapter is None else {"adapter.dropout": adapter.dropout}
+        if config.num_experts:
+            found |= {f"experts.{key}": getattr(config, key) for key in ("balance_loss", "bias_update")}
+        return found
 
     def forward(  # type: ignore[override]
         self,

@@ -60,6 +60,8 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    if not a.numel():  # an expert without tokens; oneDNN refuses it
+        return a.new_zeros(*a.shape[:-1], b.shape[0])
     return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 

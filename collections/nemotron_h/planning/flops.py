@@ -36,6 +36,9 @@ class FlopsByPart:
         attention_projections: queries, keys, values and output.
         attention_core: scores and weighted values.
         ffn: both matrices of every feed-forward layer.
+        router: scores of the experts.
+        experts: matrices of the experts that a token passes, and of the shared one.
+        mtp: all of the block that predicts further tokens, and the output matrix once more for each.
         head: the output matrix. The embedding is a lookup and costs nothing.
         adapters: LoRA's or DoRA's own matmuls.
     """
@@ -46,6 +49,9 @@ class FlopsByPart:
     attention_projections: float = 0.0
     attention_core: float = 0.0
     ffn: float = 0.0
+    router: float = 0.0
+    experts: float = 0.0
+    mtp: float = 0.0
     head: float = 0.0
     adapters: float = 0.0
 
@@ -57,7 +63,7 @@ class FlopsByPart:
     @property
     def linear(self) -> float:
         """Return the FLOPs of the layers' projections, which FP8 can take (paper 2.3), without the output matrix."""
-        return self.mamba_projections + self.attention_projections + self.ffn
+        return self.mamba_projections + self.attention_projections + self.ffn + self.experts
 
     @property
     def rest(self) -> float:
@@ -101,6 +107,10 @@ def flops_per_token(
             parts["adapters"] += count * 2 * adapter.rank * (inputs + outputs) * (1 + 2 * training)
             if adapter.kind == "dora":  # B A, once for all tokens of a forward
                 parts["adapters"] += count * 2 * adapter.rank * inputs * outputs / (micro_batch * seq_length)
+    if d.mtp_steps and not frozen:
+        layers = sum(step.forward for block in d.mtp_blocks for step in block.operations(seq_length, chunk))
+        ends = 2 * d.hidden_size * (2 * d.hidden_size + d.vocab_size)
+        parts["mtp"] = d.mtp_steps * (layers + ends) * (1 + 2 * training)
     return FlopsByPart(**parts)
 
 

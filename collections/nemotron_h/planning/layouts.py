@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ from nemotron_h.schema.recipe import RECOMPUTE, ModelSchema, RecipeConfig, Recom
 TENSOR_COST = 0.04
 #: ours: the same for context parallelism
 CONTEXT_COST = 0.05
+#: ours: the same for expert parallelism, whose exchanges of tokens go over the ranks of a stage; not measured
+EXPERT_COST = 0.03
 
 
 def recompute_choices(definition: ModelDefinition) -> dict[str, dict[str, str]]:
@@ -63,6 +66,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         data=replicas,
+        expert=parallel.expert,
         sequence=parallel.sequence,
         distributed_optimizer=parallel.distributed_optimizer,
         precision=recipe.precision,
@@ -114,7 +118,8 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     """Return the useful work per time of a layout, relative to one without parallelism or recomputation.
 
     A simple model, ours: the pipeline idles (P - 1) of (m + P - 1) of its time, every doubling of tensor or context
-    parallelism costs `TENSOR_COST` or `CONTEXT_COST`, recomputed operations take time as all others.
+    parallelism costs `TENSOR_COST` or `CONTEXT_COST`, of expert parallelism `EXPERT_COST`, recomputed operations take
+    time as all others.
     """
     pipeline = layout.micro_batches / (layout.micro_batches + layout.pipeline - 1)
     tensor = 1 - TENSOR_COST * math.log2(layout.tensor)
@@ -122,7 +127,8 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     again = {name: layout.recompute(name) == "layer" for name in RECOMPUTE}
     model = step_flops(definition, layout)
     recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again, layout.adapter))
-    return pipeline * tensor * context * recompute
+    expert = 1 - EXPERT_COST * math.log2(layout.expert)
+    return pipeline * tensor * context * expert * recompute
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def _spread(changed: Layout, before: Layout, replicas: int, ranks: int) -> Layou
     batch = before.micro_batch * before.micro_batches * before.data
     if replicas < 1 or replicas * changed.tensor * changed.pipeline * changed.context != ranks:
         return None
-    if batch % (replicas * changed.micro_batch):
+    if batch % (replicas * changed.micro_batch) or (changed.tensor * changed.context * replicas) % changed.expert:
         return None
     return replace(changed, data=replicas, micro_batches=batch // (replicas * changed.micro_batch))
 
@@ -165,6 +171,13 @@ def tensor_sizes(definition: ModelDefinition, largest: int) -> list[int]:
         if size <= largest:
             sizes.append(size)
     return sizes
+
+
+def expert_sizes(definition: ModelDefinition, ranks: int) -> list[int]:
+    """Return the powers of two of the ranks of a pipeline stage that experts split over; 1 without experts."""
+    counts = [getattr(block, key) for block in definition.blocks for key in block.distributed]
+    common = math.gcd(ranks, *counts) if counts else 1
+    return [size for size in (2**power for power in range(common.bit_length())) if common % size == 0]
 
 
 def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iterator[list[tuple[str, Layout | None]]]:
@@ -184,6 +197,11 @@ def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iter
         (f"parallel.tensor={n} parallel.sequence=true", _with_tensor(layout, n))
         for n in tensor_sizes(definition, per_node)
         if n > layout.tensor
+    ]
+    yield [
+        (f"parallel.expert={n}", replace(layout, expert=n))
+        for n in expert_sizes(definition, layout.ranks // layout.pipeline)
+        if n > layout.expert
     ]
     yield [
         (f"parallel.pipeline={n}", _with_pipeline(layout, n))
@@ -206,6 +224,8 @@ def refusal(definition: ModelDefinition, layout: Layout) -> str:
     """Return the reason why training does not take the layout; empty where it does."""
     if layout.context > 1:
         return "planned only: training refuses context parallel"
+    if definition.has_experts and layout.tensor > 1 and not layout.sequence:
+        return "experts take tensor parallel with sequence parallel alone"
     if layout.sequence and layout.seq_length % layout.tensor:
         return f"{layout.seq_length} tokens do not split over {layout.tensor} ranks"
     try:
@@ -293,12 +313,16 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
         for pipeline in (n for n in (1, 2, 4, 8) if n <= min(model.num_layers for model in models)):
             for context in (1, 2):
                 replicas = layout.ranks // (tensor * pipeline * context)
-                shape = replace(layout, tensor=tensor, pipeline=pipeline, context=context, sequence=tensor > 1)
+                shape = replace(
+                    layout, tensor=tensor, pipeline=pipeline, context=context, sequence=tensor > 1, expert=1
+                )
                 spread = _spread(shape, layout, replicas, layout.ranks)
                 if spread is None or layout.seq_length % context:
                     continue
-                for name, settings in choices.items():
-                    _, tried = _recomputed(replace(spread, **recompute_fields(RecomputeSchema())), settings)
+                plain = replace(spread, **recompute_fields(RecomputeSchema()))
+                experts = expert_sizes(definition, layout.ranks // pipeline)
+                for (name, settings), expert in itertools.product(choices.items(), experts):
+                    _, tried = _recomputed(replace(plain, expert=expert), settings)
                     peak = largest_stage(definition, tried).peak
                     speed = tokens_per_second * relative_speed(definition, tried) / own
                     refused = refusal(definition, tried)
@@ -322,10 +346,11 @@ def fewest_gpus(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> int | 
             continue
         for tensor in sizes:  # the most of them needs the least memory
             for pipeline in (n for n in (8, 4, 2, 1) if n <= min(model.num_layers for model in models)):
-                shape = replace(recomputed, tensor=tensor, pipeline=pipeline, sequence=tensor > 1)
+                shape = replace(recomputed, tensor=tensor, pipeline=pipeline, sequence=tensor > 1, expert=1)
                 spread = _spread(shape, replace(layout, context=1), gpus // (tensor * pipeline), gpus)
                 if spread is None or refusal(definition, spread):
                     continue
+                spread = replace(spread, expert=max(expert_sizes(definition, gpus // pipeline)))
                 if largest_stage(definition, spread).peak <= gpu.memory:
                     return gpus
     return None

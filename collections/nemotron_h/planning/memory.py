@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from nemotron_h.architecture.adapters import trained_parameters
-from nemotron_h.architecture.blocks.block import LayerMemory
+from nemotron_h.architecture.blocks.block import Block, LayerMemory
 from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers
 from nemotron_h.architecture.gemms import gemm_table
 from nemotron_h.architecture.rank import Layout, Rank, padded_vocabulary
@@ -103,13 +103,29 @@ def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> 
     d, t = definition, layout.tensor
     total = in_float32 = 0
     for index in pipeline_layers(d.num_layers, layout.pipeline)[stage]:
-        block, norm = d.blocks[index], d.hidden_size
-        # the input norm is on every tensor-parallel rank, all else is split
-        total += norm + (block.parameters - norm) // t
-        in_float32 += block.float32_parameters() // t
-    matrix = padded_vocabulary(d, t) // t * d.hidden_size
-    total += matrix * (stage == 0) + (matrix + d.hidden_size) * (stage == layout.pipeline - 1)
+        block = d.blocks[index]
+        total += _on_rank(block, layout)
+        in_float32 += block.float32_parameters(t)
+    matrix, last = padded_vocabulary(d, t) // t * d.hidden_size, stage == layout.pipeline - 1
+    total += matrix * (stage == 0) + (matrix + d.hidden_size) * last
+    if d.mtp_pattern and last:
+        ends = d.hidden_size * (2 * d.hidden_size // t + 3) + matrix * (stage > 0)  # it embeds the tokens again
+        total += ends + sum(_on_rank(block, layout) for block in d.mtp_blocks)
+        in_float32 += sum(block.float32_parameters(t) for block in d.mtp_blocks)
     return total, in_float32
+
+
+def _on_rank(block: Block, layout: Layout) -> int:
+    """Return the parameters of a layer that one rank holds."""
+    whole, experts = block.whole_parameters(), block.expert_parameters
+    return whole + (block.parameters - whole - experts) // layout.tensor + experts // layout.expert
+
+
+def rank_experts(definition: ModelDefinition, layout: Layout, stage: int) -> int:
+    """Return the parameters of routed experts among those of one rank of a stage."""
+    blocks = [definition.blocks[index] for index in pipeline_layers(definition.num_layers, layout.pipeline)[stage]]
+    blocks += definition.mtp_blocks if stage == layout.pipeline - 1 else ()
+    return sum(block.expert_parameters // layout.expert for block in blocks)
 
 
 def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
@@ -127,9 +143,16 @@ def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tu
 
 def _fp8_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
     """Return the weights of one rank of a stage whose matmuls FP8 takes."""
-    table = gemm_table(definition, layout.precision, layout.tensor, tokens=1, bf16_edge_layers=layout.bf16_edge_layers)
+    table = gemm_table(
+        definition,
+        layout.precision,
+        layout.tensor,
+        tokens=1,
+        bf16_edge_layers=layout.bf16_edge_layers,
+        expert_parallel=layout.expert,
+    )
     layers = pipeline_layers(definition.num_layers, layout.pipeline)[stage]
-    return sum(gemm.n * gemm.k for gemm in table if gemm.dtype == "FP8" and gemm.layer in layers)
+    return sum(gemm.n * gemm.k * gemm.count for gemm in table if gemm.dtype == "FP8" and gemm.layer in layers)
 
 
 class _TrainingRank(Rank):
@@ -202,7 +225,9 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     base = rank_parameters(definition, layout, stage)
     adapters = rank_adapters(definition, layout, stage)
     trained = adapters if layout.frozen else base
-    shards = layout.data * layout.context if layout.distributed_optimizer else 1
+    experts = 0 if layout.frozen else rank_experts(definition, layout, stage)
+    state_bytes = LEAN_OPTIMIZER_BYTES if layout.moments == "bf16" else OPTIMIZER_BYTES
+    shared = _sized(layout, (trained[0] - experts, trained[1]), state_bytes)
     weights = weight_bytes(layout, base) + weight_bytes(layout, adapters)
     beside = 0
     if layout.teacher is not None:
@@ -214,9 +239,7 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
         stage=stage,
         weights=weights,
         gradients=_sized(layout, trained, {"fp32": 4, "bf16": GRADIENT_BYTES[layout.gradients]}),
-        optimizer=math.ceil(
-            _sized(layout, trained, LEAN_OPTIMIZER_BYTES if layout.moments == "bf16" else OPTIMIZER_BYTES) / shards
-        ),
+        optimizer=math.ceil(shared / layout.shards + _sized(layout, (experts, 0), state_bytes) / layout.expert_shards),
         buffers=rank.buffers(stage),
         teacher=beside,
     )
@@ -257,6 +280,8 @@ def _moments(
         held = {name: size // in_flight * (in_flight - 1) for name, size in kept.items()}
         theirs = teacher.forward_peak(pipeline_layers(teacher.d.num_layers, layout.pipeline)[stage])
         yield replace(states, activations=held, working=theirs + received, at="teacher")
+    if last and definition.mtp_steps:
+        kept["mtp"] = _mtp_activations(definition, rank) * in_flight
     if last:
         head = rank.head() if teacher is None else rank.distilling_head(teacher.whole)
         yield replace(states, activations={**kept, "head": head.kept}, working=head.backward + received, at="head")
@@ -267,6 +292,14 @@ def _moments(
         yield replace(states, activations=dict(kept), working=layer.backward + received, at=name)
         kept[name] -= layer.kept
     yield replace(states, working=_optimizer_step(definition, layout, states), at="optimizer")
+
+
+def _mtp_activations(definition: ModelDefinition, rank: _TrainingRank) -> int:
+    """Return what the block that predicts further tokens keeps, for every step: the joined inputs and their norms, its
+    layers, and a head.
+    """
+    layers = sum(block.memory(rank, False).kept for block in definition.mtp_blocks)
+    return definition.mtp_steps * (layers + 4 * rank.residual + 2 * rank.norm_rows + rank.head().kept)
 
 
 def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMemory) -> int:

@@ -121,6 +121,9 @@ class Plan:
             "model": self.definition.name,
             "pattern": self.definition.pattern,
             "parameters": self.definition.parameters,
+            "active_parameters": self.definition.active_parameters,
+            "mtp_parameters": self.definition.mtp_parameters,
+            "planned_only": self.definition.planned_only(),
             "trained_parameters": self.trained,
             "layers": self.layers(),
             "flops_per_token": {**asdict(self.flops), "total": self.flops.total, "linear": self.flops.linear},
@@ -206,6 +209,7 @@ def make_plan(
         layout.tensor,
         tokens=layout.seq_length * layout.micro_batch,
         bf16_edge_layers=layout.bf16_edge_layers,
+        expert_parallel=layout.expert,
     )
     schedule = plan_schedule(
         tokens=count_of(recipe.tokens, "tokens", origin),

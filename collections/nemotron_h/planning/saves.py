@@ -7,14 +7,14 @@ rank's share of its optimizer states and of the weights that it holds with other
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.rank import Layout
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import brief, gib
 from nemotron_h.planning.gpus import Gpu
-from nemotron_h.planning.memory import rank_adapters, rank_parameters, weight_bytes
+from nemotron_h.planning.memory import rank_adapters, rank_experts, rank_parameters, weight_bytes
 
 #: float32 in a checkpoint whatever the optimizer keeps: main weight and two moments, a tensor each
 STATES, STATE_BYTES = 3, 4
@@ -168,35 +168,48 @@ def save_cost(
 
 def rank_bytes(definition: ModelDefinition, layout: Layout, stage: int) -> int:
     """Return the bytes of one rank's shard: weights and states, shared with the data-parallel ranks."""
-    trained = (rank_adapters if layout.frozen else rank_parameters)(definition, layout, stage)
-    whole = weight_bytes(layout, trained) + trained[0] * STATES * STATE_BYTES
-    return math.ceil(whole / (layout.data * layout.context))
+    total, in_float32 = (rank_adapters if layout.frozen else rank_parameters)(definition, layout, stage)
+    experts = 0 if layout.frozen else rank_experts(definition, layout, stage)
+    every = replace(layout, distributed_optimizer=True)  # weights are shared out whatever the optimizer
+    return math.ceil(
+        sum(
+            (weight_bytes(layout, part) + part[0] * STATES * STATE_BYTES) / ranks
+            for part, ranks in (((total - experts, in_float32), every.shards), ((experts, 0), every.expert_shards))
+        )
+    )
 
 
 def pieces(definition: ModelDefinition, layout: Layout) -> int:
     """Return the entries of the index: a tensor is cut by the tensor-parallel ranks that split it, its states also
     where a rank's range of a bucket ends.
     """
-    whole, split = _tensors(definition, layout)
-    tensors = whole + split * layout.tensor
-    ends = sum(_buckets(definition, layout, stage) for stage in range(layout.pipeline))
-    cuts = ends * (layout.data - 1) * layout.tensor if layout.distributed_optimizer else 0
+    tensors = _tensors(definition, layout)
+    cuts = 0
+    for stage in range(layout.pipeline) if layout.distributed_optimizer else ():
+        trained, in_float32 = (rank_adapters if layout.frozen else rank_parameters)(definition, layout, stage)
+        experts = 0 if layout.frozen else rank_experts(definition, layout, stage)
+        own = (
+            1 if in_float32 and layout.base_precision != "fp32" else 0
+        )  # weights in float32 have a bucket of their own
+        cuts += (_buckets(layout, stage, trained - experts, layout.data) + own) * (layout.data - 1) * layout.tensor
+        if experts:
+            shards = layout.expert_shards
+            cuts += _buckets(layout, stage, experts, shards) * (shards - 1) * layout.expert
     return tensors + STATES * (tensors + cuts)
 
 
-def _tensors(definition: ModelDefinition, layout: Layout) -> tuple[int, int]:
-    """Return the tensors of a checkpoint that tensor-parallel ranks hold whole, and those that they split."""
+def _tensors(definition: ModelDefinition, layout: Layout) -> int:
+    """Return the pieces of a checkpoint's tensors, of weights or of a state of the optimizer."""
     if layout.frozen:
         adapted = sum(layout.adapted(matrix.name) for block in definition.blocks for matrix in block.matrices())
-        return adapted, adapted * (2 if layout.adapter.kind == "dora" else 1)
+        return adapted + adapted * (2 if layout.adapter.kind == "dora" else 1) * layout.tensor
     # a norm before each layer and the final one; embedding and output beside what the layers have
-    return definition.num_layers + 1, sum(block.tensor_count() for block in definition.blocks) + 2
+    layers = sum(1 + block.pieces(layout.tensor) for block in (*definition.blocks, *definition.mtp_blocks))
+    return layers + 1 + 2 * layout.tensor
 
 
-def _buckets(definition: ModelDefinition, layout: Layout, stage: int) -> int:
-    """Return the buckets of a stage's gradients; weights in float32 have one of their own."""
-    trained, in_float32 = (rank_adapters if layout.frozen else rank_parameters)(definition, layout, stage)
-    own = 1 if in_float32 and layout.base_precision != "fp32" else 0
+def _buckets(layout: Layout, stage: int, parameters: int, ranks: int) -> int:
+    """Return the buckets of a stage's gradients that so many ranks share."""
     if layout.backend == "cpu" or stage > 0:  # reduced at once; megatron-core makes buckets of the first stage's alone
-        return 1 + own
-    return max(1, trained // max(BUCKET, BUCKET_PER_RANK * layout.data)) + own
+        return 1
+    return max(1, parameters // max(BUCKET, BUCKET_PER_RANK * ranks))

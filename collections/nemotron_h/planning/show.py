@@ -30,8 +30,17 @@ def _when(date: datetime | None) -> str:
 def show(plan: Plan, console: Console) -> None:
     """Print the plan."""
     d, schedule = plan.definition, plan.schedule
-    size = f": {d.name}, {d.parameters:,} parameters, {d.num_layers} layers"
+    active = f", {d.active_parameters:,} of them active" if d.has_experts else ""
+    size = f": {d.name}, {d.parameters:,} parameters{active}, {d.num_layers} layers"
     console.print(Text.assemble((plan.name, "bold"), size))
+    if d.mtp_pattern:
+        console.print(
+            f"and {d.mtp_parameters:,} in {d.mtp_pattern}, which predicts {d.mtp_steps} further tokens: "
+            f"{d.parameters + d.mtp_parameters:,} together",
+            markup=False,
+        )
+    for key, value in d.planned_only().items():
+        console.print(f"[yellow]planned only[/yellow]: training does not have model.{key} = {value}", soft_wrap=True)
     adapter = plan.layout.adapter
     if plan.layout.frozen:
         console.print(
@@ -107,9 +116,11 @@ def _show_gemms(plan: Plan, console: Console) -> None:
 
 def _show_memory(plan: Plan, console: Console) -> None:
     layout, largest = plan.layout, plan.largest
+    experts = f", experts over {layout.expert}" if plan.definition.has_experts else ""
     words = (
         f"tensor {layout.tensor}{' with sequence parallel' if layout.sequence else ''} x pipeline {layout.pipeline} x "
-        f"data {layout.data} = {layout.ranks:,} GPUs, micro-batch {layout.micro_batch}, {layout.micro_batches} per step"
+        f"data {layout.data} = {layout.ranks:,} GPUs{experts}, micro-batch {layout.micro_batch}, "
+        f"{layout.micro_batches} per step"
     )
     shown = plan.stages if len(plan.stages) <= 4 else [largest]
     table = _table(console, f"Memory per GPU: {words}", "part", *(f"stage {stage.stage}" for stage in shown))
@@ -177,11 +188,11 @@ def _show_saves(plan: Plan, console: Console) -> None:
 
 def show_sweep(plan: Plan, rows: list[Row], console: Console) -> None:
     """Print the layouts, and mark the best."""
-    chosen = best(rows)
+    chosen, experts = best(rows), plan.definition.has_experts
     table = _table(
         console,
         f"Layouts on {plan.layout.ranks:,} x {plan.gpu.name} ({gib(plan.gpu.memory)})",
-        "TP x PP x CP x DP",
+        "TP x PP x CP x DP" + (" / EP" if experts else ""),
         "recompute",
         "memory",
         "",
@@ -193,7 +204,7 @@ def show_sweep(plan: Plan, rows: list[Row], console: Console) -> None:
         at = row.layout
         note = "[bold]best[/bold]" if row is chosen else row.refused
         table.add_row(
-            f"{at.tensor} x {at.pipeline} x {at.context} x {at.data}",
+            f"{at.tensor} x {at.pipeline} x {at.context} x {at.data}" + (f" / {at.expert}" if experts else ""),
             row.recompute,
             gib(row.peak),
             "[green]fits[/green]" if row.fits else "[red]no[/red]",

@@ -91,6 +91,13 @@ def _megatrons(name: str) -> Callable[[Any], Any]:
     return lambda original: getattr(import_module("megatron.core.utils"), name)
 
 
+def _move_to_host(original: Any) -> Callable:
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    return move
+
+
 class CpuStream:
     """Work on the CPU is done in program order: a stream has nothing to order."""
 
@@ -103,8 +110,8 @@ class CpuStream:
     def wait_event(self, event: Any) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> None:
-        pass
+    def record_event(self, event: Any = None) -> Any:
+        return event or self  # an event is asked for `synchronize` alone
 
     def synchronize(self) -> None:
         pass
@@ -171,6 +178,12 @@ PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda.nvtx", "range_pop", _constant(None), "megatron-core optimizers"),
     Patch("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state, "RNG tracker forks"),
     Patch("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state, "RNG tracker forks"),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "maybe_move_tensor_to_cpu",
+        _move_to_host,
+        "leaves counts of tokens on the CPU as tensors, which its exchange of tokens refuses",
+    ),
     Patch(
         "nemo.lightning.io.pl",
         "_fix_tensors_device",

@@ -29,6 +29,7 @@ from nemotron_h.schema.recipe import (
     STATE_DTYPES,
     TRACKERS,
     CheckpointSchema,
+    ExpertsSchema,
     LogSchema,
     PrecisionOptionsSchema,
     RecipeConfig,
@@ -45,17 +46,20 @@ OWN_KEYS = {
 }
 
 
-def check(recipe: RecipeConfig, origin: str) -> None:
+def check(recipe: RecipeConfig, origin: str, trains: bool = True) -> None:
     """Check all that a type cannot: names, ranges, schedule, layout, phases, and sources without a value.
 
     Args:
         origin: the recipe or file to name in an error.
+        trains: False takes models too that can be planned and not trained.
     Errors:
         UserError: names the key, the origin and what would fit.
     """
     if recipe.overrides:
         check_overrides(recipe.overrides, origin)
     definition = definition_of(recipe, origin)
+    if trains:
+        check_trainable(definition, origin)
     check_names(recipe, origin)
     check_checkpoint(recipe.checkpoint, origin)
     check_stage(recipe, definition, origin)
@@ -64,6 +68,7 @@ def check(recipe: RecipeConfig, origin: str) -> None:
     check_steps(recipe, origin)
     check_optimizer_state(recipe, origin)
     check_layout(recipe, definition, origin)
+    check_experts(recipe, definition, origin)
     if recipe.precision in FP8_FORMATS:
         check_gemms(
             definition,
@@ -82,6 +87,17 @@ def check(recipe: RecipeConfig, origin: str) -> None:
 def definition_of(recipe: RecipeConfig, origin: str) -> ModelDefinition:
     """Return the recipe's model, validated against its own `expect`."""
     return definition_from_dict(OmegaConf.to_container(OmegaConf.structured(recipe.model)), origin)
+
+
+def check_trainable(definition: ModelDefinition, origin: str) -> None:
+    """Refuse a model of which a part can be planned and not trained."""
+    for key, value in definition.planned_only().items():
+        raise UserError(
+            f"{origin}: model.{key} = {value} of model {definition.name}: training does not have it, megatron-core "
+            "0.15.3 builds no hybrid with it",
+            hint=f"leave it out of configs/model/{definition.name}.yaml and count model.expect anew, or take "
+            "model=nano_30b_a3b, which has the other layers; nemotron-h plan takes it as it is",
+        )
 
 
 def check_stage(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
@@ -200,6 +216,46 @@ def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: s
                 f"{origin}: recompute.{kind} = {value!r} is unused: {definition.name} has no {kind} layers",
                 hint=f"leave recompute.{kind} out",
             )
+
+
+def check_experts(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
+    """Check that experts split over their ranks, and that keys of experts are for a model that has some."""
+    parallel = recipe.parallel
+    ranks = parallel.nodes * parallel.devices // parallel.pipeline
+    check_expert_layout(
+        definition, origin, expert=parallel.expert, tensor=parallel.tensor, sequence=parallel.sequence, ranks=ranks
+    )
+    if not definition.has_experts:
+        for key, default in dataclasses.asdict(ExpertsSchema()).items():
+            if (value := getattr(recipe.experts, key)) != default:
+                raise UserError(
+                    f"{origin}: experts.{key} = {value} is unused: model {definition.name} has no experts",
+                    hint=f"leave experts.{key} out",
+                )
+    elif not parallel.distributed_optimizer and max(parallel.expert, parallel.tensor) > 1:
+        raise UserError(
+            f"{origin}: parallel.distributed_optimizer = false with parallel.expert = {parallel.expert} and "
+            f"parallel.tensor = {parallel.tensor}: no other layout could read the states of the experts' optimizer",
+            hint="leave parallel.distributed_optimizer out",
+        )
+
+
+def check_expert_layout(
+    definition: ModelDefinition, origin: str, *, expert: int, tensor: int, sequence: bool, ranks: int
+) -> None:
+    """Check that experts split over their ranks, and that tokens do before they are sent to them.
+
+    Args:
+        expert, tensor, sequence: as `ParallelSchema`.
+        ranks: of a pipeline stage.
+    """
+    definition.validate_expert_parallel(expert, ranks, origin)
+    if definition.has_experts and tensor > 1 and not sequence:
+        raise UserError(
+            f"{origin}: parallel.tensor = {tensor} without parallel.sequence: each tensor-parallel rank would send all "
+            "tokens to their experts",
+            hint="set parallel.sequence: true",
+        )
 
 
 def check_schedule(recipe: RecipeConfig, origin: str) -> None:

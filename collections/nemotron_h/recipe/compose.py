@@ -112,7 +112,7 @@ class Composed:
     sources: dict[str, str]
 
 
-def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
+def compose(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = True) -> RecipeConfig:
     """Compose and check a recipe.
 
     Args:
@@ -121,16 +121,17 @@ def compose(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeConfig:
         overrides: `optim.peak_lr=3e-4` sets a value, `optim.peak_lr*=2` changes it, `model=nemotron_h_8b` exchanges a
             part by name. A recipe or an override may also give `model` as a path (see `checkpoint.definition`): a
             pruned child's checkpoint, or a YAML file.
+        trains: False takes models too that can be planned and not trained.
     Returns:
         the recipe with every value set, checked by `check`. Its `sources` are those of the values that stand, its
         `overrides` what no key of it says.
     Errors:
         UserError: unknown recipe, key or group, wrong type, missing or impossible value.
     """
-    return trace(name_or_path, overrides).recipe
+    return trace(name_or_path, overrides, trains=trains).recipe
 
 
-def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
+def trace(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = True) -> Composed:
     """Compose and check a recipe as `compose` does, with where each value comes from."""
     directory, name, origin = locate(name_or_path)
     groups = {folder.name for folder in configs_dir().iterdir() if folder.is_dir()}
@@ -162,7 +163,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = ()) -> Composed:
         recipe.overrides = superseded(recipe.overrides, [*overridden, *exchanged])
     if values:
         recipe = _typed(recipe, given, "override")
-    check(recipe, origin)
+    check(recipe, origin, trains)
     found = origins(layers, [*from_record, *settled, *overridden])
     sources = current_sources(dataclasses.asdict(recipe), found)
     recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}

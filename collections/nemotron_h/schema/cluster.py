@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from nemotron_h.core.strict import number
-from nemotron_h.schema.recipe import COUNT
+from nemotron_h.schema.ranges import COUNT
 
 
 @dataclass

@@ -6,7 +6,14 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from nemotron_h.schema.multipliers import MultipliersSchema
-from nemotron_h.schema.recipe import AdapterSchema, DistillSchema, ModelSchema, PairLossSchema, RecomputeSchema
+from nemotron_h.schema.recipe import (
+    AdapterSchema,
+    DistillSchema,
+    ExpertsSchema,
+    ModelSchema,
+    PairLossSchema,
+    RecomputeSchema,
+)
 
 _RENAMED = {
     "name": "definition_name",
@@ -44,6 +51,7 @@ SAME = {
     "log.ckpt.keep": "checkpoint.keep",
     "log.wandb.project": "log.project",
     "model.config.init_seed": "init_seed",
+    **{f"model.config.{each.name}": f"experts.{each.name}" for each in fields(ExpertsSchema)},
     **{f"model.config.recompute_{each.name}": f"recompute.{each.name}" for each in fields(RecomputeSchema)},
     **{f"model.config.multipliers.{each.name}": f"model.multipliers.{each.name}" for each in fields(MultipliersSchema)},
     **{f"model.config.adapter.{each.name}": f"adapter.{each.name}" for each in fields(AdapterSchema)},
@@ -60,6 +68,7 @@ SAME = {
     "trainer.plugins.gradients": "optim.gradients",
     "trainer.plugins.name": "precision",
     "trainer.strategy.distributed_optimizer": "parallel.distributed_optimizer",
+    "trainer.strategy.expert_model_parallel_size": "parallel.expert",
     "trainer.strategy.pipeline_model_parallel_size": "parallel.pipeline",
     "trainer.strategy.sequence_parallel": "parallel.sequence",
     "trainer.strategy.tensor_model_parallel_size": "parallel.tensor",

@@ -14,7 +14,9 @@ from urllib.parse import unquote
 from omegaconf import MISSING
 
 from nemotron_h.core.strict import number, within
+from nemotron_h.schema.minipuzzle import MiniPuzzleSchema
 from nemotron_h.schema.multipliers import MultipliersSchema
+from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY, WIDTH
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
@@ -24,11 +26,6 @@ STATE_DTYPES = ("fp32", "bf16")
 STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "distill": "distill"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
 PIPELINES = {"minipuzzle": "minipuzzle"}
-#: of `minipuzzle`: see `MiniPuzzleSchema`
-METRICS = ("mse", "kl")
-ORDERS = ("importance", "random", "reversed")
-SPEEDS = ("modelled", "measured")
-STARTS = ("pruned", "short")
 TOO_LONG = ("cut", "drop")
 PREFERENCE_LOSSES = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 ADAPTERS = ("none", "lora", "dora")
@@ -40,18 +37,9 @@ RECOMPUTE = {
     "attention": ("none", "layer"),
     "parallel": ("none", "layer"),
     "swiglu": ("none", "activation", "layer"),
+    "experts": ("none", "layer"),
 }
 BLEND_CHANGES = ("from_step",)
-
-# Ranges are ours: they stop typing errors and what would overflow far from its cause, and leave room for any model.
-#: of counts: 32 bits, as most indices of the libraries below have them
-COUNT = 2**31 - 1
-#: of a layer's sizes
-WIDTH = 2**24
-#: of a vocabulary: four times the largest that is published, about a million
-VOCABULARY = 2**22
-#: of seeds: NumPy's legacy generators take 32 bits, and ranks add to it
-SEED = 2**31 - 1
 
 
 @dataclass
@@ -64,6 +52,9 @@ class ExpectSchema:
     parameters: int = number(least=0, most=10**18)
     parallel: int = number(0, least=0, most=COUNT)
     swiglu: int = number(0, least=0, most=COUNT)
+    experts: int = number(0, least=0, most=COUNT)
+    active: int = number(0, least=0, most=10**18)
+    mtp: int = number(0, least=0, most=10**18)
 
 
 @dataclass
@@ -84,6 +75,14 @@ class ModelSchema:
     mamba_num_groups: int = number(0, least=0, most=WIDTH)
     mamba_state_dim: int = number(0, least=0, most=WIDTH)
     conv_kernel: int = number(0, least=0, most=WIDTH)
+    num_experts: int = number(0, least=0, most=WIDTH)
+    experts_per_token: int = number(0, least=0, most=WIDTH)
+    expert_hidden_size: int = number(0, least=0, most=WIDTH)
+    shared_expert_hidden_size: int = number(0, least=0, most=WIDTH)
+    expert_scaling: float = number(0.0, least=0, most=1e6)
+    expert_latent_size: int = number(0, least=0, most=WIDTH)
+    mtp_pattern: str = ""
+    mtp_steps: int = number(0, least=0, most=COUNT)
     mamba_norm: bool = True
     position_embedding: str = "none"
     rope_base: int = number(0, least=0, most=10**18)
@@ -158,12 +157,18 @@ class OptimSchema:
 
 @dataclass
 class ParallelSchema:
-    """Split of the model and the batch over ranks. Data parallel is what remains of nodes * devices."""
+    """Split of the model and the batch over ranks. Data parallel is what remains of nodes * devices.
+
+    Attributes:
+        expert: ranks that the routed experts of a layer are split over. They lie over the tensor- and data-parallel
+            ranks of a pipeline stage, and no expert is split (megatron-core's `expert_tensor_parallel_size` 1).
+    """
 
     nodes: int = number(1, least=1, most=2**20)
     devices: int = number(1, least=1, most=2**20)
     tensor: int = number(1, least=1, most=2**20)
     pipeline: int = number(1, least=1, most=2**20)
+    expert: int = number(1, least=1, most=2**20)
     sequence: bool = False
     distributed_optimizer: bool = True
 
@@ -190,7 +195,7 @@ class RecomputeSchema:
     """Activations that the backward pass computes again instead of keeping, by layer type.
 
     Attributes:
-        mamba, attention, parallel: `none`, or `layer` (only the layer's input is kept).
+        mamba, attention, parallel, experts: `none`, or `layer` (only the layer's input is kept).
         ffn, swiglu: `none`, `activation` (squared ReLU or SwiGLU is computed again), or `layer`.
     """
 
@@ -199,6 +204,21 @@ class RecomputeSchema:
     attention: str = "none"
     parallel: str = "none"
     swiglu: str = "none"
+    experts: str = "none"
+
+
+@dataclass
+class ExpertsSchema:
+    """Balance of the routed experts' loads; read by models with experts alone.
+
+    Attributes:
+        balance_loss: weight of the load-balancing loss of each sequence; 0 is none. 1e-4 is Nemotron 3's.
+        bias_update: step by which the correction bias of an expert falls or rises after each optimizer step, when more
+            or fewer tokens chose it than the mean (arXiv 2408.15664). 1e-3 is Nemotron 3's.
+    """
+
+    balance_loss: float = number(1e-4, least=0, most=1e3)
+    bias_update: float = number(1e-3, least=0, most=1e3)
 
 
 @dataclass
@@ -344,88 +364,6 @@ class LogSchema:
 
 
 @dataclass
-class GridSchema:
-    """Axes in which the candidates of a compression vary: each a list of values; an empty one keeps the parent's.
-
-    Attributes:
-        attention, mamba, ffn: how many layers of a type stay.
-        depth: how many layers stay in all: the most important of the types that have no list of their own.
-        ffn_hidden_size: inner width of every FFN.
-        hidden_size, mamba_num_heads, mamba_head_dim: further widths, as Minitron-SSM (2504.11409) prunes them.
-    """
-
-    attention: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-    mamba: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-    ffn: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-    depth: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-    ffn_hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-    hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-    mamba_num_heads: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-    mamba_head_dim: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
-
-
-@dataclass
-class BudgetSchema:
-    """Cost that a candidate may have: memory of inference, parameters, or both.
-
-    Attributes:
-        memory_gib: most GiB of weights, keys and values, and states, for `sequences` of `context` tokens.
-        parameters: most parameters; an integer, or text such as 4.5B.
-        least_parameters: fewest parameters: smaller candidates are not looked at.
-        context, sequences: of the memory.
-        weights, kv_cache, states: precisions of the memory: fp32, bf16, fp8 or fp4.
-        speedup: least tokens per second of generation over the parent's; null asks for none.
-        speedup_by: `modelled` (bytes that a token reads: weights, keys and values, states), or `measured` here.
-    """
-
-    memory_gib: float | None = number(None, above=0, most=1e9)
-    parameters: str | None = None
-    least_parameters: str | None = None
-    context: int | None = number(None, least=1, most=COUNT)
-    sequences: int = number(1, least=1, most=COUNT)
-    weights: str = "bf16"
-    kv_cache: str = "bf16"
-    states: str = "fp32"
-    speedup: float | None = number(None, above=0, most=1e6)
-    speedup_by: str = "modelled"
-
-
-@dataclass
-class MiniPuzzleSchema:
-    """A compression: the recipe's model is the parent, its data, optimizer and length are those of the distillation.
-
-    Attributes:
-        parent: a run's folder, one of its checkpoints, or one of the Hub, as `init.checkpoint`.
-        layer_samples, neuron_samples: sequences of the training data that importance is measured on.
-        layer_metric: what removing a layer changes: `mse` of the activations before the output, or `kl` of the logits.
-        order: what stays: the most important (`importance`), or the control of a report, `random` or `reversed`.
-        grid, budget: which candidates there are.
-        score_tokens: held-out tokens that every candidate is scored on, and as many others that the report is of.
-        keep: how many of the best are looked at further, by accuracy and agreement with the parent.
-        evaluate: a command that prints a JSON object of task scores in its last line, `{checkpoint}` standing for the
-            checkpoint; it then chooses `short` of the `keep`, and the winner. Null: the rank chooses, and the accuracy
-            after the short distillation. It runs where it is typed, or with `--allow-evaluate`.
-        short: how many candidates are distilled for a short time.
-        short_tokens: length of each of those.
-        start: the long distillation starts from the `pruned` winner, or from its `short` distillation.
-    """
-
-    parent: str = MISSING
-    layer_samples: int = number(least=1, most=COUNT)
-    neuron_samples: int = number(least=1, most=COUNT)
-    layer_metric: str = "mse"
-    order: str = "importance"
-    grid: GridSchema = field(default_factory=GridSchema)
-    budget: BudgetSchema = field(default_factory=BudgetSchema)
-    score_tokens: str = MISSING
-    keep: int = number(least=1, most=COUNT)
-    evaluate: str | None = None
-    short: int = number(least=1, most=COUNT)
-    short_tokens: str = MISSING
-    start: str = "pruned"
-
-
-@dataclass
 class RecipeConfig:
     """A recipe, composed and complete.
 
@@ -455,6 +393,7 @@ class RecipeConfig:
     parallel: ParallelSchema = field(default_factory=ParallelSchema)
     precision_options: PrecisionOptionsSchema = field(default_factory=PrecisionOptionsSchema)
     recompute: RecomputeSchema = field(default_factory=RecomputeSchema)
+    experts: ExpertsSchema = field(default_factory=ExpertsSchema)
     init: InitSchema = field(default_factory=InitSchema)
     minipuzzle: MiniPuzzleSchema | None = None
     preference: PreferenceSchema | None = None

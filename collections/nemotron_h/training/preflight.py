@@ -20,6 +20,7 @@ from nemotron_h.core.progress import RANK_TIMES, STEPS
 from nemotron_h.core.units import gib
 from nemotron_h.platform.memory import check_training_fits
 from nemotron_h.platform.trackers import check_trackers
+from nemotron_h.recipe.checks import check_expert_layout, check_trainable
 from nemotron_h.training import trackers
 from nemotron_h.training.sections import LIMITS
 
@@ -80,6 +81,9 @@ def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
             f"{tensor} * {pipeline}",
             hint=f"give a multiple of {tensor * pipeline} ranks",
         )
+    check_trainable(definition, origin)
+    expert, sequence = strategy.expert_model_parallel_size, strategy.sequence_parallel
+    check_expert_layout(definition, origin, expert=expert, tensor=tensor, sequence=sequence, ranks=ranks // pipeline)
 
 
 def check_disk(size: int, folder: Path) -> None:

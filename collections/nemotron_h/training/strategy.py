@@ -26,7 +26,7 @@ from nemotron_h.core import children
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import seconds_of
 from nemotron_h.model import adapters
-from nemotron_h.platform import cpu, flat_shards, megatron_fixes
+from nemotron_h.platform import chained_optimizers, cpu, flat_shards, megatron_fixes
 from nemotron_h.platform.ranks import (
     ADDRESS,
     check_here,
@@ -119,6 +119,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
         self,
         tensor_model_parallel_size: int = 1,
         pipeline_model_parallel_size: int = 1,
+        expert_model_parallel_size: int = 1,
         sequence_parallel: bool = False,
         distributed_optimizer: bool = True,
         overlap_grad_reduce: bool | None = None,
@@ -130,12 +131,15 @@ class NemotronHStrategy(nl.MegatronStrategy):
         self.inputs = StepInputs()
         megatron_fixes.install()
         flat_shards.install()
+        chained_optimizers.install()
         if not torch.cuda.is_available():
             cpu.install()
             kwargs.setdefault("process_group_backend", "gloo")
         super().__init__(
             tensor_model_parallel_size=tensor_model_parallel_size,
             pipeline_model_parallel_size=pipeline_model_parallel_size,
+            expert_model_parallel_size=expert_model_parallel_size,
+            expert_tensor_parallel_size=1,  # an expert is whole: it is small, and its tokens few
             sequence_parallel=sequence_parallel,
             ckpt_async_save=True,  # `StepCheckpoint` knows no other
             ddp=DistributedDataParallelConfig(

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Indices: TypeAlias = "np.ndarray"
-#: rows and columns of a tensor that stay; None is all of them
-Cut: TypeAlias = "tuple[Indices | None, Indices | None]"
+#: what stays of a tensor along each of its first axes, rows and columns of a matrix; None is all of them
+Cut: TypeAlias = "tuple[Indices | None, ...]"
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,13 @@ class Matrix:
 
     Attributes:
         name: of Megatron's module.
-        split: what tensor-parallel ranks split: `outputs` (column parallel) or `inputs` (row parallel).
+        split: what tensor-parallel ranks split: `outputs` (column parallel), `inputs` (row parallel), or "", nothing.
         part: of `planning.flops.FlopsByPart`.
         keys: of the model, that inputs and outputs come from.
+        experts: how many experts have one each, over all expert-parallel ranks; 0 where all tokens pass the same one.
+        active: of these, how many a token passes.
+        adapts: it may have an adapter.
+        exact: in float32 whatever the model's dtype, and never in FP8.
     """
 
     name: str
@@ -38,17 +42,26 @@ class Matrix:
     split: str
     part: str
     keys: tuple[str, str]
+    experts: int = 0
+    active: int = 1
+    adapts: bool = True
+    exact: bool = False
 
     @property
     def size(self) -> int:
-        """Return its number of parameters."""
-        return self.outputs * self.inputs
+        """Return its number of parameters, over all experts."""
+        return self.outputs * self.inputs * (self.experts or 1)
+
+    @property
+    def active_size(self) -> int:
+        """Return the number of parameters that one token passes."""
+        return self.outputs * self.inputs * self.active
 
     def on_rank(self, tensor: int) -> tuple[int, int]:
         """Return outputs and inputs of the part that one of `tensor` ranks has."""
         if self.split == "inputs":
             return self.outputs, self.inputs // tensor
-        return self.outputs // tensor, self.inputs
+        return self.outputs // (tensor if self.split else 1), self.inputs
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ class Tensors:
         order: for each row of `theirs`, the row of `ours` that it is; None where both are in one order.
         exact: in float32 whatever the model's dtype; the scan's decays are exponentials of it.
         padded: rows of padding, which depend on the layout that trained, may follow in `ours`.
+        stacked: `ours` is one tensor, of `theirs` along a first axis of its own.
     """
 
     ours: dict[str, Shape]
@@ -86,6 +100,7 @@ class Tensors:
     order: Indices | None = None
     exact: bool = False
     padded: bool = False
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,8 +142,11 @@ class Block:
         name: in recipes (`recompute.<name>`, `expect.<name>`), tables and errors.
         title: in sentences.
         widths: keys of the model that this kind needs; a pattern without a kind that needs a key must leave it out.
+        optional: those of `widths` that may be left out.
         divides: pairs of keys of which the first is a multiple of the second.
+        at_most: pairs of keys of which the first is no larger than the second.
         sharded: keys that tensor-parallel ranks split, the one that says most first.
+        distributed: keys that expert-parallel ranks split.
         attends: attention's positions and documents matter to it.
         gated_norm: `mamba_norm` matters to it.
         multipliers: those that it applies.
@@ -139,8 +157,11 @@ class Block:
     name: ClassVar[str]
     title: ClassVar[str]
     widths: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
     divides: ClassVar[tuple[tuple[str, str], ...]] = ()
+    at_most: ClassVar[tuple[tuple[str, str], ...]] = ()
     sharded: ClassVar[tuple[str, ...]] = ()
+    distributed: ClassVar[tuple[str, ...]] = ()
     attends: ClassVar[bool] = False
     gated_norm: ClassVar[bool] = False
     multipliers: ClassVar[tuple[str, ...]] = ()
@@ -158,21 +179,39 @@ class Block:
         raise NotImplementedError
 
     def tensor_count(self) -> int:
-        """Return how many `ours` of `tensors` has beside the input norm, all split by tensor-parallel ranks."""
+        """Return how many `ours` of `tensors` has beside the input norm."""
         return len(self.matrices())
+
+    def pieces(self, tensor: int) -> int:
+        """Return the pieces of these that a checkpoint of `tensor` ranks has; each rank writes one of each."""
+        return self.tensor_count() * tensor
 
     def vectors(self) -> int:
         """Return the parameters beside the matrices and the input norm."""
         return 0
 
-    def float32_parameters(self) -> int:
-        """Return the parameters that stay in float32 in any precision."""
+    def whole_parameters(self) -> int:
+        """Return the parameters that every tensor-parallel rank holds: the input norm's."""
+        return self.hidden_size
+
+    def float32_parameters(self, tensor: int = 1) -> int:
+        """Return the parameters of one of `tensor` ranks that stay in float32 in any precision."""
         return 0
 
     @property
     def parameters(self) -> int:
         """Return all parameters, the input norm included."""
         return self.hidden_size + sum(matrix.size for matrix in self.matrices()) + self.vectors()
+
+    @property
+    def active_parameters(self) -> int:
+        """Return the parameters that one token passes: of the routed experts those of the chosen ones."""
+        return self.hidden_size + sum(matrix.active_size for matrix in self.matrices()) + self.vectors()
+
+    @property
+    def expert_parameters(self) -> int:
+        """Return the parameters of the routed experts, which expert-parallel ranks split."""
+        return sum(matrix.size for matrix in self.matrices() if matrix.experts)
 
     def operations(self, seq_length: int, chunk: int) -> Iterator[Operation]:
         """Yield what a forward pass does, in order.

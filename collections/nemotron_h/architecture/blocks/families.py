@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nemotron_h.architecture.blocks.attention import Attention
+from nemotron_h.architecture.blocks.experts import Experts
 from nemotron_h.architecture.blocks.ffn import FFN
 from nemotron_h.architecture.blocks.mamba import Mamba
 from nemotron_h.architecture.blocks.parallel import Parallel
@@ -19,6 +20,8 @@ FAMILIES = ("nemotron_h", "transformer", "mamba2", "falcon_h1", PRUNED)
 WITHOUT_POSITIONS = ("nemotron_h",)
 
 _M, _A, _F = Mamba.letter, Attention.letter, FFN.letter
+#: an FFN, or experts in its place (Nemotron 3)
+_FFNS = (_F, Experts.letter)
 #: family -> the letters that its pattern repeats
 _PAIRS = {"transformer": _A + _F, "falcon_h1": Parallel.letter + SwiGLU.letter}
 
@@ -55,20 +58,21 @@ def check_pattern(pattern: str, family: str, origin: str) -> None:
 
 
 def _check_hybrid(pattern: str, origin: str) -> None:
-    if others := sorted(set(pattern) - {_M, _A, _F}):
+    if others := sorted(set(pattern) - {_M, _A, *_FFNS}):
         raise UserError(
-            f"{origin}: model.pattern has {' '.join(others)}; family nemotron_h has M, * and - (paper 2.1)",
+            f"{origin}: model.pattern has {' '.join(others)}; family nemotron_h has M, * and - (paper 2.1), "
+            "or E in place of - (Nemotron 3)",
             hint=f"set model.family to {PRUNED}, which takes any order of all kinds",
         )
     if pattern[0] != _M:
         raise UserError(f"{origin}: model.pattern starts with {pattern[0]}; the first layer is M (paper 2.1)")
-    if pattern[-1] != _F:
-        raise UserError(f"{origin}: model.pattern ends with {pattern[-1]}; the last layer is - (paper 2.1)")
+    if pattern[-1] not in _FFNS:
+        raise UserError(f"{origin}: model.pattern ends with {pattern[-1]}; the last layer is - (paper 2.1) or E")
     for index, letter in enumerate(pattern):
-        if letter == _A and pattern[index + 1] != _F:
+        if letter == _A and pattern[index + 1] not in _FFNS:
             raise UserError(
                 f"{origin}: model.pattern has attention at layer {index} that is not followed by an FFN",
-                hint="attention always directly precedes an FFN (paper 2.1): write *-",
+                hint="attention always directly precedes an FFN (paper 2.1): write *-, or *E with experts",
             )
 
 

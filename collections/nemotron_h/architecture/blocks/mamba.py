@@ -113,9 +113,9 @@ class Mamba(Block):
         norm = self.d_inner if self.mamba_norm else 0
         return self.conv_channels * (self.conv_kernel + 1) + 3 * self.mamba_num_heads + norm
 
-    def float32_parameters(self) -> int:
+    def float32_parameters(self, tensor: int = 1) -> int:
         """Return those of the scan."""
-        return 3 * self.mamba_num_heads
+        return 3 * self.mamba_num_heads // tensor
 
     def scan_flops(self, chunk: int) -> float:
         """Return forward FLOPs per token of the scan.

@@ -92,9 +92,9 @@ class Parallel(Block):
         """Return the mixer's parameters."""
         return self.mamba.vectors()
 
-    def float32_parameters(self) -> int:
+    def float32_parameters(self, tensor: int = 1) -> int:
         """Return those of the scan."""
-        return self.mamba.float32_parameters()
+        return self.mamba.float32_parameters(tensor)
 
     def operations(self, seq_length: int, chunk: int) -> Iterator[Operation]:
         """Yield those of both branches."""

@@ -47,6 +47,7 @@ class Parts:
     norm: type | None
     plain_column: type | None = None
     shared_norm: type | None = None
+    grouped: tuple[type, type] | None = None
 
     def unfused(self) -> Parts:
         """Return the classes for layers of which no projection normalises its input."""

@@ -11,16 +11,8 @@ from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.recipe.stages.distill import check_objective
-from nemotron_h.schema.recipe import (
-    METRICS,
-    ORDERS,
-    SPEEDS,
-    STARTS,
-    BudgetSchema,
-    DistillSchema,
-    GridSchema,
-    RecipeConfig,
-)
+from nemotron_h.schema.minipuzzle import METRICS, ORDERS, SPEEDS, STARTS, BudgetSchema, GridSchema
+from nemotron_h.schema.recipe import DistillSchema, RecipeConfig
 
 
 def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:

@@ -162,7 +162,9 @@ class RunRecord(pl.Callback):
             for key, value in trainer.callback_metrics.items()
             if key in METRICS and torch.is_tensor(value)
         }
-        metrics |= next((cb.record() for cb in trainer.callbacks if isinstance(cb, StageMetrics)), {})
+        for callback in trainer.callbacks:
+            if isinstance(callback, StageMetrics):
+                metrics |= callback.record()
         self.metrics = {**self.metrics, **metrics}
         record = {
             **self.fixed,
@@ -176,6 +178,7 @@ class RunRecord(pl.Callback):
                 "world_size": trainer.world_size,
                 "tensor": strategy.tensor_model_parallel_size,
                 "pipeline": strategy.pipeline_model_parallel_size,
+                **({"expert": strategy.expert_model_parallel_size} if config.num_experts else {}),
                 "sequence": strategy.sequence_parallel,
             },
             "model": plain(vars_of(config)),
@@ -270,6 +273,7 @@ def settings_in_force(trainer: pl.Trainer, module: pl.LightningModule) -> dict[s
         "parallel.tensor": strategy.tensor_model_parallel_size,
         "parallel.pipeline": strategy.pipeline_model_parallel_size,
         "parallel.sequence": strategy.sequence_parallel,
+        **({"parallel.expert": strategy.expert_model_parallel_size} if module.config.num_experts else {}),
         **trainer.datamodule.settings(),
         **{f"optim.{key}": value for key, value in getattr(module.optim, "settings", {}).items()},
         **module.settings(),

@@ -17,10 +17,11 @@ from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import nemo_fields, recompute_fields
-from nemotron_h.schema.recipe import ModelSchema, RecipeConfig, RecomputeSchema
+from nemotron_h.schema.recipe import ExpertsSchema, ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
+from nemotron_h.training.callbacks.expert_load import ExpertLoad
 from nemotron_h.training.callbacks.gemm_table import GemmTable
 from nemotron_h.training.callbacks.incidents import Incidents
 from nemotron_h.training.callbacks.lockstep import StepSeed, collect_garbage_together
@@ -37,9 +38,15 @@ from nemotron_h.training.strategy import NemotronHStrategy, NemotronHTrainer
 
 
 def model_config(
-    model: ModelSchema, seq_length: int, init_seed: int, recompute: RecomputeSchema | None = None
+    model: ModelSchema,
+    seq_length: int,
+    init_seed: int,
+    recompute: RecomputeSchema | None = None,
+    experts: ExpertsSchema | None = None,
 ) -> run.Config[NemotronHConfig]:
-    """Return the definition in Megatron's names, and what its backward pass computes again (nothing by default)."""
+    """Return the definition in Megatron's names, what its backward pass computes again (nothing by default), and how
+    experts are balanced.
+    """
     return run.Config(
         NemotronHConfig,
         **{**nemo_fields(model), "multipliers": run.Config(MultipliersSchema, **dataclasses.asdict(model.multipliers))},
@@ -47,6 +54,7 @@ def model_config(
         seq_length=seq_length,
         init_seed=init_seed,
         **recompute_fields(recompute or RecomputeSchema()),
+        **dataclasses.asdict(experts or ExpertsSchema()),
     )
 
 
@@ -108,7 +116,8 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
     return run.Partial(
         entry,
         model=run.Config(
-            NemotronHModel, config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute)
+            NemotronHModel,
+            config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute, recipe.experts),
         ),
         data=run.Config(data_module, **dataclasses.asdict(data), **data_arguments),
         trainer=run.Config(
@@ -120,6 +129,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 NemotronHStrategy,
                 tensor_model_parallel_size=parallel.tensor,
                 pipeline_model_parallel_size=parallel.pipeline,
+                expert_model_parallel_size=parallel.expert,
                 sequence_parallel=parallel.sequence,
                 distributed_optimizer=parallel.distributed_optimizer,
             ),
@@ -139,6 +149,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(Throughput),  # before the progress line, which shows it
                 run.Config(Stragglers, every_steps=recipe.log.every_steps),  # behind NanGuard, which waits for ranks
                 run.Config(collect_garbage_together),
+                *([run.Config(ExpertLoad)] if recipe.model.num_experts else []),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),

@@ -1,0 +1,137 @@
+"""Experts as they are trained: the router's precision, its counts and balance loss, matmuls in FP8, adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapted_model import adapter, randomize_adapters
+from small_model import pure_config, relative_error, small_model, tokens
+
+from nemotron_h.schema.recipe import AdapterSchema
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+SHARED = ["shared_experts.linear_fc1", "shared_experts.linear_fc2"]
+
+
+def routers_of(model) -> list:
+    from nemotron_h.model.expert_layers import routers
+
+    return routers(model)
+
+
+def test_router_and_counts_stay_in_float32() -> None:
+    """bfloat16 counts no further than 256."""
+    model = small_model(pure_config("E", dtype=torch.bfloat16, bf16=True))
+    router = routers_of(model)[0]
+    assert model.decoder.layers[1].mlp.experts.local_experts[0].linear_fc1.weight.dtype == torch.bfloat16
+    ids = tokens(4, 100)
+    for _ in range(3):
+        model(input_ids=ids)
+    assert router.weight.dtype == router.expert_bias.dtype == router.local_tokens_per_expert.dtype == torch.float32
+    assert float(router.local_tokens_per_expert.sum()) == 3 * 400 * 2
+    assert float(router.local_tokens_per_expert.max()) > 256
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert float(router.local_tokens_per_expert.sum()) == 3 * 400 * 2, "an evaluation counts nothing"
+
+
+def test_the_balance_loss_is_that_of_each_sequence() -> None:
+    """Gradients with its weight less those without are those of weight * E sum_n f_n P_n, a mean over sequences: f_n is
+    the share of choices without the bias, P_n the mean of scores, normalised over all experts (DeepSeek-V3 2.1.2).
+    """
+    weight, ids = 0.3, tokens(2, 40)
+    gradients, noted = [], []
+    for balance in (weight, 0.0):
+        model = small_model(pure_config("E", balance_loss=balance))
+        model(input_ids=ids).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        noted.append([float(loss) for router in routers_of(model) for loss in router.losses])
+    model = small_model(pure_config("E"))
+    seen: dict[int, torch.Tensor] = {}
+    for number, layer in enumerate(model.decoder.layers):
+        if hasattr(layer.mlp if hasattr(layer, "mlp") else None, "router"):
+            layer.mlp.router.register_forward_pre_hook(lambda _, args, n=number: seen.__setitem__(n, args[0]))
+    model(input_ids=ids)
+    total = 0.0
+    for number, x in seen.items():
+        scores = (x.transpose(0, 1) @ model.decoder.layers[number].mlp.router.weight.T).sigmoid()  # [b, l, n]
+        shares = scores / scores.sum(dim=-1, keepdim=True)
+        chosen = torch.zeros_like(scores).scatter(-1, scores.topk(2, dim=-1).indices, 1.0).mean(dim=1) / 2
+        total = total + (6 * chosen * shares.mean(dim=1)).sum(dim=-1).mean()
+    (weight * total).backward()
+    reached = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert relative_error(gradients[0][name] - gradients[1][name], parameter.grad) < 1e-3, name
+            reached += 1
+    assert reached > 10
+    assert sum(noted[0]) == pytest.approx(float(total), rel=1e-5)
+    assert not noted[1]
+
+
+@pytest.mark.parametrize("recipe", ["fp8_current_scaling", "fp8_blockwise"])
+def test_emulated_fp8_takes_the_experts_and_leaves_the_router(recipe: str) -> None:
+    """One expert gets no token."""
+    results = []
+    for emulated in (recipe, None):
+        model = small_model(pure_config("E"))
+        first = routers_of(model)[0]
+        first.expert_bias[3] = -10.0
+        if emulated:
+            for module in model.modules():
+                if hasattr(module, "fp8_emulation"):
+                    module.fp8_emulation = emulated
+        matrices = [n for n, m in model.named_modules() if getattr(m, "fp8_emulation", None) and ".mlp." in n]
+        assert len(matrices) == (3 * (6 + 1) * 2 if emulated else 0)
+        out = model(input_ids=tokens(2, 32))
+        out.square().mean().backward()
+        assert float(first.local_tokens_per_expert[3]) == 0
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        unused = model.decoder.layers[1].mlp.experts.local_experts[3]
+        assert not unused.linear_fc1.weight.grad.any()
+        results.append(out.detach())
+    quantised, exact = results  # where a choice is a near one, another expert may have the token
+    assert 1e-4 < float((quantised - exact).norm() / exact.norm()) < 0.3
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_shared_experts_have_adapters(kind: str) -> None:
+    settings = AdapterSchema(**{**vars(adapter(kind)), "targets": SHARED})
+    model, base = pure_config("E", adapter=settings).configure_model(None), small_model(pure_config("E"))
+    model.load_state_dict(base.state_dict())
+    ids = tokens(2, 40)
+    assert torch.equal(model(input_ids=ids), base(input_ids=ids))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 3 * 2 * (2 if kind == "lora" else 3)
+    assert all(".mlp.shared_experts.linear_fc" in name for name in trained)
+    randomize_adapters(model)
+    model(input_ids=ids).square().mean().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if name in trained)
+    # a checkpoint of adapters has neither weights nor correction biases
+    with_adapters = {k: v for k, v in model.state_dict().items() if ".adapter." in k}
+    other = pure_config("E", adapter=settings).configure_model(None)
+    other.load_state_dict(base.state_dict())
+    other.load_state_dict(with_adapters)
+    assert torch.equal(model(input_ids=ids), other(input_ids=ids))
+
+
+def test_routed_experts_have_none() -> None:
+    from nemotron_h.core.errors import UserError
+
+    settings = adapter("lora", targets=["experts.linear_fc1"])
+    with pytest.raises(UserError, match=r"adapter\.targets has 'experts\.linear_fc1', which"):
+        pure_config("E", adapter=settings).configure_model(None)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_a_step_of_fixed_shapes_is_the_plain_one(batch: int) -> None:
+    """As a GPU takes it: of up to 3 tokens, 6 choices, experts are gathered; of more, all of them run."""
+    from nemotron_h.architecture.blocks.experts import Experts
+    from nemotron_h.model.blocks.experts import ExpertsWeights, RunningExperts
+
+    block, g = Experts(16, 6, 2, 24, 32, 1.5), torch.Generator().manual_seed(batch)
+    shapes = ((16,), (6, 16), (6,), (6, 24, 16), (6, 16, 24), (32, 16), (16, 32))
+    weights = ExpertsWeights(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes))
+    running, h = RunningExperts(block, 1e-5), torch.randn(batch, 16, generator=g, dtype=torch.float64)
+    assert relative_error(running._run_by_shape(weights, h), running._run(weights, h)) < 1e-12
