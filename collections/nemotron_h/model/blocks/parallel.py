@@ -95,9 +95,7 @@ class RunningParallel(Running):
         """Return the mixer's as `RunningMamba`, and all multipliers in the weights."""
         block, scales = self.block, self.block.scales
         self.mamba.loaded(weights)
-        mamba = block.mamba
-        parts = [mamba.d_inner, mamba.d_inner, mamba.group_states, mamba.group_states, mamba.mamba_num_heads]
-        for rows, scale in zip(weights.in_proj.split(parts), scales.in_proj, strict=True):
+        for rows, scale in zip(weights.in_proj.split(block.mamba.in_proj_sections), scales.in_proj, strict=True):
             rows *= scale
         weights.out_proj *= scales.ssm_out
         weights.qkv *= scales.attention_in
