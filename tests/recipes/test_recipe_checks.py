@@ -147,6 +147,7 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (SFT, ["preference.loss=dpo"], ("preference is unused: stage is sft", "leave it out")),
         ("nemotron_h_8b/sft_512k", ["data.seq_length=8192"], ("shorter than the samples of source code_and_math",)),
         # layouts
+        ("falcon_h1_7b", ["parallel.tensor=2"], ("parallel.tensor = 2", "mamba_num_groups = 1", "nearest: 1")),
         (LARGE, ["parallel.tensor=16"], ("parallel.tensor = 16", "mamba_num_groups = 8", "nearest: 8")),
         (LARGE, ["parallel.pipeline=64"], ("parallel.pipeline = 64", "the 52 layers", "nearest: 52")),
         (LARGE, ["parallel.nodes=1", "parallel.devices=4"], ("nodes * parallel.devices = 4", "the nearest is 8")),

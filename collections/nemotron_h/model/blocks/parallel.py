@@ -68,11 +68,15 @@ class RunningParallel(Running):
         return ModuleSpec(module=ParallelLayer, submodules=ParallelSubmodules(parts.norm, mixer, attention))
 
     def prepare_layer(self, layer: Any, config: Any) -> None:
-        """Set the multipliers."""
+        """Set the multipliers, and how tensor-parallel ranks sum."""
         scales = self.block.scales
         layer.scales, layer.self_attention.key_scale = scales, scales.key
         if set(scales.in_proj) != {1.0}:
             layer.mixer.in_proj_scales = scales.in_proj
+        # an adapter adds to a sum over the ranks, not to one rank's part
+        adapted = config.adapter is not None and {"out_proj", "linear_proj"} & set(config.adapter.targets)
+        if config.tensor_model_parallel_size > 1 and not adapted:
+            layer.reduce_once()
 
     def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
         """Set both branches, their matrices of one deviation, as Hugging Face's `falcon_h1`: the multipliers do the
