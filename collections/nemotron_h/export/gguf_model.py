@@ -41,6 +41,11 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
     """
     d, kinds = definition, {kind.name for kind in definition.kinds}
     architecture = PURE if kinds <= HOLDS[PURE] else HYBRID
+    if d.has_experts:
+        raise UserError(
+            f"model {d.name} has experts; llama.cpp's {architecture} has none, and its nemotron_h_moe is not written",
+            hint="export it for Hugging Face's libraries: nemotron-h export hf",
+        )
     check_uniform(d, f"llama.cpp's {architecture}", HOLDS[architecture])
     if d.position_embedding != "none":
         raise UserError(
