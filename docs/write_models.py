@@ -31,7 +31,8 @@ README = DOCS.parent / "README.md"
 BEGIN, END = "<!-- models: written by docs/write_models.py -->", "<!-- end of models -->"
 WIDTHS = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads"),
-    *("mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel", "position_embedding", "rope_base"),
+    *("mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel", "num_experts", "experts_per_token"),
+    *("expert_hidden_size", "shared_expert_hidden_size", "expert_scaling", "position_embedding", "rope_base"),
     *("vocab_size", "norm_epsilon", "init_std"),
 )
 #: models that share a row of README's table: their names' common head
@@ -156,6 +157,8 @@ def widths(model: str) -> list[str]:
         if value:
             rows.append(f"| `{key}` | {f'{value:,}' if isinstance(value, int) else value} | {d.sources.get(key, '')} |")
     rows.append(f"| parameters | {d.parameters:,} | counted, and `expect` of the definition |")
+    if d.has_experts:
+        rows.append(f"| parameters that a token passes | {d.active_parameters:,} | counted, and `expect` |")
     return rows
 
 
@@ -184,10 +187,11 @@ def page(model: str) -> str:
     """Return the page of a model."""
     d = definition(model)
     own = any("sample" not in recipe_of(name).data.blend for name in recipes(model))
+    active = f", {size(d.active_parameters)} of them active," if d.has_experts else ""
     parts = [
         f"# {model}",
         *about(model),
-        f"{size(d.parameters)} parameters in {d.num_layers} layers: {layers(d)}.",
+        f"{size(d.parameters)} parameters{active} in {d.num_layers} layers: {layers(d)}.",
         "## Widths",
         "`paper` is Nemotron-H, arXiv 2504.03624.",
         "\n".join(widths(model)),

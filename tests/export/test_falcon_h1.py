@@ -115,7 +115,11 @@ def test_an_adapter_is_the_trained_model_in_generation_and_in_peft(kind: str, tm
     trained.eval()
     first = save(base, tmp_path / "base")
     checkpoint = save_adapter(trained, tmp_path / "adapter", first)
-    peft_writer.write(peft_writer.plan(checkpoint), tmp_path / "peft")
+    plan = peft_writer.plan(checkpoint)
+    attention, gated = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    assert sorted(plan.config["target_modules"]) == sorted(("in_proj", *attention, *gated))
+    assert plan.config["modules_to_save"] == ["out_proj"]
+    peft_writer.write(plan, tmp_path / "peft")
     ids = tokens(BATCH, LENGTH)
     expected = trained(input_ids=ids)[..., :VOCABULARY]
     assert relative_error(base(input_ids=ids)[..., :VOCABULARY], expected) > 0.1

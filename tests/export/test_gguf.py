@@ -7,12 +7,13 @@ import shutil
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 from export_command import invoke
 from save_checkpoint import save
-from small_model import VOCABULARY, pure_config, small_config, small_model
+from small_model import MULTIPLIERS, VOCABULARY, pure_config, small_config, small_model
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, write_meta
@@ -164,6 +165,35 @@ def test_mamba_alone_has_an_architecture_of_its_own(tmp_path: Path) -> None:
     assert Gguf(tmp_path / "m.gguf").values["general.architecture"] == "mamba2"
 
 
+def test_falcon_h1(tmp_path: Path) -> None:
+    """Each tensor's name is that of llama.cpp's package; multipliers, which llama.cpp has none of, are in the rows."""
+    checkpoint = save(small_model(pure_config("PS")), tmp_path / "c")
+    invoke("export", "gguf", checkpoint, tmp_path / "f.gguf", "--no-tokenizer")
+    file, m = Gguf(tmp_path / "f.gguf"), MULTIPLIERS
+    v = {key.removeprefix("falcon-h1."): value for key, value in file.values.items()}
+    assert (v["general.architecture"], v["block_count"], v["feed_forward_length"]) == ("falcon-h1", 2, 80)
+    assert (v["attention.head_count"], v["attention.head_count_kv"], v["rope.freq_base"]) == (4, 2, 100)
+    assert (v["ssm.inner_size"], v["ssm.group_count"], v["ssm.time_step_rank"]) == (128, 2, 8)
+    source = ModelSource(checkpoint)
+    theirs = source.read({name for row in source.rows for name in row.theirs}, torch.float32)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.FALCON_H1, 2)
+    parts = {"in_proj": [m["ssm_in"] * m[f"ssm_{part}"] for part in ("z", "x", "b", "c", "dt")]}
+    parts |= {name: [m["attention_in"]] for name in ("q_proj", "v_proj")}
+    parts |= {"k_proj": [m["attention_in"] * m["key"]], "o_proj": [m["attention_out"]], "out_proj": [m["ssm_out"]]}
+    parts |= {"gate_proj": [m["ffn_gate"]], "down_proj": [m["ffn_down"]]}
+    parts |= {"embed_tokens": [m["embedding"]], "lm_head": [m["head"]]}
+    assert len(file.entries) == len(theirs)
+    for name, tensor in theirs.items():
+        written = file.tensor(names.get_name(name.replace("dt_bias", "dt_proj.bias"), (".weight", ".bias")))
+        expected = -tensor.exp() if name.endswith("A_log") else tensor
+        key = name.split(".")[-2]
+        scales = parts.get(key, [1.0])
+        rows = [128, 128, 32, 32, 8] if key == "in_proj" else [len(tensor)]
+        expected = torch.cat([part * scale for part, scale in zip(expected.split(rows), scales, strict=True)])
+        np.testing.assert_allclose(written.ravel(), expected.numpy().ravel(), rtol=2e-7, err_msg=name)
+    assert set(parts) <= {name.split(".")[-2] for name in theirs}
+
+
 def test_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "there.gguf").write_text("x")
     with pytest.raises(UserError, match="exists already"):
@@ -177,9 +207,10 @@ def test_refused(run: Path, tmp_path: Path) -> None:
     for config, message in (
         (pure_config("*-"), "has rope positions; llama.cpp"),
         (pure_config("E"), "has experts; llama.cpp's nemotron_h has none"),
+        (pure_config("PS", rotary_percent=0.5), "does not rotate whole heads .*; llama.cpp's falcon-h1"),
         (small_config(pattern="MM-M-", num_attention_heads=0, num_query_groups=0, kv_channels=0), "no attention layer"),
     ):
-        checkpoint = save(small_model(config), tmp_path / message)
+        checkpoint = save(small_model(config), tmp_path / message[:9])
         with pytest.raises(UserError, match=message):
             invoke("export", "gguf", checkpoint, tmp_path / "x.gguf", "--no-tokenizer")
     assert not list(tmp_path.glob("*x.gguf*"))

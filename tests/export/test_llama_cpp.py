@@ -43,6 +43,8 @@ CONFIGS = {
     "groups_8": lambda: small_config(8),
     "pruned": lambda: small_config(pattern="MM*-M--", ffn_hidden_size=56),
     "mamba2": lambda: pure_config("M"),
+    "falcon_h1": lambda: pure_config("PS"),
+    "falcon_h1_no_norm": lambda: pure_config("PS", mamba_norm=False, mamba_num_groups=1),
 }
 EXACT = 1e-4  # of log-probabilities at weights of scale 1; 6e-6 is seen
 #: type of the file -> largest difference of a log-probability, about twice what is seen

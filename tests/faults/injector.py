@@ -122,6 +122,8 @@ def watch(injector: Injector) -> None:
     from megatron.core.utils import get_attr_wrapped_model
     from worker import Recorder
 
+    Recorder.on_train_start = pl.Callback.on_train_start  # its file of first weights is not one of the run's
+
     class Moments(pl.Callback):
         """The moments of a step, and the faults that are of its model."""
 

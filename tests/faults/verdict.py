@@ -60,8 +60,9 @@ def of_end(end: End, fault: Fault, stage: Stage) -> str:
         return "" if told else "exit code 75 without the step and how to go on"
     if fault.kind in SIGNALS and end.code == 128 + SIGNALS[fault.kind] and "the same command continues" in end.out:
         return ""  # as shells have it
-    if fault.kind in SIGNALS and stage.ranks == 1 and end.code == -SIGNALS[fault.kind]:
-        return ""
+    if fault.kind in SIGNALS and end.code == -SIGNALS[fault.kind]:  # before its handler was there
+        alone = stage.ranks == 1 or "The same command continues" in said
+        return "" if alone else "the other rank does not say how to go on"
     if fault.kind in ("kill", "stop_for_good") and stage.ranks > 1:
         named = re.search(rf"no answer from rank {fault.ranks[0]}\b.*The same command continues", said, re.DOTALL)
         return "" if named else "the rank that is gone is not named by the other"

@@ -4,9 +4,8 @@ After `nemotron-h data prepare --blend sample_small`, `python tests/gpu/bench_sa
 widths in 13 layers (1.82 B parameters, a checkpoint of 24 GiB), or the tiny model without a GPU, with a checkpoint
 every so many steps, and prints for each save what training waited and what the write reached, and the peak of the
 GPU's memory before and after saves.
-Then it writes the same bytes to the same folder with as many threads in turn: plainly, hashed, and hashed with each
-piece sent to the disk at once. FOLDER is on the
-disk to be measured, and has room for two checkpoints. Numbers are printed as lines of JSON at the end.
+Then it writes the same bytes to the same folder with as many threads in turn, plainly and as a save does. FOLDER is on
+the disk to be measured, and has room for two checkpoints. Numbers are printed as lines of JSON at the end.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Watch(pl.Callback):
         save = trainer.checkpoint_callback.save
         self.besides.append(save is not None)
         if save is not None and save.step == trainer.global_step:
-            self.begun.append(index)
+            self.begun.append(len(self.starts) - 1)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.look(trainer)
@@ -102,20 +101,15 @@ def rate(folder: Path, sizes: list[int], way: str) -> float:
     """Return the bytes per second of writing files of these sizes, a thread each, until the disk has them.
 
     Args:
-        way: `plain`; `hashed`, as saves do; or `early`, the same where the kernel is asked to write each piece at once.
+        way: `plain`, or `hashed`, as saves do.
     """
     memory = memoryview(checkpoint_writer.STAGING._memory)
 
     def write(number: int) -> None:
         begin = min(sum(sizes[:number]), max(0, len(memory) - sizes[number]))
         data = memory[begin : begin + sizes[number]]
-        if way != "plain":
-
-            def ask(size: int) -> None:
-                if way == "early":
-                    os.posix_fadvise(file._file.fileno(), file.size - size, size, os.POSIX_FADV_DONTNEED)
-
-            with HashedFile(folder / str(number), ask) as file:
+        if way == "hashed":
+            with HashedFile(folder / str(number)) as file:
                 file.write(data)
                 file.sync()
             return
@@ -138,7 +132,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder on the disk to be measured, made anew")
     parser.add_argument("--every", type=int, default=30 if ON_GPU else 4, help="steps between saves")
-    parser.add_argument("--steps", type=int, default=65 if ON_GPU else 12, help="of the run")
+    parser.add_argument("--steps", type=int, default=95 if ON_GPU else 12, help="of the run")
     parser.add_argument("--precision", default="bf16", help="of the recipe")
     parser.add_argument("--rounds", type=int, default=2, help="of such writes")
     args = parser.parse_args()
@@ -155,7 +149,7 @@ def main() -> None:
     checkpoint = folders.finished(run_dir)[0]
     sizes = [path.stat().st_size for path in sorted((checkpoint / folders.WEIGHTS).glob("*.distcp"))]
     shutil.rmtree(run_dir)
-    rates: dict[str, list[float]] = {"plain": [], "hashed": [], "early": []}
+    rates: dict[str, list[float]] = {"plain": [], "hashed": []}
     for _ in range(args.rounds):
         for way, found in rates.items():
             found.append(rate(folder / "files", sizes, way) / 1e9)

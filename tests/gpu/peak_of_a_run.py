@@ -1,9 +1,9 @@
 """List what the GPU's memory holds at the peak of a run, saves included.
 
 After `nemotron-h data prepare --blend sample_small`, `python tests/gpu/peak_of_a_run.py --out FOLDER` pretrains the run
-of `bench_saves.py` for a few steps with a checkpoint, and prints the peak of the allocator beside the plan's, and the
-tensors that were there at that moment by the line that made them, largest first; those of before the second step stand
-as one number.
+of `bench_saves.py` for a few steps with a checkpoint, and prints the peak of the allocator beside the plan's and its
+parts, and the tensors that were there by the line that made them, largest first: those of before the second step, which
+stay, and those that came since, at the moment of the peak.
 """
 
 from __future__ import annotations
@@ -29,17 +29,25 @@ PACKAGES = ("nemotron_h/", "megatron/core/", "transformer_engine/", "mamba_ssm/"
 
 
 class History(pl.Callback):
-    """Record each allocation from the second step on."""
+    """Record each allocation, and what is there when the second step begins."""
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        torch.cuda.memory._record_memory_history(max_entries=2_000_000, context="alloc", stacks="python")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         if trainer.global_step == 1:
             self.before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.memory._record_memory_history(max_entries=2_000_000, context="alloc", stacks="python")
+            snapshot = torch.cuda.memory._snapshot()
+            self.first = len(snapshot["device_traces"][0])
+            self.there: Counter[str] = Counter()
+            for block in (b for segment in snapshot["segments"] for b in segment["blocks"]):
+                if block["state"] == "active_allocated":
+                    self.there[line_of(block)] += block["size"]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.peak = torch.cuda.max_memory_allocated()
-        self.events = torch.cuda.memory._snapshot()["device_traces"][0]
+        self.events = torch.cuda.memory._snapshot()["device_traces"][0][self.first :]
 
 
 def line_of(event: dict[str, Any]) -> str:
@@ -89,19 +97,23 @@ def main() -> None:
     fdl.build(task)()
     shutil.rmtree(folder)
     plan = make_plan(composed, "h200")
+    largest_stage = max(plan.stages, key=lambda stage: stage.peak)
     largest, by_line = at_peak(history.events)
     print(
         json.dumps(
             {
                 "peak_gib": round(history.peak / GIB, 3),
-                "planned_gib": round(max(stage.peak for stage in plan.stages) / GIB, 3),
+                "planned_gib": round(largest_stage.peak / GIB, 3),
+                "planned_parts_gib": {name: round(size / GIB, 3) for name, size in largest_stage.parts().items()},
                 "before_gib": round(history.before / GIB, 3),
                 "since_gib": round(largest / GIB, 3),
             }
         )
     )
-    for line, size in by_line.most_common(40):
-        print(f"{size / GIB:8.3f} GiB  {line}")
+    for title, lines in (("before the second step", history.there), ("since, at the peak", by_line)):
+        print(title)
+        for line, size in lines.most_common(24):
+            print(f"{size / GIB:8.3f} GiB  {line}")
 
 
 if __name__ == "__main__":

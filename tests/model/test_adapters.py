@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapted_model import KINDS, adapted_config, adapted_model, adapter, randomize_adapters
-from small_model import relative_error, small_config, small_model, tokens
+from small_model import pure_config, relative_error, small_config, small_model, tokens
 from test_packed_conversations import SEQ, conversations, masked_losses
 
 from nemotron_h.core.errors import UserError
@@ -146,6 +146,17 @@ def test_a_part_of_the_targets() -> None:
     model, _ = adapted_model(adapted_config("lora", targets=["out_proj", "linear_fc1"]))
     names = {n.rpartition(".adapter.")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
     assert names == {"out_proj", "linear_fc1"}
+
+
+def test_falcon_h1_is_adapted_in_both_branches_and_in_all_of_swiglu() -> None:
+    model = pure_config("PS", adapter=adapter("lora")).configure_model(None)
+    parts = {n.rpartition(".adapter.")[0]: p.shape for n, p in model.named_parameters() if n.endswith("adapter.b")}
+    of_layer = {"mixer.in_proj": 328, "mixer.out_proj": 48}  # rows: z, x, B, C, dt; of queries, keys, values; gate, up
+    of_layer |= {"self_attention.linear_qkv": 128, "self_attention.linear_proj": 48}
+    expected = {f"decoder.layers.{layer}.{name}": (rows, 4) for layer in (0, 2) for name, rows in of_layer.items()}
+    for layer in (1, 3):
+        expected |= {f"decoder.layers.{layer}.mlp.linear_fc{n}": (rows, 4) for n, rows in ((1, 2 * 80), (2, 48))}
+    assert parts == expected
 
 
 def test_the_built_model_checks_its_adapter_too() -> None:

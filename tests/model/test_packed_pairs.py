@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 SEQ = 96
 #: tokens of (chosen, rejected) of the pairs of each window; the scan's chunk is 32
 WINDOWS = ([(20, 33), (17, 12)], [(34, 30)], [(49, 49)], [(5, 4), (31, 30), (2, 3)])
-KINDS = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
+KINDS = ("dpo", "dpo_norm", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 BETA, SCALE = 0.2, 1.7
 
 
@@ -59,7 +59,7 @@ def token_losses(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def formula(kind: str, a: float, b: float) -> float:
     """A pair's loss, in Python's floats, from probabilities."""
     p, q = 1 / (1 + math.exp(-a)), 1 / (1 + math.exp(-b))
-    if kind == "dpo":
+    if kind in ("dpo", "dpo_norm"):
         return -math.log(q)
     if kind == "rpo_sq":
         return (b - a) ** 2
@@ -114,11 +114,13 @@ def test_packed_is_unpacked_and_the_formula(kind: str, make) -> None:
     for window, (reference, gaps) in zip(windows, given, strict=True):
         for sides, (chosen_ref, rejected_ref), gap in zip(window, reference, gaps, strict=True):
             chosen, rejected = alone(model, sides)
-            b = BETA * ((chosen - chosen_ref) - (rejected - rejected_ref))
+            lengths = [learnt[1:].sum() if kind == "dpo_norm" else 1 for _, learnt in sides]
+            b = BETA * ((chosen - chosen_ref) / lengths[0] - (rejected - rejected_ref) / lengths[1])
             a = torch.tensor(SCALE * gap, dtype=torch.float64)
             p, q = torch.sigmoid(a), torch.sigmoid(b)
             kl = lambda x, y: x * (x / y).log() + (1 - x) * ((1 - x) / (1 - y)).log()  # noqa: E731
-            loss = {"dpo": -q.log(), "rpo_sq": (b - a) ** 2, "rpo_bwd_kl": kl(p, q), "rpo_fwd_kl": kl(q, p)}[kind]
+            rewarded = {"rpo_sq": (b - a) ** 2, "rpo_bwd_kl": kl(p, q), "rpo_fwd_kl": kl(q, p)}
+            loss = rewarded.get(kind, -q.log())
             unpacked = unpacked + loss
             for key, value in zip(
                 expected,

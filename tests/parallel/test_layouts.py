@@ -16,7 +16,7 @@ TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2", "dp2", "dp2opt", "tp2spopt")
 PURE = tuple(f"{family}-{layout}" for family in ("transformer", "mamba2") for layout in ("tp2sp", "pp2"))
 PAIRS = ("preference-tp2sp", "preference-pp2", "preference-dp2")
 ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2", "dora-tp2sp", "dora-tp2spopt")
-FALCON = (*(f"falcon_h1-{layout}" for layout in ("tp2spagain", "pp2", "dp2")), "falconlora-tp2sp")
+FALCON = (*(f"falcon_h1-{layout}" for layout in ("tp2", "tp2spagain", "pp2", "dp2")), "falconlora-tp2sp")
 EXPERTS = tuple(f"experts-{layout}" for layout in ("ep2", "dp2", "tp2sp", "pp2", "tp2spep2again", "tp2spopt", "ep2opt"))
 KINDS = ("transformer", "mamba2", "preference", "lora", "dora")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
@@ -60,4 +60,13 @@ def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
         assert other[kind].keys() == one[kind].keys()
         for key, value in one[kind].items():
             assert not torch.isnan(other[kind][key]).any(), f"{kind} {key} has parts that no rank holds"
-            assert relative(other[kind][key], value) < 1e-4, f"{kind} {key}"
+            # branches are summed in another order than by one rank: Adam makes steps of gradients that round to about 0
+            least = 1e-3 if (family, kind) == ("falcon_h1-", "weights") else 1e-4
+            assert relative(other[kind][key], value) < least, f"{kind} {key}"
+
+
+@pytest.mark.slow
+def test_both_branches_of_a_parallel_layer_are_summed_at_once(results: dict[str, dict]) -> None:
+    """A sum over the ranks for the embedding and for each of three P and three S layers."""
+    assert results["falcon_h1-one"]["sums"] == 0
+    assert results["falcon_h1-tp2"]["sums"] == 1 + 3 + 3

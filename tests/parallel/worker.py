@@ -181,6 +181,24 @@ def forward(iterator, model):
     return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]), loss_of
 
 
+@torch.no_grad()
+def sums_over_ranks(module: torch.nn.Module) -> int:
+    """All-reduces of a forward pass of this rank's layers."""
+    calls, all_reduce = [], torch.distributed.all_reduce
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        return all_reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    try:
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            module(input_ids=batches(0)[:1, :-1])
+    finally:
+        torch.distributed.all_reduce = all_reduce
+    return len(calls)
+
+
 def train(name: str) -> dict[str, object]:
     """Losses of every step, gradients of the first, and final weights."""
     family = name.partition("-")[0] if "-" in name else "nemotron_h"
@@ -266,7 +284,7 @@ def train(name: str) -> dict[str, object]:
         losses.append(float(norm))
         if config.num_experts:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
-    result = {"losses": losses, "gradients": gradients, "weights": assemble(module)}
+    result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
     parallel_state.destroy_model_parallel()
     return result
 

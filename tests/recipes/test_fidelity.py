@@ -10,7 +10,14 @@ from nemotron_h.recipe import fidelity
 from nemotron_h.recipe.compose import known_recipes
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results" / "fidelity.md"
-OURS = {"nemotron_h_tiny", "nemotron_h_100m", "nemotron_h_400m", "nemotron_h_1b", "falcon_h1_tiny"}
+OURS = {
+    "nemotron_h_tiny",
+    "nemotron_h_100m",
+    "nemotron_h_400m",
+    "nemotron_h_1b",
+    "falcon_h1_tiny",
+    "nemotron_h_moe_tiny",
+}
 
 
 def test_every_model_is_in_a_paper_or_ours() -> None:

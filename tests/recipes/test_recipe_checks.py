@@ -130,6 +130,11 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["optim.final_lr=1"], ("optim.final_lr = 1.0 is not between 0 and optim.peak_lr", "3e-05")),
         (TINY, ["tokens=1.5"], ("tokens: '1.5' is not a token count",)),
         (NANO, ["optim.decay_tokens=null"], ("optim.decay_tokens is missing", "3.6T")),
+        (
+            NANO,
+            ["optim.schedule=wsd_exponential", "optim.final_lr=0"],
+            ("optim.final_lr is 0, which an exponential decay never reaches", "a 256th of the peak is"),
+        ),
         (NANO, ["optim.decay_tokens=20T"], ("are longer than the run", "decay for 19,975,000,000,000 tokens or less")),
         # preferences and long conversations
         (DPO, ["preference.loss=rpo_bwd"], ("preference.loss = 'rpo_bwd'", "Did you mean rpo_bwd_kl?")),
@@ -142,6 +147,7 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (SFT, ["preference.loss=dpo"], ("preference is unused: stage is sft", "leave it out")),
         ("nemotron_h_8b/sft_512k", ["data.seq_length=8192"], ("shorter than the samples of source code_and_math",)),
         # layouts
+        ("falcon_h1_7b", ["parallel.tensor=2"], ("parallel.tensor = 2", "mamba_num_groups = 1", "nearest: 1")),
         (LARGE, ["parallel.tensor=16"], ("parallel.tensor = 16", "mamba_num_groups = 8", "nearest: 8")),
         (LARGE, ["parallel.pipeline=64"], ("parallel.pipeline = 64", "the 52 layers", "nearest: 52")),
         (LARGE, ["parallel.nodes=1", "parallel.devices=4"], ("nodes * parallel.devices = 4", "the nearest is 8")),

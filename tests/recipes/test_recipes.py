@@ -35,6 +35,7 @@ FAMILY = {
     *("nemotron_h_4b", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_47b_paper", "nemotron_h_56b", "nemotron_t_8b"),
     *("mamba2_8b", "mamba2_hybrid_8b", "nano_4b", "nano_9b_v2", "nano_12b_v2"),
     *("nemotron_h_tiny", "nemotron_h_100m", "nemotron_h_400m", "nemotron_h_1b"),
+    *("nemotron_h_moe_tiny", "nano_30b_a3b"),
     *(f"falcon_h1_{size}" for size in ("tiny", "0.5b", "1.5b", "1.5b_deep", "3b", "7b", "34b")),
 }
 
@@ -81,10 +82,11 @@ def test_a_leaf_is_its_changed_keys(name: str) -> None:
 @pytest.mark.parametrize("name", known_recipes())
 def test_every_value_that_matters_has_a_source(name: str) -> None:
     composed = trace(name)
+    matters = (*MATTERS, *(["experts."] if composed.recipe.model.num_experts else []))
     missing = [
         key
         for key, value in leaves(dataclasses.asdict(composed.recipe))
-        if f"{key}.".startswith(MATTERS)
+        if f"{key}.".startswith(matters)
         and not key.startswith(NO_SOURCE)
         and value not in (None, 0, 0.0, "", [], {})  # left out
         and (key, value) not in LEFT_OUT

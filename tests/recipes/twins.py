@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from nemotron_h.platform import quiet
@@ -40,6 +41,11 @@ SMALL = {
     "mamba_head_dim": 8,
     "mamba_num_groups": 2,
     "mamba_state_dim": 16,
+    "num_experts": 4,
+    "experts_per_token": 2,
+    "expert_hidden_size": 32,
+    "shared_expert_hidden_size": 64,
+    "expert_scaling": 2.5,
 }
 BLEND = f"""
 name: words
@@ -86,9 +92,7 @@ def shrunken(name: str) -> list[str]:
     kept += ("mamba_norm", "multipliers")
     nothing = {key: 0 for kind in KINDS.values() for key in kind.widths}
     shape = {**nothing, **widths, **{key: getattr(model, key) for key in kept}, "pattern": pattern}
-    parameters = ModelDefinition(name="twin", expect=Expect(0, 0, 0, 0), **shape).parameters
-    expect = {"parameters": parameters}
-    expect |= {kind.name: pattern.count(letter) for letter, kind in KINDS.items()}
+    expect = asdict(ModelDefinition(name="twin", expect=Expect(), **shape).counts())
     step = BATCH * LENGTH
     values = {
         **{f"model.{key}": value for key, value in widths.items()},
@@ -100,7 +104,7 @@ def shrunken(name: str) -> list[str]:
         "data.micro_batch_size": 1,
         "optim.warmup_tokens": step,
         **({"optim.decay_tokens": step} if recipe.optim.decay_tokens else {}),
-        **{f"parallel.{key}": 1 for key in ("nodes", "devices", "tensor", "pipeline")},
+        **{f"parallel.{key}": 1 for key in ("nodes", "devices", "tensor", "pipeline", "expert")},
         "parallel.sequence": "false",
         "log.validate_every_steps": STEPS,
         "log.validation_batches": 0,

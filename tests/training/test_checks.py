@@ -333,3 +333,25 @@ def test_a_stable_rate_decays_linearly_over_the_last_steps() -> None:
     module.lr_scheduler.max_steps = 8
     with pytest.raises(UserError, match="8 steps, its warm-up 4 and its decay 5"):
         module.lr_scheduler.scheduler(None, optimizer)
+
+
+def test_an_exponential_decay_has_one_factor_every_step() -> None:
+    """To a 256th over eight steps: half the rate of the step before."""
+    import torch
+
+    from nemotron_h.training.optimizer import scheduled_adamw
+
+    module = scheduled_adamw(peak_lr=1e-3, final_lr=1e-3 / 256, warmup_steps=4, decay_steps=8, exponential_decay=True)
+    assert module.settings["exponential_decay"]
+    assert "exponential_decay" not in scheduled_adamw(peak_lr=1e-3, final_lr=0, warmup_steps=4).settings
+    module.lr_scheduler.max_steps = 20
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = module.lr_scheduler.scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(21):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == [pytest.approx(1e-3 * step / 5) for step in range(1, 5)]
+    assert rates[4:13] == [pytest.approx(1e-3)] * 9
+    assert rates[12:] == [pytest.approx(1e-3 / 2**step) for step in range(9)]

@@ -135,14 +135,15 @@ def test_changed_settings_hold_from_the_next_step_on_and_are_recorded(small: Sma
         assert "# From step 8 on: optim.peak_lr: 0.01 -> 0.005\n" in (small.run_dir(name) / "recipe.yaml").read_text()
 
 
-@pytest.mark.parametrize("decay_steps", [None, 4])
-def test_a_schedule_takes_the_step_alone_from_a_checkpoint(decay_steps: int | None) -> None:
+@pytest.mark.parametrize(("decay_steps", "exponential"), [(None, False), (4, False), (4, True)])
+def test_a_schedule_takes_the_step_alone_from_a_checkpoint(decay_steps: int | None, exponential: bool) -> None:
     from nemotron_h.training.optimizer import Schedule
 
     def at(step: int, peak: float, max_steps: int, state: dict | None = None) -> tuple[dict, list[float]]:
         """Return the state after so many steps, and the rates from the next step on."""
         optimizer = torch.optim.SGD([{"params": [torch.zeros(1)], "lr": peak}])
-        schedule = Schedule(2, decay_steps, 1e-4, max_steps).scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
+        module = Schedule(2, decay_steps, 1e-4, max_steps, exponential)
+        schedule = module.scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
         if state is not None:
             schedule.load_state_dict(state)
         rates = []

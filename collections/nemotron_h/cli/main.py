@@ -26,7 +26,7 @@ from nemotron_h.cli.plan import plan
 from nemotron_h.cli.prune import importance, prune
 from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
-from nemotron_h.core.errors import UserError, report, user_error
+from nemotron_h.core.errors import report, user_error
 
 app = typer.Typer(
     name="nemotron-h",
@@ -80,7 +80,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     try:
         app()
-    except (UserError, OSError) as error:
+    except Exception as error:
         mistake = user_error(error)
         if mistake is None:
             raise

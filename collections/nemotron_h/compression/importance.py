@@ -25,7 +25,7 @@ from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.compression.child import check_parent
 from nemotron_h.compression.measure import Advance, measure_layers, measure_widths
 from nemotron_h.compression.unfinished import Unfinished
-from nemotron_h.core.errors import UserError
+from nemotron_h.core.errors import UserError, writing
 from nemotron_h.core.files import file_sha256, read_json_object, write_json
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.blend import Blend
@@ -128,7 +128,8 @@ class Importance:
     def save(self, folder: Path) -> None:
         """Write the artefact into `folder`, which exists."""
         tensors = {"layers": self.layers, **self.activations}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / VALUES)
+        with writing(folder / VALUES):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / VALUES)
         ranks, values = self.ranks(), self.layers.mean(0)
         record = {
             "settings": dict(self.settings),

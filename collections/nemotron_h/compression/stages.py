@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -170,6 +171,8 @@ class Pipeline:
         started = time.monotonic()
         try:
             result = stage.run(folder)
+        except UserError as error:
+            raise self._with_way_out(error) from error
         finally:
             begun["seconds"] += time.monotonic() - started
             write_json(folder / BEGUN, begun)
@@ -185,6 +188,14 @@ class Pipeline:
         }
         write_json(folder / RECORD, record)
         self.say(f"{place}: {result} ({_minutes(record['seconds'])})")
+
+    def _with_way_out(self, error: UserError) -> UserError:
+        """Return an error of a damaged checkpoint of a stage with what makes that anew; another one as it is."""
+        damaged = re.search(r"checkpoint (\S+) is damaged", error.message)
+        for folder in (self.path(stage.name) for stage in self.stages):
+            if damaged and Path(damaged[1]).resolve().is_relative_to(folder.resolve()):
+                return UserError(error.message, hint=f"remove {folder} and run again")
+        return error
 
     def _set_aside(self, folder: Path) -> None:
         """Make way for other inputs; the work of the time before is kept once."""

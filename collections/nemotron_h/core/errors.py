@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 _FULL = "free space there and run the same command again"
 _RIGHTS = "give this user the right to it, or name another place"
@@ -13,6 +16,7 @@ _KIND = "name another place, or move what stands there"
 _LASTING = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
+    errno.EFBIG: "raise this user's limit of a file's size (ulimit -f), or name another place",
     errno.EROFS: _RIGHTS,
     errno.EACCES: _RIGHTS,
     errno.EPERM: _RIGHTS,
@@ -22,6 +26,12 @@ _LASTING = {
     errno.ENAMETOOLONG: "name another place",
     errno.ENOENT: "look at its name, and at what removed it",
 }
+#: those of a write, which need no path to be clear
+_OF_A_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: libraries in Rust (safetensors, tokenizers) hide the operating system's error in the text of theirs
+_NUMBER = re.compile(r"\(os error (\d+)\)")
+#: `torch.save` writes in C++, whose errors have no number
+_OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed", "enforce fail at inline_container")
 
 
 class UserError(Exception):
@@ -49,19 +59,44 @@ def user_error(error: BaseException, what: str = "", hint: str = "") -> UserErro
     """Return an error as one that the user can act on, or None where it is another: a bug, or what may pass by itself.
 
     Args:
-        error: a `UserError`, which is returned as it is, or the operating system's.
+        error: a `UserError`, which is returned as it is, or the operating system's, as `of_system` finds it.
         what: stands before the path: the key that names it, or what it is.
         hint: in place of the usual one of this error.
     """
     if isinstance(error, UserError):
         return error
-    if not isinstance(error, OSError) or error.errno not in _LASTING:
+    system = of_system(error)
+    if system is None or system.errno not in _LASTING:
         return None
-    path = error.filename2 or error.filename
-    if path is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    path = system.filename2 or system.filename
+    if path is None and system.errno not in _OF_A_WRITE:
         return None
-    parts = [what, str(path) if path is not None else "", error.strerror]
-    return UserError(": ".join(part for part in parts if part), hint or _LASTING[error.errno])
+    parts = [what, str(path) if path is not None else "", system.strerror]
+    return UserError(": ".join(part for part in parts if part), hint or _LASTING[system.errno])
+
+
+def of_system(error: BaseException) -> OSError | None:
+    """Return the operating system's error that an error is, or that a library tells of; None where it is another."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, Exception) and (number := _NUMBER.search(str(error))):
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_TORCH_SAVE):
+        said = str(error).splitlines()[0]
+        return OSError(errno.ENOSPC, f"{said}, as PyTorch says where the disk is full or a file may not grow")
+    return None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have errors of the operating system, libraries' too, that name no file name the one that is written."""
+    try:
+        yield
+    except Exception as error:
+        system = of_system(error)
+        if system is None or system.filename is not None:
+            raise
+        raise OSError(system.errno, system.strerror, str(path)) from error
 
 
 @contextlib.contextmanager
@@ -69,8 +104,11 @@ def naming(what: str, hint: str = "") -> Iterator[None]:
     """Raise the operating system's errors as `user_error` gives them."""
     try:
         yield
-    except OSError as error:
-        raise user_error(error, what, hint) or error from error
+    except Exception as error:
+        mistake = user_error(error, what, hint)
+        if mistake is None or mistake is error:
+            raise
+        raise mistake from error
 
 
 def report(error: UserError) -> None:

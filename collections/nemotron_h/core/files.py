@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemotron_h.core.errors import UserError
+from nemotron_h.core.errors import UserError, writing
 
 T = TypeVar("T")
 _PIECE = 1 << 20
@@ -35,6 +35,7 @@ class HashedFile:
     """New file whose sha256 is taken of what is written, so that nobody reads it again.
 
     A thread that writes gives way to the others of its process: pieces are written and hashed without Python's lock.
+    The disk is asked to take each piece at once: a kernel that waits for memory to fill up leaves it idle at first.
 
     Args:
         path: of the file; one that is there is emptied.
@@ -46,7 +47,7 @@ class HashedFile:
     _PIECE = 1 << 24
 
     def __init__(self, path: Path, advance: Callable[[int], None] = lambda size: None) -> None:
-        self.size, self._digest, self._advance = 0, hashlib.sha256(), advance
+        self.size, self._sent, self._digest, self._advance = 0, 0, hashlib.sha256(), advance
         self._file = path.open("wb", buffering=0)
 
     def __enter__(self) -> HashedFile:
@@ -71,6 +72,9 @@ class HashedFile:
             self.size += len(piece)
             self._advance(len(piece))
             left = left[len(piece) :]
+            if self.size - self._sent >= self._PIECE and hasattr(os, "posix_fadvise"):  # Linux
+                os.posix_fadvise(self._file.fileno(), self._sent, self.size - self._sent, os.POSIX_FADV_DONTNEED)
+                self._sent = self.size
         return size
 
     def tell(self) -> int:
@@ -94,10 +98,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with writing(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -83,13 +83,15 @@ _READ = {"model_type", "num_hidden_layers", "mamba_d_ssm", "mamba_rms_norm", "ro
 CHUNK = 128
 
 
-def check_expressible(definition: ModelDefinition) -> None:
+def check_expressible(definition: ModelDefinition, reader: str = f"Hugging Face's {MODEL_TYPE}") -> None:
     """Refuse a model that the type cannot express.
 
+    Args:
+        definition: the model.
+        reader: the format, in words.
     Errors:
         UserError: other kinds or orders of layers, widths of their own in some, positions that are not rotary.
     """
-    reader = f"Hugging Face's {MODEL_TYPE}"
     check_uniform(definition, reader, {"parallel", "swiglu"})
     if definition.position_embedding != "rope" or definition.rope_percent != 1:
         raise UserError(

@@ -1,30 +1,26 @@
-"""A model definition as llama.cpp's architecture `nemotron_h` or `mamba2`: the file's values, and each tensor's name
-and form.
+"""A model definition as llama.cpp's architecture `nemotron_h`, `mamba2` or `falcon-h1`: the file's values, and each
+tensor's name and form.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.names import Weight
+from nemotron_h.checkpoint.names import Weight, hf_names
 from nemotron_h.core.errors import UserError
+from nemotron_h.export import falcon_config
 from nemotron_h.export.config import check_plain, check_uniform
 from nemotron_h.export.gguf_format import F32, TensorEntry, TensorType, Value
 
 #: Mamba-2 alone has an architecture of its own, with the same tensors
-HYBRID, PURE = "nemotron_h", "mamba2"
+HYBRID, PURE, FALCON = "nemotron_h", "mamba2", "falcon-h1"
 #: architecture -> names of the kinds of layers that it can hold
 HOLDS = {PURE: {"mamba"}, HYBRID: {"mamba", "attention", "ffn"}}
 
-_WHOLE = {
-    "backbone.embeddings.weight": "token_embd.weight",
-    "backbone.norm_f.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYERS = "backbone.layers."
 #: tensors of two axes that no matmul takes as a matrix; llama.cpp reads them in float32
 _EXACT = ("ssm_conv1d", "ssm_a", "ssm_d", "ssm_norm")
 
@@ -37,30 +33,13 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
         seq_length: tokens that it was trained on at once; llama.cpp's largest context without a warning.
         file_type: of the matrices.
     Errors:
-        UserError: llama.cpp has no such model: rotary positions, or FFNs without attention.
+        UserError: llama.cpp has no such model: FFNs without attention, or other positions.
     """
-    d, kinds = definition, {kind.name for kind in definition.kinds}
-    architecture = PURE if kinds <= HOLDS[PURE] else HYBRID
-    if d.has_experts:
-        raise UserError(
-            f"model {d.name} has experts; llama.cpp's {architecture} has none, and its nemotron_h_moe is not written",
-            hint="export it for Hugging Face's libraries: nemotron-h export hf",
-        )
-    check_uniform(d, f"llama.cpp's {architecture}", HOLDS[architecture])
-    if d.position_embedding != "none":
-        raise UserError(
-            f"model {d.name} has {d.position_embedding} positions; llama.cpp's {architecture} has none, so it would "
-            "compute something else",
-            hint="only models with position_embedding: none can be exported",
-        )
-    check_plain(d, f"llama.cpp's {architecture}")
-    if architecture == HYBRID and not any(kind.attends for kind in d.kinds):
-        raise UserError(
-            f"model {d.name} has no attention layer; llama.cpp ends with an error when it loads such a {architecture}",
-            hint="export it for Hugging Face's libraries: nemotron-h export hf",
-        )
+    d, pure = definition, {kind.name for kind in definition.kinds} <= HOLDS[PURE]
+    architecture = FALCON if d.family == falcon_config.FAMILY else PURE if pure else HYBRID
+    _check(d, architecture)
     own: dict[str, Value] = {
-        "block_count": d.num_layers,
+        "block_count": d.num_layers // hf_names(d).blocks,
         "context_length": seq_length,
         "embedding_length": d.hidden_size,
         "vocab_size": d.vocab_size,
@@ -71,18 +50,23 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
         "ssm.inner_size": d.mamba_num_heads * d.mamba_head_dim,
         "ssm.time_step_rank": d.mamba_num_heads,
         "attention.head_count": d.num_attention_heads,
-        "feed_forward_length": 0,
+        "feed_forward_length": d.ffn_hidden_size if architecture == FALCON else 0,
     }
+    if architecture != PURE:
+        own |= {
+            "attention.key_length": d.head_dim,
+            "attention.value_length": d.head_dim,
+            "rope.dimension_count": d.head_dim,
+        }
     if architecture == HYBRID:
         own |= {
             "attention.layer_norm_epsilon": float(d.norm_epsilon),
             # llama.cpp tells the layers' types by these two lists: both 0 is Mamba-2
             "feed_forward_length": [getattr(block, "ffn_hidden_size", 0) for block in d.blocks],
             "attention.head_count_kv": [getattr(block, "num_query_groups", 0) for block in d.blocks],
-            "attention.key_length": d.head_dim,
-            "attention.value_length": d.head_dim,
-            "rope.dimension_count": d.head_dim,
         }
+    if architecture == FALCON:
+        own |= {"attention.head_count_kv": d.num_query_groups, "rope.freq_base": float(d.rope_base)}
     return {
         "general.architecture": architecture,
         "general.type": "model",
@@ -93,6 +77,33 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
     }
 
 
+def _check(definition: ModelDefinition, architecture: str) -> None:
+    """Refuse a model that an architecture of llama.cpp does not have."""
+    reader = f"llama.cpp's {architecture}"
+    if architecture == FALCON:
+        falcon_config.check_expressible(definition, reader)
+        return
+    if definition.has_experts:
+        raise UserError(
+            f"model {definition.name} has experts; {reader} has none, and its nemotron_h_moe is not written",
+            hint="export it for Hugging Face's libraries: nemotron-h export hf",
+        )
+    check_uniform(definition, reader, HOLDS[architecture])
+    if definition.position_embedding != "none":
+        raise UserError(
+            f"model {definition.name} has {definition.position_embedding} positions; {reader} has none, so it would "
+            "compute something else",
+            hint="only models with position_embedding: none can be exported",
+        )
+    check_plain(definition, reader)
+    if architecture == HYBRID and not any(kind.attends for kind in definition.kinds):
+        raise UserError(
+            f"model {definition.name} has no attention layer; llama.cpp ends with an error when it loads such a "
+            f"{architecture}",
+            hint="export it for Hugging Face's libraries: nemotron-h export hf",
+        )
+
+
 @dataclass(frozen=True)
 class GgufWeight:
     """Tensor of the file.
@@ -101,16 +112,21 @@ class GgufWeight:
         row: of the table of weights; it holds the tensor under `theirs`.
         theirs: Hugging Face's name.
         entry: llama.cpp's name, shape and type.
+        scales: multipliers that the file has in its rows, as of `Block.row_scales`.
     """
 
     row: Weight
     theirs: str
     entry: TensorEntry
+    scales: tuple[tuple[int, float], ...] = ()
 
     def convert(self, tensor: Tensor) -> Tensor:
         """Convert Hugging Face's numbers to llama.cpp's."""
         if self.theirs.endswith("A_log"):
             tensor = -tensor.exp()
+        if self.scales:
+            rows, factors = (torch.tensor(column) for column in zip(*self.scales, strict=True))
+            tensor = tensor.float() * factors.repeat_interleave(rows)[:, None]
         return tensor.reshape(self.entry.shape)
 
 
@@ -123,21 +139,28 @@ def weights(definition: ModelDefinition, rows: list[Weight], file_type: TensorTy
         file_type: of the matrices; norms, the convolution and the scan's parameters stay in float32, and so does what
             `file_type` cannot hold.
     """
-    found = []
-    for row in rows:
-        for theirs, shape in row.theirs.items():
-            name, shape = _named(definition, theirs, shape)
-            matrix = len(shape) == 2 and not any(part in name for part in _EXACT)
-            type_ = file_type if matrix and shape[-1] % file_type.block == 0 else F32
-            found.append(GgufWeight(row, theirs, TensorEntry(name, shape, type_)))
-    return found
+    return [_weight(definition, row, theirs, shape, file_type) for row in rows for theirs, shape in row.theirs.items()]
 
 
-def _named(definition: ModelDefinition, theirs: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """Return llama.cpp's name and shape of a tensor."""
-    if theirs in _WHOLE:
-        return _WHOLE[theirs], shape
-    number, _, name = theirs.removeprefix(_LAYERS).partition(".")
-    block = definition.blocks[int(number)]
-    own = block.llama_cpp[name]
-    return f"blk.{number}.{own}", block.llama_cpp_shape(own, shape)
+def _weight(
+    definition: ModelDefinition, row: Weight, theirs: str, shape: tuple[int, ...], file_type: TensorType
+) -> GgufWeight:
+    """Return one tensor: llama.cpp has no multipliers, so they are in the weights."""
+    names, scales = hf_names(definition), definition.scales
+    whole = {
+        f"{names.root}{names.embedding}.weight": ("token_embd.weight", scales.embedding),
+        f"{names.root}{names.final_norm}.weight": ("output_norm.weight", 1.0),
+        "lm_head.weight": ("output.weight", scales.head),
+    }
+    if theirs in whole:
+        name, scale = whole[theirs]
+        row_scales = () if scale == 1 else ((shape[0], scale),)
+    else:
+        number, _, inside = theirs.removeprefix(f"{names.root}layers.").partition(".")
+        first = int(number) * names.blocks
+        block = next(b for b in definition.blocks[first : first + names.blocks] if inside in b.llama_cpp)
+        own, row_scales = block.llama_cpp[inside], block.row_scales(inside)
+        name, shape = f"blk.{number}.{own}", block.llama_cpp_shape(own, shape)
+    matrix = len(shape) == 2 and not any(part in name for part in _EXACT)
+    type_ = file_type if matrix and shape[-1] % file_type.block == 0 else F32
+    return GgufWeight(row, theirs, TensorEntry(name, shape, type_), row_scales)

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from nemotron_h.core.errors import writing
 from nemotron_h.core.files import write_json
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.export import tokenizer as tokenizers
@@ -92,7 +93,8 @@ def write(plan: Plan, out: Path, tokenizer: Tokenizer | None, advance: Advance =
         write_json(folder / "config.json", plan.config, INDENT)
         for name, wanted in plan.files.items():
             tensors = plan.source.read(set(wanted), plan.dtype)
-            save_file(tensors, folder / name, metadata={"format": "pt"})
+            with writing(folder / name):
+                save_file(tensors, folder / name, metadata={"format": "pt"})
             shutil.copymode(folder / "config.json", folder / name)  # safetensors lets the owner alone read
             advance(sum(tensor.nbytes for tensor in tensors.values()))
             del tensors  # before the next file's are allocated

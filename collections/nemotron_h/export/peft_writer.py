@@ -21,7 +21,7 @@ from nemotron_h.checkpoint.adapters import AdaptedWeights, adapter_record
 from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import read_record
-from nemotron_h.core.errors import UserError
+from nemotron_h.core.errors import UserError, writing
 from nemotron_h.core.files import write_json
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.hf_types import check_expressible
@@ -112,7 +112,8 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
             found = _whole(plan.weights, row) if _is_whole(row) else _adapter(plan.weights, row)
             tensors |= found
             advance(sum(tensor.nbytes for tensor in found.values()))
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        with writing(folder / WEIGHTS):
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors lets the owner alone read
 
 

@@ -79,16 +79,13 @@ def install() -> None:
             if not self.dryrun and is_own(self.factory):
                 nemo_run.dryrun_fn = lambda *a, **k: None  # the tables; --dryrun shows them
             execute(self, fn, args, entrypoint_type)
-        except (UserError, OSError) as error:
+        except Exception as error:
             mistake = user_error(error)
+            if mistake is None and isinstance(error, CLIException | ValueError | AttributeError | TypeError):
+                mistake = explain(error, fn, args, self.factory)
             if mistake is None:
                 raise
             fail(mistake)
-        except (CLIException, ValueError, AttributeError, TypeError) as error:
-            explained = explain(error, fn, args, self.factory)
-            if explained is None:
-                raise
-            fail(explained)
         finally:
             nemo_run.dryrun_fn, nemo_run.run = shown, started
 

@@ -218,9 +218,11 @@ class ParallelLayer(MegatronModule):
 
     Attributes:
         scales: multipliers of the branches; those inside of them are their own.
+        reduce: sums what the branches give over the tensor-parallel ranks; None where each sums its own.
     """
 
     scales = ONES
+    reduce: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -236,6 +238,19 @@ class ParallelLayer(MegatronModule):
         self.mixer = build_module(submodules.mixer, d_model=config.hidden_size, **shared)
         self.self_attention = build_module(submodules.self_attention, **shared)
 
+    def reduce_once(self) -> None:
+        """Have one collective of the tensor-parallel ranks sum both branches, in place of one each."""
+        for projection in (self.mixer.out_proj, self.self_attention.linear_proj):
+            if isinstance(projection, RowParallelLinear):
+                projection.explicit_expert_comm = True  # as Megatron's experts: each rank's part of the sum
+            else:  # Transformer Engine's, as Megatron builds those of experts
+                projection.parallel_mode, projection.tp_size, projection.sequence_parallel = None, 1, False
+        self.reduce = (
+            reduce_scatter_to_sequence_parallel_region
+            if self.config.sequence_parallel
+            else reduce_from_tensor_model_parallel_region
+        )
+
     def forward(
         self, hidden: Tensor, documents: Documents | None, seq_idx: Tensor | None, rotary: Tensor | None
     ) -> Tensor:
@@ -245,8 +260,11 @@ class ParallelLayer(MegatronModule):
         if self.scales.attention_in != 1:
             normed = normed * self.scales.attention_in
         attended, _ = self.self_attention(normed, attention_mask=documents, rotary_pos_emb=rotary)
-        out = torch.add(hidden, mixed, alpha=self.scales.ssm_out)
-        return torch.add(out, attended, alpha=self.scales.attention_out)
+        if self.reduce is None:
+            out = torch.add(hidden, mixed, alpha=self.scales.ssm_out)
+            return torch.add(out, attended, alpha=self.scales.attention_out)
+        branches = torch.add(mixed, attended, alpha=self.scales.attention_out / self.scales.ssm_out)
+        return torch.add(hidden, self.reduce(branches), alpha=self.scales.ssm_out)
 
 
 class AccumulatingEmbedding(VocabParallelEmbedding):

@@ -40,12 +40,15 @@ def recompute_choices(definition: ModelDefinition) -> dict[str, dict[str, str]]:
     """Return what a sweep tries, from the least recomputation to the most: name -> kind of layers -> setting."""
     kinds = [kind for kind in RECOMPUTE if definition.layer_counts()[kind]]
     ffns = [kind for kind in kinds if "activation" in RECOMPUTE[kind]]
-    return {
+    experts = [kind.name for kind in definition.kinds if kind.distributed]
+    choices = {
         "none": {},
         "ffn activation": dict.fromkeys(ffns, "activation"),
         "ffn layer": dict.fromkeys(ffns, "layer"),
+        "experts layer": dict.fromkeys(experts, "layer"),
         "all layers": dict.fromkeys(kinds, "layer"),
     }
+    return {name: settings for name, settings in choices.items() if settings or name == "none"}
 
 
 def _recomputed(layout: Layout, settings: dict[str, str]) -> tuple[str, Layout]:

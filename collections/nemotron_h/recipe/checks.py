@@ -20,6 +20,7 @@ from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.recipe.overrides import check_overrides
 from nemotron_h.schema.recipe import (
     BLEND_CHANGES,
+    EXPONENTIAL,
     FP8_BACKENDS,
     PIPELINES,
     PRECISIONS,
@@ -268,7 +269,7 @@ def check_schedule(recipe: RecipeConfig, origin: str) -> None:
             f"{origin}: optim.warmup_tokens ({warmup:,}) is not shorter than the run ({tokens:,} tokens)",
             hint=f"warm up for less than {tokens:,} tokens, usually 1 % of the run or less",
         )
-    check_learning_rates(optim.peak_lr, optim.final_lr, f"{origin}: ")
+    check_learning_rates(optim.peak_lr, optim.final_lr, f"{origin}: ", exponential=optim.schedule == EXPONENTIAL)
     if optim.schedule == "cosine":
         if optim.decay_tokens is not None:
             raise UserError(
@@ -279,7 +280,7 @@ def check_schedule(recipe: RecipeConfig, origin: str) -> None:
     if optim.decay_tokens is None:
         raise UserError(
             f"{origin}: optim.decay_tokens is missing",
-            hint="optim.schedule: wsd needs the length of its decay, such as 3.6T",
+            hint=f"optim.schedule: {optim.schedule} needs the length of its decay, such as 3.6T",
         )
     decay = count_of(optim.decay_tokens, "optim.decay_tokens", origin)
     if warmup + decay > tokens:
@@ -290,7 +291,7 @@ def check_schedule(recipe: RecipeConfig, origin: str) -> None:
         )
 
 
-def check_learning_rates(peak_lr: float, final_lr: float, where: str = "") -> None:
+def check_learning_rates(peak_lr: float, final_lr: float, where: str = "", exponential: bool = False) -> None:
     """Check a schedule's peak and final rate; `where` stands before the key in an error."""
     if not peak_lr > 0:
         raise UserError(f"{where}optim.peak_lr = {peak_lr} is not positive")
@@ -298,6 +299,11 @@ def check_learning_rates(peak_lr: float, final_lr: float, where: str = "") -> No
         raise UserError(
             f"{where}optim.final_lr = {final_lr} is not between 0 and optim.peak_lr = {peak_lr}",
             hint=f"the paper's 1 % of the peak is {peak_lr / 100:g}",
+        )
+    if exponential and final_lr == 0:
+        raise UserError(
+            f"{where}optim.final_lr is 0, which an exponential decay never reaches",
+            hint=f"a 256th of the peak is {peak_lr / 256:.2g}; or set optim.schedule: wsd",
         )
 
 

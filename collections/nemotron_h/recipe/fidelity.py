@@ -31,7 +31,7 @@ EXPLAINS = {
     "derived.phase_switches": "data.blend",
     "derived.phase_fractions": "data.blend",
 }
-GROUPS = ("tokens", "data", "optim", "precision", "precision_options", "parallel", "model", "derived")
+GROUPS = ("tokens", "data", "optim", "precision", "precision_options", "parallel", "experts", "model", "derived")
 HEADER = """# Paper against recipe
 
 Written by `python -m nemotron_h.recipe.fidelity > docs/results/fidelity.md` from `configs/paper.yaml` (what the papers

@@ -83,6 +83,7 @@ DERIVED = {
     "log.wandb": ("log.trackers",),
     **{f"model.config.{name}": (f"model.{field}",) for field, name in MODEL.items()},
     "optim.decay_steps": ("optim.decay_tokens",),
+    "optim.exponential_decay": ("optim.schedule",),
     "optim.warmup_steps": ("optim.warmup_tokens",),
     "trainer.limit_val_batches": ("log.validation_batches",),
     "trainer.max_steps": ("tokens",),

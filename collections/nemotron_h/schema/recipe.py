@@ -27,9 +27,12 @@ STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
 PIPELINES = {"minipuzzle": "minipuzzle"}
 TOO_LONG = ("cut", "drop")
-PREFERENCE_LOSSES = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
+#: the first of which read no rewards
+DPO_LOSSES = ("dpo", "dpo_norm")
+PREFERENCE_LOSSES = (*DPO_LOSSES, "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 ADAPTERS = ("none", "lora", "dora")
-SCHEDULES = ("cosine", "wsd")
+EXPONENTIAL = "wsd_exponential"
+SCHEDULES = ("cosine", "wsd", EXPONENTIAL)
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 RECOMPUTE = {
     "mamba": ("none", "layer"),
@@ -128,10 +131,11 @@ class OptimSchema:
     """AdamW and a schedule with linear warm-up.
 
     Attributes:
-        schedule: `cosine` (from the warm-up to the end of the run), or `wsd` (warm-up, stable, linear decay).
+        schedule: `cosine` (from the warm-up to the end of the run), `wsd` (warm-up, stable, linear decay), or
+            `wsd_exponential` (its decay is exponential: the same factor every step).
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
         warmup_tokens: length of the warm-up; an integer, or text such as 8.3B.
-        decay_tokens: length of the decay at the end of the run; wsd only.
+        decay_tokens: length of the decay at the end of the run; of both wsd only.
         beta1, beta2, eps, weight_decay: AdamW.
         clip_grad: largest global gradient norm; 0 is no clipping.
         moments: `fp32`, or `bf16`: Adam's two moments, half as large; on GPUs only.
@@ -253,7 +257,8 @@ class PairLossSchema:
     """The loss over pairs of answers. Formulas: docs/preference.md.
 
     Attributes:
-        loss: `dpo`, or reward-aware: `rpo_bwd_kl`, `rpo_fwd_kl`, `rpo_sq` (NeMo-Aligner's names).
+        loss: `dpo`, `dpo_norm` (log-probabilities are means over an answer's tokens), or reward-aware: `rpo_bwd_kl`,
+            `rpo_fwd_kl`, `rpo_sq` (NeMo-Aligner's names).
         beta: how strongly the policy is held to the reference: scales log-probability ratios.
         gt_reward_scale: scales the records' rewards (rpo only).
     """

@@ -41,19 +41,36 @@ class StableDecay(_OfThisRecipe, WarmupHoldAnnealLinear):
     """NeMo's linear warm-up, constant rate and linear decay."""
 
 
+class ExponentialDecay(StableDecay):
+    """The same, with a decay that multiplies the rate by one factor every step (as Falcon-Mamba)."""
+
+    def _get_lr(self, step: int) -> list[float]:
+        share = (step - self.hold_steps) / (self.max_steps - self.hold_steps)
+        return [peak * (self.min_lr / peak) ** share for peak in self.base_lrs]
+
+
 class Schedule(LRSchedulerModule):
-    """Linear warm-up, then a cosine or a constant rate and a linear decay, in steps (NeMo's own module takes ratios).
+    """Linear warm-up, then a cosine or a constant rate and a decay, in steps (NeMo's own module takes ratios).
 
     Args:
         warmup_steps: steps of linear warm-up.
-        decay_steps: steps of linear decay, the last of the run; None is a cosine from the warm-up to the end.
+        decay_steps: steps of decay, the last of the run; None is a cosine from the warm-up to the end.
         min_lr: learning rate at the end of the run.
         max_steps: steps of the run; NeMo's strategy sets it to the trainer's.
+        exponential: the decay is not linear.
     """
 
-    def __init__(self, warmup_steps: int, decay_steps: int | None, min_lr: float, max_steps: int = 10) -> None:
+    def __init__(
+        self,
+        warmup_steps: int,
+        decay_steps: int | None,
+        min_lr: float,
+        max_steps: int = 10,
+        exponential: bool = False,
+    ) -> None:
         super().__init__()
         self.warmup_steps, self.decay_steps, self.min_lr, self.max_steps = warmup_steps, decay_steps, min_lr, max_steps
+        self.exponential = exponential
 
     def scheduler(self, model: Any, optimizer: Any) -> dict[str, Any]:
         """Return it as Lightning's `configure_optimizers` does; one unit is a step.
@@ -72,7 +89,8 @@ class Schedule(LRSchedulerModule):
                     f"{self.decay_steps}",
                     hint="raise tokens, or lower optim.warmup_tokens and optim.decay_tokens",
                 )
-            schedule = StableDecay(optimizer, **lengths, hold_steps=stable)
+            decay = ExponentialDecay if self.exponential else StableDecay
+            schedule = decay(optimizer, **lengths, hold_steps=stable)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1},
@@ -146,8 +164,9 @@ def scheduled_adamw(
     distributed_optimizer: bool = True,
     moments: str = "fp32",
     skip_spikes: bool = False,
+    exponential_decay: bool = False,
 ) -> ScheduledAdamW:
-    """Build AdamW with linear warm-up and cosine decay, or a constant rate and linear decay.
+    """Build AdamW with linear warm-up and cosine decay, or a constant rate and a linear or exponential decay.
 
     Args:
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
@@ -158,12 +177,15 @@ def scheduled_adamw(
         distributed_optimizer: shard the optimizer's state over data-parallel ranks.
         moments: dtype of Adam's moments, `fp32` or `bf16`.
         skip_spikes: do not apply a step whose loss or gradient norm is a spike.
+        exponential_decay: of the last `decay_steps`.
     Errors:
-        UserError: `final_lr` is above `peak_lr`; there is no such dtype, or `bf16` without what it needs: a GPU,
-            Transformer Engine, the distributed optimizer.
+        UserError: `final_lr` is above `peak_lr`, or 0 after an exponential decay; there is no such dtype, or `bf16`
+            without what it needs: a GPU, Transformer Engine, the distributed optimizer.
     """
     settings = dict(locals())
-    check_learning_rates(peak_lr, final_lr)
+    if not exponential_decay:
+        del settings["exponential_decay"]  # a resume names the settings that differ, and older runs recorded none
+    check_learning_rates(peak_lr, final_lr, exponential=exponential_decay)
     check_one_of("moments", moments, STATE_DTYPES)
     if moments == "bf16":
         from nemotron_h.platform import lean_adam
@@ -183,7 +205,7 @@ def scheduled_adamw(
             use_distributed_optimizer=distributed_optimizer,
             **state_dtypes(moments),
         ),
-        lr_scheduler=Schedule(warmup_steps, decay_steps, final_lr),
+        lr_scheduler=Schedule(warmup_steps, decay_steps, final_lr, exponential=exponential_decay),
     )
     optimizer.settings = settings
     return optimizer

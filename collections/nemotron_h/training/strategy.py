@@ -199,7 +199,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
         lost = lost_ranks(grace, wait=is_of_a_collective(exception))
         if lost:
             writer = min(set(range(dist.get_world_size())) - set(lost))
-            run_report.note(self.trainer, message=f"no answer from ranks {lost}", error=exception, rank=writer)
+            if hasattr(self, "trainer"):  # else the run has not begun
+                run_report.note(self.trainer, message=f"no answer from ranks {lost}", error=exception, rank=writer)
             ranks = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
             raise RuntimeError(
                 f"no answer from {ranks} of {dist.get_world_size()}: stopped, killed, hanging, "

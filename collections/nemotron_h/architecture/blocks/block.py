@@ -248,6 +248,15 @@ class Block:
         """Return the shape of one of llama.cpp's tensors, of that in Hugging Face's file."""
         return shape
 
+    def row_scales(self, name: str) -> tuple[tuple[int, float], ...]:
+        """Return the multipliers that a tensor's rows have in them where a format knows none: numbers of rows, each
+        with its factor; none where all are 1.
+
+        Args:
+            name: Hugging Face's, inside the layer.
+        """
+        return ()
+
     def axes(self) -> tuple[Axis, ...]:
         """Return what pruning may remove beside the layer and channels of the residual stream."""
         return ()

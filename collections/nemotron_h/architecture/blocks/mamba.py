@@ -94,6 +94,11 @@ class Mamba(Block):
         """Return the outputs of the input projection: z, x, B, C and dt."""
         return self.d_inner + self.conv_channels + self.mamba_num_heads
 
+    @property
+    def in_proj_sections(self) -> tuple[int, ...]:
+        """Return the widths of z, x, B, C and dt."""
+        return self.d_inner, self.d_inner, self.group_states, self.group_states, self.mamba_num_heads
+
     def matrices(self) -> tuple[Matrix, ...]:
         """Return both projections."""
         hidden, part = self.hidden_size, "mamba_projections"

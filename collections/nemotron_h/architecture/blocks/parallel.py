@@ -127,6 +127,20 @@ class Parallel(Block):
         """Return llama.cpp's shape of the mixer's tensors."""
         return self.mamba.llama_cpp_shape(name, shape)
 
+    def row_scales(self, name: str) -> tuple[tuple[int, float], ...]:
+        """Return those of both branches' projections; what multiplies an input multiplies the outputs."""
+        scales, attention = self.scales, self.attention
+        if name == "mamba.in_proj.weight":
+            return tuple(zip(self.mamba.in_proj_sections, scales.in_proj, strict=True))
+        rows, scale = {
+            "mamba.out_proj.weight": (self.hidden_size, scales.ssm_out),
+            "self_attn.q_proj.weight": (attention.queries, scales.attention_in),
+            "self_attn.k_proj.weight": (attention.keys, scales.attention_in * scales.key),
+            "self_attn.v_proj.weight": (attention.keys, scales.attention_in),
+            "self_attn.o_proj.weight": (self.hidden_size, scales.attention_out),
+        }.get(name, (0, 1.0))
+        return () if scale == 1 else ((rows, scale),)
+
     def axes(self) -> tuple[Axis, ...]:
         """Return the mixer's heads and channels."""
         return self.mamba.axes()

@@ -31,7 +31,7 @@ class SwiGLU(Block):
     sharded: ClassVar[tuple[str, ...]] = ("ffn_hidden_size",)
     multipliers: ClassVar[tuple[str, ...]] = ("ffn_gate", "ffn_down")
     llama_cpp: ClassVar[Mapping[str, str]] = {
-        "pre_ff_layernorm.weight": "ffn_norm.weight",
+        "pre_ff_layernorm.weight": "ffn_norm",  # no ".weight" there
         "feed_forward.gate_proj.weight": "ffn_gate.weight",
         "feed_forward.up_proj.weight": "ffn_up.weight",
         "feed_forward.down_proj.weight": "ffn_down.weight",
@@ -78,6 +78,14 @@ class SwiGLU(Block):
             {f"{mlp}gate_proj.weight": (inner, hidden), f"{mlp}up_proj.weight": (inner, hidden)},
         )
         yield Tensors({f"{ours}mlp.linear_fc2.weight": (hidden, inner)}, {f"{mlp}down_proj.weight": (hidden, inner)})
+
+    def row_scales(self, name: str) -> tuple[tuple[int, float], ...]:
+        """Return the gate's and the output's."""
+        rows, scale = {
+            "feed_forward.gate_proj.weight": (self.ffn_hidden_size, self.scales.ffn_gate),
+            "feed_forward.down_proj.weight": (self.hidden_size, self.scales.ffn_down),
+        }.get(name, (0, 1.0))
+        return () if scale == 1 else ((rows, scale),)
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the neurons."""

@@ -68,11 +68,15 @@ class RunningParallel(Running):
         return ModuleSpec(module=ParallelLayer, submodules=ParallelSubmodules(parts.norm, mixer, attention))
 
     def prepare_layer(self, layer: Any, config: Any) -> None:
-        """Set the multipliers."""
+        """Set the multipliers, and how tensor-parallel ranks sum."""
         scales = self.block.scales
         layer.scales, layer.self_attention.key_scale = scales, scales.key
         if set(scales.in_proj) != {1.0}:
             layer.mixer.in_proj_scales = scales.in_proj
+        # an adapter adds to a sum over the ranks, not to one rank's part
+        adapted = config.adapter is not None and {"out_proj", "linear_proj"} & set(config.adapter.targets)
+        if config.tensor_model_parallel_size > 1 and not adapted:
+            layer.reduce_once()
 
     def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
         """Set both branches, their matrices of one deviation, as Hugging Face's `falcon_h1`: the multipliers do the
@@ -95,9 +99,7 @@ class RunningParallel(Running):
         """Return the mixer's as `RunningMamba`, and all multipliers in the weights."""
         block, scales = self.block, self.block.scales
         self.mamba.loaded(weights)
-        mamba = block.mamba
-        parts = [mamba.d_inner, mamba.d_inner, mamba.group_states, mamba.group_states, mamba.mamba_num_heads]
-        for rows, scale in zip(weights.in_proj.split(parts), scales.in_proj, strict=True):
+        for rows, scale in zip(weights.in_proj.split(block.mamba.in_proj_sections), scales.in_proj, strict=True):
             rows *= scale
         weights.out_proj *= scales.ssm_out
         weights.qkv *= scales.attention_in

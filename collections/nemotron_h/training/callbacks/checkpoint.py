@@ -30,8 +30,6 @@ from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ran
 from nemotron_h.training.preflight import check_disk, checkpoint_bytes
 from nemotron_h.training.sections import CHECKPOINTING, sections
 
-#: `torch.save` writes in C++, whose errors have no number
-_OF_TORCH_SAVE = ("iostream error", "PytorchStreamWriter failed", "enforce fail at inline_container")
 _CONTINUE = "clear the cause and run the same command again: it continues from the newest checkpoint"
 
 
@@ -360,11 +358,6 @@ def _errors(folder: Path) -> Iterator[None]:
             if any("[Errno" not in reason for reason in reasons):
                 raise
             said = reasons[0] if reasons else "the first rank says why"  # failures are known there alone
-            raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=_CONTINUE) from error
-        except RuntimeError as error:
-            if not any(words in str(error) for words in _OF_TORCH_SAVE):
-                raise
-            said = f"{error}, as PyTorch says where the disk is full"
             raise UserError(f"checkpoint {folder} cannot be written: {said}", hint=_CONTINUE) from error
 
 

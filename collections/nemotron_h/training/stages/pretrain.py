@@ -17,7 +17,7 @@ from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import nemo_fields, recompute_fields
-from nemotron_h.schema.recipe import ExpertsSchema, ModelSchema, RecipeConfig, RecomputeSchema
+from nemotron_h.schema.recipe import EXPONENTIAL, ExpertsSchema, ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
 from nemotron_h.training.callbacks.cast_statistics import CastStatisticsCallback
 from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
@@ -185,6 +185,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             decay_steps=None
             if optim.decay_tokens is None
             else horizon.step_at(count_of(optim.decay_tokens, "optim.decay_tokens", origin)),
+            exponential_decay=optim.schedule == EXPONENTIAL,
             beta1=optim.beta1,
             beta2=optim.beta2,
             eps=optim.eps,

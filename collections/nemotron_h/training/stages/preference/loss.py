@@ -6,7 +6,8 @@ reference's, and of a pair
     b = beta * (delta of the chosen - delta of the rejected)      what the policy says the reward gap is
     a = gt_reward_scale * (reward of the chosen - of the rejected)      what the records say
 
-DPO is -log sigmoid(b). RPO (Sun et al. 2025, arXiv 2502.00203) is KL(Bernoulli(sigmoid(a)) || Bernoulli(sigmoid(b)))
+DPO is -log sigmoid(b); `dpo_norm` is the same with each delta divided by the tokens of its answer (open-instruct's,
+which Falcon-H1 took). RPO (Sun et al. 2025, arXiv 2502.00203) is KL(Bernoulli(sigmoid(a)) || Bernoulli(sigmoid(b)))
 (`rpo_bwd_kl`), the other way round (`rpo_fwd_kl`), or (b - a)^2.
 
 Axes: w windows, s positions, m slots of a window for pairs, n pairs of a micro-batch; an axis of 2 is chosen, rejected.
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
+
+from nemotron_h.schema.recipe import DPO_LOSSES
 
 #: of a batch, beside labels and their mask
 BATCH_KEYS = ("pairs", "reference", "reward_gap")
@@ -37,7 +40,7 @@ def _bernoulli_kl(of: Tensor, to: Tensor) -> Tensor:
 
 #: loss of each pair from (a, b), elementwise
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "dpo": lambda a, b: -F.logsigmoid(b),
+    **dict.fromkeys(DPO_LOSSES, lambda a, b: -F.logsigmoid(b)),
     "rpo_bwd_kl": lambda a, b: _bernoulli_kl(a, b),
     "rpo_fwd_kl": lambda a, b: _bernoulli_kl(b, a),
     "rpo_sq": lambda a, b: (b - a) ** 2,
@@ -89,6 +92,10 @@ class PreferenceLoss(MegatronLossReduction):
         logprobs = answer_logprobs(forward_out, batch["loss_mask"], batch["seq_idx"], reference.shape[1])
         there = torch.arange(reference.shape[1], device=reference.device) < batch["pairs"].unsqueeze(1)  # [w, m]
         logprobs, delta = logprobs[there], (logprobs - reference)[there]  # [n, 2]
+        if self.loss == "dpo_norm":
+            ones = torch.full_like(forward_out, -1.0)
+            lengths = answer_logprobs(ones, batch["loss_mask"], batch["seq_idx"], reference.shape[1])[there]
+            delta = delta / lengths.clamp(min=1)  # an answer may be cut away whole
         policy_gap = self.beta * (delta[:, 0] - delta[:, 1])  # b, [n]
         losses = LOSSES[self.loss](self.gt_reward_scale * batch["reward_gap"][there], policy_gap)
         total, pairs = losses.sum(), batch["pairs"].sum()

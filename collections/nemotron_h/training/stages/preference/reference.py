@@ -30,6 +30,7 @@ from nemotron_h.core.files import file_sha256, whole_file
 from nemotron_h.core.units import duration
 from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataModule, Reference
 from nemotron_h.model.module import data_step, forward_step
+from nemotron_h.schema.recipe import DPO_LOSSES
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.stages.preference.loss import BATCH_KEYS, answer_logprobs
 
@@ -59,7 +60,7 @@ class ReferenceLogprobs(pl.Callback):
             UserError: a run that resumes finds neither the cache nor the checkpoint that it started from.
         """
         data: PreferenceDataModule = trainer.datamodule
-        if pl_module.config.loss != "dpo":
+        if pl_module.config.loss not in DPO_LOSSES:
             data.check_rewards()
         key = reference_key(trainer, pl_module, self.checkpoint_sha256)
         path = cache_path(data, key)
