@@ -206,6 +206,7 @@ def test_refused(run: Path, tmp_path: Path) -> None:
         invoke("export", "gguf", tmp_path, tmp_path / "x.gguf")
     for config, message in (
         (pure_config("*-"), "has rope positions; llama.cpp"),
+        (pure_config("E"), "has experts; llama.cpp's nemotron_h has none"),
         (pure_config("PS", rotary_percent=0.5), "does not rotate whole heads .*; llama.cpp's falcon-h1"),
         (small_config(pattern="MM-M-", num_attention_heads=0, num_query_groups=0, kv_channels=0), "no attention layer"),
     ):

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from small_run import Small, assert_same
+import torch
+from small_run import Small, assert_same, sft_recipe
 
 from nemotron_h.core.progress import STEPS, read_steps
 from nemotron_h.inference.generate import generate
@@ -23,20 +24,21 @@ WIDTHS = """ffn_hidden_size: 96
   expert_scaling: 1.5
 """
 #: two pipeline stages: one without experts
-MODEL = (
+CHANGES = (
     ("family: nemotron_h", "family: pruned"),
     ("pattern: M-M*-", "pattern: MM-*E"),
     ("ffn_hidden_size: 96\n", WIDTHS),
-    ("mamba: 2, attention: 1, ffn: 2, parameters: 163376", "mamba: 2, attention: 1, ffn: 1, experts: 1, COUNTS"),
+    (
+        "mamba: 2, attention: 1, ffn: 2, parameters: 163376",
+        "mamba: 2, attention: 1, ffn: 1, experts: 1, parameters: 184116, active: 171828",
+    ),
 )
-COUNTS = "parameters: 184116, active: 171828"
 #: tensor-, pipeline-, expert-parallel size and ranks, each continued from the one before
 CHAIN = ((1, 1, 1, 1), (1, 1, 2, 2), (1, 2, 1, 2), (2, 1, 2, 2), (1, 1, 1, 1))
 
 
 def recipe(small: Small, name: str) -> Path:
-    *changes, (before, counts) = MODEL
-    return small.variant(name, *changes, (before, counts.replace("COUNTS", COUNTS)))
+    return small.variant(name, *CHANGES)
 
 
 def layout(tensor: int, pipeline: int, expert: int, ranks: int) -> list[str]:
@@ -70,15 +72,21 @@ def test_states_are_the_same_after_a_change_of_the_layout(small: Small) -> None:
     assert len(generate(model, [[1, 2, 3]], max_tokens=5, sampling=Sampling(temperature=0))[0]) == 5
 
 
-def test_killed_and_resumed_is_straight_and_so_is_a_step_that_is_run_again(small: Small) -> None:
-    """The first run of step 3 has NaN in front of the router of one rank, and its update of the bias must not stay."""
+@pytest.fixture(scope="module")
+def experts(small: Small) -> list[str]:
+    """With a run `experts` of six steps on two expert-parallel ranks; its options."""
     options = [*layout(1, 1, 2, 2), "trainer.max_steps=6", "log.ckpt.every_steps=2"]
     small.train("experts", *options, ranks=2, recipe=recipe(small, "experts"))
+    return options
+
+
+def test_killed_and_resumed_is_straight_and_so_is_a_step_that_is_run_again(small: Small, experts: list[str]) -> None:
+    """The first run of step 3 has NaN in front of the router of one rank, and its update of the bias must not stay."""
     killed = recipe(small, "experts_killed")
-    small.train("experts_killed", *options, "kill=5", ranks=2, recipe=killed, check=False)
-    assert "resumed at step 4" in small.train("experts_killed", *options, ranks=2, recipe=killed).stdout
+    small.train("experts_killed", *experts, "kill=5", ranks=2, recipe=killed, check=False)
+    assert "resumed at step 4" in small.train("experts_killed", *experts, ranks=2, recipe=killed).stdout
     again = recipe(small, "experts_again")
-    small.train("experts_again", *options, "poison=3:output_once:1", ranks=2, recipe=again)
+    small.train("experts_again", *experts, "poison=3:output_once:1", ranks=2, recipe=again)
     assert_same(small, "experts", "experts_killed")
     for name in ("experts_killed", "experts_again"):
         assert small.steps(name) == small.steps("experts")
@@ -91,3 +99,24 @@ def test_killed_and_resumed_is_straight_and_so_is_a_step_that_is_run_again(small
     record = json.loads((small.run_dir("experts") / "run.json").read_text())
     assert record["metrics"]["expert_load"] == loads[-1]
     assert (record["layout"]["expert"], record["settings"]["experts.bias_update"]) == (2, 1e-3)
+
+
+def test_adapters_of_shared_experts_resume_exactly(small: Small, talk: Small, experts: list[str]) -> None:
+    """Their checkpoints have neither experts nor correction biases: these are the base's, and stay."""
+    options = [*layout(1, 1, 2, 2), "trainer.max_steps=4", "log.ckpt.every_steps=2"]
+    runs = ("experts_lora", "experts_lora_killed")
+    for name, kills in zip(runs, ([[]], [["kill=3"], []]), strict=True):
+        file = sft_recipe(small, name)
+        text = file.read_text().replace(str(small.run_dir("straight")), str(small.run_dir("experts")))
+        for before, after in CHANGES:
+            text = text.replace(before, after)
+        targets = "[in_proj, shared_experts.linear_fc1, shared_experts.linear_fc2]"
+        file.write_text(f"{text}adapter: {{kind: lora, rank: 4, alpha: 8, targets: {targets}}}\n")
+        for kill in kills:
+            small.train(name, *options, *kill, ranks=2, recipe=file, check=not kill)
+    assert_same(small, *runs)
+    assert small.same_tensors(*runs, 4)
+    base, adapted = (load_model(small.run_dir(name)) for name in ("experts", "experts_lora"))
+    assert torch.equal(base.layers[4].bias, adapted.layers[4].bias)
+    assert torch.equal(base.layers[4].up, adapted.layers[4].up)
+    assert not torch.equal(base.layers[4].shared_up, adapted.layers[4].shared_up)

@@ -83,6 +83,11 @@ def _check(definition: ModelDefinition, architecture: str) -> None:
     if architecture == FALCON:
         falcon_config.check_expressible(definition, reader)
         return
+    if definition.has_experts:
+        raise UserError(
+            f"model {definition.name} has experts; {reader} has none, and its nemotron_h_moe is not written",
+            hint="export it for Hugging Face's libraries: nemotron-h export hf",
+        )
     check_uniform(definition, reader, HOLDS[architecture])
     if definition.position_embedding != "none":
         raise UserError(
