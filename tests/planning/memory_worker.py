@@ -58,6 +58,7 @@ class Case:
     micro_batches: int = 1
     tensor: int = 1
     pipeline: int = 1
+    expert: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
     precision: str = "fp32"
@@ -103,6 +104,7 @@ def training_step(case: Case) -> Callable[[], None]:
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=case.tensor,
         pipeline_model_parallel_size=case.pipeline,
+        expert_model_parallel_size=case.expert,
         sequence_parallel=case.sequence,
     )
     if case.teacher:
@@ -159,7 +161,9 @@ def training_step(case: Case) -> Callable[[], None]:
 
 def measure(case: Case) -> dict[str, Any]:
     """Train the case; bytes of this rank."""
-    parallel_state.initialize_model_parallel(case.tensor, case.pipeline)
+    parallel_state.initialize_model_parallel(
+        case.tensor, case.pipeline, expert_model_parallel_size=case.expert, expert_tensor_parallel_size=1
+    )
     model_parallel_cuda_manual_seed(1)
     with live_bytes() as live:
         step = training_step(case)

@@ -77,6 +77,17 @@ def test_all_ranks_together_save_each_number_once(nano: ModelDefinition) -> None
         assert 64 * rank_bytes(nano, layout, 0) == pytest.approx(states, rel=1e-6)
 
 
+def test_tensors_of_a_checkpoint_and_the_pieces_that_ranks_write(nano: ModelDefinition) -> None:
+    """Router and bias whole, a piece of each expert's two matrices, and the shared expert's on each of two ranks."""
+    block = nano.block("E")
+    norm, *inside = [len(row.ours) for row in block.tensors("", "")]
+    assert (norm, sum(inside)) == (1, block.tensor_count()) == (1, 6)
+    assert block.pieces(2) == 2 + 2 * 128 + 2 * 2
+    stacked = next(row for row in block.tensors("", "") if row.stacked)
+    assert stacked.ours == {"mlp.experts.experts.linear_fc1.weight": (128, 1856, 2688)}
+    assert list(stacked.theirs)[-1] == "mixer.experts.127.up_proj.weight"
+
+
 def test_a_token_costs_what_it_passes(nano: ModelDefinition) -> None:
     forward = flops_per_token(nano, 8192, training=False)
     assert forward.router == 23 * 2 * 128 * 2688

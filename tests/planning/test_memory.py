@@ -16,6 +16,7 @@ from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.blocks import mamba
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.rank import Layout, Rank
+from nemotron_h.model.blocks.registry import RUNNING
 from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
 from nemotron_h.planning.memory import largest_stage, plan_memory, rank_adapters, rank_parameters
 from nemotron_h.recipe.compose import compose
@@ -114,6 +115,21 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "Falcon-H1, tensor 2": {"model": MODELS["falcon_h1"], "seq_length": 512, "tensor": 2, "sequence": True},
     "data 2, whole optimizer": {"model": HYBRID, "seq_length": 512, "distributed_optimizer": False},
 }
+#: experts; those that gloo sends tokens to get unequal shares of them
+if "E" in RUNNING:
+    ONE_RANK |= {
+        "experts": {"model": MODELS["experts"], "seq_length": 1024},
+        "six of 32 experts, bf16": {
+            "model": {**MODELS["experts"], "num_experts": 32, "experts_per_token": 6, "expert_hidden_size": 64},
+            "seq_length": 1024,
+            "micro_batch": 2,
+            "precision": "bf16",
+        },
+    }
+    TWO_RANKS |= {
+        "experts, tensor 2": {"model": MODELS["experts"], "seq_length": 512, "tensor": 2, "sequence": True},
+        "experts over 2 ranks": {"model": MODELS["experts"], "seq_length": 512, "expert": 2},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -148,19 +164,22 @@ def planned(case: dict[str, Any], ranks: int) -> tuple[ModelDefinition, Layout]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS])
 def test_peak_is_as_planned(measured: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """Every rank within 3 %; a pipeline's within 5 %, as what a stage has sent may still be there (once 3.7 %)."""
+    """Every rank within 3 %; a pipeline's within 5 %, as what a stage has sent may still be there (once 3.7 %); with
+    experts over ranks within 10 %, as their tokens are not equally many, and those sent may still be there too.
+    """
     case, ranks = (ONE_RANK[name], 1) if name in ONE_RANK else (TWO_RANKS[name], 2)
     stages = plan_memory(*planned(case, ranks))
     assert len(measured[name]) == ranks
     for rank in measured[name]:
         plan = stages[rank["stage"]]
         said = f"{name}, stage {rank['stage']}: {plan.parts()} at {plan.at}, measured in {rank['at']}"
+        exchanged = case.get("expert", 1) > 1  # gloo has copies of the rows that it exchanged last
         # gloo's buffers, a megabyte, would show in the states of adapters
-        if "adapter" not in case or case.get("tensor", 1) == 1:
+        if not exchanged and ("adapter" not in case or case.get("tensor", 1) == 1):
             assert plan.states == pytest.approx(rank["states"], rel=0.03), said
         # what gloo still sends to the other rank may be there
         sends = "pipeline" in name or case.get("sequence")
-        assert plan.peak == pytest.approx(rank["peak"], rel=0.05 if sends else 0.03), said
+        assert plan.peak == pytest.approx(rank["peak"], rel=0.1 if exchanged else 0.05 if sends else 0.03), said
 
 
 @pytest.mark.slow

@@ -207,6 +207,6 @@ class Rank:
             memory = block.memory(self, fp8)
             if self.layout.recompute(block.name) == "layer":
                 # The input alone is kept; the backward runs the forward again, its output included, before its own.
-                memory = LayerMemory(self.residual, memory.kept + memory.backward)
+                memory = LayerMemory(self.residual, memory.kept + memory.backward, memory.between)
             self.layers[block, fp8] = memory
         return self.layers[block, fp8]

@@ -206,17 +206,18 @@ class _TrainingRank(Rank):
     def buffers(self, stage: int) -> int:
         """Return the bytes that are allocated once: Megatron's buffer for gathered inputs; on a GPU the GEMMs'
         workspaces and the stand-ins for weight gradients, one of each shape, that Transformer Engine returns where the
-        matmul has summed them.
+        matmul has summed them; and what layers hold until their next forward.
         """
-        if self.cpu:
-            return 2 * self.gathered  # the buffer, and gloo's copy
         layers = pipeline_layers(self.d.num_layers, self.layout.pipeline)[stage]
+        between = sum(self.layer(index).between for index in layers)
+        if self.cpu:
+            return 2 * self.gathered + between  # the buffer, and gloo's copy
         table = gemm_table(self.d, self.layout.precision, self.layout.tensor, tokens=1)
         shapes = {(gemm.n, gemm.k) for gemm in table if gemm.layer in layers}
         last = stage == self.layout.pipeline - 1
         if self.layout.frozen:
             shapes = set()
-        return GPU_WORKSPACE + sum(n * k for n, k in shapes) * self.e + (self.gathered if last else 0)
+        return GPU_WORKSPACE + sum(n * k for n, k in shapes) * self.e + (self.gathered if last else 0) + between
 
 
 def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> StageMemory:

@@ -110,10 +110,12 @@ class LayerMemory:
     Attributes:
         kept: between its forward and its backward.
         backward: on top of that, at the worst moment of its backward.
+        between: from its first forward on, until the next one replaces it.
     """
 
     kept: int
     backward: int
+    between: int = 0
 
 
 @dataclass(frozen=True)

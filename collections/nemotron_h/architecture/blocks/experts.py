@@ -127,17 +127,21 @@ class Experts(Block):
         rows, e = tokens * self.experts_per_token, rank.e
         width, inner = rows * self.expert_width * e, rows * self.expert_hidden_size * e
         shared = rank.act(self.shared_expert_hidden_size)
-        # logits, scores and weights in float32, the choice, and the order of the rows before and after each exchange
-        routing = tokens * self.num_experts * (4 * 4 + 1) + rows * 4 * 8
+        # megatron-core's dispatcher holds weights in float32, the choice, and the order of the rows
+        between = tokens * self.num_experts * (4 + 1) + rows * 8
+        # logits, scores and their sum in float32, and the order of the rows before and after each exchange
+        routing = tokens * self.num_experts * 3 * 4 + rows * 3 * 8
         # relu(x), relu(x)^2, and that weighed by its score, the second matmul's input
         experts = rank.saved_input(first, width, fp8) + 2 * inner + rank.saved_input(second, inner, fp8)
         both = shared + rank.saved_input(down, shared, fp8)
         kept = rank.input(up, fp8) + routing + experts + both
         if self.expert_latent_size:
             kept += rank.saved_input(by_name["fc2_latent_proj"], tokens * self.expert_latent_size * e, fp8)
-        # the weighed outputs' gradients in both orders; then those of the inner activations and their scores' product
-        backward = rank.residual + max(2 * width, width + 3 * inner, rank.gathered + shared + rank.weight(down))
-        return LayerMemory(kept, backward)
+        # the rows as they came, the experts' outputs one by one, and together; on a GPU in groups, whose backward has
+        # the gradients of all inner activations at once
+        routed = 3 * width if rank.cpu else max(3 * width, width + 3 * inner)
+        backward = rank.residual + max(routed, rank.gathered + shared + rank.weight(down))
+        return LayerMemory(kept, backward, between)
 
     def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
         """Yield norm, router, its bias, the experts' up and down, the latent's projections, the shared up and down.
