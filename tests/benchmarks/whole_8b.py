@@ -155,7 +155,8 @@ class Bench:
     def generate(self) -> None:
         """Generate with the weights that `checkpoint` left, on one GPU."""
         began = time.monotonic()
-        command = [sys.executable, "-m", "nemotron_h.cli.main", "generate", str(self.out / "resumed")]
+        program = [sys.executable, "-c", "from nemotron_h.cli.main import main; main()"]
+        command = [*program, "generate", str(self.out / "resumed")]
         command += ["The license of this program", "--max-tokens", "64", "--temperature", "0"]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         said = (done.stdout + done.stderr).splitlines()[-8:]
