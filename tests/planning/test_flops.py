@@ -64,11 +64,8 @@ def test_against_torch_s_counter(name: str) -> None:
     the plan the causal triangle; and our scan's backward multiplies C B^T, the states and C times the states again,
     which is recomputation and no work of the model. Float64 goes through operations that the counter knows.
     """
-    from nemotron_h.model.blocks.registry import RUNNING
     from nemotron_h.model.module import NemotronHConfig
 
-    if set(MODELS[name]["hybrid_override_pattern"]) - set(RUNNING):
-        pytest.skip("a kind of layers that can be planned and not trained")
     length, batch, chunk = 96, 2, 32
     config = NemotronHConfig(
         definition_name=name, **MODELS[name], seq_length=length, params_dtype=torch.float64, bf16=False

@@ -16,7 +16,6 @@ from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.blocks import mamba
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.rank import Layout, Rank
-from nemotron_h.model.blocks.registry import RUNNING
 from nemotron_h.ops.linear import lacks_bfloat16_units, widens_bfloat16
 from nemotron_h.planning.memory import largest_stage, plan_memory, rank_adapters, rank_parameters
 from nemotron_h.recipe.compose import compose
@@ -116,20 +115,20 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "data 2, whole optimizer": {"model": HYBRID, "seq_length": 512, "distributed_optimizer": False},
 }
 #: experts; those that gloo sends tokens to get unequal shares of them
-if "E" in RUNNING:
-    ONE_RANK |= {
-        "experts": {"model": MODELS["experts"], "seq_length": 1024},
-        "six of 32 experts, bf16": {
-            "model": {**MODELS["experts"], "num_experts": 32, "experts_per_token": 6, "expert_hidden_size": 64},
-            "seq_length": 1024,
-            "micro_batch": 2,
-            "precision": "bf16",
-        },
-    }
-    TWO_RANKS |= {
-        "experts, tensor 2": {"model": MODELS["experts"], "seq_length": 512, "tensor": 2, "sequence": True},
-        "experts over 2 ranks": {"model": MODELS["experts"], "seq_length": 512, "expert": 2},
-    }
+ONE_RANK |= {
+    "experts": {"model": MODELS["experts"], "seq_length": 1024},
+    "experts, recomputed": {"model": {**MODELS["experts"], "recompute_experts": "layer"}, "seq_length": 1024},
+    "six of 32 experts, bf16": {
+        "model": {**MODELS["experts"], "num_experts": 32, "experts_per_token": 6, "expert_hidden_size": 64},
+        "seq_length": 1024,
+        "micro_batch": 2,
+        "precision": "bf16",
+    },
+}
+TWO_RANKS |= {
+    "experts, tensor 2": {"model": MODELS["experts"], "seq_length": 512, "tensor": 2, "sequence": True},
+    "experts over 2 ranks": {"model": MODELS["experts"], "seq_length": 512, "expert": 2},
+}
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,12 @@ class ExpertsLayer(MLPLayer):
         exact = torch.promote_types(router.weight.dtype, torch.float32)
         router.weight.data = router.weight.data.to(device=router.expert_bias.device, dtype=exact)
 
+    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """Return the output, and leave nothing of the pass in the dispatcher: its graph would stay."""
+        result = super().forward(*args, **kwargs)
+        self.mlp.token_dispatcher.probs = None
+        return result
+
     def spread_experts(self) -> None:
         """Have gradients of the experts reduced over the ranks that hold the same ones: with tensor parallelism these
         are not the data-parallel ranks, which megatron-core takes unless experts are split.
