@@ -23,7 +23,7 @@ class GridSchema:
     Attributes:
         attention, mamba, ffn: how many layers of a type stay.
         depth: how many layers stay in all: the most important of the types that have no list of their own.
-        ffn_hidden_size: inner width of every FFN.
+        ffn_hidden_size: inner width of every feed-forward layer.
         hidden_size, mamba_num_heads, mamba_head_dim: further widths, as Minitron-SSM (2504.11409) prunes them.
     """
 
