@@ -33,7 +33,8 @@ def test_full_rank_agrees_with_float64_and_has_the_stated_rms(shape: str, coeffi
     rows, columns = SHAPES[shape]
     matrix = gaussian(rows, columns)
     out = orthogonalize(matrix, coefficients)
-    assert out.dtype == torch.bfloat16 and out.shape == matrix.shape
+    assert out.dtype == torch.bfloat16
+    assert out.shape == matrix.shape
     # bfloat16 has 8 bits; five steps amplify what the small singular values lose
     assert relative(out, oracle(matrix, coefficients)) < 0.08
     rms = float(out.double().square().mean().sqrt()) * scale(rows, columns)
@@ -55,7 +56,8 @@ def test_of_a_low_rank_the_rank_alone_is_orthogonal(coefficients: str) -> None:
     matrix = gaussian(1024, 16) @ gaussian(16, 256, seed=1)
     out = orthogonalize(matrix, coefficients).double()
     values = torch.linalg.svdvals(out)
-    assert values[:16].min() > 0.6 and values[:16].max() < 1.3
+    assert values[:16].min() > 0.6
+    assert values[:16].max() < 1.3
     assert relative(out, oracle(matrix, coefficients)) < 0.5
     assert 0.2 < float(out.square().mean().sqrt()) * 1024**0.5 < 0.5
 

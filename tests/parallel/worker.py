@@ -2,11 +2,13 @@
 
 Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
 or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass;
-`preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters.
+`preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters; `tp2optmuon` trains the
+layers' matrices with Muon.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -36,6 +38,7 @@ from nemotron_h.model.expert_layers import routers  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
+from nemotron_h.training import muon, muon_parts  # noqa: E402
 from nemotron_h.training.callbacks.expert_load import balance  # noqa: E402
 from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
 
@@ -239,12 +242,11 @@ def train(name: str) -> dict[str, object]:
     randomize_adapters(module)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
     model = DistributedDataParallel(config, ddp, module)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=1e-3, adam_eps=1e-5, use_distributed_optimizer=shape["opt"], clip_grad=1.0
-        ),
-        [model],
-    )
+    with muon.chosen() if name.endswith("muon") else contextlib.nullcontext():
+        settings = {"adam_eps": 1e-5, "use_distributed_optimizer": shape["opt"], "clip_grad": 1.0}
+        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, **settings), [model])
+    if name.endswith("muon"):
+        muon.attach(optimizer, [model], 0.95, "simple")
     config.finalize_model_grads_func = finalize_model_grads
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     losses, gradients = [], {}
@@ -282,6 +284,8 @@ def train(name: str) -> dict[str, object]:
                 p.data.copy_(weights[n])
         _, norm, _ = optimizer.step()
         losses.append(float(norm))
+        if name.endswith("muon"):
+            losses += muon.update_rms(optimizer, muon_parts.kinds(module)).values()
         if config.num_experts:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
