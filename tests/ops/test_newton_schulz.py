@@ -62,6 +62,17 @@ def test_of_a_low_rank_the_rank_alone_is_orthogonal(coefficients: str) -> None:
     assert 0.2 < float(out.square().mean().sqrt()) * 1024**0.5 < 0.5
 
 
+def test_an_input_projection_as_one_matrix_starves_its_small_parts() -> None:
+    """z, x, B, C and dt of a mixer, with gradients of other sizes: the table of docs/muon.md."""
+    rows, sizes = (512, 512, 64, 64, 8), (1.0, 1.0, 0.2, 0.2, 5.0)
+    parts = [size * gaussian(n, 256, seed=n + i) for i, (n, size) in enumerate(zip(rows, sizes, strict=True))]
+    whole = scale(sum(rows), 256) * orthogonalize(torch.cat(parts)).double()
+    rms = [float(part.square().mean().sqrt()) / 0.2 for part in whole.split(rows)]
+    assert rms == pytest.approx([1.02, 1.02, 0.23, 0.23, 1.9], abs=0.15)
+    apart = [scale(*part.shape) * orthogonalize(part).double() for part in parts]
+    assert all(0.8 < float(part.square().mean().sqrt()) / 0.2 < 1.15 for part in apart)
+
+
 def test_zero_stays_zero() -> None:
     assert not orthogonalize(torch.zeros(8, 4)).any()
 

@@ -28,7 +28,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
@@ -184,6 +184,19 @@ def forward(iterator, model):
     return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]), loss_of
 
 
+def moments(optimizer: MegatronOptimizer) -> list[int]:
+    """Bytes of the optimizer's moments on every rank."""
+    own = sum(
+        tensor.numel() * tensor.element_size()
+        for each in getattr(optimizer, "chained_optimizers", [])
+        for state in each.optimizer.state.values()
+        for tensor in state.values()
+    )
+    every = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    return every
+
+
 @torch.no_grad()
 def sums_over_ranks(module: torch.nn.Module) -> int:
     """All-reduces of a forward pass of this rank's layers."""
@@ -249,7 +262,7 @@ def train(name: str) -> dict[str, object]:
         muon.attach(optimizer, [model], 0.95, "simple")
     config.finalize_model_grads_func = finalize_model_grads
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    losses, gradients = [], {}
+    losses, gradients, sizes = [], {}, []
     for step in range(STEPS):
         whole = pairs(step) if family == "preference" else batches(step).split(1)
         mine = whole[rank * BATCH // size : (rank + 1) * BATCH // size]
@@ -285,10 +298,11 @@ def train(name: str) -> dict[str, object]:
         _, norm, _ = optimizer.step()
         losses.append(float(norm))
         if name.endswith("muon"):
-            losses += muon.update_rms(optimizer, muon_parts.kinds(module)).values()
+            sizes.append(muon.update_rms(optimizer, muon_parts.kinds(module)))
         if config.num_experts:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
+    result |= {"sizes": sizes, "states": moments(optimizer), "definition": config.definition()}
     parallel_state.destroy_model_parallel()
     return result
 

@@ -47,9 +47,9 @@ def orthogonalize(matrix: Tensor, coefficients: str = "simple") -> Tensor:
         coefficients: a key of `COEFFICIENTS`.
     """
     tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.float()
-    x = (x / x.norm().clamp(min=EPSILON)).bfloat16()
-    x = x.T if tall else x  # X X^T of the shorter side
+    x = matrix.T if tall else matrix  # X X^T of the shorter side
+    norm = torch.linalg.vector_norm(x, dtype=torch.float32).clamp(min=EPSILON)
+    x = (x / norm).bfloat16()
     for a, b, c in COEFFICIENTS[coefficients]:
         squares = _addmm(None, x, x.T, 0, 1)
         x = _addmm(x, _addmm(squares, squares, squares, b, c), x, a, 1)

@@ -128,6 +128,10 @@ class MuonMixin:
     def _none(exchange: Exchange) -> Tensor:
         return torch.empty(0, dtype=torch.bfloat16, device=exchange.device)
 
+    def get_unscaled_state(self, param: Tensor, state_name: str) -> Tensor:
+        """Return a state as Transformer Engine's Adam does, which asks for all to save them and knows its own."""
+        return self.state[param][MOMENTUM] if state_name == MOMENTUM else super().get_unscaled_state(param, state_name)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load AdamW's states by its class and the momentum here; a matrix without one begins at zero."""
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
