@@ -48,7 +48,7 @@ def orthogonalize(matrix: Tensor, coefficients: str = "simple") -> Tensor:
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix  # X X^T of the shorter side
-    norm = torch.linalg.vector_norm(x, dtype=torch.float32).clamp(min=EPSILON)
+    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).clamp(min=EPSILON)
     x = (x / norm).bfloat16()
     for a, b, c in COEFFICIENTS[coefficients]:
         squares = _addmm(None, x, x.T, 0, 1)
