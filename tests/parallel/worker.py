@@ -32,10 +32,12 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
+from nemotron_h.architecture.rank import Layout  # noqa: E402
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
 from nemotron_h.model.expert_layers import routers  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.planning.memory import stage_memory  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
 from nemotron_h.training import muon, muon_parts  # noqa: E402
@@ -197,6 +199,22 @@ def moments(optimizer: MegatronOptimizer) -> list[int]:
     return every
 
 
+def planned_moments(config: NemotronHConfig, name: str) -> float:
+    """Bytes that all ranks together have, by the plan: in float32 an optimizer keeps nothing else."""
+    ranks, stages, tensor = torch.distributed.get_world_size(), config.pipeline_model_parallel_size, layout(name)["tp"]
+    planned = Layout(
+        seq_length=LENGTH,
+        tensor=tensor,
+        pipeline=stages,
+        data=ranks // stages // tensor,
+        expert=config.expert_model_parallel_size,
+        precision="fp32",
+        backend="cpu",
+        optimizer="muon" if name.endswith("muon") else "adamw",
+    )
+    return sum(stage_memory(config.definition(), planned, n).optimizer for n in range(stages)) * ranks / stages
+
+
 @torch.no_grad()
 def sums_over_ranks(module: torch.nn.Module) -> int:
     """All-reduces of a forward pass of this rank's layers."""
@@ -302,7 +320,7 @@ def train(name: str) -> dict[str, object]:
         if config.num_experts:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
-    result |= {"sizes": sizes, "states": moments(optimizer), "definition": config.definition()}
+    result |= {"sizes": sizes, "states": moments(optimizer), "planned": planned_moments(config, name)}
     parallel_state.destroy_model_parallel()
     return result
 

@@ -84,7 +84,7 @@ class MuonMixin:
             self._orthogonal_step(self.exchange)
 
     def _orthogonal_step(self, exchange: Exchange) -> None:
-        held: dict[int, tuple[Tensor, Shard, float]] = {}
+        own: dict[int, tuple[Tensor, Shard, float]] = {}
         self.squares = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -95,16 +95,16 @@ class MuonMixin:
                     state[MOMENTUM] = torch.zeros_like(p)
                 state[MOMENTUM].mul_(self.momentum).add_(p.grad)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                held[self.shards[p].number] = p, self.shards[p], group["lr"]
+                own[self.shards[p].number] = p, self.shards[p], group["lr"]
         mine = exchange.holdings[exchange.rank]
         for parts in exchange.rounds:
             places: list[slice] = []  # of the parts, in this rank's ranges
             for part in parts:
                 start, stop = part.piece(mine)
-                at = part.rows.start * part.columns - (held[part.number][1].start if stop else 0)
+                at = part.rows.start * part.columns - (own[part.number][1].start if stop else 0)
                 places.append(slice(start + at, stop + at) if stop else slice(0))
             sent = [
-                self._update(held[part.number][0], place) if part.source(mine)[1] else self._none(exchange)
+                self._update(own[part.number][0], place) if part.source(mine)[1] else self._none(exchange)
                 for part, place in zip(parts, places, strict=True)
             ]
             whole = exchange.to_owner(parts, sent)
@@ -112,7 +112,7 @@ class MuonMixin:
                 whole = orthogonalize(whole, self.coefficients)
             for part, place, piece in zip(parts, places, exchange.from_owner(parts, whole), strict=True):
                 if len(piece):
-                    p, shard, lr = held[part.number]
+                    p, shard, lr = own[part.number]
                     factor = scale(*part.shape)
                     p[place].add_(piece, alpha=-lr * factor)
                     if not part.copies or part.source(mine)[1]:
