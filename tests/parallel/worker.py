@@ -2,11 +2,13 @@
 
 Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
 or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass;
-`preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters.
+`preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters; `tp2optmuon` trains the
+layers' matrices with Muon.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -26,16 +28,19 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 
+from nemotron_h.architecture.rank import Layout  # noqa: E402
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
 from nemotron_h.model.expert_layers import routers  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.planning.memory import stage_memory  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
+from nemotron_h.training import muon, muon_parts  # noqa: E402
 from nemotron_h.training.callbacks.expert_load import balance  # noqa: E402
 from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
 
@@ -181,6 +186,35 @@ def forward(iterator, model):
     return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]), loss_of
 
 
+def moments(optimizer: MegatronOptimizer) -> list[int]:
+    """Bytes of the optimizer's moments on every rank."""
+    own = sum(
+        tensor.numel() * tensor.element_size()
+        for each in getattr(optimizer, "chained_optimizers", [])
+        for state in each.optimizer.state.values()
+        for tensor in state.values()
+    )
+    every = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, own)
+    return every
+
+
+def planned_moments(config: NemotronHConfig, name: str) -> float:
+    """Bytes that all ranks together have, by the plan: in float32 an optimizer keeps nothing else."""
+    ranks, stages, tensor = torch.distributed.get_world_size(), config.pipeline_model_parallel_size, layout(name)["tp"]
+    planned = Layout(
+        seq_length=LENGTH,
+        tensor=tensor,
+        pipeline=stages,
+        data=ranks // stages // tensor,
+        expert=config.expert_model_parallel_size,
+        precision="fp32",
+        backend="cpu",
+        optimizer="muon" if name.endswith("muon") else "adamw",
+    )
+    return sum(stage_memory(config.definition(), planned, n).optimizer for n in range(stages)) * ranks / stages
+
+
 @torch.no_grad()
 def sums_over_ranks(module: torch.nn.Module) -> int:
     """All-reduces of a forward pass of this rank's layers."""
@@ -239,15 +273,14 @@ def train(name: str) -> dict[str, object]:
     randomize_adapters(module)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
     model = DistributedDataParallel(config, ddp, module)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=1e-3, adam_eps=1e-5, use_distributed_optimizer=shape["opt"], clip_grad=1.0
-        ),
-        [model],
-    )
+    with muon.chosen() if name.endswith("muon") else contextlib.nullcontext():
+        settings = {"adam_eps": 1e-5, "use_distributed_optimizer": shape["opt"], "clip_grad": 1.0}
+        optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, **settings), [model])
+    if name.endswith("muon"):
+        muon.attach(optimizer, [model], 0.95, "simple")
     config.finalize_model_grads_func = finalize_model_grads
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    losses, gradients = [], {}
+    losses, gradients, sizes = [], {}, []
     for step in range(STEPS):
         whole = pairs(step) if family == "preference" else batches(step).split(1)
         mine = whole[rank * BATCH // size : (rank + 1) * BATCH // size]
@@ -282,9 +315,12 @@ def train(name: str) -> dict[str, object]:
                 p.data.copy_(weights[n])
         _, norm, _ = optimizer.step()
         losses.append(float(norm))
+        if name.endswith("muon"):
+            sizes.append(muon.update_rms(optimizer, muon_parts.kinds(module)))
         if config.num_experts:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
+    result |= {"sizes": sizes, "states": moments(optimizer), "planned": planned_moments(config, name)}
     parallel_state.destroy_model_parallel()
     return result
 

@@ -27,6 +27,17 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["recompute.mamba=activation"], ("recompute.mamba = 'activation'", "Known: none, layer")),
         (TINY, ["optim.moments=fp16"], ("optim.moments = 'fp16'", "Known: fp32, bf16")),
         (TINY, ["optim.gradients=bf61"], ("optim.gradients = 'bf61'", "Did you mean bf16?")),
+        (TINY, ["optim.name=moun"], ("optim.name = 'moun'", "Did you mean muon?")),
+        (TINY, ["optim.name=muon", "optim.newton_schulz=simpel"], ("optim.newton_schulz = 'simpel'", "mean simple?")),
+        (TINY, ["optim.momentum=0.9"], ("optim.momentum = 0.9 is unused: optim.name is adamw", "set optim.name: muon")),
+        (TINY, ["optim.name=muon", "optim.moments=bf16"], ("optim.moments = 'bf16' with optim.name = 'muon'",)),
+        (
+            TINY,
+            ["optim.name=muon", "precision=fp32", "parallel.distributed_optimizer=false"],
+            ("optim.name = 'muon' with parallel.distributed_optimizer = false",),
+        ),
+        (LORA, ["optim.name=muon"], ("optim.name = 'muon' with adapter.kind = 'lora'",)),
+        (TINY, ["resume.optimizer_change=fromstep"], ("resume.optimizer_change = 'fromstep'", "mean from_step?")),
         (TINY, ["precision=fp32", "optim.gradients=bf16"], ("optim.gradients = 'bf16' with precision = 'fp32'",)),
         (
             TINY,

@@ -31,6 +31,7 @@ class Layout:
         micro_batches: forward passes per step of one rank.
         precision: as the recipe's.
         bf16_edge_layers: with FP8, layers at each end that stay in BF16.
+        optimizer: `adamw` or `muon`.
         moments, gradients: dtypes of Adam's moments and of gradient sums, as the recipe's `optim`.
         recompute_mamba, recompute_ffn, ...: as the recipe's `recompute`, by kind of layer.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
@@ -53,6 +54,7 @@ class Layout:
     distributed_optimizer: bool = True
     precision: str = "bf16"
     bf16_edge_layers: int = 2
+    optimizer: str = "adamw"
     moments: str = "fp32"
     gradients: str = "fp32"
     recompute_mamba: str = "none"

@@ -74,6 +74,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         distributed_optimizer=parallel.distributed_optimizer,
         precision=recipe.precision,
         bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
+        optimizer=recipe.optim.name,
         moments=recipe.optim.moments,
         gradients=recipe.optim.gradients,
         **recompute_fields(recipe.recompute),

@@ -24,6 +24,7 @@ from nemotron_h.architecture.blocks.block import Block, LayerMemory
 from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers
 from nemotron_h.architecture.gemms import gemm_table
 from nemotron_h.architecture.rank import Layout, Rank, padded_vocabulary
+from nemotron_h.planning.muon import MOMENT_BYTES, saved_bytes, working_bytes
 from nemotron_h.schema.nemo_names import recompute_fields
 from nemotron_h.schema.recipe import AdapterSchema, RecomputeSchema
 
@@ -240,7 +241,11 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
         stage=stage,
         weights=weights,
         gradients=_sized(layout, trained, {"fp32": 4, "bf16": GRADIENT_BYTES[layout.gradients]}),
-        optimizer=math.ceil(shared / layout.shards + _sized(layout, (experts, 0), state_bytes) / layout.expert_shards),
+        optimizer=math.ceil(
+            shared / layout.shards
+            + _sized(layout, (experts, 0), state_bytes) / layout.expert_shards
+            - saved_bytes(definition, layout, stage)
+        ),
         buffers=rank.buffers(stage),
         teacher=beside,
     )
@@ -292,7 +297,8 @@ def _moments(
     for name, layer in reversed(passed):
         yield replace(states, activations=dict(kept), working=layer.backward + received, at=name)
         kept[name] -= layer.kept
-    yield replace(states, working=_optimizer_step(definition, layout, states), at="optimizer")
+    step = max(_optimizer_step(definition, layout, states), working_bytes(definition, layout, stage))
+    yield replace(states, working=step, at="optimizer")
 
 
 def _mtp_activations(definition: ModelDefinition, rank: _TrainingRank) -> int:
@@ -337,11 +343,14 @@ def largest_stage(definition: ModelDefinition, layout: Layout) -> StageMemory:
 
 
 def checkpoint_bytes(
-    definition: ModelDefinition, precision: str, adapter: AdapterSchema | None = None
+    definition: ModelDefinition, precision: str, adapter: AdapterSchema | None = None, muon: int = 0
 ) -> dict[str, int]:
     """Return bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32).
     Of a run with adapters it holds those alone.
+
+    Args:
+        muon: parameters that Muon updates, which have one moment.
     """
     base = "fp32" if precision == "fp32" else "bf16"
     trained = trained_parameters(adapter or AdapterSchema(), definition)
-    return {"weights": trained * WEIGHT_BYTES[base], "optimizer": trained * 12}
+    return {"weights": trained * WEIGHT_BYTES[base], "optimizer": trained * 12 - muon * MOMENT_BYTES}

@@ -20,6 +20,7 @@ from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_flops, sweep
 from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memory
+from nemotron_h.planning.muon import MuonCost, muon_cost
 from nemotron_h.planning.saves import SaveCost, save_cost
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
 from nemotron_h.planning.teacher_logits import token_bytes
@@ -41,6 +42,7 @@ class Plan:
         flops: per token, forward and backward.
         teacher_flops: of a distillation's teacher per token, forward alone; None where none is loaded.
         teacher_logits: bytes of the cache of a teacher's logits that the recipe names; 0 where it names none.
+        muon: cost of a step of Muon; None for AdamW.
         stages: memory of one rank of every pipeline stage.
         remedies: settings that make it fit; empty where it does, or nothing tried helps.
         schedule: steps, phases, time.
@@ -62,6 +64,7 @@ class Plan:
     flops: FlopsByPart
     teacher_flops: FlopsByPart | None
     teacher_logits: int
+    muon: MuonCost | None
     stages: list[StageMemory]
     remedies: list[Remedy]
     schedule: Schedule
@@ -128,6 +131,7 @@ class Plan:
             "layers": self.layers(),
             "flops_per_token": {**asdict(self.flops), "total": self.flops.total, "linear": self.flops.linear},
             "teacher": self._teacher(),
+            "muon": None if self.muon is None else asdict(self.muon),
             "layout": {**asdict(replace(self.layout, teacher=None)), "ranks": self.layout.ranks},
             "gpu": asdict(self.gpu),
             "memory": {
@@ -221,7 +225,8 @@ def make_plan(
         checkpoint_every=recipe.checkpoint.every_steps,
         start=start,
     )
-    checkpoint = checkpoint_bytes(definition, recipe.precision, recipe.adapter)
+    muon = muon_cost(definition, layout)
+    checkpoint = checkpoint_bytes(definition, recipe.precision, recipe.adapter, muon.parameters if muon else 0)
     size, every = sum(checkpoint.values()), recipe.checkpoint.every_steps
     return Plan(
         name=recipe.name,
@@ -233,6 +238,7 @@ def make_plan(
         flops=flops,
         teacher_flops=None if teacher is None else flops_per_token(teacher, recipe.data.seq_length, training=False),
         teacher_logits=_cache_bytes(recipe, definition, layout, origin),
+        muon=muon,
         stages=stages,
         remedies=[] if fits else remedies(definition, layout, device),
         schedule=schedule,

@@ -15,6 +15,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import brief, gib
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import rank_adapters, rank_experts, rank_parameters, weight_bytes
+from nemotron_h.planning.muon import saved_bytes
 
 #: float32 in a checkpoint whatever the optimizer keeps: main weight and two moments, a tensor each
 STATES, STATE_BYTES = 3, 4
@@ -176,12 +177,13 @@ def rank_bytes(definition: ModelDefinition, layout: Layout, stage: int) -> int:
             (weight_bytes(layout, part) + part[0] * STATES * STATE_BYTES) / ranks
             for part, ranks in (((total - experts, in_float32), every.shards), ((experts, 0), every.expert_shards))
         )
+        - saved_bytes(definition, every, stage)
     )
 
 
 def pieces(definition: ModelDefinition, layout: Layout) -> int:
     """Return the entries of the index: a tensor is cut by the tensor-parallel ranks that split it, its states also
-    where a rank's range of a bucket ends.
+    where a rank's range of a bucket ends. With Muon they are fewer: matrices have one state less.
     """
     tensors = _tensors(definition, layout)
     cuts = 0

@@ -11,6 +11,7 @@ from rich.text import Text
 from nemotron_h.core.units import brief, gib, rough
 from nemotron_h.planning.layouts import Row, best
 from nemotron_h.planning.memory import largest_stage
+from nemotron_h.planning.muon import MuonCost
 from nemotron_h.planning.plan import Plan, parts_by_stage
 from nemotron_h.planning.saves import AGREEMENT_S, FAILURES, SHARE
 
@@ -101,7 +102,23 @@ def _show_model(plan: Plan, console: Console) -> None:
             f"{teacher.parameters:,} parameters",
             soft_wrap=True,
         )
+    if plan.muon is not None:
+        _show_muon(plan, plan.muon, console)
     console.print()
+
+
+def _show_muon(plan: Plan, muon: MuonCost, console: Console) -> None:
+    schedule = plan.schedule
+    share = muon.flops / (plan.flops.total * schedule.tokens / schedule.steps)
+    rows, columns = muon.largest
+    console.print(
+        f"Muon orthogonalizes {muon.parameters:,} parameters, the largest part {rows:,} x {columns:,}, in "
+        f"{muon.flops / 1e12:,.3g} TFLOP a step, {share:.2%} of forward and backward, {muon.rank_flops / 1e12:,.3g} of "
+        f"them on one GPU; a GPU sends {gib(muon.sent)} a step for it, and has {gib(muon.saved)} less of moments than "
+        "with AdamW",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _show_gemms(plan: Plan, console: Console) -> None:

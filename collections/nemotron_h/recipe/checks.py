@@ -22,6 +22,9 @@ from nemotron_h.schema.recipe import (
     BLEND_CHANGES,
     EXPONENTIAL,
     FP8_BACKENDS,
+    NEWTON_SCHULZ,
+    OPTIMIZER_CHANGES,
+    OPTIMIZERS,
     PIPELINES,
     PRECISIONS,
     RECOMPUTE,
@@ -32,6 +35,7 @@ from nemotron_h.schema.recipe import (
     CheckpointSchema,
     ExpertsSchema,
     LogSchema,
+    OptimSchema,
     PrecisionOptionsSchema,
     RecipeConfig,
 )
@@ -68,6 +72,7 @@ def check(recipe: RecipeConfig, origin: str, trains: bool = True) -> None:
     check_schedule(recipe, origin)
     check_steps(recipe, origin)
     check_optimizer_state(recipe, origin)
+    check_optimizer(recipe, origin)
     check_layout(recipe, definition, origin)
     check_experts(recipe, definition, origin)
     if recipe.precision in FP8_FORMATS:
@@ -126,6 +131,48 @@ def check_optimizer_state(recipe: RecipeConfig, origin: str) -> None:
             )
 
 
+def check_optimizer(recipe: RecipeConfig, origin: str) -> None:
+    """Check that Muon has what it needs, and that its keys have a user."""
+    optim, adapter = recipe.optim, recipe.adapter.kind
+    check_one_of("optim.newton_schulz", optim.newton_schulz, NEWTON_SCHULZ, f"{origin}: ")
+    check_muon(optim.name, recipe.parallel.distributed_optimizer, optim.moments, f"{origin}: ")
+    if optim.name == "adamw":
+        for key in ("momentum", "newton_schulz"):
+            if (value := getattr(optim, key)) != getattr(OptimSchema(), key):
+                raise UserError(
+                    f"{origin}: optim.{key} = {value} is unused: optim.name is adamw",
+                    hint=f"leave optim.{key} out, or set optim.name: muon",
+                )
+    elif adapter != "none":
+        raise UserError(
+            f"{origin}: optim.name = 'muon' with adapter.kind = {adapter!r}: no matrix of a layer is trained",
+            hint="leave optim.name out: adapters are trained by AdamW",
+        )
+
+
+def check_muon(name: str, distributed: bool, moments: str, where: str = "") -> None:
+    """Refuse an unknown optimizer, and Muon without the distributed optimizer's float32 states."""
+    check_one_of("optim.name", name, OPTIMIZERS, where)
+    if name != "muon":
+        return
+    if not distributed:
+        raise UserError(
+            f"{where}optim.name = 'muon' with parallel.distributed_optimizer = false",
+            hint="leave parallel.distributed_optimizer out: on one data-parallel rank nothing is split",
+        )
+    if moments != "fp32":
+        raise UserError(
+            f"{where}optim.moments = {moments!r} with optim.name = 'muon', whose momentum is float32",
+            hint="leave optim.moments out: Muon has one moment where AdamW has two",
+        )
+
+
+def check_optimizer_change(value: str | None, where: str = "") -> None:
+    """Refuse an unknown `resume.optimizer_change`; `where` stands before the key."""
+    if value is not None:
+        check_one_of("resume.optimizer_change", value, OPTIMIZER_CHANGES, where)
+
+
 def check_distributed_optimizer(distributed: bool, bf16: bool, where: str = "") -> None:
     """Refuse the whole optimizer for bfloat16 weights: the run would end at its first checkpoint."""
     if bf16 and not distributed:
@@ -163,6 +210,7 @@ def check_names(recipe: RecipeConfig, origin: str) -> None:
         check_one_of(key, value, allowed, f"{origin}: ")
     check_trackers(recipe.log, origin)
     check_blend_change(recipe.resume.blend_change, f"{origin}: ")
+    check_optimizer_change(recipe.resume.optimizer_change, f"{origin}: ")
     if not recipe.precision.startswith("fp8"):
         for key, value in dataclasses.asdict(PrecisionOptionsSchema()).items():
             if getattr(recipe.precision_options, key) != value:

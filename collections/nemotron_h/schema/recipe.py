@@ -20,6 +20,10 @@ from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY, WIDTH
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
+OPTIMIZERS = ("adamw", "muon")
+#: coefficients of Muon's steps (ops/newton_schulz.py)
+NEWTON_SCHULZ = ("simple", "quintic", "polar_express")
+OPTIMIZER_CHANGES = ("from_step",)
 #: of what the optimizer keeps
 STATE_DTYPES = ("fp32", "bf16")
 #: stage -> the command of `nemo llm` that runs it
@@ -128,15 +132,21 @@ class DataSchema:
 
 @dataclass
 class OptimSchema:
-    """AdamW and a schedule with linear warm-up.
+    """AdamW or Muon, and a schedule with linear warm-up.
 
     Attributes:
+        name: `adamw`, or `muon`: the layers' matrices are updated by their orthogonalized momentum, all other weights
+            by AdamW at the same rate. Formulas: docs/muon.md.
+        momentum: of Muon, summed and Nesterov's.
+        newton_schulz: coefficients of Muon's orthogonalization: `simple` (Keller Jordan's), `quintic` (You's) or
+            `polar_express`.
         schedule: `cosine` (from the warm-up to the end of the run), `wsd` (warm-up, stable, linear decay), or
             `wsd_exponential` (its decay is exponential: the same factor every step).
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
         warmup_tokens: length of the warm-up; an integer, or text such as 8.3B.
         decay_tokens: length of the decay at the end of the run; of both wsd only.
-        beta1, beta2, eps, weight_decay: AdamW.
+        beta1, beta2, eps: AdamW.
+        weight_decay: decoupled, of both.
         clip_grad: largest global gradient norm; 0 is no clipping.
         moments: `fp32`, or `bf16`: Adam's two moments, half as large; on GPUs only.
         gradients: `fp32`, or `bf16`: sums of gradients over micro-batches and data-parallel ranks, half as large.
@@ -144,6 +154,9 @@ class OptimSchema:
             the last 128 steps; learning rate and data go on.
     """
 
+    name: str = "adamw"
+    momentum: float = number(0.95, least=0, below=1)
+    newton_schulz: str = "simple"
     peak_lr: float = number(above=0, most=10)
     final_lr: float = number(least=0, most=10)
     warmup_tokens: str = MISSING
@@ -232,9 +245,12 @@ class ResumeSchema:
     Attributes:
         blend_change: null, or `from_step`: a resumed run may take another blend, seed, seq_length or global_batch_size
             from the checkpoint's step on; the record keeps both.
+        optimizer_change: null, or `from_step`: a resumed run may take another `optim.name` from the checkpoint's step
+            on. Moments that the checkpoint lacks begin at zero.
     """
 
     blend_change: str | None = None
+    optimizer_change: str | None = None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and a cosine or a warm-up-stable-decay schedule, in the units of a recipe."""
+"""AdamW or Muon with linear warm-up and a cosine or a warm-up-stable-decay schedule, in the units of a recipe."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
-from nemotron_h.recipe.checks import check_distributed_optimizer, check_learning_rates
-from nemotron_h.schema.recipe import STATE_DTYPES
+from nemotron_h.recipe.checks import check_distributed_optimizer, check_learning_rates, check_muon
+from nemotron_h.schema.recipe import NEWTON_SCHULZ, STATE_DTYPES
+from nemotron_h.training import muon
 from nemotron_h.training.guarded_optimizer import GuardedOptimizer
 
 
@@ -99,7 +100,7 @@ class Schedule(LRSchedulerModule):
 
 
 class ScheduledAdamW(MegatronOptimizerModule):
-    """Megatron's AdamW and a schedule over the trainer's `max_steps`; built by `scheduled_adamw`.
+    """Megatron's AdamW, or Muon on it, and a schedule over the trainer's `max_steps`; built by `scheduled_adamw`.
 
     Attributes beyond NeMo's:
         settings: the arguments of `scheduled_adamw`, for the run's record.
@@ -120,11 +121,16 @@ class ScheduledAdamW(MegatronOptimizerModule):
                 f"the run has {schedule.max_steps} steps, its warm-up {schedule.warmup_steps}",
                 hint="raise tokens, or lower optim.warmup_tokens",
             )
-        with adam_of(self.config):
-            return [
-                GuardedOptimizer(each.mcore_optimizer, self.settings["skip_spikes"])
-                for each in super().optimizers(model)
-            ]
+        with muon.chosen() if self.muon else adam_of(self.config):
+            optimizers = [each.mcore_optimizer for each in super().optimizers(model)]
+        for each in optimizers if self.muon else ():
+            muon.attach(each, list(model), self.settings["momentum"], self.settings["newton_schulz"])
+        return [GuardedOptimizer(each, self.settings["skip_spikes"]) for each in optimizers]
+
+    @property
+    def muon(self) -> bool:
+        """Return True if the layers' matrices are Muon's."""
+        return self.settings.get("name") == "muon"
 
 
 def state_dtypes(moments: str) -> dict[str, Any]:
@@ -165,8 +171,11 @@ def scheduled_adamw(
     moments: str = "fp32",
     skip_spikes: bool = False,
     exponential_decay: bool = False,
+    name: str = "adamw",
+    momentum: float = 0.95,
+    newton_schulz: str = "simple",
 ) -> ScheduledAdamW:
-    """Build AdamW with linear warm-up and cosine decay, or a constant rate and a linear or exponential decay.
+    """Build AdamW, or Muon with AdamW beside it, with a warm-up and a cosine, or a constant rate and a decay.
 
     Args:
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
@@ -178,13 +187,19 @@ def scheduled_adamw(
         moments: dtype of Adam's moments, `fp32` or `bf16`.
         skip_spikes: do not apply a step whose loss or gradient norm is a spike.
         exponential_decay: of the last `decay_steps`.
+        name, momentum, newton_schulz: as `OptimSchema`.
     Errors:
         UserError: `final_lr` is above `peak_lr`, or 0 after an exponential decay; there is no such dtype, or `bf16`
-            without what it needs: a GPU, Transformer Engine, the distributed optimizer.
+            without what it needs: a GPU, Transformer Engine, the distributed optimizer; Muon without the latter.
     """
     settings = dict(locals())
     if not exponential_decay:
         del settings["exponential_decay"]  # a resume names the settings that differ, and older runs recorded none
+    if name == "adamw":
+        for key in ("name", "momentum", "newton_schulz"):
+            del settings[key]
+    check_muon(name, distributed_optimizer, moments)
+    check_one_of("optim.newton_schulz", newton_schulz, NEWTON_SCHULZ)
     check_learning_rates(peak_lr, final_lr, exponential=exponential_decay)
     check_one_of("moments", moments, STATE_DTYPES)
     if moments == "bf16":

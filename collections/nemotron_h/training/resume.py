@@ -20,7 +20,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.export.hub_import import obtain
 from nemotron_h.inference.trained_tokenizer import check_data
-from nemotron_h.recipe.checks import check_blend_change
+from nemotron_h.recipe.checks import check_blend_change, check_optimizer_change
 from nemotron_h.training.callbacks import run_report
 from nemotron_h.training.callbacks.embedding_rows import EmbeddingRows
 from nemotron_h.training.callbacks.run_record import plain
@@ -89,6 +89,7 @@ class ResumeRun(nl.AutoResume):
         must_exist: a run that has no checkpoint is an error, not a start from scratch.
         blend_change: null, or `from_step`: the data may be another blend, seed, seq_length or global_batch_size than
             the checkpoint's, from its step on.
+        optimizer_change: null, or `from_step`: the optimizer may be another than the checkpoint's, from its step on.
         init_checkpoint: a run's folder or a checkpoint, whose weights a run without checkpoints of its own starts from;
             one of the Hub is fetched then.
         repair_embeddings: replace the outliers among the rows of those weights' embedding.
@@ -98,11 +99,13 @@ class ResumeRun(nl.AutoResume):
     resume_ignore_no_checkpoint: bool = True
     must_exist: bool = False
     blend_change: str | None = None
+    optimizer_change: str | None = None
     init_checkpoint: str | None = None
     repair_embeddings: bool = False
 
     def __post_init__(self) -> None:
         check_blend_change(self.blend_change)
+        check_optimizer_change(self.optimizer_change)
         if self.restore_config is not None:
             raise UserError(
                 "resume.restore_config is NeMo's, and builds what a checkpoint's context names",
@@ -148,6 +151,7 @@ class ResumeRun(nl.AutoResume):
             if self.init_checkpoint is not None:
                 obtain(self.init_checkpoint, "init.checkpoint", self._rank)
             self._freeze(find_base(path, self.init_checkpoint), trainer)
+        trainer.strategy.optimizer_change = self.optimizer_change
         trainer.callbacks.append(StandAtStep())
         if self.blend_change is not None:
             trainer.callbacks.append(DeclareBlendChange(self.blend_change))

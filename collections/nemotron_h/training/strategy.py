@@ -40,6 +40,7 @@ from nemotron_h.training.callbacks import run_report
 from nemotron_h.training.callbacks.hang_limits import HangLimits
 from nemotron_h.training.lost_ranks import GRACE_S, is_of_a_collective, lost_ranks
 from nemotron_h.training.optimizer import setting_of
+from nemotron_h.training.optimizer_change import ADAMW, FreshStates, fresh_states
 from nemotron_h.training.sections import sections
 from nemotron_h.training.step_inputs import StepInputs
 
@@ -108,12 +109,16 @@ class NemotronHStrategy(nl.MegatronStrategy):
             adapters and their optimizer alone.
         init_checkpoint: the recipe's `init.checkpoint` where the run began; None is weights of `init_seed`.
         repair_embeddings: its `init.repair_embeddings`.
+        optimizer_change: the recipe's `resume.optimizer_change`.
+        fresh: states that the checkpoint of another optimizer lacks.
         inputs: of the step that is being trained.
     """
 
     adapter_base: Path | None = None
     init_checkpoint: str | None = None
     repair_embeddings: bool = False
+    optimizer_change: str | None = None
+    fresh: FreshStates | None = None
 
     def __init__(
         self,
@@ -236,6 +241,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
                 with adapters.only("base", self.megatron_parallel):
                     return super().load_checkpoint(checkpoint_path, selective_restore)
             self._check_optimizer(checkpoint_path)
+            names = (getattr(self.lightning_module.optim, "settings", {}).get("name", ADAMW), self.optimizer_change)
+            self.fresh = fresh_states(Path(checkpoint_path), *names)
             if self.adapter_base is None:
                 return super().load_checkpoint(checkpoint_path, selective_restore)
             base = self.load_checkpoint(self.adapter_base, selective_restore=True)
@@ -255,8 +262,17 @@ class NemotronHStrategy(nl.MegatronStrategy):
                 hint=f"set parallel.distributed_optimizer={str(saved).lower()}",
             )
 
+    def optimizer_sharded_state_dict(self, is_loading: bool = False, metadata: dict | None = None) -> dict[str, Any]:
+        """Return NeMo's, to load without the states that the checkpoint of another optimizer lacks."""
+        state = super().optimizer_sharded_state_dict(is_loading, metadata)
+        if is_loading and self.fresh is not None:
+            self.fresh.take_out(state)
+        return state
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any], selective_restore: bool = False) -> None:
         """Load as NeMo does; betas, epsilon and weight decay stay the recipe's, where the checkpoint has others."""
+        if self.fresh is not None:
+            self.fresh.put_back(checkpoint["optimizer"][0])
         recipe = [[setting_of(group) for group in optimizer.param_groups] for optimizer in self.optimizers]
         super().load_optimizer_state_dict(checkpoint, selective_restore)
         for optimizer, settings in zip(self.optimizers, recipe, strict=True):

@@ -69,8 +69,19 @@ class Attention(Block):
         """Return queries, keys and values in one, and the output projection."""
         hidden, part = self.hidden_size, "attention_projections"
         qkv = self.queries + 2 * self.keys
+        groups = self.num_query_groups
+        of_a_group = (self.queries // groups, self.head_dim, self.head_dim)  # its queries, key and value
         return (
-            Matrix("linear_qkv", qkv, hidden, "outputs", part, ("hidden_size", "head_dim")),
+            Matrix(
+                "linear_qkv",
+                qkv,
+                hidden,
+                "outputs",
+                part,
+                ("hidden_size", "head_dim"),
+                parts=of_a_group,
+                groups=groups,
+            ),
             Matrix("linear_proj", hidden, self.queries, "inputs", part, ("head_dim", "hidden_size")),
         )
 

@@ -6,6 +6,7 @@ are asked of them; how a block runs is in `model/blocks/`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -34,6 +35,10 @@ class Matrix:
         active: of these, how many a token passes.
         adapts: it may have an adapter.
         exact: in float32 whatever the model's dtype, and never in FP8.
+        parts: outputs of the parts that Muon orthogonalizes one by one; () is the matrix as one, None leaves it to
+            AdamW. Each tensor-parallel rank has its share of every part.
+        groups: how often the parts follow each other; with several, tensor-parallel ranks split the groups, and every
+            part is whole.
     """
 
     name: str
@@ -46,6 +51,8 @@ class Matrix:
     active: int = 1
     adapts: bool = True
     exact: bool = False
+    parts: tuple[int, ...] | None = ()
+    groups: int = 1
 
     @property
     def size(self) -> int:
@@ -62,6 +69,21 @@ class Matrix:
         if self.split == "inputs":
             return self.outputs, self.inputs // tensor
         return self.outputs // (tensor if self.split else 1), self.inputs
+
+    def part_rows(self, tensor: int = 1) -> tuple[range, ...]:
+        """Return the rows of the parts that Muon orthogonalizes, on one of `tensor` ranks."""
+        if self.parts is None:
+            return ()
+        outputs = self.on_rank(tensor)[0]
+        shares = tensor if self.split == "outputs" and self.groups == 1 else 1
+        sizes = [part // shares for part in self.parts] or [outputs]
+        sizes *= outputs // sum(sizes)
+        ends = list(itertools.accumulate(sizes))
+        return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+    def part_shapes(self) -> tuple[Shape, ...]:
+        """Return the shapes of the parts that Muon orthogonalizes, of one expert and over all ranks."""
+        return tuple((len(rows), self.inputs) for rows in self.part_rows())
 
 
 @dataclass(frozen=True)

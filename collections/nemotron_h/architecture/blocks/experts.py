@@ -68,9 +68,8 @@ class Experts(Block):
         stream = "expert_latent_size" if latent else "hidden_size"
         routed = {"experts": self.num_experts, "active": self.experts_per_token, "adapts": False}
         up, down = (stream, "expert_hidden_size"), ("hidden_size", "shared_expert_hidden_size")
-        router = Matrix(
-            "router", self.num_experts, hidden, "", "router", ("hidden_size", "num_experts"), adapts=False, exact=True
-        )
+        keys = ("hidden_size", "num_experts")
+        router = Matrix("router", self.num_experts, hidden, "", "router", keys, adapts=False, exact=True, parts=None)
         experts = (
             Matrix("experts.linear_fc1", inner, width, "", "experts", up, **routed),
             Matrix("experts.linear_fc2", width, inner, "", "experts", up[::-1], **routed),

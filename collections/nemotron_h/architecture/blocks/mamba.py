@@ -102,8 +102,9 @@ class Mamba(Block):
     def matrices(self) -> tuple[Matrix, ...]:
         """Return both projections."""
         hidden, part = self.hidden_size, "mamba_projections"
+        keys, sections = ("hidden_size", "mamba_num_heads"), self.in_proj_sections
         return (
-            Matrix("in_proj", self.in_proj_size, hidden, "outputs", part, ("hidden_size", "mamba_num_heads")),
+            Matrix("in_proj", self.in_proj_size, hidden, "outputs", part, keys, parts=sections),
             Matrix("out_proj", hidden, self.d_inner, "inputs", part, ("mamba_num_heads", "hidden_size")),
         )
 

@@ -47,9 +47,9 @@ class SwiGLU(Block):
 
     def matrices(self) -> tuple[Matrix, ...]:
         """Return gate and up in one, and down."""
-        hidden, inner = self.hidden_size, self.ffn_hidden_size
+        hidden, inner, widths = self.hidden_size, self.ffn_hidden_size, ("hidden_size", "ffn_hidden_size")
         return (
-            Matrix("linear_fc1", 2 * inner, hidden, "outputs", "ffn", ("hidden_size", "ffn_hidden_size")),
+            Matrix("linear_fc1", 2 * inner, hidden, "outputs", "ffn", widths, parts=(inner, inner)),
             Matrix("linear_fc2", hidden, inner, "inputs", "ffn", ("ffn_hidden_size", "hidden_size")),
         )
 

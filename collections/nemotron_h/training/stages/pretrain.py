@@ -31,6 +31,7 @@ from nemotron_h.training.callbacks.progress import ProgressLine, Throughput
 from nemotron_h.training.callbacks.run_record import RunRecord, plain
 from nemotron_h.training.callbacks.run_report import RunReport
 from nemotron_h.training.callbacks.stragglers import Stragglers
+from nemotron_h.training.callbacks.update_sizes import UpdateSizes
 from nemotron_h.training.optimizer import scheduled_adamw
 from nemotron_h.training.preflight import RunFolder
 from nemotron_h.training.resume import ResumeRun
@@ -150,6 +151,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(Stragglers, every_steps=recipe.log.every_steps),  # behind NanGuard, which waits for ranks
                 run.Config(collect_garbage_together),
                 *([run.Config(ExpertLoad)] if recipe.model.num_experts else []),
+                run.Config(UpdateSizes),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
@@ -174,11 +176,15 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
         resume=run.Config(
             ResumeRun,
             blend_change=recipe.resume.blend_change,
+            optimizer_change=recipe.resume.optimizer_change,
             init_checkpoint=recipe.init.checkpoint,
             repair_embeddings=recipe.init.repair_embeddings,
         ),
         optim=run.Config(
             scheduled_adamw,
+            name=optim.name,
+            momentum=optim.momentum,
+            newton_schulz=optim.newton_schulz,
             peak_lr=optim.peak_lr,
             final_lr=optim.final_lr,
             warmup_steps=horizon.step_at(count_of(optim.warmup_tokens, "optim.warmup_tokens", origin)),
