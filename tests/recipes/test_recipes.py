@@ -30,7 +30,10 @@ NO_SOURCE = (
     "adapter.kind",
 )
 #: what is there where nothing is written
-LEFT_OUT = (("model.mamba_norm", True), ("model.multipliers.rule", "none"), ("parallel.expert", 1))
+LEFT_OUT = (
+    *(("model.mamba_norm", True), ("model.multipliers.rule", "none"), ("parallel.expert", 1)),
+    *(("optim.name", "adamw"), ("optim.momentum", 0.95), ("optim.newton_schulz", "simple")),
+)
 FAMILY = {
     *("nemotron_h_4b", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_47b_paper", "nemotron_h_56b", "nemotron_t_8b"),
     *("mamba2_8b", "mamba2_hybrid_8b", "nano_4b", "nano_9b_v2", "nano_12b_v2"),

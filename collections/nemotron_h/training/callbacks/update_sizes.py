@@ -12,16 +12,15 @@ from nemotron_h.training.muon_parts import kinds
 
 
 class UpdateSizes(pl.Callback):
-    """Log the RMS of each step's updates over the learning rate; without Muon there are none."""
+    """Log the RMS of each step's updates over the learning rate."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the kinds, which are the same on all ranks."""
-        self.kinds = kinds(pl_module) if getattr(pl_module.optim, "muon", False) else []
+        self.kinds = kinds(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Log them."""
-        if self.kinds:
-            for kind, value in muon.update_rms(trainer.optimizers[0].mcore_optimizer, self.kinds).items():
-                pl_module.log(f"{UPDATES}{kind}", value, batch_size=1)
+        for kind, value in muon.update_rms(trainer.optimizers[0].mcore_optimizer, self.kinds).items():
+            pl_module.log(f"{UPDATES}{kind}", value, batch_size=1)

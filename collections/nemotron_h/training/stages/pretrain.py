@@ -151,7 +151,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 run.Config(Stragglers, every_steps=recipe.log.every_steps),  # behind NanGuard, which waits for ranks
                 run.Config(collect_garbage_together),
                 *([run.Config(ExpertLoad)] if recipe.model.num_experts else []),
-                run.Config(UpdateSizes),
+                *([run.Config(UpdateSizes)] if optim.name == "muon" else []),
                 *([run.Config(CastStatisticsCallback, steps=measured)] if measured else []),
                 run.Config(ProgressLine, every_steps=recipe.log.every_steps),
                 run.Config(RunRecord, recipe=plain(dataclasses.asdict(recipe))),
