@@ -362,11 +362,16 @@ def test_bad_settings_are_errors_before_anything_starts(prepared: Path) -> None:
         loader(started(module(prepared)), size=3)
 
 
+def move_manifest(file: Path, before: Path, now: Path) -> None:
+    content = json.loads(file.read_text().replace(str(before), str(now)))
+    del content["sha256"]
+    file.write_text(json.dumps(content))
+
+
 def test_damaged_data_is_an_error_before_training(prepared: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(prepared, root)
-    manifest = root / "three" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(str(prepared), str(root)))
+    move_manifest(root / "three" / "manifest.json", prepared, root)
     started(module(root))
     file = root / "three" / "tokenizer" / "tokenizer.json"
     text = file.read_text()
@@ -386,8 +391,7 @@ def test_damaged_data_is_an_error_before_training(prepared: Path, tmp_path: Path
 def test_data_that_changes_under_a_run_is_named_with_file_and_sample(prepared: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(prepared, root)
-    manifest = root / "three" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(str(prepared), str(root)))
+    move_manifest(root / "three" / "manifest.json", prepared, root)
     windows = started(module(root)).windows("train")
     number = next(n for n in range(99) if windows.sampler[n].source == "web" and windows.sampler[n].start > 40)
     start = windows.sampler[number].start

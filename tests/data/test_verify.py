@@ -169,8 +169,24 @@ def test_a_manifest_that_was_edited(prepared, change, message):
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=rf"{message}|is damaged: its content is not what was written"):
+        full(prepared)
+    del manifest["sha256"]  # as those of before
+    path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=message):
         full(prepared)
+
+
+def test_no_value_of_a_manifest_changes_unseen(prepared):
+    path = prepared.prepared / "manifest.json"
+    text = path.read_text()
+    split = json.loads(text)["sources"]["web"]["splits"]["train"]
+    for value in (split["sha256_bin"], split["sha256_idx"], json.loads(text)["sha256"]):
+        path.write_text(text.replace(value, value[:-1] + ("0" if value[-1] != "0" else "1")))
+        with pytest.raises(UserError, match="is damaged: its content is not what was written"):
+            check(prepared)
+    path.write_text(text)
+    check(prepared)
 
 
 def test_source_added_since(prepared):

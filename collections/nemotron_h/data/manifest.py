@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object, write_json
@@ -145,10 +147,15 @@ class Manifest:
         return str(Path(self.folder) / self.tokenizer.path)
 
     def save(self) -> None:
-        """Write `manifest.json` atomically."""
+        """Write `manifest.json` atomically, with the sha256 of its content: no value of it can change unseen."""
         content = dataclasses.asdict(self)
         del content["folder"]
-        write_json(Path(self.folder) / "manifest.json", content)
+        write_json(Path(self.folder) / "manifest.json", {**content, "sha256": _sha256(content)})
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest's content, in one order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -176,6 +183,7 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
         raise UserError(f"blend {blend_name!r} is not prepared: there is no {path}", again)
     try:
         content = read_json_object(path)
+        sha256 = content.pop("sha256", None)  # manifests of before have none
         version = content.get("format_version", FORMAT_VERSION)
         manifest = from_json(Manifest, content) if version == FORMAT_VERSION else None
     except UserError as error:
@@ -185,6 +193,8 @@ def load_manifest(root: str | Path | None, blend_name: str, blend: str | None = 
     for name, source in manifest.sources.items():
         if wrong := sorted({"train"} - {*source.splits} or {*source.splits} - {*SPLITS}):
             raise UserError(f"{path} is damaged: sources.{name}.splits: {wrong[0]} is missing or unknown", again)
+    if sha256 not in (None, _sha256(content)):
+        raise UserError(f"{path} is damaged: its content is not what was written", again)
     manifest.folder = str(path.parent.resolve())
     return manifest
 
