@@ -85,7 +85,7 @@ def test_both_branches_of_a_parallel_layer_are_summed_at_once(results: dict[str,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MUON, *MUON_OF_FOUR])
 def test_muon_of_several_ranks_is_that_of_one(results: dict[str, dict], name: str) -> None:
-    """Gradients are summed in other orders, and rounding them to bfloat16 is amplified: 1 % of what an update moves."""
+    """Gradients are summed in other orders, and rounding them to bfloat16 is amplified, to some 3 % of a step."""
     one, other = results[f"{name.partition('-')[0]}-oneoptmuon" if "-" in name else "oneoptmuon"], results[name]
     assert torch.tensor(other["losses"]) == pytest.approx(torch.tensor(one["losses"]), rel=1e-4)
     assert other["weights"].keys() == one["weights"].keys()
