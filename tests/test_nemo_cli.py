@@ -306,7 +306,7 @@ def test_one_table_has_the_graph_s_name_of_every_value(app) -> None:
             left.discard(key)
         if name == "nemotron_h_tiny/pretrain":
             assert not [key for key in DERIVED if unknown_key(task, key)]
-    assert left == {"distill.teacher_logits", "resume.blend_change", "data.root"}, "None, here"
+    assert left == {"distill.teacher_logits", "resume.blend_change", "resume.optimizer_change", "data.root"}
 
 
 def refusal(function: Callable, *arguments: Any) -> str:

@@ -60,12 +60,12 @@ def of_end(end: End, fault: Fault, stage: Stage) -> str:
         return "" if told else "exit code 75 without the step and how to go on"
     if fault.kind in SIGNALS and end.code == 128 + SIGNALS[fault.kind] and "the same command continues" in end.out:
         return ""  # as shells have it
-    if fault.kind in SIGNALS and end.code == -SIGNALS[fault.kind]:  # before its handler was there
-        alone = stage.ranks == 1 or "The same command continues" in said
-        return "" if alone else "the other rank does not say how to go on"
     if fault.kind in ("kill", "stop_for_good") and stage.ranks > 1:
         named = re.search(rf"no answer from rank {fault.ranks[0]}\b.*The same command continues", said, re.DOTALL)
         return "" if named else "the rank that is gone is not named by the other"
+    if fault.kind in SIGNALS and end.code == -SIGNALS[fault.kind]:  # before its handler was there
+        told = stage.ranks == 1 or "The same command continues" in said
+        return "" if told else "the other rank does not say how to go on"
     if end.code == 2 and re.search(r"^error: .*\n(.*\n)*?fix: ", end.err, re.MULTILINE):
         of_a_file = fault.kind in (*DAMAGE, "full", "file_limit")
         return "the error names no file of the run" if of_a_file and fault.folder not in end.err else ""

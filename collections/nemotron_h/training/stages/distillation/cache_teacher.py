@@ -82,6 +82,8 @@ class Writing:
             tensor_model_parallel_size=strategy.tensor_model_parallel_size,
             pipeline_model_parallel_size=1,
             context_parallel_size=1,
+            expert_model_parallel_size=strategy.expert_model_parallel_size,
+            sequence_parallel=strategy.sequence_parallel,
         )
         trainer = SimpleNamespace(strategy=layout, num_devices=recipe.parallel.devices, num_nodes=1)
         obtain(self.config.teacher, "distill.teacher", int(os.environ.get("RANK", 0)))
