@@ -92,6 +92,7 @@ def test_another_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
         shutil.copytree(tiny.folder / "data", tmp_path / str(size))
         path = tmp_path / str(size) / "words" / "manifest.json"
         manifest = json.loads(path.read_text())
+        del manifest["sha256"]
         manifest["tokenizer"]["vocab_size"] = size
         if size == 300:
             other = train_bpe([Path(__file__).read_text()], 300, path.with_name("tokenizer"))
