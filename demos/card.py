@@ -30,11 +30,12 @@ from weights import differing
 
 from nemotron_h.checkpoint.reader import find_checkpoint
 from nemotron_h.core import strict, strict_yaml
-from nemotron_h.core.errors import UserError, report
+from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import whole_file
 from nemotron_h.core.progress import STEPS, read_steps
 from nemotron_h.core.units import GIB
 from nemotron_h.platform.hardware import describe
+from nemotron_h.platform.ranks import report_mistakes
 from nemotron_h.recipe.compose import compose, factory_of, locate, stage_of, to_yaml
 from nemotron_h.schema.recipe import STAGES, command_of
 
@@ -301,8 +302,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        report(error)
-        sys.exit(error.EXIT_CODE)
+    report_mistakes()
+    sys.exit(main())

@@ -17,7 +17,8 @@ from weights import differing
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.reader import find_checkpoint
-from nemotron_h.core.errors import UserError, report
+from nemotron_h.core.errors import UserError
+from nemotron_h.platform.ranks import report_mistakes
 
 BASE, TUNED = Path("runs/nemotron_h_tiny"), Path("runs/nemotron_h_tiny_sft")
 EXPORTED, IMPORTED = Path("runs/nemotron_h_tiny_sft_hf"), Path("runs/nemotron_h_tiny_sft_from_hf")
@@ -92,8 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        report(error)
-        sys.exit(error.EXIT_CODE)
+    report_mistakes()
+    main()

@@ -18,9 +18,10 @@ import numpy as np
 from rich.console import Console
 
 from nemotron_h.core import plot
-from nemotron_h.core.errors import UserError, report
+from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object, write_json
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.platform.ranks import report_mistakes
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose
 
@@ -182,8 +183,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        report(error)
-        sys.exit(error.EXIT_CODE)
+    report_mistakes()
+    main()

@@ -32,8 +32,9 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from bench_gpu import Report, failed, free, pack_cache, unpack_cache
+from bench_gpu import failed, free, pack_cache, unpack_cache
 from repository import import_repository
+from results import Report
 
 import_repository()
 

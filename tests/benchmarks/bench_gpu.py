@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from results import Report
+
 CACHE = Path(tempfile.gettempdir()) / "nemotron_h_triton"
 os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE))
 os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
@@ -57,27 +59,6 @@ WIDTHS = (
 
 #: what the command line changes of the shape
 CHOSEN: dict[str, Any] = {}
-
-
-class Report:
-    """Results as they come: one line of JSON each, on the screen and in a file."""
-
-    def __init__(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out = out
-        self.file = (out / "results.jsonl").open("a")
-        self.began = time.perf_counter()
-
-    def add(self, section: str, **values: Any) -> None:
-        """One result."""
-        line = json.dumps({"section": section, "at_s": round(time.perf_counter() - self.began, 1), **values})
-        print(line, flush=True)
-        self.file.write(line + "\n")
-        self.file.flush()
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.began
 
 
 def shape_of(small: bool):

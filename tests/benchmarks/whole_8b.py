@@ -22,7 +22,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from results import Report
 
 from nemotron_h.core.progress import STEPS, read_steps
 from nemotron_h.core.units import GIB
@@ -44,7 +45,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out.absolute()
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.add = Report(self.out).add
         self.name = "nemotron_h_tiny" if args.small else "nemotron_h_8b"
         self.sequence = compose(self.name).data.seq_length
         self.environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1" if args.small else "8"}
@@ -102,13 +103,6 @@ class Bench:
         if not keep:
             shutil.rmtree(run)
         return losses
-
-    def add(self, title: str, **values: Any) -> None:
-        """Print a result and keep it."""
-        line = json.dumps({"run": title, **values})
-        print(line, flush=True)
-        with (self.out / "results.jsonl").open("a") as file:
-            file.write(line + "\n")
 
     def layouts(self) -> None:
         """Train in each precision with tensor parallelism over all GPUs, and over two with data parallelism."""

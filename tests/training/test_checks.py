@@ -311,20 +311,24 @@ def test_a_run_shorter_than_its_warmup_is_an_error() -> None:
         module.optimizers(model=None)
 
 
-def test_a_stable_rate_decays_linearly_over_the_last_steps() -> None:
-    import torch
+def rates_of(schedule, optimizer: torch.optim.Optimizer) -> list[float]:
+    """The learning rates of 21 steps."""
+    scheduler = schedule.scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(21):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
 
+
+def test_a_stable_rate_decays_linearly_over_the_last_steps() -> None:
     from nemotron_h.training.optimizer import scheduled_adamw
 
     module = scheduled_adamw(peak_lr=1e-3, final_lr=1e-5, warmup_steps=4, decay_steps=5)
     module.lr_scheduler.max_steps = 20
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    schedule = module.lr_scheduler.scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(21):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+    rates = rates_of(module.lr_scheduler, optimizer)
     assert rates[0] == pytest.approx(1e-3 / 5)
     assert rates[4:16] == [pytest.approx(1e-3)] * 12
     steps = [a - b for a, b in itertools.pairwise(rates[15:21])]
@@ -337,8 +341,6 @@ def test_a_stable_rate_decays_linearly_over_the_last_steps() -> None:
 
 def test_an_exponential_decay_has_one_factor_every_step() -> None:
     """To a 256th over eight steps: half the rate of the step before."""
-    import torch
-
     from nemotron_h.training.optimizer import scheduled_adamw
 
     module = scheduled_adamw(peak_lr=1e-3, final_lr=1e-3 / 256, warmup_steps=4, decay_steps=8, exponential_decay=True)
@@ -346,12 +348,7 @@ def test_an_exponential_decay_has_one_factor_every_step() -> None:
     assert "exponential_decay" not in scheduled_adamw(peak_lr=1e-3, final_lr=0, warmup_steps=4).settings
     module.lr_scheduler.max_steps = 20
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    schedule = module.lr_scheduler.scheduler(None, optimizer)["lr_scheduler"]["scheduler"]
-    rates = []
-    for _ in range(21):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
+    rates = rates_of(module.lr_scheduler, optimizer)
     assert rates[:4] == [pytest.approx(1e-3 * step / 5) for step in range(1, 5)]
     assert rates[4:13] == [pytest.approx(1e-3)] * 9
     assert rates[12:] == [pytest.approx(1e-3 / 2**step) for step in range(9)]

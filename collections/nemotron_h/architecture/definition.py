@@ -469,6 +469,12 @@ def pipeline_layers(num_layers: int, stages: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(starts)]
 
 
+def stage_blocks(definition: ModelDefinition, stages: int, stage: int) -> tuple[Block, ...]:
+    """Return the layers of one of so many pipeline stages."""
+    layers = pipeline_layers(definition.num_layers, stages)[stage]
+    return definition.blocks[layers.start : layers.stop]
+
+
 def definition_from_dict(values: dict[str, Any], origin: str) -> ModelDefinition:
     """Build and validate a definition from plain values (the `model` part of a recipe)."""
     expect = Expect(**values["expect"])

@@ -86,10 +86,9 @@ def gemm_table(
         dtype, why = (plain, edge if formats else "") if edge or not formats else ("FP8", in_fp8)
         for matrix in block.matrices():
             n, k = matrix.on_rank(tensor_parallel)
-            m, count = (
-                tokens if matrix.split else tokens // tensor_parallel,
-                1,
-            )  # sequence parallel, where none is split
+            m, count = tokens, 1
+            if not matrix.split:
+                m //= tensor_parallel  # sequence parallel
             if matrix.experts:  # each rank sends its tokens, and has a share of the experts
                 m = max(1, m * matrix.active * expert_parallel // matrix.experts)
                 count = matrix.experts // expert_parallel

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.blocks.block import Block, LayerMemory
-from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers
+from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers, stage_blocks
 from nemotron_h.architecture.gemms import gemm_table
 from nemotron_h.architecture.rank import Layout, Rank, padded_vocabulary
 from nemotron_h.planning.muon import MOMENT_BYTES, saved_bytes, working_bytes
@@ -103,8 +103,7 @@ def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> 
     """Return the parameters of one rank of a stage: all of them, and how many of these stay in float32."""
     d, t = definition, layout.tensor
     total = in_float32 = 0
-    for index in pipeline_layers(d.num_layers, layout.pipeline)[stage]:
-        block = d.blocks[index]
+    for block in stage_blocks(d, layout.pipeline, stage):
         total += _on_rank(block, layout)
         in_float32 += block.float32_parameters(t)
     matrix, last = padded_vocabulary(d, t) // t * d.hidden_size, stage == layout.pipeline - 1
@@ -124,7 +123,7 @@ def _on_rank(block: Block, layout: Layout) -> int:
 
 def rank_experts(definition: ModelDefinition, layout: Layout, stage: int) -> int:
     """Return the parameters of routed experts among those of one rank of a stage."""
-    blocks = [definition.blocks[index] for index in pipeline_layers(definition.num_layers, layout.pipeline)[stage]]
+    blocks = stage_blocks(definition, layout.pipeline, stage)
     blocks += definition.mtp_blocks if stage == layout.pipeline - 1 else ()
     return sum(block.expert_parameters // layout.expert for block in blocks)
 
@@ -132,8 +131,8 @@ def rank_experts(definition: ModelDefinition, layout: Layout, stage: int) -> int
 def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
     """Return the adapters' numbers of one rank of a stage: all of them, and how many of these stay in float32."""
     total = in_float32 = 0
-    for index in pipeline_layers(definition.num_layers, layout.pipeline)[stage]:
-        for matrix in definition.blocks[index].matrices():
+    for block in stage_blocks(definition, layout.pipeline, stage):
+        for matrix in block.matrices():
             if layout.adapted(matrix.name):
                 outputs, inputs = matrix.on_rank(layout.tensor)
                 lengths = outputs if layout.adapter.kind == "dora" else 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemotron_h.architecture.blocks.block import Block
-from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers
+from nemotron_h.architecture.definition import ModelDefinition, stage_blocks
 from nemotron_h.architecture.rank import Layout
 
 #: Newton-Schulz steps of every set of coefficients (ops/newton_schulz.py)
@@ -52,16 +52,12 @@ def _flops(shape: tuple[int, int]) -> float:
     return STEPS * (4.0 * m * m * n + 2.0 * m**3)
 
 
-def _layers(definition: ModelDefinition, layout: Layout, stage: int) -> list[Block]:
-    return [definition.blocks[index] for index in pipeline_layers(definition.num_layers, layout.pipeline)[stage]]
-
-
 def rank_matrices(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
     """Return the parameters that Muon updates among those of one rank of a stage: experts', and all others."""
     if layout.optimizer != "muon":
         return 0, 0
     experts = others = 0
-    for block in _layers(definition, layout, stage):
+    for block in stage_blocks(definition, layout.pipeline, stage):
         for matrix in block.matrices():
             if matrix.parts is None:
                 continue
@@ -85,7 +81,7 @@ def working_bytes(definition: ModelDefinition, layout: Layout, stage: int) -> in
     """
     if layout.optimizer != "muon":
         return 0
-    shapes = (shape for block in _layers(definition, layout, stage) for shape, _ in _parts(block))
+    shapes = (shape for block in stage_blocks(definition, layout.pipeline, stage) for shape, _ in _parts(block))
     wide, square = (20, 14) if layout.backend == "cpu" else (10, 6)
     return max((wide * max(shape) * min(shape) + square * min(shape) ** 2 for shape in shapes), default=0)
 
@@ -99,7 +95,7 @@ def muon_cost(definition: ModelDefinition, layout: Layout) -> MuonCost | None:
     shapes: list[tuple[int, int]] = []
     for stage in range(layout.pipeline):
         shared = of_experts = 0.0
-        for block in _layers(definition, layout, stage):
+        for block in stage_blocks(definition, layout.pipeline, stage):
             for shape, experts in _parts(block):
                 shapes.append(shape)
                 parameters += shape[0] * shape[1] * (experts or 1)

@@ -169,16 +169,24 @@ def save_cost(
 
 def rank_bytes(definition: ModelDefinition, layout: Layout, stage: int) -> int:
     """Return the bytes of one rank's shard: weights and states, shared with the data-parallel ranks."""
-    total, in_float32 = (rank_adapters if layout.frozen else rank_parameters)(definition, layout, stage)
-    experts = 0 if layout.frozen else rank_experts(definition, layout, stage)
+    others, in_float32, experts = _trained(definition, layout, stage)
     every = replace(layout, distributed_optimizer=True)  # weights are shared out whatever the optimizer
     return math.ceil(
         sum(
             (weight_bytes(layout, part) + part[0] * STATES * STATE_BYTES) / ranks
-            for part, ranks in (((total - experts, in_float32), every.shards), ((experts, 0), every.expert_shards))
+            for part, ranks in (((others, in_float32), every.shards), ((experts, 0), every.expert_shards))
         )
         - saved_bytes(definition, every, stage)
     )
+
+
+def _trained(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int, int]:
+    """Return what one rank of a stage trains: all but routed experts, how many of these are in float32, and experts."""
+    if layout.frozen:
+        return *rank_adapters(definition, layout, stage), 0
+    total, in_float32 = rank_parameters(definition, layout, stage)
+    experts = rank_experts(definition, layout, stage)
+    return total - experts, in_float32, experts
 
 
 def pieces(definition: ModelDefinition, layout: Layout) -> int:
@@ -188,12 +196,11 @@ def pieces(definition: ModelDefinition, layout: Layout) -> int:
     tensors = _tensors(definition, layout)
     cuts = 0
     for stage in range(layout.pipeline) if layout.distributed_optimizer else ():
-        trained, in_float32 = (rank_adapters if layout.frozen else rank_parameters)(definition, layout, stage)
-        experts = 0 if layout.frozen else rank_experts(definition, layout, stage)
-        own = (
-            1 if in_float32 and layout.base_precision != "fp32" else 0
-        )  # weights in float32 have a bucket of their own
-        cuts += (_buckets(layout, stage, trained - experts, layout.data) + own) * (layout.data - 1) * layout.tensor
+        others, in_float32, experts = _trained(definition, layout, stage)
+        buckets = _buckets(layout, stage, others, layout.data)
+        if in_float32 and layout.base_precision != "fp32":
+            buckets += 1  # weights in float32 have one of their own
+        cuts += buckets * (layout.data - 1) * layout.tensor
         if experts:
             shards = layout.expert_shards
             cuts += _buckets(layout, stage, experts, shards) * (shards - 1) * layout.expert

@@ -119,8 +119,8 @@ class Experts(Block):
 
         A rank sends its tokens to their experts, `experts_per_token` rows each, and gets as many rows.
         """
-        *_, up, down = self.matrices()
         by_name = {matrix.name: matrix for matrix in self.matrices()}
+        *_, up, down = by_name.values()
         first, second = by_name["experts.linear_fc1"], by_name["experts.linear_fc2"]
         tokens = rank.own_tokens
         rows, e = tokens * self.experts_per_token, rank.e
