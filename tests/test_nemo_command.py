@@ -17,8 +17,8 @@ def test_a_mistake_in_a_recipe_is_told_before_torch_is_imported(tmp_path: Path) 
     (tmp_path / "wrong.yaml").write_text(OWN)
     arguments = ["nemo", "llm", "pretrain", "--factory", "nemotron_h_recipe(path=wrong.yaml)", "--yes"]
     code = (
-        "import atexit, sys; atexit.register(lambda: print({'torch', 'nemo', 'nemo_run'} & set(sys.modules)));"
-        f"sys.argv = {arguments}; from nemotron_h.launch.command import main; main()"
+        f"import sys; sys.argv = {arguments}\nfrom nemotron_h.launch.command import main\n"
+        "try: main()\nfinally: print({'torch', 'nemo', 'nemo_run'} & set(sys.modules))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2

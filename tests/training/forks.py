@@ -102,6 +102,14 @@ def _become(order: dict, environment: dict[str, str]) -> None:
     sys.argv = [order["program"], *order["arguments"]]
 
 
+def _run(program: str) -> None:
+    if program.endswith(".py"):
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
 def _wait(pids: list[int], seconds: float) -> int:
     """The exit code of all; where one fails the others, and what they started, are killed."""
     left, code, end = set(pids), 0, time.monotonic() + seconds
@@ -127,6 +135,7 @@ def _wait(pids: list[int], seconds: float) -> int:
 
 def serve() -> None:
     """Take orders from the standard input until it is closed; a fork returns from here and runs its program."""
+    from nemotron_h.core.ending import run_to_the_end
     from nemotron_h.platform import quiet
 
     quiet.hush()
@@ -146,12 +155,7 @@ def serve() -> None:
             if not pid:
                 os.close(replies)
                 _become(order, environment)
-                program = order["program"]
-                if program.endswith(".py"):
-                    sys.path.insert(0, str(Path(program).parent))
-                    runpy.run_path(program, run_name="__main__")
-                else:
-                    runpy.run_module(program, run_name="__main__", alter_sys=True)
+                run_to_the_end(lambda: _run(order["program"]))
                 return
             pids.append(pid)
         os.write(replies, f"{_wait(pids, order['seconds'])}\n".encode())

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from nemotron_h.core.ending import run_to_the_end
 from nemotron_h.core.errors import UserError, report
 from nemotron_h.launch.place import take
 from nemotron_h.platform.trackers import check_trackers
@@ -68,8 +69,12 @@ def composed(recipe: str, values: Sequence[str]) -> RecipeConfig:
 
 
 def main() -> None:
-    """Run the command; a mistake in its recipe is one message, before NeMo is imported."""
-    try:
+    """Run the command, and end the process."""
+    run_to_the_end(_main)
+
+
+def _main() -> None:
+    try:  # a mistake in the recipe is one message, before NeMo is imported
         recipe = recipe_of(sys.argv[1:])
         if recipe is not None:
             name, values = recipe

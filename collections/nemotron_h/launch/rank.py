@@ -9,11 +9,16 @@ import runpy
 import sys
 
 from nemotron_h.core.children import end_with_parent
+from nemotron_h.core.ending import run_to_the_end
 from nemotron_h.training.sections import sections
 
 
 def main() -> None:
-    """Run the module as `python -m` does."""
+    """Run the module as `python -m` does, and end the process."""
+    run_to_the_end(_main)
+
+
+def _main() -> None:
     end_with_parent()
     sections.connect()
     _, module, *arguments = sys.argv
