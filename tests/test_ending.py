@@ -45,5 +45,6 @@ def test_threads_and_handlers_end_and_nothing_is_taken_apart(end: str, code: int
 def test_an_error_is_pythons() -> None:
     program = PROGRAM.format(end="raise ValueError('a bug')")
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert ended.returncode == 1 and ended.stderr.endswith("ValueError: a bug\n")
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("ValueError: a bug\n")
     assert ended.stdout == "command thread\nhandler\ntorn\n"

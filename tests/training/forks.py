@@ -7,6 +7,7 @@ each rank is a process, which ends in its own way; where one fails the others ar
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import runpy
@@ -155,7 +156,7 @@ def serve() -> None:
             if not pid:
                 os.close(replies)
                 _become(order, environment)
-                run_to_the_end(lambda: _run(order["program"]))
+                run_to_the_end(functools.partial(_run, order["program"]))
                 return
             pids.append(pid)
         os.write(replies, f"{_wait(pids, order['seconds'])}\n".encode())
