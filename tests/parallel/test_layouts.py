@@ -11,6 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from forks import FORKS
 
+#: of attention logits, as the worker has it
+LIMIT = 4.0
 WORKER = Path(__file__).with_name("worker.py")
 TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2", "dp2", "dp2opt", "tp2spopt")
 PURE = tuple(f"{family}-{layout}" for family in ("transformer", "mamba2") for layout in ("tp2sp", "pp2"))
@@ -91,6 +93,8 @@ def test_muon_of_several_ranks_is_that_of_one(results: dict[str, dict], name: st
     assert other["weights"].keys() == one["weights"].keys()
     for key, value in one["weights"].items():
         assert relative(other["weights"][key], value) < 2e-4, key
+    assert other["logits"] == pytest.approx(one["logits"], rel=1e-2)
+    assert one["logits"][0] > LIMIT, "no logit was clipped"
     for mine, theirs in zip(one["sizes"], other["sizes"], strict=True):
         assert theirs == pytest.approx(mine, rel=1e-2)
         assert all(0.85 * 0.2 < size < 1.15 * 0.2 for size in mine.values())

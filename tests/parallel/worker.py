@@ -42,6 +42,7 @@ from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
 from nemotron_h.training import muon, muon_parts  # noqa: E402
 from nemotron_h.training.callbacks.expert_load import balance  # noqa: E402
+from nemotron_h.training.qk_clip import largest_logit, of_attentions  # noqa: E402
 from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
 
 #: the hybrid and the pure patterns; 5, 6 and 3 layers, so that two stages are uneven or part a pair
@@ -96,6 +97,8 @@ TARGETS = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "li
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation", "recompute_experts": "layer"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
+#: of attention logits with Muon: some groups of a step are over it
+LIMIT = 4.0
 
 
 def layout(name: str) -> dict[str, int | bool]:
@@ -276,11 +279,12 @@ def train(name: str) -> dict[str, object]:
     with muon.chosen() if name.endswith("muon") else contextlib.nullcontext():
         settings = {"adam_eps": 1e-5, "use_distributed_optimizer": shape["opt"], "clip_grad": 1.0}
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, **settings), [model])
+    clip = of_attentions([model], LIMIT) if name.endswith("muon") else None
     if name.endswith("muon"):
-        muon.attach(optimizer, [model], 0.95, "simple")
+        muon.attach(optimizer, [model], 0.95, "simple", clip)
     config.finalize_model_grads_func = finalize_model_grads
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    losses, gradients, sizes = [], {}, []
+    losses, gradients, sizes, logits = [], {}, [], []
     for step in range(STEPS):
         whole = pairs(step) if family == "preference" else batches(step).split(1)
         mine = whole[rank * BATCH // size : (rank + 1) * BATCH // size]
@@ -288,6 +292,8 @@ def train(name: str) -> dict[str, object]:
         optimizer.zero_grad()
         for router in routers(module):
             router.forget()
+        if clip is not None:
+            clip.forget()
         out = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(mine),
@@ -317,10 +323,11 @@ def train(name: str) -> dict[str, object]:
         losses.append(float(norm))
         if name.endswith("muon"):
             sizes.append(muon.update_rms(optimizer, muon_parts.kinds(module)))
+            logits.append(largest_logit(clip))
         if config.num_experts:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
-    result |= {"sizes": sizes, "states": moments(optimizer), "planned": planned_moments(config, name)}
+    result |= {"sizes": sizes, "logits": logits, "states": moments(optimizer), "planned": planned_moments(config, name)}
     parallel_state.destroy_model_parallel()
     return result
 

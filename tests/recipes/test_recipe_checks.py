@@ -29,6 +29,8 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["optim.gradients=bf61"], ("optim.gradients = 'bf61'", "Did you mean bf16?")),
         (TINY, ["optim.name=moun"], ("optim.name = 'moun'", "Did you mean muon?")),
         (TINY, ["optim.name=muon", "optim.newton_schulz=simpel"], ("optim.newton_schulz = 'simpel'", "mean simple?")),
+        (TINY, ["optim.qk_clip=100"], ("optim.qk_clip = 100.0 is unused: optim.name is adamw", "set optim.name: muon")),
+        (TINY, ["optim.name=muon", "optim.qk_clip=0"], ("optim.qk_clip", "above 0")),
         (TINY, ["optim.momentum=0.9"], ("optim.momentum = 0.9 is unused: optim.name is adamw", "set optim.name: muon")),
         (TINY, ["optim.name=muon", "optim.moments=bf16"], ("optim.moments = 'bf16' with optim.name = 'muon'",)),
         (

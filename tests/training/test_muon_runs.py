@@ -13,7 +13,7 @@ from nemotron_h.checkpoint.index import read_index
 pytestmark = pytest.mark.slow
 
 STEPS = 12
-MUON = ("peak_lr: 1e-2,", "name: muon, peak_lr: 1e-2,")
+MUON = ("peak_lr: 1e-2,", "name: muon, qk_clip: 1, peak_lr: 1e-2,")
 TENSOR = ("trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=True")
 
 
@@ -40,12 +40,15 @@ def test_one_moment_of_a_matrix_and_two_of_the_rest(muon: Small) -> None:
         assert of_part == {"exp_avg", "exp_avg_sq", "fp32_param"}, part
 
 
-def test_it_learns_and_logs_the_rms_of_its_updates(muon: Small) -> None:
+def test_it_learns_and_logs_updates_and_logits(muon: Small) -> None:
     steps = muon.steps("muon")
     losses = [float.fromhex(steps[step]["loss"]) for step in range(1, STEPS + 1)]
     assert losses[-1] < losses[0] - 0.3
-    last = json.loads((muon.run_dir("muon") / "progress.jsonl").read_text().splitlines()[-1])
-    sizes = {key: value for key, value in last["metrics"].items() if key.startswith("update_rms/")}
+    lines = [json.loads(line) for line in (muon.run_dir("muon") / "progress.jsonl").read_text().splitlines()]
+    metrics = [line["metrics"] for line in lines]
+    assert metrics[0]["attention_logit"] > 2
+    assert all(each["attention_logit"] < 1.5 for each in metrics[1:]), "no logit was clipped"
+    sizes = {key: value for key, value in metrics[-1].items() if key.startswith("update_rms/")}
     expected = {"mamba": ("in_proj", "out_proj"), "attention": ("linear_qkv", "linear_proj")}
     expected["ffn"] = ("linear_fc1", "linear_fc2")
     assert set(sizes) == {f"update_rms/{kind}.{name}" for kind, names in expected.items() for name in names}

@@ -137,7 +137,7 @@ def check_optimizer(recipe: RecipeConfig, origin: str) -> None:
     check_one_of("optim.newton_schulz", optim.newton_schulz, NEWTON_SCHULZ, f"{origin}: ")
     check_muon(optim.name, recipe.parallel.distributed_optimizer, optim.moments, f"{origin}: ")
     if optim.name == "adamw":
-        for key in ("momentum", "newton_schulz"):
+        for key in ("momentum", "newton_schulz", "qk_clip"):
             if (value := getattr(optim, key)) != getattr(OptimSchema(), key):
                 raise UserError(
                     f"{origin}: optim.{key} = {value} is unused: optim.name is adamw",

@@ -140,6 +140,7 @@ class OptimSchema:
         momentum: of Muon, summed and Nesterov's.
         newton_schulz: coefficients of Muon's orthogonalization: `simple` (Keller Jordan's), `quintic` (You's) or
             `polar_express`.
+        qk_clip: largest attention logit that a step of Muon leaves alone; None is any. Kimi K2 has 100.
         schedule: `cosine` (from the warm-up to the end of the run), `wsd` (warm-up, stable, linear decay), or
             `wsd_exponential` (its decay is exponential: the same factor every step).
         peak_lr, final_lr: learning rates at the end of the warm-up and of the run.
@@ -157,6 +158,7 @@ class OptimSchema:
     name: str = "adamw"
     momentum: float = number(0.95, least=0, below=1)
     newton_schulz: str = "simple"
+    qk_clip: float | None = number(None, above=0, most=1e9)
     peak_lr: float = number(above=0, most=10)
     final_lr: float = number(least=0, most=10)
     warmup_tokens: str = MISSING

@@ -33,6 +33,7 @@ class GuardedOptimizer(McoreDistributedOptimizer):
     Attributes:
         rerun: takes a call that runs the step again, and loss and gradient norm of which one is not finite; returns
             what the call returned, or raises. `NanGuard` sets it.
+        before_pass: called before each forward and backward pass, of a step that is run again too.
         is_spike: takes loss and gradient norm of each step before its update. `Incidents` sets it.
     """
 
@@ -40,6 +41,7 @@ class GuardedOptimizer(McoreDistributedOptimizer):
         super().__init__(optimizer)
         self.skip_spikes = skip_spikes
         self.rerun: Callable[[Callable[[], Measured], float, float], Measured] = _stop
+        self.before_pass: Callable[[], None] = lambda: None
         self.is_spike: Callable[[float, float], bool] = lambda loss, norm: False
 
     def step(self, closure: Callable[[], Any]) -> tuple[Any, float, float | None]:
@@ -62,6 +64,7 @@ class GuardedOptimizer(McoreDistributedOptimizer):
 
     def _measured(self, closure: Callable[[], Any]) -> Measured:
         """Run the forward and backward pass."""
+        self.before_pass()
         result = closure()
         with torch.no_grad():
             self.mcore_optimizer.prepare_grads()

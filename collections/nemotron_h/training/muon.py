@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from nemotron_h.core.errors import UserError
 from nemotron_h.ops.newton_schulz import orthogonalize, scale
 from nemotron_h.training.muon_parts import Exchange, Holding, Role, roles
+from nemotron_h.training.qk_clip import QkClip
 
 #: name of the state, in checkpoints too
 MOMENTUM = "momentum"
@@ -40,11 +41,13 @@ class Shard:
         role: of the matrix.
         number: of the matrix, in the order that the ranks share.
         start: of the range, in the flat matrix.
+        weight: of the model, which has all of this rank's matrix; None where nothing asks for it.
     """
 
     role: Role
     number: int
     start: int
+    weight: nn.Parameter | None = None
 
 
 class MuonMixin:
@@ -55,6 +58,7 @@ class MuonMixin:
         exchange: None until `attach`.
         momentum: mu.
         coefficients: of the Newton-Schulz steps.
+        clip: of attention logits, or None.
         squares: kind -> sum of squares of the last updates over the learning rate, and their number, of this rank.
     """
 
@@ -62,10 +66,11 @@ class MuonMixin:
     exchange: Exchange | None
     momentum: float
     coefficients: str
+    clip: QkClip | None
     squares: dict[str, list[Tensor | int]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.shards, self.exchange, self.squares = {}, None, {}
+        self.shards, self.exchange, self.squares, self.clip = {}, None, {}, None
         super().__init__(*args, **kwargs)
 
     @torch.no_grad()
@@ -82,6 +87,16 @@ class MuonMixin:
             group["step"] = group.get("step", 0) + 1
         if self.exchange is not None:
             self._orthogonal_step(self.exchange)
+        if self.clip is not None:
+            self._clip_logits(self.clip)
+
+    def _clip_logits(self, clip: QkClip) -> None:
+        clip.agree()
+        for p, shard in self.shards.items():
+            factors = clip.row_factors(clip.matrices[shard.weight]) if shard.weight in clip.matrices else None
+            if factors is not None:
+                columns = shard.weight.shape[1]
+                p.mul_(factors.repeat_interleave(columns)[shard.start : shard.start + len(p)])
 
     def _orthogonal_step(self, exchange: Exchange) -> None:
         own: dict[int, tuple[Tensor, Shard, float]] = {}
@@ -162,13 +177,20 @@ def chosen() -> Iterator[None]:
         megatron_optimizer.Adam = original
 
 
-def attach(optimizer: MegatronOptimizer, models: list[nn.Module], momentum: float, coefficients: str) -> None:
+def attach(
+    optimizer: MegatronOptimizer,
+    models: list[nn.Module],
+    momentum: float,
+    coefficients: str,
+    clip: QkClip | None = None,
+) -> None:
     """Tell optimizers that were built inside `chosen` which of their parameters are matrices of layers.
 
     Args:
         optimizer: Megatron's, of one or of several distributed ones.
         models: this rank's parts of the model, as NeMo's or Megatron's modules wrap them.
         momentum, coefficients: of Muon.
+        clip: of the attention layers of these models.
     Errors:
         UserError: nothing is Muon's: the layers' weights are frozen.
     """
@@ -184,10 +206,12 @@ def attach(optimizer: MegatronOptimizer, models: list[nn.Module], momentum: floa
         )
     for each in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not getattr(each, "is_stub_optimizer", False):
-            _attach(each, known, momentum, coefficients)
+            _attach(each, known, momentum, coefficients, clip)
 
 
-def _attach(optimizer: DistributedOptimizer, known: dict[nn.Parameter, Role], momentum: float, name: str) -> None:
+def _attach(
+    optimizer: DistributedOptimizer, known: dict[nn.Parameter, Role], momentum: float, name: str, clip: QkClip | None
+) -> None:
     inner, weights = optimizer.optimizer, [w for buffer in optimizer.buffers for w in buffer.params if w in known]
     if not weights:
         return
@@ -201,8 +225,10 @@ def _attach(optimizer: DistributedOptimizer, known: dict[nn.Parameter, Role], mo
             span = optimizer._get_model_param_range_map(weight)["param"]
             index, order = optimizer.model_param_group_index_map[weight]
             ranges[number] = span.start, span.end
-            inner.shards[inner.param_groups[index]["params"][order]] = Shard(known[weight], number, span.start)
+            inner.shards[inner.param_groups[index]["params"][order]] = Shard(known[weight], number, span.start, weight)
     inner.momentum, inner.coefficients = momentum, name
+    if clip is not None and any(weight in clip.matrices for weight in weights):
+        inner.clip = clip
     inner.exchange = Exchange(
         [known[weight] for weight in weights],
         [weight.shape[1] for weight in weights],

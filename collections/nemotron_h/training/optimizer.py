@@ -18,6 +18,7 @@ from nemotron_h.recipe.checks import check_distributed_optimizer, check_learning
 from nemotron_h.schema.recipe import NEWTON_SCHULZ, STATE_DTYPES
 from nemotron_h.training import muon
 from nemotron_h.training.guarded_optimizer import GuardedOptimizer
+from nemotron_h.training.qk_clip import QkClip, of_attentions
 
 
 class _OfThisRecipe:
@@ -104,9 +105,11 @@ class ScheduledAdamW(MegatronOptimizerModule):
 
     Attributes beyond NeMo's:
         settings: the arguments of `scheduled_adamw`, for the run's record.
+        clip: of attention logits; None where they are not clipped, or this rank has no attention.
     """
 
     settings: dict[str, Any]
+    clip: QkClip | None = None
 
     def optimizers(self, model: MegatronParallel) -> list:
         """Build Megatron's optimizer, once the trainer's `max_steps` is known.
@@ -123,9 +126,15 @@ class ScheduledAdamW(MegatronOptimizerModule):
             )
         with muon.chosen() if self.muon else adam_of(self.config):
             optimizers = [each.mcore_optimizer for each in super().optimizers(model)]
-        for each in optimizers if self.muon else ():
-            muon.attach(each, list(model), self.settings["momentum"], self.settings["newton_schulz"])
-        return [GuardedOptimizer(each, self.settings["skip_spikes"]) for each in optimizers]
+        guarded = [GuardedOptimizer(each, self.settings["skip_spikes"]) for each in optimizers]
+        limit = self.settings.get("qk_clip")
+        self.clip = None if limit is None else of_attentions(list(model), limit)
+        for each in guarded if self.muon else ():
+            momentum, coefficients = self.settings["momentum"], self.settings["newton_schulz"]
+            muon.attach(each.mcore_optimizer, list(model), momentum, coefficients, self.clip)
+            if self.clip is not None:
+                each.before_pass = self.clip.forget
+        return guarded
 
     @property
     def muon(self) -> bool:
@@ -174,6 +183,7 @@ def scheduled_adamw(
     name: str = "adamw",
     momentum: float = 0.95,
     newton_schulz: str = "simple",
+    qk_clip: float | None = None,
 ) -> ScheduledAdamW:
     """Build AdamW, or Muon with AdamW beside it, with a warm-up and a cosine, or a constant rate and a decay.
 
@@ -187,7 +197,7 @@ def scheduled_adamw(
         moments: dtype of Adam's moments, `fp32` or `bf16`.
         skip_spikes: do not apply a step whose loss or gradient norm is a spike.
         exponential_decay: of the last `decay_steps`.
-        name, momentum, newton_schulz: as `OptimSchema`.
+        name, momentum, newton_schulz, qk_clip: as `OptimSchema`.
     Errors:
         UserError: `final_lr` is above `peak_lr`, or 0 after an exponential decay; there is no such dtype, or `bf16`
             without what it needs: a GPU, Transformer Engine, the distributed optimizer; Muon without the latter.
@@ -198,6 +208,8 @@ def scheduled_adamw(
     if name == "adamw":
         for key in ("name", "momentum", "newton_schulz"):
             del settings[key]
+    if qk_clip is None:
+        del settings["qk_clip"]
     check_muon(name, distributed_optimizer, moments)
     check_one_of("optim.newton_schulz", newton_schulz, NEWTON_SCHULZ)
     check_learning_rates(peak_lr, final_lr, exponential=exponential_decay)

@@ -156,8 +156,8 @@ class StageMetrics(pl.Callback):
 
 #: terms of a distillation's loss, as it logs them
 TERMS = ("kl", "lm", "hidden", "val_kl", "val_lm", "val_hidden")
-#: before the kinds of matrices that Muon updates (training/callbacks/update_sizes.py)
-UPDATES = "update_rms/"
+#: of `training/callbacks/update_sizes.py`: before the kinds of matrices that Muon updates, and a step's largest logit
+UPDATES, LOGIT = "update_rms/", "attention_logit"
 #: ours: a run has so many lines in its file or more, where it has the steps
 LINES = 1000
 
@@ -282,7 +282,7 @@ class ProgressLine(ProgressBar):
     def _metrics(trainer: pl.Trainer) -> dict[str, float]:
         """Return what was measured of the step beside its loss; memory is the peak so far, of this rank."""
         logged = trainer.callback_metrics
-        metrics = {name: float(logged[name]) for name in ("grad_norm", *TERMS) if name in logged}
+        metrics = {name: float(logged[name]) for name in ("grad_norm", LOGIT, *TERMS) if name in logged}
         metrics |= {name: float(value) for name, value in logged.items() if name.startswith(UPDATES)}
         for callback in trainer.callbacks:
             if isinstance(callback, StageMetrics):

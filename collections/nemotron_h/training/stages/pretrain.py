@@ -185,6 +185,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             name=optim.name,
             momentum=optim.momentum,
             newton_schulz=optim.newton_schulz,
+            qk_clip=optim.qk_clip,
             peak_lr=optim.peak_lr,
             final_lr=optim.final_lr,
             warmup_steps=horizon.step_at(count_of(optim.warmup_tokens, "optim.warmup_tokens", origin)),

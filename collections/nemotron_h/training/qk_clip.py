@@ -1,0 +1,97 @@
+"""QK-clip: keep the logits of attention under a limit by shrinking queries and keys (Kimi K2, arXiv 2507.20534, 2.1).
+
+Orthogonalized updates let logits grow where AdamW's do not. After a step of the optimizer, for each group of query
+heads with the largest logit s of the step's tokens:
+
+    W_q, W_k of the group *= sqrt(min(1, limit / s))
+
+Nothing changes while all logits are under the limit. A group's query heads share their key, so the largest of them
+decides for all. The logits are computed once more beside the attention kernels, which keep them to themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor, nn
+
+from nemotron_h.ops.attention_logits import largest_logits
+
+
+class QkClip:
+    """Logits of a rank's attention layers, and what their weights are multiplied with.
+
+    Args:
+        attentions: of this rank.
+        limit: largest logit that a step leaves alone.
+    Attributes:
+        largest: of the current step, float32 [groups of this rank] for each of `attentions`; -inf before its first
+            micro-batch. Of all data-parallel ranks once `agree` was called.
+        matrices: `linear_qkv.weight` -> its number among `attentions`.
+    """
+
+    def __init__(self, attentions: list[SelfAttention], limit: float) -> None:
+        self.attentions, self.limit = attentions, limit
+        self.largest: list[Tensor] = []
+        self.matrices = {each.linear_qkv.weight: number for number, each in enumerate(attentions)}
+        for number, attention in enumerate(attentions):
+            attention.core_attention.register_forward_pre_hook(self._watch(number), with_kwargs=True)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a forward and backward pass of a step."""
+        self.largest = [
+            torch.full((each.num_query_groups_per_partition,), -torch.inf, device=each.linear_qkv.weight.device)
+            for each in self.attentions
+        ]
+
+    def _watch(self, number: int) -> Any:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # without gradients it is a validation, or a forward pass that the backward pass computes again
+            if module.training and torch.is_grad_enabled():
+                query, key, _, documents = args
+                found = largest_logits(query, key, None if documents is None else documents.lengths)
+                self.largest[number] = self.largest[number].maximum(found)
+
+        return watch
+
+    def agree(self) -> None:
+        """Take the largest of all data-parallel ranks; they all call it."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        if dist.get_world_size(group) > 1:
+            joined = torch.cat(self.largest)
+            dist.all_reduce(joined, op=dist.ReduceOp.MAX, group=group)
+            self.largest = list(joined.split([len(each) for each in self.largest]))
+
+    def row_factors(self, number: int) -> Tensor | None:
+        """Return what the rows of an attention's `linear_qkv` are multiplied with, float32; None where with 1."""
+        attention, largest = self.attentions[number], self.largest[number]
+        if not bool((largest > self.limit).any()):
+            return None
+        shrink = (self.limit / largest.clamp(min=self.limit)).sqrt()  # [g]
+        head = attention.hidden_size_per_attention_head
+        heads = attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition
+        # of a group: its queries, its key, its value
+        return torch.cat(
+            [shrink[:, None].expand(-1, (heads + 1) * head), shrink.new_ones(len(shrink), head)], 1
+        ).flatten()
+
+
+def of_attentions(models: list[nn.Module], limit: float) -> QkClip | None:
+    """Watch the attention layers of this rank's parts of the model; None where it has none."""
+    attentions = [module for model in models for module in model.modules() if isinstance(module, SelfAttention)]
+    return QkClip(attentions, limit) if attentions else None
+
+
+def largest_logit(clip: QkClip | None) -> float:
+    """Return the largest attention logit of the last step, of all ranks, which all call it."""
+    largest = torch.full((), -torch.inf, device=torch.cuda.current_device())
+    for each in clip.largest if clip is not None else ():
+        largest = largest.maximum(each.max())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return float(largest)
