@@ -19,14 +19,14 @@ FLOORS = (
     ("inference",),
     ("export", "recipe"),
     ("evaluation", "planning", "report"),
-    ("training",),
+    ("laws", "training"),
     ("launch",),
     ("comparison", "compression"),
     ("cli",),
 )
 FRAMEWORKS = frozenset({"lightning", "megatron", "nemo", "nemo_run", "transformer_engine"})
 #: these know neither PyTorch nor a framework: a plan or an error in a recipe takes a second
-WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe", "report"})
+WITHOUT_TORCH = frozenset({"core", "schema", "architecture", "planning", "recipe", "report", "laws"})
 #: what follows NeMo and Megatron when they move; of `data`, the modules that feed NeMo's trainer
 KNOW_FRAMEWORKS = frozenset({"model", "platform", "precision", "training", "launch"})
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.checkpoint import folders
 from nemotron_h.core.errors import UserError
@@ -70,3 +72,17 @@ def read_definition(record: Mapping[str, Any], origin: str) -> ModelDefinition:
         raise UserError(f"{origin}: its record of the model is not readable: {error}") from error
     definition.validate_structure(origin)
     return definition
+
+
+def definition_text(definition: ModelDefinition, comment: str) -> str:
+    """Return the text of a file for `configs/model/`, without the schema's defaults."""
+    values = _but(dataclasses.asdict(definition), dataclasses.asdict(ModelSchema()))
+    return f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False, width=120)
+
+
+def _but(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _but(value, defaults[key]) if isinstance(value, dict) and isinstance(defaults.get(key), dict) else value
+        for key, value in values.items()
+        if key not in defaults or value != defaults[key]
+    }

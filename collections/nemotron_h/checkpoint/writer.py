@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint import folders, torch_dist
+from nemotron_h.checkpoint.definition import definition_text
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WEIGHTS
 from nemotron_h.checkpoint.torch_dist import Advance
@@ -86,9 +86,3 @@ def finish(folder: Path, definition: ModelDefinition, record: Mapping[str, Any],
     write_json(folder / folders.RECORD, {"model": asdict(definition), **record})
     (folder / DEFINITION).write_text(definition_text(definition, comment), encoding="utf-8")
     folders.write_integrity(folder, folders.describe(folder, folders.content(folder)))
-
-
-def definition_text(definition: ModelDefinition, comment: str) -> str:
-    """Return the text of a file for `configs/model/`, without values that are 0 or empty."""
-    values = {key: value for key, value in asdict(definition).items() if value not in (0, {})}
-    return f"# {comment}\n" + yaml.safe_dump(values, sort_keys=False)

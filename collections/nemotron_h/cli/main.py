@@ -21,11 +21,13 @@ from nemotron_h.cli.eval import evaluate
 from nemotron_h.cli.export import export_app, import_app, merge_adapter
 from nemotron_h.cli.generate import generate
 from nemotron_h.cli.incidents import show_incidents
+from nemotron_h.cli.layer_costs import layer_costs
 from nemotron_h.cli.minipuzzle import minipuzzle
 from nemotron_h.cli.plan import plan
 from nemotron_h.cli.prune import importance, prune
 from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
+from nemotron_h.cli.shapes import shapes
 from nemotron_h.core.errors import report, user_error
 
 app = typer.Typer(
@@ -40,6 +42,8 @@ app.add_typer(data_app, name="data", help="Prepare and check training data.")
 app.add_typer(export_app, name="export", help="Write a checkpoint for other tools.")
 app.add_typer(import_app, name="import", help="Read a model of other tools.")
 app.command()(plan)
+app.command()(shapes)
+app.command()(layer_costs)
 app.command()(compare_precision)
 app.command()(importance)
 app.command()(prune)

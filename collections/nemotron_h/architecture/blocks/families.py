@@ -85,3 +85,19 @@ def family_of(pattern: str) -> str:
             continue
         return family
     return PRUNED
+
+
+def hybrid_pattern(mamba: int, attention: int, ffn: int) -> str:
+    """Return a pattern of family nemotron_h with so many layers of each kind, evenly spread.
+
+    Args:
+        mamba, ffn: 1 or more.
+        attention: at most `ffn`; each is directly before an FFN.
+    """
+    before_ffn = {int((number + 0.5) * ffn / attention) for number in range(attention)}
+    others = [0, *(group for group in range(1, ffn) if group not in before_ffn)]
+    groups = others if mamba <= len(others) else list(range(ffn))
+    counts = dict.fromkeys(range(ffn), 0)
+    for number in range(mamba):
+        counts[groups[number * len(groups) // mamba]] += 1
+    return "".join(_M * counts[group] + _A * (group in before_ffn) + _F for group in range(ffn))

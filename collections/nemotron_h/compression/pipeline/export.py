@@ -12,9 +12,8 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.definition import definition_text, read_definition
 from nemotron_h.checkpoint.reader import read_record
-from nemotron_h.checkpoint.writer import definition_text
 from nemotron_h.compression import report
 from nemotron_h.compression.child import Child
 from nemotron_h.compression.pipeline.context import Context

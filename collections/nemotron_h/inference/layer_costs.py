@@ -1,0 +1,191 @@
+"""Measure the latency of one layer of each kind at several sizes, through the generation that models run with.
+
+A stack of a few layers of one kind and a stack of one are timed in prefill and in steps; a layer costs their difference
+by the number of layers that they differ in, and embedding, final norm and output matrix what is left.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.core.errors import UserError
+from nemotron_h.inference.generate import pass_tokens
+from nemotron_h.inference.graph import Stepper
+from nemotron_h.inference.model import GenerationModel, column_major, lay_out
+from nemotron_h.inference.states import States
+from nemotron_h.model.blocks.registry import running_layers
+from nemotron_h.schema.layer_costs import ENDS, Cost, LayerCosts, Machine, Scenario
+
+#: ours: layers of the larger stack beyond those of the smaller; timed turns, and steps of each
+MORE_LAYERS, TURNS, STEPS = 6, 7, 16
+#: ours: measurements of a layer, each of twice the turns, before noise is an error
+ATTEMPTS = 4
+
+
+def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, seed: int = 0) -> GenerationModel:
+    """Return a model with random matrices of deviation 1 / sqrt(inputs) and vectors of ones: speed is that of any."""
+    rng = torch.Generator(device=device).manual_seed(seed)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def tensor(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=kind, device=device)
+        return torch.empty(shape, dtype=kind, device=device).normal_(0, shape[-1] ** -0.5, generator=rng)
+
+    layers = []
+    for running in running_layers(definition):
+        shapes = [(list(row.ours.values()), row.exact) for row in running.block.tensors("", "")]
+        tensors = [
+            tensor(sum(rows for rows, *_ in parts), *parts[0][1:], kind=exact if is_exact else dtype)
+            for parts, is_exact in shapes
+        ]
+        layers.append(running.loaded(running.weights(tensors)))
+        lay_out(layers[-1])
+    rows, hidden = definition.vocab_size, definition.hidden_size
+    return GenerationModel(definition, tensor(rows, hidden), layers, tensor(hidden), column_major(tensor(rows, hidden)))
+
+
+def seconds(models: Sequence[GenerationModel], scenario: Scenario, turns: int = TURNS) -> list[tuple[float, float]]:
+    """Return the seconds of a prefill and of a step after it, for each model: the shortest of turns that they take one
+    after the other, as other work on the machine only makes them longer.
+    """
+    rng = torch.Generator().manual_seed(0)
+    prompts = torch.randint(models[0].definition.vocab_size, (scenario.batch, scenario.context), generator=rng)
+    best = [(math.inf, math.inf)] * len(models)
+    for turn in range(turns + 1):
+        for number, model in enumerate(models):
+            times = _turn(model, prompts, scenario)
+            if turn:  # the first compiles and warms caches
+                best[number] = tuple(map(min, best[number], times))
+    return best
+
+
+def _turn(model: GenerationModel, prompts: Tensor, scenario: Scenario) -> tuple[float, float]:
+    states = model.new_states(scenario.batch, scenario.context + STEPS + 2)
+    began = _now(model)
+    token = model.logits(_read_all(model, prompts, states)).argmax(-1)
+    read = _now(model) - began
+    stepper, step = Stepper(model, states), math.inf
+    for number in range(STEPS + 2):
+        began = _now(model)
+        token = stepper.step(token).argmax(-1)
+        if number > 1:  # the second is recorded on a GPU
+            step = min(step, _now(model) - began)
+    return read, step
+
+
+def _read_all(model: GenerationModel, prompts: Tensor, states: States) -> Tensor:
+    """Return hidden states after the prompts, in passes as `prefill` has, of all tokens in all layers: `prefill` leaves
+    out what no state comes after, which is every layer of a stack without states.
+    """
+    limit, (batch, length) = pass_tokens(model), prompts.shape
+    rows, last = max(1, limit // length), []
+    for begin in range(0, batch, rows):
+        end = min(begin + rows, batch)
+        for part in prompts[begin:end].split(max(1, limit // rows), dim=1):
+            hidden = model.extend(part, states.rows(begin, end))
+        last.append(hidden[:, -1])
+    return torch.cat(last)
+
+
+def measure(
+    like: ModelDefinition,
+    hidden_sizes: Sequence[int],
+    scenario: Scenario,
+    name: str,
+    turns: int = TURNS,
+    command: str = "",
+    advance: Callable[[str], None] = lambda _: None,
+) -> LayerCosts:
+    """Return the costs of every kind of layer that a model has, on a GPU in BF16 where there is one, else in float32.
+
+    Args:
+        like: has the kinds and, at its own hidden size, the widths; numbers of heads and FFN widths grow with it.
+        hidden_sizes: to measure at; each must give whole heads.
+        name: of the machine.
+        turns: of which the shortest counts.
+        command: to record.
+        advance: told of each kind and size after it was timed.
+    Errors:
+        UserError: a width does not divide as it has to at one of the sizes, or other work hides what a layer costs.
+    """
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
+    layers: dict[str, list[Cost]] = {}
+    for hidden in hidden_sizes:
+        ends = []
+        for kind in like.kinds:
+            stack = replace(_alike(like, hidden, kind.widths), name=f"{kind.name} layers of {hidden}", family="pruned")
+            stacks = []
+            for count in (1, 1 + MORE_LAYERS):
+                stacks.append(replace(stack, pattern=kind.letter * count).counted())
+                stacks[-1].validate_structure(stack.name)
+            models = [random_model(each, dtype, device) for each in stacks]
+            for attempt in range(ATTEMPTS):
+                one, many = seconds(models, scenario, turns << attempt)
+                layer = [(long - short) / MORE_LAYERS for short, long in zip(one, many, strict=True)]
+                end = [short - each for short, each in zip(one, layer, strict=True)]
+                if min(*layer, *end) > 0:
+                    break
+            else:
+                raise UserError(
+                    f"{stack.name}: {1 + MORE_LAYERS} of them take {1e3 * many[0]:.3g} and {1e3 * many[1]:.3g} ms, "
+                    f"1 takes {1e3 * one[0]:.3g} and {1e3 * one[1]:.3g} ms: no time of one layer comes of that",
+                    hint="other work disturbs the measurement: run it again on an idle machine, or with more --turns",
+                )
+            ends.append(end)
+            layers.setdefault(kind.name, []).append(_cost(hidden, stacks[0].blocks[0].parameters, layer))
+            advance(stack.name)
+        end = [median(part) for part in zip(*ends, strict=True)]
+        layers.setdefault(ENDS, []).append(_cost(hidden, hidden * (like.vocab_size + 1), end))
+    machine = Machine(
+        name, _processor(), 0 if on_gpu() else torch.get_num_threads(), str(dtype)[6:], str(torch.__version__), command
+    )
+    return LayerCosts(machine, scenario, _shared_widths(like), layers)
+
+
+def _cost(hidden: int, parameters: int, times: Sequence[float]) -> Cost:
+    """Return a row with the digits that a measurement has."""
+    return Cost(hidden, parameters, *(float(f"{part:.3g}") for part in times))
+
+
+def on_gpu() -> bool:
+    """Tell whether layers are measured on a GPU."""
+    return torch.cuda.is_available()
+
+
+def _alike(like: ModelDefinition, hidden: int, widths: Sequence[str]) -> ModelDefinition:
+    """Return the widths of one kind of layers at a hidden size; what other kinds need is 0."""
+    grows = ("num_attention_heads", "mamba_num_heads", "ffn_hidden_size")
+    others = {key for kind in like.kinds for key in kind.widths} - set(widths)
+    scaled = {key: round(getattr(like, key) * hidden / like.hidden_size) for key in grows if key in widths}
+    return replace(like, hidden_size=hidden, overrides={}, sources={}, **dict.fromkeys(others, 0), **scaled)
+
+
+def _shared_widths(like: ModelDefinition) -> dict[str, int]:
+    keys = {key for kind in like.kinds for key in kind.widths}
+    shared = ("head_dim", "mamba_head_dim", "mamba_state_dim", "conv_kernel")
+    return {key: getattr(like, key) for key in shared if key in keys}
+
+
+def _processor() -> str:
+    if on_gpu():
+        return torch.cuda.get_device_name()
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _now(model: GenerationModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
