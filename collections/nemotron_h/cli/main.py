@@ -26,6 +26,7 @@ from nemotron_h.cli.plan import plan
 from nemotron_h.cli.prune import importance, prune
 from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
+from nemotron_h.cli.sweep import sweep
 from nemotron_h.core.errors import report, user_error
 
 app = typer.Typer(
@@ -41,6 +42,7 @@ app.add_typer(export_app, name="export", help="Write a checkpoint for other tool
 app.add_typer(import_app, name="import", help="Read a model of other tools.")
 app.command()(plan)
 app.command()(compare_precision)
+app.command()(sweep)
 app.command()(importance)
 app.command()(prune)
 app.command()(minipuzzle)

@@ -1,0 +1,67 @@
+"""Fits over the rows of a sweep: plug-ins by name, tried before the first run.
+
+A fit is a function of rows, each a mapping with `parameters`, `tokens`, `flops`, `loss` and the swept keys; its result
+says itself in words (`str`). It refuses too few points with a `UserError`. `nemotron_h.laws.fits` has them in `FITS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import nearest
+from nemotron_h.schema.sweep import FitSchema
+
+Row = dict[str, Any]
+Fit = Callable[[list[Row]], Any]
+#: further fits, by name
+FITS: dict[str, Fit] = {}
+LAWS = "nemotron_h.laws"
+
+
+def known_fits() -> Mapping[str, Fit]:
+    """Return name -> fit."""
+    if importlib.util.find_spec(LAWS) is None:
+        return FITS
+    return {**importlib.import_module(f"{LAWS}.fits").FITS, **FITS}
+
+
+def problem(fit: FitSchema, rows: Sequence[Row]) -> str:
+    """Return why a fit could not be made of a sweep, or an empty text.
+
+    Args:
+        rows: planned, without losses: the fit is tried on losses that fall with the operations of a run.
+    """
+    fits = known_fits()
+    if fit.name not in fits:
+        return (
+            f"fits: there is no fit {fit.name!r}. {nearest(fit.name, fits)}Known: {', '.join(sorted(fits)) or 'none'}"
+        )
+    columns = {key: None for row in rows for key in row} | {"loss": None}
+    for key in (*fit.columns.values(), *([fit.line] if fit.line else [])):
+        if key not in columns:
+            return f"fits: {fit.name}: there is no column {key!r}. {nearest(key, columns)}Columns: {', '.join(columns)}"
+    tried = [{**row, "loss": 1 + (row["flops"] / 1e9) ** -0.1} for row in rows]
+    try:
+        for _ in fitted(fit, tried):
+            pass
+    except UserError as error:
+        return f"fits: {fit.name}: {error.message}. {error.hint}".rstrip(" .")
+    return ""
+
+
+def fitted(fit: FitSchema, rows: Sequence[Row]) -> Iterator[tuple[str, Any]]:
+    """Yield the title and the result of a fit, for each value of its `line`.
+
+    Errors:
+        UserError: as of the fit.
+    """
+    values = dict.fromkeys(row.get(fit.line) for row in rows) if fit.line else {None: None}
+    for value in values:
+        chosen = [row for row in rows if fit.line is None or row.get(fit.line) == value]
+        named = [{**row, **{name: row[column] for name, column in fit.columns.items()}} for row in chosen]
+        title = fit.name if fit.line is None else f"{fit.name}, {fit.line} = {value}"
+        yield title, known_fits()[fit.name](named)
