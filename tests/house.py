@@ -21,7 +21,7 @@ FLOORS = (
     ("evaluation", "planning", "report"),
     ("laws", "training"),
     ("launch",),
-    ("comparison", "compression"),
+    ("comparison", "compression", "sweep"),
     ("cli",),
 )
 FRAMEWORKS = frozenset({"lightning", "megatron", "nemo", "nemo_run", "transformer_engine"})

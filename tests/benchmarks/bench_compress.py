@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron_h.launch import runs as launch
+from nemotron_h.launch.several import train_several
 from nemotron_h.recipe.compose import compose
 
 TARGET = 0.88  # ours: what the distillation should recover
@@ -73,7 +74,7 @@ def main() -> int:
             return launch.LEFT_EARLY
         made.pipeline.run(stage)
     runs = jobs(made, options.seeds)
-    if not launch.train_several([(run, steps_of(run)) for run in runs.values()], options.jobs, console, end):
+    if not train_several([(run, steps_of(run)) for run in runs.values()], options.jobs, console, end):
         console.print("left early; run the same command again to continue")
         return launch.LEFT_EARLY
     report(made, runs, options.out / "results.json", console)

@@ -243,6 +243,33 @@ def test_a_run_that_is_made_longer_keeps_the_switches_behind_it(prepared: Path) 
     assert again.order.plan == longer.order.plan
 
 
+def windows_of(data: BlendDataModule, samples: int) -> list[tuple[str, int, int]]:
+    """Source, epoch and window of the first samples."""
+    return [(s.source, s.epoch, s.window) for s in map(data.order.sampler.__getitem__, range(samples))]
+
+
+def test_random_order_reads_the_windows_of_all_phases_mixed(prepared: Path) -> None:
+    """All but a few: a share of the samples is no whole number."""
+    phased, random = (started(module(prepared, phase_order=order)) for order in ("blend", "random"))
+    one, other = windows_of(phased, 1600), windows_of(random, 1600)
+    assert len({*one} - {*other}) <= 6
+    assert len({*one}) == len({*other}) == 1600
+    first, last = ([source for source, *_ in part].count("chat") for part in (other[:800], other[800:]))
+    assert first == pytest.approx(last, abs=3)
+    assert "chat" not in [source for source, *_ in one[:960]]
+    assert windows_of_validation(phased) == windows_of_validation(random)
+    random.trainer.global_step = 40
+    state = random.state_dict()
+    assert windows_of(started(module(prepared, phase_order="random"), 40, state), 1600) == other
+    with pytest.raises(UserError, match="phases: 1 -> 2"):
+        started(module(prepared), 40, state)
+
+
+def windows_of_validation(data: BlendDataModule) -> list:
+    sampler, samples = data._validation
+    return [sampler[number] for number in range(samples)]
+
+
 def other_blend(prepared: Path) -> Path:
     blend = yaml.safe_load((prepared / "three.yaml").read_text())
     blend["phases"] = [{"name": "all", "weights": {"web": 10, "code": 10, "chat": 80}}]

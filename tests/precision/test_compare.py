@@ -27,15 +27,15 @@ from small_run import WORKER
 
 from nemotron_h.architecture.gemms import CAST_STATISTICS, OPERANDS
 from nemotron_h.cli.main import app
-from nemotron_h.comparison import launch
 from nemotron_h.comparison.results import read_casts, results
 from nemotron_h.comparison.runs import comparison
 from nemotron_h.core import paired
 from nemotron_h.core.errors import UserError
 from nemotron_h.launch import runs as starting
 from nemotron_h.launch.place import place_of
-from nemotron_h.launch.runs import Run, is_finished, text_of, train_several, write_recipe
+from nemotron_h.launch.runs import Run, is_finished, text_of, write_recipe
 from nemotron_h.launch.runs import train as start_run
+from nemotron_h.launch.several import check_same, train_several
 from nemotron_h.precision import statistics
 from nemotron_h.precision.statistics import CastStatistics, as_statistics, cast_counts
 
@@ -374,10 +374,10 @@ def test_a_recipe_without_a_length_is_refused(recipe: Path) -> None:
 def test_a_folder_of_another_comparison_is_refused(recipe: Path, tmp_path: Path) -> None:
     first = comparison(str(recipe), 8, out=tmp_path)
     first.runs[0].recipe_file.write_text(text_of(first.runs[0]))
-    launch.check_same(comparison(str(recipe), 8, out=tmp_path).runs[0])
-    launch.check_same(comparison(str(recipe), 8, out=tmp_path / ".." / tmp_path.name).runs[0])
+    check_same(comparison(str(recipe), 8, out=tmp_path).runs[0], "")
+    check_same(comparison(str(recipe), 8, out=tmp_path / ".." / tmp_path.name).runs[0], "")
     with pytest.raises(UserError, match="tokens: 4096 there, 2048 now"):
-        launch.check_same(comparison(str(recipe), 4, out=tmp_path).runs[0])
+        check_same(comparison(str(recipe), 4, out=tmp_path).runs[0], "")
 
 
 class Forked:
@@ -398,13 +398,13 @@ def test_a_whole_comparison_and_nothing_twice(recipe: Path, monkeypatch: pytest.
     out = recipe.with_name("pair")
     command = ["compare-precision", str(recipe), "--steps", "4", "--out", str(out)]
     command += ["precision_options.bf16_edge_layers=1"]
-    monkeypatch.setattr(starting, "_begin", Forked)
+    monkeypatch.setattr(starting, "begin", Forked)
 
     def call() -> str:
         return CliRunner().invoke(app, command, catch_exceptions=False).stdout
 
     first = call()
-    assert "run 2 of 2: bf16: step 4/4" in first
+    assert "bf16 finished; 2 of 2" in first
     found = json.loads((out / "comparison.json").read_text())
     (train,), (validation,) = found["pair"]["train"], found["pair"]["validation"]
     assert train["tokens"] == [512, 1024, 1536, 2048]

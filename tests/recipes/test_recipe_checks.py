@@ -106,6 +106,8 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
             ("holds conversations, and stage pretrain reads text",),
         ),
         (SFT, ["data.blend=sample_small"], ("data.blend = sample_small holds texts, and stage sft reads",)),
+        (TINY, ["data.phase_order=shuffled"], ("data.phase_order = 'shuffled'", "Known: blend, random")),
+        (SFT, ["data.phase_order=random"], ("data.phase_order = random is unused: stage is sft",)),
         (SFT, ["data.too_long=truncate"], ("data.too_long = 'truncate'", "Known: cut, drop")),
         (SFT, ["data.document_reset=false"], ("data.document_reset = false",)),
         (SFT, ["resume.blend_change=from_step"], ("resume.blend_change is for pretraining",)),

@@ -165,7 +165,7 @@ class Small:
         self.command(f"prepare_{blend}", "data", "prepare", "--blend", file, "--root", root)
 
 
-def prepared(folder: Path) -> Small:
+def prepared(folder: Path, kind: type[Small] = Small) -> Small:
     """Write two sources of random words into a folder and prepare them."""
     rng = random.Random(1)
     for name, letters in (("low", "abcdefgh"), ("high", "stuvwxyz")):
@@ -173,7 +173,7 @@ def prepared(folder: Path) -> Small:
         documents = [" ".join(rng.choices(words, k=rng.randint(5, 120))) for _ in range(300)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
     (folder / "words.yaml").write_text(BLEND)
-    small = Small(folder)
+    small = kind(folder)
     small.prepare("words.yaml")
     return small
 

@@ -215,7 +215,7 @@ def test_a_command_notes_the_end_of_a_run_that_it_followed(tmp_path: Path) -> No
     output = SimpleNamespace(newest=lambda: "small.log", text=lambda: "")
     Incidents().setup(trainer_in(tmp_path), None, "fit")
     with pytest.raises(UserError, match="small was ended by SIGKILL") as raised:
-        runs._check_ended(run, 12, SimpleNamespace(code=-9, output=output, again="run it again"))
+        runs.check_ended(run, 12, SimpleNamespace(code=-9, output=output, again="run it again"))
     assert raised.value.hint == "run it again; see small.log"
     (process,) = processes(tmp_path)
     assert (process.end.kind, process.end.message) == ("killed", "was ended by SIGKILL")

@@ -475,11 +475,14 @@ def stage_blocks(definition: ModelDefinition, stages: int, stage: int) -> tuple[
     return definition.blocks[layers.start : layers.stop]
 
 
-def definition_from_dict(values: dict[str, Any], origin: str) -> ModelDefinition:
-    """Build and validate a definition from plain values (the `model` part of a recipe)."""
+def definition_from_dict(values: dict[str, Any], origin: str, count: bool = False) -> ModelDefinition:
+    """Build and validate a definition from plain values (the `model` part of a recipe); `count` fills in `expect`."""
     expect = Expect(**values["expect"])
     maps = {"sources": dict(values.get("sources") or {}), "overrides": dict(values.get("overrides") or {})}
     definition = ModelDefinition(**{**values, "expect": expect, **maps})
+    if count:
+        definition.validate_structure(origin)
+        return definition.counted()
     definition.validate(origin)
     return definition
 

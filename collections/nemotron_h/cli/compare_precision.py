@@ -44,12 +44,12 @@ def compare_precision(
 
     from rich.console import Console
 
-    from nemotron_h.comparison.launch import train
     from nemotron_h.comparison.results import results
     from nemotron_h.comparison.runs import comparison
     from nemotron_h.core.errors import UserError
     from nemotron_h.launch.place import check_shared, place_of
     from nemotron_h.launch.runs import dry_run
+    from nemotron_h.launch.several import check_same, train_several
 
     place, values = place_of(overrides or ())
     made = comparison(name, steps, precision, against, seeds, out, values, pairs, place)
@@ -63,7 +63,9 @@ def compare_precision(
             console.print(dry_run(run, place), markup=False)
         return
     check_shared(place)
-    train(made, console, jobs, place)
+    for run in made.runs:
+        check_same(run, "choose another --out, or remove that folder")
+    train_several([(run, made.steps) for run in made.runs], jobs, console, place=place)
     found = results(made, window)
     from nemotron_h.comparison.figure import plot_casts, plot_gap
 

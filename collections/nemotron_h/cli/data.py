@@ -142,6 +142,7 @@ def peek(
     from nemotron_h.core.units import count_of
     from nemotron_h.data.feed.peek import Peek, RunSettings
     from nemotron_h.data.feed.peek import show as show_samples
+    from nemotron_h.data.feed.phase_plan import RANDOM_ORDER
     from nemotron_h.recipe.checks import check_blend_change
     from nemotron_h.recipe.compose import compose
 
@@ -156,17 +157,20 @@ def peek(
         raise UserError("--blend-change says how a checkpoint is continued", "Name it: --checkpoint runs/NAME")
     check_blend_change(blend_change, "--blend-change as ")
     values: dict[str, Any] = {"--seed": DataSchema.seed}
+    phase_order = DataSchema.phase_order
     recorded = None if checkpoint is None else _recorded(checkpoint)
     if recorded is not None:
         plan = recorded["order"]["plan"]
         known = recorded["blend_file"] if Path(recorded["blend_file"]).is_file() else recorded["blend"]
         lengths = (recorded["horizon_tokens"], plan["seq_length"], plan["global_batch_size"], plan["seed"])
         values = dict(zip(given, (known, *lengths), strict=True))
+        phase_order = "random" if plan["phases"][0]["name"] == RANDOM_ORDER else phase_order
     if recipe is not None:
         composed = compose(recipe)
         data, root = composed.data, root or composed.data.root
         length = count_of(composed.tokens, "tokens", f"recipe {recipe}")
         values = dict(zip(given, (data.blend, length, data.seq_length, data.global_batch_size, data.seed), strict=True))
+        phase_order = data.phase_order
         blend_change = blend_change or composed.resume.blend_change
     values |= {key: value for key, value in given.items() if value is not None}
     missing = [key for key in given if key not in values]
@@ -176,7 +180,7 @@ def peek(
     state = None
     if recorded is not None:
         root, state = root or recorded["root"], recorded["order"]
-    run = Peek(load_blend(name), RunSettings(*settings), root, state, blend_change)
+    run = Peek(load_blend(name), RunSettings(*settings, phase_order), root, state, blend_change)
     if step is None:
         step = state["step"] if state else 0
     show_samples(run, step, Console(highlight=False), limit or None, characters or None)

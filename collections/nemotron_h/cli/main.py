@@ -28,6 +28,7 @@ from nemotron_h.cli.prune import importance, prune
 from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
 from nemotron_h.cli.shapes import shapes
+from nemotron_h.cli.sweep import sweep
 from nemotron_h.core.errors import report, user_error
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.command()(plan)
 app.command()(shapes)
 app.command()(layer_costs)
 app.command()(compare_precision)
+app.command()(sweep)
 app.command()(importance)
 app.command()(prune)
 app.command()(minipuzzle)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,57 +101,16 @@ def train(run: Run, title: str, steps: int, console: Console, place: Place = HER
     Errors:
         UserError: the run failed, naming what it said, or left early.
     """
-    with _leave_on_signals(), _Line(console, title, steps) as line:
-        begun = _begin(run, place, console)
+    with leave_on_signals(), _Line(console, title, steps) as line:
+        begun = begin(run, place, console)
         try:
             while not begun.over():
                 line.show(begun.steps.new())
                 time.sleep(POLL_S)
             line.show(begun.steps.new())
         finally:
-            _end([begun], console)
-    _check_ended(run, steps, begun)
-
-
-def train_several(
-    runs: Sequence[tuple[Run, int]], at_once: int, console: Console, end: float = float("inf"), place: Place = HERE
-) -> bool:
-    """Train what is not finished, some runs at a time, and say when one of them is.
-
-    Args:
-        runs: each with its steps.
-        end: of `time.monotonic()`; runs that are not over then write a checkpoint and end.
-        place: as of `train`.
-    Returns:
-        Whether all are finished.
-    Errors:
-        UserError: a run failed, naming what it said; the others write a checkpoint and end.
-    """
-    waiting = [(run, steps) for run, steps in runs if not is_finished(run, steps)]
-    total, running, started = len(waiting), [], time.monotonic()
-    with _leave_on_signals():
-        try:
-            while (waiting or running) and time.monotonic() < end:
-                while waiting and len(running) < at_once:
-                    run, steps = waiting.pop(0)
-                    running.append((run, steps, _begin(run, place, console)))
-                for each in list(running):
-                    run, steps, begun = each
-                    if not begun.over():
-                        continue
-                    running.remove(each)
-                    _check_ended(run, steps, begun)
-                    done = total - len(waiting) - len(running)
-                    left = (time.monotonic() - started) / done * (total - done)
-                    console.print(
-                        f"{run.name} finished, {done} of {total}; about {left:.0f} s left",
-                        highlight=False,
-                        markup=False,
-                    )
-                time.sleep(POLL_S)
-        finally:
-            _end([begun for *_, begun in running], console)
-    return not waiting and not running
+            end_all([begun], console)
+    check_ended(run, steps, begun)
 
 
 def submit(runs: Sequence[Run], place: Place, console: Console) -> None:
@@ -211,7 +170,7 @@ class _Process:
 
     again = "run the same command again to continue"
 
-    def __init__(self, run: Run, place: Place) -> None:
+    def __init__(self, run: Run, place: Place, env: Mapping[str, str]) -> None:
         write_recipe(run)
         self.steps = Steps(run.folder)
         path = run.recipe_file.with_suffix(".log")
@@ -223,7 +182,7 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # ctrl-c is for this command, which ends the run in its own way
                 preexec_fn=end_with_parent,
-                env={**os.environ, **place.env},
+                env={**os.environ, **env, **place.env},
             )
 
     def over(self) -> bool:
@@ -263,8 +222,17 @@ class _Job:
         return self.job.exit_code()
 
 
-def _begin(run: Run, place: Place, console: Console) -> _Process | _Job:
-    return _Job(run, place, console) if place.submits else _Process(run, place)
+#: a run that was begun
+Begun = _Process | _Job
+
+
+def begin(run: Run, place: Place, console: Console, env: Mapping[str, str] | None = None) -> Begun:
+    """Begin a run, or find its job in the queue.
+
+    Args:
+        env: environment variables of a process here, beside those of the place.
+    """
+    return _Job(run, place, console) if place.submits else _Process(run, place, env or {})
 
 
 def _submit(run: Run, place: Place) -> Job:
@@ -280,7 +248,7 @@ def _submit(run: Run, place: Place) -> Job:
     return job
 
 
-def _check_ended(run: Run, steps: int, begun: _Process | _Job) -> None:
+def check_ended(run: Run, steps: int, begun: Begun) -> None:
     """Refuse a run that is not whole."""
     if is_finished(run, steps) and begun.code in (0, None):
         return
@@ -307,7 +275,7 @@ def _reason(text: str) -> str:
 
 
 @contextmanager
-def _leave_on_signals() -> Iterator[None]:
+def leave_on_signals() -> Iterator[None]:
     """Raise SystemExit on SIGTERM and SIGHUP inside the block, so that runs can write a checkpoint first."""
 
     def leave(number: int, _: object) -> None:
@@ -321,7 +289,7 @@ def _leave_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(begun: Sequence[_Process | _Job], console: Console) -> None:
+def end_all(begun: Sequence[Begun], console: Console) -> None:
     """End processes that go on, each with a checkpoint; jobs stay in the queue."""
     alive = [each.process for each in begun if isinstance(each, _Process) and not each.over()]
     for job in (each.job for each in begun if isinstance(each, _Job) and each.record.is_file()):

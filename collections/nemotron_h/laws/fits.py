@@ -56,6 +56,14 @@ class Fit:
     held_out_error: float = math.nan
     resamples: tuple[Coefficients, ...] = field(default=(), repr=False)
 
+    def __str__(self) -> str:
+        """Return coefficients with their intervals, R2 and the error on rows left out."""
+        lines = [f"{self.name}, {self.points} runs, R2 {self.r2:.4f}, held-out error {100 * self.held_out_error:.2f} %"]
+        for key, value in self.coefficients.items():
+            ends = " ({:.4g} to {:.4g})".format(*self.intervals[key]) if key in self.intervals else ""
+            lines.append(f"  {key} = {value:.4g}{ends}")
+        return "\n".join(lines)
+
     def predict(self, row: Row) -> float:
         """Return the loss of a row, which needs the columns of the law alone."""
         return float(self.formula(self.coefficients, row))

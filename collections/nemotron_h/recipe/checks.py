@@ -25,6 +25,7 @@ from nemotron_h.schema.recipe import (
     NEWTON_SCHULZ,
     OPTIMIZER_CHANGES,
     OPTIMIZERS,
+    PHASE_ORDERS,
     PIPELINES,
     PRECISIONS,
     RECOMPUTE,
@@ -424,6 +425,12 @@ def check_sources(recipe: RecipeConfig, origin: str) -> None:
 def check_blend(recipe: RecipeConfig, origin: str) -> None:
     """Check that the blend exists, is of the stage's kind, and has a step for each phase in a run of this length."""
     data = recipe.data
+    check_one_of("data.phase_order", data.phase_order, PHASE_ORDERS, f"{origin}: ")
+    if data.phase_order != "blend" and recipe.stage != "pretrain":
+        raise UserError(
+            f"{origin}: data.phase_order = {data.phase_order} is unused: stage is {recipe.stage}",
+            hint="leave it out: it is for pretrain",
+        )
     horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
     try:
         blend = load_blend(data.blend)

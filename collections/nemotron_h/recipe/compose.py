@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemotron_h.architecture.definition import definition_from_dict
 from nemotron_h.checkpoint.definition import is_path, read_model
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_interpolations, culprit, leaves, nearest, typed
@@ -31,7 +32,7 @@ from nemotron_h.core.strict_yaml import as_config, flat_lines, parse_settings, p
 from nemotron_h.recipe.checks import check
 from nemotron_h.recipe.former_keys import FORMER, read_former, without_dropped
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
-from nemotron_h.schema.recipe import RecipeConfig
+from nemotron_h.schema.recipe import ExpectSchema, RecipeConfig
 
 SCHEMA_DEFAULT = "schema default"
 OVERRIDE = "override"
@@ -48,10 +49,16 @@ def configs_dir() -> Path:
 
 
 def known_recipes(stage: str = "*") -> list[str]:
-    """Return shipped recipes, without bases: `<model>/<stage>` or `<model>/<stage>_<variant>`; of all stages or one."""
+    """Return shipped recipes, without bases and sweeps: `<model>/<stage>` or `<model>/<stage>_<variant>`.
+
+    Args:
+        stage: of these alone; `*` is all.
+    """
     root = recipes_dir()
     names = [str(path.relative_to(root).with_suffix("")) for path in root.glob("*/*.yaml")]
-    return sorted(name for name in names if not name.startswith("base/") and stage in ("*", stage_of(name)))
+    return sorted(
+        name for name in names if not name.startswith(("base/", "sweeps/")) and stage in ("*", stage_of(name))
+    )
 
 
 def stage_of(recipe: str) -> str:
@@ -169,6 +176,29 @@ def trace(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = Tr
     recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}
     recipe.model.sources = {key[len("model.") :]: text for key, text in sources.items() if key.startswith("model.")}
     return Composed(recipe, layers, found, sources)
+
+
+def changed(recipe: RecipeConfig, values: Mapping[str, Any], origin: str) -> RecipeConfig:
+    """Return a composed recipe with other values, checked; a model whose keys change has its `expect` counted anew.
+
+    Args:
+        values: dotted key -> value, without parts that are exchanged by name.
+        origin: to name in errors.
+    Errors:
+        UserError: unknown key, wrong type, missing or impossible value.
+    """
+    written = OmegaConf.create({})
+    for key, value in values.items():
+        OmegaConf.update(written, key, value)
+    made = _typed(recipe, written, origin)
+    made.overrides = superseded(made.overrides, values)
+    made.sources = {key: text for key, text in made.sources.items() if key not in values}
+    made.model.sources = {key: text for key, text in made.model.sources.items() if f"model.{key}" not in values}
+    if any(key.startswith("model.") for key in values):
+        definition = definition_from_dict(OmegaConf.to_container(OmegaConf.structured(made.model)), origin, count=True)
+        made.model.expect = ExpectSchema(**dataclasses.asdict(definition.expect))
+    check(made, origin)
+    return made
 
 
 def _typed(schema: type[RecipeConfig] | RecipeConfig, written: DictConfig, origin: str) -> RecipeConfig:

@@ -47,6 +47,8 @@ RECOMPUTE = {
     "experts": ("none", "layer"),
 }
 BLEND_CHANGES = ("from_step",)
+#: how the phases of a blend order its windows
+PHASE_ORDERS = ("blend", "random")
 
 
 @dataclass
@@ -113,6 +115,8 @@ class DataSchema:
         global_batch_size: sequences per step, over all ranks.
         micro_batch_size: sequences per forward pass of one rank.
         seed: of the sample order.
+        phase_order: pretraining: `blend` takes phase after phase; `random` the windows of all phases in one random
+            order, the control of a curriculum.
         document_reset: whether states and attention start anew at document boundaries; packed conversations always do.
         too_long: sft and preference: what becomes of conversations (or pairs of them) longer than `seq_length`: `cut`
             at its end, or `drop` them.
@@ -125,6 +129,7 @@ class DataSchema:
     global_batch_size: int = number(least=1, most=COUNT)
     micro_batch_size: int = number(1, least=1, most=COUNT)
     seed: int = number(1234, least=0, most=SEED)
+    phase_order: str = "blend"
     document_reset: bool = False
     too_long: str | None = None
     workers: int = number(0, least=0, most=1024)

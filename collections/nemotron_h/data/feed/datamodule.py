@@ -314,7 +314,8 @@ class BlendDataModule(PreparedDataModule):
 
     def _plan(self) -> DataPlan:
         horizon = self._horizon()
-        return DataPlan.of(self.blend_spec, self.manifest, horizon, self.seq_length, self.global_batch_size, self.seed)
+        batches = self.seq_length, self.global_batch_size, self.seed
+        return DataPlan.of(self.blend_spec, self.manifest, horizon, *batches, self.phase_order)
 
     @cached_property
     def _validation(self) -> tuple[BlendSampler, int]:

@@ -28,12 +28,14 @@ class RunSettings:
         seq_length: tokens per sequence.
         global_batch_size: sequences per step, over all ranks.
         seed: of the sample order.
+        phase_order: as `data.phase_order`.
     """
 
     tokens: int
     seq_length: int
     global_batch_size: int
     seed: int
+    phase_order: str = "blend"
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,8 @@ class Peek:
         self.manifest: Manifest = check_manifest(root, blend)
         self.settings = settings
         self.horizon = Horizon(settings.tokens, settings.seq_length * settings.global_batch_size)
-        plan = DataPlan.of(
-            blend, self.manifest, self.horizon, settings.seq_length, settings.global_batch_size, settings.seed
-        )
+        batches = settings.seq_length, settings.global_batch_size, settings.seed
+        plan = DataPlan.of(blend, self.manifest, self.horizon, *batches, settings.phase_order)
         self.order = DataOrder(plan) if state is None else DataOrder.resume(plan, state, blend_change)
 
     def samples(self, step: int) -> Iterator[PeekedSample]:

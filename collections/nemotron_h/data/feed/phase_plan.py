@@ -7,6 +7,7 @@ is being followed: it knows where it took over, and turns steps into samples. No
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,8 @@ from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.phases import Horizon, phase_spans
 
 STATE_FORMAT = 1
+#: name of the one phase of a run with `data.phase_order=random`
+RANDOM_ORDER = "random order"
 SHOWN_DIFFERENCES = 12
 
 
@@ -60,9 +63,20 @@ class DataPlan:
 
     @classmethod
     def of(
-        cls, blend: Blend, manifest: Manifest, horizon: Horizon, seq_length: int, global_batch_size: int, seed: int
+        cls,
+        blend: Blend,
+        manifest: Manifest,
+        horizon: Horizon,
+        seq_length: int,
+        global_batch_size: int,
+        seed: int,
+        phase_order: str = "blend",
     ) -> DataPlan:
         """Return the plan of a prepared blend for a run.
+
+        In random order the run is one phase with the mean shares of all. A source gives its windows in an order of its
+        own, whatever the phases, so the run reads those that it would read phase after phase: all but a few, where a
+        share of the samples is no whole number.
 
         Errors:
             UserError: a phase would be empty, or a source that has a share is too small for one window.
@@ -76,6 +90,7 @@ class DataPlan:
             )
             for span in phase_spans(blend.phases, horizon)
         ]
+        phases = [_mean(phases)] if phase_order == "random" else phases
         used = sorted({name for phase in phases for name in phase.shares})
         splits = {name: manifest.sources[name].splits.get("train") for name in used}
         sources = {
@@ -93,6 +108,16 @@ class DataPlan:
     def windows(self, source: str) -> int:
         """Return the number of windows in an epoch of a source."""
         return self.sources[source].tokens // self.seq_length
+
+
+def _mean(phases: Sequence[PlannedPhase]) -> PlannedPhase:
+    """Return one phase over the steps of all, with their mean shares."""
+    steps = phases[-1].end_step
+    names = {name: None for phase in phases for name in phase.shares}
+    shares = {
+        name: math.fsum((p.end_step - p.first_step) * p.shares.get(name, 0.0) for p in phases) / steps for name in names
+    }
+    return PlannedPhase(RANDOM_ORDER, 0, steps, shares)
 
 
 @dataclass(frozen=True)

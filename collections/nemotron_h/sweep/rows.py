@@ -1,0 +1,81 @@
+"""The rows of a sweep's table: what was planned of each point, and what its run's folder says."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemotron_h.core.files import whole_file
+from nemotron_h.report.run import Run, read_run
+from nemotron_h.sweep.file import SEED
+from nemotron_h.sweep.points import Point, planned_row
+
+Row = dict[str, Any]
+#: ours: share of a run's last steps whose mean is its training loss
+LAST = 0.05
+
+
+def row_of(point: Point) -> Row:
+    """Return the row of a point; of one that is not finished what was planned."""
+    row = planned_row(point)
+    if not point.is_finished():
+        return {**row, "state": "not finished"}
+    run = read_run(point.run.folder)
+    train = train_loss(run)
+    validation = list(run.validation.values())[-1] if run.validation else None
+    return {
+        **row,
+        "loss": train if validation is None else validation,
+        "train_loss": train,
+        "validation_loss": validation,
+        "seconds": round(run.seconds, 1),
+        "folder": str(point.run.folder),
+        "state": "finished",
+    }
+
+
+def train_loss(run: Run) -> float:
+    """Return the mean loss of a run's last steps."""
+    losses = [step.loss for step in run.steps]
+    return statistics.fmean(losses[-max(1, round(LAST * len(losses))) :]) if losses else math.nan
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as CSV, a column for every key."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Spread(NamedTuple):
+    """Mean of some values, their sample standard deviation (NaN of one), and how many they are."""
+
+    mean: float
+    deviation: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + (f" ± {self.deviation:.4f}" if self.count > 1 else "")
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Return mean and spread of the values that are there; None where none is."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    if not known:
+        return None
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else math.nan, len(known))
+
+
+def groups(points: Sequence[Point], rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Return the labels and rows of each combination, over its seeds, in the order of the file."""
+    found: dict[tuple, tuple[dict[str, Any], list[Row]]] = {}
+    for point, row in zip(points, rows, strict=True):
+        labels = {axis: label for axis, label in point.labels.items() if axis != SEED}
+        found.setdefault(tuple(labels.items()), (labels, []))[1].append(row)
+    return list(found.values())
