@@ -131,3 +131,25 @@ def test_a_record_of_a_run_from_outside_has_a_step_once(tmp_path: Path) -> None:
     lines = [f'{{"step": {step}, "began": {began}.5}}\n' for step, began in ((1, 0), (2, 0), (2, 0), (3, 0), (3, 1))]
     (folder / "progress.jsonl").write_text("".join([*lines, '{"step": 4, "lo']))
     assert verdict.recorded(Small(tmp_path), outside, "run") == [1, 2, 3, 3, 4]
+
+
+def test_a_validation_is_of_the_step_that_measured_it(tmp_path: Path) -> None:
+    """The first lines after a start show none; another loss of a validation is a difference."""
+    small, outside = Small(tmp_path), STAGES["nemo_pretrain"]
+
+    def write(name: str, shown: tuple[tuple[int, float | None], ...]) -> str:
+        outside.folder(small, name).mkdir(parents=True)
+        lines = [
+            {"step": step, "loss": 5.0, "lr": 1e-3, "metrics": {"grad_norm": 1.0}}
+            | {"validation_loss": loss, "validation_step": None if loss is None else 2}
+            for step, loss in shown
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (outside.folder(small, name) / "progress.jsonl").write_text(text)
+        return name
+
+    straight = write("straight", ((1, None), (2, None), (2, 4.0), (3, 4.0)))
+    resumed = write("resumed", ((1, None), (2, None), (2, 4.0), (3, None)))
+    other = write("other", ((1, None), (2, None), (2, 4.1), (3, 4.1)))
+    assert verdict._steps(small, outside, resumed) == verdict._steps(small, outside, straight)
+    assert verdict.of_result(small, outside, other, straight) == "steps 2 differ, the first in validation_loss"

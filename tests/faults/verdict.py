@@ -112,9 +112,14 @@ def _steps(small: Small, stage: Stage, name: str) -> dict[int, dict]:
     """Return step -> what was recorded of it."""
     if not stage.outside:
         return small.steps(name)
-    lines = map(json.loads, _record(small, stage, name).read_text().splitlines())
-    kept = ("step", "loss", "lr", "validation_loss", "validation_step")
-    return {line["step"]: {**{key: line[key] for key in kept}, "norm": line["metrics"]["grad_norm"]} for line in lines}
+    lines = [json.loads(line) for line in _record(small, stage, name).read_text().splitlines()]
+    steps = {
+        line["step"]: {"loss": line["loss"], "lr": line["lr"], "norm": line["metrics"]["grad_norm"]} for line in lines
+    }
+    for line in lines:  # each shows its process's last validation: after a start none, until the next one
+        if line["validation_step"] in steps:
+            steps[line["validation_step"]]["validation_loss"] = line["validation_loss"]
+    return steps
 
 
 def of_result(small: Small, stage: Stage, name: str, straight: str, settings: bool = False) -> str:
