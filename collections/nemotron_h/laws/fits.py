@@ -56,6 +56,13 @@ class Fit:
     held_out_error: float = math.nan
     resamples: tuple[Coefficients, ...] = field(default=(), repr=False)
 
+    def __str__(self) -> str:
+        """Return the fit in words, on one line."""
+        ends = {name: f" ({low:.4g} to {high:.4g})" for name, (low, high) in self.intervals.items()}
+        values = ", ".join(f"{name} = {value:.4g}{ends.get(name, '')}" for name, value in self.coefficients.items())
+        error = f"{100 * self.held_out_error:.2g} % on points left out"
+        return f"{self.name}: {values}; R2 {self.r2:.4f}, error {error}, {self.points} points"
+
     def predict(self, row: Row) -> float:
         """Return the loss of a row, which needs the columns of the law alone."""
         return float(self.formula(self.coefficients, row))
