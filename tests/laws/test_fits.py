@@ -25,6 +25,8 @@ def test_a_power_law_comes_back_exactly() -> None:
     assert fit.coefficients == pytest.approx(ADAMW, rel=1e-9)
     assert fit.r2 == pytest.approx(1)
     assert fit.held_out_error < 1e-9
+    assert str(fit).startswith("power: A = 2.608 (2.608 to 2.608), b = 0.054 (0.054 to 0.054); R2 1.0000, error ")
+    assert str(fit).endswith(" % on points left out, 8 points")
 
 
 def test_intervals_have_the_truth_and_grow_with_noise() -> None:

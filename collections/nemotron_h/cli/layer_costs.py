@@ -26,7 +26,7 @@ def layer_costs(
     """Measure a layer of each kind, in prefill and decode, through the generation that models run with.
 
     One file is of one scenario (batch, context) and one machine. On a GPU weights are in BF16, else in float32; threads
-    are those of OMP_NUM_THREADS.
+    are those of OMP_NUM_THREADS, and the seconds of one thread are its CPU time.
     """
     from rich.console import Console
 

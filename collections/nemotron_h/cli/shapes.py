@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 #: law of a family, where none is named
-_LAWS = {"transformer": "morph"}
+_LAWS = {"nemotron_h": "hybrid_tiny", "transformer": "morph"}
 
 
 def shapes(
@@ -105,7 +105,7 @@ def _latency(
     costs, file = measured
     latency.check_costs(costs, model, scenario, file)
     machine = costs.machine
-    threads = f", {machine.threads} threads" if machine.threads else ""
+    threads = f", threads: {machine.threads}" if machine.threads else ""
     return lambda each: latency.measured_latency(
         costs, each
     ), f"layers measured on {machine.processor}{threads}, {machine.dtype}"
@@ -130,6 +130,8 @@ def _show(ranking: Ranking, top: int, title: str, law: Law, origin: str) -> None
     from rich.console import Console
     from rich.table import Table
 
+    from nemotron_h.laws.law import FORMS
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 140  # a pipe has no width of its own
@@ -142,7 +144,8 @@ def _show(ranking: Ranking, top: int, title: str, law: Law, origin: str) -> None
         seconds = (f"{1e3 * part:,.3g}" for part in (each.latency.decode, each.latency.prefill))
         layers = ", ".join(f"{d.count(kind.letter)} {kind.letter}" for kind in d.kinds)
         sizes = (f"{d.hidden_size:,}", f"{d.ffn_hidden_size:,}", layers, f"{d.parameters:,}")
-        table.add_row(f"{each.loss:.4f}", f"{100 * (each.loss / best - 1):.2f} %", *seconds, *sizes)
+        loss = f"{each.loss:.4f}" if FORMS[law.form].of_size else "-"  # a law of shape alone knows the order
+        table.add_row(loss, f"{100 * (each.loss / best - 1):.2f} %", *seconds, *sizes)
     console.print(table)
     console.print(f"law {origin}, fitted to {law.fitted_to}. Its error: {law.error}.")
     left_out = [

@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from nemotron_h.architecture.alike import alike
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.generate import pass_tokens
@@ -124,11 +125,10 @@ def measure(
     for hidden in hidden_sizes:
         ends = []
         for kind in like.kinds:
-            stack = replace(_alike(like, hidden, kind.widths), name=f"{kind.name} layers of {hidden}", family="pruned")
-            stacks = []
-            for count in (1, 1 + MORE_LAYERS):
-                stacks.append(replace(stack, pattern=kind.letter * count).counted())
-                stacks[-1].validate_structure(stack.name)
+            title = f"{kind.name} layers of {hidden}"
+            patterns = (kind.letter, kind.letter * (1 + MORE_LAYERS))
+            stacks = [replace(alike(like, hidden, pattern), name=title, family="pruned") for pattern in patterns]
+            stacks[0].validate_structure(title)
             models = [random_model(each, dtype, device) for each in stacks]
             for attempt in range(ATTEMPTS):
                 one, many = seconds(models, scenario, turns << attempt)
@@ -138,13 +138,13 @@ def measure(
                     break
             else:
                 raise UserError(
-                    f"{stack.name}: {1 + MORE_LAYERS} of them take {1e3 * many[0]:.3g} and {1e3 * many[1]:.3g} ms, "
+                    f"{title}: {1 + MORE_LAYERS} of them take {1e3 * many[0]:.3g} and {1e3 * many[1]:.3g} ms, "
                     f"1 takes {1e3 * one[0]:.3g} and {1e3 * one[1]:.3g} ms: no time of one layer comes of that",
                     hint="other work disturbs the measurement: run it again on an idle machine, or with more --turns",
                 )
             ends.append(end)
             layers.setdefault(kind.name, []).append(_cost(hidden, stacks[0].blocks[0].parameters, layer))
-            advance(stack.name)
+            advance(title)
         end = [median(part) for part in zip(*ends, strict=True)]
         layers.setdefault(ENDS, []).append(_cost(hidden, hidden * (like.vocab_size + 1), end))
     machine = Machine(
@@ -163,14 +163,6 @@ def on_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _alike(like: ModelDefinition, hidden: int, widths: Sequence[str]) -> ModelDefinition:
-    """Return the widths of one kind of layers at a hidden size; what other kinds need is 0."""
-    grows = ("num_attention_heads", "mamba_num_heads", "ffn_hidden_size")
-    others = {key for kind in like.kinds for key in kind.widths} - set(widths)
-    scaled = {key: round(getattr(like, key) * hidden / like.hidden_size) for key in grows if key in widths}
-    return replace(like, hidden_size=hidden, overrides={}, sources={}, **dict.fromkeys(others, 0), **scaled)
-
-
 def _shared_widths(like: ModelDefinition) -> dict[str, int]:
     keys = {key for kind in like.kinds for key in kind.widths}
     shared = ("head_dim", "mamba_head_dim", "mamba_state_dim", "conv_kernel")
@@ -186,6 +178,9 @@ def _processor() -> str:
 
 
 def _now(model: GenerationModel) -> float:
+    """Return a clock's seconds: of one CPU thread its own, which other work on the machine disturbs less."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.thread_time()
     return time.perf_counter()

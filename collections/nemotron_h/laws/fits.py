@@ -57,12 +57,11 @@ class Fit:
     resamples: tuple[Coefficients, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
-        """Return coefficients with their intervals, R2 and the error on rows left out."""
-        lines = [f"{self.name}, {self.points} runs, R2 {self.r2:.4f}, held-out error {100 * self.held_out_error:.2f} %"]
-        for key, value in self.coefficients.items():
-            ends = " ({:.4g} to {:.4g})".format(*self.intervals[key]) if key in self.intervals else ""
-            lines.append(f"  {key} = {value:.4g}{ends}")
-        return "\n".join(lines)
+        """Return the fit in words, on one line."""
+        ends = {name: f" ({low:.4g} to {high:.4g})" for name, (low, high) in self.intervals.items()}
+        values = ", ".join(f"{name} = {value:.4g}{ends.get(name, '')}" for name, value in self.coefficients.items())
+        error = f"{100 * self.held_out_error:.2g} % on points left out"
+        return f"{self.name}: {values}; R2 {self.r2:.4f}, error {error}, {self.points} points"
 
     def predict(self, row: Row) -> float:
         """Return the loss of a row, which needs the columns of the law alone."""

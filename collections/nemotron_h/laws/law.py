@@ -24,10 +24,26 @@ def _pairs(row: Mapping[str, float]) -> dict[str, float]:
     return {**row, "layers": row["layers"] / 2}
 
 
-#: form -> its coefficients, its loss, and how it counts layers
-FORMS: dict[str, tuple[tuple[str, ...], Formula, Callable[[Mapping[str, float]], Mapping[str, float]]]] = {
-    "morph": (("E", "A", "B", "alpha", "gamma"), shape_loss, _pairs),
-    "hybrid": (NAMES, hybrid_loss, dict),
+@dataclass(frozen=True)
+class Form:
+    """Formula of a law.
+
+    Attributes:
+        coefficients: their names.
+        formula: loss of a row of `shape_row`.
+        counted: the row with layers as the formula counts them.
+        of_size: parameters and tokens are in it; without, its losses are those of its runs' size.
+    """
+
+    coefficients: tuple[str, ...]
+    formula: Formula
+    counted: Callable[[Mapping[str, float]], Mapping[str, float]]
+    of_size: bool
+
+
+FORMS = {
+    "morph": Form(("E", "A", "B", "alpha", "gamma"), shape_loss, _pairs, True),
+    "hybrid": Form(NAMES, hybrid_loss, dict, False),
 }
 
 
@@ -58,13 +74,13 @@ class Law:
 
     def covers(self, definition: ModelDefinition) -> bool:
         """Tell whether the model's hidden size over layers is in the range of the runs."""
-        row = FORMS[self.form][2](shape_row(definition, 1))
+        row = FORMS[self.form].counted(shape_row(definition, 1))
         return self.aspect[0] <= row["hidden_size"] / row["layers"] <= self.aspect[1]
 
     def loss(self, definition: ModelDefinition, tokens: float) -> float:
-        """Return the predicted loss of a model after so many tokens."""
-        _, formula, counted = FORMS[self.form]
-        return formula(self.coefficients, counted(shape_row(definition, tokens)))
+        """Return the predicted loss of a model after so many tokens, or, of a form without size, of its shape."""
+        form = FORMS[self.form]
+        return form.formula(self.coefficients, form.counted(shape_row(definition, tokens)))
 
     def check_family(self, definition: ModelDefinition, origin: str) -> None:
         """Refuse a model of another family.
@@ -101,7 +117,7 @@ def law_named(name: str) -> tuple[Law, str]:
         raise UserError(f"{path} is not a mapping of keys", hint="see the files of configs/laws")
     law = typed(Law, content, str(path))
     check_one_of("form", law.form, FORMS, f"{path}: ")
-    names = FORMS[law.form][0]
+    names = FORMS[law.form].coefficients
     if sorted(law.coefficients) != sorted(names):
         raise UserError(
             f"{path}: coefficients are {', '.join(law.coefficients) or 'missing'}", hint=f"give {', '.join(names)}"

@@ -6,14 +6,13 @@ and states, vocabulary; numbers of heads grow with the hidden size.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from nemotron_h.architecture.alike import alike
 from nemotron_h.architecture.blocks.families import hybrid_pattern
-from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.checkpoint.definition import is_path, read_model
 from nemotron_h.core.errors import UserError
@@ -107,11 +106,11 @@ def shaped(
     step = FFN_STEP * tensor
     width = 0
     if mix.ffn:
-        none, one = (_parameters(_scaled(like, hidden, pattern, neurons)) for neurons in (1, 2))
+        none, one = (_parameters(alike(like, hidden, pattern, neurons)) for neurons in (1, 2))
         width = round((parameters - none) / (one - none) / step) * step
         if not FFN_RANGE[0] <= width / hidden <= FFN_RANGE[1]:
             return None
-    shape = _scaled(like, hidden, pattern, width)
+    shape = alike(like, hidden, pattern, width)
     if abs(_parameters(shape) - parameters) > TOLERANCE * parameters:
         return None
     shape = replace(shape, name=name or f"{like.family}_h{hidden}_{len(pattern)}l")
@@ -139,29 +138,6 @@ def _hidden_sizes(like: ModelDefinition, parameters: int) -> Iterator[int]:
         hidden += step * (1 if hidden < 16 * step else 4)
 
 
-def _scaled(like: ModelDefinition, hidden: int, pattern: str, ffn: int) -> ModelDefinition:
-    """Return the definition with numbers of heads in proportion to the hidden size; keys without a layer are 0."""
-    used = {key for letter in set(pattern) for key in KINDS[letter].widths}
-    counts = {}
-    for heads, groups in _HEADS.items():
-        counts[heads] = max(round(getattr(like, heads) * hidden / like.hidden_size), 1)
-        counts[groups] = math.gcd(counts[heads], getattr(like, groups))
-    widths = {key for kind in KINDS.values() for key in kind.widths}
-    return replace(
-        like,
-        pattern=pattern,
-        hidden_size=hidden,
-        overrides={},
-        sources={},
-        **{key: counts.get(key, getattr(like, key)) * (key in used) for key in widths - {"ffn_hidden_size"}},
-        ffn_hidden_size=ffn,
-    )
-
-
-#: number of heads -> of groups that share keys and values, or B and C
-_HEADS = {"num_attention_heads": "num_query_groups", "mamba_num_heads": "mamba_num_groups"}
-
-
 def _parameters(shape: ModelDefinition) -> int:
     """Return its parameters, of one block of each kind: many shapes are counted that are left out."""
     layers = Counter(shape.pattern).items()
@@ -169,7 +145,7 @@ def _parameters(shape: ModelDefinition) -> int:
 
 
 def _hybrid_mixes(like: ModelDefinition, hidden: int, ratio: float, parameters: int) -> Iterator[Mix]:
-    whole = _scaled(like, hidden, "M*-", int(ratio * hidden))
+    whole = alike(like, hidden, "M*-", int(ratio * hidden))
     mamba, attention, ffn = (block.parameters for block in whole.blocks)
     budget = parameters - whole.other_parameters
     for per_ffn in MAMBA_PER_FFN:
@@ -183,7 +159,7 @@ def _hybrid_mixes(like: ModelDefinition, hidden: int, ratio: float, parameters: 
 
 def _repeated_mixes(like: ModelDefinition, hidden: int, ratio: float, parameters: int) -> Iterator[Mix]:
     period = like.pattern[: len(set(like.pattern))]
-    whole = _scaled(like, hidden, period, int(ratio * hidden) if like.ffn_hidden_size else 0)
+    whole = alike(like, hidden, period, int(ratio * hidden) if like.ffn_hidden_size else 0)
     count = round((parameters - whole.other_parameters) / sum(block.parameters for block in whole.blocks))
     if 1 <= count <= MAX_LAYERS // len(period):
         counts = whole.layer_counts()
