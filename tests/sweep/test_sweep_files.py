@@ -158,7 +158,7 @@ def test_a_folder_of_another_recipe_is_refused_and_former_points_are_named(small
         (point.run.folder / "run.json").write_text("{}")
     assert not points_of(first, HERE)[0].is_finished()
     changed = write(small, tmp_path, grid={"optim.peak_lr": [1e-2, 2e-3]})
-    assert others(changed, points_of(changed, HERE)) == ["peak_lr-0.001"]
+    assert others(points_of(changed, HERE)) == ["peak_lr-0.001"]
     shared = write(small, tmp_path, settings={"optim.weight_decay": 0.2}, grid={"optim.peak_lr": [1e-2]})
     with pytest.raises(UserError, match=r"optim\.weight_decay: 0\.1 there, 0\.2 now") as error:
         points_of(shared, HERE)

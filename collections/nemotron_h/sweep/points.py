@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
@@ -80,10 +82,15 @@ def points_of(sweep: SweepFile, place: Place) -> list[Point]:
     return points
 
 
-def others(sweep: SweepFile, points: list[Point]) -> list[str]:
+def folder_of(points: Sequence[Point]) -> Path:
+    """Return the folder of runs and results; that of a cluster's jobs is in its `work_dir`."""
+    return Path(points[0].run.recipe.log.dir)
+
+
+def others(points: Sequence[Point]) -> list[str]:
     """Return the runs in the sweep's folder that are no points of its file any more."""
     known = {point.name for point in points}
-    return sorted(file.parent.name for file in sweep.folder.glob("*/run.json") if file.parent.name not in known)
+    return sorted(file.parent.name for file in folder_of(points).glob("*/run.json") if file.parent.name not in known)
 
 
 def _point(
