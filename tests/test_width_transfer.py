@@ -1,4 +1,4 @@
-"""`demos/width_transfer.py`: its runs are recipes, and what it makes of their losses."""
+"""`demos/width_transfer.py` and the sweep that it reads: the twins, and what it makes of their losses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from types import ModuleType
 
 import pytest
 
+from nemotron_h.launch.place import HERE
 from nemotron_h.recipe.checks import definition_of
-from nemotron_h.recipe.compose import compose
+from nemotron_h.sweep.file import locate, read_sweep
+from nemotron_h.sweep.points import planned_row, points_of
+from nemotron_h.sweep.rows import write_csv
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,15 +28,23 @@ def demo() -> Iterator[ModuleType]:
     sys.path.remove(str(ROOT / "demos"))
 
 
-def test_twins_differ_in_multipliers_and_initial_weights_alone(demo: ModuleType) -> None:
-    models = {}
-    for variant in demo.VARIANTS:
-        recipe = compose("falcon_h1_tiny/pretrain", demo.settings(variant, 256, 2**-8))
-        models[variant] = definition_of(recipe, "x")
-    none, rule, scaled = models.values()
-    assert (none.scales.ssm_in, rule.scales.ssm_in, scaled.scales.ssm_in) == (1, 5, 5)
-    assert (none.init_std, rule.init_std, scaled.init_std) == (0.02, 0.02, pytest.approx(0.02 / math.sqrt(5)))
-    assert none.parameters == rule.parameters == scaled.parameters
+def test_twins_differ_in_multipliers_and_initial_weights_alone(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of the sweep are those that the script looks for."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("nemotron_h.sweep.points._check_data", lambda points, origin: None)
+    points = points_of(read_sweep(locate("width")), HERE)
+    write_csv([{**planned_row(p), "state": "finished", "validation_loss": 1.0} for p in points], tmp_path / "sweep.csv")
+    losses = demo.measured(tmp_path / "sweep.csv")
+    assert {demo.name_of(v, w, r) for v in demo.VARIANTS for w in demo.WIDTHS for r in demo.RATES} == {*losses}
+    models = {p.labels["run"]: definition_of(p.run.recipe, "x") for p in points}
+    for width in demo.WIDTHS:
+        none, rule, scaled = (models[f"{variant}-{width}"] for variant in demo.VARIANTS)
+        assert (none.scales.ssm_in, rule.scales.ssm_in, scaled.scales.ssm_in) == (1, 1280 / width, 1280 / width)
+        assert (none.init_std, rule.init_std, scaled.init_std) == (0.02, 0.02, 0.02 * math.sqrt(width / 1280))
+        assert none.parameters == rule.parameters == scaled.parameters
+        assert none.hidden_size == width
 
 
 def test_the_optimum_of_a_parabola_over_the_logarithm(demo: ModuleType) -> None:

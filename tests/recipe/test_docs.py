@@ -17,6 +17,7 @@ from nemotron_h.recipe.compose import compose, factory_of, known_recipes, stage_
 from nemotron_h.recipe.overrides import parts, split
 from nemotron_h.schema.nemo_names import SAME
 from nemotron_h.schema.recipe import STAGES
+from nemotron_h.sweep.file import locate, read_sweep
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "new_size.md"
@@ -75,5 +76,7 @@ def test_a_command_of_the_pages_has_the_arguments_that_it_says(arguments: list[s
     recipe, settings = parsed.get("recipe") or parsed.get("name"), parsed.get("overrides") or []
     if recipe in known_recipes() and all("=" in setting for setting in settings):
         compose(recipe, [setting for setting in settings if not setting.startswith("executor")])
+    if command.name == "sweep" and not parsed["file"].endswith(".yaml"):  # likewise
+        assert read_sweep(locate(parsed["file"]))
     if parsed.get("blend") and not parsed["blend"].endswith(".yaml"):  # a file of the reader's own
         assert load_blend(parsed["blend"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from nemotron_h.sweep import fits
 from nemotron_h.sweep.command import Sweep
 from nemotron_h.sweep.file import SweepFile, read_sweep
 from nemotron_h.sweep.points import others, points_of
+
+PAGE = Path(__file__).parents[2] / "docs" / "sweeps.md"
 
 
 def write(small: Small, folder: Path, name: str = "lr", **content: object) -> SweepFile:
@@ -142,7 +145,7 @@ def test_a_fit_with_too_few_points_is_refused_before_a_run(
         sweep_of(write(small, tmp_path, grid={"optim.peak_lr": [1e-2]}, fits=[{**fit, "line": "optim.beta1"}]))
     made = sweep_of(write(small, tmp_path, grid={"optim.peak_lr": [1e-2, 2e-3, 1e-3]}, fits=[fit]))
     assert len(seen[-1]) == 3
-    rows = [{"loss": 1.0, "flops": 1.0, **point.settings} for point in made.points]
+    rows = [{"loss": 1.0, "flops": 1.0, **point.swept} for point in made.points]
     named = FitSchema("line", {"x": "optim.peak_lr"})
     assert list(fits.fitted(named, rows)) == [("line", "y = x")]
 
@@ -155,7 +158,7 @@ def test_a_folder_of_another_recipe_is_refused_and_former_points_are_named(small
         (point.run.folder / "run.json").write_text("{}")
     assert not points_of(first, HERE)[0].is_finished()
     changed = write(small, tmp_path, grid={"optim.peak_lr": [1e-2, 2e-3]})
-    assert others(changed, points_of(changed, HERE)) == ["peak_lr-0.001"]
+    assert others(points_of(changed, HERE)) == ["peak_lr-0.001"]
     shared = write(small, tmp_path, settings={"optim.weight_decay": 0.2}, grid={"optim.peak_lr": [1e-2]})
     with pytest.raises(UserError, match=r"optim\.weight_decay: 0\.1 there, 0\.2 now") as error:
         points_of(shared, HERE)
@@ -176,6 +179,14 @@ def test_the_trio_has_equal_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [point.parameters for point in points]
     assert max(sizes) / min(sizes) < 1.003
     assert {point.tokens for point in points} == {327_680}
+
+
+def test_the_file_of_the_page_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nemotron_h.sweep.points._check_data", lambda points, origin: None)
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    path = tmp_path / "lr.yaml"
+    path.write_text(text)
+    assert "peak_lr-0.002_wide_seed-1" in [p.name for p in sweep_of(read_sweep(path)).points]
 
 
 def test_values_of_a_sweep_are_in_its_file(small: Small, tmp_path: Path) -> None:

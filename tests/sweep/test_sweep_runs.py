@@ -16,12 +16,13 @@ from test_sweep_files import sweep_of, write
 
 from nemotron_h.core.progress import STEPS, Step
 from nemotron_h.launch import runs
-from nemotron_h.launch.place import HERE
+from nemotron_h.launch.place import HERE, place_of
 from nemotron_h.launch.runs import Run
 from nemotron_h.launch.several import threads, train_several
 from nemotron_h.platform import memory
 from nemotron_h.schema.recipe import RecipeConfig
 from nemotron_h.sweep import capacity as capacities
+from nemotron_h.sweep.command import Sweep
 from nemotron_h.sweep.points import Point
 from nemotron_h.sweep.results import table
 from nemotron_h.sweep.results import write as write_results
@@ -177,6 +178,31 @@ def test_results_are_means_over_seeds_with_their_spread(small: Small, tmp_path: 
     page = (made.file.folder / "report.html").read_text()
     assert "7 of 8" in page
     assert "2.5000 ± 0.7071" in page
+
+
+def test_jobs_and_results_are_in_the_folder_of_the_cluster(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = ["executor=slurm", "executor.account=a", "executor.partition=p", f"executor.work_dir={tmp_path}"]
+    file = write(small, tmp_path, seeds=[1, 2, 3], dir="swept", settings={"data.root": str(small.folder / "data")})
+    made = Sweep(file, place_of(slurm)[0], Console(file=io.StringIO()))
+    assert {point.run.folder.parent for point in made.points} == {tmp_path / "swept" / "lr"}
+    begun = []
+
+    def begin(run: Run, place: object, console: object, env: dict) -> Begun:
+        begun.append(run.name)
+        finish(next(point for point in made.points if point.run is run), [4.0, 3.0, 2.0, 1.0], 1.0)
+        return Begun(run, 2)
+
+    monkeypatch.setattr(runs, "begin", begin)
+    monkeypatch.setattr(runs, "POLL_S", 0)
+    monkeypatch.setattr(runs, "is_finished", lambda run, steps: True)
+    made.train()
+    made.write()
+    assert begun == ["seed-1", "seed-2", "seed-3"]
+    assert "3 at a time (jobs of the cluster)" in made.console.file.getvalue()
+    assert (tmp_path / "swept" / "lr" / "report.html").is_file()
+    assert not made.failed
 
 
 def test_checkpoints_go_where_the_file_says_so(small: Small, tmp_path: Path) -> None:

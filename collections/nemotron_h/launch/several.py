@@ -82,7 +82,7 @@ def train_several(
         else:
             waiting.append((run, steps))
     free, running = list(range(at_once))[::-1], []
-    progress = _Progress(console, sum(steps for _, steps in waiting), len(waiting))
+    progress = _Progress(console, sum(steps for _, steps in waiting), len(waiting), place.submits)
     with single.leave_on_signals(), progress.bar:
         try:
             while (waiting or running) and time.monotonic() < end:
@@ -120,9 +120,9 @@ def _error(run: Run, steps: int, begun: single.Begun) -> UserError | None:
 class _Progress:
     """The steps of all runs together: a live bar on a terminal, lines elsewhere."""
 
-    def __init__(self, console: Console, steps: int, runs: int) -> None:
+    def __init__(self, console: Console, steps: int, runs: int, jobs: bool) -> None:
         self.bar = StageProgress(console, "runs", steps)
-        self.steps, self.runs, self.over = steps, runs, 0
+        self.steps, self.runs, self.over, self.jobs = steps, runs, 0, jobs
         self.at: dict[str, int] = {}
         self.now: dict[str, Step] = {}
         self.first: dict[str, int] = {}
@@ -130,9 +130,11 @@ class _Progress:
         self.started = self.last = time.monotonic()
 
     def ready(self, waiting: Sequence[tuple[Run, int]]) -> tuple[Run, int] | None:
-        """Return the first run that no other process trains: one of a killed command writes its checkpoint still."""
+        """Return the first run that no other process trains: one of a killed command writes its checkpoint still. A job
+        of an earlier command is taken up.
+        """
         for run, steps in waiting:
-            holder = locks.holder(run.folder)
+            holder = None if self.jobs else locks.holder(run.folder)
             if holder is None:
                 return run, steps
             if run.name not in self.told:

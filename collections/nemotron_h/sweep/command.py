@@ -17,7 +17,7 @@ from nemotron_h.launch.several import train_several
 from nemotron_h.sweep import figures, fits, results
 from nemotron_h.sweep.capacity import capacity
 from nemotron_h.sweep.file import SweepFile, complain
-from nemotron_h.sweep.points import Point, others, planned_row, points_of
+from nemotron_h.sweep.points import Point, folder_of, others, planned_row, points_of
 from nemotron_h.sweep.rows import row_of
 
 
@@ -56,7 +56,8 @@ class Sweep:
         Errors:
             UserError: another process runs this sweep.
         """
-        with locks.locked(self.file.folder, "swept", "dir"):
+        folder = folder_of(self.points)
+        with locks.locked(folder, "swept", "dir"):
             done = sum(self._tidy(point) for point in self.points)
             left = [point for point in self.points if not point.is_finished()]
             at_once = capacity([p.run.recipe for p in left], self.file.schema.at_once, self.place) if left else None
@@ -64,8 +65,8 @@ class Sweep:
                 f"{self.file.name}: {len(self.points)} points, {done} finished already"
                 + (f"; {at_once.runs} at a time ({at_once.why})" if at_once else "")
             )
-            for name in others(self.file, self.points):
-                self._say(f"  {name} in {self.file.folder} is no point of {self.file.path} any more; it stays")
+            for name in others(self.points):
+                self._say(f"  {name} in {folder} is no point of {self.file.path} any more; it stays")
             if at_once:
                 runs = [(point.run, point.steps) for point in left]
                 train_several(runs, at_once.runs, self.console, place=self.place, ended=self._ended, env=at_once.env)
@@ -96,7 +97,7 @@ class Sweep:
             return f"{run.name} did not finish: {error.message}"
         point = next(point for point in self.points if point.name == run.name)
         self._tidy(point)
-        results.write_rows(self.file, self.points)
+        results.write_rows(self.points)
         row = row_of(point)
         return f"{run.name} finished: loss {row.get('loss', float('nan')):.4f}, {duration(row.get('seconds', 0))}"
 

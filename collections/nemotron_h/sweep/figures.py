@@ -111,14 +111,14 @@ def _over_column(
 
 
 def _over_run(axes: Axes, y: str, points: list[Point], colour: str, label: str | None) -> None:
-    """Plot the mean loss over the run and a band of one standard deviation, at the steps that all have."""
+    """Plot the mean loss over the run and a band of one standard deviation, at the steps that all have trained."""
     curves = []
     for point in points:
         run = read_run(point.run.folder)
         train = {step.step: step.loss for step in run.steps}
         losses = train if y == "train_loss" or (y == "loss" and not run.validation) else run.validation
         curves.append({step * run.tokens_per_step: loss for step, loss in losses.items()})
-    at = sorted(set.intersection(*(set(curve) for curve in curves)))
+    at = sorted(set.intersection(*(set(curve) for curve in curves)) - {0})
     if not at:
         return
     values = np.array([[curve[x] for x in at] for curve in curves])

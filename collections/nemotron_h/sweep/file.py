@@ -69,14 +69,12 @@ class SweepFile:
         return Path(self.schema.dir) / self.name
 
     def combinations(self) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-        """Yield the name, the labels by axis and the settings of every point, in the order of the file."""
+        """Yield the name, the labels by axis and the swept keys of every point, in the order of the file."""
         for options in itertools.product(*(axis.options for axis in self.axes)):
             chosen = list(zip(self.axes, options, strict=True))
             labels = {axis.name: option.label for axis, option in chosen}
-            settings = dict(self.schema.settings)
-            for _, option in chosen:
-                settings |= option.settings
-            yield "_".join(axis.part(option) for axis, option in chosen) or "run", labels, settings
+            swept = {key: value for _, option in chosen for key, value in option.settings.items()}
+            yield "_".join(axis.part(option) for axis, option in chosen) or "run", labels, swept
 
 
 def locate(name_or_path: str) -> Path:

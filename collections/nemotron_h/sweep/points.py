@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
@@ -30,13 +32,13 @@ class Point:
 
     Attributes:
         labels: axis -> value, as tables have it.
-        settings: recipe key -> value.
+        swept: recipe key -> value, of its axes.
         run: with its whole recipe.
         steps, tokens, parameters, flops: of the whole run.
     """
 
     labels: dict[str, Any]
-    settings: dict[str, Any]
+    swept: dict[str, Any]
     run: Run
     steps: int
     tokens: int
@@ -67,9 +69,9 @@ def points_of(sweep: SweepFile, place: Place) -> list[Point]:
     bases: dict[tuple[str, ...], RecipeConfig] = {}
     problems: dict[str, list[str]] = {}
     points = []
-    for name, labels, settings in sweep.combinations():
+    for name, labels, swept in sweep.combinations():
         try:
-            points.append(_point(sweep, name, labels, settings, place, bases))
+            points.append(_point(sweep, name, labels, swept, place, bases))
         except UserError as error:
             problems.setdefault(str(error).replace(f"{sweep.path}: ", "").replace("\n", "; "), []).append(name)
     complain(sweep.path, [f"{problem} ({_several(names)})" for problem, names in problems.items()])
@@ -80,23 +82,29 @@ def points_of(sweep: SweepFile, place: Place) -> list[Point]:
     return points
 
 
-def others(sweep: SweepFile, points: list[Point]) -> list[str]:
+def folder_of(points: Sequence[Point]) -> Path:
+    """Return the folder of runs and results; that of a cluster's jobs is in its `work_dir`."""
+    return Path(points[0].run.recipe.log.dir)
+
+
+def others(points: Sequence[Point]) -> list[str]:
     """Return the runs in the sweep's folder that are no points of its file any more."""
     known = {point.name for point in points}
-    return sorted(file.parent.name for file in sweep.folder.glob("*/run.json") if file.parent.name not in known)
+    return sorted(file.parent.name for file in folder_of(points).glob("*/run.json") if file.parent.name not in known)
 
 
 def _point(
     sweep: SweepFile,
     name: str,
     labels: dict[str, Any],
-    settings: dict[str, Any],
+    swept: dict[str, Any],
     place: Place,
     bases: dict[tuple[str, ...], RecipeConfig],
 ) -> Point:
     origin = str(sweep.path)
     if not is_name(name):
         raise UserError(f"{origin}: its name would be too long", hint="give values names: {name: wide, model...: ...}")
+    settings = {**sweep.schema.settings, **swept}
     parts = tuple(f"{key}={value}" for key, value in settings.items() if (configs_dir() / key).is_dir())
     values = {key: value for key, value in settings.items() if not (configs_dir() / key).is_dir()}
     if parts not in bases:  # takes most of a second
@@ -111,7 +119,7 @@ def _point(
     steps = Horizon(count_of(recipe.tokens, "tokens", origin), per_step).steps
     flops = flops_per_token(definition, data.seq_length, adapter=recipe.adapter, micro_batch=data.micro_batch_size)
     tokens = steps * per_step
-    return Point(labels, settings, Run(name, recipe), steps, tokens, definition.parameters, flops.total * tokens)
+    return Point(labels, swept, Run(name, recipe), steps, tokens, definition.parameters, flops.total * tokens)
 
 
 def _several(names: list[str]) -> str:
@@ -133,6 +141,6 @@ def _check_data(points: list[Point], origin: str) -> None:
 
 def planned_row(point: Point) -> dict[str, Any]:
     """Return what a row of the table has of a point before it runs."""
-    values = {**point.settings, **point.labels}
+    values = {**point.swept, **point.labels}
     plain = {key: v if isinstance(v, str | int | float) else json.dumps(v) for key, v in values.items()}
     return {"point": point.name, **plain, **{key: getattr(point, key) for key in ("parameters", "tokens", "flops")}}

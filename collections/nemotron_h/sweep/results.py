@@ -17,7 +17,7 @@ from nemotron_h.core.units import duration, short_count
 from nemotron_h.sweep.figures import draw, title_of
 from nemotron_h.sweep.file import SweepFile
 from nemotron_h.sweep.fits import fitted
-from nemotron_h.sweep.points import Point
+from nemotron_h.sweep.points import Point, folder_of
 from nemotron_h.sweep.rows import Row, groups, row_of, spread, write_csv
 
 CSV, REPORT = "sweep.csv", "report.html"
@@ -43,10 +43,10 @@ class Results(NamedTuple):
     files: list[Path]
 
 
-def write_rows(sweep: SweepFile, points: Sequence[Point]) -> list[Row]:
+def write_rows(points: Sequence[Point]) -> list[Row]:
     """Write `sweep.csv` as far as the runs are, and return its rows."""
     rows = [row_of(point) for point in points]
-    write_csv(rows, sweep.folder / CSV)
+    write_csv(rows, folder_of(points) / CSV)
     return rows
 
 
@@ -56,13 +56,13 @@ def write(sweep: SweepFile, points: Sequence[Point]) -> Results:
     Errors:
         UserError: a file cannot be read or written.
     """
-    rows = write_rows(sweep, points)
+    rows, folder = write_rows(points), folder_of(points)
     there = [(point, row) for point, row in zip(points, rows, strict=True) if row["state"] == "finished"]
-    files, figures, fits = [sweep.folder / CSV], [], []
+    files, figures, fits = [folder / CSV], [], []
     if there:
         done, finished = zip(*there, strict=True)
         for number, figure in enumerate(sweep.schema.figures, 1):
-            files.append(sweep.folder / f"figure-{number}.svg")
+            files.append(folder / f"figure-{number}.svg")
             title = f"{sweep.name}: {title_of(figure)}"
             plot.save(draw(figure, finished, 720, 400, done), files[-1], title)
             svg = for_both(lambda w, h, f=figure: draw(f, finished, w, h, done), title)
@@ -72,7 +72,7 @@ def write(sweep: SweepFile, points: Sequence[Point]) -> Results:
                 fits += [(title, str(result)) for title, result in fitted(fit, list(finished))]
             except UserError as error:
                 fits.append((fit.name, f"not fitted: {error}"))
-    files.append(sweep.folder / REPORT)
+    files.append(folder / REPORT)
     with whole_file(files[-1]) as temporary:
         temporary.write_text(_html(sweep, points, rows, figures, fits), encoding="utf-8")
     return Results(rows, fits, files)
