@@ -10,7 +10,9 @@ import typer
 def sweep(
     file: Annotated[
         str,
-        typer.Argument(metavar="SWEEP", help="A sweep file (docs/sweeps.md), or a shipped one: trio, phases, muon."),
+        typer.Argument(
+            metavar="SWEEP", help="A sweep file (docs/sweeps.md), or a shipped one: trio, phases, muon, width."
+        ),
     ],
     executor: Annotated[
         list[str] | None, typer.Argument(help="Where its runs go: executor=FILE.yaml submits them to Slurm.")
