@@ -165,6 +165,13 @@ def test_a_folder_of_another_recipe_is_refused_and_former_points_are_named(small
     assert "rename lr.yaml" in error.value.hint
 
 
+def test_a_recipe_that_ends_its_runs_elsewhere_is_refused(small: Small, tmp_path: Path) -> None:
+    text = (small.folder / "base.yaml").read_text()
+    (tmp_path / "ends.yaml").write_text(f"{text}overrides: [trainer.max_steps=3]\n")
+    with pytest.raises(UserError, match=r"overrides has trainer\.max_steps=3"):
+        points_of(write(small, tmp_path, recipe=str(tmp_path / "ends.yaml")), HERE)
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (recipes_dir() / "sweeps").glob("*.yaml")))
 def test_a_shipped_sweep_checks_as_far_as_its_data_is_there(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nemotron_h.sweep.points._check_data", lambda points, origin: None)

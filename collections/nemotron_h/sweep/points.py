@@ -25,6 +25,9 @@ from nemotron_h.recipe.compose import changed, compose, configs_dir
 from nemotron_h.schema.recipe import PIPELINES, RecipeConfig
 from nemotron_h.sweep.file import SweepFile, complain
 
+#: settings of a built run that would end it elsewhere than its recipe says
+FIXED = ("trainer.max_steps", "log.explicit_log_dir")
+
 
 @dataclass(frozen=True)
 class Point:
@@ -111,6 +114,10 @@ def _point(
         bases[parts] = compose(sweep.schema.recipe, parts)
     if bases[parts].stage in PIPELINES:
         raise UserError(f"{origin}: recipe = {sweep.schema.recipe} is of stage {bases[parts].stage}, which is no run")
+    if fixed := [setting for setting in bases[parts].overrides if setting.startswith(FIXED)]:
+        raise UserError(
+            f"{origin}: {sweep.schema.recipe}: overrides has {fixed[0]}", hint="the sweep says that: leave it out"
+        )
     recipe = changed(bases[parts], {**values, "name": name, "log.dir": str(sweep.folder)}, origin)
     place.check(recipe, origin)
     recipe = place.moved(recipe)
