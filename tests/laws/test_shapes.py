@@ -100,10 +100,21 @@ def test_the_command_writes_a_model_that_is_planned(tmp_path: Path) -> None:
     output = run("--parameters", "4B", "--like", "nemotron_t_8b", *bound, "--write", str(file))
     assert "fitted to Transformers of OpenLM" in output
     assert "not fitted to" in output
+    assert re.search(r"┃ +loss ┃", output)
     recipe = compose("nemotron_t_8b", [f"model={file}"])
     assert recipe.model.name == "chosen"
     assert abs(recipe.model.expect.parameters / 4e9 - 1) <= TOLERANCE
     assert "nemotron-h shapes --parameters 4B" in file.read_text()
+
+
+def test_a_hybrid_is_ranked_by_measured_layers_and_by_shape_alone(tmp_path: Path) -> None:
+    file = tmp_path / "chosen.yaml"
+    output = run("--parameters", "200M", "--on", "cpu", "--latency-below", "60ms", "--top", "3", "--write", str(file))
+    assert "over best" in output
+    assert not re.search(r"┃ +loss ┃", output)  # of another size than its runs, the law knows the order alone
+    assert "extrapolation" in output
+    assert re.search(r"\d+ above the bound", output)
+    assert compose("nemotron_h_1b", [f"model={file}"]).model.family == "nemotron_h"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +123,7 @@ def test_the_command_writes_a_model_that_is_planned(tmp_path: Path) -> None:
         (("--latency-below", "20"), "--latency-below '20' is no time"),
         (("--parameters", "many"), "--parameters: 'many'"),
         (("--on", "h20"), "--on h20: there is no such machine"),
+        (("--on", "cpu", "--batch", "3"), "cpu was not measured with batch 3"),
         (("--law", "morf"), "there is no law 'morf'"),
         (("--part", "total"), "--part = 'total'"),
         (("--write", "nowhere/x.yaml"), "--write nowhere/x.yaml"),

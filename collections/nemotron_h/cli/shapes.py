@@ -80,7 +80,9 @@ def shapes(
     ranking = rank(model, count, trained, fitted, latency, bound, part, tensor)
     _show(ranking, top, f"{parameters} alike {like}; {scenario}; {machine}", fitted, origin)
     if write is not None:
-        _write(write, ranking, f"--parameters {parameters} --on {on} --like {like}", origin)
+        below = f" --latency-below {latency_below} --part {part}" if latency_below else ""
+        asked = f"--parameters {parameters} --like {like} --on {on} --batch {batch} --context {context}{below}"
+        _write(write, ranking, asked, origin)
 
 
 def _latency(
@@ -137,15 +139,17 @@ def _show(ranking: Ranking, top: int, title: str, law: Law, origin: str) -> None
         console.width = 140  # a pipe has no width of its own
     table = Table(title=title)
     best = ranking.shapes[0].loss
-    for column in ("loss", "over best", "decode ms", "prefill ms", "hidden", "FFN", "layers", "parameters"):
+    # a law of shape alone knows how much worse, not the loss
+    losses = ("loss", "over best") if FORMS[law.form].of_size else ("over best",)
+    for column in (*losses, "decode ms", "prefill ms", "hidden", "FFN", "layers", "parameters"):
         table.add_column(column, justify="right")
     for each in ranking.shapes[:top]:
         d = each.definition
         seconds = (f"{1e3 * part:,.3g}" for part in (each.latency.decode, each.latency.prefill))
         layers = ", ".join(f"{d.count(kind.letter)} {kind.letter}" for kind in d.kinds)
         sizes = (f"{d.hidden_size:,}", f"{d.ffn_hidden_size:,}", layers, f"{d.parameters:,}")
-        loss = f"{each.loss:.4f}" if FORMS[law.form].of_size else "-"  # a law of shape alone knows the order
-        table.add_row(loss, f"{100 * (each.loss / best - 1):.2f} %", *seconds, *sizes)
+        cells = (f"{each.loss:.4f}", f"{100 * (each.loss / best - 1):.2f} %")[-len(losses) :]
+        table.add_row(*cells, *seconds, *sizes)
     console.print(table)
     console.print(f"law {origin}, fitted to {law.fitted_to}. Its error: {law.error}.")
     left_out = [
