@@ -10,7 +10,10 @@ import typer
 def sweep(
     file: Annotated[
         str,
-        typer.Argument(metavar="SWEEP", help="A sweep file (docs/sweeps.md), or the name of a shipped one: trio."),
+        typer.Argument(
+            metavar="SWEEP",
+            help="A sweep file (docs/sweeps.md), or a shipped one: trio, phases, muon, muon_steps, width.",
+        ),
     ],
     executor: Annotated[
         list[str] | None, typer.Argument(help="Where its runs go: executor=FILE.yaml submits them to Slurm.")
