@@ -70,6 +70,37 @@ def test_the_balance_loss_is_that_of_each_sequence() -> None:
     assert not noted[1]
 
 
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+def test_beside_a_sum_the_balance_loss_weighs_what_that_counts(recompute: str) -> None:
+    """Where Megatron divides a step's gradients by tokens or pairs, a micro-batch has its share: also where another
+    micro-batch has passed in between, as in a pipeline.
+    """
+    from nemotron_h.model.module import data_step, forward_step
+
+    def batch(rows: int, **count: torch.Tensor) -> dict[str, torch.Tensor]:
+        mask = (torch.arange(40) < 5).float().expand(rows, 40)
+        found = {"tokens": tokens(rows, 40, rows), "labels": tokens(rows, 40), "loss_mask": mask, **count}
+        return data_step(iter([{**found, "position_ids": found["tokens"]}]))
+
+    batches = [batch(2), batch(3, pairs=torch.tensor([4, 0, 3]))]
+    assert [int(each["loss_count"]) for each in batches] == [2 * 5, 7]
+
+    def gradients(of: list[dict], **changes) -> dict[str, torch.Tensor]:
+        model = small_model(pure_config("E", recompute_experts=recompute, **changes))
+        losses = [forward_step(model, each).mean() for each in of]
+        for loss in losses:
+            loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    both = [gradients(batches, balance_loss=b, calculate_per_token_loss=True) for b in (0.3, 0.0)]
+    alone = [[gradients([each], balance_loss=b) for b in (0.3, 0.0)] for each in batches]
+    for name in both[0]:
+        expected = sum(n * (one[name] - zero[name]) for n, (one, zero) in zip((10, 7), alone, strict=True))
+        if expected.any():  # nothing reaches the last layer's experts and the output layer
+            assert relative_error(both[0][name] - both[1][name], expected) < 1e-3, name
+    assert all(both[0][n].ne(both[1][n]).any() for n in both[0] if n.endswith(".router.weight"))
+
+
 @pytest.mark.parametrize("recipe", ["fp8_current_scaling", "fp8_blockwise"])
 def test_emulated_fp8_takes_the_experts_and_leaves_the_router(recipe: str) -> None:
     """One expert gets no token."""

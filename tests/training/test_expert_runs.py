@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import Small, assert_same, sft_recipe
+from small_run import (
+    Small,
+    assert_same,
+    distill_recipe,
+    losses,
+    preference_recipe,
+    sft_recipe,
+    write_pairs,
+)
 
 from nemotron_h.core.progress import STEPS, read_steps
 from nemotron_h.inference.generate import generate
@@ -120,3 +129,103 @@ def test_adapters_of_shared_experts_resume_exactly(small: Small, talk: Small, ex
     assert torch.equal(base.layers[4].bias, adapted.layers[4].bias)
     assert torch.equal(base.layers[4].up, adapted.layers[4].up)
     assert not torch.equal(base.layers[4].shared_up, adapted.layers[4].shared_up)
+
+
+def of_experts(small: Small, file: Path, *changes: tuple[str, str]) -> Path:
+    """Change a recipe of another stage: it starts from `experts`, or has that run as its teacher."""
+    text = file.read_text().replace(str(small.run_dir("straight")), str(small.run_dir("experts")))
+    for before, after in changes:
+        assert before in text, before
+        text = text.replace(before, after)
+    file.write_text(text)
+    return file
+
+
+def biases(small: Small, name: str) -> torch.Tensor:
+    """Return the correction biases [experts] of the layer with experts at the end of a run."""
+    (found,) = (w.bias for w in load_model(small.run_dir(name)).layers if hasattr(w, "bias"))
+    return found
+
+
+def balance_losses(small: Small, name: str) -> list[float]:
+    return [step.metrics["balance_loss"] for step in read_steps(small.run_dir(name) / STEPS)[0]]
+
+
+def test_preference_has_the_biases_of_its_start_as_reference(small: Small, experts: list[str]) -> None:
+    """The resumed run has lost its cache, and computes the reference again before it takes its own weights and biases.
+    Two expert-parallel ranks are one.
+    """
+    write_pairs(small)
+    root = small.folder / "experts_data"  # other tests count the caches of theirs
+    shutil.copytree(small.folder / "data", root, ignore=shutil.ignore_patterns(".reference"))
+    fp32, two = "trainer.plugins.name=fp32", layout(1, 1, 2, 2)
+    files = {name: preference_recipe(small, name) for name in ("experts_dpo", "experts_dpo_killed", "experts_dpo_one")}
+    for file in files.values():
+        of_experts(small, file, *CHANGES, (f"root: {small.folder / 'data'}", f"root: {root}"))
+    small.train("experts_dpo", fp32, *two, ranks=2, recipe=files["experts_dpo"])
+    killed = files["experts_dpo_killed"]
+    small.train("experts_dpo_killed", fp32, *two, "kill=4", ranks=2, recipe=killed, check=False)
+    shutil.rmtree(root / "pairs/.reference")
+    said = small.train("experts_dpo_killed", fp32, *two, ranks=2, recipe=killed).stdout
+    assert "computing them" in said
+    assert "resumed at step 3" in said
+    assert_same(small, "experts_dpo", "experts_dpo_killed")  # the hash of the reference too
+    assert small.same_tensors("experts_dpo", "experts_dpo_killed", 6)
+    small.train("experts_dpo_one", fp32, "trainer.max_steps=2", recipe=files["experts_dpo_one"])
+    one, two = small.steps("experts_dpo_one"), small.steps("experts_dpo")
+    assert float.fromhex(two[1]["margin"]) == 0
+    assert float.fromhex(two[6]["margin"]) > 0.5
+    for step, key in ((step, key) for step in one for key in ("loss", "margin", "grad_norm")):
+        ours, theirs = (float.fromhex(of[step][key]) for of in (two, one))
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5), (step, key)
+    moved = (biases(small, "experts_dpo") - biases(small, "experts")).abs()
+    assert 0 < float(moved.max()) <= 6e-3 + 1e-6
+    assert all(0.9 < loss < 2 for loss in balance_losses(small, "experts_dpo"))
+
+
+def test_a_teacher_s_experts_stay_as_they_are(small: Small, experts: list[str]) -> None:
+    """A dense student learns of them what it learns of their logits, written before the run; with one that is the
+    teacher's own copy there is nothing to learn.
+    """
+    names = ("experts_kd", "experts_kd_stored", "experts_kd_self")
+    files = {name: of_experts(small, distill_recipe(small, name)) for name in names}
+    cache = small.folder / "experts_logits"
+    small.train("experts_kd", recipe=files["experts_kd"])
+    small.command("experts_logits", "distill-cache", str(files["experts_kd"]), f"distill.teacher_logits={cache}")
+    small.train("experts_kd_stored", f"model.config.teacher_logits={cache}", recipe=files["experts_kd_stored"])
+    assert losses(small, "experts_kd_stored") == losses(small, "experts_kd")
+    assert losses(small, "experts_kd")[-1] < losses(small, "experts_kd")[0]
+
+    before, rest = files["experts_kd_self"].read_text().split("model:\n")
+    teacher = small.run_dir("experts")
+    text = f"{before}model: {teacher}\ninit: {{checkpoint: {teacher}}}\n{rest[rest.index('data:') :]}"
+    files["experts_kd_self"].write_text(text)
+    small.train("experts_kd_self", *SHORT, *layout(1, 1, 2, 2), ranks=2, recipe=files["experts_kd_self"])
+    assert losses(small, "experts_kd_self")[0] == 0
+
+
+SHORT = ("trainer.max_steps=2", "optim.warmup_steps=1", "data.horizon_steps=6")
+STUDENT = (
+    ("family: nemotron_h", "family: pruned"),
+    ("pattern: M*-", "pattern: M*E"),
+    ("ffn_hidden_size: 64\n", WIDTHS[WIDTHS.index("num_experts") :].replace("hidden_size: 48", "hidden_size: 24")),
+    ("ffn: 1, parameters: 116568", "ffn: 0, experts: 1, parameters: 129116, active: 122972"),
+)
+
+
+def test_a_student_with_experts(small: Small, experts: list[str], straight: dict) -> None:
+    """On two expert-parallel ranks: killed and resumed it is straight. A dense teacher may be beside it."""
+    names = ("experts_student", "experts_student_killed")
+    two = layout(1, 1, 2, 2)
+    for name, kills in zip(names, ([[]], [["kill=4"], []]), strict=True):
+        file = of_experts(small, distill_recipe(small, name), *STUDENT)
+        for kill in kills:
+            small.train(name, *two, *kill, ranks=2, recipe=file, check=not kill)
+    assert_same(small, *names)
+    assert small.same_tensors(*names, 6)
+    assert losses(small, names[0])[-1] < losses(small, names[0])[0]
+    assert 0 < float(biases(small, names[0]).abs().max()) <= 6e-3 + 1e-6
+    assert all(0.9 < loss < 2 for loss in balance_losses(small, names[0]))
+    of_a_dense = distill_recipe(small, "experts_of_a_dense", *STUDENT)
+    small.train("experts_of_a_dense", *two, *SHORT, ranks=2, recipe=of_a_dense)
+    assert losses(small, "experts_of_a_dense")[1] < losses(small, "experts_of_a_dense")[0]

@@ -50,9 +50,11 @@ class Router(TopKRouter):
 
     Attributes:
         losses: balance losses of this rank's tokens without their weight, of each micro-batch since `forget`.
+        loss_count: of the pass, as of `Surroundings`.
     """
 
     losses: list[Tensor]
+    loss_count: Tensor | None = None
 
     def gating(self, input: Tensor) -> Tensor:
         """Return logits [s, b, n] of [s, b, h]."""
@@ -61,8 +63,14 @@ class Router(TopKRouter):
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_: object
     ) -> Tensor:
-        """Return the activation, whose backward pass begins that of the balance loss too."""
+        """Return the activation, whose backward pass begins that of the balance loss too.
+
+        Where Megatron divides a step's gradients by what its loss counts, a micro-batch's balance loss has the weight
+        of its share. megatron-core takes its positions for that, of which few may teach, and pairs are fewer still.
+        """
         self.losses.append(aux_loss.detach() / aux_loss_coeff)
+        if self.calculate_per_token_loss:
+            aux_loss = aux_loss * self.loss_count
         return MoEAuxLossAutoScaler.apply(activation, aux_loss)
 
     def forget(self) -> None:

@@ -114,6 +114,7 @@ class NemotronHStack(MambaStack):
         attention_mask: Tensor | None = None,
         seq_idx: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
+        loss_count: Tensor | None = None,
         **_: object,
     ) -> Tensor:
         """Return [sequence, batch, hidden] after this stage's layers.
@@ -123,11 +124,12 @@ class NemotronHStack(MambaStack):
             attention_mask: None; derived from `seq_idx`.
             seq_idx: int32 [batch, sequence], the document of each token, or None for one document per row.
             rotary_pos_emb: angles [sequence, 1, 1, channels] for the attention layers, or None.
+            loss_count: as `NemotronHMegatronModel.forward`.
         """
         if not self.pre_process:
             hidden_states = self.input_tensor
         documents = None if seq_idx is None else Documents.of(seq_idx)
-        around = Surroundings(documents, seq_idx, rotary_pos_emb)
+        around = Surroundings(documents, seq_idx, rotary_pos_emb, loss_count)
         for layer, running in zip(self.layers, self.running, strict=True):
             hidden_states = self._run_layer(layer, running, hidden_states, around)
             if layer.layer_number - 1 in self.taps:

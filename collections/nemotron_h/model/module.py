@@ -50,6 +50,8 @@ def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str,
         needed |= {"labels", "loss_mask", *last_stage}
     moved = {key: value.cuda(non_blocking=True) if key in needed else None for key, value in batch.items()}
     moved["sample_ids"] = batch.get("sample_ids")  # for callbacks, on the CPU
+    # on all stages, as a whole number, which no cast to bfloat16 rounds
+    moved["loss_count"] = batch.get("pairs", batch["loss_mask"]).sum().long().cuda(non_blocking=True)
     return get_batch_on_this_cp_rank(moved)
 
 
@@ -61,6 +63,7 @@ def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         attention_mask=None,
         labels=batch.get("labels"),
         seq_idx=batch.get("seq_idx"),
+        loss_count=batch.get("loss_count"),
     )
 
 
@@ -133,6 +136,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         attention_mask: None = None,
         labels: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        loss_count: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """Embed, run the stack, and score.
@@ -144,13 +148,14 @@ class NemotronHMegatronModel(MegatronMambaModel):
             attention_mask: must be None; attention is causal, within documents where `seq_idx` is given.
             labels: int [batch, sequence], or None for logits.
             seq_idx: int32 [batch, sequence], the document of each token, or None.
+            loss_count: tokens or pairs of the batch that the loss counts, int64: they weigh the balance of experts.
         Returns:
             losses [batch, sequence] with labels, logits [batch, sequence, vocabulary shard] without, hidden states
             [sequence, batch, hidden] on a pipeline stage that is not the last.
         """
         if attention_mask is not None:
             raise ValueError("Nemotron-H derives its attention mask from seq_idx; pass attention_mask=None")
-        hidden = self.hidden_states(input_ids, position_ids, seq_idx)
+        hidden = self.hidden_states(input_ids, position_ids, seq_idx, loss_count)
         if not self.post_process:
             return hidden
         logits, _ = self.output_layer(hidden)
@@ -161,15 +166,18 @@ class NemotronHMegatronModel(MegatronMambaModel):
             return losses.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None, loss_count: Tensor | None = None
+    ) -> Tensor:
         """Return [sequence, batch, hidden] after this stage's layers, on the last stage what the output layer takes."""
-        embedded = self.embedding(input_ids=input_ids, position_ids=position_ids) if self.pre_process else None
-        if embedded is not None:
-            embedded = scaled(embedded, self.scales.embedding)
+        embedded = None
+        if self.pre_process:
+            embedded = scaled(self.embedding(input_ids=input_ids, position_ids=position_ids), self.scales.embedding)
         if embedded is not None and self.config.adapter is not None and self.training and torch.is_grad_enabled():
             # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
             embedded.requires_grad_()
-        hidden = self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=self._rotary_angles(embedded))
+        angles = self._rotary_angles(embedded)
+        hidden = self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=angles, loss_count=loss_count)
         # in place of the logits: they are far larger
         return scaled(hidden, self.scales.head) if self.post_process else hidden
 
@@ -447,6 +455,8 @@ class NemotronHConfig(SSMConfig):
         """Return the configuration of another model in this one's layout and precision."""
         values = {f.name: getattr(self, f.name) for f in fields(NemotronHConfig) if f.init}
         values |= {"num_layers": definition.num_layers, **nemo_fields(definition)}
+        if not definition.has_experts:
+            values["expert_model_parallel_size"] = 1
         return NemotronHConfig(**{**values, **changes})
 
 
@@ -480,19 +490,6 @@ class NemotronHModel(MambaModel):
             found |= {f"experts.{key}": getattr(config, key) for key in ("balance_loss", "bias_update")}
         return found
 
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor | None = None,
-        attention_mask: None = None,
-        labels: Tensor | None = None,
-        seq_idx: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, **batch: Tensor | None) -> Tensor:  # type: ignore[override]
         """Run the Megatron module, as `NemotronHMegatronModel.forward`."""
-        return self.module(
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            labels=labels,
-            seq_idx=seq_idx,
-        )
+        return self.module(input_ids=input_ids, **batch)

@@ -58,9 +58,11 @@ def checkpoint_bytes(config: Any) -> int:
     return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 
-def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
+def check_split(definition: ModelDefinition, strategy: Any, ranks: int, beside: bool = False) -> None:
     """Check model and parallel layout; `strategy` is the object or its configuration, so a login node can ask too.
 
+    Args:
+        beside: it is no trained model but one beside it, whose layout it need not use: a dense teacher of experts.
     Errors:
         UserError: the pattern breaks the family's rules, a dimension does not split, or the ranks do not divide; names
             the key and a value that fits.
@@ -83,6 +85,8 @@ def check_split(definition: ModelDefinition, strategy: Any, ranks: int) -> None:
         )
     check_trainable(definition, origin)
     expert, sequence = strategy.expert_model_parallel_size, strategy.sequence_parallel
+    if beside and not definition.has_experts:
+        expert = 1
     check_expert_layout(definition, origin, expert=expert, tensor=tensor, sequence=sequence, ranks=ranks // pipeline)
 
 

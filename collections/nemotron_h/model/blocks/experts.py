@@ -102,6 +102,7 @@ class RunningExperts(Running):
 
     def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
         """Return the layer's output [l, b, h]."""
+        layer.mlp.router.loss_count = around.loss_count
         return layer(hidden_states=hidden, attention_mask=None)[0]
 
     def extend(

@@ -60,17 +60,19 @@ class Parts:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """Positions and documents that a layer of a training pass gets beside its input.
+    """Positions, documents and weight of a pass, which a layer gets beside its input in training.
 
     Attributes:
         documents: of each row, for attention; None is one document a row.
         seq_idx: int32 [b, l], the document of each token, or None.
         rotary: angles [l, 1, 1, channels], or None.
+        loss_count: tokens or pairs that the loss of this micro-batch counts, int64, or None.
     """
 
     documents: Documents | None = None
     seq_idx: Tensor | None = None
     rotary: Tensor | None = None
+    loss_count: Tensor | None = None
 
 
 @dataclass(frozen=True)

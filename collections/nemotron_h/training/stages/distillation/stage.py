@@ -150,7 +150,7 @@ def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
             f"run.json ({teacher.name}) has {teacher.parameters:,}",
             hint="weights and run.json of the folder belong to different runs; restore the folder",
         )
-    check_split(teacher, trainer.strategy, trainer.num_devices * trainer.num_nodes)
+    check_split(teacher, trainer.strategy, trainer.num_devices * trainer.num_nodes, beside=True)
 
 
 def _check_vocabulary(config: DistillationConfig, where: str) -> None:
