@@ -194,6 +194,42 @@ def test_falcon_h1(tmp_path: Path) -> None:
     assert set(parts) <= {name.split(".")[-2] for name in theirs}
 
 
+@pytest.mark.parametrize(("dtype", "code", "error"), [("f32", 0, 0), ("bf16", 30, 2**-8), ("q8_0", 8, 2**-7)])
+def test_experts(tmp_path: Path, dtype: str, code: int, error: float) -> None:
+    """Names are those of llama.cpp's package; a tensor has one matrix of all experts, the router is float32."""
+    widths = {"hidden_size": 64, "expert_hidden_size": 32, "shared_expert_hidden_size": 96}
+    checkpoint = save(small_model(pure_config("E", **widths)), tmp_path / "c")
+    invoke("export", "gguf", checkpoint, tmp_path / "e.gguf", "--dtype", dtype, "--no-tokenizer")
+    file, source = Gguf(tmp_path / "e.gguf"), ModelSource(checkpoint)
+    v = {key.removeprefix("nemotron_h_moe."): value for key, value in file.values.items()}
+    assert v["general.architecture"] == "nemotron_h_moe"
+    assert v["feed_forward_length"] == [32 if letter == "E" else 0 for letter in "MEM*EME"]
+    lengths = [v[f"expert_{name}"] for name in ("feed_forward_length", "shared_feed_forward_length")]
+    assert (v["expert_count"], v["expert_used_count"], v["expert_shared_count"], *lengths) == (6, 2, 1, 32, 96)
+    assert (v["expert_weights_norm"], v["expert_weights_scale"], v["expert_gating_func"]) == (True, 1.5, 2)
+    theirs = source.read({name for row in source.rows for name in row.theirs}, torch.float32)
+    assert sum(np.prod(shape) for shape, _, _ in file.entries.values()) == source.definition.parameters
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.NEMOTRON_H_MOE, 7)
+    stacks = 0
+    for layer in (1, 4, 6):
+        for name, tensor in theirs.items():
+            own = name.removeprefix(f"backbone.layers.{layer}.mixer.")
+            if own == name:
+                continue
+            if own.startswith("experts."):
+                _, number, side, _ = own.split(".")
+                written = f"blk.{layer}.ffn_{side.removesuffix('_proj')}_exps.weight"
+                found, stacks = file.tensor(written)[int(number)], stacks + 1
+            else:
+                written = names.get_name(name.replace("_bias", ".bias"), (".weight", ".bias"))
+                found = file.tensor(written)
+            exact = "gate" in own
+            assert file.entries[written][1] == (0 if exact else code), name
+            least = 0 if exact else error
+            np.testing.assert_allclose(found, tensor.numpy(), rtol=0, atol=least * float(tensor.abs().max()))
+    assert stacks == 3 * 6 * 2
+
+
 def test_refused(run: Path, tmp_path: Path) -> None:
     (tmp_path / "there.gguf").write_text("x")
     with pytest.raises(UserError, match="exists already"):
@@ -206,7 +242,7 @@ def test_refused(run: Path, tmp_path: Path) -> None:
         invoke("export", "gguf", tmp_path, tmp_path / "x.gguf")
     for config, message in (
         (pure_config("*-"), "has rope positions; llama.cpp"),
-        (pure_config("E"), "has experts; llama.cpp's nemotron_h has none"),
+        (pure_config("E", hybrid_override_pattern="M-*E", ffn_hidden_size=80), "has ffn layers, .* nemotron_h_moe"),
         (pure_config("PS", rotary_percent=0.5), "does not rotate whole heads .*; llama.cpp's falcon-h1"),
         (small_config(pattern="MM-M-", num_attention_heads=0, num_query_groups=0, kv_channels=0), "no attention layer"),
     ):

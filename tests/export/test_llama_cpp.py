@@ -43,6 +43,8 @@ CONFIGS = {
     "groups_8": lambda: small_config(8),
     "pruned": lambda: small_config(pattern="MM*-M--", ffn_hidden_size=56),
     "mamba2": lambda: pure_config("M"),
+    "experts": lambda: pure_config("E"),
+    "experts_one_of_six": lambda: pure_config("E", experts_per_token=1),
     "falcon_h1": lambda: pure_config("PS"),
     "falcon_h1_no_norm": lambda: pure_config("PS", mamba_norm=False, mamba_num_groups=1),
 }

@@ -1,12 +1,15 @@
-"""A model definition as llama.cpp's architecture `nemotron_h`, `mamba2` or `falcon-h1`: the file's values, and each
-tensor's name and form.
+"""A model definition as llama.cpp's architecture `nemotron_h`, `nemotron_h_moe`, `mamba2` or `falcon-h1`: the file's
+values, and each tensor's name and form.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from gguf import ExpertGatingFuncType
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
@@ -17,9 +20,15 @@ from nemotron_h.export.config import check_plain, check_uniform
 from nemotron_h.export.gguf_format import F32, TensorEntry, TensorType, Value
 
 #: Mamba-2 alone has an architecture of its own, with the same tensors
-HYBRID, PURE, FALCON = "nemotron_h", "mamba2", "falcon-h1"
+HYBRID, EXPERTS, PURE, FALCON = "nemotron_h", "nemotron_h_moe", "mamba2", "falcon-h1"
 #: architecture -> names of the kinds of layers that it can hold
-HOLDS = {PURE: {"mamba"}, HYBRID: {"mamba", "attention", "ffn"}}
+HOLDS = {
+    PURE: {"mamba"},
+    HYBRID: {"mamba", "attention", "ffn"},
+    EXPERTS: {"mamba", "attention", "experts"},
+}
+#: number of an expert in a name: llama.cpp has one tensor of all
+_NUMBER = re.compile(r"(?<=\.experts\.)\d+\.")
 
 #: tensors of two axes that no matmul takes as a matrix; llama.cpp reads them in float32
 _EXACT = ("ssm_conv1d", "ssm_a", "ssm_d", "ssm_norm")
@@ -36,7 +45,8 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
         UserError: llama.cpp has no such model: FFNs without attention, or other positions.
     """
     d, pure = definition, {kind.name for kind in definition.kinds} <= HOLDS[PURE]
-    architecture = FALCON if d.family == falcon_config.FAMILY else PURE if pure else HYBRID
+    hybrid = EXPERTS if d.has_experts else HYBRID
+    architecture = FALCON if d.family == falcon_config.FAMILY else PURE if pure else hybrid
     _check(d, architecture)
     own: dict[str, Value] = {
         "block_count": d.num_layers // hf_names(d).blocks,
@@ -58,12 +68,27 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
             "attention.value_length": d.head_dim,
             "rope.dimension_count": d.head_dim,
         }
-    if architecture == HYBRID:
+    if architecture == hybrid:
+        inner = "expert_hidden_size" if d.has_experts else "ffn_hidden_size"
         own |= {
             "attention.layer_norm_epsilon": float(d.norm_epsilon),
             # llama.cpp tells the layers' types by these two lists: both 0 is Mamba-2
-            "feed_forward_length": [getattr(block, "ffn_hidden_size", 0) for block in d.blocks],
+            "feed_forward_length": [getattr(block, inner, 0) for block in d.blocks],
             "attention.head_count_kv": [getattr(block, "num_query_groups", 0) for block in d.blocks],
+        }
+    if architecture == EXPERTS:
+        own |= {
+            "expert_count": d.num_experts,
+            "expert_used_count": d.experts_per_token,
+            "expert_shared_count": 1,
+            "expert_group_count": 1,
+            "expert_group_used_count": 1,
+            "expert_feed_forward_length": d.expert_hidden_size,
+            "expert_shared_feed_forward_length": d.shared_expert_hidden_size,
+            # one alone is weighed by its score as it is
+            "expert_weights_norm": d.experts_per_token > 1,
+            "expert_weights_scale": float(d.expert_scaling),
+            "expert_gating_func": int(ExpertGatingFuncType.SIGMOID),
         }
     if architecture == FALCON:
         own |= {"attention.head_count_kv": d.num_query_groups, "rope.freq_base": float(d.rope_base)}
@@ -83,11 +108,6 @@ def _check(definition: ModelDefinition, architecture: str) -> None:
     if architecture == FALCON:
         falcon_config.check_expressible(definition, reader)
         return
-    if definition.has_experts:
-        raise UserError(
-            f"model {definition.name} has experts; {reader} has none, and its nemotron_h_moe is not written",
-            hint="export it for Hugging Face's libraries: nemotron-h export hf",
-        )
     check_uniform(definition, reader, HOLDS[architecture])
     if definition.position_embedding != "none":
         raise UserError(
@@ -96,7 +116,7 @@ def _check(definition: ModelDefinition, architecture: str) -> None:
             hint="only models with position_embedding: none can be exported",
         )
     check_plain(definition, reader)
-    if architecture == HYBRID and not any(kind.attends for kind in definition.kinds):
+    if architecture in (HYBRID, EXPERTS) and not any(kind.attends for kind in definition.kinds):
         raise UserError(
             f"model {definition.name} has no attention layer; llama.cpp ends with an error when it loads such a "
             f"{architecture}",
@@ -110,19 +130,20 @@ class GgufWeight:
 
     Attributes:
         row: of the table of weights; it holds the tensor under `theirs`.
-        theirs: Hugging Face's name.
+        theirs: Hugging Face's name, or those of all experts.
         entry: llama.cpp's name, shape and type.
         scales: multipliers that the file has in its rows, as of `Block.row_scales`.
     """
 
     row: Weight
-    theirs: str
+    theirs: tuple[str, ...]
     entry: TensorEntry
     scales: tuple[tuple[int, float], ...] = ()
 
-    def convert(self, tensor: Tensor) -> Tensor:
+    def convert(self, tensors: Sequence[Tensor]) -> Tensor:
         """Convert Hugging Face's numbers to llama.cpp's."""
-        if self.theirs.endswith("A_log"):
+        tensor = torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0]
+        if self.theirs[0].endswith("A_log"):
             tensor = -tensor.exp()
         if self.scales:
             rows, factors = (torch.tensor(column) for column in zip(*self.scales, strict=True))
@@ -139,11 +160,19 @@ def weights(definition: ModelDefinition, rows: list[Weight], file_type: TensorTy
         file_type: of the matrices; norms, the convolution and the scan's parameters stay in float32, and so does what
             `file_type` cannot hold.
     """
-    return [_weight(definition, row, theirs, shape, file_type) for row in rows for theirs, shape in row.theirs.items()]
+    return [weight for row in rows for weight in _of_row(definition, row, file_type)]
+
+
+def _of_row(definition: ModelDefinition, row: Weight, file_type: TensorType) -> list[GgufWeight]:
+    """Return a row's tensors: one of all experts, else one of each name."""
+    if row.stacked:
+        ((_, shape),) = row.ours.items()
+        return [_weight(definition, row, tuple(row.theirs), shape, file_type)]
+    return [_weight(definition, row, (theirs,), shape, file_type) for theirs, shape in row.theirs.items()]
 
 
 def _weight(
-    definition: ModelDefinition, row: Weight, theirs: str, shape: tuple[int, ...], file_type: TensorType
+    definition: ModelDefinition, row: Weight, theirs: tuple[str, ...], shape: tuple[int, ...], file_type: TensorType
 ) -> GgufWeight:
     """Return one tensor: llama.cpp has no multipliers, so they are in the weights."""
     names, scales = hf_names(definition), definition.scales
@@ -152,15 +181,15 @@ def _weight(
         f"{names.root}{names.final_norm}.weight": ("output_norm.weight", 1.0),
         "lm_head.weight": ("output.weight", scales.head),
     }
-    if theirs in whole:
-        name, scale = whole[theirs]
+    if theirs[0] in whole:
+        name, scale = whole[theirs[0]]
         row_scales = () if scale == 1 else ((shape[0], scale),)
     else:
-        number, _, inside = theirs.removeprefix(f"{names.root}layers.").partition(".")
+        number, _, inside = _NUMBER.sub("", theirs[0]).removeprefix(f"{names.root}layers.").partition(".")
         first = int(number) * names.blocks
         block = next(b for b in definition.blocks[first : first + names.blocks] if inside in b.llama_cpp)
         own, row_scales = block.llama_cpp[inside], block.row_scales(inside)
         name, shape = f"blk.{number}.{own}", block.llama_cpp_shape(own, shape)
-    matrix = len(shape) == 2 and not any(part in name for part in _EXACT)
+    matrix = len(shape) > 1 and not row.exact and not any(part in name for part in _EXACT)
     type_ = file_type if matrix and shape[-1] % file_type.block == 0 else F32
     return GgufWeight(row, theirs, TensorEntry(name, shape, type_), row_scales)

@@ -75,9 +75,10 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
     with new_file(out, plan.size) as temporary, closing(begin(temporary, plan.values, entries)) as file:
         for _, of_row in groupby(plan.weights, key=lambda weight: id(weight.row)):
             together = list(of_row)
-            tensors = plan.source.read({weight.theirs for weight in together}, plan.source.dtype)
+            wanted = {name for weight in together for name in weight.theirs}
+            tensors = plan.source.read(wanted, plan.source.dtype)
             for weight in together:
-                tensor = weight.convert(tensors.pop(weight.theirs))
+                tensor = weight.convert([tensors.pop(name) for name in weight.theirs])
                 if weight.entry.type in (F16, Q8_0):
                     _check_range(tensor, weight)
                 file.write_tensor_data(numbers_of(tensor, weight.entry.type))
@@ -88,4 +89,4 @@ def _check_range(tensor: torch.Tensor, weight: GgufWeight) -> None:
     largest = tensor.abs().max().item()
     limit = torch.finfo(torch.float16).max * (127 if weight.entry.type is Q8_0 else 1)
     if not largest <= limit:
-        raise UserError(f"{weight.theirs} holds {largest:.3g}, beyond {limit:,.0f}", hint="use --dtype bf16 or f32")
+        raise UserError(f"{weight.theirs[0]} holds {largest:.3g}, beyond {limit:,.0f}", hint="use --dtype bf16 or f32")

@@ -174,7 +174,7 @@ class Block:
         attends: attention's positions and documents matter to it.
         gated_norm: `mamba_norm` matters to it.
         multipliers: those that it applies.
-        llama_cpp: Hugging Face's name of a tensor, inside the layer -> llama.cpp's.
+        llama_cpp: Hugging Face's name of a tensor, inside the layer -> llama.cpp's; of experts without their number.
     """
 
     letter: ClassVar[str]

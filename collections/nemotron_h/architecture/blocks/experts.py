@@ -48,6 +48,15 @@ class Experts(Block):
     at_most: ClassVar[tuple[tuple[str, str], ...]] = (("experts_per_token", "num_experts"),)
     sharded: ClassVar[tuple[str, ...]] = ("shared_expert_hidden_size",)
     distributed: ClassVar[tuple[str, ...]] = ("num_experts",)
+    llama_cpp: ClassVar[Mapping[str, str]] = {
+        "norm.weight": "attn_norm.weight",
+        "mixer.gate.weight": "ffn_gate_inp.weight",
+        "mixer.gate.e_score_correction_bias": "exp_probs_b.bias",
+        "mixer.experts.up_proj.weight": "ffn_up_exps.weight",
+        "mixer.experts.down_proj.weight": "ffn_down_exps.weight",
+        "mixer.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+        "mixer.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+    }
 
     num_experts: int
     experts_per_token: int
