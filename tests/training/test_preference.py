@@ -86,6 +86,26 @@ def test_another_beta_holds_from_the_resume_on(paired: Small, dpo) -> None:
     assert changed == {"preference.beta": [0.2, 0.4]}
 
 
+def test_dpo_of_mean_log_probs(paired: Small, dpo) -> None:
+    """From the same reference; a gradient is that of beta times it, over the tokens of the answers."""
+    recipe = preference_recipe(paired, "dpo_norm", "dpo_norm")
+    short = ("trainer.max_steps=3", "optim.warmup_steps=1")
+    out = paired.train("dpo_norm", "model.config.beta=5.0", *short, recipe=recipe)
+    assert "computing" not in out.stdout
+    means, sums = paired.steps("dpo_norm"), paired.steps("dpo")
+    assert means[1]["samples"] == sums[1]["samples"]
+    assert means[1]["loss"] == sums[1]["loss"]  # log 2, to the bit
+    assert float.fromhex(means[1]["margin"]) == 0
+    ratio = float.fromhex(means[1]["grad_norm"]) / float.fromhex(sums[1]["grad_norm"])
+    tokens = 5.0 / 0.2 / ratio
+    assert 5 < tokens < 40, "answers have 2 to 8 words of 2 to 6 letters"
+    assert float.fromhex(means[3]["margin"]) > 0.02
+    assert float.fromhex(means[3]["loss"]) < float.fromhex(means[1]["loss"])
+    record = json.loads((paired.run_dir("dpo_norm") / "run.json").read_text())
+    assert record["settings"]["preference.loss"] == "dpo_norm"
+    assert record["metrics"]["reward_margin"] == float.fromhex(means[3]["margin"])
+
+
 def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Small, dpo) -> None:
     fp32 = "trainer.max_steps=3", "trainer.plugins.name=fp32", "trainer.limit_val_batches=1"
     before = set(cached(paired))
