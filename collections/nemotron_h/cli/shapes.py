@@ -115,10 +115,10 @@ def _latency(
 
 def _seconds(text: str) -> float:
     """Return the seconds of `20ms`."""
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", text.strip())
-    if not found or float(found[1]) == 0:
+    matched = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(us|ms|s)", text.strip())
+    if not matched or float(matched[1]) == 0:
         raise UserError(f"--latency-below {text[:40]!r} is no time", hint="write for instance 20ms, 500us or 0.5s")
-    return float(found[1]) * _SECONDS[found[2]]
+    return float(matched[1]) * _SECONDS[matched[2]]
 
 
 def _check_out(path: Path | None) -> None:

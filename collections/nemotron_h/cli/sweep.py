@@ -38,18 +38,18 @@ def sweep(
     if rest:
         raise UserError(f"{rest[0]}: a sweep takes its values from its file", hint="write them under `settings:`")
     console = Console(highlight=False, soft_wrap=True)
-    made = Sweep(read_sweep(locate(file)), place, console)
+    swept = Sweep(read_sweep(locate(file)), place, console)
     if dryrun:
-        for line in made.planned():
+        for line in swept.planned():
             console.print(line, markup=False)
         return
     check_shared(place)
     try:
-        made.train()
+        swept.train()
     except (KeyboardInterrupt, SystemExit):
         console.print("stopped; the same command continues")
         raise typer.Exit(LEFT_EARLY) from None
     console.width = max(console.width, 140)  # the table's rows stay whole
-    made.write()
-    if made.failed:
+    swept.write()
+    if swept.failed:
         raise typer.Exit(1)

@@ -195,11 +195,11 @@ def huber_fit(starts: Iterable[Sequence[float]], residuals: Callable[[np.ndarray
     """Return the parameters with the least Huber loss of residuals of log L, over fits from several starts."""
     from scipy.optimize import least_squares  # takes longer to import than a fit without it
 
-    found = (
+    fits = (
         least_squares(residuals, start, loss="huber", f_scale=HUBER_DELTA, x_scale="jac", max_nfev=100)
         for start in starts
     )
-    return min(found, key=lambda each: each.cost).x
+    return min(fits, key=lambda each: each.cost).x
 
 
 def _solve_offset(rows: Sequence[Row], near: Coefficients | None) -> Coefficients:

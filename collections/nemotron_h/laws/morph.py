@@ -67,8 +67,8 @@ def fit_shapes(rows: Sequence[Row], with_shape: bool = True) -> Fit:
             return _loss(x, e, np.exp(a), np.exp(b), alpha, gamma)
 
         start = (2.0, 10.0, 12.0, 0.5, 1e-3)[: len(names)]
-        found, _ = curve_fit(loss, _columns(some), [row["loss"] for row in some], p0=start, maxfev=100_000)
-        solved = dict(zip(names, map(float, found), strict=True))
+        values, _ = curve_fit(loss, _columns(some), [row["loss"] for row in some], p0=start, maxfev=100_000)
+        solved = dict(zip(names, map(float, values), strict=True))
         return {"gamma": 0.0, **solved, "A": float(np.exp(solved["A"])), "B": float(np.exp(solved["B"]))}
 
     return fit_law("morph", rows, COLUMNS, solve, shape_loss, len(names), resamples=0)

@@ -170,16 +170,16 @@ def shipped_layer_costs(name: str, scenario: Scenario) -> tuple[LayerCosts, str]
         UserError: it was measured in other scenarios; names these.
     """
     of_machine = [(read_layer_costs(file), file.name) for file in _shipped(name)]
-    found = next(
+    shipped = next(
         ((costs, f"configs/layer_costs/{file}") for costs, file in of_machine if costs.scenario == scenario), None
     )
-    if found is None:
+    if shipped is None:
         known = "; ".join(str(costs.scenario) for costs, _ in of_machine)
         raise UserError(
             f"{name} was not measured with {scenario}",
             hint=f"measured: {known}; or measure yours: nemotron-h layer-costs --batch ... --context ... --out FILE",
         )
-    return found
+    return shipped
 
 
 def _shipped(name: str) -> Iterator[Path]:

@@ -190,15 +190,15 @@ def changed(recipe: RecipeConfig, values: Mapping[str, Any], origin: str) -> Rec
     written = OmegaConf.create({})
     for key, value in values.items():
         OmegaConf.update(written, key, value)
-    made = _typed(recipe, written, origin)
-    made.overrides = superseded(made.overrides, values)
-    made.sources = {key: text for key, text in made.sources.items() if key not in values}
-    made.model.sources = {key: text for key, text in made.model.sources.items() if f"model.{key}" not in values}
+    other = _typed(recipe, written, origin)
+    other.overrides = superseded(other.overrides, values)
+    other.sources = {key: text for key, text in other.sources.items() if key not in values}
+    other.model.sources = {key: text for key, text in other.model.sources.items() if f"model.{key}" not in values}
     if any(key.startswith("model.") for key in values):
-        definition = definition_from_dict(OmegaConf.to_container(OmegaConf.structured(made.model)), origin, count=True)
-        made.model.expect = ExpectSchema(**dataclasses.asdict(definition.expect))
-    check(made, origin)
-    return made
+        definition = definition_from_dict(OmegaConf.to_container(OmegaConf.structured(other.model)), origin, count=True)
+        other.model.expect = ExpectSchema(**dataclasses.asdict(definition.expect))
+    check(other, origin)
+    return other
 
 
 def _typed(schema: type[RecipeConfig] | RecipeConfig, written: DictConfig, origin: str) -> RecipeConfig:

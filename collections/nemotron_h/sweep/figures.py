@@ -29,20 +29,20 @@ _LOSSES = ("loss", "train_loss", "validation_loss")
 def problems(figures: Sequence[FigureSchema], points: Sequence[Point]) -> list[str]:
     """Return what is wrong with the figures of a sweep."""
     columns = {key: None for point in points for key in planned_row(point)} | dict.fromkeys(MEASURED)
-    found = []
+    said = []
     for number, figure in enumerate(figures):
         where = f"figures[{number}]"
         for name, key in (("x", figure.x), ("y", figure.y), ("line", figure.line)):
             if key is not None and key not in columns and (name, key) != ("x", TOKENS_SEEN):
-                found.append(
+                said.append(
                     f"{where}.{name} = {key!r} is no column. {nearest(key, columns)}Columns: {', '.join(columns)}"
                 )
         if figure.x == TOKENS_SEEN and figure.y not in _LOSSES:
-            found.append(f"{where}.y = {figure.y!r} over {TOKENS_SEEN}: one of {', '.join(_LOSSES)}")
+            said.append(f"{where}.y = {figure.y!r} over {TOKENS_SEEN}: one of {', '.join(_LOSSES)}")
         if figure.y not in MEASURED:
-            found.append(f"{where}.y = {figure.y!r} is no number that is measured: {', '.join(MEASURED)}")
-        found += [f"{where}.log has {axis!r}: x, y" for axis in figure.log if axis not in AXES]
-    return found
+            said.append(f"{where}.y = {figure.y!r} is no number that is measured: {', '.join(MEASURED)}")
+        said += [f"{where}.log has {axis!r}: x, y" for axis in figure.log if axis not in AXES]
+    return said
 
 
 def title_of(figure: FigureSchema) -> str:
@@ -93,16 +93,16 @@ def _over_column(
     place = {name: name for name in sorted(names)} if numeric else {name: n for n, name in enumerate(names)}
     by_x: dict[Any, Spread] = {}
     for x in place:
-        found = spread(row[figure.y] for row in known if row[figure.x] == x)
-        if found is not None:
-            by_x[x] = found
+        of_x = spread(row[figure.y] for row in known if row[figure.x] == x)
+        if of_x is not None:
+            by_x[x] = of_x
     x = [place[name] for name in by_x]
-    bars = [0 if np.isnan(found.deviation) else found.deviation for found in by_x.values()]
+    bars = [0 if np.isnan(of_x.deviation) else of_x.deviation for of_x in by_x.values()]
     style = "o-" if numeric else "o"
     axes.errorbar(
         x, [f.mean for f in by_x.values()], bars, fmt=style, color=colour, capsize=4, markersize=5, label=label
     )
-    if any(found.count > 1 for found in by_x.values()):
+    if any(of_x.count > 1 for of_x in by_x.values()):
         at = [place[row[figure.x]] for row in known]
         axes.plot(at, [row[figure.y] for row in known], ".", color=colour, alpha=0.45, markersize=5)
     if not numeric:

@@ -98,13 +98,13 @@ def _means(points: Sequence[Point], rows: Sequence[Row]) -> tuple[list[str], lis
 def table(sweep: SweepFile, points: Sequence[Point], rows: Sequence[Row]) -> Table:
     """Return the table of means over seeds."""
     headings, lines = _means(points, rows)
-    made = Table(box=None, padding=(0, 2, 0, 0), title=f"{sweep.name}: mean ± standard deviation", title_justify="left")
+    grid = Table(box=None, padding=(0, 2, 0, 0), title=f"{sweep.name}: mean ± standard deviation", title_justify="left")
     labels = len(headings) - headings[::-1].index("parameters") - 1
     for number, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if number < labels else "right", no_wrap=True)
+        grid.add_column(heading, justify="left" if number < labels else "right", no_wrap=True)
     for line in lines:
-        made.add_row(*line)
-    return made
+        grid.add_row(*line)
+    return grid
 
 
 def _html(

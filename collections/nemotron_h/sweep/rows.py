@@ -74,8 +74,8 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 def groups(points: Sequence[Point], rows: Sequence[Row]) -> list[tuple[dict[str, Any], list[Row]]]:
     """Return the labels and rows of each combination, over its seeds, in the order of the file."""
-    found: dict[tuple, tuple[dict[str, Any], list[Row]]] = {}
+    by_labels: dict[tuple, tuple[dict[str, Any], list[Row]]] = {}
     for point, row in zip(points, rows, strict=True):
         labels = {axis: label for axis, label in point.labels.items() if axis != SEED}
-        found.setdefault(tuple(labels.items()), (labels, []))[1].append(row)
-    return list(found.values())
+        by_labels.setdefault(tuple(labels.items()), (labels, []))[1].append(row)
+    return list(by_labels.values())

@@ -54,8 +54,8 @@ class QkClip:
             # without gradients it is a validation, or a forward pass that the backward pass computes again
             if module.training and torch.is_grad_enabled():
                 query, key, _, documents = args
-                found = largest_logits(query, key, None if documents is None else documents.lengths)
-                self.largest[number] = self.largest[number].maximum(found)
+                of_pass = largest_logits(query, key, None if documents is None else documents.lengths)
+                self.largest[number] = self.largest[number].maximum(of_pass)
 
         return watch
 
