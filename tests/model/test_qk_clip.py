@@ -27,6 +27,7 @@ def measured(model, clip) -> list[torch.Tensor]:
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_groups_over_the_limit_are_at_it(name: str) -> None:
+    from nemotron_h.training.muon_parts import roles
     from nemotron_h.training.qk_clip import of_attentions
 
     model = small_model(CONFIGS[name]()).train()
@@ -34,20 +35,21 @@ def test_groups_over_the_limit_are_at_it(name: str) -> None:
     before = measured(model, clip)[0].clone()  # of the first layer, whose input no clip changes
     assert before[0] != before[1]
     clip.limit = float(before.mean())
-    number = clip.matrices[clip.attentions[0].linear_qkv.weight]
     weight = clip.attentions[0].linear_qkv.weight
+    matrix = roles(model)[weight].matrix
     values = weight.detach().unflatten(0, (2, -1, 16))[:, -1].clone()
     with torch.no_grad():
-        weight.mul_(clip.row_factors(number)[:, None])
+        weight.mul_(clip.row_factors(weight, matrix)[:, None])
     after = measured(model, clip)[0]
     assert after.tolist() == pytest.approx(before.clamp(max=clip.limit).tolist(), rel=1e-5)
     assert after.max() < before.max()
     assert torch.equal(weight.detach().unflatten(0, (2, -1, 16))[:, -1], values)
-    assert clip.row_factors(number) is None or after.max() > clip.limit  # rounding alone
+    assert clip.row_factors(weight, matrix) is None or after.max() > clip.limit  # rounding alone
 
 
 @pytest.mark.usefixtures("megatron")
 def test_a_validation_and_a_model_without_attention_measure_nothing() -> None:
+    from nemotron_h.training.muon_parts import roles
     from nemotron_h.training.qk_clip import of_attentions
 
     model = small_model(small_config()).train()
@@ -55,5 +57,6 @@ def test_a_validation_and_a_model_without_attention_measure_nothing() -> None:
     with torch.no_grad():
         model(input_ids=tokens(2, 64), labels=tokens(2, 64))
     assert all(torch.isneginf(each).all() for each in clip.largest)
-    assert clip.row_factors(0) is None
+    weight = clip.attentions[0].linear_qkv.weight
+    assert clip.row_factors(weight, roles(model)[weight].matrix) is None
     assert of_attentions([small_model(pure_config("M"))], 1.0) is None

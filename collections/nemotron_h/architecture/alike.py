@@ -18,7 +18,7 @@ def alike(like: ModelDefinition, hidden: int, pattern: str, ffn: int | None = No
     Widths that the pattern has no use for are 0; `expect` is that of `like` (see `ModelDefinition.counted`).
 
     Args:
-        ffn: FFN width; None is in proportion too.
+        ffn: `ffn_hidden_size`; None is in proportion too.
     """
     ratio = hidden / like.hidden_size
     widths = {"ffn_hidden_size": round(like.ffn_hidden_size * ratio) if ffn is None else ffn}

@@ -30,16 +30,15 @@ def layer_costs(
     """
     from rich.console import Console
 
-    from nemotron_h.core.errors import UserError
     from nemotron_h.core.progress import StageProgress
+    from nemotron_h.core.strict import check_yaml_place
     from nemotron_h.inference.layer_costs import measure, on_gpu
     from nemotron_h.laws.shapes import model_named
     from nemotron_h.planning.latency import write_layer_costs
     from nemotron_h.schema.layer_costs import Scenario
 
     model, sizes = model_named(like), sorted(set(hidden or (512, 1024, 1536, 2048)))
-    if not out.absolute().parent.is_dir() or out.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--out {out} is no YAML file in a folder that is there", hint="name one, such as my_cpu.yaml")
+    check_yaml_place("--out", out, "my_cpu.yaml")
     command = shlex.join(["nemotron-h", *sys.argv[1:]])
     machine = name or ("cuda" if on_gpu() else "cpu")
     with StageProgress(Console(), "layers", len(sizes) * len(model.kinds)) as bar:

@@ -56,7 +56,7 @@ def shapes(
     ] = None,
 ) -> None:
     """Rank shapes (depth, width, mix of layers) by predicted loss under a bound of latency, and write the best."""
-    from nemotron_h.core.strict import check_one_of
+    from nemotron_h.core.strict import check_one_of, check_yaml_place
     from nemotron_h.core.units import count_of
     from nemotron_h.laws.law import known_laws, law_named
     from nemotron_h.laws.ranking import PARTS, rank
@@ -67,7 +67,8 @@ def shapes(
     count = count_of(parameters, "--parameters", "shapes")
     trained = count_of(tokens, "--tokens", "shapes") if tokens else 20 * count
     bound = None if latency_below is None else _seconds(latency_below)
-    _check_out(write)
+    if write is not None:
+        check_yaml_place("--write", write, "my_shape.yaml")
     model = model_named(like)
     if law is None and model.family not in _LAWS:
         raise UserError(
@@ -119,13 +120,6 @@ def _seconds(text: str) -> float:
     if not matched or float(matched[1]) == 0:
         raise UserError(f"--latency-below {text[:40]!r} is no time", hint="write for instance 20ms, 500us or 0.5s")
     return float(matched[1]) * _SECONDS[matched[2]]
-
-
-def _check_out(path: Path | None) -> None:
-    if path is not None and (path.suffix not in (".yaml", ".yml") or not path.absolute().parent.is_dir()):
-        raise UserError(
-            f"--write {path} is no YAML file in a folder that is there", hint="name one, such as my_shape.yaml"
-        )
 
 
 def _show(ranking: Ranking, top: int, title: str, law: Law, origin: str) -> None:

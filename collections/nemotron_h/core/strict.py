@@ -67,6 +67,14 @@ def check_name(key: str, value: str, where: str = "") -> None:
         )
 
 
+def check_yaml_place(option: str, path: Path, example: str) -> None:
+    """Refuse a file to write that is no YAML file, or in a folder that is not there; `example` is such a name."""
+    if path.suffix not in (".yaml", ".yml") or not path.absolute().parent.is_dir():
+        raise UserError(
+            f"{option} {path} is no YAML file in a folder that is there", hint=f"name one, such as {example}"
+        )
+
+
 def check_folder(key: str, value: str, where: str = "") -> None:
     """Refuse a folder that can be none: no text, control characters, a file in its way.
 

@@ -111,7 +111,7 @@ def measure(
     """Return the costs of every kind of layer that a model has, on a GPU in BF16 where there is one, else in float32.
 
     Args:
-        like: has the kinds and, at its own hidden size, the widths; numbers of heads and FFN widths grow with it.
+        like: has the kinds and, at its own hidden size, the widths; numbers of heads and inner widths grow with it.
         hidden_sizes: to measure at; each must give whole heads.
         name: of the machine.
         turns: of which the shortest counts.

@@ -20,7 +20,7 @@ from nemotron_h.recipe.compose import configs_dir
 
 
 def _pairs(row: Mapping[str, float]) -> dict[str, float]:
-    """Return a row whose layers are pairs of attention and FFN, as the published runs count them."""
+    """Return a row whose layers are pairs of attention and feed-forward, as the published runs count them."""
     return {**row, "layers": row["layers"] / 2}
 
 

@@ -2,7 +2,7 @@
 
     L = (E + A N^-alpha + B D^-alpha) (1 + gamma (d / n)^alpha)
 
-with N parameters, D tokens, width d and n layers of attention and FFN. `configs/laws/morph.yaml` has the runs.
+with N parameters, D tokens, width d and n layers of attention and feed-forward; `configs/laws/morph.yaml` has the runs.
 """
 
 from __future__ import annotations

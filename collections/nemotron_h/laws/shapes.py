@@ -1,7 +1,7 @@
 """Enumerate model definitions of about one number of parameters: depth, width, and the mix of layers.
 
-Everything but hidden size, pattern and FFN width is that of a definition which they are alike: sizes of heads, groups
-and states, vocabulary; numbers of heads grow with the hidden size.
+Everything but hidden size, pattern and `ffn_hidden_size` is that of a definition which they are alike: sizes of heads,
+groups and states, vocabulary; numbers of heads grow with the hidden size.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from nemotron_h.core.strict import nearest, typed
 from nemotron_h.recipe.compose import configs_dir
 from nemotron_h.schema.recipe import ModelSchema
 
-#: ours: FFN width over hidden size that a shape aims at; the 8B has 5.25 (paper table 1)
+#: ours: `ffn_hidden_size` over hidden size that a shape aims at; the 8B has 5.25 (paper table 1)
 FFN_RATIOS = (2.5, 4.0, 5.25, 8.0)
 #: ours: least and largest ratio after the width was fitted to the number of parameters
 FFN_RANGE = (2.0, 10.0)
-#: ours: Mamba-2 layers for each FFN; the 8B has 1
+#: ours: Mamba-2 layers for each feed-forward one; the 8B has 1
 MAMBA_PER_FFN = (0.5, 1.0, 2.0)
 #: ours: share of attention layers; the paper's models have about 8 % (2.1)
 ATTENTION_SHARES = (0.0, 0.04, 0.08, 0.16, 0.3)
 #: ours: of the number of parameters
 TOLERANCE = 0.02
-#: ours: FFN widths are multiples of it times the tensor-parallel ranks
+#: ours: `ffn_hidden_size` is a multiple of it times the tensor-parallel ranks
 FFN_STEP = 32
 #: ours: more layers in a row are never used
 MAX_LAYERS = 200
@@ -99,8 +99,9 @@ def enumerate_shapes(like: ModelDefinition, parameters: int, tensor: int = 1) ->
 def shaped(
     like: ModelDefinition, hidden: int, mix: Mix, parameters: int, tensor: int = 1, name: str = ""
 ) -> ModelDefinition | None:
-    """Return the definition of this hidden size and mix, whose FFN width makes up the number of parameters; None where
-    no width in range does, or a width does not divide as it has to.
+    """Return the definition of this hidden size and mix, whose `ffn_hidden_size` makes up the number of parameters.
+
+    None where no width in range does, or a width does not divide as it has to.
     """
     pattern = _pattern(like, mix)
     step = FFN_STEP * tensor
@@ -150,7 +151,7 @@ def _hybrid_mixes(like: ModelDefinition, hidden: int, ratio: float, parameters: 
     budget = parameters - whole.other_parameters
     for per_ffn in MAMBA_PER_FFN:
         for share in ATTENTION_SHARES:
-            each = share / (1 - share) * (1 + per_ffn)  # attention layers for each FFN
+            each = share / (1 - share) * (1 + per_ffn)  # attention layers for each feed-forward one
             count = round(budget / (ffn + per_ffn * mamba + each * attention))
             mix = Mix(max(round(per_ffn * count), 1), min(round(each * count), count), count)
             if count and sum((mix.mamba, mix.attention, mix.ffn)) <= MAX_LAYERS:

@@ -93,7 +93,7 @@ class MuonMixin:
     def _clip_logits(self, clip: QkClip) -> None:
         clip.agree()
         for p, shard in self.shards.items():
-            factors = clip.row_factors(clip.matrices[shard.weight]) if shard.weight in clip.matrices else None
+            factors = clip.row_factors(shard.weight, shard.role.matrix) if shard.weight in clip.matrices else None
             if factors is not None:
                 columns = shard.weight.shape[1]
                 p.mul_(factors.repeat_interleave(columns)[shard.start : shard.start + len(p)])

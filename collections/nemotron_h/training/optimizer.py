@@ -11,6 +11,7 @@ from nemo.core.optim.lr_scheduler import CosineAnnealing, WarmupHoldAnnealLinear
 from nemo.lightning.megatron_parallel import MegatronParallel
 from nemo.lightning.pytorch.optim import LRSchedulerModule
 from nemo.lightning.pytorch.optim.megatron import MegatronOptimizerModule
+from torch import nn
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
@@ -127,14 +128,18 @@ class ScheduledAdamW(MegatronOptimizerModule):
         with muon.chosen() if self.muon else adam_of(self.config):
             optimizers = [each.mcore_optimizer for each in super().optimizers(model)]
         guarded = [GuardedOptimizer(each, self.settings["skip_spikes"]) for each in optimizers]
+        if self.muon:
+            self._attach_muon(guarded, list(model))
+        return guarded
+
+    def _attach_muon(self, optimizers: list[GuardedOptimizer], models: list[nn.Module]) -> None:
         limit = self.settings.get("qk_clip")
-        self.clip = None if limit is None else of_attentions(list(model), limit)
-        for each in guarded if self.muon else ():
-            momentum, coefficients = self.settings["momentum"], self.settings["newton_schulz"]
-            muon.attach(each.mcore_optimizer, list(model), momentum, coefficients, self.clip)
+        self.clip = None if limit is None else of_attentions(models, limit)
+        for each in optimizers:
+            settings = self.settings["momentum"], self.settings["newton_schulz"]
+            muon.attach(each.mcore_optimizer, models, *settings, self.clip)
             if self.clip is not None:
                 each.before_pass = self.clip.forget
-        return guarded
 
     @property
     def muon(self) -> bool:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
+from nemotron_h.architecture.blocks.block import Matrix
 from nemotron_h.ops.attention_logits import largest_logits
 
 
@@ -67,18 +68,20 @@ class QkClip:
             dist.all_reduce(joined, op=dist.ReduceOp.MAX, group=group)
             self.largest = list(joined.split([len(each) for each in self.largest]))
 
-    def row_factors(self, number: int) -> Tensor | None:
-        """Return what the rows of an attention's `linear_qkv` are multiplied with, float32; None where with 1."""
-        attention, largest = self.attentions[number], self.largest[number]
+    def row_factors(self, weight: nn.Parameter, matrix: Matrix) -> Tensor | None:
+        """Return what the rows of an attention's `linear_qkv` are multiplied with, float32; None where with 1.
+
+        Args:
+            weight: one of `matrices`.
+            matrix: as its block declares it: of each group its queries, its key, its value.
+        """
+        largest = self.largest[self.matrices[weight]]
         if not bool((largest > self.limit).any()):
             return None
         shrink = (self.limit / largest.clamp(min=self.limit)).sqrt()  # [g]
-        head = attention.hidden_size_per_attention_head
-        heads = attention.num_attention_heads_per_partition // attention.num_query_groups_per_partition
-        # of a group: its queries, its key, its value
-        return torch.cat(
-            [shrink[:, None].expand(-1, (heads + 1) * head), shrink.new_ones(len(shrink), head)], 1
-        ).flatten()
+        queries, key, value = matrix.parts
+        rows = [shrink[:, None].expand(-1, queries + key), shrink.new_ones(len(shrink), value)]
+        return torch.cat(rows, 1).flatten()
 
 
 def of_attentions(models: list[nn.Module], limit: float) -> QkClip | None:
