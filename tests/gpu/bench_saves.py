@@ -47,8 +47,8 @@ CUT = (
 )
 
 
-def recipe(args: argparse.Namespace, folder: Path) -> RecipeConfig:
-    """Return the recipe of the run."""
+def recipe(args: argparse.Namespace, folder: Path, *settings: str) -> RecipeConfig:
+    """Return the recipe of the run, with settings that come last."""
     name, changes, batch = ("nemotron_h_8b", CUT, 4 * 8192) if ON_GPU else ("nemotron_h_tiny", (), 32 * 256)
     own = (
         f"tokens={args.steps * batch}",
@@ -58,7 +58,7 @@ def recipe(args: argparse.Namespace, folder: Path) -> RecipeConfig:
         *("log.validate_every_steps=100_000", "log.validation_batches=0", "log.trackers=[]"),
         f"log.dir={folder}",
     )
-    return compose(name, [*changes, *own])
+    return compose(name, [*changes, *own, *settings])
 
 
 class Watch(pl.Callback):
@@ -135,12 +135,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=95 if ON_GPU else 12, help="of the run")
     parser.add_argument("--precision", default="bf16", help="of the recipe")
     parser.add_argument("--rounds", type=int, default=2, help="of such writes")
+    parser.add_argument("settings", nargs="*", help="of the recipe, such as optim.moments=bf16")
     args = parser.parse_args()
     folder = args.out.absolute() / "saves"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     began = time.monotonic()
-    composed, watch = recipe(args, folder), Watch()
+    composed, watch = recipe(args, folder, *args.settings), Watch()
     run_dir = folder / composed.name
     task = pretrain.build(composed)
     task.trainer.callbacks.insert(0, watch)

@@ -87,11 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the run, made anew")
     parser.add_argument("--precision", default="bf16", help="of the recipe")
+    parser.add_argument("settings", nargs="*", help="of the recipe, such as optim.name=muon")
     args = parser.parse_args()
     args.every = args.steps = 12
     folder = args.out.absolute() / "peak"
     shutil.rmtree(folder, ignore_errors=True)
-    composed, history = bench_saves.recipe(args, folder), History()
+    composed, history = bench_saves.recipe(args, folder, *args.settings), History()
     task = pretrain.build(composed)
     task.trainer.callbacks.insert(0, history)
     fdl.build(task)()

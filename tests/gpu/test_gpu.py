@@ -143,18 +143,21 @@ def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
 
     from nemotron_h.model.module import NemotronHConfig
 
+    widths = {
+        "hybrid_override_pattern": "M-M*-",
+        "hidden_size": 256,
+        "ffn_hidden_size": 512,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 64,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 64,
+        "mamba_num_groups": 2,
+        "mamba_state_dim": 128,
+    }
     config = NemotronHConfig(
         definition_name="gpu",
-        **{"hybrid_override_pattern": "M-M*-", **changes},
-        hidden_size=256,
-        ffn_hidden_size=512,
-        num_attention_heads=4,
-        num_query_groups=2,
-        kv_channels=64,
-        mamba_num_heads=8,
-        mamba_head_dim=64,
-        mamba_num_groups=2,
-        mamba_state_dim=128,
+        **{**widths, **changes},
         vocab_size=512,
         seq_length=256,
         init_method_std=0.06,
@@ -200,6 +203,45 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
         for key in (("engine", torch.bfloat16), ("plain", torch.bfloat16)):
             for value, expected in zip(losses[key], losses["plain", torch.float32], strict=True):
                 assert abs(value - expected) < 2e-2 * abs(expected), losses
+
+
+#: a Transformer of narrow heads in place of the hybrid
+TRANSFORMER = {
+    "hybrid_override_pattern": "*-*-",
+    "family": "transformer",
+    "position_embedding_type": "rope",
+    "rotary_base": 10_000,
+    "rotary_percent": 1.0,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "kv_channels": 32,
+}
+
+
+def test_no_value_is_read_before_it_is_written() -> None:
+    """All memory that the allocator has is NaN before each pass, so a kernel that reads what nothing wrote shows."""
+    start()
+    from nemotron_h.model import layers
+
+    rng = torch.Generator("cuda").manual_seed(3)
+    for name, changes in (("hybrid", {}), ("transformer", TRANSFORMER), ("parallel", FALCON), ("experts", EXPERTS)):
+        built = model(layers.stack_spec, torch.bfloat16, **changes).train()
+        for rows, length in ((16, 512), (2, 256), (3, 300)):
+            tokens = torch.randint(512, (rows, length + 1), device="cuda", generator=rng)
+            for turn in range(3):
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                blocks = [torch.full((size,), torch.nan, device="cuda") for size in (1 << 28, *[1 << 16] * 200)]
+                del blocks
+                loss = built(
+                    input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
+                ).mean()
+                loss.backward()
+                wrong = [key for key, p in built.named_parameters() if not p.grad.isfinite().all()]
+                if not loss.isfinite() or wrong:
+                    raise AssertionError((name, rows, length, turn, float(loss), wrong))
+                built.zero_grad()
+        print(f"{name}: nothing is read before it is written", flush=True)
 
 
 def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
@@ -321,10 +363,23 @@ def test_squared_relu_equals_torch() -> None:
 
 
 if __name__ == "__main__":
-    test_kernels_equal_plain_operations()
-    test_transformer_engine_layers_equal_plain_layers()
-    test_adapters_on_transformer_engine_equal_plain_layers()
-    test_fused_mixer_equals_separate_kernels()
-    test_weight_gradient_is_added_to_the_float32_buffer()
-    test_squared_relu_equals_torch()
-    print("GPU tests passed")
+    import sys
+    import traceback
+
+    failed = []
+    for check in (
+        test_no_value_is_read_before_it_is_written,
+        test_kernels_equal_plain_operations,
+        test_transformer_engine_layers_equal_plain_layers,
+        test_adapters_on_transformer_engine_equal_plain_layers,
+        test_fused_mixer_equals_separate_kernels,
+        test_weight_gradient_is_added_to_the_float32_buffer,
+        test_squared_relu_equals_torch,
+    ):
+        try:
+            check()
+        except Exception:
+            traceback.print_exc()
+            failed.append(check.__name__)
+    print("failed:", ", ".join(failed)) if failed else print("GPU tests passed")
+    sys.exit(bool(failed))

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.extend(str(Path(__file__).parents[up] / name) for up, name in ((1, "training"), (2, "demos"), (0, ".")))
-import small_run
-from test_gpu_resume import FIXED_ORDER, PROCESSES, recipe
+sys.path.extend(str(Path(__file__).parents[up] / name) for up, name in ((2, "demos"), (0, ".")))
+from gpu_runs import FIXED_ORDER, PROCESSES, recipe, small_run
 from weights import differing
 
 try:

@@ -7,84 +7,34 @@ on the small model of the CPU tests.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-import small_run
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_runs import FIXED_ORDER, ON_GPU, PROCESSES, STEPS, main, recipe, run_checks, small_run
 
 try:
     import pytest
 
-    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+    pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")]
 except ImportError:
     pytest = None  # type: ignore[assignment]
 
-ON_GPU = torch.cuda.is_available()
-#: scan and convolution (mamba-ssm, causal-conv1d), attention (Transformer Engine) and cuBLAS add in a fixed order
-FIXED_ORDER = {
-    "MAMBA_DETERMINISTIC": "1",
-    "CAUSAL_CONV1D_DETERMINISTIC": "1",
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-}
-STEPS = 12
 #: of a loss, without a fixed order; ours (measured on an H200: 0)
 BOUND = 1e-3
-#: widths at which kernels share their sums out over programs
-WIDE = (
-    ("hidden_size: 64", "hidden_size: 512"),
-    ("ffn_hidden_size: 96", "ffn_hidden_size: 2048"),
-    ("num_attention_heads: 4", "num_attention_heads: 8"),
-    ("head_dim: 16\n  mamba", "head_dim: 64\n  mamba"),  # attention's and Mamba's
-    ("mamba_num_heads: 8", "mamba_num_heads: 16"),
-    ("mamba_state_dim: 16", "mamba_state_dim: 128"),
-    ("seq_length: 64", "seq_length: 512"),
-    ("tokens: 6144 # 12 steps", "tokens: 49152"),
-    ("warmup_tokens: 1024", "warmup_tokens: 8192"),
-    ("init_std: 0.1", "init_std: 0.02"),
-    ("peak_lr: 1e-2", "peak_lr: 1e-3"),
-    ("parameters: 163376", "parameters: 9080928"),
-)
 
 
-class Processes:
-    """Programs in processes of their own, with the interface of `forks.Forks`: a fork would inherit the GPU's state."""
-
-    def __init__(self) -> None:
-        self.environment: dict[str, str] = {}
-
-    def run(self, program: str, *arguments: str, folder: Path, name: str, ranks: int = 1) -> int:
-        """Run a script or a module and wait; see `Forks.run`."""
-        command = [program] if program.endswith(".py") else ["-m", program]
-        environment = {**os.environ, **self.environment}
-        with (folder / f"{name}.out").open("w") as out, (folder / f"{name}.err").open("w") as err:
-            return subprocess.run(
-                [sys.executable, *command, *arguments], cwd=folder, stdout=out, stderr=err, env=environment, timeout=600
-            ).returncode
-
-
-PROCESSES = Processes()
-
-
-def recipe(small: small_run.Small, name: str, *changes: tuple[str, str]) -> Path:
-    """Write the recipe of the run `name`."""
-    return small.variant(name, *(WIDE if ON_GPU else ()), *changes)
-
-
-def killed_and_resumed(small: small_run.Small, name: str, environment: dict[str, str]) -> tuple[str, str]:
+def killed_and_resumed(
+    small: small_run.Small, name: str, environment: dict[str, str], kind: str = "hybrid"
+) -> tuple[str, str]:
     """Train a run without a stop and one that is killed at step 6 of 12 and resumed from 4; return their names."""
     PROCESSES.environment = environment
     straight, resumed = f"{name}_straight", f"{name}_resumed"
-    small.train(straight, recipe=recipe(small, straight))
-    assert small.train(resumed, "kill=6", check=False, recipe=recipe(small, resumed)).returncode < 0
-    assert "resumed at step 4" in small.train(resumed, recipe=recipe(small, resumed)).stdout
+    small.train(straight, recipe=recipe(small, straight, kind=kind))
+    file = recipe(small, resumed, kind=kind)
+    assert small.train(resumed, "kill=6", check=False, recipe=file).returncode < 0
+    assert "resumed at step 4" in small.train(resumed, recipe=file).stdout
     return straight, resumed
 
 
@@ -94,12 +44,19 @@ def difference(small: small_run.Small, one: str, two: str) -> float:
     return max(abs(a - b) / abs(a) for a, b in pairs)
 
 
-def in_a_fixed_order_it_is_exact(small: small_run.Small) -> None:
+def it_is_exact(small: small_run.Small, kind: str) -> None:
     """Compare steps, records, TensorBoard, and every tensor of weights and optimizer."""
-    straight, resumed = killed_and_resumed(small, "fixed", FIXED_ORDER)
-    print(f"in a fixed order, largest relative difference of a loss: {difference(small, straight, resumed):.1e}")
+    straight, resumed = killed_and_resumed(small, f"fixed_{kind}", FIXED_ORDER, kind)
+    print(
+        f"{kind}, in a fixed order, largest relative difference of a loss: {difference(small, straight, resumed):.1e}"
+    )
     small_run.assert_same(small, straight, resumed)
     assert small.same_tensors(straight, resumed, STEPS)
+
+
+def in_a_fixed_order_it_is_exact(small: small_run.Small) -> None:
+    """Compare runs of the hybrid."""
+    it_is_exact(small, "hybrid")
 
 
 def in_any_order_it_is_near(small: small_run.Small) -> None:
@@ -126,27 +83,30 @@ def changed_settings_reach_the_optimizer(small: small_run.Small) -> None:
         assert float.fromhex(steps[5]["lr"]) < 5e-4
 
 
-CHECKS = (in_a_fixed_order_it_is_exact, in_any_order_it_is_near, changed_settings_reach_the_optimizer)
+def muon_is_exact(small: small_run.Small) -> None:
+    """Compare runs whose matrices Muon updates."""
+    it_is_exact(small, "muon")
 
 
-def run_checks(folder: Path) -> None:
-    """Prepare the data once and do every check."""
-    forks, small_run.FORKS = small_run.FORKS, PROCESSES
-    try:
-        small = small_run.prepared(folder)
-        for check in CHECKS:
-            check(small)
-            print(f"{check.__name__}: passed", flush=True)
-    finally:
-        small_run.FORKS = forks
+def experts_are_exact(small: small_run.Small) -> None:
+    """Compare runs of a model with experts, whose matrices Transformer Engine multiplies in groups."""
+    it_is_exact(small, "experts")
+
+
+CHECKS = (
+    in_a_fixed_order_it_is_exact,
+    in_any_order_it_is_near,
+    changed_settings_reach_the_optimizer,
+    muon_is_exact,
+    experts_are_exact,
+)
 
 
 if pytest is not None:
 
     def test_resume_on_a_gpu(tmp_path: Path) -> None:
-        run_checks(tmp_path)
+        run_checks(tmp_path, CHECKS)
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        run_checks(Path(scratch))
+    main(CHECKS)

@@ -26,18 +26,19 @@ from nemotron_h.sweep.command import Sweep
 from nemotron_h.sweep.points import Point
 from nemotron_h.sweep.results import table
 from nemotron_h.sweep.results import write as write_results
-from nemotron_h.sweep.rows import groups, spread
+from nemotron_h.sweep.rows import groups, row_of, spread
 
 SWEEP_IN_FORKS = Path(__file__).with_name("sweep_in_forks.py")
 
 
-def finish(point: Point, losses: list[float], validation: float) -> None:
-    """Write what a finished run leaves."""
+def finish(point: Point, losses: list[float], validation: float, at: int | None = None) -> None:
+    """Write what a finished run leaves, whose validation loss is of its last step, or of step `at`."""
     point.run.folder.mkdir(parents=True, exist_ok=True)
     for number, loss in enumerate(losses, 1):
         last = number == len(losses)
         values = {"validation_loss": validation if last else float("nan"), "measured": [], "tokens_per_second": 1.0}
-        times = {"time": 100.0 + number, "began": 100.0, "validation_step": number if last else None}
+        measured_at = (number if at is None else at) if last else None
+        times = {"time": 100.0 + number, "began": 100.0, "validation_step": measured_at}
         step = Step(step=number, steps=len(losses), loss=loss, lr=0.1, seconds_left=0.0, **values, **times)
         step.append(point.run.folder / STEPS)
     data = point.run.recipe.data
@@ -45,7 +46,7 @@ def finish(point: Point, losses: list[float], validation: float) -> None:
         "recipe": {"name": point.name},
         "model": {},
         "data": {"seq_length": data.seq_length, "global_batch_size": data.global_batch_size},
-        "metrics": {},
+        "metrics": {"val_loss": validation},
         "step": len(losses),
         "max_steps": len(losses),
         "ended": "finished",
@@ -121,6 +122,7 @@ def test_ranks_and_memory_limit_the_runs(small: Small, tmp_path: Path, monkeypat
     monkeypatch.setattr(capacities.os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(capacities, "available", lambda: 2**40)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = capacities.capacity(recipes, None, HERE)
     assert (found.runs, found.why) == (5, "points")
     assert found.env(0) == {"OMP_NUM_THREADS": "1"}
@@ -130,12 +132,20 @@ def test_ranks_and_memory_limit_the_runs(small: Small, tmp_path: Path, monkeypat
     assert capacities.capacity(recipes, 3, HERE).runs == 2
     for recipe in recipes:
         recipe.parallel.devices = 4
-    monkeypatch.setattr(capacities, "available", lambda: 2**40)
+    monkeypatch.setattr(capacities, "available", lambda *_: 2**40)
     assert capacities.capacity(recipes, None, HERE)[:2] == (2, "8 cores")
     monkeypatch.setattr(capacities, "gpu_count", lambda: 8)
     on_gpus = capacities.capacity(recipes, None, HERE)
     assert on_gpus[:2] == (2, "8 GPUs")
     assert on_gpus.env(1) == {"CUDA_VISIBLE_DEVICES": "4,5,6,7"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3,2,1,0")
+    assert capacities.capacity(recipes, None, HERE).env(1) == {"CUDA_VISIBLE_DEVICES": "3,2,1,0"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    shared = capacities.capacity(recipes, 3, HERE)
+    assert shared[:2] == (3, "at_once")
+    assert [shared.env(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0,1,2,3", "4,5,6,7", "0,1,2,3"]
+    monkeypatch.setattr(capacities, "available", lambda _: int(1.9 * capacities.gpu_memory(recipes[0])))
+    assert capacities.capacity(recipes, 3, HERE).runs == 2
 
 
 def test_threads_are_the_users_where_he_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +155,14 @@ def test_threads_are_the_users_where_he_says_so(monkeypatch: pytest.MonkeyPatch)
     assert threads(1) == {}
     assert int(threads(2)["OMP_NUM_THREADS"]) >= 1
     assert memory.available() > 0
+
+
+def test_a_validation_loss_of_another_step_is_none_of_the_finished_model(small: Small, tmp_path: Path) -> None:
+    first, second = sweep_of(write(small, tmp_path, seeds=[1, 2])).points
+    finish(first, [6.0, 5.0, 4.0, 3.0], 9.0, at=2)
+    finish(second, [6.0, 5.0, 4.0, 3.0], float("nan"), at=0)
+    rows = [row_of(point) for point in (first, second)]
+    assert [(row["loss"], row["validation_loss"], row["train_loss"]) for row in rows] == [(None, None, 3), (3, None, 3)]
 
 
 def test_results_are_means_over_seeds_with_their_spread(small: Small, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Forks:
             self.process.wait()
 
 
-def _environments(ranks: int, torchrun: bool) -> list[dict[str, str]]:
+def environments(ranks: int, torchrun: bool) -> list[dict[str, str]]:
     if not torchrun:
         return [{}]
     with socket.socket() as free:
@@ -151,7 +151,7 @@ def serve() -> None:
         for path in (order["out"], order["err"]):
             Path(path).write_text("")
         pids = []
-        for environment in _environments(order["ranks"], order["torchrun"]):
+        for environment in environments(order["ranks"], order["torchrun"]):
             pid = os.fork()
             if not pid:
                 os.close(replies)

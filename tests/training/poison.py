@@ -80,8 +80,14 @@ class Poison(pl.Callback):
         shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
 
     def gradient_once(self, layer: nn.Module, weight: Tensor) -> None:
-        """Let it be infinite in the second micro-batch, the first time."""
-        self.once(weight.register_hook, lambda gradient: gradient * torch.inf)
+        """Let that of its output be infinite in the second micro-batch, the first time: a kernel may add the weight's
+        own into a buffer, past all hooks.
+        """
+
+        def hook(module: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> None:
+            output[0].register_hook(lambda gradient: gradient * torch.inf)
+
+        self.once(layer.register_forward_hook, hook)
 
     def duplicate_once(self, layer: nn.Module, weight: Tensor) -> None:
         """Let that of a weight which each tensor-parallel rank has whole be infinite, the first time."""

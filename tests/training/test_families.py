@@ -10,6 +10,7 @@ from small_run import Small
 from nemotron_h.inference.generate import generate
 from nemotron_h.inference.model import load_model
 from nemotron_h.inference.sampling import Sampling
+from nemotron_h.report.run import read_run
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +84,9 @@ def recipe(small: Small, family: str) -> Path:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_trains_and_generates(small: Small, family: str) -> None:
-    small.train(family, "trainer.max_steps=3", "optim.warmup_steps=1", recipe=recipe(small, family))
+    options = ("trainer.max_steps=3", "optim.warmup_steps=1", "trainer.val_check_interval=2")
+    small.train(family, *options, recipe=recipe(small, family))
+    assert list(read_run(small.run_dir(family)).validation) == [0, 2, 3], "the finished model's is known"
     losses = [float.fromhex(step["loss"]) for step in small.steps(family).values()]
     assert len(losses) == 3
     assert losses[2] < losses[0]

@@ -153,7 +153,8 @@ def read_run(folder: Path) -> Run:
             for step, loss in losses.train.items()
         ]
         validation = dict(losses.validation)
-    if steps and (final := record["metrics"].get("val_loss")) is not None and steps[-1].step == record["max_steps"]:
+    old = steps and steps[-1].step == record["max_steps"] and steps[-1].validation_step is None
+    if old and (final := record["metrics"].get("val_loss")) is not None:
         validation.setdefault(record["max_steps"], final)  # of versions that wrote no line after it
     return Run(folder, record, steps, dict(sorted(validation.items())), starts, seconds, unreadable)
 

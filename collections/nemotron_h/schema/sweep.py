@@ -61,7 +61,8 @@ class SweepSchema:
         grid: recipe key -> its values; or the name of an axis -> mappings of recipe keys, each with a `name`.
         runs: mappings of recipe keys, each with a `name` if one is wanted; every one is combined with the grid.
         seeds: of initial weights and data (`init_seed`, `data.seed`), for every combination.
-        at_once: most runs at a time; null takes as many as the ranks and the memory of this machine allow.
+        at_once: most runs at a time, which share GPUs where these are fewer; null takes as many as the ranks and the
+            memory of this machine allow.
         dir: parent of the sweep's folder.
         keep_checkpoints: false removes those of a run when it has finished.
         figures, fits: of the finished runs.

@@ -16,7 +16,7 @@ from nemotron_h.platform.memory import available
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import RecipeConfig
 
-#: ours: of a process that has imported NeMo and trains nothing yet
+#: ours: of a process that has imported NeMo and trains nothing yet; of a GPU, its context, kernels and NCCL's buffers
 PROCESS_BYTES = 1.5 * GIB
 
 
@@ -33,7 +33,7 @@ def capacity(recipes: Sequence[RecipeConfig], most: int | None, place: Place) ->
 
     Args:
         recipes: of the runs, at least one.
-        most: of the file; None is no limit.
+        most: of the file; None is no limit, but a GPU has one run then. More share the GPUs, as memory allows.
         place: jobs all wait in the queue of their cluster.
     """
     count = len(recipes)
@@ -42,17 +42,25 @@ def capacity(recipes: Sequence[RecipeConfig], most: int | None, place: Place) ->
     devices = max(recipe.parallel.devices for recipe in recipes)
     gpus = gpu_count()
     there = gpus or len(os.sched_getaffinity(0))
-    limits = {"points": count, f"{there} {'GPUs' if gpus else 'cores'}": max(1, there // devices)}
+    apart = max(1, there // devices)
+    limits = {"points": count, f"{there} {'GPUs' if gpus else 'cores'}": apart}
     if not gpus:
         need = max(memory(recipe) for recipe in recipes)
         limits[f"{available() / GIB:.1f} GiB free, {need / GIB:.1f} a run"] = max(1, int(available() // need))
+    elif most is not None and most > apart:
+        need = max(gpu_memory(recipe) for recipe in recipes)
+        shared = max(1, int(available("cuda") // need))
+        words = f"{there} GPUs, {available('cuda') / GIB:.1f} GiB free on each, {need / GIB:.1f} a run"
+        limits = {"points": count, words: apart * shared}
     if most is not None:
         limits["at_once"] = most
     why = min(limits, key=limits.__getitem__)
     runs = limits[why]
     if gpus:
-        own = [",".join(str(slot * devices + n) for n in range(devices)) for slot in range(runs)]
-        return Capacity(runs, why, lambda slot: {"CUDA_VISIBLE_DEVICES": own[slot]} if runs > 1 else {})
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        names = visible.split(",")
+        own = [",".join(names[slot * devices : (slot + 1) * devices]) for slot in range(apart)]
+        return Capacity(runs, why, lambda slot: {"CUDA_VISIBLE_DEVICES": own[slot % apart]} if runs > 1 else {})
     return Capacity(runs, why, lambda slot: threads(runs * devices))
 
 
@@ -61,6 +69,11 @@ def memory(recipe: RecipeConfig) -> int:
     layout = replace(layout_of(recipe), backend="cpu")
     peak = largest_stage(definition_of(recipe, recipe.name), layout).peak
     return int(recipe.parallel.devices * (peak + PROCESS_BYTES))
+
+
+def gpu_memory(recipe: RecipeConfig) -> int:
+    """Return the bytes that a rank of a run takes of its GPU."""
+    return int(largest_stage(definition_of(recipe, recipe.name), layout_of(recipe)).peak + PROCESS_BYTES)
 
 
 def gpu_count() -> int:

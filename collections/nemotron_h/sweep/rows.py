@@ -26,10 +26,10 @@ def row_of(point: Point) -> Row:
         return {**row, "state": "not finished"}
     run = read_run(point.run.folder)
     train = train_loss(run)
-    validation = list(run.validation.values())[-1] if run.validation else None
+    validation = run.validation.get(point.steps)  # of another step it says nothing about the finished model
     return {
         **row,
-        "loss": train if validation is None else validation,
+        "loss": validation if run.validation else train,
         "train_loss": train,
         "validation_loss": validation,
         "seconds": round(run.seconds, 1),

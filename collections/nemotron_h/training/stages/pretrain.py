@@ -24,6 +24,7 @@ from nemotron_h.training.callbacks.checkpoint import StepCheckpoint
 from nemotron_h.training.callbacks.expert_load import ExpertLoad
 from nemotron_h.training.callbacks.gemm_table import GemmTable
 from nemotron_h.training.callbacks.incidents import Incidents
+from nemotron_h.training.callbacks.last_validation import LastValidation
 from nemotron_h.training.callbacks.lockstep import StepSeed, collect_garbage_together
 from nemotron_h.training.callbacks.nan_guard import NanGuard
 from nemotron_h.training.callbacks.preemption import Preemption
@@ -144,6 +145,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
             callbacks=[
                 run.Config(GemmTable),
                 run.Config(StepSeed, seed=data.seed),
+                run.Config(LastValidation),
                 run.Config(NanGuard),
                 run.Config(Incidents),  # before the report, which shows them
                 run.Config(RunReport),  # before the progress line, which names it
