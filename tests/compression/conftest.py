@@ -20,6 +20,7 @@ import tiny_pipeline
 from forks import FORKS, Forks
 from megatron_on_one_rank import megatron  # noqa: F401
 
+from nemotron_h.compression import distillations
 from nemotron_h.launch import runs
 
 
@@ -39,6 +40,7 @@ def tiny(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tiny_pipelin
 def launched(tiny: tiny_pipeline.Tiny, monkeypatch: pytest.MonkeyPatch) -> tiny_pipeline.Tiny:
     """`tiny`, whose runs are the real ones in forks."""
     monkeypatch.setattr(runs, "train", tiny.launch)
+    monkeypatch.setattr(distillations, "train_several", tiny.launch_several)
     tiny.started.clear()
     tiny.options.clear()
     return tiny
@@ -51,6 +53,7 @@ def compressed(tiny: tiny_pipeline.Tiny) -> tuple[tiny_pipeline.Tiny, Result]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "train", tiny.launch)
+        patch.setattr(distillations, "train_several", tiny.launch_several)
         tiny.started.clear()
         said = CliRunner().invoke(app, ["minipuzzle", str(tiny.recipe_file)], catch_exceptions=False)
     tiny.of_the_whole = tuple(tiny.started)

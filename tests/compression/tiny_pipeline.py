@@ -154,6 +154,12 @@ class Tiny:
         write_recipe(run)
         self.train(run.recipe_file, *self.options.get(run.name, []))
 
+    def launch_several(self, runs: list[tuple[Run, int]], at_once: int, console: Console, env: object) -> None:
+        """In place of `launch.several.train_several`."""
+        assert 1 < at_once <= len(runs)
+        for run, steps in runs:
+            self.launch(run, run.name, steps, console)
+
 
 def prepared(folder: Path, name: str) -> None:
     """Prepare the blend `<name>.yaml`."""

@@ -15,13 +15,13 @@ from small_run import Small
 from test_sweep_files import sweep_of, write
 
 from nemotron_h.core.progress import STEPS, Step
+from nemotron_h.launch import capacity as capacities
 from nemotron_h.launch import runs
 from nemotron_h.launch.place import HERE, place_of
 from nemotron_h.launch.runs import Run
 from nemotron_h.launch.several import threads, train_several
 from nemotron_h.platform import memory
 from nemotron_h.schema.recipe import RecipeConfig
-from nemotron_h.sweep import capacity as capacities
 from nemotron_h.sweep.command import Sweep
 from nemotron_h.sweep.points import Point
 from nemotron_h.sweep.results import table

@@ -16,8 +16,10 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.units import count_of
 from nemotron_h.data.phases import Horizon
 from nemotron_h.launch import runs as launch
+from nemotron_h.launch.capacity import capacity
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.launch.runs import Run
+from nemotron_h.launch.several import train_several
 from nemotron_h.recipe.checks import check, definition_of
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.recipe import DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
@@ -92,9 +94,18 @@ def train(run: Run, title: str, console: Console, place: Place = HERE) -> Path:
     return run.folder
 
 
-def submit(runs: Sequence[Run], place: Place, console: Console) -> None:
-    """Submit the runs that are not finished; `train` waits for each."""
-    launch.submit([run for run in runs if not launch.is_finished(run, steps_of(run))], place, console)
+def train_together(runs: Sequence[Run], console: Console, place: Place = HERE) -> None:
+    """Train what is missing of several runs, as many at a time as this machine takes, where it takes several; `train`
+    finds them finished. A cluster's are queued, and `train` waits for each.
+    """
+    missing = [run for run in runs if not launch.is_finished(run, steps_of(run))]
+    if place.submits:
+        launch.submit(missing, place, console)
+    elif len(missing) > 1:
+        at_once = capacity([run.recipe for run in missing], None, place)
+        if at_once.runs > 1:
+            console.print(f"  {len(missing)} runs, {at_once.runs} at a time ({at_once.why})", highlight=False)
+            train_several([(run, steps_of(run)) for run in missing], at_once.runs, console, env=at_once.env)
 
 
 def planned(recipe: RecipeConfig) -> list[Run]:

@@ -11,11 +11,11 @@ from rich.console import Console
 from nemotron_h.core import locks
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import duration, short_count
+from nemotron_h.launch.capacity import capacity
 from nemotron_h.launch.place import Place
 from nemotron_h.launch.runs import Run
 from nemotron_h.launch.several import train_several
 from nemotron_h.sweep import figures, fits, results
-from nemotron_h.sweep.capacity import capacity
 from nemotron_h.sweep.file import SweepFile, complain
 from nemotron_h.sweep.points import Point, folder_of, others, planned_row, points_of
 from nemotron_h.sweep.rows import row_of

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -72,7 +72,7 @@ class Context:
         place: Place = HERE,
     ) -> None:
         self.recipe, self.part, self.console, self.place = recipe, recipe.minipuzzle, console, place
-        self.train = train or partial(distillations.train, place=place)
+        self.train, self._trains = train or partial(distillations.train, place=place), train is None
         self.origin = origin or f"recipe {recipe.name}"
         self.folder = Path(recipe.log.dir) / recipe.name
         self.text = Text(recipe, self.origin)
@@ -141,6 +141,12 @@ class Context:
         """Return a candidate's distillation from the parent; arguments as of `distillations.run_of`."""
         student = self.definition_of(candidate)
         return distillations.run_of(self.recipe, name, student, start, self.parent.checkpoint, tokens, folder)
+
+    def train_together(self, runs: Sequence[Run]) -> None:
+        """Train distillations beside each other, without the parent in this process; `trained` then returns each."""
+        self.parent.release()
+        if self._trains:
+            distillations.train_together(runs, self.console, self.place)
 
     def trained(self, run: Run, title: str) -> Path:
         """Train a distillation, without the parent in this process, and return its folder."""

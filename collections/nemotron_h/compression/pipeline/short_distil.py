@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression import distillations
 from nemotron_h.compression.pipeline.context import Context, candidate_of
 from nemotron_h.compression.pipeline.score import RANKING
 from nemotron_h.compression.pipeline.text import CHOICE, REPORTED
@@ -40,7 +39,7 @@ def inputs(c: Context) -> dict[str, Any]:
 
 
 def run(c: Context, folder: Path) -> str:
-    """Distil the chosen candidates one after the other; on a cluster all their jobs are queued at once."""
+    """Distil the chosen candidates, as many at a time as the machine takes; on a cluster all are queued at once."""
     ranking = c.read("score", RANKING)
     rows = {row["name"]: row for row in ranking["candidates"]}
     chosen = [candidate_of(rows[name]) for name in ranking["chosen"]]
@@ -50,11 +49,10 @@ def run(c: Context, folder: Path) -> str:
         each.name: c.distillation(each.name, each, folder / f"{each.name}-pruned", c.part.short_tokens, folder)
         for each in chosen
     }
-    if c.place.submits:
-        missing = [candidate for candidate in chosen if candidate.name not in measured]
-        for candidate in missing:
-            c.pruned(folder, candidate)
-        distillations.submit([runs[candidate.name] for candidate in missing], c.place, c.console)
+    missing = [candidate for candidate in chosen if candidate.name not in measured]
+    for candidate in missing:
+        c.pruned(folder, candidate)
+    c.train_together([runs[candidate.name] for candidate in missing])
     for number, candidate in enumerate(chosen, 1):
         if candidate.name in measured:
             continue

@@ -1,4 +1,4 @@
-"""Count the runs of a sweep that this machine takes at a time, by ranks and memory, and share it among them."""
+"""Count the runs that this machine takes at a time, by ranks and memory, and share it among them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def capacity(recipes: Sequence[RecipeConfig], most: int | None, place: Place) ->
 
     Args:
         recipes: of the runs, at least one.
-        most: of the file; None is no limit, but a GPU has one run then. More share the GPUs, as memory allows.
+        most: at a time; None is no limit, but a GPU has one run then. More share the GPUs, as memory allows.
         place: jobs all wait in the queue of their cluster.
     """
     count = len(recipes)
