@@ -65,6 +65,10 @@ class Matrix:
         """Return the number of parameters that one token passes."""
         return self.outputs * self.inputs * self.active
 
+    def adapter_size(self, rank: int, lengths: bool) -> int:
+        """Return the parameters of adapters of this rank, over all experts; `lengths` are DoRA's."""
+        return (rank * (self.outputs + self.inputs) + self.outputs * lengths) * (self.experts or 1)
+
     def on_rank(self, tensor: int) -> tuple[int, int]:
         """Return outputs and inputs of the part that one of `tensor` ranks has."""
         if self.split == "inputs":

@@ -76,7 +76,7 @@ class Experts(Block):
         hidden, width, latent = self.hidden_size, self.expert_width, self.expert_latent_size
         inner, shared = self.expert_hidden_size, self.shared_expert_hidden_size
         stream = "expert_latent_size" if latent else "hidden_size"
-        routed = {"experts": self.num_experts, "active": self.experts_per_token, "adapts": False}
+        routed = {"experts": self.num_experts, "active": self.experts_per_token}
         up, down = (stream, "expert_hidden_size"), ("hidden_size", "shared_expert_hidden_size")
         keys = ("hidden_size", "num_experts")
         router = Matrix("router", self.num_experts, hidden, "", "router", keys, adapts=False, exact=True, parts=None)
