@@ -110,8 +110,10 @@ def test_killed_and_resumed_is_straight_and_so_is_a_step_that_is_run_again(small
     assert (record["layout"]["expert"], record["settings"]["experts.bias_update"]) == (2, 1e-3)
 
 
-def test_adapters_of_shared_experts_resume_exactly(small: Small, talk: Small, experts: list[str]) -> None:
-    """Their checkpoints have neither experts nor correction biases: these are the base's, and stay."""
+def test_adapters_of_experts_resume_exactly(small: Small, talk: Small, experts: list[str]) -> None:
+    """Their checkpoints have neither experts nor correction biases: these are the base's, and stay. Written by two
+    expert-parallel ranks, one rank loads the same.
+    """
     options = [*layout(1, 1, 2, 2), "trainer.max_steps=4", "log.ckpt.every_steps=2"]
     runs = ("experts_lora", "experts_lora_killed")
     for name, kills in zip(runs, ([[]], [["kill=3"], []]), strict=True):
@@ -119,16 +121,20 @@ def test_adapters_of_shared_experts_resume_exactly(small: Small, talk: Small, ex
         text = file.read_text().replace(str(small.run_dir("straight")), str(small.run_dir("experts")))
         for before, after in CHANGES:
             text = text.replace(before, after)
-        targets = "[in_proj, shared_experts.linear_fc1, shared_experts.linear_fc2]"
-        file.write_text(f"{text}adapter: {{kind: lora, rank: 4, alpha: 8, targets: {targets}}}\n")
+        targets = "[in_proj, experts.linear_fc1, experts.linear_fc2, shared_experts.linear_fc1]"
+        file.write_text(f"{text}adapter: {{kind: dora, rank: 4, alpha: 8, targets: {targets}}}\n")
         for kill in kills:
             small.train(name, *options, *kill, ranks=2, recipe=file, check=not kill)
     assert_same(small, *runs)
     assert small.same_tensors(*runs, 4)
     base, adapted = (load_model(small.run_dir(name)) for name in ("experts", "experts_lora"))
     assert torch.equal(base.layers[4].bias, adapted.layers[4].bias)
-    assert torch.equal(base.layers[4].up, adapted.layers[4].up)
-    assert not torch.equal(base.layers[4].shared_up, adapted.layers[4].shared_up)
+    assert torch.equal(base.layers[4].shared_down, adapted.layers[4].shared_down)
+    for one, other in zip(base.layers[4].up, adapted.layers[4].up, strict=True):
+        assert not torch.equal(one, other)
+    run, last = small.run_dir("experts_lora"), ["trainer.max_steps=5", "log.ckpt.keep=-1", f"copy={small.folder}/one"]
+    small.train("experts_lora", *layout(1, 1, 1, 1), *last, recipe=small.folder / "experts_lora.yaml")
+    assert small.same_checkpoints((small.folder / "one", run / "checkpoints/step-000004"))
 
 
 def of_experts(small: Small, file: Path, *changes: tuple[str, str]) -> Path:
