@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +124,10 @@ def write(plan: Plan, out: Path, advance: Advance = lambda _: None) -> None:
         write_json(folder / CONFIG, plan.config, INDENT)
         tensors: dict[str, Tensor] = {}
         for row in plan.rows:
-            write = _whole if _is_whole(row) else partial(_stacked, plan.rows) if row.stacked else _adapter
-            found = write(plan.weights, row)
+            if row.stacked:
+                found = _stacked(plan.weights, row, plan.rows)
+            else:
+                found = (_whole if _is_whole(row) else _adapter)(plan.weights, row)
             tensors |= found
             advance(sum(tensor.nbytes for tensor in found.values()))
         with writing(folder / WEIGHTS):
@@ -186,8 +187,12 @@ def _read(file: AdaptedWeights, row: Weight) -> dict[str, Tensor]:
     return joined
 
 
-def _stacked(rows: list[Weight], file: AdaptedWeights, row: Weight) -> dict[str, Tensor]:
-    """Return the adapter of a matrix of all experts, [experts * rank, inputs] and [outputs, rank * experts]."""
+def _stacked(file: AdaptedWeights, row: Weight, rows: list[Weight]) -> dict[str, Tensor]:
+    """Return the adapter of a matrix of all experts, [experts * rank, inputs] and [outputs, rank * experts].
+
+    Args:
+        rows: all adapted matrices, in transformers' order.
+    """
     parts, (module, _, name) = _read(file, row), _parameter(row).rpartition(".")
     # PEFT wraps a module once for each of its parameters, and the last is outermost
     names = [_parameter(other) for other in rows if other.stacked]

@@ -250,14 +250,14 @@ def _attach_to_experts(
     linear: nn.Module, weights: Mapping[str, str], settings: AdapterSchema, layer: str, seed: int
 ) -> None:
     """Put an adapter beside each of a linear layer's weights, `ExpertsLayer.expert_linears`; `layer` begins names."""
-    made = []
+    adapters = []
     for weight, name in weights.items():
         matrix = getattr(linear, weight)
-        made.append(Adapter(settings, matrix, routed=True))
-        made[-1].initialize(f"{layer}.{name}", seed)
-        made[-1].measure(matrix)
+        adapters.append(Adapter(settings, matrix, routed=True))
+        adapters[-1].initialize(f"{layer}.{name}", seed)
+        adapters[-1].measure(matrix)
     alone = list(weights) == ["weight"]
-    linear.adapter = made[0] if alone else nn.ModuleList(made)
+    linear.adapter = adapters[0] if alone else nn.ModuleList(adapters)
     linear.__class__ = _adapted_class(type(linear), _Adapted if alone else _AdaptedGroup)
 
 
