@@ -84,8 +84,8 @@ def main() -> int:
 def jobs(made, seeds: int) -> dict[tuple[str, int], launch.Run]:
     """The runs, by kind and seed; pruned checkpoints are written."""
     from nemotron_h.compression import distillations
+    from nemotron_h.compression.candidates import candidate_of
     from nemotron_h.compression.child import child_definition
-    from nemotron_h.compression.pipeline.context import candidate_of
     from nemotron_h.compression.pipeline.select import WINNER
     from nemotron_h.compression.selection import child_of
     from nemotron_h.compression.slicing import write_child

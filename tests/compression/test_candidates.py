@@ -216,7 +216,7 @@ def test_layers_of_a_kind_without_a_list_stay(monkeypatch: pytest.MonkeyPatch) -
     scores = Scores(
         np.arange(7.0),
         np.arange(48.0),
-        {n: np.arange(80.0) for n in (1, 2, 5, 6)} | dict.fromkeys((0, 3), np.ones((16, 16))),
+        {n: {"neurons": np.arange(80.0)} for n in (1, 2, 5, 6)} | {n: {"x": np.ones((16, 16))} for n in (0, 3)},
     )
     grid = GridSchema(depth=[4], ffn_hidden_size=[40])
     (candidate,) = candidates = Candidates(d, grid, BudgetSchema(context=64), scores.layers)
@@ -228,6 +228,51 @@ def test_layers_of_a_kind_without_a_list_stay(monkeypatch: pytest.MonkeyPatch) -
     cost = candidates.cost(candidate)
     assert cost.parameters == definition.parameters
     assert cost.memory == inference_memory(definition, Serving(64))
+
+
+def test_widths_of_experts() -> None:
+    """Every combination costs what its model does, and is named by what the parent has."""
+    d = plain_model.definition("MEM*E")
+    grid = GridSchema(num_experts=[2, 4, 6], expert_hidden_size=[20, 40], shared_expert_hidden_size=[32])
+    candidates = Candidates(d, grid, BudgetSchema(context=64))
+    assert len(list(candidates)) == 6
+    of_experts = {
+        layer: {"experts": np.arange(6.0), "expert_neurons": np.ones((6, 40)), "shared_neurons": np.arange(64.0)}
+        for layer in (1, 4)
+    }
+    scores = Scores(np.arange(5.0), np.arange(48.0), of_experts)
+    for candidate in candidates:
+        definition = child_definition(d, child_of(d, scores, candidate), "child")
+        assert (definition.num_experts, definition.expert_hidden_size) == candidate[-3:-1]
+        assert (definition.experts_per_token, definition.expert_scaling) == (2, 1.5)
+        assert candidates.cost(candidate).parameters == definition.parameters
+        assert candidates.cost(candidate).memory == inference_memory(definition, Serving(64))
+    smallest = next(iter(candidates))
+    assert smallest.name == "a1-m2-f0-h48-heads16x16-experts2x20-shared32"
+    assert "ffn_hidden_size" not in smallest.sizes
+    assert Candidate(**smallest.sizes) == smallest
+    with pytest.raises(UserError, match=r"the smallest \(2M/0-/1\*, 2 experts of 20, hidden 48\) has"):
+        Candidates(d, grid, BudgetSchema(parameters="1K"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "grid", "message"),
+    [
+        ("M-M*-", {}, {"num_experts": [4]}, r"small has no layers that can be pruned by num_experts"),
+        ("MEM*E", {}, {"ffn_hidden_size": [40]}, r"small has no layers that can be pruned by ffn_hidden_size"),
+        ("MEM*E", {}, {"num_experts": [1]}, r"num_experts has 1, less than the experts_per_token of small, 2"),
+        ("MEM*E", {}, {"num_experts": [8]}, r"num_experts has 8; small has 6"),
+        (
+            "MEM*E",
+            {"expert_latent_size": 24},
+            {"expert_hidden_size": [20]},
+            r"small has no layers that can be pruned by expert_hidden_size",
+        ),
+    ],
+)
+def test_widths_that_no_child_can_have(pattern: str, changes: dict, grid: dict, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^grid\..*{message}"):
+        Candidates(plain_model.definition(pattern, **changes), GridSchema(**grid), BudgetSchema())
 
 
 def test_limits_that_exclude_each_other(parent: ModelDefinition) -> None:

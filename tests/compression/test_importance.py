@@ -219,7 +219,7 @@ def test_selection_by_hand() -> None:
     """Heads stay by group, and by their scores over the channels that stay; the same channels in all heads."""
     d = plain_model.definition("M-", mamba_num_heads=4, mamba_head_dim=3, ffn_hidden_size=4)
     x = np.array([[5, 0, 1], [1, 9, 0], [4, 0, 0], [2, 2, 0]], dtype=float)  # channel 1 is the strongest, then 0
-    scores = Scores(np.array([0.0, 1.0]), np.arange(48.0), {0: x, 1: np.array([3.0, 1, 2, 1])})
+    scores = Scores(np.array([0.0, 1.0]), np.arange(48.0), {0: {"x": x}, 1: {"neurons": np.array([3.0, 1, 2, 1])}})
     child = child_of(d, scores, Candidate(0, 1, 1, 2, 40, 2, 1))
     assert child.kept[0]["channels"].tolist() == [1]
     assert child.kept[0]["heads"].tolist() == [1, 3]  # without the cut of channels, head 2 is stronger than 3
@@ -227,6 +227,77 @@ def test_selection_by_hand() -> None:
     assert child.hidden.tolist() == list(range(8, 48))
     two = child_of(d, scores, Candidate(0, 1, 1, 2, 40, 2, 3))
     assert two.kept[0]["heads"].tolist() == [1, 2]
+
+
+def test_selection_of_experts_by_hand() -> None:
+    """Experts stay by what they add, and of each that stays its own neurons."""
+    sizes = {"num_experts": 3, "experts_per_token": 1, "expert_hidden_size": 3, "shared_expert_hidden_size": 2}
+    d = plain_model.definition("ME", **sizes)
+    neurons = np.array([[1.0, 2, 3], [9, 9, 9], [3, 1, 2]])
+    of_experts = {"experts": np.array([2.0, 1, 3]), "expert_neurons": neurons, "shared_neurons": np.array([1.0, 2])}
+    scores = Scores(np.zeros(2), np.zeros(48), {0: {"x": np.zeros((16, 16))}, 1: of_experts})
+    two = whole(d)._replace(num_experts=2, expert_hidden_size=2, shared_expert_hidden_size=1)
+    kept = child_of(d, scores, two).kept[1]
+    assert {name: indices.tolist() for name, indices in kept.items()} == {
+        "experts": [0, 2],
+        "expert_neurons": [[1, 2], [0, 2]],
+        "shared_neurons": [1],
+    }
+    # an importance of before there were scores of experts: enough for a child that keeps them
+    old = replace(scores, inner={0: scores.inner[0]})
+    assert child_of(d, old, whole(d)._replace(mamba_num_heads=8)).kept[1]["experts"].tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="the importance says nothing of experts: it was measured by an earlier"):
+        child_of(d, old, two)
+
+
+def test_experts_against_their_formulas() -> None:
+    """Every expert on every token, weighed by the router's scores of the chosen ones and 0 else."""
+    d = plain_model.definition("M*E")
+    model = plain_model.model(d)
+    found = measure_all(model, windows(), windows(7))
+    forward, w = Forward(model), model.layers[2]
+    x = forward.embed(torch.from_numpy(windows(7)))
+    for index in range(2):
+        x = x + forward.layer(index, forward.weights(index), x)
+    h = forward.norm(x, w.norm)
+    scores = (h @ w.gate.T).sigmoid()
+    chosen = torch.zeros_like(scores).scatter(-1, (scores + w.bias).topk(2, dim=-1).indices, 1.0)
+    weights = 1.5 * chosen * scores / (chosen * scores).sum(-1, keepdim=True)  # [b, l, n]
+    inner = torch.einsum("blh,nfh->blnf", h, w.up).clamp(min=0).square() * weights.unsqueeze(-1)
+    added = torch.einsum("blnf,nhf->blnh", inner, w.down)
+    for name, values in (
+        ("experts", added.norm(dim=-1)),
+        ("expert_neurons", inner.flatten(2)),
+        ("shared_neurons", (h @ w.shared_up.T).clamp(min=0).square()),
+    ):
+        expected = values.abs().mean(1).square().sum(0).sqrt()
+        assert relative_error(found.activations[f"layers.2.{name}"], expected) < 1e-10, name
+    # watching changes nothing
+    told: list[str] = []
+    watched = forward.layer(2, w, x, lambda name, _: told.append(name))
+    assert relative_error(watched, forward.layer(2, w, x)) < 1e-12
+    assert told == ["norm", "experts", "expert_neurons", "shared_neurons"]
+
+
+def test_importance_of_experts_beats_its_controls() -> None:
+    d = plain_model.definition("MEM*E-E")
+    model = plain_model.model(d)
+    scores = measure_all(model, windows(), windows(7)).scores()
+    ids = torch.from_numpy(windows(6, seed=11))
+    full, expected = whole(d), Masked(model, Child.whole(d)).logits(ids)
+
+    def error(scores: Scores, candidate: Candidate) -> float:
+        masked = Masked(model, child_of(d, scores, candidate)).logits(ids)
+        return float((masked - expected).square().mean())
+
+    for candidate in (
+        full._replace(num_experts=4),
+        full._replace(expert_hidden_size=24),
+        full._replace(shared_expert_hidden_size=40),
+    ):
+        best = error(scores, candidate)
+        assert best < error(scores.ordered("reversed"), candidate), candidate
+        assert best < np.mean([error(scores.ordered("random", seed), candidate) for seed in range(4)]), candidate
 
 
 def test_importance_beats_its_controls(model, found: Importance) -> None:

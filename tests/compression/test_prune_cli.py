@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from local_corpus import sentences
-from small_model import small_config, small_model
+from small_model import pure_config, small_config, small_model
 from typer.testing import CliRunner
 
 from nemotron_h.cli.main import app
@@ -76,12 +76,40 @@ def test_child_generates_and_is_exported(place: Path, tmp_path: Path) -> None:
     assert again.definition.family == d.family
 
 
+def test_a_child_of_experts(place: Path, tmp_path: Path) -> None:
+    """Fewer and narrower experts, through both commands and out to Hugging Face's format."""
+    from save_checkpoint import save
+
+    data = {"tokenizer": str(place / "data" / "lines" / "tokenizer"), "seq_length": 64}
+    run, measured, child = tmp_path / "run", tmp_path / "importance", tmp_path / "fewer"
+    save(small_model(pure_config("E")), run / "checkpoints" / "step-000001", data=data)
+    text = ("--blend", place / "lines.yaml", "--root", place / "data")
+    invoke("importance", run, measured, *text, "--layer-samples", 2, "--neuron-samples", 4)
+    sizes = ("--num-experts", 4, "--expert-hidden-size", 24, "--shared-expert-hidden-size", 48)
+    assert "fewer, 3M/0-/1*, " in invoke("prune", run, child, "--importance", measured, *sizes)
+    d = load_model(child).definition
+    assert (d.num_experts, d.experts_per_token, d.expert_hidden_size, d.shared_expert_hidden_size) == (4, 2, 24, 48)
+    options = ("--max-tokens", 8, "--temperature", 0)
+    invoke("export", "hf", child, tmp_path / "hf")
+    invoke("import", "hf", tmp_path / "hf", tmp_path / "back")
+    assert invoke("generate", tmp_path / "back", "line", *options) == invoke("generate", child, "line", *options)
+    for arguments, message in (
+        (("--num-experts", 1), "--num-experts has 1, less than the experts_per_token of small, 2"),
+        (("--num-experts", 7), "--num-experts has 7; small has 6"),
+        (("--ffn-hidden-size", 8), "--ffn-hidden-size has 8: small has no layers that can be pruned by ffn_hidden"),
+    ):
+        with pytest.raises(UserError, match=message):
+            invoke("prune", run, tmp_path / "none", "--importance", measured, *arguments)
+    with pytest.raises(UserError, match="--num-experts has 4: small has no layers that can be pruned by num_experts"):
+        invoke("prune", place / "run", tmp_path / "none", "--importance", place / "importance", "--num-experts", 4)
+
+
 def test_refusals(place: Path, tmp_path: Path) -> None:
     run, measured = place / "run", place / "importance"
     for arguments, message in (
         ((), "nothing is cut"),
-        (("--mamba", 4), "--mamba = 4; small has 3"),
-        (("--ffn-hidden-size", 0), "--ffn-hidden-size = 0; small has 80"),
+        (("--mamba", 4), "--mamba has 4; small has 3"),
+        (("--ffn-hidden-size", 0), "--ffn-hidden-size has 0; small has 80"),
         (("--mamba-num-heads", 3), "no multiple of the 2 groups"),
         (("--mamba", 0, "--ffn", 0, "--attention", 0), "no layer is left"),
         (("--ffn", 2, "--order", "best"), "order 'best' is unknown"),

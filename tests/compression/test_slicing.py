@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from forks import Forks
-from small_model import pure_config, relative_error, small_config, small_model
+from small_model import EXPERTS, pure_config, relative_error, small_config, small_model
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.checkpoint.definition import read_definition
@@ -43,14 +43,34 @@ def draw_child(d: ModelDefinition, axis: str, seed: int = 0) -> Child:
     hidden = some(d.hidden_size) if on("hidden") else whole.hidden
     kept = {layer: dict(axes) for layer, axes in whole.kept.items()}
     per_group = d.mamba_num_heads // max(d.mamba_num_groups, 1)
+    experts = d.num_experts
+
+    def some_of_each() -> np.ndarray:
+        """Other neurons of each expert that stays."""
+        nonlocal experts
+        width = len(some(d.expert_hidden_size))
+        rows = [rng.choice(d.expert_hidden_size, width, replace=False) for _ in range(experts)]
+        return np.sort(np.stack(rows))
+
+    def some_experts() -> np.ndarray:
+        nonlocal experts
+        stay = some(d.num_experts)
+        experts = len(stay)
+        return stay
+
     for name, draw_one in (
         ("neurons", lambda: some(d.ffn_hidden_size)),
         ("heads", lambda: np.concatenate([some(per_group) + g * per_group for g in range(d.mamba_num_groups)])),
         ("channels", lambda: some(d.mamba_head_dim)),
+        ("experts", some_experts),
+        ("expert_neurons", some_of_each),
+        ("shared_neurons", lambda: some(d.shared_expert_hidden_size)),
     ):
         for axes in kept.values():
             if on(name) and name in axes:
                 axes[name] = draw_one()
+            if name == "experts" and name in axes:
+                axes["expert_neurons"] = axes["expert_neurons"][: len(axes[name])]
     return Child(whole.layers, hidden, kept)
 
 
@@ -76,6 +96,63 @@ def test_slice_computes_what_the_masked_parent_does(axis: str, groups: int) -> N
     unmasked = slicing.Masked(parent, Child.whole(d))
     assert slicing.logits_error(unmasked, parent, tokens()) < 1e-12
     assert slicing.logits_error(unmasked, sliced, tokens()) > 0.1
+
+
+@pytest.mark.parametrize("axis", ["layers", "hidden", "experts", "expert_neurons", "shared_neurons", "all"])
+def test_slice_of_experts_computes_what_the_masked_parent_does(axis: str) -> None:
+    d = plain_model.definition("MEM*E-E")
+    parent = plain_model.model(d)
+    child = draw_child(d, axis, seed=2)
+    sliced = slicing.slice_model(parent, child)
+    sizes = sum(t.numel() for w in sliced.layers for t in vars(w).values()) + sliced.embedding.numel()
+    sizes += sliced.output.numel() + sliced.final_norm.numel()
+    assert sliced.definition.expect.parameters == sizes
+    assert slicing.logits_error(slicing.Masked(parent, child), sliced, tokens()) < 1e-12
+    unmasked = slicing.Masked(parent, Child.whole(d))
+    assert slicing.logits_error(unmasked, parent, tokens()) < 1e-12
+    assert slicing.logits_error(unmasked, sliced, tokens()) > 0.01
+
+
+def test_gate_sees_a_wrong_slice_of_experts() -> None:
+    d = plain_model.definition("MEM*E-E")
+    parent = plain_model.model(d)
+    whole = Child.whole(d)
+    for name, stay, wrong in (
+        ("experts", np.array([0, 2, 3, 5]), np.array([0, 2, 4, 5])),
+        ("expert_neurons", np.tile(np.arange(30), (6, 1)), np.tile(np.arange(10, 40), (6, 1))),
+        ("shared_neurons", np.arange(50), np.arange(1, 51)),
+    ):
+
+        def kept(of: np.ndarray, name: str = name) -> Child:
+            child = exchanged(whole, name, lambda _: of)
+            return exchanged(child, "expert_neurons", lambda rows: rows[: len(of)]) if name == "experts" else child
+
+        masked = slicing.Masked(parent, kept(stay))
+        assert slicing.logits_error(masked, slicing.slice_model(parent, kept(stay)), tokens()) < 1e-12
+        assert slicing.logits_error(masked, slicing.slice_model(parent, kept(wrong)), tokens()) > 0.01
+    # one expert's neurons for another's
+    rows = np.stack([np.arange(n, n + 30) for n in range(6)])
+    masked = slicing.Masked(parent, exchanged(whole, "expert_neurons", lambda _: rows))
+    wrong = slicing.slice_model(parent, exchanged(whole, "expert_neurons", lambda _: rows[[0, 1, 2, 3, 5, 4]]))
+    assert slicing.logits_error(masked, wrong, tokens()) > 0.001
+
+
+def test_impossible_experts() -> None:
+    d = plain_model.definition("MEM*E-E")
+    whole = Child.whole(d)
+    for wrong, message in (
+        (
+            exchanged(whole, "experts", lambda kept: kept[1:]),
+            "expert_neurons of layer 1: not a row for each",
+        ),
+        (exchanged(whole, "expert_neurons", lambda _: np.arange(40)), "expert_neurons of layer 1: not a row for each"),
+        (exchanged(whole, "expert_neurons", lambda kept: kept[:, ::-1]), "expert_neurons of layer 1: not ascending"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            child_definition(d, wrong, "child")
+    few = exchanged(exchanged(whole, "experts", lambda _: np.array([3])), "expert_neurons", lambda kept: kept[:1])
+    with pytest.raises(UserError, match="experts_per_token"):
+        child_definition(d, few, "child")
 
 
 def uneven_child(d: ModelDefinition) -> Child:
@@ -227,15 +304,30 @@ def test_written_child(parent: Path, tmp_path: Path) -> None:
 
 
 def test_a_child_with_experts_is_written_and_read(megatron: None, tmp_path: Path) -> None:
-    """Its layers and channels of the residual stream; writing compares it with its masked parent."""
+    """Its layers, experts and neurons; writing compares it with its masked parent. Megatron trains it on."""
+    from megatron.core import dist_checkpointing
     from save_checkpoint import save
 
     checkpoint = save(small_model(pure_config("E")), tmp_path / "parent", data=DATA)
-    hidden = child_of(checkpoint, "hidden").hidden
-    child = replace(Child.whole(read_definition(read_record(checkpoint), ""), (0, 1, 2, 4, 6)), hidden=hidden)
+    child = child_of(checkpoint)
     made = slicing.write_child(checkpoint, child, tmp_path / "child", "narrow")
-    assert (made.pattern, made.num_experts, made.hidden_size) == ("MEMEE", 6, len(hidden))
-    assert load_model(tmp_path / "child").definition == made
+    sizes = (made.num_experts, made.expert_hidden_size, made.shared_expert_hidden_size, made.hidden_size)
+    assert sizes == (3, 24, 38, len(child.hidden))
+    loaded, whole = load_model(tmp_path / "child", dtype=torch.float64), load_model(checkpoint, dtype=torch.float64)
+    assert loaded.definition == made
+    assert slicing.logits_error(slicing.Masked(whole, child), loaded, tokens()) < 1e-12
+    widths = {key: getattr(made, key) for key in ("num_experts", "expert_hidden_size", "shared_expert_hidden_size")}
+    widths |= {"pattern": made.pattern, "family": made.family, "hidden_size": made.hidden_size}
+    widths |= {"mamba_num_heads": made.mamba_num_heads, "mamba_head_dim": made.mamba_head_dim}
+    trained = small_model(small_config(**{**EXPERTS, "ffn_hidden_size": 0, **widths}))
+    state = dist_checkpointing.load(trained.sharded_state_dict(prefix="module."), str(tmp_path / "child" / "weights"))
+    trained.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    ids = tokens()
+    expected = loaded.logits(loaded.extend(ids, loaded.new_states(*ids.shape)))
+    actual = trained(ids)[..., : made.vocab_size]
+    assert relative_error(actual.detach(), expected.float()) < 1e-4
+    trained(ids, labels=ids).mean().backward()
+    assert all(p.grad is not None for p in trained.parameters())
 
 
 def test_layers_that_differ_are_written_and_read(parent: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from nemotron_h.export import hf_reader, merge, peft_writer
 from nemotron_h.inference.model import load_model
 
 pytestmark = pytest.mark.usefixtures("megatron")
+ROUTED = ["experts.linear_fc1", "experts.linear_fc2"]
 TARGETS = ["in_proj", "linear_qkv", "linear_proj", "linear_fc2"]
 
 
@@ -101,13 +102,39 @@ def test_a_merge_changes_the_targets_alone(pair, tmp_path: Path) -> None:
     assert record["merged"]["base"]["checkpoint"] == str(base)
 
 
-def test_adapters_of_shared_experts(megatron, tmp_path: Path) -> None:
-    shared = ["in_proj", "shared_experts.linear_fc1", "shared_experts.linear_fc2"]
-    model = pure_config("E", adapter=adapter("lora", targets=shared)).configure_model(None)
+def adapted_experts(kind: str, targets: list[str], folder: Path):
+    """A model with experts and adapters, and their checkpoint."""
+    model = pure_config("E", adapter=adapter(kind, targets=targets)).configure_model(None)
     base = small_model(pure_config("E"))
     model.load_state_dict(base.state_dict())
     randomize_adapters(model)
-    adapted = save_adapter(model, tmp_path / "adapter", save(base, tmp_path / "base"))
+    return model, save_adapter(model, folder / "adapter", save(base, folder / "base"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_routed_experts(megatron, kind: str, tmp_path: Path) -> None:
+    """A stack of all experts is merged at once, read as it is or written, and exported expert by expert."""
+    model, adapted = adapted_experts(kind, ROUTED, tmp_path)
+    shapes = WeightFile(adapted, last=".adapter.a").shapes
+    assert shapes["decoder.layers.1.mlp.experts.experts.linear_fc2.adapter.b"] == (6, 48, 4)
+    assert len(shapes) == 3 * 2 * (2 if kind == "lora" else 3)
+    ids = tokens(2, 50)
+    expected = trained_logits(model, ids)
+    assert relative_error(logits_of(tmp_path / "base", ids), expected) > 0.1
+    merge.write(merge.plan(adapted), tmp_path / "merged")
+    for checkpoint in (adapted, tmp_path / "merged"):
+        assert relative_error(logits_of(checkpoint, ids), expected) < 1e-4
+        folder = export(checkpoint, tmp_path / f"{checkpoint.name}_hf")
+        hf_reader.write(hf_reader.examine(folder), tmp_path / f"{checkpoint.name}_back")
+        assert relative_error(logits_of(tmp_path / f"{checkpoint.name}_back", ids), expected) < 1e-4
+    before, after = read_all(tmp_path / "base"), read_all(tmp_path / "merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp.experts.experts." in name}
+
+
+def test_adapters_of_shared_experts(megatron, tmp_path: Path) -> None:
+    shared = ["in_proj", "shared_experts.linear_fc1", "shared_experts.linear_fc2"]
+    model, adapted = adapted_experts("lora", shared, tmp_path)
     ids = tokens(2, 50)
     expected = trained_logits(model, ids)
     assert relative_error(logits_of(tmp_path / "base", ids), expected) > 0.1

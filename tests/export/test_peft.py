@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from save_checkpoint import save
 from small_model import pure_config, relative_error, small_model, tokens
 from test_hf_round_trip import export, theirs
-from test_merge import save_adapter, trained_logits
+from test_merge import ROUTED, adapted_experts, save_adapter, trained_logits
 from test_transformers import PYTHON
 
 from nemotron_h.core.errors import UserError
@@ -117,20 +117,69 @@ def test_refused(made: dict[str, Adapted], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+class OfExperts:
+    """Adapters on routed and shared experts and more, or on one matrix of the routed ones, and their exports."""
+
+    def __init__(self, targets: list[str], folder: Path) -> None:
+        self.folder = folder
+        self.model, self.checkpoint = adapted_experts("lora", targets, folder)
+        self.model.eval()
+        export(folder / "base", folder / "hf")
+        self.said = invoke("export", "peft", self.checkpoint, folder / "peft", "--base-model", folder / "hf")
+        self.merged = theirs(export(self.checkpoint, folder / "merged"))
+
+    @property
+    def config(self) -> dict:
+        return json.loads((self.folder / "peft" / "adapter_config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def of_experts(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> list[OfExperts]:
+    targets = (["in_proj", "out_proj", *ROUTED, "shared_experts.linear_fc1"], ROUTED[1:])
+    return [OfExperts(each, tmp_path_factory.mktemp(f"peft_experts_{len(each)}")) for each in targets]
+
+
+def test_files_of_experts_by_hand(of_experts: list[OfExperts]) -> None:
+    """Expert by expert, as PEFT takes them apart."""
+    both, one = of_experts
+    assert both.config["target_parameters"] == ["mixer.experts.up_proj", "mixer.experts.down_proj"]
+    assert (both.config["target_modules"], both.config["modules_to_save"]) == (["in_proj", "up_proj"], ["out_proj"])
+    assert (one.config["target_parameters"], one.config["target_modules"]) == (["mixer.experts.down_proj"], [])
+    base = theirs(both.folder / "hf")
+    for made, inside, matrix in (
+        (both, "experts.base_layer", "up_proj"),
+        (both, "experts", "down_proj"),
+        (one, "experts", "down_proj"),
+    ):
+        found = load_file(made.folder / "peft" / "adapter_model.safetensors")
+        a, b = (found[f"base_model.model.model.layers.1.mixer.{inside}.lora_{part}.weight"] for part in "AB")
+        a, b = a.unflatten(0, (6, 4)), b.unflatten(1, (4, 6))
+        for number in range(6):
+            name = f"backbone.layers.1.mixer.experts.{number}.{matrix}.weight"
+            assert relative_error(base[name] + 2.0 * b[:, :, number] @ a[number], made.merged[name]) < 1e-6, name
+
+
+def test_lengths_of_experts_are_refused(megatron: None, tmp_path: Path) -> None:
+    _, checkpoint = adapted_experts("dora", ROUTED, tmp_path)
+    with pytest.raises(UserError, match="has DoRA on routed experts, where PEFT has LoRA alone") as error:
+        invoke("export", "peft", checkpoint, tmp_path / "out")
+    assert "export hf" in error.value.hint
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON.is_file(), reason=f"no {PYTHON}; `make test-hf` sets it up")
-def test_peft_computes_the_trained_model(made: dict[str, Adapted]) -> None:
-    ids = tokens(2, 200)
-    for adapted in made.values():
+def test_peft_computes_the_trained_model(made: dict[str, Adapted], of_experts: list[OfExperts]) -> None:
+    ids, every = tokens(2, 200), [*made.values(), *of_experts]
+    for adapted in every:
         save_file({"tokens": ids}, adapted.folder / "peft" / "request.safetensors")
     command = [str(PYTHON), str(Path(__file__).with_name("run_peft.py"))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    folders = [str(adapted.folder / "peft") for adapted in made.values()]
+    folders = [str(adapted.folder / "peft") for adapted in every]
     done = subprocess.run([*command, *folders], capture_output=True, text=True, timeout=300, env=environment)
     if "No module named 'peft'" in done.stderr:
         pytest.skip(f"{PYTHON} has no peft; `make test-hf` sets it up")
     assert done.returncode == 0, done.stderr[-3000:]
-    for adapted in made.values():
+    for adapted in every:
         answer = load_file(adapted.folder / "peft" / "answer.safetensors")
         expected = trained_logits(adapted.model, ids)
         assert expected.std() > 0.5

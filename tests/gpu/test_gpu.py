@@ -5,6 +5,7 @@ Also runs as a script where pytest is not installed: `python tests/gpu/test_gpu.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -245,7 +246,9 @@ def test_no_value_is_read_before_it_is_written() -> None:
 
 
 def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
-    """Its layers with a norm hand the normalised input to the adapter, and frozen weights get no gradient."""
+    """Its layers with a norm hand the normalised input to the adapter, its layers of all experts give each its rows,
+    and frozen weights get no gradient.
+    """
     start()
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -258,24 +261,28 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
         return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
-    for kind in ("lora", "dora"):
+    routed = ["in_proj", "experts.linear_fc1", "experts.linear_fc2", "shared_experts.linear_fc1"]
+    cases = [(kind, *of) for kind in ("lora", "dora") for of in (({}, MATRICES), (EXPERTS, routed))]
+    for kind, changes, targets in cases:
         found = {}
         for name, spec, dtype in (
             ("engine", layers.stack_spec, torch.bfloat16),
             ("plain", plain, torch.bfloat16),
             ("exact", plain, torch.float32),
         ):
-            built = model(spec, dtype, adapter=AdapterSchema(kind, 8, 16.0, 0.0, MATRICES)).train()
-            for place, layer in adapters.adapted(built):
-                # the same numbers under both wrappers, and in both dtypes
-                init.fill(layer.adapter.b, place.removeprefix("module."), init.normal(0.06), 7)
+            built = model(spec, dtype, adapter=AdapterSchema(kind, 8, 16.0, 0.0, targets), **changes).train()
+            every = [(f"{at}.{key}", each) for at, own in adapters.adapted(built) for _, key, each in own.pairs()]
+            for place, adapter in every:
+                # the same numbers under both wrappers, in both dtypes, of experts in a group and one by one
+                name = re.sub(r"local_experts\.(\d+)\.(\w+)\.adapter", r"\2.adapter.\1", place)
+                init.fill(adapter.b, name.removeprefix("module."), init.normal(0.06), 7)
             losses = built(
                 input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
             )
             losses.mean().backward()
             trained = [p for p in built.parameters() if p.requires_grad]
             assert all(p.grad is None for p in built.parameters() if not p.requires_grad)
-            assert len(trained) == (2 if kind == "lora" else 3) * len(list(adapters.adapted(built)))
+            assert len(trained) == (2 if kind == "lora" else 3) * len(every)
             norm = sum(float(p.grad.float().square().sum()) for p in trained) ** 0.5
             found[name] = (float(losses.mean()), norm)
             print(f"{kind} {name}: loss {found[name][0]:.5f}, gradient norm {norm:.5f}", flush=True)

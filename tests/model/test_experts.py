@@ -11,6 +11,7 @@ from nemotron_h.schema.recipe import AdapterSchema
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
+ROUTED = ["experts.linear_fc1", "experts.linear_fc2"]
 SHARED = ["shared_experts.linear_fc1", "shared_experts.linear_fc2"]
 
 
@@ -147,12 +148,104 @@ def test_shared_experts_have_adapters(kind: str) -> None:
     assert torch.equal(model(input_ids=ids), other(input_ids=ids))
 
 
-def test_routed_experts_have_none() -> None:
-    from nemotron_h.core.errors import UserError
+def adapted_experts(kind: str, base, **changes):
+    """A model with adapters of every routed expert that change as much as the weights, over a base's."""
+    settings = adapter(kind, targets=ROUTED, **changes)
+    model = pure_config("E", adapter=settings, dtype=torch.float64).configure_model(None).double()
+    model.load_state_dict(base.state_dict())
+    return model
 
-    settings = adapter("lora", targets=["experts.linear_fc1"])
-    with pytest.raises(UserError, match=r"adapter\.targets has 'experts\.linear_fc1', which"):
-        pure_config("E", adapter=settings).configure_model(None)
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_every_routed_expert_has_adapters_of_its_own(kind: str) -> None:
+    """Untrained they change nothing; trained, outputs and gradients are those of the weights that they stand for."""
+    base = small_model(pure_config("E", dtype=torch.float64))
+    model = adapted_experts(kind, base)
+    ids = tokens(2, 40)
+    assert torch.equal(model(input_ids=ids), base(input_ids=ids))
+    of = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(of) == 3 * 6 * 2 * (2 if kind == "lora" else 3)
+    places = {name.partition(".adapter.")[0] for name in of}
+    assert all(".mlp.experts.local_experts." in place for place in places)
+    firsts = [p for name, p in of.items() if name.endswith("linear_fc1.adapter.a")]
+    assert not torch.equal(firsts[0], firsts[1]), "each begins at numbers of its own"
+    randomize_adapters(model)
+    weights, scales = dict(base.named_parameters()), {}
+    with torch.no_grad():
+        for place in places:
+            weight, a, b = weights[f"{place}.weight"], of[f"{place}.adapter.a"], of[f"{place}.adapter.b"]
+            weight += 2.0 * b @ a
+            scales[place] = torch.ones(len(weight), 1, dtype=weight.dtype)
+            if kind == "dora":
+                scales[place] = (of[f"{place}.adapter.magnitude"] / weight.norm(dim=1))[:, None]
+            weight *= scales[place]
+    for each in (model, base):
+        each(input_ids=ids).square().mean().backward()
+    assert relative_error(model(input_ids=ids).detach(), base(input_ids=ids).detach()) < 1e-9
+    reached = 0
+    for place in places:
+        full, a, b = weights[f"{place}.weight"].grad * scales[place], of[f"{place}.adapter.a"], of[f"{place}.adapter.b"]
+        reached += bool(full.any())
+        assert relative_error(b.grad, 2.0 * full @ a.detach().T) < 1e-9, place
+        assert relative_error(a.grad, 2.0 * b.detach().T @ full) < 1e-9, place
+    assert reached > len(places) / 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_group_of_experts_is_adapted_as_they_are_one_by_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's layer of all experts of a rank, by a stand-in: same outputs, gradients and checkpoints."""
+    from grouped_linear import GroupedLinear
+
+    from nemotron_h.model import layers
+
+    base = small_model(pure_config("E", dtype=torch.float64))
+    one = adapted_experts(kind, base)
+    randomize_adapters(one)
+    plain = layers.Parts
+
+    def parts(*arguments: object, **named: object) -> layers.Parts:
+        return plain(*arguments, **named, grouped=(GroupedLinear, GroupedLinear))
+
+    monkeypatch.setattr(layers, "Parts", parts)
+    group = pure_config("E", adapter=one.config.adapter, dtype=torch.float64).configure_model(None).double()
+    saved, loaded = (
+        {(t.key, t.global_offset): t for name, t in model.sharded_state_dict().items() if ".mlp.experts." in name}
+        for model in (one, group)
+    )
+    assert saved.keys() == loaded.keys()
+    assert len(saved) == 3 * 6 * 2 * (3 if kind == "lora" else 4)
+    others = {name: tensor for name, tensor in one.state_dict().items() if ".mlp.experts." not in name}
+    group.load_state_dict({**group.state_dict(), **others})
+    with torch.no_grad():
+        for key, tensor in loaded.items():
+            assert (tensor.global_shape, tensor.replica_id) == (saved[key].global_shape, saved[key].replica_id), key
+            tensor.data.copy_(saved[key].data)
+    ids, found = tokens(2, 40), []
+    for model in (one, group):
+        out = model(input_ids=ids)
+        out.square().mean().backward()
+        squares = [p.grad.square().sum() for p in model.parameters() if p.requires_grad]
+        found.append((out.detach(), torch.stack(squares).sum()))
+    assert relative_error(found[1][0], found[0][0]) < 1e-12
+    assert relative_error(found[1][1], found[0][1]) < 1e-9
+    # a base that is loaded alone sets DoRA's lengths
+    alone = {key: value for key, value in group.state_dict().items() if ".adapter." not in key}
+    group.load_state_dict({key: 2 * value if "weight3" in key else value for key, value in alone.items()})
+    for name, p in group.named_parameters():
+        if name.endswith("linear_fc1.adapter.3.magnitude"):
+            layer = group.get_submodule(name.partition(".adapter.")[0])
+            assert torch.allclose(p, layer.adapter[3].lengths(layer.weight3))
+
+
+def test_dropout_of_an_expert_s_adapter_is_drawn_in_training_alone() -> None:
+    base = small_model(pure_config("E", dtype=torch.float64))
+    model = adapted_experts("lora", base, dropout=0.5)
+    randomize_adapters(model)
+    ids = tokens(1, 30)
+    first, second = model(input_ids=ids), model(input_ids=ids)
+    assert relative_error(first.detach(), second.detach()) > 1e-3
+    model.eval()
+    assert torch.equal(model(input_ids=ids), model(input_ids=ids))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])

@@ -20,7 +20,13 @@ PAIRS = ("preference-tp2sp", "preference-pp2", "preference-dp2")
 ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2", "dora-tp2sp", "dora-tp2spopt")
 FALCON = (*(f"falcon_h1-{layout}" for layout in ("tp2", "tp2spagain", "pp2", "dp2")), "falconlora-tp2sp")
 EXPERTS = tuple(f"experts-{layout}" for layout in ("ep2", "dp2", "tp2sp", "pp2", "tp2spep2again", "tp2spopt", "ep2opt"))
-KINDS = ("transformer", "mamba2", "preference", "lora", "dora")
+EXPERT_ADAPTERS = tuple(
+    f"experts{layout}"
+    for layout in ("lora-ep2", "lora-dp2opt", "lora-tp2spep2again", "lora-tp2spopt", "dora-ep2opt", "dora-tp2sp")
+)
+#: of these, those whose states are sharded
+SHARED_ADAPTERS = tuple(name for name in EXPERT_ADAPTERS if name.endswith("opt"))
+KINDS = ("transformer", "mamba2", "preference", "lora", "dora", "expertslora", "expertsdora")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 MUON = (
     *(f"{layout}optmuon" for layout in ("dp2", "tp2", "tp2sp", "pp2")),
@@ -49,7 +55,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
                 *("oneoptmuon", "experts-oneoptmuon", "falcon_h1-oneoptmuon"),
             ),
         ),
-        **launch(2, folder / "two.pt", (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *MUON)),
+        **launch(
+            2, folder / "two.pt", (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *MUON)
+        ),
         **launch(4, folder / "four.pt", (*FOUR_RANKS, *MUON_OF_FOUR)),
     }
 
@@ -60,7 +68,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *FOUR_RANKS])
+@pytest.mark.parametrize(
+    "name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *FOUR_RANKS]
+)
 def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
     family = name.partition("-")[0] + "-" if "-" in name else ""
     one, other = results[f"{family}one"], results[name]
@@ -101,7 +111,7 @@ def test_muon_of_several_ranks_is_that_of_one(results: dict[str, dict], name: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["oneoptmuon", "experts-oneoptmuon", "oneopt", *MUON, *MUON_OF_FOUR])
+@pytest.mark.parametrize("name", ["oneoptmuon", "experts-oneoptmuon", "oneopt", *SHARED_ADAPTERS, *MUON, *MUON_OF_FOUR])
 def test_moments_are_as_large_as_planned(results: dict[str, dict], name: str) -> None:
     states = results[name]["states"]
     assert sum(states) == pytest.approx(results[name]["planned"], rel=2e-3)  # a vocabulary is padded

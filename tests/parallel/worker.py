@@ -93,7 +93,11 @@ FAMILIES = {
 BIAS_UPDATE = 0.05
 #: what is trained -> the model
 ADAPTED = {"lora": "nemotron_h", "dora": "nemotron_h", "falconlora": "falcon_h1"}
+ADAPTED |= {"expertslora": "experts", "expertsdora": "experts"}
 TARGETS = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+TARGETS_OF_EXPERTS = [
+    *("in_proj", "experts.linear_fc1", "experts.linear_fc2", "shared_experts.linear_fc1", "shared_experts.linear_fc2")
+]
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation", "recompute_experts": "layer"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
@@ -159,6 +163,9 @@ def randomize_adapters(module: torch.nn.Module) -> None:
             adapter, key = linear.adapter, f"{layer.layer_number}.{name}"
             rank, size = adapter.group.rank(), adapter.group.size()
             split = {} if adapter.row_parallel else {"axis": 0, "tp_rank": rank, "tp_size": size}
+            if adapter.routed:  # mlp.experts.local_experts.N.linear_fc1
+                *_, number, matrix = name.split(".")
+                split, key = {}, f"{layer.layer_number}.{layer.mlp.local_expert_indices[int(number)]}.{matrix}"
             if name.endswith("in_proj"):
                 split["sections"] = layer.mixer.in_proj_sections
             if name.endswith("linear_fc1") and layer.mlp.config.gated_linear_unit:
@@ -214,6 +221,7 @@ def planned_moments(config: NemotronHConfig, name: str) -> float:
         precision="fp32",
         backend="cpu",
         optimizer="muon" if name.endswith("muon") else "adamw",
+        adapter=config.adapter or AdapterSchema(),
     )
     return sum(stage_memory(config.definition(), planned, n).optimizer for n in range(stages)) * ranks / stages
 
@@ -239,8 +247,9 @@ def sums_over_ranks(module: torch.nn.Module) -> int:
 def train(name: str) -> dict[str, object]:
     """Losses of every step, gradients of the first, and final weights."""
     family = name.partition("-")[0] if "-" in name else "nemotron_h"
-    kind = family.removeprefix("falcon") if family in ADAPTED else "none"
+    kind = family[-len("lora") :] if family in ADAPTED else "none"
     family = ADAPTED.get(family, family)
+    targets = TARGETS_OF_EXPERTS if family == "experts" else TARGETS
     shape = layout(name)
     parallel_state.initialize_model_parallel(
         shape["tp"], shape["pp"], expert_model_parallel_size=shape["ep"], expert_tensor_parallel_size=1
@@ -269,7 +278,7 @@ def train(name: str) -> dict[str, object]:
         pipeline_model_parallel_size=shape["pp"],
         expert_model_parallel_size=shape["ep"],
         sequence_parallel=shape["sp"],
-        adapter=AdapterSchema(kind, 4, 8.0, 0.0, TARGETS) if kind != "none" else None,
+        adapter=AdapterSchema(kind, 4, 8.0, 0.0, targets) if kind != "none" else None,
         **(RECOMPUTE if name.endswith("again") else {}),
     )
     module = config.configure_model(None)

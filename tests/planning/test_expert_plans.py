@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
+from nemotron_h.architecture.adapters import coverage, trained_parameters
 from nemotron_h.architecture.blocks.experts import Experts
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.gemms import check_gemms, gemm_table
@@ -16,13 +17,14 @@ from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.layouts import best, expert_sizes, sweep
-from nemotron_h.planning.memory import rank_experts, rank_parameters, stage_memory
+from nemotron_h.planning.memory import rank_experts, rank_parameters, rank_trained, stage_memory
 from nemotron_h.planning.plan import make_plan
-from nemotron_h.planning.saves import rank_bytes
+from nemotron_h.planning.saves import pieces, rank_bytes
 from nemotron_h.recipe.check import examine
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import compose
 from nemotron_h.recipe.shipped import read_shipped
+from nemotron_h.schema.recipe import AdapterSchema
 
 NANO, TINY = "nano_30b_a3b", "nemotron_h_moe_tiny"
 #: of Nano 30B, by hand: an expert's two matrices; all experts of a layer; a router with its bias
@@ -95,6 +97,30 @@ def test_a_token_costs_what_it_passes(nano: ModelDefinition) -> None:
     assert forward.experts < forward.linear < forward.total
     every = replace(nano, experts_per_token=128)
     assert flops_per_token(every, 8192).experts == 3 * 23 * 2 * (LAYER + 2 * 2688 * 3712)
+
+
+def test_adapters_of_experts_by_hand(nano: ModelDefinition) -> None:
+    """A pair of each expert, on the ranks that have it; a token passes six, DoRA's lengths take all."""
+    routed, shared = ["experts.linear_fc1", "experts.linear_fc2"], ["shared_experts.linear_fc1"]
+    lora, dora = (AdapterSchema(kind, 8, 8.0, 0.0, [*routed, *shared]) for kind in ("lora", "dora"))
+    each, beside = 2 * 8 * (2688 + 1856), 8 * (2688 + 3712)
+    assert trained_parameters(lora, nano) == 23 * (128 * each + beside)
+    rows = {row.target: (row.layers, row.weights, row.trained) for row in coverage(lora, nano)}
+    assert rows["experts.linear_fc1"] == (23, 23 * LAYER // 2, 23 * 128 * each // 2)
+    assert "router" not in rows
+    layout = Layout(seq_length=8192, tensor=2, sequence=True, data=64, expert=8, adapter=dora)
+    others, experts = rank_trained(nano, layout, 0)
+    assert others == (23 * (8 * (2688 + 3712 // 2) + 3712 // 2), 23 * 3712 // 2)
+    assert experts == (23 * 16 * (each + 2688 + 1856), 23 * 16 * (2688 + 1856))
+    memory = stage_memory(nano, layout, 0)
+    dense, routed_states = (12 * (total - exact) + 8 * exact for total, exact in (others, experts))
+    assert memory.optimizer == pytest.approx(dense / 64 + routed_states / (2 * 64 // 8), abs=1)
+    forward = flops_per_token(nano, 8192, training=False, adapter=lora)
+    assert forward.adapters == 23 * 2 * (6 * each + beside)
+    more = flops_per_token(nano, 8192, training=False, adapter=dora).adapters - forward.adapters
+    assert more == pytest.approx(23 * 2 * 8 * (LAYER + 2688 * 3712) / 8192)
+    one = Layout(seq_length=8192, adapter=lora)
+    assert pieces(nano, one) == 4 * 23 * (128 * 2 + 1) * 2  # and three states of each
 
 
 def test_latent_and_further_tokens_by_hand() -> None:
@@ -192,8 +218,8 @@ def test_tables_say_what_is_active() -> None:
         (NANO, ["model=lightning_30b_a3b"], ("model.mtp_pattern = *E of model", "model/lightning_30b_a3b.yaml")),
         (
             "nano_30b_a3b/sft_lora",
-            ["adapter.targets=[experts.linear_fc1]"],
-            ("'experts.linear_fc1', which matches nothing", "shared_experts.linear_fc1"),
+            ["adapter.targets=[router]"],
+            ("'router', which matches nothing", "experts.linear_fc1"),
         ),
     ],
 )  # fmt: skip

@@ -92,14 +92,22 @@ def test_against_torch_s_counter(name: str) -> None:
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("targets", [MATRICES, ["in_proj", "linear_fc2"]], ids=["all", "two"])
-def test_adapters_against_torch_s_counter(kind: str, targets: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "targets"),
+    [
+        ("hybrid", MATRICES),
+        ("hybrid", ["in_proj", "linear_fc2"]),
+        ("experts", ["linear_proj", "experts.linear_fc1", "experts.linear_fc2"]),
+    ],
+    ids=["all", "two", "experts"],
+)
+def test_adapters_against_torch_s_counter(kind: str, pattern: str, targets: list[str]) -> None:
     """The same with frozen weights, by parts that the counter names alike: exactly, with our scan's recomputation."""
     from nemotron_h.model.module import NemotronHConfig
 
     length, batch, chunk = 96, 2, 32
     adapter = AdapterSchema(kind=kind, rank=8, alpha=8.0, targets=targets)
-    model = {**MODELS["hybrid"], "vocab_size": 512}
+    model = {**MODELS[pattern], "vocab_size": 512}
     config = NemotronHConfig(
         definition_name="adapted",
         **model,

@@ -125,7 +125,32 @@ ONE_RANK |= {
         "precision": "bf16",
     },
 }
+OF_EXPERTS = ["in_proj", "experts.linear_fc1", "experts.linear_fc2", "shared_experts.linear_fc1"]
+ONE_RANK |= {
+    "experts, LoRA": {
+        "model": MODELS["experts"],
+        "seq_length": 1024,
+        "adapter": adapter("lora", targets=OF_EXPERTS),
+    },
+    "experts alone, DoRA, bf16": {
+        "model": MODELS["experts"],
+        "seq_length": 1024,
+        "precision": "bf16",
+        "adapter": adapter("dora", targets=OF_EXPERTS[1:3]),
+    },
+    "experts, LoRA, dropout": {
+        "model": MODELS["experts"],
+        "seq_length": 512,
+        "adapter": adapter("lora", targets=OF_EXPERTS[2:3], dropout=0.1),
+    },
+}
 TWO_RANKS |= {
+    "experts over 2 ranks, LoRA": {
+        "model": MODELS["experts"],
+        "seq_length": 512,
+        "expert": 2,
+        "adapter": adapter("lora", targets=OF_EXPERTS),
+    },
     "experts, tensor 2": {"model": MODELS["experts"], "seq_length": 512, "tensor": 2, "sequence": True},
     "experts over 2 ranks": {"model": MODELS["experts"], "seq_length": 512, "expert": 2},
 }

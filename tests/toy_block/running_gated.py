@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemotron_h.model import init
 from nemotron_h.model.blocks.cpu_step import Residual
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Rotary, Running, Step, Surroundings, Watch
+from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Running, Step, Surroundings, Watch
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -75,24 +75,23 @@ class RunningGated(Running):
         self, ops: Ops, w: GatedWeights, h: Tensor, state: None, start: int, rotary: Rotary | None, last: int
     ) -> Tensor:
         """Return the outputs of the last tokens."""
-        return self.whole(ops, w, h[:, -last:], rotary, None, None)
+        return self.whole(ops, w, h[:, -last:], rotary, None, {})
 
     def step(self, ops: Ops, w: GatedWeights, h: Tensor, state: None, at: Step) -> Tensor:
         """Return the output [b, h]."""
-        return self.whole(ops, w, h, None, None, None)
+        return self.whole(ops, w, h, None, None, {})
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> None:
         """Return none: a toy allocates."""
 
     def cpu_step(self, buffers: None, residual: Residual, w: GatedWeights, h: Tensor, state: None, at: Step) -> None:
         """Add the output to the residual stream."""
-        residual.values.add_(self.whole(Ops(), w, h * residual.gain, None, None, None))
+        residual.values.add_(self.whole(Ops(), w, h * residual.gain, None, None, {}))
 
-    def whole(
-        self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
-    ) -> Tensor:
+    def whole(self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, masks: Masks) -> Tensor:
         """Return the output [..., h]; the neurons are watched after the gate."""
         inner = F.linear(h, w.gate).sigmoid() * F.linear(h, w.up)
         if watch:
             watch("neurons", inner)
+        mask = masks.get("neurons")
         return F.linear(inner if mask is None else inner * mask, w.down)

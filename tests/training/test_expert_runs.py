@@ -110,25 +110,47 @@ def test_killed_and_resumed_is_straight_and_so_is_a_step_that_is_run_again(small
     assert (record["layout"]["expert"], record["settings"]["experts.bias_update"]) == (2, 1e-3)
 
 
-def test_adapters_of_shared_experts_resume_exactly(small: Small, talk: Small, experts: list[str]) -> None:
-    """Their checkpoints have neither experts nor correction biases: these are the base's, and stay."""
+def adapted(small: Small, name: str, adapter: str) -> Path:
+    """A recipe that fine-tunes `experts` with adapters."""
+    file = sft_recipe(small, name)
+    text = file.read_text().replace(str(small.run_dir("straight")), str(small.run_dir("experts")))
+    for before, after in CHANGES:
+        text = text.replace(before, after)
+    file.write_text(f"{text}adapter: {{{adapter}}}\n")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [
+        ("all", "kind: dora, targets: [in_proj, experts.linear_fc1, experts.linear_fc2, shared_experts.linear_fc1]"),
+        # Megatron's optimizer of all other weights then has none
+        ("alone", "kind: lora, dropout: 0.1, targets: [experts.linear_fc1]"),
+    ],
+    ids=["all", "alone"],
+)
+def test_adapters_of_experts_resume_exactly(
+    small: Small, talk: Small, experts: list[str], name: str, adapter: str
+) -> None:
+    """Their checkpoints have neither experts nor correction biases: these are the base's, and stay. Written by two
+    expert-parallel ranks, one rank loads the same.
+    """
     options = [*layout(1, 1, 2, 2), "trainer.max_steps=4", "log.ckpt.every_steps=2"]
-    runs = ("experts_lora", "experts_lora_killed")
-    for name, kills in zip(runs, ([[]], [["kill=3"], []]), strict=True):
-        file = sft_recipe(small, name)
-        text = file.read_text().replace(str(small.run_dir("straight")), str(small.run_dir("experts")))
-        for before, after in CHANGES:
-            text = text.replace(before, after)
-        targets = "[in_proj, shared_experts.linear_fc1, shared_experts.linear_fc2]"
-        file.write_text(f"{text}adapter: {{kind: lora, rank: 4, alpha: 8, targets: {targets}}}\n")
+    runs = (f"lora_{name}", f"lora_{name}_killed")
+    for run, kills in zip(runs, ([[]], [["kill=3"], []]), strict=True):
+        file = adapted(small, run, f"rank: 4, alpha: 8, {adapter}")
         for kill in kills:
-            small.train(name, *options, *kill, ranks=2, recipe=file, check=not kill)
+            small.train(run, *options, *kill, ranks=2, recipe=file, check=not kill)
     assert_same(small, *runs)
     assert small.same_tensors(*runs, 4)
-    base, adapted = (load_model(small.run_dir(name)) for name in ("experts", "experts_lora"))
-    assert torch.equal(base.layers[4].bias, adapted.layers[4].bias)
-    assert torch.equal(base.layers[4].up, adapted.layers[4].up)
-    assert not torch.equal(base.layers[4].shared_up, adapted.layers[4].shared_up)
+    base, tuned = (load_model(small.run_dir(run)).layers[4] for run in ("experts", runs[0]))
+    assert torch.equal(base.bias, tuned.bias)
+    assert torch.equal(base.shared_down, tuned.shared_down)
+    assert not any(torch.equal(one, other) for one, other in zip(base.up, tuned.up, strict=True))
+    copy = small.folder / f"lora_{name}_on_one"
+    last = ["trainer.max_steps=5", "log.ckpt.keep=-1", f"copy={copy}"]
+    small.train(runs[0], *layout(1, 1, 1, 1), *last, recipe=small.folder / f"{runs[0]}.yaml")
+    assert small.same_checkpoints((copy, small.run_dir(runs[0]) / "checkpoints/step-000004"))
 
 
 def of_experts(small: Small, file: Path, *changes: tuple[str, str]) -> Path:

@@ -62,10 +62,7 @@ def coverage(adapter: AdapterSchema, definition: ModelDefinition) -> list[Covera
     """Return every matrix of the model's layers, adapted or not, kinds in the order of the registry."""
     kinds, rows = owners(definition.kinds), []
     for target, matrices in targets(definition).items():
-        trained = sum(
-            adapter.rank * (matrix.outputs + matrix.inputs) + (matrix.outputs if adapter.kind == "dora" else 0)
-            for matrix in matrices
-        )
+        trained = sum(matrix.adapter_size(adapter.rank, adapter.kind == "dora") for matrix in matrices)
         adapted = adapter.kind != "none" and target in adapter.targets
         weights = sum(matrix.size for matrix in matrices)
         rows.append(Coverage(target, kinds[target].name, len(matrices), weights, trained * adapted))

@@ -171,14 +171,20 @@ class Rank:
             return size + self.adapter_kept(matrix, size) if self.layout.adapted(matrix.name) else 0
         return size // self.e if layer_in_fp8 else size
 
+    def rows(self, matrix: Matrix) -> int:
+        """Return the tokens that pass a matrix: with experts, of an even load, those of all of a rank's."""
+        return self.own_tokens * matrix.active if matrix.experts else self.tokens
+
     def outputs(self, matrix: Matrix) -> int:
         """Return the bytes of a matmul's output."""
+        if matrix.experts:
+            return self.rows(matrix) * matrix.outputs * self.e
         return self.residual if matrix.split == "inputs" else self.act(matrix.outputs)
 
     def adapter_kept(self, matrix: Matrix, size: int) -> int:
         """Return what an adapter keeps beside its input: A x; dropout's mask; of DoRA the output before scaling."""
         adapter = self.layout.adapter
-        kept = self.tokens * adapter.rank * self.e
+        kept = self.rows(matrix) * adapter.rank * self.e
         if adapter.dropout:
             kept += size // (1 if self.cpu else self.e)
         return kept + (self.outputs(matrix) if adapter.kind == "dora" else 0)
@@ -194,7 +200,10 @@ class Rank:
         """Return the adapter's gradient of the input, beside the frozen weight's; DoRA's two of the output."""
         if not self.layout.adapted(matrix.name):
             return 0
-        size = self.act(matrix.inputs) if matrix.split == "inputs" else self.residual
+        if matrix.experts:
+            size = self.rows(matrix) * matrix.inputs * self.e
+        else:
+            size = self.act(matrix.inputs) if matrix.split == "inputs" else self.residual
         return size + (2 * self.outputs(matrix) if self.layout.adapter.kind == "dora" else 0)
 
     def input(self, matrix: Matrix, fp8: bool) -> int:

@@ -128,9 +128,12 @@ class AdaptedWeights(WeightFile):
             del names["magnitude"]
         parts = {part: torch.empty(self.adapter.shapes[key], dtype=weight.dtype) for part, key in names.items()}
         self.adapter.read({key: parts[part] for part, key in names.items()})
-        weight.addmm_(parts["b"], parts["a"], alpha=self.scale)
+        # of all experts in one, or of one matrix
+        (torch.Tensor.baddbmm_ if weight.ndim == 3 else torch.Tensor.addmm_)(
+            weight, parts["b"], parts["a"], alpha=self.scale
+        )
         if self.dora:
-            weight.mul_((parts["magnitude"] / weight.square().sum(dim=1).sqrt())[:, None])
+            weight.mul_((parts["magnitude"] / weight.square().sum(dim=-1).sqrt()).unsqueeze(-1))
         return weight
 
 

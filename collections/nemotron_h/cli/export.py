@@ -110,7 +110,8 @@ def export_peft(
     plan = peft_writer.plan(find_checkpoint(checkpoint), base, base_model)
     with progress("exporting", plan.size) as bar:
         peft_writer.write(plan, out, bar.advance)
-    adapters = f"adapters of {', '.join(plan.config['target_modules'])}"
+    names = [*plan.config["target_modules"], *plan.config.get("target_parameters", ())]
+    adapters = f"adapters of {', '.join(names)}"
     whole = f", {plan.whole} whole matrices of {peft_writer.WHOLE}" if plan.whole else ""
     typer.echo(f"{out}: {adapters}{whole}, {plan.size / 1e9:,.2f} GB, of {plan.weights.adapter.checkpoint}")
 

@@ -34,7 +34,7 @@ def importance(
         str, typer.Option(help="What removing a layer changes: mse (activations) or kl (logits).")
     ] = "mse",
 ) -> None:
-    """Measure how much each layer, neuron, Mamba-2 head and channel of a model matters, by forward passes alone.
+    """Measure how much each layer, expert, neuron, Mamba-2 head and channel matters, by forward passes alone.
 
     Run it again after an interruption and it goes on. With a GPU it computes there in BF16 with one layer's weights at
     a time, so the model has to fit into host memory only.
@@ -97,6 +97,13 @@ def prune(
     hidden_size: Annotated[int | None, typer.Option(help="Channels between layers.", show_default="all")] = None,
     mamba_num_heads: Annotated[int | None, typer.Option(help="Heads of each Mamba-2.", show_default="all")] = None,
     mamba_head_dim: Annotated[int | None, typer.Option(help="Channels of each head.", show_default="all")] = None,
+    num_experts: Annotated[int | None, typer.Option(help="Routed experts of each mixture.", show_default="all")] = None,
+    expert_hidden_size: Annotated[
+        int | None, typer.Option(help="Neurons of each routed expert.", show_default="all")
+    ] = None,
+    shared_expert_hidden_size: Annotated[
+        int | None, typer.Option(help="Neurons of each shared expert.", show_default="all")
+    ] = None,
     order: Annotated[str, typer.Option(help="importance, or a control: random or reversed.")] = "importance",
     seed: Annotated[int, typer.Option(help="Of a random order.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the model definition.", show_default="the folder's")] = None,
@@ -106,10 +113,11 @@ def prune(
     The child is an ordinary checkpoint with a definition of its own (model.yaml): it is fine-tuned, generates and is
     exported as any other. It is written only if it computes what the parent computes without what was pruned.
     """
+    from nemotron_h.architecture.pruned_widths import check_width
     from nemotron_h.checkpoint.definition import read_definition
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.compression import slicing
-    from nemotron_h.compression.candidates import Candidate, Candidates, whole
+    from nemotron_h.compression.candidates import WIDTHS, Candidate, Candidates, whole
     from nemotron_h.compression.importance import RECORD, Importance
     from nemotron_h.compression.selection import child_of
     from nemotron_h.core.files import file_sha256
@@ -127,14 +135,19 @@ def prune(
         "hidden_size": hidden_size,
         "mamba_num_heads": mamba_num_heads,
         "mamba_head_dim": mamba_head_dim,
+        "num_experts": num_experts,
+        "expert_hidden_size": expert_hidden_size,
+        "shared_expert_hidden_size": shared_expert_hidden_size,
     }
+    stated = {key: value for key, value in given.items() if value is not None}
     most = whole(parent)
-    for key, value in given.items():
-        least = 0 if key in ("attention", "mamba", "ffn") else 1
-        if value is not None and not least <= value <= getattr(most, key):
-            option = key.replace("_", "-")
-            raise UserError(f"--{option} = {value}; {parent.name} has {getattr(most, key)}", hint="it can only shrink")
-    grid = GridSchema(**{key: [value] for key, value in given.items() if value is not None})
+    for key, value in stated.items():
+        option = f"--{key.replace('_', '-')}"
+        if key in WIDTHS:
+            check_width(parent, key, value, option)
+        elif not 0 <= value <= getattr(most, key):
+            raise UserError(f"{option} has {value}; {parent.name} has {getattr(most, key)}", hint="it can only shrink")
+    grid = GridSchema(**{key: [value] for key, value in stated.items()})
     (candidate,) = Candidates(parent, grid, BudgetSchema())
     if candidate == most or not sum(candidate[:3]):
         raise UserError(

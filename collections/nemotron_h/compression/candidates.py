@@ -7,15 +7,17 @@ no torch.
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from math import ceil, prod
+from typing import Any
 
 import numpy as np
 
 from nemotron_h.architecture.blocks.registry import KINDS, kind_named
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.pruned_widths import check_width
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import BYTES, GIB, parse_count
 from nemotron_h.planning.inference import InferenceMemory, Serving, layer_memory
@@ -31,11 +33,19 @@ _LETTERS = tuple(kind_named(name).letter for name in COUNTS)
 #: the letters in the order in which counts are written: 44M/49-/5*
 _WRITTEN = tuple(sorted(_LETTERS, reverse=True))
 #: widths in a candidate's name
-_TAGS = {"ffn_hidden_size": "-ffn", "hidden_size": "-h", "mamba_num_heads": "-heads", "mamba_head_dim": "x"}
+_TAGS = {
+    "ffn_hidden_size": "-ffn",
+    "hidden_size": "-h",
+    "mamba_num_heads": "-heads",
+    "mamba_head_dim": "x",
+    "num_experts": "-experts",
+    "expert_hidden_size": "x",
+    "shared_expert_hidden_size": "-shared",
+}
 
 
-class Candidate(namedtuple("Candidate", (*COUNTS, *WIDTHS))):
-    """Numbers of layers and widths of a child; as of `GridSchema`."""
+class Candidate(namedtuple("Candidate", (*COUNTS, *WIDTHS), defaults=(0,) * len(WIDTHS))):
+    """Numbers of layers and widths of a child, as of `GridSchema`; a width that the parent lacks is 0."""
 
     __slots__ = ()
 
@@ -53,12 +63,22 @@ class Candidate(namedtuple("Candidate", (*COUNTS, *WIDTHS))):
     def name(self) -> str:
         """Return its numbers, for files and tables: `a5-m44-f49-ffn30720-h8192-heads256x64`."""
         layers = "-".join(f"{kind[0]}{count}" for kind, count in zip(COUNTS, self, strict=False))
-        return layers + "".join(f"{_TAGS.get(key, f'-{key}')}{width}" for key, width in self.widths.items())
+        return layers + "".join(f"{_TAGS.get(key, f'-{key}')}{width}" for key, width in self.widths.items() if width)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return numbers of layers and widths by key, without the widths that the parent lacks."""
+        return {key: size for key, size in self._asdict().items() if size or key in COUNTS}
 
     @property
     def counts(self) -> str:
         """Return its layers: `44M/49-/5*`."""
         return "/".join(f"{self.layers[letter]}{letter}" for letter in _WRITTEN)
+
+
+def candidate_of(row: Mapping[str, Any]) -> Candidate:
+    """Return the candidate of a row of `candidates.json`, which has its `sizes`."""
+    return Candidate(**{key: row[key] for key in Candidate._fields if key in row})
 
 
 def whole(parent: ModelDefinition) -> Candidate:
@@ -107,14 +127,9 @@ class Candidates:
             )
         self.layers = _by_depth(parent, grid, layer_scores) if grid.depth else _by_kind(parent, grid)
         self.widths = {key: sorted(set(getattr(grid, key) or [getattr(parent, key)])) for key in WIDTHS}
-        for axis in {axis for block in parent.blocks for axis in block.axes()}:
-            for size in self.widths.get(axis.key, ()):
-                if size % axis.groups:
-                    raise UserError(
-                        f"grid.{axis.key} has {size}, which is no multiple of the {axis.groups} groups of "
-                        f"{parent.name}",
-                        hint=f"every group has to keep as many {axis.name} as the others",
-                    )
+        for key in WIDTHS:
+            for size in getattr(grid, key):
+                check_width(parent, key, size, f"grid.{key}")
         self._parameters = None if budget.parameters is None else parse_count(budget.parameters)
         self._least = 0 if budget.least_parameters is None else parse_count(budget.least_parameters)
         self._memory = None if budget.memory_gib is None else budget.memory_gib * GIB
@@ -194,8 +209,9 @@ class Candidates:
     def _least_of(self, by: Callable[[Cost], float]) -> tuple[Cost, str]:
         """Return the least cost, and the words for the candidate that has it."""
         least = self.smallest(by)
-        said = f"{least.counts}, FFN {least.ffn_hidden_size:,}, hidden {least.hidden_size:,}"
-        return self.cost(least), f"the smallest ({said})"
+        said = [f"FFN {least.ffn_hidden_size:,}"] if least.ffn_hidden_size else []
+        said += [f"{least.num_experts:,} experts of {least.expert_hidden_size:,}"] if least.num_experts else []
+        return self.cost(least), f"the smallest ({', '.join([least.counts, *said, f'hidden {least.hidden_size:,}'])})"
 
     def _parts(self, widths: dict[str, int]) -> tuple[Cost, list[Cost]]:
         """Return what stays in any candidate costs, and one layer of each of `COUNTS`, in a model of these widths."""

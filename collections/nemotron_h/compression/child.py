@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nemotron_h.architecture.blocks.block import Axis, Indices
+from nemotron_h.architecture.blocks.block import Axis, Block, Indices
 from nemotron_h.architecture.blocks.families import family_of
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import Expect, ModelDefinition
@@ -38,7 +38,8 @@ class Child:
         layers: the parent's layers.
         hidden: channels of the residual stream.
         kept: layer of the parent -> axis of its block -> what stays of it. Layers may keep different numbers; the
-            groups of a layer keep one number (a group's heads share B and C).
+            groups of a layer keep one number (a group's heads share B and C), and so do its experts, with a row of
+            neurons for each expert that stays.
     """
 
     layers: tuple[int, ...]
@@ -49,7 +50,7 @@ class Child:
     def whole(cls, parent: ModelDefinition, layers: tuple[int, ...] | None = None) -> Child:
         """Return the parent itself, or some of its layers at their whole width."""
         layers = tuple(range(parent.num_layers)) if layers is None else layers
-        kept = {layer: {axis.name: np.arange(axis.size) for axis in parent.blocks[layer].axes()} for layer in layers}
+        kept = {layer: whole_axes(parent.blocks[layer]) for layer in layers}
         return cls(layers, np.arange(parent.hidden_size), kept)
 
     def check(self, parent: ModelDefinition) -> None:
@@ -69,7 +70,16 @@ class Child:
                 raise ValueError(f"{name}: given for layers {having.get(name, [])}, the kept {kinds} are {layers}")
         for layer in self.layers:
             for axis in parent.blocks[layer].axes():
-                _check_axis(axis, layer, self.kept[layer][axis.name])
+                _check_axis(axis, layer, self.kept[layer])
+
+
+def whole_axes(block: Block) -> dict[str, Indices]:
+    """Return all places of every axis, by its name."""
+    kept: dict[str, Indices] = {}
+    for axis in block.axes():
+        places = np.arange(axis.size)
+        kept[axis.name] = np.tile(places, (len(kept[axis.each]), 1)) if axis.each else places
+    return kept
 
 
 def _by_axis(axes: Mapping[int, tuple[str, ...]]) -> dict[str, list[int]]:
@@ -81,7 +91,14 @@ def _by_axis(axes: Mapping[int, tuple[str, ...]]) -> dict[str, list[int]]:
     return layers
 
 
-def _check_axis(axis: Axis, layer: int, indices: Indices) -> None:
+def _check_axis(axis: Axis, layer: int, kept: Mapping[str, Indices]) -> None:
+    indices = kept[axis.name]
+    if axis.each:
+        if indices.ndim != 2 or len(indices) != len(kept[axis.each]):
+            raise ValueError(f"{axis.name} of layer {layer}: not a row for each of the {axis.each} that stay")
+        for row in indices:
+            _check_ascending(f"{axis.name} of layer {layer}", row, axis.size)
+        return
     _check_ascending(f"{axis.name} of layer {layer}", indices, axis.size)
     counts = np.bincount(indices // (axis.size // axis.groups), minlength=axis.groups).tolist()
     if len(set(counts)) > 1:
@@ -132,7 +149,7 @@ def _widths(parent: ModelDefinition, child: Child, layer: int) -> dict[str, int]
     """Return the widths of a layer in the child, by their keys in the model."""
     block = parent.blocks[layer]
     widths = {key: getattr(block, key) for key in block.widths}
-    return {**widths, **{axis.key: len(child.kept[layer][axis.name]) for axis in block.axes()}}
+    return {**widths, **{axis.key: child.kept[layer][axis.name].shape[-1] for axis in block.axes()}}
 
 
 def check_parent(recorded: ModelDefinition, model: ModelDefinition, what: str) -> None:

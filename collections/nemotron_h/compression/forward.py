@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_h.inference.model import GenerationModel
-from nemotron_h.model.blocks.running import Watch
+from nemotron_h.model.blocks.running import Masks, Watch
 from nemotron_h.ops.select import select_ops
 
 
@@ -45,20 +45,20 @@ class Forward:
             return weights
         return type(weights)(*(getattr(weights, f.name).to(self.device, non_blocking=True) for f in fields(weights)))
 
-    def layer(self, number: int, w: Any, x: Tensor, watch: Watch | None = None, mask: Tensor | None = None) -> Tensor:
+    def layer(self, number: int, w: Any, x: Tensor, watch: Watch | None = None, masks: Masks | None = None) -> Tensor:
         """Return what a layer adds to the residual stream `x` [rows, length, hidden].
 
         Args:
             w: of `weights`.
             watch: told of `norm` and of what `Running.whole` names.
-            mask: of `Running.whole`.
+            masks: of `Running.whole`.
         """
         h = self.norm(x, w.norm)
         if watch:
             watch("norm", h)
         # positions count from the window's start
         rotary = self.model.rotary(torch.arange(h.shape[1], device=self.device))
-        out = self.model.running[number].whole(self.ops, w, h, rotary, watch, mask)
+        out = self.model.running[number].whole(self.ops, w, h, rotary, watch, masks or {})
         return out if self.hidden is None else out * self.hidden
 
     def final(self, x: Tensor) -> Tensor:

@@ -47,12 +47,12 @@ class Scores:
     Attributes:
         layers: [layers].
         hidden: [hidden_size].
-        inner: layer -> [size of axis, ...] over the axes of its block, where it has some.
+        inner: layer -> activation -> [size of axis, ...] over its axes (`Block.activations`).
     """
 
     layers: np.ndarray
     hidden: np.ndarray
-    inner: Mapping[int, np.ndarray]
+    inner: Mapping[int, Mapping[str, np.ndarray]]
 
     def ordered(self, order: str, seed: int = 0) -> Scores:
         """Return these scores (`importance`), or a control that they have to beat: `random` by `seed`, or `reversed`.
@@ -67,18 +67,21 @@ class Scores:
     def reverse(self) -> Scores:
         """Return the opposite order."""
         # over several axes the sum of squares decides: the negative would change nothing
-        inner = {layer: -values if values.ndim == 1 else values.max() - values for layer, values in self.inner.items()}
+        inner = {
+            layer: {name: -v if v.ndim == 1 else v.max() - v for name, v in activations.items()}
+            for layer, activations in self.inner.items()
+        }
         return Scores(-self.layers, -self.hidden, inner)
 
     def shuffle(self, seed: int) -> Scores:
         """Return a random order, the same for each `seed`."""
         rng = np.random.default_rng(seed)
-        by_axes = sorted(self.inner.items(), key=lambda item: (item[1].ndim, item[0]))
-        return Scores(
-            rng.random(self.layers.shape),
-            rng.random(self.hidden.shape),
-            {layer: rng.random(values.shape) for layer, values in by_axes},
-        )
+        layers, hidden = rng.random(self.layers.shape), rng.random(self.hidden.shape)
+        shapes = ((v.ndim, layer, name, v.shape) for layer, row in self.inner.items() for name, v in row.items())
+        inner: dict[int, dict[str, np.ndarray]] = {}
+        for _, layer, name, shape in sorted(shapes):
+            inner.setdefault(layer, {})[name] = rng.random(shape)
+        return Scores(layers, hidden, inner)
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,15 @@ class Importance:
 
     def scores(self) -> Scores:
         """Return the scores by which layers and channels stay."""
-        norms, inner = [], {}
+        norms: list[Tensor] = []
+        inner: dict[int, dict[str, np.ndarray]] = {}
         for name, values in self.activations.items():
             if name.endswith(NORM):
                 norms.append(values)
             else:  # layers.I.NAME
-                layer = int(name.split(".")[1])
-                sizes = [axis.size for axis in self.definition.blocks[layer].axes()]
-                inner[layer] = values.reshape(sizes).numpy()
+                _, number, activation = name.split(".")
+                axes = self.definition.blocks[int(number)].activations()[activation]
+                inner.setdefault(int(number), {})[activation] = values.reshape([axis.size for axis in axes]).numpy()
         # where two layers have one mean rank, the mean value decides
         order = np.lexsort((self.layers.mean(0).numpy(), self.ranks().numpy()))
         return Scores(order.argsort().astype(float), torch.stack(norms).sum(0).numpy(), inner)

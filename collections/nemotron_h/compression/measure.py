@@ -147,7 +147,10 @@ def measure_widths(
     Returns:
         name -> float64 [width]: `layers.I.norm` [hidden], the layer's normalised input;
         `layers.I.neurons` [ffn_hidden_size] of a feed-forward layer, after the activation (paper 3.2); `layers.I.x`
-        [heads x head_dim] of a Mamba-2 layer, x's part of the input projection (2504.11409); `final_norm` [hidden].
+        [heads x head_dim] of a Mamba-2 layer, x's part of the input projection (2504.11409); of a mixture of experts
+        `layers.I.experts` [num_experts], the length of what each adds to its tokens, `layers.I.expert_neurons`
+        [num_experts x expert_hidden_size], after the activation and weighed by the router, and
+        `layers.I.shared_neurons` [shared_expert_hidden_size]; `final_norm` [hidden].
     """
     forward = Forward(model, device=device)
     sums = done or {}

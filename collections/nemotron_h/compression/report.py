@@ -12,6 +12,7 @@ from rich.console import Console
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.compression import figures
+from nemotron_h.compression.candidates import Candidate, candidate_of, whole
 from nemotron_h.compression.importance import Importance
 from nemotron_h.compression.recovery import sentence
 from nemotron_h.compression.scoring import pareto
@@ -30,7 +31,7 @@ PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
   ("parent", parent.parameters | count, "{:,} parameters".format(parent.parameters)),
   ("child", child.parameters | count, "{:,} parameters".format(child.parameters)),
   ("child of parent", "{:.1%}".format(child.parameters / parent.parameters), "of its parameters")]) }}
-{{ table([("", ""), ("layers", "wide"), ("feed-forward", "n")], models) }}
+{{ table([("", ""), ("layers", "wide"), ("widths", "wide")], models) }}
 <p class="note">Checkpoint <code>{{ checkpoint }}</code></p>
 <h2>Before and after</h2>
 {{ table(columns, rows) }}
@@ -82,10 +83,10 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
             parent=parent,
             child=row,
             models=[
-                (title, Markup("<code>{}</code>").format(pattern), f"{width:,}")
-                for title, pattern, width in (
-                    ("parent", parent.pattern, parent.ffn_hidden_size),
-                    ("child", row["pattern"], row["ffn_hidden_size"]),
+                (title, Markup("<code>{}</code>").format(pattern), _widths(candidate))
+                for title, pattern, candidate in (
+                    ("parent", parent.pattern, whole(parent)),
+                    ("child", row["pattern"], candidate_of(row)),
                 )
             ],
             checkpoint=child["checkpoint"],
@@ -106,6 +107,10 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
         ),
         encoding="utf-8",
     )
+
+
+def _widths(candidate: Candidate) -> str:
+    return ", ".join(f"{key} {width:,}" for key, width in candidate.widths.items() if width)
 
 
 def _cells(score: dict[str, Any]) -> list[str]:

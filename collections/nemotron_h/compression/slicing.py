@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.blocks.block import Cut, Indices, stays
+from nemotron_h.architecture.blocks.block import Cut, stays
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
@@ -44,8 +44,13 @@ def cuts(parent: ModelDefinition, child: Child) -> list[tuple[Cut, ...]]:
 def cut(tensor: Tensor, rows_and_columns: Cut) -> Tensor:
     """Return the part of a weight that stays; the weight itself where that is all."""
     for axis, indices in enumerate(rows_and_columns):
-        if indices is not None:
-            tensor = tensor.index_select(axis, torch.from_numpy(np.ascontiguousarray(indices)).to(tensor.device))
+        if indices is None:
+            continue
+        index = torch.from_numpy(np.ascontiguousarray(indices)).to(tensor.device)
+        if index.ndim == 1:
+            tensor = tensor.index_select(axis, index)
+        else:  # a row for each place of the first axis, of which the others are gone by now
+            tensor = tensor.take_along_dim(index.unsqueeze(3 - axis), axis)
     return tensor
 
 
@@ -82,23 +87,20 @@ class Masked:
     def __init__(self, model: GenerationModel, child: Child) -> None:
         d, self.child = model.definition, child
         self._like = {"dtype": model.dtype, "device": model.device}
-        hidden = None if len(child.hidden) == d.hidden_size else self._mask(child.hidden, d.hidden_size)
+        hidden = None
+        if len(child.hidden) < d.hidden_size:
+            hidden = torch.zeros(d.hidden_size, **self._like)
+            hidden[torch.from_numpy(child.hidden)] = 1
         self.forward = Forward(model, hidden)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
         x, blocks = self.forward.embed(tokens), self.forward.definition.blocks
-        for layer, of_layer in zip(self.child.layers, cuts(self.forward.definition, self.child), strict=True):
-            # inputs of the layer's last matrix; all that is before it acts on each of them alone
-            inner = of_layer[-1][1]
-            mask = None if inner is None else self._mask(inner, blocks[layer].matrices()[-1].inputs)
-            x = x + self.forward.layer(layer, self.forward.weights(layer), x, mask=mask)
+        for layer in self.child.layers:
+            masks = blocks[layer].masks(self.child.kept[layer])
+            on_device = {name: torch.from_numpy(mask).to(**self._like) for name, mask in masks.items()}
+            x = x + self.forward.layer(layer, self.forward.weights(layer), x, masks=on_device)
         return self.forward.logits(x)
-
-    def _mask(self, indices: Indices, size: int) -> Tensor:
-        mask = torch.zeros(size, **self._like)
-        mask[torch.from_numpy(indices)] = 1
-        return mask
 
 
 def write_child(

@@ -6,7 +6,8 @@ A matrix W [outputs, inputs] keeps its weights, and its output becomes
     dora   m / |W + s B A| * (W x + s B A x)        rows of m and of the norm are those of W
 
 with A [rank, inputs], B [outputs, rank] and s = alpha / rank; B begins at 0 and m at |W|, so that an untrained adapter
-changes nothing. The norm is a constant for the gradients (DoRA, arXiv:2402.09353, 4.3).
+changes nothing. The norm is a constant for the gradients (DoRA, arXiv:2402.09353, 4.3). Each routed expert has an
+adapter of its own, on the rank that has the expert.
 
 NeMo's own LoRA is not used: it has no layout of `in_proj` whose parts z, x, B, C, dt are split over ranks one by one,
 its DoRA takes norms over the inputs of one rank, and its recipes refuse this family.
@@ -16,12 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -30,6 +32,7 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.tensor_parallel.random import get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
@@ -49,15 +52,22 @@ class Adapter(nn.Module):
         weight: this rank's part of the matrix.
         row_parallel: whether the matrix is split along its inputs over the tensor-parallel ranks (else its outputs).
         sequence_parallel: whether activations outside the layer are split along the sequence.
+        routed: whether it is an expert's: the matrix is whole, and the tokens are those that its rank was sent.
     """
 
     def __init__(
-        self, settings: AdapterSchema, weight: nn.Parameter, row_parallel: bool, sequence_parallel: bool
+        self,
+        settings: AdapterSchema,
+        weight: nn.Parameter,
+        row_parallel: bool = False,
+        sequence_parallel: bool = False,
+        routed: bool = False,
     ) -> None:
         super().__init__()
         outputs, inputs = weight.shape
         self.scale = settings.alpha / settings.rank
         self.dropout, self.row_parallel, self.sequence_parallel = settings.dropout, row_parallel, sequence_parallel
+        self.routed = routed
         self.group = parallel_state.get_tensor_model_parallel_group()
         like = {"dtype": weight.dtype, "device": weight.device}
         self.a = nn.Parameter(torch.empty(settings.rank, inputs, **like))
@@ -67,9 +77,11 @@ class Adapter(nn.Module):
             self.magnitude = nn.Parameter(torch.ones(outputs, dtype=torch.float32, device=weight.device))
         # which are split, and along which axis; of the others a rank sees a part of the sequence, or all of it
         for name, parameter in self.named_parameters():
-            split = (name == "a") == row_parallel
+            split = routed or (name == "a") == row_parallel
             set_tensor_model_parallel_attributes(parameter, split, 1 if name == "a" else 0, 1)
             parameter.sequence_parallel = sequence_parallel and not split
+            # Megatron reduces gradients of experts over the ranks that have the same ones
+            parameter.allreduce = getattr(weight, "allreduce", True)
 
     def initialize(self, name: str, seed: int) -> None:
         """Initialize A from (seed, the matrix's global name), uniform as in `nn.Linear`: the same in any layout."""
@@ -98,33 +110,35 @@ class Adapter(nn.Module):
         """Return the adapted layer's output.
 
         Args:
-            x: its input [sequence, batch, inputs], as the layer got it (normalised where it norms its input).
+            x: its input [sequence, batch, inputs], as the layer got it (normalised where it norms its input); of an
+                expert [tokens, inputs].
             out: W x [sequence, batch, outputs], as the layer returns it.
             weight: W.
         """
         h = F.linear(self._dropped(x), self.a)
-        # The narrow activation crosses the ranks, never x
-        if self.row_parallel:
-            across = (
-                reduce_scatter_to_sequence_parallel_region
-                if self.sequence_parallel
-                else reduce_from_tensor_model_parallel_region
-            )
-            h = across(h)
-        else:
-            h = (
-                gather_from_sequence_parallel_region(h)
-                if self.sequence_parallel
-                else copy_to_tensor_model_parallel_region(h)
-            )
+        if not self.routed:
+            h = self._across(h)
         out = out + F.linear(h, self.b).mul(self.scale)
         if self.magnitude is None:
             return out
         return out * (self.magnitude / self.lengths(weight)).to(out.dtype)
 
+    def _across(self, h: Tensor) -> Tensor:
+        """Return A x as B takes it: the narrow activation crosses the ranks, never x."""
+        if self.row_parallel:
+            if self.sequence_parallel:
+                return reduce_scatter_to_sequence_parallel_region(h)
+            return reduce_from_tensor_model_parallel_region(h)
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(h)
+        return copy_to_tensor_model_parallel_region(h)
+
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.dropout or not self.training:
             return x
+        if self.routed:
+            with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                return F.dropout(x, self.dropout)
         if self.row_parallel or self.sequence_parallel:  # each rank has a part of x of its own
             with get_cuda_rng_tracker().fork():
                 return F.dropout(x, self.dropout)
@@ -141,12 +155,16 @@ class Adapter(nn.Module):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return the adapter's tensors in Megatron's distributed-checkpoint layout."""
         state = self.state_dict(prefix="", keep_vars=True)
-        axes = {"a": 1} if self.row_parallel else {"b": 0, "magnitude": 0}
+        axes = {"a": 1} if self.row_parallel else {} if self.routed else {"b": 0, "magnitude": 0}
         return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
 
 class _Adapted:
     """Mixin before a parallel linear layer's class: the same layer with an `adapter`. The base's names stay."""
+
+    def pairs(self) -> Iterator[tuple[str, str, Adapter]]:
+        """Yield the names of weight and adapter, and the adapter."""
+        yield "weight", NAME, self.adapter
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         if hasattr(self, "activation_dtype"):  # Transformer Engine refuses a float32 parameter, such as DoRA's lengths
@@ -162,9 +180,39 @@ class _Adapted:
         return {**state, **self.adapter.sharded_state_dict(f"{prefix}{NAME}.", sharded_offsets, metadata)}
 
 
+class _AdaptedGroup(_Adapted):
+    """Mixin before Transformer Engine's layer of all experts of a rank (`weight0`, ...): `adapter` has as many."""
+
+    def pairs(self) -> Iterator[tuple[str, str, Adapter]]:
+        """Yield the names of each expert's weight and adapter, and the adapter."""
+        for index, adapter in enumerate(self.adapter):
+            yield f"weight{index}", f"{NAME}.{index}", adapter
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, Tensor | None]:
+        if hasattr(self, "activation_dtype"):  # as above
+            self.activation_dtype = x.dtype
+        out, bias = super(_Adapted, self).forward(x, m_splits)
+        rows = zip(self.pairs(), x.split(m_splits), out.split(m_splits), strict=True)
+        return torch.cat([adapter(x, out, getattr(self, name)) for (name, _, adapter), x, out in rows]), bias
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return the layout of `SequentialMLP`, whose names Megatron's grouped layers have too."""
+        state = super(_Adapted, self).sharded_state_dict(prefix, sharded_offsets, metadata)
+        experts, rank = len(self.adapter), parallel_state.get_expert_model_parallel_rank()
+        total = experts * parallel_state.get_expert_model_parallel_world_size()
+        for index, (_, name, adapter) in enumerate(self.pairs()):
+            offsets = (*sharded_offsets, (len(sharded_offsets), rank * experts + index, total))
+            own = adapter.sharded_state_dict(f"{prefix}{name}.", offsets, metadata)
+            replace_prefix_for_sharding(own, f"{prefix}{name}.", f"{prefix}{NAME}.")
+            for tensor in own.values():
+                tensor.replica_id = (*tensor.replica_id[:2], parallel_state.get_expert_data_parallel_rank())
+            state |= own
+        return state
+
+
 @functools.cache
-def _adapted_class(layer: type) -> type:
-    return type(f"Adapted{layer.__name__}", (_Adapted, layer), {})
+def _adapted_class(layer: type, mixin: type = _Adapted) -> type:
+    return type(f"Adapted{layer.__name__}", (mixin, layer), {})
 
 
 def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
@@ -181,9 +229,13 @@ def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
     for layer in model.decoder.layers:
         number = layer.layer_number - 1
         matrices = {matrix.name: matrix for matrix in blocks[number].matrices()}
+        for name, matrix in matrices.items():
+            if matrix.experts and name in settings.targets:
+                for linear, weights in layer.expert_linears(name):
+                    _attach_to_experts(linear, weights, settings, f"layers.{number}.mlp", seed)
         for name, linear in list(layer.named_modules()):
             target = next((own for own in matrices if f".{name}".endswith(f".{own}")), None)
-            if target not in settings.targets:
+            if target not in settings.targets or matrices[target].experts:
                 continue
             row_parallel = matrices[target].split == "inputs"
             if hasattr(linear, "return_layernorm_output"):
@@ -192,6 +244,21 @@ def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
             linear.adapter.initialize(f"layers.{number}.{name}", seed)
             linear.adapter.measure(linear.weight)
             linear.__class__ = _adapted_class(type(linear))
+
+
+def _attach_to_experts(
+    linear: nn.Module, weights: Mapping[str, str], settings: AdapterSchema, layer: str, seed: int
+) -> None:
+    """Put an adapter beside each of a linear layer's weights, `ExpertsLayer.expert_linears`; `layer` begins names."""
+    adapters = []
+    for weight, name in weights.items():
+        matrix = getattr(linear, weight)
+        adapters.append(Adapter(settings, matrix, routed=True))
+        adapters[-1].initialize(f"{layer}.{name}", seed)
+        adapters[-1].measure(matrix)
+    alone = list(weights) == ["weight"]
+    linear.adapter = adapters[0] if alone else nn.ModuleList(adapters)
+    linear.__class__ = _adapted_class(type(linear), _Adapted if alone else _AdaptedGroup)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

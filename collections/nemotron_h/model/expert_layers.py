@@ -129,6 +129,18 @@ class ExpertsLayer(MLPLayer):
             for weight in weights:
                 weight.allreduce = False
 
+    def expert_linears(self, matrix: str) -> Iterator[tuple[nn.Module, dict[str, str]]]:
+        """Yield the linear layers of one of the experts' matrices on this rank, each with its weights' names there ->
+        their names over all ranks, `experts.5.linear_fc1`.
+        """
+        experts, numbers, part = self.mlp.experts, self.mlp.local_expert_indices, matrix.removeprefix("experts.")
+        names = [f"experts.{number}.{part}" for number in numbers]
+        if isinstance(experts, SequentialMLP):
+            for expert, name in zip(experts.local_experts, names, strict=True):
+                yield getattr(expert, part), {"weight": name}
+        else:
+            yield getattr(experts, part), {f"weight{index}": name for index, name in enumerate(names)}
+
     def expert_weights(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter]]:
         """Yield this rank's experts: number over all ranks, up, down."""
         experts = self.mlp.experts

@@ -125,9 +125,10 @@ class NemotronHMegatronModel(MegatronMambaModel):
         state_dict.update({f"{prefix}{name}": tensor for name, tensor in own.items() if not _EXTRA.search(name)})
         if base:
             for name, layer in tuned:
-                if layer.adapter.magnitude is not None:
-                    lengths = layer.adapter.lengths(state_dict[f"{prefix}{name}.weight"].to(layer.weight))
-                    state_dict[f"{prefix}{name}.adapter.magnitude"] = lengths
+                for weight, key, adapter in layer.pairs():
+                    if adapter.magnitude is not None:
+                        matrix = state_dict[f"{prefix}{name}.{weight}"].to(getattr(layer, weight))
+                        state_dict[f"{prefix}{name}.{key}.magnitude"] = adapter.lengths(matrix)
 
     def forward(  # type: ignore[override]
         self,

@@ -103,10 +103,10 @@ def flops_per_token(
         backward = 2 if step.of_activations or not frozen else 1
         parts[step.part] += count * step.forward * (1 + backward * training)
         if frozen and step.matrix and step.matrix.name in adapter.targets:
-            outputs, inputs = step.matrix.outputs, step.matrix.inputs
-            parts["adapters"] += count * 2 * adapter.rank * (inputs + outputs) * (1 + 2 * training)
+            sides, passed = step.matrix.outputs + step.matrix.inputs, step.matrix.active
+            parts["adapters"] += count * 2 * adapter.rank * sides * passed * (1 + 2 * training)
             if adapter.kind == "dora":  # B A, once for all tokens of a forward
-                parts["adapters"] += count * 2 * adapter.rank * inputs * outputs / (micro_batch * seq_length)
+                parts["adapters"] += count * 2 * adapter.rank * step.matrix.size / (micro_batch * seq_length)
     if d.mtp_steps and not frozen:
         layers = sum(step.forward for block in d.mtp_blocks for step in block.operations(seq_length, chunk))
         ends = 2 * d.hidden_size * (2 * d.hidden_size + d.vocab_size)
@@ -128,5 +128,5 @@ def recomputed_per_token(
         for step in block.operations(seq_length, CHUNK) if layers.get(block.name) else ():
             total += count * step.forward
             if adapter and adapter.kind != "none" and step.matrix and step.matrix.name in adapter.targets:
-                total += count * 2 * adapter.rank * (step.matrix.outputs + step.matrix.inputs)
+                total += count * 2 * adapter.rank * (step.matrix.outputs + step.matrix.inputs) * step.matrix.active
     return total

@@ -130,15 +130,30 @@ def rank_experts(definition: ModelDefinition, layout: Layout, stage: int) -> int
 
 def rank_adapters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
     """Return the adapters' numbers of one rank of a stage: all of them, and how many of these stay in float32."""
+    return _adapters(definition, layout, stage, (False, True))
+
+
+def _adapters(definition: ModelDefinition, layout: Layout, stage: int, routed: tuple[bool, ...]) -> tuple[int, int]:
+    """Return `rank_adapters` of the matrices that routed experts have, of the others, or of both."""
     total = in_float32 = 0
     for block in stage_blocks(definition, layout.pipeline, stage):
         for matrix in block.matrices():
-            if layout.adapted(matrix.name):
+            if layout.adapted(matrix.name) and bool(matrix.experts) in routed:
                 outputs, inputs = matrix.on_rank(layout.tensor)
+                count = matrix.experts // layout.expert if matrix.experts else 1
                 lengths = outputs if layout.adapter.kind == "dora" else 0
-                total += layout.adapter.rank * (outputs + inputs) + lengths
-                in_float32 += lengths
+                total += count * (layout.adapter.rank * (outputs + inputs) + lengths)
+                in_float32 += count * lengths
     return total, in_float32
+
+
+def rank_trained(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return what one rank of a stage trains, beside routed experts and of them, each (all, of these in float32)."""
+    if layout.frozen:
+        return _adapters(definition, layout, stage, (False,)), _adapters(definition, layout, stage, (True,))
+    total, in_float32 = rank_parameters(definition, layout, stage)
+    experts = rank_experts(definition, layout, stage)
+    return (total - experts, in_float32), (experts, 0)
 
 
 def _fp8_weights(definition: ModelDefinition, layout: Layout, stage: int) -> int:
@@ -226,9 +241,8 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     base = rank_parameters(definition, layout, stage)
     adapters = rank_adapters(definition, layout, stage)
     trained = adapters if layout.frozen else base
-    experts = 0 if layout.frozen else rank_experts(definition, layout, stage)
+    others, experts = rank_trained(definition, layout, stage)
     state_bytes = LEAN_OPTIMIZER_BYTES if layout.moments == "bf16" else OPTIMIZER_BYTES
-    shared = _sized(layout, (trained[0] - experts, trained[1]), state_bytes)
     weights = weight_bytes(layout, base) + weight_bytes(layout, adapters)
     beside = 0
     if layout.teacher is not None:
@@ -241,8 +255,8 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
         weights=weights,
         gradients=_sized(layout, trained, {"fp32": 4, "bf16": GRADIENT_BYTES[layout.gradients]}),
         optimizer=math.ceil(
-            shared / layout.shards
-            + _sized(layout, (experts, 0), state_bytes) / layout.expert_shards
+            _sized(layout, others, state_bytes) / layout.shards
+            + _sized(layout, experts, state_bytes) / layout.expert_shards
             - saved_bytes(definition, layout, stage)
         ),
         buffers=rank.buffers(stage),

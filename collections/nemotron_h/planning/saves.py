@@ -14,7 +14,7 @@ from nemotron_h.architecture.rank import Layout
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import brief, gib
 from nemotron_h.planning.gpus import Gpu
-from nemotron_h.planning.memory import rank_adapters, rank_experts, rank_parameters, weight_bytes
+from nemotron_h.planning.memory import rank_trained, weight_bytes
 from nemotron_h.planning.muon import saved_bytes
 
 #: float32 in a checkpoint whatever the optimizer keeps: main weight and two moments, a tensor each
@@ -169,24 +169,15 @@ def save_cost(
 
 def rank_bytes(definition: ModelDefinition, layout: Layout, stage: int) -> int:
     """Return the bytes of one rank's shard: weights and states, shared with the data-parallel ranks."""
-    others, in_float32, experts = _trained(definition, layout, stage)
+    others, experts = rank_trained(definition, layout, stage)
     every = replace(layout, distributed_optimizer=True)  # weights are shared out whatever the optimizer
     return math.ceil(
         sum(
             (weight_bytes(layout, part) + part[0] * STATES * STATE_BYTES) / ranks
-            for part, ranks in (((others, in_float32), every.shards), ((experts, 0), every.expert_shards))
+            for part, ranks in ((others, every.shards), (experts, every.expert_shards))
         )
         - saved_bytes(definition, every, stage)
     )
-
-
-def _trained(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int, int]:
-    """Return what one rank of a stage trains: all but routed experts, how many of these are in float32, and experts."""
-    if layout.frozen:
-        return *rank_adapters(definition, layout, stage), 0
-    total, in_float32 = rank_parameters(definition, layout, stage)
-    experts = rank_experts(definition, layout, stage)
-    return total - experts, in_float32, experts
 
 
 def pieces(definition: ModelDefinition, layout: Layout) -> int:
@@ -196,22 +187,23 @@ def pieces(definition: ModelDefinition, layout: Layout) -> int:
     tensors = _tensors(definition, layout)
     cuts = 0
     for stage in range(layout.pipeline) if layout.distributed_optimizer else ():
-        others, in_float32, experts = _trained(definition, layout, stage)
-        buckets = _buckets(layout, stage, others, layout.data)
-        if in_float32 and layout.base_precision != "fp32":
-            buckets += 1  # weights in float32 have one of their own
+        (others, exact), (experts, exact_experts) = rank_trained(definition, layout, stage)
+        apart = layout.base_precision != "fp32"  # weights in float32 have a bucket of their own
+        buckets = _buckets(layout, stage, others, layout.data) + bool(exact and apart)
         cuts += buckets * (layout.data - 1) * layout.tensor
         if experts:
             shards = layout.expert_shards
-            cuts += _buckets(layout, stage, experts, shards) * (shards - 1) * layout.expert
+            buckets = _buckets(layout, stage, experts, shards) + bool(exact_experts and apart)
+            cuts += buckets * (shards - 1) * layout.expert
     return tensors + STATES * (tensors + cuts)
 
 
 def _tensors(definition: ModelDefinition, layout: Layout) -> int:
     """Return the pieces of a checkpoint's tensors, of weights or of a state of the optimizer."""
     if layout.frozen:
-        adapted = sum(layout.adapted(matrix.name) for block in definition.blocks for matrix in block.matrices())
-        return adapted + adapted * (2 if layout.adapter.kind == "dora" else 1) * layout.tensor
+        matrices = [matrix for block in definition.blocks for matrix in block.matrices() if layout.adapted(matrix.name)]
+        rows = 2 if layout.adapter.kind == "dora" else 1  # of the matrix: B, lengths
+        return sum(matrix.experts * (1 + rows) if matrix.experts else 1 + rows * layout.tensor for matrix in matrices)
     # a norm before each layer and the final one; embedding and output beside what the layers have
     layers = sum(1 + block.pieces(layout.tensor) for block in (*definition.blocks, *definition.mtp_blocks))
     return layers + 1 + 2 * layout.tensor

@@ -25,6 +25,8 @@ class GridSchema:
         depth: how many layers stay in all: the most important of the types that have no list of their own.
         ffn_hidden_size: inner width of every feed-forward layer.
         hidden_size, mamba_num_heads, mamba_head_dim: further widths, as Minitron-SSM (2504.11409) prunes them.
+        num_experts: routed experts of every mixture; a token passes as many as before.
+        expert_hidden_size, shared_expert_hidden_size: inner widths of each routed expert, and of the shared one.
     """
 
     attention: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
@@ -35,6 +37,9 @@ class GridSchema:
     hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
     mamba_num_heads: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
     mamba_head_dim: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    num_experts: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    expert_hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
+    shared_expert_hidden_size: list[int] = field(default_factory=list, metadata=within(least=0, most=WIDTH))
 
 
 @dataclass

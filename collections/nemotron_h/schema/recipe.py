@@ -313,7 +313,8 @@ class AdapterSchema:
         alpha: the adapter's output is multiplied by alpha / rank.
         dropout: of the adapter's input, in training; 0 to below 1.
         targets: which matrices: `in_proj`, `out_proj` (Mamba-2), `linear_qkv`, `linear_proj` (attention), `linear_fc1`,
-            `linear_fc2` (FFN).
+            `linear_fc2` (FFN), `experts.linear_fc1`, `experts.linear_fc2` (routed experts, one adapter each), the same
+            of `shared_experts`.
     """
 
     kind: str = "none"

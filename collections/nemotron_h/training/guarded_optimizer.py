@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from nemo.core.optim import McoreDistributedOptimizer
@@ -61,6 +62,35 @@ class GuardedOptimizer(McoreDistributedOptimizer):
                 STAGING.wait_on_gpu()  # for what a save still copies
                 optimizer.step_with_ready_grads()
         return result, norm, zeros
+
+    @contextmanager
+    def _with_states(self) -> Iterator[None]:
+        """Leave out the parts of Megatron's optimizer that have nothing to train, whose states it would read all the
+        same: where adapters of split experts alone are trained, that of all other weights.
+        """
+        whole = self.mcore_optimizer
+        trained = [each for each in self._optimizers() if not getattr(each, "is_stub_optimizer", False)]
+        if len(trained) < len(self._optimizers()):
+            self.mcore_optimizer = ChainedOptimizer(trained)
+        try:
+            yield
+        finally:
+            self.mcore_optimizer = whole
+
+    def state_dict(self) -> Any:
+        """Return the states that all ranks have alike."""
+        with self._with_states():
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load what a checkpoint has for `sharded_state_dict`."""
+        with self._with_states():
+            super().load_state_dict(state_dict)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the states in Megatron's distributed-checkpoint layout; arguments as of NeMo's."""
+        with self._with_states():
+            return super().sharded_state_dict(*args, **kwargs)
 
     def _measured(self, closure: Callable[[], Any]) -> Measured:
         """Run the forward and backward pass."""

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Indices: TypeAlias = "np.ndarray"
-#: what stays of a tensor along each of its first axes, rows and columns of a matrix; None is all of them
+#: what stays of a tensor along each of its first axes, rows and columns of a matrix; None is all of them. Indices of
+#: two dimensions have a row for each place that stays on the first axis.
 Cut: TypeAlias = "tuple[Indices | None, ...]"
 
 
@@ -63,6 +64,10 @@ class Matrix:
     def active_size(self) -> int:
         """Return the number of parameters that one token passes."""
         return self.outputs * self.inputs * self.active
+
+    def adapter_size(self, rank: int, lengths: bool) -> int:
+        """Return the parameters of adapters of this rank, over all experts; `lengths` are DoRA's."""
+        return (rank * (self.outputs + self.inputs) + self.outputs * lengths) * (self.experts or 1)
 
     def on_rank(self, tensor: int) -> tuple[int, int]:
         """Return outputs and inputs of the part that one of `tensor` ranks has."""
@@ -148,13 +153,17 @@ class Axis:
         name: as in importance artefacts and errors.
         key: of the model, that states how many there are.
         size: how many there are.
+        activation: by whose size they are chosen, as `Running.whole` names it; axes of the same one are its dimensions.
         groups: each keeps the same number of them.
+        each: axis of which every place has channels of its own, as many as the others: its dimension comes first.
     """
 
     name: str
     key: str
     size: int
+    activation: str
     groups: int = 1
+    each: str = ""
 
 
 @dataclass(frozen=True)
@@ -285,11 +294,37 @@ class Block:
         """Return what pruning may remove beside the layer and channels of the residual stream."""
         return ()
 
+    def activations(self) -> dict[str, tuple[Axis, ...]]:
+        """Return activation -> the axes that are its dimensions, that of an axis' `each` first."""
+        axes = {axis.name: axis for axis in self.axes()}
+        dimensions: dict[str, tuple[Axis, ...]] = {}
+        for axis in axes.values():
+            outer = (axes[axis.each],) if axis.each else dimensions.get(axis.activation, ())
+            dimensions[axis.activation] = (*outer, axis)
+        return dimensions
+
+    def masks(self, kept: Mapping[str, Indices]) -> dict[str, np.ndarray]:
+        """Return activation -> for each of its channels, bool, if it stays; those that lose none are left out.
+
+        Args:
+            kept: as of `cuts`.
+        """
+        import numpy as np  # a plan does without
+
+        masks = {}
+        for activation, axes in self.activations().items():
+            mask = np.zeros([axis.size for axis in axes], dtype=bool)
+            *outer, last = (kept[axis.name] for axis in axes)
+            mask[(outer[0][:, None], last) if axes[-1].each else np.ix_(*outer, last)] = True
+            if not mask.all():
+                masks[activation] = mask.reshape(-1)
+        return masks
+
     def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
         """Return what stays of each of `tensors`.
 
         Args:
-            kept: axis -> what stays of it, ascending.
+            kept: axis -> what stays of it, ascending; a row for each place that stays of an axis' `each`.
             hidden: channels of the residual stream that stay.
         """
         raise NotImplementedError
@@ -297,7 +332,7 @@ class Block:
 
 def stays(indices: Indices, size: int) -> Indices | None:
     """Return the indices that stay of `size`, None where all do."""
-    return None if len(indices) == size else indices
+    return None if indices.shape[-1] == size else indices
 
 
 def input_norm(hidden_size: int, ours: str, fused: str, theirs: str) -> Tensors:

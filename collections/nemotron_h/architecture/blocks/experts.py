@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from nemotron_h.architecture.blocks.block import (
+    Axis,
     Block,
     Cut,
     Indices,
@@ -75,7 +76,7 @@ class Experts(Block):
         hidden, width, latent = self.hidden_size, self.expert_width, self.expert_latent_size
         inner, shared = self.expert_hidden_size, self.shared_expert_hidden_size
         stream = "expert_latent_size" if latent else "hidden_size"
-        routed = {"experts": self.num_experts, "active": self.experts_per_token, "adapts": False}
+        routed = {"experts": self.num_experts, "active": self.experts_per_token}
         up, down = (stream, "expert_hidden_size"), ("hidden_size", "shared_expert_hidden_size")
         keys = ("hidden_size", "num_experts")
         router = Matrix("router", self.num_experts, hidden, "", "router", keys, adapts=False, exact=True, parts=None)
@@ -174,11 +175,26 @@ class Experts(Block):
             }
             yield Tensors({f"{mlp}experts.{name}.weight": (matrix.experts, *shape)}, every, stacked=True)
 
+    def axes(self) -> tuple[Axis, ...]:
+        """Return the routed experts, the neurons of each, and those of the shared one; none with a latent, which only
+        plans know.
+        """
+        if self.expert_latent_size:
+            return ()
+        inner, shared = self.expert_hidden_size, self.shared_expert_hidden_size
+        return (
+            Axis("experts", "num_experts", self.num_experts, "experts"),
+            Axis("expert_neurons", "expert_hidden_size", inner, "expert_neurons", each="experts"),
+            Axis("shared_neurons", "shared_expert_hidden_size", shared, "shared_neurons"),
+        )
+
     def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
-        """Return what stays of each tensor: channels of the residual stream, the only ones that pruning may remove."""
-        stream = stays(hidden, self.hidden_size)
-        found: list[Cut] = [(stream, None), (None, stream), (None, None)]
+        """Return what stays of each tensor; router and correction bias lose the rows of the experts that go."""
+        stay = {axis.key: stays(kept[axis.name], axis.size) for axis in self.axes()}
+        stream, experts = stays(hidden, self.hidden_size), stay.get("num_experts")
+        stay["hidden_size"] = stream
+        cuts: list[Cut] = [(stream, None), (experts, stream), (experts, None)]
         for matrix in self.matrices()[1:]:
-            rows, columns = (stream if key == "hidden_size" else None for key in reversed(matrix.keys))
-            found.append((None, rows, columns) if matrix.experts else (rows, columns))
-        return tuple(found)
+            columns, rows = (stay.get(key) for key in matrix.keys)
+            cuts.append((experts, rows, columns) if matrix.experts else (rows, columns))
+        return tuple(cuts)

@@ -70,7 +70,7 @@ class FFN(Block):
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the neurons."""
-        return (Axis("neurons", "ffn_hidden_size", self.ffn_hidden_size),)
+        return (Axis("neurons", "ffn_hidden_size", self.ffn_hidden_size, "neurons"),)
 
     def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
         """Return what stays of norm, up and down."""

@@ -255,8 +255,8 @@ class Mamba(Block):
     def axes(self) -> tuple[Axis, ...]:
         """Return heads (each group keeps as many: its heads share B and C) and channels, the same in all heads."""
         return (
-            Axis("heads", "mamba_num_heads", self.mamba_num_heads, groups=self.mamba_num_groups),
-            Axis("channels", "mamba_head_dim", self.mamba_head_dim),
+            Axis("heads", "mamba_num_heads", self.mamba_num_heads, "x", groups=self.mamba_num_groups),
+            Axis("channels", "mamba_head_dim", self.mamba_head_dim, "x"),
         )
 
     def inner_channels(self, heads: Indices, channels: Indices) -> Indices:

@@ -89,7 +89,7 @@ class SwiGLU(Block):
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the neurons."""
-        return (Axis("neurons", "ffn_hidden_size", self.ffn_hidden_size),)
+        return (Axis("neurons", "ffn_hidden_size", self.ffn_hidden_size, "neurons"),)
 
     def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
         """Return what stays of norm, gate with up, and down."""

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression.pipeline.context import Context, candidate_of
+from nemotron_h.compression.candidates import candidate_of
+from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.speed import generation_speed
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
@@ -47,7 +48,7 @@ def run(c: Context, folder: Path) -> str:
         rows.append(
             {
                 "name": candidate.name,
-                **candidate._asdict(),
+                **candidate.sizes,
                 "pattern": definition.pattern,
                 "layers": list(c.child(candidate).layers),
                 "parameters": cost.parameters,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -41,11 +41,6 @@ from nemotron_h.schema.recipe import RecipeConfig
 
 #: trains a run to its end and returns its folder: `distillations.train`, or what a test puts in its place
 Train = Callable[[Run, str, Console], Path]
-
-
-def candidate_of(row: Mapping[str, Any]) -> Candidate:
-    """Return the candidate of a row of `candidates.json`."""
-    return Candidate(*(row[key] for key in Candidate._fields))
 
 
 class Context:

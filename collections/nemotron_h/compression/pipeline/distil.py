@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression.pipeline.context import Context, candidate_of
+from nemotron_h.compression.candidates import candidate_of
+from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.select import WINNER
 from nemotron_h.compression.pipeline.text import REPORTED
 from nemotron_h.compression.recovery import recovered, sentence

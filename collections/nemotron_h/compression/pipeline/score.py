@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression.candidates import Candidate
+from nemotron_h.compression.candidates import Candidate, candidate_of
 from nemotron_h.compression.pipeline.candidates import CANDIDATES
-from nemotron_h.compression.pipeline.context import Context, candidate_of
+from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.scoring import Score, order
 from nemotron_h.compression.stages import ASIDE, Stage, outputs

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression.pipeline.context import Context, candidate_of
+from nemotron_h.compression.candidates import candidate_of
+from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.score import RANKING
 from nemotron_h.compression.pipeline.text import CHOICE, REPORTED
 from nemotron_h.compression.stages import Stage
@@ -60,7 +61,7 @@ def run(c: Context, folder: Path) -> str:
         short = c.trained(runs[candidate.name], f"  {candidate.name}, {number} of {len(chosen)}")
         measured[candidate.name] = {"pruned": c.measure(pruned), "short": c.measure(short)}
         write_json(path, measured)
-    results = {each.name: {**measured[each.name], "candidate": each._asdict()} for each in chosen}
+    results = {each.name: {**measured[each.name], "candidate": each.sizes} for each in chosen}
     write_json(folder / RESULTS, results)
     return "; ".join(
         f"{name}: loss {r['pruned']['loss']:.3f} -> {r['short']['loss']:.3f}" for name, r in results.items()

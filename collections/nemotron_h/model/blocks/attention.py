@@ -15,7 +15,17 @@ from torch import Tensor
 from nemotron_h.architecture.blocks.attention import Attention
 from nemotron_h.model import init
 from nemotron_h.model.blocks.cpu_step import Residual
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Rotary, Running, State, Step, Surroundings, Watch
+from nemotron_h.model.blocks.running import (
+    InitialWeights,
+    Masks,
+    Parts,
+    Rotary,
+    Running,
+    State,
+    Step,
+    Surroundings,
+    Watch,
+)
 from nemotron_h.ops.attention import attention_chunk, attention_step, cache_append
 from nemotron_h.ops.select import Ops
 
@@ -156,7 +166,7 @@ class RunningAttention(Running):
         h: Tensor,
         rotary: Rotary | None,
         watch: Watch | None,
-        mask: Tensor | None,
+        masks: Masks,
     ) -> Tensor:
         """Return the output; positions count from the window's start."""
         q, k, v = self.split_qkv(F.linear(h, w.qkv), rotary)

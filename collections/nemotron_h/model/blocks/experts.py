@@ -8,7 +8,8 @@ With scores s_n = sigmoid(x.g_n), the chosen set K of the k largest s_n + bias_n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from nemotron_h.architecture.blocks.experts import Experts
 from nemotron_h.model import init
 from nemotron_h.model.blocks.cpu_step import Residual
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Rotary, Running, Step, Surroundings, Watch
+from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Running, Step, Surroundings, Watch
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -146,22 +147,37 @@ class RunningExperts(Running):
         rows = h.flatten(0, -2)
         return (self._routed(w, rows) + self._shared(w, rows)).view(h.shape)
 
-    def _routed(self, w: ExpertsWeights, rows: Tensor) -> Tensor:
+    def _routed(
+        self,
+        w: ExpertsWeights,
+        rows: Tensor,
+        watch: Callable[[int, Tensor, Tensor, Tensor], None] = lambda *_: None,
+    ) -> Tensor:
+        """Return the routed experts' output [t, h].
+
+        Args:
+            watch: told of each expert that has tokens: number, their places, inner activations and outputs.
+        """
         experts, scores = self._choice(w, rows)
         order = experts.flatten().argsort(stable=True)  # of the pairs of a token and an expert, by expert
         tokens, scores = order // experts.shape[1], scores.flatten()[order, None]
         counts = experts.flatten().bincount(minlength=self.block.num_experts).tolist()
         out = torch.zeros_like(rows)
         parts = zip(tokens.split(counts), scores.split(counts), w.up, w.down, strict=True)
-        for mine, weights, up, down in parts:
+        for number, (mine, weights, up, down) in enumerate(parts):
             if len(mine):
                 inner = (F.relu(F.linear(rows[mine], up)).square() * weights).to(rows.dtype)
-                out.index_add_(0, mine, F.linear(inner, down))
+                added = F.linear(inner, down)
+                watch(number, mine, inner, added)
+                out.index_add_(0, mine, added)
         return out
 
+    def _shared(self, w: ExpertsWeights, h: Tensor) -> Tensor:
+        return F.linear(self._shared_inner(w, h), w.shared_down)
+
     @staticmethod
-    def _shared(w: ExpertsWeights, h: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(h, w.shared_up)).square(), w.shared_down)
+    def _shared_inner(w: ExpertsWeights, h: Tensor) -> Tensor:
+        return F.relu(F.linear(h, w.shared_up)).square()
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> Tensor:
         """Return the buffer of the normalised stream."""
@@ -174,7 +190,40 @@ class RunningExperts(Running):
         residual.values.add_(self._run(w, torch.mul(h, residual.gain, out=buffers)))
 
     def whole(
-        self, ops: Ops, w: ExpertsWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
+        self, ops: Ops, w: ExpertsWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, masks: Masks
     ) -> Tensor:
-        """Return the output [b, l, h]; of its inner channels none can be removed, so none is watched or masked."""
-        return self._run(w, h)
+        """Return the output [b, l, h].
+
+        What is watched of experts is a mean over all tokens, 0 for those that pass another: the length of what an
+        expert adds, and its inner activations weighed by its score.
+        """
+        w = self._masked(w, masks)
+        if watch is None:
+            return self._run(w, h)
+        rows, length = h.flatten(0, 1), h.shape[1]
+        sizes = len(h), self.block.num_experts, self.block.expert_hidden_size
+        wide = torch.promote_types(h.dtype, torch.float32)
+        neurons, added = h.new_zeros(sizes, dtype=wide), h.new_zeros(sizes[:2], dtype=wide)
+
+        def add(number: int, tokens: Tensor, inner: Tensor, out: Tensor) -> None:
+            samples = tokens // length
+            neurons[:, number].index_add_(0, samples, inner.to(wide))
+            added[:, number].index_add_(0, samples, torch.linalg.vector_norm(out, dim=-1, dtype=wide))
+
+        routed = self._routed(w, rows, add)
+        watch("experts", added[:, None] / length)
+        watch("expert_neurons", neurons.flatten(1)[:, None] / length)
+        shared = self._shared_inner(w, h)
+        watch("shared_neurons", shared)
+        return routed.view(h.shape) + F.linear(shared, w.shared_down)
+
+    @staticmethod
+    def _masked(w: ExpertsWeights, masks: Masks) -> ExpertsWeights:
+        """Return weights of which dropped experts are never chosen, and dropped neurons add nothing."""
+        if (mask := masks.get("experts")) is not None:
+            w = replace(w, bias=w.bias.masked_fill(mask == 0, -torch.inf))
+        if (mask := masks.get("expert_neurons")) is not None:
+            w = replace(w, down=w.down * mask.view(len(w.down), 1, -1))
+        if (mask := masks.get("shared_neurons")) is not None:
+            w = replace(w, shared_down=w.shared_down * mask)
+        return w

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemotron_h.architecture.blocks.ffn import FFN
 from nemotron_h.model import init
 from nemotron_h.model.blocks.cpu_step import Residual
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Rotary, Running, Step, Surroundings, Watch
+from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Running, Step, Surroundings, Watch
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.select import Ops
 
@@ -99,10 +99,11 @@ class RunningFFN(Running):
         residual.values.addmm_(torch.mul(up, up, out=up), w.down.t())
 
     def whole(
-        self, ops: Ops, w: FFNWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
+        self, ops: Ops, w: FFNWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, masks: Masks
     ) -> Tensor:
         """Return the output; the neurons are watched after the activation (paper 3.2)."""
         inner = F.relu(F.linear(h, w.up)).square()
         if watch:
             watch("neurons", inner)
+        mask = masks.get("neurons")
         return F.linear(inner if mask is None else inner * mask, w.down)

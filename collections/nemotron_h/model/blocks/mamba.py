@@ -14,7 +14,17 @@ from torch import Tensor
 
 from nemotron_h.architecture.blocks.mamba import Mamba
 from nemotron_h.model.blocks.cpu_step import Normed, Residual
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Rotary, Running, State, Step, Surroundings, Watch
+from nemotron_h.model.blocks.running import (
+    InitialWeights,
+    Masks,
+    Parts,
+    Rotary,
+    Running,
+    State,
+    Step,
+    Surroundings,
+    Watch,
+)
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.select import Ops
 
@@ -179,11 +189,12 @@ class RunningMamba(Running):
         h: Tensor,
         rotary: Rotary | None,
         watch: Watch | None,
-        mask: Tensor | None,
+        masks: Masks,
     ) -> Tensor:
         """Return the output; x's part of the input projection is watched. Under a mask the gated norm's mean goes over
         the channels that stay.
         """
+        mask = masks.get("x")
         z, xbc, dt = self._split(F.linear(h, w.in_proj))
         if watch:
             watch("x", xbc[..., : self.block.d_inner])

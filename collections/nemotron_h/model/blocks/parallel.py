@@ -17,7 +17,7 @@ from nemotron_h.model import init
 from nemotron_h.model.blocks.attention import KeyValueCache, RunningAttention
 from nemotron_h.model.blocks.cpu_step import Residual
 from nemotron_h.model.blocks.mamba import MambaState, MambaWeights, RunningMamba
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Rotary, Running, Step, Surroundings, Watch
+from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Running, Step, Surroundings, Watch
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -155,8 +155,8 @@ class RunningParallel(Running):
         h: Tensor,
         rotary: Rotary | None,
         watch: Watch | None,
-        mask: Tensor | None,
+        masks: Masks,
     ) -> Tensor:
         """Return the output; watched and masked is the mixer, of which alone channels are removed."""
-        mixed = self.mamba.whole(ops, w, h, rotary, watch, mask)
-        return mixed + self.attention.whole(ops, w, h, rotary, None, None)
+        mixed = self.mamba.whole(ops, w, h, rotary, watch, masks)
+        return mixed + self.attention.whole(ops, w, h, rotary, None, {})

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 #: cosines and sines of rotary positions, [positions, 1, 1, channels]
 Rotary = tuple[Tensor, Tensor]
-#: told of the name and the values [b, l, channels] of what a layer computes
+#: told of the name and the values [b, l, channels] of an activation, or of their mean over l, [b, 1, channels]
 Watch = Callable[[str, Tensor], None]
+#: activation -> 1 or 0 for each of its channels, if it stays; those that lose none are left out
+Masks = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,11 @@ class Running:
 
     # compression
 
-    def whole(
-        self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
-    ) -> Tensor:
+    def whole(self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, masks: Masks) -> Tensor:
         """Return the layer's output [b, l, h] over windows from empty states.
 
         Args:
-            watch: told of what pruning measures, under the name of the importance artefact.
-            mask: 1 or 0 for each input of the layer's last matrix, or None: what stays of its inner channels.
+            watch: told of what pruning measures, under the names of `Block.activations`.
+            masks: of `Block.masks`; under them the layer computes what its slice does.
         """
         raise NotImplementedError

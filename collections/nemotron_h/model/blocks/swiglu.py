@@ -13,7 +13,7 @@ from nemotron_h.architecture.blocks.swiglu import SwiGLU
 from nemotron_h.model import init
 from nemotron_h.model.blocks.cpu_step import Residual
 from nemotron_h.model.blocks.ffn import RunningFFN
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Rotary, Step, Watch
+from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Step, Watch
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -77,11 +77,12 @@ class RunningSwiGLU(RunningFFN):
         residual.values.addmm_(F.silu(gate, inplace=True).mul_(up), w.down.t())
 
     def whole(
-        self, ops: Ops, w: SwiGLUWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, mask: Tensor | None
+        self, ops: Ops, w: SwiGLUWeights, h: Tensor, rotary: Rotary | None, watch: Watch | None, masks: Masks
     ) -> Tensor:
         """Return the output; the neurons are watched after the gate."""
         gate, up = F.linear(h, w.up).chunk(2, dim=-1)
         inner = F.silu(gate) * up
         if watch:
             watch("neurons", inner)
+        mask = masks.get("neurons")
         return F.linear(inner if mask is None else inner * mask, w.down)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.pruned_widths import check_width
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import BYTES, count_of
@@ -83,14 +84,15 @@ def _check_grid(grid: GridSchema, definition: ModelDefinition, origin: str) -> N
         raise UserError(f"{origin}: minipuzzle.grid varies nothing", hint=f"give values of {', '.join(values)}")
     counts = definition.layer_counts()
     for key, given in values.items():
-        counted = key in counts
-        most = counts[key] if counted else getattr(definition, "num_layers" if key == "depth" else key)
+        name = f"{origin}: minipuzzle.grid.{key}"
         for value in given:
-            if not (0 if counted else 1) <= value <= most:
-                raise UserError(
-                    f"{origin}: minipuzzle.grid.{key} has {value}; {definition.name} has {most}",
-                    hint=f"give values from {0 if counted else 1} to {most}",
-                )
+            if key != "depth" and key not in counts:
+                check_width(definition, key, value, name)
+                continue
+            least, most = (0, counts[key]) if key in counts else (1, definition.num_layers)
+            if not least <= value <= most:
+                hint = f"give values from {least} to {most}"
+                raise UserError(f"{name} has {value}; {definition.name} has {most}", hint=hint)
 
 
 def _check_distillations(recipe: RecipeConfig, origin: str) -> None:
