@@ -214,7 +214,7 @@ def aligned_definition(parent: ModelDefinition, kv_heads: int | None, name: str)
     """Return the definition of a model whose heads are merged to so many in every layer; None: aligned alone."""
     check_name("the model's name", name)
     if kv_heads is None:
-        return replace(parent, name=name)
+        return replace(parent, name=name).counted()
     (key,) = {heads.key for block in parent.blocks if (heads := block.attention_heads())}
     others = {layer: {k: v for k, v in widths.items() if k != key} for layer, widths in parent.overrides.items()}
     definition = replace(
