@@ -37,7 +37,7 @@ class LayerAlignment:
         groups: its key-value heads, all in groups of one size.
         keys, values: rotations R and N, float64 [g, d, d].
         similarity: by `keys` and `values`: of each two heads after the best rotation of one onto the other, the cosine
-            of all that they compute, [g][g].
+            of all that they compute, [g, g].
         lost: by `keys` and `values`: the share of their squares that merging loses.
         lost_by_neighbours: likewise, of the mean of neighbours as they are.
     """
@@ -135,7 +135,9 @@ def attention_layers(definition: ModelDefinition, kv_heads: int, origin: str) ->
     return layers
 
 
-def align_layer(moments: Moments, heads: AttentionHeads, kv_heads: int, seed: int = 0) -> LayerAlignment:
+def align_layer(
+    moments: Moments, heads: AttentionHeads, kv_heads: int, seed: int = 0, groups: Groups | None = None
+) -> LayerAlignment:
     """Group the heads of a layer and rotate each group into agreement.
 
     Groups have the largest sum of what their heads agree in after the best rotations, keys and values weighing the
@@ -146,14 +148,14 @@ def align_layer(moments: Moments, heads: AttentionHeads, kv_heads: int, seed: in
         moments: of the layer.
         kv_heads: groups; divides the layer's heads.
         seed: of the search.
+        groups: these, without a search.
     """
-    size = heads.groups // kv_heads
     parts = {"keys": (moments.keys, heads.rotary), "values": (moments.values, 0)}
     agreements = {}
     for part, (cross, rotary) in parts.items():
         agreements[part] = agreement(best_rotation(cross, rotary), cross)
     shares = [agreements[part] / _positive(energy(cross)) for part, (cross, _) in parts.items()]
-    groups = best_groups(sum(shares).numpy(), size, seed)
+    groups = groups or best_groups(sum(shares).numpy(), heads.groups // kv_heads, seed)
     rotations, lost, by_neighbours, similarity = {}, {}, {}, {}
     for part, (cross, rotary) in parts.items():
         rotations[part] = torch.empty(heads.groups, heads.dim, heads.dim, dtype=torch.float64)

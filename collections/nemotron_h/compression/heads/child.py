@@ -28,7 +28,7 @@ from nemotron_h.inference.model import load_model
 
 #: ours: logits may differ by so many roundings of the checkpoint's dtype, or by `TOLERANCE`, of the largest: rotated
 #: weights are rounded anew
-_ROUNDINGS = 8
+_ROUNDINGS = 4
 
 
 def write_aligned(
