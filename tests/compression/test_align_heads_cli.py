@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from save_checkpoint import save
-from small_model import pure_config, small_config, small_model
+from small_model import pure_config, relative_error, small_config, small_model
 from test_prune_cli import invoke, place  # noqa: F401
 
 from nemotron_h.compression.child import Child
@@ -21,9 +21,9 @@ from nemotron_h.inference.model import load_model
 HEADS = {"num_attention_heads": 8, "num_query_groups": 4}
 #: a hybrid, a Transformer with half of each head rotated, and Falcon-H1, whose multipliers are beside its weights
 MODELS = {
-    "hybrid": lambda: small_config(**HEADS),
-    "transformer": lambda: pure_config("*", **HEADS),
-    "falcon_h1": lambda: pure_config("PS", **HEADS),
+    "hybrid": lambda changes: small_config(**{**HEADS, **changes}),
+    "transformer": lambda changes: pure_config("*", **{**HEADS, **changes}),
+    "falcon_h1": lambda changes: pure_config("PS", **{**HEADS, **changes}),
 }
 
 
@@ -32,7 +32,7 @@ def run(request: pytest.FixtureRequest, place: Path) -> Path:  # noqa: F811
     """A run with four key-value heads, of the vocabulary of the prepared text."""
     folder = place / request.param
     data = {"tokenizer": str(place / "data" / "lines" / "tokenizer"), "seq_length": 64}
-    model = small_model(MODELS[request.param]())
+    model = small_model(MODELS[request.param]({}))
     save(model, folder / "checkpoints" / "step-000001", data=data)
     return folder
 
@@ -93,6 +93,21 @@ def test_alignment_alone_is_the_same_function(place: Path, run: Path, tmp_path: 
     invoke("align-heads", tmp_path / "same", tmp_path / "later", "--kv-heads", 2, "--method", "mean")
     invoke("align-heads", run, tmp_path / "once", "--kv-heads", 2, *text(place))
     assert difference(tmp_path / "later", tmp_path / "once") < 1e-5
+
+
+def test_megatron_trains_the_merged_model(place: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    from megatron.core import dist_checkpointing
+
+    invoke("align-heads", run, tmp_path / "one", "--kv-heads", 1, *text(place))
+    trained = MODELS[run.name]({"num_query_groups": 1}).configure_model(None)
+    state = dist_checkpointing.load(trained.sharded_state_dict(prefix="module."), str(tmp_path / "one" / "weights"))
+    trained.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    ids = torch.randint(300, (2, 60), generator=torch.Generator().manual_seed(0))
+    model = load_model(tmp_path / "one")
+    expected = model.logits(model.extend(ids, model.new_states(*ids.shape)))
+    assert relative_error(trained(ids)[..., :300].detach(), expected) < 1e-4
+    trained(ids, labels=ids).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.parameters())
 
 
 def attention(*models: object) -> list[tuple]:
