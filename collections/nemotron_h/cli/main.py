@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nemotron_h.cli.align_heads import align_heads
 from nemotron_h.cli.cache_teacher import distill_cache
 from nemotron_h.cli.chat import chat
 from nemotron_h.cli.compare_precision import compare_precision
@@ -49,6 +50,7 @@ app.command()(compare_precision)
 app.command()(sweep)
 app.command()(importance)
 app.command()(prune)
+app.command()(align_heads)
 app.command()(minipuzzle)
 app.command()(distill_cache)
 app.command()(generate)

@@ -208,12 +208,8 @@ def measure(
     if metric not in METRICS:
         raise UserError(f"metric {metric!r} is unknown", hint=f"use one of {', '.join(METRICS)}")
     d = model.definition
-    largest = max(int(layer_windows.max()), int(width_windows.max()))
-    if largest >= d.vocab_size:
-        raise UserError(
-            f"the data has token {largest:,}, model {d.name} a vocabulary of {d.vocab_size:,}",
-            hint="measure on data of the model's own tokenizer",
-        )
+    for windows in (layer_windows, width_windows):
+        check_tokens(windows, d)
     record = {
         **(settings or {}),
         "layer_samples": len(layer_windows),
@@ -231,6 +227,19 @@ def measure(
     activations = measure_widths(model, width_windows, advance, device, so_far.sums, so_far.keep_widths)
     so_far.remove()
     return Importance(d, metric, layers, activations, record)
+
+
+def check_tokens(windows: np.ndarray, definition: ModelDefinition) -> None:
+    """Check that a model has all of these tokens.
+
+    Errors:
+        UserError: names the largest that it lacks.
+    """
+    if (largest := int(windows.max())) >= definition.vocab_size:
+        raise UserError(
+            f"the data has token {largest:,}, model {definition.name} a vocabulary of {definition.vocab_size:,}",
+            hint="measure on data of the model's own tokenizer",
+        )
 
 
 def measure_text(

@@ -131,12 +131,8 @@ def write_child(
     definition = child_definition(parent, child, name)
     with new_folder(out, size(definition, dtype)) as folder:
         write_weights(folder, definition, dtype, _reader(source, child, definition), advance)
-        data = dict(record.get("data") or {})
-        tokenizer = data.get("tokenizer")
-        if tokenizer and not Path(tokenizer).is_absolute():  # an imported checkpoint holds its own
-            shutil.copytree(checkpoint / tokenizer, folder / TOKENIZER)
         written = {
-            "data": {key: data.get(key) for key in (*trained_tokenizer.KEYS, "seq_length")},
+            "data": inherit_data(checkpoint, record, folder),
             "pruned": {
                 "from": str(checkpoint.absolute()),
                 "model": parent.name,
@@ -149,6 +145,21 @@ def write_child(
         )
         check_child(checkpoint, child, folder)
     return definition
+
+
+def inherit_data(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what a child's record tells of its data: its parent's tokenizer, which is copied where the parent holds
+    it, and sequence length.
+
+    Args:
+        checkpoint, record: the parent's.
+        folder: the child's.
+    """
+    data = dict(record.get("data") or {})
+    tokenizer = data.get("tokenizer")
+    if tokenizer and not Path(tokenizer).is_absolute():  # an imported checkpoint holds its own
+        shutil.copytree(checkpoint / tokenizer, folder / TOKENIZER)
+    return {key: data.get(key) for key in (*trained_tokenizer.KEYS, "seq_length")}
 
 
 def child_size(checkpoint: Path, child: Child) -> int:

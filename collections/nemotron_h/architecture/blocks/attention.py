@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemotron_h.architecture.blocks.block import (
+    AttentionHeads,
     Block,
     Cut,
     Indices,
@@ -154,6 +155,13 @@ class Attention(Block):
         rows = np.arange(groups * (per_group + 2) * self.head_dim).reshape(groups, per_group + 2, self.head_dim)
         parts = (rows[:, :per_group], rows[:, per_group], rows[:, per_group + 1])
         return np.concatenate([part.reshape(-1) for part in parts])
+
+    def attention_heads(self) -> AttentionHeads:
+        """Return the heads; the projections are the last two tensors."""
+        per_group = self.num_attention_heads // self.num_query_groups
+        return AttentionHeads(
+            self.num_query_groups, per_group, self.head_dim, self.rotary_dim, "num_query_groups", qkv=-2, proj=-1
+        )
 
     def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
         """Return what stays of norm, queries with keys and values, and the output projection."""

@@ -167,6 +167,28 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class AttentionHeads:
+    """Heads of a layer's attention and where they are: rows of its queries, keys and values, columns of its output.
+
+    Attributes:
+        groups: key-value heads.
+        queries: query heads of each; a group's follow each other, in the order of the key-value heads.
+        dim: channels of a head.
+        rotary: of these the first ones that positions rotate, channel n together with n + rotary / 2.
+        key: of the model, that states `groups`.
+        qkv, proj: places of the projections among `Block.tensors`; `theirs` of the first are queries, keys, values.
+    """
+
+    groups: int
+    queries: int
+    dim: int
+    rotary: int
+    key: str
+    qkv: int
+    proj: int
+
+
+@dataclass(frozen=True)
 class Block:
     """Layer of a model, with its own widths.
 
@@ -289,6 +311,10 @@ class Block:
             name: Hugging Face's, inside the layer.
         """
         return ()
+
+    def attention_heads(self) -> AttentionHeads | None:
+        """Return the heads of its attention; None where it has none."""
+        return None
 
     def axes(self) -> tuple[Axis, ...]:
         """Return what pruning may remove beside the layer and channels of the residual stream."""

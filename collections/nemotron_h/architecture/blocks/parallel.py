@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemotron_h.architecture.blocks.attention import Attention
 from nemotron_h.architecture.blocks.block import (
+    AttentionHeads,
     Axis,
     Block,
     Cut,
@@ -140,6 +141,10 @@ class Parallel(Block):
             "self_attn.o_proj.weight": (self.hidden_size, scales.attention_out),
         }.get(name, (0, 1.0))
         return () if scale == 1 else ((rows, scale),)
+
+    def attention_heads(self) -> AttentionHeads:
+        """Return the attention's; its projections are the last two tensors here too."""
+        return self.attention.attention_heads()
 
     def axes(self) -> tuple[Axis, ...]:
         """Return the mixer's heads and channels."""

@@ -159,6 +159,11 @@ class RunningAttention(Running):
         out = attention_step(q, state.keys, state.values, at.lengths, at.longest, at.ragged)
         residual.values.addmm_(out, w.proj.t())
 
+    def keys_and_values(self, w: AttentionWeights, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values."""
+        _, keys, values = self.split_qkv(F.linear(h, w.qkv), None)
+        return keys, values
+
     def whole(
         self,
         ops: Ops,

@@ -148,6 +148,10 @@ class RunningParallel(Running):
         self.mamba.cpu_step(buffers[0], residual, w, h, state, at)
         self.attention.cpu_step(buffers[1], residual, w, h, state, at)
 
+    def keys_and_values(self, w: ParallelWeights, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention's."""
+        return self.attention.keys_and_values(w, h)
+
     def whole(
         self,
         ops: Ops,

@@ -172,6 +172,13 @@ class Running:
         """Return the state before the first token; None where the layer remembers nothing."""
         return None
 
+    def keys_and_values(self, w: Any, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [b, l, g, d] of the normalised input [b, l, h], before positions rotate the keys.
+
+        Of layers alone whose block has `attention_heads`; multipliers that the weights hold are in them.
+        """
+        raise NotImplementedError
+
     def extend(self, ops: Ops, w: Any, h: Tensor, state: Any, start: int, rotary: Rotary | None, last: int) -> Tensor:
         """Read tokens.
 

@@ -1,0 +1,136 @@
+"""Write a checkpoint whose key-value heads are aligned, or merged too, one weight in memory at a time.
+
+It appears only if it holds the planned number of parameters and computes what its parent does: for merged heads the
+parent with each head in the place of which its group's mean stands, rotated back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint.names import Weight, weights
+from nemotron_h.checkpoint.reader import find_checkpoint, read_record
+from nemotron_h.checkpoint.writer import Advance, Read, finish, size, write_weights
+from nemotron_h.compression.child import Child
+from nemotron_h.compression.heads.alignment import aligned_definition
+from nemotron_h.compression.heads.fusion import Alignments, PooledLayers
+from nemotron_h.compression.slicing import CHECK_TOKENS, TOLERANCE, Masked, check_parameters, inherit_data, logits_error
+from nemotron_h.core.errors import UserError
+from nemotron_h.export.folder import new_folder
+from nemotron_h.export.source import ModelSource
+from nemotron_h.inference.model import load_model
+
+#: ours: logits may differ by so many roundings of the checkpoint's dtype, or by `TOLERANCE`, of the largest: rotated
+#: weights are rounded anew
+_ROUNDINGS = 4
+
+
+def write_aligned(
+    checkpoint: Path,
+    alignments: Alignments,
+    kv_heads: int | None,
+    out: Path,
+    name: str,
+    settings: Mapping[str, Any],
+    advance: Advance = lambda _: None,
+) -> ModelDefinition:
+    """Fuse alignments into a checkpoint's weights, as a checkpoint of its own.
+
+    Args:
+        checkpoint: the parent's, of any parallel layout, or a run: its newest.
+        alignments: of all its layers with attention.
+        kv_heads: what they are merged to in each layer; None aligns alone.
+        out: the folder; must not exist. It has the format of an imported model: weights, run.json, model.yaml.
+        name: of its definition.
+        settings: what run.json tells under `aligned`, besides the parent and each layer's groups.
+        advance: told the bytes of each written tensor; `aligned_size` is all of them.
+    Returns:
+        the definition.
+    Errors:
+        UserError: no or a damaged checkpoint; `out` exists or the disk is full; what was written is not what was
+            planned, which leaves nothing behind.
+    """
+    checkpoint = find_checkpoint(checkpoint)
+    record, source = read_record(checkpoint), ModelSource(checkpoint)
+    parent, dtype = source.definition, source.dtype
+    definition = aligned_definition(parent, kv_heads, name)
+    with new_folder(out, size(definition, dtype)) as folder:
+        write_weights(folder, definition, dtype, _reader(source, alignments, merge=kv_heads is not None), advance)
+        of_layers = [{"layer": layer, **alignment.record()} for layer, alignment in alignments.items()]
+        written = {
+            "data": inherit_data(checkpoint, record, folder),
+            "aligned": {
+                "from": str(checkpoint.absolute()),
+                "model": parent.name,
+                "kv_heads": kv_heads,
+                **settings,
+                "layers": of_layers,
+            },
+        }
+        verb = "Aligned" if kv_heads is None else "Heads merged"
+        finish(folder, definition, written, f"{verb} from {parent.name}; parameters are checked when loaded.")
+        _check(checkpoint, alignments, kv_heads is not None, folder, dtype)
+    return definition
+
+
+def aligned_size(checkpoint: Path, kv_heads: int | None) -> int:
+    """Return the bytes of the tensors that `write_aligned` writes."""
+    source = ModelSource(find_checkpoint(checkpoint))
+    return size(aligned_definition(source.definition, kv_heads, "aligned"), source.dtype)
+
+
+def _reader(source: ModelSource, alignments: Alignments, merge: bool) -> Read:
+    """Return what gives the tensors of each weight, with the rotations in those of attention."""
+    parent = list(weights(source.definition))
+    origins = {next(iter(row.ours)): row for row in parent}
+    places: dict[str, tuple[int, bool]] = {}  # first tensor of a projection -> layer, and if it is the output's
+    for layer, alignment in alignments.items():
+        rows = [name for name in origins if name.startswith(f"decoder.layers.{layer}.")]
+        places[rows[alignment.heads.qkv]], places[rows[alignment.heads.proj]] = (layer, False), (layer, True)
+
+    def read(row: Weight) -> Mapping[str, Tensor]:
+        name = next(iter(row.ours))
+        origin = origins[name]
+        theirs = source.read(set(origin.theirs), source.dtype)
+        whole = torch.cat([theirs[their] for their in origin.theirs])
+        if name in places:
+            layer, of_output = places[name]
+            alignment = alignments[layer]
+            if of_output:
+                whole = alignment.proj(whole).to(whole.dtype)
+            else:
+                parts = whole.split([shape[0] for shape in origin.theirs.values()])
+                whole = torch.cat(alignment.qkv(*parts, merge)).to(whole.dtype)
+        return {key: tensor.contiguous() for key, tensor in row.to_ours(whole).items()}
+
+    return read
+
+
+def _check(checkpoint: Path, alignments: Alignments, merged: bool, written: Path, dtype: torch.dtype) -> None:
+    """Compare a written checkpoint with its parent: parameters with the plan, and logits.
+
+    Both are read from disk, a layer at a time.
+
+    Errors:
+        UserError: they differ.
+    """
+    parent, aligned = (load_model(folder, dtype=torch.float32, lazy=True) for folder in (checkpoint, written))
+    check_parameters(aligned.definition, written)
+    if merged:
+        parent.layers = PooledLayers(parent, alignments)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(parent.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
+    error = logits_error(Masked(parent, Child.whole(parent.definition)), aligned, tokens)
+    allowed = max(TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
+    if not error <= allowed:  # not a number is an error too
+        raise UserError(
+            f"the aligned {checkpoint} computes something else than it should: logits differ by {error:.1e} of the "
+            f"largest, {allowed:.0e} is allowed",
+            hint="nothing was written; the checkpoint or this code is broken",
+        )
