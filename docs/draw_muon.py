@@ -1,7 +1,7 @@
 """Draw AdamW and Muon over budgets of compute, and print fits and the share of FLOPs: `python docs/draw_muon.py [CSV]`.
 
 Reads a table that `nemotron-h sweep muon_budgets` wrote (`docs/results/muon_budgets.csv` without an argument), takes
-the best learning rate of each budget and optimizer, and writes `docs/img/muon_budgets.svg`, of `docs/muon.md`.
+the best learning rate of each budget and optimizer, and writes `docs/img/muon_budgets.svg`, of `docs/results/muon.md`.
 """
 
 from __future__ import annotations
