@@ -1,13 +1,13 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [write=STEP:RANK:NAME] [slow=SECONDS]
-[bug=STEP] [copy=FOLDER] [poison=STEP:PART[:RANK] ...] [key=value ...]`: overrides of the built recipe are dotted;
-`kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written is whole, so that
+[bug=STEP] [copy=FOLDER] [busy=CYCLES] [poison=STEP:PART[:RANK] ...] [key=value ...]`: overrides of the built recipe
+are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written is whole, so that
 a test knows where the next start continues, `signal` sends a signal to the process group of one rank during it, `save`
 while its checkpoint is copied, `write` while threads write it, which may be an error's name too, that the thread meets;
 `slow` are seconds that a thread takes for a megabyte, `bug` is an exception on every rank in that step, `copy` writes a
-checkpoint of what was loaded, before the first step, and `poison` is of `poison.py`. Each step appends to `steps.jsonl`
-beside the run: the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight
+checkpoint of what was loaded, before the first step, `busy` has a GPU wait before it makes the weights, and `poison` is
+of `poison.py`. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight
 decay, and the numbers of the samples that this rank read.
 """
 
@@ -38,6 +38,7 @@ from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.data.feed.datamodule import WindowDataset  # noqa: E402
 from nemotron_h.data.feed.preference_module import PairDataset  # noqa: E402
 from nemotron_h.data.feed.sft_module import PackedDataset  # noqa: E402
+from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.platform import checkpoint_writer  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
@@ -161,6 +162,18 @@ class Recorder(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def keep_busy(cycles: int) -> None:
+    """Have the GPU wait so long before it does what making the model asks of it; the CPU goes on."""
+    configure = NemotronHConfig.configure_model
+
+    def busily(config, *args, **kwargs):
+        if torch.cuda.is_available():
+            torch.cuda._sleep(cycles)
+        return configure(config, *args, **kwargs)
+
+    NemotronHConfig.configure_model = busily
+
+
 def main(recipe: str, *options: str) -> None:
     """Build, override, run."""
     composed = compose(recipe)
@@ -179,6 +192,8 @@ def main(recipe: str, *options: str) -> None:
             given[key] = numbers.get(key, str)(value)
         elif key == "poison":
             poison.append(value)
+        elif key == "busy":
+            keep_busy(int(value))
         else:
             changed.append(option)
     change(task, changed, "worker.py")

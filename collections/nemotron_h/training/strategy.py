@@ -185,6 +185,16 @@ class NemotronHStrategy(nl.MegatronStrategy):
     def _started_by_rank_0(self) -> bool:
         return bool(self.local_rank) and isinstance(self.cluster_environment, LightningEnvironment)
 
+    def init_model_parallel(self) -> None:
+        """Move the weights into Megatron's buffers as NeMo does, when they are there, and wait until they have moved.
+
+        NeMo moves them on a stream of its own, which waits for no other and for which none waits: on a busy GPU weights
+        were copied before they had their initial values, or from memory that was somebody else's by then.
+        """
+        torch.cuda.synchronize()
+        super().init_model_parallel()
+        torch.cuda.synchronize()
+
     def training_step(self, dataloader_iter: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
         """Run a step as NeMo does, with inputs that are kept for a second run."""
         return super().training_step(self.inputs.take(dataloader_iter), *args, **kwargs)
