@@ -2,13 +2,14 @@
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [write=STEP:RANK:NAME] [slow=SECONDS]
 [bug=STEP] [copy=FOLDER] [busy=CYCLES] [poison=STEP:PART[:RANK] ...] [key=value ...]`: overrides of the built recipe
-are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written is whole, so that
-a test knows where the next start continues, `signal` sends a signal to the process group of one rank during it, `save`
-while its checkpoint is copied, `write` while threads write it, which may be an error's name too, that the thread meets;
-`slow` are seconds that a thread takes for a megabyte, `bug` is an exception on every rank in that step, `copy` writes a
-checkpoint of what was loaded, before the first step, `busy` has a GPU wait before it makes the weights, and `poison` is
-of `poison.py`. Each step appends to `steps.jsonl` beside the run: the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight
-decay, and the numbers of the samples that this rank read.
+are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written is
+whole, so that a test knows where the next start continues, `signal` sends a signal to the process group of one rank
+during it, `save` while its checkpoint is copied, `write` while threads write it, which may be an error's name too,
+that the thread meets; `slow` are seconds that a thread takes for a megabyte, `bug` is an exception on every rank in
+that step, `copy` writes a checkpoint of what was loaded, before the first step, `busy` has a GPU wait before it makes
+the weights, and `poison` is of `poison.py`. Each step appends to `steps.jsonl` beside the run: the loss, gradient
+norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the numbers of the
+samples that this rank read.
 """
 
 from __future__ import annotations
