@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from nemotron_h.architecture.rank import Layout
 from nemotron_h.core.units import GIB
 from nemotron_h.launch.place import Place
 from nemotron_h.launch.several import threads
@@ -48,10 +49,9 @@ def capacity(recipes: Sequence[RecipeConfig], most: int | None, place: Place) ->
         need = max(memory(recipe) for recipe in recipes)
         limits[f"{available() / GIB:.1f} GiB free, {need / GIB:.1f} a run"] = max(1, int(available() // need))
     elif most is not None and most > apart:
-        need = max(gpu_memory(recipe) for recipe in recipes)
-        shared = max(1, int(available("cuda") // need))
-        words = f"{there} GPUs, {available('cuda') / GIB:.1f} GiB free on each, {need / GIB:.1f} a run"
-        limits = {"points": count, words: apart * shared}
+        need, free = max(map(gpu_memory, recipes)), available("cuda")
+        words = f"{there} GPUs, {free / GIB:.1f} GiB free on each, {need / GIB:.1f} a run"
+        limits = {"points": count, words: apart * max(1, int(free // need))}
     if most is not None:
         limits["at_once"] = most
     why = min(limits, key=limits.__getitem__)
@@ -66,14 +66,16 @@ def capacity(recipes: Sequence[RecipeConfig], most: int | None, place: Place) ->
 
 def memory(recipe: RecipeConfig) -> int:
     """Return the bytes that a run takes of this machine, all its ranks together, where they are on the CPU."""
-    layout = replace(layout_of(recipe), backend="cpu")
-    peak = largest_stage(definition_of(recipe, recipe.name), layout).peak
-    return int(recipe.parallel.devices * (peak + PROCESS_BYTES))
+    return recipe.parallel.devices * _of_rank(recipe, replace(layout_of(recipe), backend="cpu"))
 
 
 def gpu_memory(recipe: RecipeConfig) -> int:
     """Return the bytes that a rank of a run takes of its GPU."""
-    return int(largest_stage(definition_of(recipe, recipe.name), layout_of(recipe)).peak + PROCESS_BYTES)
+    return _of_rank(recipe, layout_of(recipe))
+
+
+def _of_rank(recipe: RecipeConfig, layout: Layout) -> int:
+    return int(largest_stage(definition_of(recipe, recipe.name), layout).peak + PROCESS_BYTES)
 
 
 def gpu_count() -> int:

@@ -23,7 +23,14 @@ from nemotron_h.architecture.blocks.block import AttentionHeads
 from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.compression.heads.grouping import Groups, best_groups
 from nemotron_h.compression.heads.moments import Moments
-from nemotron_h.compression.heads.procrustes import agreement, best_rotation, energy, group_rotations, shared_energy
+from nemotron_h.compression.heads.procrustes import (
+    agreement,
+    best_rotation,
+    energies,
+    energy,
+    group_rotations,
+    shared_energy,
+)
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
 
@@ -164,7 +171,7 @@ def align_layer(
         lost[part] = _lost(cross, groups, rotations[part])
         unrotated = torch.eye(heads.dim, dtype=torch.float64).expand(heads.groups, -1, -1)
         by_neighbours[part] = _lost(cross, neighbours(heads, kv_heads), unrotated)
-        norms = cross.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).sum(1).sqrt()  # of each head
+        norms = energies(cross).sqrt()
         cosines = agreements[part] / (norms[:, None] * norms).clamp(min=torch.finfo(torch.float64).tiny)
         similarity[part] = [[round(cosine, 4) for cosine in row] for row in cosines.tolist()]
     return LayerAlignment(heads, groups, rotations["keys"], rotations["values"], similarity, lost, by_neighbours)

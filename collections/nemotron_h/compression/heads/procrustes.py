@@ -79,9 +79,14 @@ def group_rotations(cross: Tensor, rotary: int = 0) -> Tensor:
     return rotations @ rotations[first].mT.clone()
 
 
+def energies(cross: Tensor) -> Tensor:
+    """Return the sum of squares of what each head computes, [m], of [m, m, d, d]."""
+    return cross.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).sum(1)
+
+
 def energy(cross: Tensor) -> float:
     """Return the sum of squares of what the heads compute, of [m, m, d, d]."""
-    return float(cross.diagonal(dim1=0, dim2=1).diagonal(dim1=0, dim2=1).sum())
+    return float(energies(cross).sum())
 
 
 def shared_energy(cross: Tensor, rotations: Tensor) -> float:
