@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ def live_bytes() -> Iterator[Live]:
     """Follow every allocation inside the block; the result is filled at its end.
 
     gloo's threads release the buffers of a collective where the profiler does not see it: such a buffer counts until
-    the next collective begins.
+    the next collective begins. Its release is missing: what its address sees next is an allocation, or nothing.
     """
     live = Live()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -60,22 +59,26 @@ def live_bytes() -> Iterator[Live]:
     allocations.sort(key=lambda a: a[0])
     for _, _, name in spans:
         live.peaks[name] = live.after[name] = 0
-    freed = Counter(pointer for _, pointer, size, _ in allocations if size < 0)
+    following: dict[int, int] = {}  # of each address, the size of its next event
+    next_sizes = []
+    for _, pointer, size, _ in reversed(allocations):
+        next_sizes.append(following.get(pointer))
+        following[pointer] = size
     unseen: list[int] = []
     collectives.sort(reverse=True)
-    for time, pointer, size, callers in allocations:
+    for (time, pointer, size, callers), next_size in zip(allocations, reversed(next_sizes), strict=True):
         while collectives and collectives[-1] <= time:
             collectives.pop()
             total -= sum(unseen)
             unseen.clear()
-        if size > 0 and not freed[pointer] and ("c10d::" in callers or "gloo:" in callers):
+        sent = "c10d::" in callers or "gloo:" in callers
+        if size > 0 and (next_size > 0 if next_size is not None else sent):
             unseen.append(size)
             total += size
         elif size > 0:
             total += size - held.pop(pointer, 0)
             held[pointer] = size
         else:
-            freed[pointer] -= 1
             total -= held.pop(pointer, 0)
         for begin, end, name in spans:
             if begin <= time <= end and total > live.peaks[name]:

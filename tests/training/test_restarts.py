@@ -78,7 +78,8 @@ def test_a_killed_a_stopped_and_a_failing_rank_leave_the_run_of_an_undisturbed_o
     assert "sitecustomize.py" in second
     assert "on_train_batch_start" in second, "where it was stopped, a little after the call"
     limits = json.loads((run / sections.LIMITS).read_text())
-    assert limits["step"]["limit"] == 10, "the hang was no measure of a step"
+    assert limits["step"]["longest"] < 10, "the hang was no measure of a step"
+    assert limits["step"]["limit"] == pytest.approx(max(10, 5 * limits["step"]["longest"]), rel=1e-6)
     assert limits["setup"]["limit"] == pytest.approx(5 * limits["setup"]["longest"], rel=1e-6)
     times = json.loads((run / "rank_times.json").read_text())
     assert (times["step"], len(times["seconds"])) == (12, 2)
