@@ -20,13 +20,14 @@ import pytest
 from local_corpus import sentences, snapshot, write_jsonl
 from rich.console import Console
 
+from nemotron_h.core import worker_pool
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.locks import locked
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import load_manifest
 from nemotron_h.data.prepare import pipeline as preparing
-from nemotron_h.data.prepare import pool, shards
-from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
+from nemotron_h.data.prepare import shards
+from nemotron_h.data.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).with_name("prepare_local.py")
 
@@ -313,6 +314,10 @@ def test_an_error_of_the_system_names_its_own_file(corpus, error, message):
     assert preparing._system_error(error, corpus.folder).message == message.replace("FOLDER", str(corpus.folder))
 
 
+#: of `worker_pool`: a start that readies nothing, and words of a preparation
+START = (abs, (0,), "finished shards are kept", "--workers")
+
+
 @pytest.mark.parametrize(
     ("end", "argument", "message"),
     [
@@ -321,19 +326,18 @@ def test_an_error_of_the_system_names_its_own_file(corpus, error, message):
         (signal.raise_signal, signal.SIGSEGV, "was ended by SIGSEGV"),
     ],
 )
-def test_the_cause_of_a_worker_s_death_is_read_off_its_exit_code(tmp_path, end, argument, message):
-    train_bpe(["some text " * 20], 261, tmp_path)
-    with pytest.raises(UserError) as caught, pool.worker_pool(2, str(tmp_path), "") as processes:
+def test_the_cause_of_a_worker_s_death_is_read_off_its_exit_code(end, argument, message):
+    with pytest.raises(UserError) as caught, worker_pool.worker_pool(2, *START) as processes:
         processes.submit(end, argument).result()
     assert message in caught.value.message
 
 
-def test_shared_memory_without_room_is_named(tmp_path, monkeypatch):
+def test_shared_memory_without_room_is_named(monkeypatch):
     def no_room(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")  # as sem_open: without a file
 
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", no_room)
-    with pytest.raises(UserError, match=r"no semaphore(.|\n)*/dev/shm"), pool.worker_pool(1, str(tmp_path), ""):
+    monkeypatch.setattr(worker_pool, "ProcessPoolExecutor", no_room)
+    with pytest.raises(UserError, match=r"no semaphore(.|\n)*/dev/shm"), worker_pool.worker_pool(1, *START):
         pass
 
 

@@ -15,7 +15,7 @@ Imports no torch. The interface of this part of the package:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,14 +113,23 @@ def _check_ascending(key: str, indices: Indices, size: int) -> None:
 def child_definition(parent: ModelDefinition, child: Child, name: str) -> ModelDefinition:
     """Return the definition of a child: an ordinary one, with its own pattern, widths and `expect`.
 
-    The model's widths are those that most layers have; the other layers state theirs in `overrides`.
-
     Errors:
         ValueError: see `Child.check`.
     """
     child.check(parent)
-    pattern = "".join(parent.pattern[layer] for layer in child.layers)
-    of_layers = [_widths(parent, child, layer) for layer in child.layers]
+    layers = [(type(parent.blocks[layer]), _widths(parent, child, layer)) for layer in child.layers]
+    return definition_of_layers(parent, layers, len(child.hidden), name)
+
+
+def definition_of_layers(
+    parent: ModelDefinition, layers: Sequence[tuple[type[Block], Mapping[str, int]]], hidden_size: int, name: str
+) -> ModelDefinition:
+    """Return the definition of a model of these layers, each a kind with its widths, which is its parent's otherwise.
+
+    The model's widths are those that most layers have; the other layers state theirs in `overrides`.
+    """
+    pattern = "".join(kind.letter for kind, _ in layers)
+    of_layers = [widths for _, widths in layers]
     # widths of kinds that are gone are left out
     values: dict[str, object] = {key: 0 for kind in KINDS.values() for key in kind.widths}
     for key in {key for widths in of_layers for key in widths}:
@@ -128,14 +137,14 @@ def child_definition(parent: ModelDefinition, child: Child, name: str) -> ModelD
         ((values[key], _),) = Counter(widths[key] for widths in of_layers if key in widths).most_common(1)
     own = {n: {k: w for k, w in widths.items() if w != values[k]} for n, widths in enumerate(of_layers)}
     values["overrides"] = {n: widths for n, widths in own.items() if widths}
-    if not any(parent.blocks[layer].attends for layer in child.layers):
+    kinds = {kind for kind, _ in layers}
+    if not any(kind.attends for kind in kinds):
         values.update(position_embedding="none", rope_base=0, rope_percent=0.0)
-    kinds = {type(parent.blocks[layer]) for layer in child.layers}
     # the parent's, as numbers: a rule would compute others of the child's widths
     scales = {name: getattr(parent.scales, name) for kind in kinds for name in (*kind.multipliers, *OF_ENDS)}
     values["multipliers"] = MultipliersSchema(**{name: scale for name, scale in scales.items() if scale != 1})
     values["mamba_norm"] = parent.mamba_norm or not any(kind.gated_norm for kind in kinds)
-    values.update(hidden_size=len(child.hidden), pattern=pattern)
+    values.update(hidden_size=hidden_size, pattern=pattern)
     changed = sorted(key for key, value in values.items() if value != getattr(parent, key))
     sources = {key: text for key, text in parent.sources.items() if key not in changed}
     sources.update({key: f"pruned from {parent.name}" for key in changed if values[key]})

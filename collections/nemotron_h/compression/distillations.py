@@ -22,7 +22,7 @@ from nemotron_h.launch.runs import Run
 from nemotron_h.launch.several import train_several
 from nemotron_h.recipe.checks import check, definition_of
 from nemotron_h.schema.multipliers import MultipliersSchema
-from nemotron_h.schema.recipe import DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
+from nemotron_h.schema.recipe import PIPELINES, DistillSchema, ExpectSchema, ModelSchema, RecipeConfig
 
 #: what a distillation's result depends on, beside teacher, student and data: parts of the recipe
 MATTERS = (
@@ -69,12 +69,13 @@ def run_of(
         UserError: the student does not fit the layout or the precision.
     """
     own = copy.deepcopy(recipe)
-    own.stage, own.name, own.tokens, own.minipuzzle = "distill", name, str(tokens), None
+    own.stage, own.name, own.tokens = "distill", name, str(tokens)
+    own.minipuzzle = own.puzzle = None
     own.model = model_part(student)
     own.init.checkpoint = str(start)
     own.distill = dataclasses.replace(own.distill or DistillSchema(), teacher=str(teacher))
     own.log.dir = str(folder)
-    own.sources = {key: text for key, text in own.sources.items() if not key.startswith("minipuzzle")}
+    own.sources = {key: text for key, text in own.sources.items() if key.partition(".")[0] not in PIPELINES}
     check(own, f"recipe {recipe.name}, distillation {name}")
     return Run(name, own)
 

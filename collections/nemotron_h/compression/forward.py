@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_h.inference.model import GenerationModel
-from nemotron_h.model.blocks.running import Masks, Watch
+from nemotron_h.model.blocks.running import Masks, Running, Watch
 from nemotron_h.ops.select import select_ops
 
 
@@ -53,12 +53,18 @@ class Forward:
             watch: told of `norm` and of what `Running.whole` names.
             masks: of `Running.whole`.
         """
+        return self.apply(self.model.running[number], w, x, watch, masks)
+
+    def apply(
+        self, running: Running, w: Any, x: Tensor, watch: Watch | None = None, masks: Masks | None = None
+    ) -> Tensor:
+        """Return what any layer of the model's hidden size adds to the residual stream; as `layer`."""
         h = self.norm(x, w.norm)
         if watch:
             watch("norm", h)
         # positions count from the window's start
         rotary = self.model.rotary(torch.arange(h.shape[1], device=self.device))
-        out = self.model.running[number].whole(self.ops, w, h, rotary, watch, masks or {})
+        out = running.whole(self.ops, w, h, rotary, watch, masks or {})
         return out if self.hidden is None else out * self.hidden
 
     def final(self, x: Tensor) -> Tensor:

@@ -178,9 +178,7 @@ def _reader(source: ModelSource, child: Child, definition: ModelDefinition) -> C
 
     def read(row: Weight) -> Mapping[str, Tensor]:
         origin, part = origins[next(iter(row.ours))]
-        theirs = source.read(set(origin.theirs), source.dtype)
-        whole = torch.cat(list(origin.to_ours(torch.cat([theirs[their] for their in origin.theirs])).values()))
-        parts = cut(whole, part).split([shape[0] for shape in row.ours.values()])
+        parts = cut(source.read_row(origin), part).split([shape[0] for shape in row.ours.values()])
         return {key: part.contiguous() for key, part in zip(row.ours, parts, strict=True)}
 
     return read

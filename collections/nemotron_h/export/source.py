@@ -52,6 +52,11 @@ class ModelSource:
         self._file.read(targets)
         return {name: tensor for row, whole in wholes for name, tensor in _theirs(row, whole, wanted)}
 
+    def read_row(self, row: Weight) -> Tensor:
+        """Return a row of the table under our names, its tensors concatenated along their first axis."""
+        theirs = self.read(set(row.theirs), self.dtype)
+        return torch.cat(list(row.to_ours(torch.cat([theirs[name] for name in row.theirs])).values()))
+
     def _names_in(self, row: Weight) -> dict[str, tuple[int, ...]]:
         """Return a row's names and shapes here: Transformer Engine's names, and the vocabulary's padding."""
         shapes = self._file.shapes

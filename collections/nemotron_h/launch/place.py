@@ -20,7 +20,9 @@ from nemotron_h.schema.cluster import Cluster, KubernetesCluster, SlurmCluster
 from nemotron_h.schema.recipe import RecipeConfig
 
 #: of a recipe, beside `data.root`: relative paths that start in the cluster's `work_dir`
-PATHS = ("log.dir", "init.checkpoint", "distill.teacher", "distill.teacher_logits", "minipuzzle.parent")
+PATHS = (
+    *("log.dir", "init.checkpoint", "distill.teacher", "distill.teacher_logits", "minipuzzle.parent", "puzzle.parent"),
+)
 
 
 def take(args: Sequence[str]) -> tuple[str | None, list[str], list[str]]:

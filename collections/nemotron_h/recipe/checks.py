@@ -49,6 +49,7 @@ OWN_KEYS = {
     "preference": ("adapter", "data.too_long", "preference"),
     "distill": ("distill",),
     "minipuzzle": ("distill", "minipuzzle"),
+    "puzzle": ("distill", "puzzle"),
 }
 
 
@@ -227,6 +228,7 @@ def named_checkpoints(recipe: RecipeConfig) -> dict[str, str]:
         "init.checkpoint": recipe.init.checkpoint,
         "distill.teacher": recipe.distill and recipe.distill.teacher,
         "minipuzzle.parent": recipe.minipuzzle and recipe.minipuzzle.parent,
+        "puzzle.parent": recipe.puzzle and recipe.puzzle.parent,
     }
     return {key: checkpoint for key, checkpoint in named.items() if checkpoint}
 

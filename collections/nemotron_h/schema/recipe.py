@@ -16,6 +16,7 @@ from omegaconf import MISSING
 from nemotron_h.core.strict import number, within
 from nemotron_h.schema.minipuzzle import MiniPuzzleSchema
 from nemotron_h.schema.multipliers import MultipliersSchema
+from nemotron_h.schema.puzzle import PuzzleSchema
 from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY, WIDTH
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
@@ -29,7 +30,7 @@ STATE_DTYPES = ("fp32", "bf16")
 #: stage -> the command of `nemo llm` that runs it
 STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "distill": "distill"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
-PIPELINES = {"minipuzzle": "minipuzzle"}
+PIPELINES = {"minipuzzle": "minipuzzle", "puzzle": "puzzle"}
 TOO_LONG = ("cut", "drop")
 #: the first of which read no rewards
 DPO_LOSSES = ("dpo", "dpo_norm")
@@ -404,8 +405,9 @@ class RecipeConfig:
         init_seed: of the initial weights.
         init: other initial weights.
         minipuzzle: stage minipuzzle alone: what is compressed, and how.
+        puzzle: stage puzzle alone: likewise, where each layer gets a variant of its own.
         preference: stage preference alone: the loss over pairs of answers.
-        distill: stages distill and minipuzzle alone: the teacher (minipuzzle's is the parent) and the loss.
+        distill: stages distill, minipuzzle and puzzle alone: the teacher (of a compression the parent) and the loss.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
             (`trainer.max_steps=20`); a run writes here what its command line set beyond them.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
@@ -425,6 +427,7 @@ class RecipeConfig:
     experts: ExpertsSchema = field(default_factory=ExpertsSchema)
     init: InitSchema = field(default_factory=InitSchema)
     minipuzzle: MiniPuzzleSchema | None = None
+    puzzle: PuzzleSchema | None = None
     preference: PreferenceSchema | None = None
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     distill: DistillSchema | None = None

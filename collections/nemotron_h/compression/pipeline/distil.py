@@ -35,7 +35,7 @@ def inputs(c: Context) -> dict[str, Any]:
         **c.distillation_inputs(),
         **c.parent.score_inputs(REPORTED),
         "tokens": c.recipe.tokens,
-        "minipuzzle.start": c.part.start,
+        **c.keys("start"),
     }
 
 
@@ -43,7 +43,8 @@ def run(c: Context, folder: Path) -> str:
     """Distil the winner and measure it."""
     winner = c.read("select", WINNER)
     start = Path(winner[c.part.start]["checkpoint"])
-    distillation = c.distillation(c.recipe.name, candidate_of(winner["candidate"]), start, c.recipe.tokens, folder)
+    student = c.definition_of(candidate_of(winner["candidate"]))
+    distillation = c.distillation(c.recipe.name, student, start, c.recipe.tokens, folder)
     measured = c.measure(c.trained(distillation, f"  {c.recipe.name}"))
     score = c.parent.own_score(REPORTED)
     parent, pruned, child = score.loss, winner["pruned"]["loss"], measured["loss"]

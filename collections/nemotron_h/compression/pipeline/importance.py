@@ -13,29 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.compression.importance import FILES, measure_text
-from nemotron_h.compression.pipeline.context import Context
+from nemotron_h.compression.pipeline.compression import Compression
 from nemotron_h.compression.stages import Stage
 from nemotron_h.data.feed.calibration import text_record
 
 
-def stage(c: Context) -> Stage:
+def stage(c: Compression) -> Stage:
     """Return the stage."""
     title = "how much each layer and neuron matters"
     return Stage("importance", title, (), FILES, partial(inputs, c), partial(run, c))
 
 
-def inputs(c: Context) -> dict[str, Any]:
+def inputs(c: Compression) -> dict[str, Any]:
     """Return what the result depends on."""
-    keys = ("layer_samples", "neuron_samples", "layer_metric")
     return {
         **c.parent.inputs(),
         **c.text.inputs("train"),
         "dtype": str(c.parent.dtype),
-        **{f"minipuzzle.{key}": getattr(c.part, key) for key in keys},
+        **c.keys("layer_samples", "neuron_samples", "layer_metric"),
     }
 
 
-def run(c: Context, folder: Path) -> str:
+def run(c: Compression, folder: Path) -> str:
     """Measure the parent."""
     importance = measure_text(
         lambda: c.parent.model,

@@ -49,9 +49,9 @@ class Parent:
         self.folder = Path(recipe.log.dir) / recipe.name
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        key = f"{origin}: minipuzzle.parent"
-        with named(key, hint="train it first, or name another: minipuzzle.parent=runs/NAME"):
-            self.checkpoint = find_checkpoint(Path(recipe.minipuzzle.parent).expanduser())
+        key = f"{origin}: {recipe.stage}.parent"
+        with named(key, hint=f"train it first, or name another: {recipe.stage}.parent=runs/NAME"):
+            self.checkpoint = find_checkpoint(Path(text.part.parent).expanduser())
         self.definition = definition_of(recipe, origin)
         _check_model(self.checkpoint, self.definition, key)
         tokenizer = text.manifest.tokenizer

@@ -36,8 +36,7 @@ def stage(c: Context) -> Stage:
 
 def inputs(c: Context) -> dict[str, Any]:
     """Return what the result depends on, beside importance and candidates."""
-    keys = ("keep", "short", "evaluate")
-    return {**c.parent.score_inputs(CHOICE), **{f"minipuzzle.{key}": getattr(c.part, key) for key in keys}}
+    return {**c.parent.score_inputs(CHOICE), **c.keys("keep", "short", "evaluate")}
 
 
 def run(c: Context, folder: Path) -> str:

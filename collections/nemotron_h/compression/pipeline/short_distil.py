@@ -13,12 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression.candidates import candidate_of
+from nemotron_h.compression.candidates import Candidate, candidate_of
 from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.score import RANKING
 from nemotron_h.compression.pipeline.text import CHOICE, REPORTED
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
+from nemotron_h.launch.runs import Run
 
 RESULTS = "results.json"
 
@@ -34,8 +35,7 @@ def inputs(c: Context) -> dict[str, Any]:
     return {
         **c.distillation_inputs(),
         **c.parent.score_inputs(CHOICE, REPORTED),
-        "minipuzzle.short_tokens": c.part.short_tokens,
-        "minipuzzle.evaluate": c.part.evaluate,
+        **c.keys("short_tokens", "evaluate"),
     }
 
 
@@ -46,10 +46,12 @@ def run(c: Context, folder: Path) -> str:
     chosen = [candidate_of(rows[name]) for name in ranking["chosen"]]
     path = folder / "measured.json"
     measured: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    runs = {
-        each.name: c.distillation(each.name, each, folder / f"{each.name}-pruned", c.part.short_tokens, folder)
-        for each in chosen
-    }
+
+    def distillation(each: Candidate) -> Run:
+        start = folder / f"{each.name}-pruned"
+        return c.distillation(each.name, c.definition_of(each), start, c.part.short_tokens, folder)
+
+    runs = {each.name: distillation(each) for each in chosen}
     missing = [candidate for candidate in chosen if candidate.name not in measured]
     for candidate in missing:
         c.pruned(folder, candidate)

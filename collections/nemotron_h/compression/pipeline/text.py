@@ -48,7 +48,8 @@ class Text:
     """
 
     def __init__(self, recipe: RecipeConfig, origin: str) -> None:
-        self.recipe, self.origin, self.seq_length = recipe, origin, recipe.data.seq_length
+        self.part, self.origin, self.seq_length = getattr(recipe, recipe.stage), origin, recipe.data.seq_length
+        self.key = recipe.stage
         self.blend = load_blend(recipe.data.blend)
         with named(f"{origin}: data"):
             self.manifest = check_manifest(recipe.data.root, self.blend)
@@ -59,12 +60,12 @@ class Text:
         Errors:
             UserError: fewer samples than importance is to be measured on, or fewer held-out tokens than are scored.
         """
-        part, origin = self.recipe.minipuzzle, self.origin
+        part, where = self.part, f"{self.origin}: {self.key}"
         for key in ("layer_samples", "neuron_samples"):
             samples = getattr(part, key)
-            with named(f"{origin}: minipuzzle.{key} = {samples:,}"):
+            with named(f"{where}.{key} = {samples:,}"):
                 calibration_sampler(self.blend, self.manifest, samples, self.seq_length)
-        with named(f"{origin}: minipuzzle.score_tokens = {part.score_tokens}, of each half of the validation text"):
+        with named(f"{where}.score_tokens = {part.score_tokens}, of each half of the validation text"):
             for half in self._halves.values():
                 half.check(self._samples)
 
@@ -84,7 +85,7 @@ class Text:
         return {
             **self.inputs("validation"),
             "held-out text": [HALVES[half] for half in halves],
-            "minipuzzle.score_tokens": self.recipe.minipuzzle.score_tokens,
+            f"{self.key}.score_tokens": self.part.score_tokens,
         }
 
     @cached_property
@@ -95,5 +96,5 @@ class Text:
     @property
     def _samples(self) -> int:
         """Return the windows of each half."""
-        tokens = count_of(self.recipe.minipuzzle.score_tokens, "minipuzzle.score_tokens", self.origin)
+        tokens = count_of(self.part.score_tokens, f"{self.key}.score_tokens", self.origin)
         return tokens // self.seq_length

@@ -29,6 +29,7 @@ from nemotron_h.core.locks import locked
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.strict import from_json
 from nemotron_h.core.units import parse_count
+from nemotron_h.core.worker_pool import worker_pool
 from nemotron_h.data.blend import PREFERENCE, Blend
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
@@ -49,9 +50,16 @@ from nemotron_h.data.prepare import sources as reading
 from nemotron_h.data.prepare.fetch import fetch
 from nemotron_h.data.prepare.hub_stream import origin
 from nemotron_h.data.prepare.inputs import resolve_path
-from nemotron_h.data.prepare.pool import worker_pool
 from nemotron_h.data.prepare.ready import adopt_split
-from nemotron_h.data.prepare.shards import MergeJob, ShardJob, ShardRecord, build_shard, finished_shard, merge_shards
+from nemotron_h.data.prepare.shards import (
+    MergeJob,
+    ShardJob,
+    ShardRecord,
+    build_shard,
+    finished_shard,
+    merge_shards,
+    start_worker,
+)
 from nemotron_h.data.source_plan import SourcePlan, no_document, plan_sources, saved_state
 from nemotron_h.data.tokenizer import (
     META_FILE,
@@ -325,7 +333,13 @@ class _Preparation:
         total = sum(sizes[name] * len(jobs[name]) for name in plans)
         with (
             StageProgress(self.console, "preparing", total, "bytes") as progress,
-            worker_pool(self.workers, str(self.folder / "tokenizer"), self.template) as pool,
+            worker_pool(
+                self.workers,
+                start_worker,
+                (str(self.folder / "tokenizer"), self.template),
+                "finished shards are kept",
+                "--workers",
+            ) as pool,
         ):
             while True:
                 while len(pending) < 2 * self.workers and (item := next(queue, None)):

@@ -9,11 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -98,19 +94,9 @@ class ShardRecord:
 
 
 def start_worker(tokenizer_path: str, chat_template: str = "") -> None:
-    """Ready a worker process: one thread, its own tokenizer and chat template, Ctrl-C left to the parent, and no life
-    after the parent's death.
-    """
+    """Give a worker process one thread, and its own tokenizer and chat template."""
     global _tokenizer, _template
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def die_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=die_with_parent, daemon=True).start()
     _tokenizer = load_tokenizer(tokenizer_path)
     _template = ChatTemplate(chat_template, _tokenizer) if chat_template else None
 

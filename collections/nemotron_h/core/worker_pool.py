@@ -1,29 +1,37 @@
-"""The pool of a preparation's worker processes, and what its failures are caused by."""
+"""A pool of worker processes that end with this one, and what its failures are caused by."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import multiprocessing
+import multiprocessing.connection
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.prepare.shards import start_worker
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int, tokenizer: str, chat_template: str) -> Iterator[ProcessPoolExecutor]:
-    """Open a pool of processes with this tokenizer and template; jobs that have not begun end with it.
+def worker_pool(
+    workers: int, start: Callable[..., None], arguments: tuple[Any, ...], kept: str, fewer: str
+) -> Iterator[ProcessPoolExecutor]:
+    """Open a pool of processes; jobs that have not begun end with it.
 
+    Args:
+        start: readies a process, of `arguments`.
+        kept: what is there when it is run again, in words; `fewer`: what asks for fewer processes.
     Errors:
         UserError: the system lets no pool be made, or a process of it died.
     """
     spawn = multiprocessing.get_context("spawn")
     try:
-        pool = ProcessPoolExecutor(workers, spawn, start_worker, (tokenizer, chat_template))
+        pool = ProcessPoolExecutor(workers, spawn, _start, (start, arguments))
     except OSError as error:
         if error.filename or error.errno in (errno.EMFILE, errno.ENFILE):
             raise
@@ -35,22 +43,35 @@ def worker_pool(workers: int, tokenizer: str, chat_template: str) -> Iterator[Pr
     try:
         yield pool
     except BrokenProcessPool as error:
-        raise _death(pool) from error
+        raise _death(pool, kept, fewer) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _death(pool: ProcessPoolExecutor) -> UserError:
+def _start(start: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """Ready a process: Ctrl-C left to the parent, and no life after the parent's death."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def die_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    start(*arguments)
+
+
+def _death(pool: ProcessPoolExecutor, kept: str, fewer: str) -> UserError:
     """Return the error for a pool of which a process died by itself; the others are ended by the pool (SIGTERM)."""
     processes = list((getattr(pool, "_processes", None) or {}).values())
     pool.shutdown()  # waits for them, so that all have an exit code
     codes = [process.exitcode for process in processes]
     code = next((code for code in codes if code not in (None, 0, -signal.SIGTERM)), None)
-    again = "Run again: finished shards are kept."
+    again = f"Run again: {kept}."
     if code == -signal.SIGKILL:
         return UserError(
             "a worker process was killed (SIGKILL), as the system does when memory runs out",
-            "Run again with fewer --workers; finished shards are kept.",
+            f"Run again with fewer {fewer}; {kept}.",
         )
     if code is None:
         return UserError("a worker process died", again)

@@ -1,0 +1,132 @@
+"""The things that the stages of Puzzle share, beside each other's outputs.
+
+<log.dir>/<name>/variants/      the library: weights of each variant
+                 importance/    importance.json, importance.safetensors
+                 library/       library.json: error of each variant before and after its training
+                 score/         layer-N.json as each is scored; scores.json
+                 costs/         costs.yaml
+                 search/        solutions.json
+                 child/         NAME (checkpoint): the child before it is healed; child.json
+                 heal/          <name> (run): its checkpoint is the child; results.json
+                 report/        report.html, result.json, model.yaml
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.compression.forward import Forward
+from nemotron_h.compression.pipeline.compression import Compression
+from nemotron_h.compression.pipeline.text import CHOICE
+from nemotron_h.compression.puzzle.library import Library, hash_of
+from nemotron_h.compression.puzzle.local import Piece
+from nemotron_h.compression.puzzle.variants import NO_OP, PARENT, Variant, variants_definition, variants_of
+from nemotron_h.core.units import count_of
+from nemotron_h.data.feed.calibration import calibration_sampler
+from nemotron_h.inference.model import GenerationModel, lay_out
+
+#: variant's name of each layer
+Picks = Sequence[str]
+
+
+class Context(Compression):
+    """A compression whose layers may each become another variant; arguments and errors as of `Compression`."""
+
+    @cached_property
+    def variants(self) -> list[dict[str, Variant]]:
+        """Return the variants of each layer by name."""
+        return variants_of(self.definition, self.part.library)
+
+    @cached_property
+    def library(self) -> Library:
+        """Return the variants' weights."""
+        return Library(self.folder)
+
+    def tokens(self, variant: str) -> int:
+        """Return the tokens that a variant is trained on."""
+        local = self.part.local
+        text = local.tokens_of.get(variant, local.tokens)
+        return count_of(text, "puzzle.local.tokens", self.origin)
+
+    @cached_property
+    def _made_by(self) -> dict[str, Any]:
+        local = self.part.local
+        return {
+            **self.parent.inputs(),
+            **self.text.inputs("train"),
+            **self.text.held_out_inputs(CHOICE),
+            "importance": self.importance.settings,
+            "merge": self.part.merge,
+            "batch": local.batch,
+            "lr": local.lr,
+            "seed": self.recipe.init_seed,
+            "dtype": str(self.parent.dtype),
+        }
+
+    def hash(self, layer: int, variant: Variant) -> str:
+        """Return the name of a variant in the library."""
+        own = {"layer": layer, "variant": variant.name, "tokens": self.tokens(variant.name)}
+        return hash_of({**self._made_by, **own})
+
+    def batches(self, tokens: int) -> Callable[[int], np.ndarray]:
+        """Return number of a step -> windows of the training text, int64 [b, l], for so many tokens.
+
+        Errors:
+            UserError: there is less text.
+        """
+        length, batch = self.text.seq_length, self.part.local.batch
+        samples = max(1, -(-tokens // (batch * length))) * batch
+        blend, manifest = self.text.blend, self.text.manifest
+        sampler = calibration_sampler(blend, manifest, samples, length, self.recipe.init_seed)
+        streams = {name: manifest.stream(name, "train") for name in sampler.names}
+
+        def windows(step: int) -> np.ndarray:
+            chosen = (sampler[number] for number in range(step * batch, (step + 1) * batch))
+            return np.stack([streams[s.source].read(s.start, length) for s in chosen])
+
+        return windows
+
+    def piece(self, layer: int, name: str, forward: Forward) -> Piece | None:
+        """Return a variant of the library beside the parent's layers; None where it is no layer."""
+        if name == NO_OP:
+            return None
+        variant = self.variants[layer][name]
+        return Piece(variant.block, self.library.tensors(self.hash(layer, variant)), forward)
+
+    def definition_of(self, picks: Picks, name: str) -> ModelDefinition:
+        """Return the definition of a child that has these variants."""
+        chosen = [of_layer[pick] for of_layer, pick in zip(self.variants, picks, strict=True)]
+        return variants_definition(self.definition, chosen, name)
+
+    def realised(self, picks: Picks, name: str = "child") -> GenerationModel:
+        """Return a child in memory; layers that are the parent's own share its memory."""
+        definition, parent = self.definition_of(picks, name), self.parent.model
+        stay = [(layer, pick) for layer, pick in enumerate(picks) if pick != NO_OP]
+        model = GenerationModel(definition, parent.embedding, [], parent.final_norm, parent.output)
+        layers = []
+        for (layer, pick), running in zip(stay, model.running, strict=True):
+            if pick == PARENT:
+                layers.append(parent.layers[layer])
+                continue
+            tensors = self.library.tensors(self.hash(layer, self.variants[layer][pick]))
+            layers.append(running.loaded(running.weights(self.in_dtype(running.block.tensors("", ""), tensors))))
+            lay_out(layers[-1])
+        model.layers = layers
+        return model
+
+    def in_dtype(self, rows: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return a variant's weights in the parent's dtype and device, what is exact in float32."""
+        dtype, device = self.parent.dtype, self.parent.device
+        pairs = zip(rows, tensors, strict=True)
+        return [tensor.to(device, torch.float32 if row.exact else dtype) for row, tensor in pairs]
+
+    def trained_variants(self, layer: int) -> Mapping[str, Variant]:
+        """Return the variants of a layer that have weights of their own."""
+        return {name: variant for name, variant in self.variants[layer].items() if variant.trained}

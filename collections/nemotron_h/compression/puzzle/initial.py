@@ -1,0 +1,110 @@
+"""Weights of a variant before it is trained: what is left of the layer that it stands for.
+
+Narrower ones keep the most important channels; key-value heads are merged, aligned or as their plain mean; a linear
+layer is the least-squares fit of what the layer adds on what it reads. Weights are as a checkpoint holds them, a tensor
+for each row of `Block.tensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint.names import Weight
+from nemotron_h.compression.child import whole_axes
+from nemotron_h.compression.heads.alignment import LayerAlignment, align_layer, plain_mean
+from nemotron_h.compression.heads.moments import Moments
+from nemotron_h.compression.importance import Scores
+from nemotron_h.compression.puzzle.variants import LINEAR, Variant
+from nemotron_h.compression.selection import top_channels
+from nemotron_h.compression.slicing import cut
+from nemotron_h.export.source import ModelSource
+
+#: ours: of the mean square of the input, added to every channel of a fit that the text may not determine
+RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Sums over tokens that determine a linear layer.
+
+    Attributes:
+        inputs: X^T X of normalised inputs, float64 [h, h].
+        outputs: X^T Y with what the layer adds, float64 [h, h].
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def matrix(self) -> Tensor:
+        """Return W [h, h] of the least sum of |W x - y|^2."""
+        ridge = RIDGE * self.inputs.diagonal().mean() * torch.eye(len(self.inputs), dtype=torch.float64)
+        return torch.linalg.solve(self.inputs + ridge, self.outputs).T
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """Measurements of the parent that variants are made by.
+
+    Attributes:
+        scores: of its channels.
+        moments: layer -> of its key-value heads; None merges neighbours as they are.
+        fits: layer -> of a linear layer in its place.
+    """
+
+    scores: Scores
+    moments: Mapping[int, Moments] | None
+    fits: Mapping[int, Fit]
+
+
+def layer_tensors(source: ModelSource, layer: int) -> list[Tensor]:
+    """Return a layer's weights of a checkpoint, in the order of `Block.tensors`."""
+    prefix = f"decoder.layers.{layer}."
+    return [source.read_row(row) for row in source.rows if next(iter(row.ours)).startswith(prefix)]
+
+
+def initial_tensors(
+    parent: ModelDefinition, layer: int, variant: Variant, tensors: list[Tensor], knowledge: Knowledge
+) -> list[Tensor]:
+    """Return the weights of a variant that has its own.
+
+    Args:
+        tensors: of the parent's layer, in float32 or wider.
+    """
+    if variant.name == LINEAR:
+        return [tensors[0].clone(), knowledge.fits[layer].matrix().to(tensors[0].dtype)]
+    block, widths = parent.blocks[layer], dict(variant.widths)
+    heads = block.attention_heads()
+    if heads and heads.key in widths:
+        count = widths.pop(heads.key)
+        if knowledge.moments is None:
+            alignment = plain_mean(heads, count)
+        else:
+            alignment = align_layer(knowledge.moments[layer], heads, count)
+        own = parent.overrides.get(layer, {})
+        merged = parent.block(block.letter, {**own, heads.key: count})
+        tensors, block = _merged(block, merged, alignment, tensors), merged
+    if widths:
+        kept = whole_axes(block) | top_channels(
+            block, knowledge.scores.inner.get(layer, {}), {**{a.key: a.size for a in block.axes()}, **widths}
+        )
+        parts = block.cuts(kept, np.arange(parent.hidden_size))
+        tensors = [cut(tensor, part) for tensor, part in zip(tensors, parts, strict=True)]
+    return [tensor.clone() for tensor in tensors]
+
+
+def _merged(block: Block, merged: Block, alignment: LayerAlignment, tensors: list[Tensor]) -> list[Tensor]:
+    """Return a layer's weights with its key-value heads merged."""
+    qkv, proj = alignment.heads.qkv, alignment.heads.proj
+    (before, after) = ([Weight(**vars(row)) for row in each.tensors("", "")][qkv] for each in (block, merged))
+    parts = alignment.qkv(*before.to_theirs(tensors[qkv]).values(), merge=True)
+    changed = list(tensors)
+    (fused,) = after.to_ours(torch.cat(parts)).values()
+    changed[qkv], changed[proj] = fused.to(tensors[qkv].dtype), alignment.proj(tensors[proj]).to(tensors[proj].dtype)
+    return changed

@@ -1,0 +1,234 @@
+"""Train the variants of a layer to do what the layer does (2411.19146, 3), and compare each in its place.
+
+Each reads what the parent's layer reads, and its loss is |o_p - o_c|^2 / |o_p|^2 of what both add to the residual
+stream: no gradient passes between layers, so that layers are trained apart, in any order and at the same time. The
+parent's activations are computed again for each batch, none is stored.
+
+Axes: b windows, l tokens, h hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.compression.forward import Forward
+from nemotron_h.compression.puzzle.initial import Fit
+from nemotron_h.compression.scoring import LOGITS_ELEMENTS
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.model.blocks.registry import RUNNING
+
+Advance = Callable[[int], None]
+
+
+class Piece:
+    """A layer outside of its model.
+
+    Args:
+        block: its widths.
+        tensors: its weights, as a checkpoint holds them; they are trained in place.
+        forward: of the parent.
+    """
+
+    def __init__(self, block: Block, tensors: Sequence[Tensor], forward: Forward) -> None:
+        self.running = RUNNING[block.letter](block, forward.definition.norm_epsilon)
+        self.tensors, self.forward = [tensor.to(forward.device) for tensor in tensors], forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what it adds to the residual stream x [b, l, h]."""
+        # `loaded` multiplies in place, which a weight that is trained does not take
+        w = self.running.loaded(self.running.weights([tensor.clone() for tensor in self.tensors]))
+        return self.forward.apply(self.running, w, x)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length and step of a variant's training; as of `LocalSchema`, with all tokens of the variant."""
+
+    tokens: int
+    batch: int
+    lr: float
+
+
+def prefix(forward: Forward, tokens: np.ndarray, layer: int) -> Tensor:
+    """Return the residual stream [b, l, h] that the parent's layer reads, of tokens [b, l]."""
+    x = forward.embed(torch.from_numpy(tokens))
+    for before in range(layer):
+        x = x + forward.layer(before, forward.weights(before), x)
+    return x
+
+
+def train_layer(
+    forward: Forward,
+    layer: int,
+    pieces: Mapping[str, Piece],
+    lengths: Mapping[str, Training],
+    batches: Callable[[int], np.ndarray],
+    advance: Advance = lambda _: None,
+) -> None:
+    """Train the variants of a layer, all on the same text, each as long as it is to be.
+
+    Args:
+        forward: of the parent.
+        pieces: variants by name; their weights change.
+        lengths: by name.
+        batches: number of a step -> token ids, int64 [b, l].
+        advance: told the tokens of each step.
+    """
+    weights = forward.weights(layer)
+    first = batches(0).size
+    steps = {name: math.ceil(length.tokens / first) for name, length in lengths.items()}
+    optimizers = {}
+    for name, piece in pieces.items():
+        for tensor in piece.tensors:
+            tensor.requires_grad_(True)
+        # the usual betas; no decay, which would pull a layer away from what it imitates
+        optimizers[name] = torch.optim.AdamW(piece.tensors, lr=lengths[name].lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in range(max(steps.values(), default=0)):
+        tokens = batches(step)
+        with torch.no_grad():
+            x = prefix(forward, tokens, layer)
+            wanted = forward.layer(layer, weights, x).float()
+            scale = wanted.square().sum()
+        for name, optimizer in optimizers.items():
+            if step >= steps[name]:
+                continue
+            optimizer.param_groups[0]["lr"] = lengths[name].lr * (1 + math.cos(math.pi * step / steps[name])) / 2
+            loss = (pieces[name](x).float() - wanted).square().sum() / scale
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        advance(tokens.size)
+    for piece in pieces.values():
+        for tensor in piece.tensors:
+            tensor.requires_grad_(False)
+            tensor.grad = None
+
+
+@torch.inference_mode()
+def layer_errors(
+    forward: Forward, layer: int, pieces: Mapping[str, Piece], windows: np.ndarray, batch: int
+) -> dict[str, float]:
+    """Return |o_p - o_c|^2 / |o_p|^2 of each variant over windows [samples, l]; a layer that is left out has 1."""
+    weights = forward.weights(layer)
+    total, apart = 0.0, dict.fromkeys(pieces, 0.0)
+    for start in range(0, len(windows), batch):
+        x = prefix(forward, windows[start : start + batch], layer)
+        wanted = forward.layer(layer, weights, x).double()
+        total += float(wanted.square().sum())
+        for name, piece in pieces.items():
+            apart[name] += float((piece(x).double() - wanted).square().sum())
+    return {name: value / total for name, value in apart.items()}
+
+
+@torch.inference_mode()
+def fit_linear(forward: Forward, layer: int, windows: np.ndarray, batch: int) -> Fit:
+    """Return the sums that fit a linear layer to a parent's layer over windows [samples, l]."""
+    weights, hidden = forward.weights(layer), forward.definition.hidden_size
+    sums = torch.zeros(2, hidden, hidden, dtype=torch.float64, device=forward.device)
+    for start in range(0, len(windows), batch):
+        x = prefix(forward, windows[start : start + batch], layer)
+        inputs = forward.norm(x, weights.norm).flatten(0, 1).double()
+        sums[0].addmm_(inputs.T, inputs)
+        sums[1].addmm_(inputs.T, forward.layer(layer, weights, x).flatten(0, 1).double())
+    return Fit(*sums.cpu())
+
+
+@dataclass(frozen=True)
+class Change:
+    """Results of a model with something replaced, beside those of its parent.
+
+    Attributes:
+        kl: from the parent's distribution of the next token to this one's, in nats, the mean over tokens.
+        loss: mean cross entropy of the text's next token, in nats.
+        accuracy: share of positions whose most probable token is the text's next one.
+    """
+
+    kl: float
+    loss: float
+    accuracy: float
+
+    def measured(self, measure: str, parent: Change) -> float:
+        """Return what is lost against the parent by a measure, of `MEASURES`."""
+        if measure == "kl":
+            return self.kl
+        return self.loss - parent.loss if measure == "loss" else parent.accuracy - self.accuracy
+
+
+@torch.inference_mode()
+def changes(
+    forward: Forward,
+    layer: int,
+    pieces: Mapping[str, Piece | None],
+    windows: np.ndarray,
+    batch: int,
+    advance: Advance = lambda _: None,
+) -> dict[str, Change]:
+    """Compare the parent with each of its variants in a layer's place, and no other change (2411.19146, 4.2).
+
+    Args:
+        pieces: by name; None leaves the layer out. The parent itself is not among them.
+        windows: token ids, int64 [samples, l + 1].
+        advance: told the tokens of each batch.
+    Returns:
+        by name; "" is the parent.
+    """
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("", *pieces)}
+    for start in range(0, len(windows), batch):
+        text = windows[start : start + batch]
+        x = prefix(forward, text[:, :-1], layer)
+        weights = forward.weights(layer)
+        streams = {"": x + forward.layer(layer, weights, x)}
+        for name, piece in pieces.items():
+            streams[name] = x if piece is None else x + piece(x)
+        for after in range(layer + 1, forward.definition.num_layers):
+            weights = forward.weights(after)
+            streams = {name: each + forward.layer(after, weights, each) for name, each in streams.items()}
+        labels = torch.from_numpy(text[:, 1:])
+        for name, sum_of in compare(forward, streams, labels).items():
+            sums[name] += sum_of
+        advance(labels.numel())
+    count = windows[:, 1:].size
+    return {name: Change(*(total / count).tolist()) for name, total in sums.items()}
+
+
+def compare(forward: Forward, streams: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+    """Return sums over tokens of KL from the stream "", of cross entropy and of hits, float64 [3] of each stream.
+
+    Args:
+        streams: after the last layer, [b, l, h].
+        labels: next tokens, int64 [b, l].
+    """
+    rows = max(1, LOGITS_ELEMENTS // forward.definition.vocab_size)
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in streams}
+    wanted = labels.flatten().to(forward.device).split(rows)
+    parts = {name: x.flatten(0, 1).split(rows) for name, x in streams.items()}
+    for number, labels_of in enumerate(wanted):
+        expected = forward.logits(parts[""][number]).float().log_softmax(-1)
+        for name, each in parts.items():
+            actual = expected if name == "" else forward.logits(each[number]).float().log_softmax(-1)
+            kl = F.kl_div(actual, expected, reduction="none", log_target=True).sum(-1).double().sum()
+            loss = F.nll_loss(actual, labels_of, reduction="none").double().sum()
+            hits = (actual.argmax(-1) == labels_of).sum()
+            sums[name] += torch.stack([kl, loss, hits.double()]).cpu()
+    return sums
+
+
+def child_changes(parent: GenerationModel, child: GenerationModel, windows: np.ndarray, batch: int) -> Change:
+    """Compare a whole child with its parent over windows [samples, l + 1]."""
+    forward, other = Forward(parent), Forward(child)
+    totals = torch.zeros(3, dtype=torch.float64)
+    with torch.inference_mode():
+        for start in range(0, len(windows), batch):
+            text = windows[start : start + batch]
+            streams = {"": prefix(forward, text[:, :-1], parent.definition.num_layers)}
+            streams["child"] = prefix(other, text[:, :-1], child.definition.num_layers)
+            totals += compare(forward, streams, torch.from_numpy(text[:, 1:]))["child"]
+    return Change(*(totals / windows[:, 1:].size).tolist())
