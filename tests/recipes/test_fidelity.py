@@ -17,6 +17,8 @@ OURS = {
     "nemotron_h_1b",
     "falcon_h1_tiny",
     "nemotron_h_moe_tiny",
+    "nemotron_h_tiny_heads",
+    "nemotron_t_tiny",
 }
 
 
