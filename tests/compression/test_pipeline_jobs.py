@@ -146,7 +146,9 @@ def test_what_does_not_fit_is_refused_before_work(tiny: Tiny, monkeypatch: pytes
     assert "executor.work_dir = /nowhere is no folder" in refused(elsewhere, f"executor={tiny.folder}/away.yaml")
     # 62,344 parameters and a candidate of at most 52,000, in float32
     monkeypatch.setattr(memory, "available", lambda device: 62_344 * 4)
-    assert "stage score holds tiny and a candidate in one process: up to 0.0 GiB in float32" in refused(elsewhere)
+    assert "stage score holds tiny and what replaces parts of it: up to 0.0 GiB of weights in float32" in refused(
+        elsewhere
+    )
     assert not (tiny.folder / "refused").exists()
 
 

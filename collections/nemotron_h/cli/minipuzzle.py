@@ -36,57 +36,19 @@ def minipuzzle(
     input (checkpoint, text, key of the recipe) runs again what depends on it. Everything lies in LOG.DIR/NAME; the
     result is export/report.html.
     """
-    from rich.console import Console
-    from rich.table import Table
-
+    from nemotron_h.cli.compression import ask, carry_out
     from nemotron_h.core.errors import UserError
-    from nemotron_h.launch.place import check_shared, place_of
-    from nemotron_h.recipe.compose import compose, known_recipes, locate
 
-    full = f"{name}/minipuzzle"
-    place, values = place_of(overrides or ())
-    recipe = compose(full if full in known_recipes() else name, values)
-    if recipe.stage != "minipuzzle":
-        known = ", ".join(known for known in known_recipes() if compose(known).stage == "minipuzzle")
-        raise UserError(f"{name} is a recipe of stage {recipe.stage}", hint=f"recipes of this stage: {known}")
-    origin, console = locate(full if full in known_recipes() else name)[2], Console(highlight=False, soft_wrap=True)
+    asked = ask("minipuzzle", name, overrides or ())
+    evaluate = asked.recipe.minipuzzle.evaluate
     typed = any(override.startswith("minipuzzle.evaluate=") for override in overrides or ())
-    if recipe.minipuzzle.evaluate and not (allow_evaluate or typed or status or dryrun):
+    if evaluate and not (allow_evaluate or typed or status or dryrun):
         raise UserError(
-            f"{name}: minipuzzle.evaluate is a command, which would run as your user: {recipe.minipuzzle.evaluate}",
+            f"{name}: minipuzzle.evaluate is a command, which would run as your user: {evaluate}",
             hint="read it, then add --allow-evaluate; or leave it out: minipuzzle.evaluate=null",
         )
-    if not status:
-        place.check(recipe, origin)
-    recipe = place.moved(recipe)
-    if dryrun:
-        from nemotron_h.compression.distillations import planned
-        from nemotron_h.launch.runs import dry_run
-
-        for run in planned(recipe):
-            console.print(dry_run(run, place), markup=False)
-        return
-    check_shared(place)
+    from nemotron_h.compression.distillations import planned
     from nemotron_h.compression.minipuzzle import MiniPuzzle
     from nemotron_h.compression.needs import check
 
-    if not status:
-        from nemotron_h.export.hub_import import obtain
-
-        obtain(recipe.minipuzzle.parent, f"{origin}: minipuzzle.parent")
-    made = MiniPuzzle(recipe, console, origin=origin, place=place)
-    if not status:
-        waiting = [title for title, state in made.pipeline.states().items() if state.word != "done"]
-        check(recipe, made.definition, [stage] if stage else waiting, made.parent.device, origin)
-        made.pipeline.run(stage)
-        return
-    if stage is not None:
-        made.pipeline.stage(stage)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("stage", "state", "seconds", "result"):
-        table.add_column(heading, justify="right" if heading == "seconds" else "left")
-    for title, state in made.pipeline.states().items():
-        if stage in (None, title):
-            seconds = f"{state.seconds:,.0f}" if state.seconds else ""
-            table.add_row(title, state.word, seconds, state.result or state.why)
-    console.print(table, markup=False)
+    carry_out(asked, stage, status, planned if dryrun else None, MiniPuzzle, check)

@@ -7,7 +7,7 @@ candidate does not share with it. The distillations are runs of their own: `nemo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.compression.candidates import WIDTHS
@@ -58,21 +58,31 @@ def sentence(recipe: RecipeConfig) -> str:
 
 
 def check(recipe: RecipeConfig, definition: ModelDefinition, stages: Sequence[str], device: str, origin: str) -> None:
+    """Refuse stages of MiniPuzzle whose weights this machine cannot hold; as `check_stages`."""
+    check_stages(stage_bytes(recipe, definition, device), definition, stages, device, origin)
+
+
+def check_stages(
+    needed: Mapping[str, int], definition: ModelDefinition, stages: Sequence[str], device: str, origin: str
+) -> None:
     """Refuse stages whose weights this machine cannot hold.
 
     Args:
+        needed: bytes by stage.
+        definition: of the parent.
         stages: that are to run.
         device: where they hold the models: `cuda` or `cpu`.
     Errors:
         UserError: names the first stage that does not fit, what it takes and what is there.
     """
     there, parent = memory.available(device), definition.parameters * VALUE_BYTES[device]
-    for stage, need in stage_bytes(recipe, definition, device).items():
+    for stage, need in needed.items():
         if stage in stages and need > there:
             where = "this machine" if device == "cpu" else "its GPU"
+            beside = " and what replaces parts of it" if need > parent else ""
             raise UserError(
-                f"{origin}: stage {stage} holds {definition.name}{' and a candidate' if need > parent else ''} in one "
-                f"process: up to {need / GIB:,.1f} GiB in {DTYPES[device]}, {where} has {there / GIB:,.1f} GiB free",
+                f"{origin}: stage {stage} holds {definition.name}{beside}: up to {need / GIB:,.1f} GiB of weights in "
+                f"{DTYPES[device]}, {where} has {there / GIB:,.1f} GiB free",
                 hint="run it on a larger machine or GPU (executor= moves the distillations alone), with "
                 "CUDA_VISIBLE_DEVICES= in host memory; or by hand with nemotron-h importance and prune, which hold "
                 "less (docs/compression.md)",

@@ -21,13 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.variants import NO_OP, PARENT, Variant, variants_of
+from nemotron_h.compression.child import definition_of_layers
 from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.pipeline.compression import Compression
 from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.puzzle.library import Library, hash_of
 from nemotron_h.compression.puzzle.local import Piece
-from nemotron_h.compression.puzzle.variants import NO_OP, PARENT, Variant, variants_definition, variants_of
+from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import count_of
 from nemotron_h.data.feed.calibration import calibration_sampler
 from nemotron_h.inference.model import GenerationModel, lay_out
@@ -101,9 +104,20 @@ class Context(Compression):
         return Piece(variant.block, self.library.tensors(self.hash(layer, variant)), forward)
 
     def definition_of(self, picks: Picks, name: str) -> ModelDefinition:
-        """Return the definition of a child that has these variants."""
-        chosen = [of_layer[pick] for of_layer, pick in zip(self.variants, picks, strict=True)]
-        return variants_definition(self.definition, chosen, name)
+        """Return the definition of a child that has these variants.
+
+        Errors:
+            UserError: no layer stays.
+        """
+        blocks = [of_layer[pick].block for of_layer, pick in zip(self.variants, picks, strict=True)]
+        stay = [block for block in blocks if block is not None]
+        if not stay:
+            raise UserError(
+                f"{self.origin}: no layer of {self.definition.name} stays",
+                hint="name fewer kinds in puzzle.library.no_op",
+            )
+        layers = [(KINDS[block.letter], {key: getattr(block, key) for key in block.widths}) for block in stay]
+        return definition_of_layers(self.definition, layers, self.definition.hidden_size, name)
 
     def realised(self, picks: Picks, name: str = "child") -> GenerationModel:
         """Return a child in memory; layers that are the parent's own share its memory."""

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.variants import LINEAR, Variant
 from nemotron_h.checkpoint.names import Weight
 from nemotron_h.compression.child import whole_axes
 from nemotron_h.compression.heads.alignment import LayerAlignment, align_layer, plain_mean
 from nemotron_h.compression.heads.moments import Moments
 from nemotron_h.compression.importance import Scores
-from nemotron_h.compression.puzzle.variants import LINEAR, Variant
 from nemotron_h.compression.selection import top_channels
 from nemotron_h.compression.slicing import cut
 from nemotron_h.export.source import ModelSource

@@ -11,21 +11,15 @@ from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.stages.distill import check_objective
+from nemotron_h.recipe.stages.compression import check_compression
 from nemotron_h.schema.minipuzzle import METRICS, ORDERS, SPEEDS, STARTS, BudgetSchema, GridSchema
-from nemotron_h.schema.recipe import DistillSchema, RecipeConfig
+from nemotron_h.schema.recipe import RecipeConfig
 
 
 def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """Check a compression: its options, budget and grid, and the distillations of its candidates."""
+    check_compression(recipe, origin, "minipuzzle_tiny")
     part = recipe.minipuzzle
-    if part is None:
-        hint = "defaults: [/compression: minipuzzle_tiny] has one of the files of configs/compression"
-        raise UserError(f"{origin}: minipuzzle is missing", hint=hint)
-    if recipe.init.checkpoint is not None:
-        raise UserError(f"{origin}: init.checkpoint is unused: minipuzzle.parent is what is compressed")
-    _check_distill(recipe.distill, origin)
-    check_objective(recipe, origin)
     where = f"{origin}: "
     check_one_of("minipuzzle.layer_metric", part.layer_metric, METRICS, where)
     check_one_of("minipuzzle.order", part.order, ORDERS, where)
@@ -40,25 +34,6 @@ def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> Non
     _check_budget(part.budget, origin)
     _check_grid(part.grid, definition, origin)
     _check_distillations(recipe, origin)
-
-
-def _check_distill(distill: DistillSchema | None, origin: str) -> None:
-    """Refuse what one distillation can have, and not those of a compression."""
-    if distill is None:
-        return
-    if distill.teacher:
-        raise UserError(f"{origin}: distill.teacher is unused: the parent teaches", hint="leave it out")
-    if distill.teacher_logits:
-        raise UserError(
-            f"{origin}: distill.teacher_logits is unused: the distillations of a compression have several lengths, and "
-            "a cache is of one",
-            hint="leave it out",
-        )
-    if distill.hidden_layers:
-        raise UserError(
-            f"{origin}: distill.hidden_layers is unused: the students of a compression have different layers",
-            hint="leave it out: with distill.hidden_weight the states before the output layer are compared",
-        )
 
 
 def _check_budget(budget: BudgetSchema, origin: str) -> None:
@@ -109,8 +84,3 @@ def _check_distillations(recipe: RecipeConfig, origin: str) -> None:
         phase_spans(load_blend(recipe.data.blend).phases, Horizon(short, step))
     except UserError as error:
         raise UserError(f"{origin}: minipuzzle.short_tokens: {error.message}", hint=error.hint) from error
-    if count_of(part.score_tokens, "minipuzzle.score_tokens", origin) < recipe.data.seq_length:
-        raise UserError(
-            f"{origin}: minipuzzle.score_tokens ({part.score_tokens}) is less than one sequence",
-            hint=f"at least data.seq_length, {recipe.data.seq_length:,}",
-        )

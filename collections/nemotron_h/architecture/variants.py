@@ -5,15 +5,14 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import product
 
 from nemotron_h.architecture.blocks.block import Block
-from nemotron_h.architecture.blocks.registry import KINDS, kind_named
+from nemotron_h.architecture.blocks.registry import kind_named
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.pruned_widths import check_width
-from nemotron_h.compression.child import definition_of_layers
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.schema.puzzle import LibrarySchema
@@ -97,16 +96,3 @@ def check_library(parent: ModelDefinition, library: LibrarySchema, origin: str) 
             f"{origin}: puzzle.library has no variant of any layer of {parent.name}",
             hint=f"give values of {', '.join((*WIDTHS, LINEAR, NO_OP))}",
         )
-
-
-def variants_definition(parent: ModelDefinition, picks: Sequence[Variant], name: str) -> ModelDefinition:
-    """Return the definition of the model that has these variants for its parent's layers.
-
-    Errors:
-        UserError: no layer stays.
-    """
-    stay = [variant.block for variant in picks if variant.block is not None]
-    if not stay:
-        raise UserError(f"{name}: no layer of {parent.name} stays", hint="allow no_op for fewer kinds of layers")
-    layers = [(KINDS[block.letter], {key: getattr(block, key) for key in block.widths}) for block in stay]
-    return definition_of_layers(parent, layers, parent.hidden_size, name)

@@ -1,0 +1,151 @@
+"""Write a child of variants as a checkpoint of its own, one weight in memory at a time.
+
+It appears only if it holds the planned number of parameters and computes what the variants compute in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.variants import NO_OP, PARENT
+from nemotron_h.checkpoint.names import Weight, weights
+from nemotron_h.checkpoint.reader import read_record
+from nemotron_h.checkpoint.writer import Advance, finish, size, write_weights
+from nemotron_h.compression.forward import Forward
+from nemotron_h.compression.puzzle.context import Context, Picks
+from nemotron_h.compression.puzzle.local import Piece, prefix
+from nemotron_h.compression.slicing import CHECK_TOKENS, TOLERANCE, check_parameters, inherit_data, logits_error
+from nemotron_h.core.errors import UserError
+from nemotron_h.export.folder import new_folder
+from nemotron_h.export.source import ModelSource
+from nemotron_h.inference.model import load_model
+
+#: ours: logits may differ by so many roundings of the checkpoint's dtype, or by `TOLERANCE`, of the largest
+_ROUNDINGS = 4
+
+
+def write_child(
+    c: Context, picks: Picks, out: Path, name: str, settings: Mapping[str, Any], advance: Advance = lambda _: None
+) -> ModelDefinition:
+    """Write the child that has these variants in its layers' places.
+
+    Args:
+        picks: a variant's name for each layer of the parent.
+        out: the folder; must not exist. It has the format of an imported model: weights, run.json, model.yaml.
+        name: of its definition.
+        settings: what run.json tells under `puzzle`, besides the parent and the variants.
+        advance: told the bytes of each written tensor.
+    Errors:
+        UserError: the disk is full, a file of the library is damaged, or what was written is not what was planned,
+            which leaves nothing behind.
+    """
+    checkpoint, definition = c.parent.checkpoint, c.definition_of(picks, name)
+    source = ModelSource(checkpoint)
+    with new_folder(out, size(definition, source.dtype)) as folder:
+        read = _Reader(c, picks, definition, source)
+        write_weights(folder, definition, source.dtype, read, advance)
+        written = {
+            "data": inherit_data(checkpoint, read_record(checkpoint), folder),
+            "puzzle": {
+                "from": str(checkpoint.absolute()),
+                "model": c.definition.name,
+                "variants": list(picks),
+                **settings,
+            },
+        }
+        finish(folder, definition, written, f"Compressed from {c.definition.name}; counts are checked when loaded.")
+        _check(c, picks, folder, source.dtype)
+    return definition
+
+
+class _Reader:
+    """The tensors of the child's weights: the parent's, or the library's."""
+
+    def __init__(self, c: Context, picks: Picks, definition: ModelDefinition, source: ModelSource) -> None:
+        self.source = source
+        self.origins: dict[str, Weight] = {}
+        self.variants: dict[str, tuple[str, int]] = {}
+        parent = {next(iter(row.ours)): row for row in weights(source.definition)}
+        stay = [layer for layer, pick in enumerate(picks) if pick != NO_OP]
+        for name in (next(iter(row.ours)) for row in weights(definition)):
+            number = _layer(name)
+            if number is None:
+                self.origins[name] = parent[name]
+            elif picks[stay[number]] == PARENT:
+                own = f"decoder.layers.{stay[number]}."
+                self.origins[name] = parent[name.replace(f"decoder.layers.{number}.", own, 1)]
+        for number, layer in enumerate(stay):
+            if picks[layer] != PARENT:
+                stored = c.hash(layer, c.variants[layer][picks[layer]])
+                rows = definition.blocks[number].tensors(f"decoder.layers.{number}.", "")
+                self.variants |= {next(iter(row.ours)): (stored, place) for place, row in enumerate(rows)}
+        self.library = c.library
+
+    def __call__(self, row: Weight) -> Mapping[str, Tensor]:
+        """Return the tensors of a row."""
+        name = next(iter(row.ours))
+        if name in self.variants:
+            stored, place = self.variants[name]
+            whole = self.library.tensors(stored)[place].to(row.dtype(self.source.dtype))
+        else:
+            whole = self.source.read_row(self.origins[name])
+        parts = whole.split([shape[0] for shape in row.ours.values()])
+        return {key: part.contiguous() for key, part in zip(row.ours, parts, strict=True)}
+
+
+def _layer(name: str) -> int | None:
+    """Return the layer that a weight of ours is in; None for those outside of the layers."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["decoder", "layers"] else None
+
+
+class _InMemory:
+    """The parent with variants in its layers' places, in float32."""
+
+    def __init__(self, c: Context, picks: Picks) -> None:
+        self.forward = Forward(load_model(c.parent.checkpoint, dtype=torch.float32, lazy=True))
+        self.c, self.picks = c, picks
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
+        x = prefix(self.forward, tokens.numpy(), 0)
+        for add in self._layers():
+            x = x + add(x)
+        return self.forward.logits(x)
+
+    def _layers(self) -> Iterator[Any]:
+        for layer, pick in enumerate(self.picks):
+            if pick == PARENT:
+                weights = self.forward.weights(layer)
+                yield lambda x, layer=layer, weights=weights: self.forward.layer(layer, weights, x)
+            elif pick != NO_OP:
+                variant = self.c.variants[layer][pick]
+                yield Piece(variant.block, self.c.library.tensors(self.c.hash(layer, variant)), self.forward)
+
+
+def _check(c: Context, picks: Picks, written: Path, dtype: torch.dtype) -> None:
+    """Compare a written child with its variants: parameters with the plan, and logits.
+
+    Both are read from disk, a layer at a time.
+
+    Errors:
+        UserError: they differ.
+    """
+    child = load_model(written, dtype=torch.float32, lazy=True)
+    check_parameters(child.definition, written)
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(child.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
+    error = logits_error(_InMemory(c, picks), child, tokens)
+    allowed = max(TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
+    if not error <= allowed:  # not a number is an error too
+        raise UserError(
+            f"the child of {c.parent.checkpoint} computes something else than its variants: logits differ by "
+            f"{error:.1e} of the largest, {allowed:.0e} is allowed",
+            hint="nothing was written; the checkpoint or this code is broken",
+        )

@@ -1,0 +1,212 @@
+"""Stage `report`: what was chosen where, what was foretold and what came of it.
+
+    nemotron-h puzzle RECIPE --stage report
+
+Reads all stages. Writes report.html, result.json, and model.yaml, the child's definition.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from scipy.stats import spearmanr
+
+from nemotron_h.architecture.variants import PARENT
+from nemotron_h.checkpoint.definition import definition_text, read_definition
+from nemotron_h.checkpoint.reader import read_record
+from nemotron_h.compression.figures import recovery
+from nemotron_h.compression.pipeline.text import HALVES, REPORTED
+from nemotron_h.compression.puzzle import figures
+from nemotron_h.compression.puzzle.context import Context
+from nemotron_h.compression.puzzle.local import Change
+from nemotron_h.compression.puzzle.pipeline.child import CHILD
+from nemotron_h.compression.puzzle.pipeline.heal import RESULTS
+from nemotron_h.compression.puzzle.pipeline.library import LIBRARY
+from nemotron_h.compression.puzzle.pipeline.score import read_scores
+from nemotron_h.compression.puzzle.pipeline.search import SOLUTIONS
+from nemotron_h.compression.recovery import sentence
+from nemotron_h.compression.report import recovery_curve
+from nemotron_h.compression.stages import Stage
+from nemotron_h.core.files import write_json
+from nemotron_h.core.page import for_both, render
+
+REPORT, RESULT, DEFINITION = "report.html", "result.json", "model.yaml"
+
+PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
+{% block title %}{{ name }}: {{ parent.name }} compressed{% endblock %}
+{% block head %}<h1>{{ name }}: {{ parent.name }} compressed</h1>
+<p>Healing: <b>{{ recovery }}</b>.</p>{% endblock %}
+{% block main %}
+{{ facts(top) }}
+<p class="note">Checkpoint <code>{{ checkpoint }}</code></p>
+<h2>Layers</h2>
+{{ table([("layer", "n"), ("kind", ""), ("variant", "wide"), (measure, "n"), ("parameters", "n")], layers) }}
+<h2>Before and after</h2>
+{{ table([("model", ""), ("accuracy", "n"), ("agreement", "n"), ("loss", "n")], rows) }}
+<p class="note">On {{ "{:,}".format(tokens) }} tokens that no choice has seen ({{ text.report }}).</p>
+<h2>Foretold and measured</h2>
+{{ table([("", ""), ("foretold", "n"), ("measured", "n"), ("ratio", "n")], foretold) }}
+{% for title, text, image in pictures %}<h2>{{ title }}</h2>{{ chart(title, text, image) }}
+{% endfor %}
+<h2>Stages</h2>
+{{ table([("stage", ""), ("result", "wide"), ("seconds", "n")], stages) }}
+{% endblock %}
+{% block foot %}Written by <code>nemotron-h puzzle</code>.{% endblock %}
+"""
+
+
+def stage(c: Context) -> Stage:
+    """Return the stage."""
+    needs = ("importance", "library", "score", "costs", "search", "child", "heal")
+    return Stage("report", "model definition and report", needs, (RESULT, DEFINITION), dict, partial(run, c))
+
+
+def run(c: Context, folder: Path) -> str:
+    """Write what came out."""
+    child, healed, found = c.read("child", CHILD), c.read("heal", RESULTS), c.read("search", SOLUTIONS)
+    checkpoint = Path(healed["child"]["checkpoint"])
+    definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}").counted()
+    (folder / DEFINITION).write_text(definition_text(definition, f"Compressed by {c.recipe.name}."), encoding="utf-8")
+    points = _points(child["compared"], found)
+    pairs = [pair for group in points.values() for pair in group]
+    result = {
+        "recipe": c.recipe.name,
+        "checkpoint": str(checkpoint),
+        "parameters": child["parameters"],
+        "picks": child["picks"],
+        "text": HALVES,
+        "validation": {"parent": healed["parent"], "pruned": child[REPORTED], "child": healed["child"]},
+        "recovered": healed["recovered"],
+        "spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic),
+        "children": len(pairs),
+        "latency": child["latency"],
+    }
+    write_json(folder / RESULT, result)
+    _write(c, folder / REPORT, definition.parameters, result, points)
+    return f"{checkpoint}; {folder / REPORT}; sums of scores and true ones: Spearman {result['spearman']:.3f}"
+
+
+def _points(compared: dict[str, Any], found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Return (sum of scores, true score) of the children by how they were chosen."""
+    parent, measure = Change(**compared["parent"]), found["measure"]
+    groups = {"integer program": "solutions", "greedy": "greedy", "random": "random"}
+    sums = {"solutions": found["solutions"], "greedy": [found["greedy"]], "random": found["random"]}
+    return {
+        title: [
+            (row["score"], Change(**each).measured(measure, parent))
+            for row, each in zip(sums[key], compared[key], strict=True)
+        ]
+        for title, key in groups.items()
+    }
+
+
+def _write(c: Context, out: Path, parameters: int, result: dict[str, Any], points: dict[str, Any]) -> None:
+    child, healed, found = c.read("child", CHILD), c.read("heal", RESULTS), c.read("search", SOLUTIONS)
+    parent_change, scores = read_scores(c)
+    measured = [
+        {name: change.measured(found["measure"], parent_change) for name, change in row.items()} for row in scores
+    ]
+    best = child["solution"]
+    true = points["integer program"][best]
+    foretold = [(found["measure"], f"{true[0]:.4f}", f"{true[1]:.4f}", _ratio(*true))]
+    if result["latency"]:
+        seconds = result["latency"]
+        pair = (seconds["foretold"], seconds["child"])
+        foretold.append(("seconds of a batch", f"{pair[0]:.4f}", f"{pair[1]:.4f}", _ratio(*pair)))
+        pair = (
+            found["parent"]["latency"] / pair[0] if "latency" in found["parent"] else 0,
+            seconds["parent"] / pair[1],
+        )
+        if pair[0]:
+            foretold.append(("times as fast as the parent", f"{pair[0]:.3f}", f"{pair[1]:.3f}", _ratio(*pair)))
+    rows = [("parent", healed["parent"]), ("child as it was put together", child[REPORTED]), ("child", healed["child"])]
+    stages = ((path.parent.name, json.loads(path.read_text())) for path in c.folder.glob("*/stage.json"))
+    validation = result["validation"]
+    page = render(
+        PAGE,
+        name=c.recipe.name,
+        parent=c.definition,
+        recovery=sentence(*(validation[key]["loss"] for key in ("parent", "pruned", "child"))),
+        top=[
+            ("parent", f"{c.definition.parameters:,}", "parameters"),
+            ("child", f"{parameters:,}", f"{parameters / c.definition.parameters:.1%} of them"),
+            ("Spearman", f"{result['spearman']:.3f}", f"sums and true scores of {result['children']} children"),
+        ],
+        checkpoint=result["checkpoint"],
+        measure=found["measure"],
+        layers=[
+            (layer, block.name, _variant(pick), f"{measured[layer][pick]:.4f}", _parameters(c, layer, pick))
+            for layer, (block, pick) in enumerate(zip(c.definition.blocks, child["picks"], strict=True))
+        ],
+        rows=[(title, *_cells(score)) for title, score in rows],
+        tokens=healed["parent"]["tokens"],
+        text=result["text"],
+        foretold=foretold,
+        pictures=list(_pictures(c, measured, child["picks"], found, points, healed)),
+        stages=[
+            (name, stage["result"], f"{stage['seconds']:,.0f}")
+            for name, stage in sorted(stages, key=lambda item: item[1]["finished"])
+            if not name.endswith(".before")
+        ],
+    )
+    out.write_text(page, encoding="utf-8")
+
+
+def _ratio(foretold: float, measured: float) -> str:
+    return f"{measured / foretold:.3f}" if foretold else ""
+
+
+def _variant(pick: str) -> Any:
+    return "as it is" if pick == PARENT else Markup("<b>{}</b>").format(pick.replace(",", ", "))
+
+
+def _parameters(c: Context, layer: int, pick: str) -> str:
+    block = c.variants[layer][pick].block
+    return f"{block.parameters:,}" if block else "0"
+
+
+def _cells(score: dict[str, Any]) -> list[str]:
+    return [f"{score[key]:.4f}" if key in score else "" for key in ("accuracy", "agreement", "loss")]
+
+
+def _pictures(
+    c: Context, scores: list[dict[str, float]], picks: list[str], found: dict[str, Any], points: Any, healed: Any
+) -> Iterator[tuple[str, str, Any]]:
+    names = list(dict.fromkeys(name for row in scores for name in row))
+    yield (
+        "Variants",
+        f"What the parent loses ({found['measure']}) with one layer replaced and no other; framed: the child's.",
+        for_both(partial(figures.variants, names, scores, picks), "scores of variants by layer"),
+    )
+    yield (
+        "Sums and true scores",
+        "Children as they are put together, before any healing, on the text that the variants were scored on.",
+        for_both(partial(figures.foretold, points, found["measure"]), "true scores over sums"),
+    )
+    if len(found["front"]) > 1:
+        (limit,) = (each for each in found["limits"] if each["resource"] == found["front_of"])
+        yield (
+            "Front",
+            f"The smallest sum of scores for each limit of {found['front_of']}; the other limits are the recipe's.",
+            for_both(partial(figures.front, found["front"], found["front_of"], limit["most"]), "scores over the limit"),
+        )
+    entries = c.read("library", LIBRARY)
+    if entries:
+        yield (
+            "Training of the variants",
+            "Squared distance to what the parent's layer adds, of its square, on held-out text; a layer that is left "
+            "out has 1.",
+            for_both(partial(figures.trained, entries), "errors before and after training"),
+        )
+    curve = recovery_curve(Path(healed["child"]["checkpoint"]).parents[1], c.recipe)
+    if curve:
+        yield (
+            "Healing",
+            "What the distillation minimises, on its validation batches.",
+            for_both(partial(recovery, *zip(*curve, strict=True)), "recovery"),
+        )

@@ -1,0 +1,19 @@
+"""Compress by Puzzle (arXiv 2411.19146): eight stages over one recipe, each a file of `pipeline/`."""
+
+from __future__ import annotations
+
+from nemotron_h.compression.pipeline import importance
+from nemotron_h.compression.puzzle.context import Context
+from nemotron_h.compression.puzzle.pipeline import child, costs, heal, library, report, score, search
+from nemotron_h.compression.stages import Stage
+
+#: in order
+STAGES = (importance, library, score, costs, search, child, heal, report)
+
+
+class Puzzle(Context):
+    """A compression, ready to run; arguments and errors as of `Context`."""
+
+    def stages(self) -> list[Stage]:
+        """Return the stages."""
+        return [module.stage(self) for module in STAGES]

@@ -1,0 +1,54 @@
+"""Checks of a recipe of stage puzzle: a compression whose layers differ, and its healing."""
+
+from __future__ import annotations
+
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.variants import check_library
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_one_of
+from nemotron_h.core.units import BYTES, count_of
+from nemotron_h.recipe.stages.compression import check_compression
+from nemotron_h.schema.minipuzzle import METRICS
+from nemotron_h.schema.puzzle import MEASURES, MERGES, TIMES, CostSchema
+from nemotron_h.schema.recipe import RecipeConfig
+
+#: limits of the costs, those that need times last
+LIMITS = ("parameters", "memory_gib", "latency_seconds", "tokens_per_second", "speedup")
+OF_TIME = LIMITS[2:]
+
+
+def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
+    """Check a compression: its options, library, limits and lengths."""
+    check_compression(recipe, origin, "puzzle_tiny")
+    part, where = recipe.puzzle, f"{origin}: "
+    check_one_of("puzzle.layer_metric", part.layer_metric, METRICS, where)
+    check_one_of("puzzle.merge", part.merge, MERGES, where)
+    check_one_of("puzzle.measure", part.measure, MEASURES, where)
+    check_library(definition, part.library, origin)
+    for kind in part.homogeneous:
+        check_one_of("puzzle.homogeneous", kind, [kind.name for kind in definition.kinds], where)
+    _check_costs(part.costs, origin)
+    count_of(part.local.tokens, "puzzle.local.tokens", origin)
+    for name, tokens in part.local.tokens_of.items():
+        count_of(tokens, f"puzzle.local.tokens_of.{name}", origin)
+    if (part.long_seq_length is None) == (count_of(part.long_tokens, "puzzle.long_tokens", origin) > 0):
+        raise UserError(
+            f"{where}puzzle.long_tokens = {part.long_tokens} and puzzle.long_seq_length = {part.long_seq_length}",
+            hint="a second healing needs both; leave out both for none",
+        )
+
+
+def _check_costs(costs: CostSchema, origin: str) -> None:
+    stated = [name for name in LIMITS if getattr(costs, name) is not None]
+    if not stated:
+        raise UserError(f"{origin}: puzzle.costs has no limit", hint=f"give one of {', '.join(LIMITS)}")
+    for key in ("weights", "kv_cache", "states"):
+        check_one_of(f"puzzle.costs.{key}", getattr(costs, key), BYTES, f"{origin}: ")
+    check_one_of("puzzle.costs.times", costs.times, TIMES, f"{origin}: ")
+    needing = [name for name in stated if name in OF_TIME]
+    if needing and costs.times == "none":
+        raise UserError(
+            f"{origin}: puzzle.costs.{needing[0]} needs times, puzzle.costs.times is none", hint="set it to measured"
+        )
+    if costs.parameters is not None:
+        count_of(costs.parameters, "puzzle.costs.parameters", origin)
