@@ -29,7 +29,7 @@ def pair(megatron: None, tmp_path_factory: pytest.TempPathFactory):
     made: dict = {}
 
     def build(kind: int | str = 2, dtype: torch.dtype = torch.float32) -> tuple:
-        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, `*-`, `PS`, `E`)."""
+        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, `*-`, `PS`, `E`, `L`)."""
         if (kind, dtype) not in made:
             config = pure_config(kind, dtype=dtype) if isinstance(kind, str) else small_config(kind, dtype=dtype)
             model = small_model(config).eval()
@@ -52,7 +52,7 @@ def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", [1, 2, 8, "M", "*-", "PS", "E"])
+@pytest.mark.parametrize("kind", [1, 2, 8, "M", "*-", "PS", "E", "L"])
 @pytest.mark.parametrize("chunk", [1, 33, 64])
 def test_prefill_and_steps_are_the_full_forward(pair, kind: int | str, dtype: torch.dtype, chunk: int) -> None:
     trained, model = pair(kind, dtype)

@@ -141,6 +141,8 @@ def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | N
             h = (rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"]) @ p["mlp.linear_fc1.weight"].T
             gate, up = h[..., : d.ffn_hidden_size] * d.scales.ffn_gate, h[..., d.ffn_hidden_size :]
             x = x + (silu(gate) * up) @ p["mlp.linear_fc2.weight"].T * d.scales.ffn_down
+        elif symbol == "L":
+            x = x + (rms(x, d.norm_epsilon) * p["input_layernorm.weight"]) @ p["linear.weight"].T
         elif symbol == "E":
             x = x + experts(p, d, rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"])
         else:

@@ -76,11 +76,13 @@ EXPERTS = {
 
 
 def pure_config(symbols: str, **changes):
-    """A small Transformer with rotary positions (`*-`), Mamba-2 alone (`M`), Falcon-H1 (`PS`), or a hybrid with experts
-    in place of FFNs (`E`); widths that it lacks are left out.
+    """A small Transformer with rotary positions (`*-`), Mamba-2 alone (`M`), Falcon-H1 (`PS`), a hybrid with experts in
+    place of FFNs (`E`), or one with linear layers (`L`); widths that it lacks are left out.
     """
     if symbols == "E":
         return small_config(pattern="MEM*EME", **{**EXPERTS, "ffn_hidden_size": 0, **changes})
+    if symbols == "L":
+        return small_config(pattern="M-ML*-L", family="pruned", **changes)
     if symbols == "PS":
         rotary = {"position_embedding_type": "rope", "rotary_base": 100, "rotary_percent": 1.0}
         return small_config(

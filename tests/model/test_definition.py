@@ -42,11 +42,11 @@ def definition(**changes) -> ModelDefinition:
 
 
 @pytest.mark.usefixtures("megatron")
-@pytest.mark.parametrize("groups", [1, 8])
-def test_counts_are_the_modules(groups: int) -> None:
+@pytest.mark.parametrize(("groups", "pattern"), [(1, "M-M*-M-"), (8, "M-ML*-L")])
+def test_counts_are_the_modules(groups: int, pattern: str) -> None:
     from small_model import small_config
 
-    config = small_config(groups, vocab_size=384)  # a multiple of 128, so without padding
+    config = small_config(groups, pattern, vocab_size=384)  # a multiple of 128, so without padding
     module = config.configure_model(None)
     counted = config.definition()
     assert counted.parameters == sum(p.numel() for p in module.parameters())
@@ -72,6 +72,8 @@ def test_a_vocabulary_may_have_rows_of_padding() -> None:
         ({"pattern": ""}, ["model.pattern", "no layers"]),
         ({"pattern": "-M*-"}, ["model.pattern", "first layer is M"]),
         ({"pattern": "M-*-M"}, ["model.pattern", "last layer is -"]),
+        ({"pattern": "M-L*-"}, ["model.pattern has L; family nemotron_h", "set model.family to pruned"]),
+        ({"pattern": "M-L*-", "family": "pruned", "overrides": {2: {"head_dim": 8}}}, ["a linear layer has no such"]),
         ({"pattern": "M*M-"}, ["model.pattern", "layer 1", "*-"]),
         ({"num_query_groups": 3}, ["num_attention_heads = 4", "num_query_groups = 3", "nearest"]),
         ({"mamba_num_groups": 3}, ["mamba_num_heads = 8", "mamba_num_groups = 3", "nearest"]),

@@ -72,8 +72,12 @@ def test_float64(packed: bool) -> None:
         ("PS", {"mamba_num_groups": 1}),
         ("PS", {"mamba_num_groups": 2}),
         ("PS", {"mamba_norm": False}),
+        ("L", {}),
     ],
-    ids=["mamba2", "transformer", "transformer, whole heads rotated", "falcon_h1, 1 group", "2 groups", "no norm"],
+    ids=[
+        *("mamba2", "transformer", "transformer, whole heads rotated", "falcon_h1, 1 group", "2 groups", "no norm"),
+        "linear layers",
+    ],
 )
 def test_pure_patterns(symbols: str, changes: dict, packed: bool) -> None:
     """The reference turns by positions in the row too: in packed rows only the differences count."""

@@ -14,14 +14,17 @@ SETTINGS = {
     "parallel": {"recompute_parallel": "layer"},
     "swiglu": {"recompute_swiglu": "layer"},
     "experts": {"recompute_experts": "layer"},
+    "linear": {"recompute_linear": "layer"},
     "swiglu activation": {"recompute_swiglu": "activation"},
 }
 
 
 def config_of(**changes):
-    """The small hybrid, or that with experts or the small Falcon-H1 where a setting is of their layers."""
+    """The small hybrid, or that with experts or linear layers or the small Falcon-H1 where a setting is of these."""
     if "recompute_experts" in changes:
         return pure_config("E", **{"balance_loss": 0.1, **changes})
+    if "recompute_linear" in changes:
+        return pure_config("L", **changes)
     falcon = any(key in changes for key in ("recompute_parallel", "recompute_swiglu"))
     return pure_config("PS", **changes) if falcon else small_config(**changes)
 
@@ -55,14 +58,16 @@ def kept_bytes(**changes) -> int:
 
 @pytest.fixture(scope="module")
 def plain(megatron):
-    """Without recomputation: of the hybrid, of Falcon-H1, and with experts."""
-    models = ({}, {"recompute_parallel": "none"}, {"recompute_experts": "none"})
-    return [(*step(**settings), kept_bytes(**settings)) for settings in models]
+    """Without recomputation, by a kind of layers: of the hybrid, of Falcon-H1, with experts, and linear layers."""
+    kinds = ("mamba", "parallel", "experts", "linear")
+    models = {kind: {f"recompute_{kind}": "none"} for kind in kinds}
+    return {kind: (*step(**settings), kept_bytes(**settings)) for kind, settings in models.items()}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_recompute_is_exact_and_keeps_less(plain, megatron, name: str) -> None:
-    plain = plain[2 if name == "experts" else any(name.startswith(kind) for kind in ("parallel", "swiglu"))]
+    kind = name.replace("swiglu", "parallel").split()[0]
+    plain = plain.get(kind, plain["mamba"])
     loss, gradients = step(**SETTINGS[name])
     assert loss.equal(plain[0])
     assert gradients.keys() == plain[1].keys()

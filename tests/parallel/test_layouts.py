@@ -24,15 +24,17 @@ EXPERT_ADAPTERS = tuple(
     f"experts{layout}"
     for layout in ("lora-ep2", "lora-dp2opt", "lora-tp2spep2again", "lora-tp2spopt", "dora-ep2opt", "dora-tp2sp")
 )
+LINEAR = ("linear-tp2", "linear-tp2spagain", "lineardora-tp2", "lineardora-tp2sp")
 #: of these, those whose states are sharded
 SHARED_ADAPTERS = tuple(name for name in EXPERT_ADAPTERS if name.endswith("opt"))
-KINDS = ("transformer", "mamba2", "preference", "lora", "dora", "expertslora", "expertsdora")
+KINDS = ("transformer", "mamba2", "preference", "lora", "dora", "expertslora", "expertsdora", "linear", "lineardora")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 MUON = (
     *(f"{layout}optmuon" for layout in ("dp2", "tp2", "tp2sp", "pp2")),
     "experts-ep2optmuon",
     "experts-tp2spoptmuon",
     "falcon_h1-tp2optmuon",
+    "linear-tp2spoptmuon",
 )
 MUON_OF_FOUR = ("tp2dp2optmuon",)
 
@@ -52,11 +54,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
             folder / "one.pt",
             (
                 *("one", "oneopt", *(f"{family}-one" for family in (*KINDS, "falcon_h1", "falconlora", "experts"))),
-                *("oneoptmuon", "experts-oneoptmuon", "falcon_h1-oneoptmuon"),
+                *("oneoptmuon", "experts-oneoptmuon", "falcon_h1-oneoptmuon", "linear-oneoptmuon"),
             ),
         ),
         **launch(
-            2, folder / "two.pt", (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *MUON)
+            2,
+            folder / "two.pt",
+            (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR, *MUON),
         ),
         **launch(4, folder / "four.pt", (*FOUR_RANKS, *MUON_OF_FOUR)),
     }
@@ -69,7 +73,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *FOUR_RANKS]
+    "name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR, *FOUR_RANKS]
 )
 def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
     family = name.partition("-")[0] + "-" if "-" in name else ""

@@ -78,6 +78,7 @@ FAMILIES = {
         ),
     },
     "preference": {"hybrid_override_pattern": "M-M*-"},
+    "linear": {"hybrid_override_pattern": "M-ML*-L"},
     # two stages: one without experts
     "experts": {
         "hybrid_override_pattern": "M*EE",
@@ -93,13 +94,14 @@ FAMILIES = {
 BIAS_UPDATE = 0.05
 #: what is trained -> the model
 ADAPTED = {"lora": "nemotron_h", "dora": "nemotron_h", "falconlora": "falcon_h1"}
-ADAPTED |= {"expertslora": "experts", "expertsdora": "experts"}
+ADAPTED |= {"expertslora": "experts", "expertsdora": "experts", "lineardora": "linear"}
 TARGETS = ["in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 TARGETS_OF_EXPERTS = [
     *("in_proj", "experts.linear_fc1", "experts.linear_fc2", "shared_experts.linear_fc1", "shared_experts.linear_fc2")
 ]
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation", "recompute_experts": "layer"}
+RECOMPUTE |= {"recompute_linear": "layer"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 #: of attention logits with Muon: some groups of a step are over it
 LIMIT = 4.0
@@ -162,10 +164,10 @@ def randomize_adapters(module: torch.nn.Module) -> None:
         for name, linear in adapters.adapted(layer):
             adapter, key = linear.adapter, f"{layer.layer_number}.{name}"
             rank, size = adapter.group.rank(), adapter.group.size()
-            split = {} if adapter.row_parallel else {"axis": 0, "tp_rank": rank, "tp_size": size}
+            split = {"axis": 0, "tp_rank": rank, "tp_size": size} if adapter.split == "outputs" else {}
             if adapter.routed:  # mlp.experts.local_experts.N.linear_fc1
                 *_, number, matrix = name.split(".")
-                split, key = {}, f"{layer.layer_number}.{layer.mlp.local_expert_indices[int(number)]}.{matrix}"
+                key = f"{layer.layer_number}.{layer.mlp.local_expert_indices[int(number)]}.{matrix}"
             if name.endswith("in_proj"):
                 split["sections"] = layer.mixer.in_proj_sections
             if name.endswith("linear_fc1") and layer.mlp.config.gated_linear_unit:
@@ -249,7 +251,7 @@ def train(name: str) -> dict[str, object]:
     family = name.partition("-")[0] if "-" in name else "nemotron_h"
     kind = family[-len("lora") :] if family in ADAPTED else "none"
     family = ADAPTED.get(family, family)
-    targets = TARGETS_OF_EXPERTS if family == "experts" else TARGETS
+    targets = {"experts": TARGETS_OF_EXPERTS, "linear": [*TARGETS, "linear"]}.get(family, TARGETS)
     shape = layout(name)
     parallel_state.initialize_model_parallel(
         shape["tp"], shape["pp"], expert_model_parallel_size=shape["ep"], expert_tensor_parallel_size=1

@@ -51,6 +51,15 @@ MODELS: dict[str, dict[str, Any]] = {
         **_MAMBA,
         "ffn_hidden_size": 768,
     },
+    "linear": {
+        "family": "pruned",
+        "hybrid_override_pattern": "M*-LLLL",
+        "hidden_size": 256,
+        "vocab_size": 512,
+        **_ATTENTION,
+        **_MAMBA,
+        **_FFN,
+    },
     "experts": {
         "hybrid_override_pattern": "MEM*EMEME",
         "hidden_size": 256,

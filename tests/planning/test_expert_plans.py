@@ -144,7 +144,11 @@ def test_latent_and_further_tokens_by_hand() -> None:
 def test_matmuls_of_one_rank(nano: ModelDefinition) -> None:
     """An expert's matmul has the mean of its tokens: those of all ranks that share the experts."""
     table = {
-        g.name: g for g in gemm_table(nano, "fp8_current_scaling", 2, tokens=8192, expert_parallel=8) if g.layer == 3
+        g.name: g
+        for g in gemm_table(
+            nano, "fp8_current_scaling", 2, tokens=8192, sequence_parallel=True, expert_parallel=8
+        )
+        if g.layer == 3
     }
     first = table["experts.linear_fc1"]
     assert (first.m, first.n, first.k, first.count) == (4096 * 6 * 8 // 128, 1856, 2688, 16)

@@ -56,6 +56,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "layers, bf16": {"model": HYBRID, "seq_length": 1000, "precision": "bf16"},
     "Mamba-2 alone": {"model": MODELS["mamba"], "seq_length": 1024},
     "Transformer": {"model": MODELS["transformer"], "seq_length": 1024},
+    "linear layers": {"model": MODELS["linear"], "seq_length": 1024},
     "Falcon-H1": {"model": MODELS["falcon_h1"], "seq_length": 1024},
     "Falcon-H1, bf16, a long sequence": {"model": MODELS["falcon_h1"], "seq_length": 2048, "precision": "bf16"},
     "Falcon-H1, recompute SwiGLU": {

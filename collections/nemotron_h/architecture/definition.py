@@ -33,7 +33,7 @@ class Expect:
     """Counts that the definition states and loading checks; parameters are without vocabulary padding.
 
     Attributes:
-        mamba, attention, ffn, parallel, swiglu, experts: layers of each kind.
+        mamba, attention, ffn, parallel, swiglu, experts, linear: layers of each kind.
         parameters: of the model, without `mtp`.
         active: of these, what one token passes; 0 in a model without experts, where it passes all.
         mtp: parameters of the block that predicts further tokens.
@@ -46,6 +46,7 @@ class Expect:
     parallel: int = 0
     swiglu: int = 0
     experts: int = 0
+    linear: int = 0
     active: int = 0
     mtp: int = 0
 
@@ -62,7 +63,7 @@ class ModelDefinition:
             `mamba2` (Mamba-2 alone), `falcon_h1` (attention beside Mamba-2, and SwiGLU, in pairs), or `pruned`: any
             order, as removing layers leaves it.
         pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` FFN, `P` attention beside Mamba-2, `S` SwiGLU,
-            `E` a mixture of experts.
+            `E` a mixture of experts, `L` a linear layer.
         hidden_size: width of the residual stream.
         ffn_hidden_size: inner width of each FFN: squared ReLU without a gate, or SwiGLU.
         num_attention_heads, num_query_groups, head_dim: grouped-query attention; `num_query_groups` is the number of

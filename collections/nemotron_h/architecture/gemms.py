@@ -60,6 +60,7 @@ def gemm_table(
     *,
     tokens: int,
     bf16_edge_layers: int = 2,
+    sequence_parallel: bool = False,
     expert_parallel: int = 1,
 ) -> list[Gemm]:
     """Return the linear layers' matmuls of a forward pass, in the order of the model.
@@ -70,6 +71,7 @@ def gemm_table(
         tensor_parallel: ranks that each weight is split over.
         tokens: of one micro batch, `seq_length * micro_batch_size`.
         bf16_edge_layers: layers at each end that stay in BF16 when `precision` is FP8.
+        sequence_parallel: the ranks of a tensor-parallel group share each sequence.
         expert_parallel: ranks that routed experts are split over.
     """
     plain = "FP32" if precision == "fp32" else "BF16"
@@ -87,8 +89,8 @@ def gemm_table(
         for matrix in block.matrices():
             n, k = matrix.on_rank(tensor_parallel)
             m, count = tokens, 1
-            if not matrix.split:
-                m //= tensor_parallel  # sequence parallel
+            if not matrix.split and sequence_parallel:
+                m //= tensor_parallel
             if matrix.experts:  # each rank sends its tokens, and has a share of the experts
                 m = max(1, m * matrix.active * expert_parallel // matrix.experts)
                 count = matrix.experts // expert_parallel

@@ -12,6 +12,8 @@ from nemotron_h.schema.recipe import AdapterSchema
 
 #: operands and results that a widened matmul has in float32 at a time (ops/linear.py: BLOCK_BYTES)
 WIDE_BLOCK = 4 << 20
+#: elements that a norm's backward has in float32 at a time on the CPU, three times (ops/norm.py: BLOCK_ELEMENTS)
+NORM_BLOCK = 1 << 18
 #: as `make_vocab_size_divisible_by`, NeMo's and Megatron's default: per tensor-parallel rank
 VOCABULARY_MULTIPLE = 128
 
@@ -63,6 +65,7 @@ class Layout:
     recompute_parallel: str = "none"
     recompute_swiglu: str = "none"
     recompute_experts: str = "none"
+    recompute_linear: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     backend: str = "gpu"
     widened: bool = False
@@ -133,6 +136,7 @@ class Rank:
         #: tokens whose residual stream this rank holds
         self.own_tokens = self.tokens // (t if layout.sequence else 1)
         self.norm_rows = self.tokens // (t if layout.sequence else 1) * 4
+        self.norm_blocks = 3 * 4 * min(NORM_BLOCK, self.own_tokens * d.hidden_size) if self.cpu else 0
         self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
 
     def act(self, width: int) -> int:
@@ -151,15 +155,15 @@ class Rank:
             return self.adapter_backward(matrix)
         if not self.cpu:
             return 0
-        plain = self.float32 and self.layout.tensor == 1
-        copy = self.tokens * min(matrix.outputs, matrix.inputs) * 4 if plain else 0
         outputs, inputs = matrix.on_rank(self.layout.tensor)
-        return outputs * inputs * self.e + copy + self.wide(matrix.outputs * matrix.inputs)
+        if matrix.split and self.layout.tensor > 1:
+            return outputs * inputs * self.e  # Megatron's own matmul
+        copy = self.rows(matrix) * min(outputs, inputs) * 4 if self.float32 else 0
+        return outputs * inputs * self.e + copy + self.wide(outputs * inputs)
 
     def wide(self, elements: int) -> int:
         """Return the float32 bytes of a widened matmul with a matrix of so many elements: it, and a block of rows."""
-        through = self.layout.widened and self.cpu and not self.float32 and self.layout.tensor == 1
-        return 4 * elements + WIDE_BLOCK if through else 0
+        return 4 * elements + WIDE_BLOCK if self.layout.widened and self.cpu and not self.float32 else 0
 
     def saved_input(self, matrix: Matrix, size: int, layer_in_fp8: bool) -> int:
         """Return the bytes of a matmul's input as it is kept: one byte a value where it is quantised.
@@ -173,11 +177,11 @@ class Rank:
 
     def rows(self, matrix: Matrix) -> int:
         """Return the tokens that pass a matrix: with experts, of an even load, those of all of a rank's."""
-        return self.own_tokens * matrix.active if matrix.experts else self.tokens
+        return self.tokens if matrix.split else self.own_tokens * matrix.active
 
     def outputs(self, matrix: Matrix) -> int:
         """Return the bytes of a matmul's output."""
-        if matrix.experts:
+        if not matrix.split:
             return self.rows(matrix) * matrix.outputs * self.e
         return self.residual if matrix.split == "inputs" else self.act(matrix.outputs)
 
@@ -200,7 +204,7 @@ class Rank:
         """Return the adapter's gradient of the input, beside the frozen weight's; DoRA's two of the output."""
         if not self.layout.adapted(matrix.name):
             return 0
-        if matrix.experts:
+        if not matrix.split:
             size = self.rows(matrix) * matrix.inputs * self.e
         else:
             size = self.act(matrix.inputs) if matrix.split == "inputs" else self.residual

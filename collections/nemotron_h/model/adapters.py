@@ -50,24 +50,24 @@ class Adapter(nn.Module):
     Args:
         settings: kind, rank, alpha, dropout.
         weight: this rank's part of the matrix.
-        row_parallel: whether the matrix is split along its inputs over the tensor-parallel ranks (else its outputs).
+        split: of the matrix over tensor-parallel ranks, as `Matrix.split`; "" where each has all of it.
         sequence_parallel: whether activations outside the layer are split along the sequence.
-        routed: whether it is an expert's: the matrix is whole, and the tokens are those that its rank was sent.
+        routed: whether it is an expert's, whose tokens are those that its rank was sent.
     """
 
     def __init__(
         self,
         settings: AdapterSchema,
         weight: nn.Parameter,
-        row_parallel: bool = False,
+        split: str,
         sequence_parallel: bool = False,
         routed: bool = False,
     ) -> None:
         super().__init__()
         outputs, inputs = weight.shape
         self.scale = settings.alpha / settings.rank
-        self.dropout, self.row_parallel, self.sequence_parallel = settings.dropout, row_parallel, sequence_parallel
-        self.routed = routed
+        self.dropout, self.split, self.sequence_parallel = settings.dropout, split, sequence_parallel
+        self.row_parallel, self.routed = split == "inputs", routed
         self.group = parallel_state.get_tensor_model_parallel_group()
         like = {"dtype": weight.dtype, "device": weight.device}
         self.a = nn.Parameter(torch.empty(settings.rank, inputs, **like))
@@ -77,9 +77,9 @@ class Adapter(nn.Module):
             self.magnitude = nn.Parameter(torch.ones(outputs, dtype=torch.float32, device=weight.device))
         # which are split, and along which axis; of the others a rank sees a part of the sequence, or all of it
         for name, parameter in self.named_parameters():
-            split = routed or (name == "a") == row_parallel
-            set_tensor_model_parallel_attributes(parameter, split, 1 if name == "a" else 0, 1)
-            parameter.sequence_parallel = sequence_parallel and not split
+            own = routed or split == ("inputs" if name == "a" else "outputs")
+            set_tensor_model_parallel_attributes(parameter, own, 1 if name == "a" else 0, 1)
+            parameter.sequence_parallel = sequence_parallel and not own
             # Megatron reduces gradients of experts over the ranks that have the same ones
             parameter.allreduce = getattr(weight, "allreduce", True)
 
@@ -115,9 +115,7 @@ class Adapter(nn.Module):
             out: W x [sequence, batch, outputs], as the layer returns it.
             weight: W.
         """
-        h = F.linear(self._dropped(x), self.a)
-        if not self.routed:
-            h = self._across(h)
+        h = self._across(F.linear(self._dropped(x), self.a))
         out = out + F.linear(h, self.b).mul(self.scale)
         if self.magnitude is None:
             return out
@@ -125,6 +123,8 @@ class Adapter(nn.Module):
 
     def _across(self, h: Tensor) -> Tensor:
         """Return A x as B takes it: the narrow activation crosses the ranks, never x."""
+        if not self.split:
+            return h
         if self.row_parallel:
             if self.sequence_parallel:
                 return reduce_scatter_to_sequence_parallel_region(h)
@@ -155,7 +155,7 @@ class Adapter(nn.Module):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return the adapter's tensors in Megatron's distributed-checkpoint layout."""
         state = self.state_dict(prefix="", keep_vars=True)
-        axes = {"a": 1} if self.row_parallel else {} if self.routed else {"b": 0, "magnitude": 0}
+        axes = {"inputs": {"a": 1}, "outputs": {"b": 0, "magnitude": 0}, "": {}}[self.split]
         return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
 
@@ -237,10 +237,9 @@ def attach(model: nn.Module, settings: AdapterSchema, seed: int) -> None:
             target = next((own for own in matrices if f".{name}".endswith(f".{own}")), None)
             if target not in settings.targets or matrices[target].experts:
                 continue
-            row_parallel = matrices[target].split == "inputs"
             if hasattr(linear, "return_layernorm_output"):
                 linear.return_layernorm_output = True
-            linear.adapter = Adapter(settings, linear.weight, row_parallel, config.sequence_parallel)
+            linear.adapter = Adapter(settings, linear.weight, matrices[target].split, config.sequence_parallel)
             linear.adapter.initialize(f"layers.{number}.{name}", seed)
             linear.adapter.measure(linear.weight)
             linear.__class__ = _adapted_class(type(linear))
@@ -253,7 +252,7 @@ def _attach_to_experts(
     adapters = []
     for weight, name in weights.items():
         matrix = getattr(linear, weight)
-        adapters.append(Adapter(settings, matrix, routed=True))
+        adapters.append(Adapter(settings, matrix, "", routed=True))
         adapters[-1].initialize(f"{layer}.{name}", seed)
         adapters[-1].measure(matrix)
     alone = list(weights) == ["weight"]

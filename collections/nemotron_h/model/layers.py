@@ -21,6 +21,7 @@ from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.model.blocks.running import InitialWeights, Parts, Running, Surroundings
 from nemotron_h.model.megatron_layers import (
     CpuColumnParallelLinear,
+    CpuDuplicatedLinear,
     CpuMatmul,
     CpuRowParallelLinear,
     Documents,
@@ -161,6 +162,7 @@ def stack_spec() -> ModuleSpec:
             plain_column=te.TEColumnParallelLinear,
             shared_norm=te.TENorm,
             grouped=(te.TEColumnParallelGroupedLinear, te.TERowParallelGroupedLinear),
+            duplicated=te.TELinear,
         )
         return ModuleSpec(module=NemotronHStack, submodules=parts)
     return plain_stack_spec()
@@ -168,5 +170,11 @@ def stack_spec() -> ModuleSpec:
 
 def plain_stack_spec() -> ModuleSpec:
     """Return the stack in PyTorch's operations; also the one that emulates FP8."""
-    parts = Parts(CpuColumnParallelLinear, CpuRowParallelLinear, ScaledDotProductAttention, norm=RMSNorm)
+    parts = Parts(
+        CpuColumnParallelLinear,
+        CpuRowParallelLinear,
+        ScaledDotProductAttention,
+        norm=RMSNorm,
+        duplicated=CpuDuplicatedLinear,
+    )
     return ModuleSpec(module=NemotronHStack, submodules=parts)

@@ -45,6 +45,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from nemotron_h.architecture.multipliers import ONES
+from nemotron_h.model.blocks.running import Parts
 from nemotron_h.ops import linear
 from nemotron_h.ops.activation import swiglu
 from nemotron_h.ops.embedding import lookup
@@ -115,6 +116,60 @@ class CpuColumnParallelLinear(CpuMatmul, ColumnParallelLinear):
 
 class CpuRowParallelLinear(CpuMatmul, RowParallelLinear):
     """megatron-core's row-parallel layer, faster on the CPU."""
+
+
+class _DuplicatedLinear(MegatronModule):
+    """A linear layer without a bias that every tensor-parallel rank holds whole, over the tokens that it has.
+
+    Attributes:
+        sequence_parallel: whether its input is gathered, as of Megatron's parallel layers: it never is.
+    """
+
+    sequence_parallel = False
+
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **_: object) -> None:
+        super().__init__(config)
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel  # each rank has the gradient of its own tokens
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return the output [..., output_size] of [..., input_size], and the bias (None)."""
+        extras = dict.fromkeys(("bias", "grad_output_buffer"))
+        extras |= dict.fromkeys(("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel"), False)
+        return self._forward_impl(x, self.weight, **extras), None
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, **_: object) -> Tensor:
+        return F.linear(input, weight)
+
+
+class CpuDuplicatedLinear(CpuMatmul, _DuplicatedLinear):
+    """Transformer Engine's linear layer of mode `duplicated`, on the CPU."""
+
+
+class LinearLayer(MegatronModule):
+    """A norm and a matrix, whose output is added to the residual stream.
+
+    Args:
+        submodules: `Parts` of our stack, of which `norm` and `duplicated` are taken.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, submodules: Parts, layer_number: int, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config)
+        self.layer_number, hidden = layer_number, config.hidden_size
+        self.input_layernorm = submodules.norm(config=config, hidden_size=hidden, eps=config.layernorm_epsilon)
+        bias = {"bias": False, "skip_bias_add": False, "skip_weight_param_allocation": False}
+        self.linear = submodules.duplicated(
+            hidden, hidden, config=config, init_method=config.init_method, parallel_mode="duplicated", **bias
+        )
+        # Transformer Engine says of every weight that it is split; Megatron counts gradients of one that is not once
+        self.linear.weight.tensor_model_parallel = False
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return [sequence, batch, hidden]."""
+        return hidden + self.linear(self.input_layernorm(hidden))[0]
 
 
 class NemotronHMambaLayer(MambaLayer):

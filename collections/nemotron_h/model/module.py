@@ -317,6 +317,7 @@ class NemotronHConfig(SSMConfig):
     recompute_parallel: str = "none"
     recompute_swiglu: str = "none"
     recompute_experts: str = "none"
+    recompute_linear: str = "none"
     adapter: AdapterSchema | None = None
 
     normalization: str = "RMSNorm"

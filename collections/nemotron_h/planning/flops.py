@@ -38,6 +38,7 @@ class FlopsByPart:
         ffn: both matrices of every feed-forward layer.
         router: scores of the experts.
         experts: matrices of the experts that a token passes, and of the shared one.
+        linear_layers: matrices of the layers that are one.
         mtp: all of the block that predicts further tokens, and the output matrix once more for each.
         head: the output matrix. The embedding is a lookup and costs nothing.
         adapters: LoRA's or DoRA's own matmuls.
@@ -51,6 +52,7 @@ class FlopsByPart:
     ffn: float = 0.0
     router: float = 0.0
     experts: float = 0.0
+    linear_layers: float = 0.0
     mtp: float = 0.0
     head: float = 0.0
     adapters: float = 0.0
@@ -63,7 +65,7 @@ class FlopsByPart:
     @property
     def linear(self) -> float:
         """Return the FLOPs of the layers' projections, which FP8 can take (paper 2.3), without the output matrix."""
-        return self.mamba_projections + self.attention_projections + self.ffn + self.experts
+        return self.mamba_projections + self.attention_projections + self.ffn + self.experts + self.linear_layers
 
     @property
     def rest(self) -> float:

@@ -186,7 +186,7 @@ class _TrainingRank(Rank):
             copied = self.cpu and self.float32 and self.layout.tensor == 1  # as in `weight`
             product += rows // self.layout.tensor * d.hidden_size * self.e
             product += self.tokens * min(rows, d.hidden_size) * 4 if copied else 0
-            product += self.wide(rows * d.hidden_size)
+            product += self.wide(rows * d.hidden_size) if self.layout.tensor == 1 else 0
         # The loss is computed in the logits' memory, by ours on the CPU, by Transformer Engine's on a GPU. On the
         # CPU torch's scatter copies 16-bit logits to float32.
         loss = 2 * self.logits if self.cpu and not self.float32 else 0

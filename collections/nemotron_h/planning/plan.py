@@ -213,6 +213,7 @@ def make_plan(
         layout.tensor,
         tokens=layout.seq_length * layout.micro_batch,
         bf16_edge_layers=layout.bf16_edge_layers,
+        sequence_parallel=layout.sequence,
         expert_parallel=layout.expert,
     )
     schedule = plan_schedule(

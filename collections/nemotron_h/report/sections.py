@@ -117,7 +117,14 @@ def gemms(run: Run, definition: ModelDefinition) -> Iterator[tuple[str, str, lis
         micro_batch = run.record.get("settings", {}).get("data.micro_batch_size") or data.get("micro_batch_size", 1)
         tokens = run.record["data"]["seq_length"] * micro_batch
         edges = options.get("bf16_edge_layers", 2)
-        table = gemm_table(model, precision_of(run), layout.get("tensor", 1), tokens=tokens, bf16_edge_layers=edges)
+        table = gemm_table(
+            model,
+            precision_of(run),
+            layout.get("tensor", 1),
+            tokens=tokens,
+            bf16_edge_layers=edges,
+            sequence_parallel=layout.get("sequence", False),
+        )
         rows = [
             ("" if g.kind == "output" else group.span, g.kind, g.name, f"{g.m:,} x {g.k:,} x {g.n:,}", g.dtype, g.why)
             for group in fold(table)

@@ -46,6 +46,7 @@ RECOMPUTE = {
     "parallel": ("none", "layer"),
     "swiglu": ("none", "activation", "layer"),
     "experts": ("none", "layer"),
+    "linear": ("none", "layer"),
 }
 BLEND_CHANGES = ("from_step",)
 #: how the phases of a blend order its windows
@@ -63,6 +64,7 @@ class ExpectSchema:
     parallel: int = number(0, least=0, most=COUNT)
     swiglu: int = number(0, least=0, most=COUNT)
     experts: int = number(0, least=0, most=COUNT)
+    linear: int = number(0, least=0, most=COUNT)
     active: int = number(0, least=0, most=10**18)
     mtp: int = number(0, least=0, most=10**18)
 
@@ -220,7 +222,7 @@ class RecomputeSchema:
     """Activations that the backward pass computes again instead of keeping, by layer type.
 
     Attributes:
-        mamba, attention, parallel, experts: `none`, or `layer` (only the layer's input is kept).
+        mamba, attention, parallel, experts, linear: `none`, or `layer` (only the layer's input is kept).
         ffn, swiglu: `none`, `activation` (squared ReLU or SwiGLU is computed again), or `layer`.
     """
 
@@ -230,6 +232,7 @@ class RecomputeSchema:
     parallel: str = "none"
     swiglu: str = "none"
     experts: str = "none"
+    linear: str = "none"
 
 
 @dataclass
@@ -315,7 +318,7 @@ class AdapterSchema:
         dropout: of the adapter's input, in training; 0 to below 1.
         targets: which matrices: `in_proj`, `out_proj` (Mamba-2), `linear_qkv`, `linear_proj` (attention), `linear_fc1`,
             `linear_fc2` (FFN), `experts.linear_fc1`, `experts.linear_fc2` (routed experts, one adapter each), the same
-            of `shared_experts`.
+            of `shared_experts`, `linear` (linear layers).
     """
 
     kind: str = "none"

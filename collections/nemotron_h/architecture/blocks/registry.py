@@ -6,12 +6,13 @@ from nemotron_h.architecture.blocks.attention import Attention
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.blocks.experts import Experts
 from nemotron_h.architecture.blocks.ffn import FFN
+from nemotron_h.architecture.blocks.linear import Linear
 from nemotron_h.architecture.blocks.mamba import Mamba
 from nemotron_h.architecture.blocks.parallel import Parallel
 from nemotron_h.architecture.blocks.swiglu import SwiGLU
 
 #: letter in a pattern -> kind
-KINDS: dict[str, type[Block]] = {kind.letter: kind for kind in (Mamba, Attention, FFN, Parallel, SwiGLU, Experts)}
+KINDS: dict[str, type[Block]] = {kind.letter: kind for kind in (Mamba, Attention, FFN, Parallel, SwiGLU, Experts, Linear)}
 
 
 def kind_named(name: str) -> type[Block]:

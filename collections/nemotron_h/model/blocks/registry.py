@@ -6,6 +6,7 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.model.blocks.attention import RunningAttention
 from nemotron_h.model.blocks.experts import RunningExperts
 from nemotron_h.model.blocks.ffn import RunningFFN
+from nemotron_h.model.blocks.linear import RunningLinear
 from nemotron_h.model.blocks.mamba import RunningMamba
 from nemotron_h.model.blocks.parallel import RunningParallel
 from nemotron_h.model.blocks.running import Running
@@ -14,7 +15,7 @@ from nemotron_h.model.blocks.swiglu import RunningSwiGLU
 #: letter in a pattern -> how it runs
 RUNNING: dict[str, type[Running]] = {
     running.kind.letter: running
-    for running in (RunningMamba, RunningAttention, RunningFFN, RunningParallel, RunningSwiGLU, RunningExperts)
+    for running in (RunningMamba, RunningAttention, RunningFFN, RunningParallel, RunningSwiGLU, RunningExperts, RunningLinear)
 }
 
 

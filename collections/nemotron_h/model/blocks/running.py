@@ -41,6 +41,8 @@ class Parts:
         norm: before a layer; None where the column-parallel layer normalises its own input.
         plain_column, shared_norm: a column-parallel layer that never does, and a norm before several of them; None
             where `column` and `norm` are these.
+        grouped: column- and row-parallel layers of all experts of a rank; None where each expert has its own.
+        duplicated: a linear layer that every tensor-parallel rank holds whole.
     """
 
     column: type
@@ -50,6 +52,7 @@ class Parts:
     plain_column: type | None = None
     shared_norm: type | None = None
     grouped: tuple[type, type] | None = None
+    duplicated: type | None = None
 
     def unfused(self) -> Parts:
         """Return the classes for layers of which no projection normalises its input."""

@@ -65,7 +65,14 @@ class GemmTable(pl.Callback):
             # a row stays one line, in a log file too
             console = Console(width=max(Console().width, 140))
             for role, definition in definitions.items():
-                table = gemm_table(definition, plugin.recipe, tensor, tokens=tokens, bf16_edge_layers=edges)
+                table = gemm_table(
+                    definition,
+                    plugin.recipe,
+                    tensor,
+                    tokens=tokens,
+                    bf16_edge_layers=edges,
+                    sequence_parallel=strategy.sequence_parallel,
+                )
                 console.print(as_table(fold(table), "" if role == "model" else f" of the {role}"), highlight=False)
             if plugin.emulated:
                 where = "a GPU, as asked" if torch.cuda.is_available() else "the CPU"
