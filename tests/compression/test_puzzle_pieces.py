@@ -31,7 +31,7 @@ LIBRARY = LibrarySchema(
     mamba_head_dim=[8],
     num_experts=[4],
     expert_hidden_size=[24],
-    linear=[],
+    linear=["attention"],
     no_op=["attention", "ffn"],
 )
 
@@ -75,7 +75,7 @@ def test_every_combination_of_widths_is_a_variant() -> None:
     ]
     assert [name for layer, name in VARIANTS if layer == 1] == [
         "parent",
-        *("num_query_groups=2", "num_query_groups=1", "no_op"),
+        *("num_query_groups=2", "num_query_groups=1", "linear", "no_op"),
     ]
     assert [name for layer, name in VARIANTS if layer == 2] == ["parent", "ffn_hidden_size=48", "no_op"]
 

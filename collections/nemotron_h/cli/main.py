@@ -26,6 +26,7 @@ from nemotron_h.cli.layer_costs import layer_costs
 from nemotron_h.cli.minipuzzle import minipuzzle
 from nemotron_h.cli.plan import plan
 from nemotron_h.cli.prune import importance, prune
+from nemotron_h.cli.puzzle import puzzle
 from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
 from nemotron_h.cli.shapes import shapes

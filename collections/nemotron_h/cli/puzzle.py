@@ -10,7 +10,7 @@ import typer
 def puzzle(
     name: Annotated[
         str,
-        typer.Argument(metavar="RECIPE", help="A shipped recipe (nemotron_h_tiny_heads), or the path of a YAML file."),
+        typer.Argument(metavar="RECIPE", help="A shipped recipe (nemotron_h_tiny_heads), or a YAML file."),
     ],
     overrides: Annotated[
         list[str] | None,

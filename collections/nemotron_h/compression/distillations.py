@@ -36,7 +36,8 @@ def model_part(definition: ModelDefinition) -> ModelSchema:
     """Return the definition as a recipe's part."""
     values = dataclasses.asdict(definition.counted())
     parts = {"expect": ExpectSchema(**values["expect"]), "multipliers": MultipliersSchema(**values["multipliers"])}
-    return ModelSchema(**{**values, **parts})
+    overrides = {str(layer): widths for layer, widths in definition.overrides.items()}
+    return ModelSchema(**{**values, **parts, "overrides": overrides})
 
 
 def settings(recipe: RecipeConfig) -> dict[str, object]:

@@ -43,7 +43,7 @@ class LocalSchema:
     """Training of the variants, each on its own, on what the parent's layer reads and writes (2411.19146, 3).
 
     Attributes:
-        tokens: that each variant reads; 0 leaves it as it was made.
+        tokens: that each variant reads.
         tokens_of: of some of them by name, as `{"linear": "1M", "num_query_groups=1": "2M"}`.
         batch: windows of a step.
         lr: at the start; it falls to 0 as a cosine.
@@ -101,7 +101,7 @@ class PuzzleSchema:
         homogeneous: kinds of layers of which all that stay are the same variant, by name.
         solutions: how many children the search finds; the best one is made.
         alpha: each shares at most this part of its layers with every better one (2411.19146, B).
-        long_tokens, long_seq_length: a second healing at a longer window; 0 tokens are none.
+        long_tokens, long_seq_length: of a second healing at longer windows; null is none.
     """
 
     parent: str = MISSING
@@ -117,5 +117,5 @@ class PuzzleSchema:
     homogeneous: list[str] = field(default_factory=list)
     solutions: int = number(3, least=1, most=COUNT)
     alpha: float = number(0.8, above=0, most=1)
-    long_tokens: str = "0"
+    long_tokens: str | None = None
     long_seq_length: int | None = number(None, least=1, most=COUNT)

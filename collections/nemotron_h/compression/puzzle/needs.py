@@ -49,6 +49,6 @@ def sentence(recipe: RecipeConfig) -> str:
     definition = definition_of(recipe, recipe.name)
     gpu, cpu = ({s: n / GIB for s, n in stage_bytes(recipe, definition, device).items()} for device in ("cuda", "cpu"))
     return (
-        f"held at once: in library the parent and a layer's variants in training, {gpu['library']:,.1f} GiB on each GPU, "
-        f"{cpu['library']:,.1f} GiB without one, by {recipe.parallel.devices} processes"
+        f"held at once, in library: the parent and a layer's variants in training, {gpu['library']:,.1f} GiB on each "
+        f"GPU, or {cpu['library']:,.1f} GiB without one, by {recipe.parallel.devices} processes"
     )

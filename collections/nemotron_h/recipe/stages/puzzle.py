@@ -31,11 +31,13 @@ def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> Non
     count_of(part.local.tokens, "puzzle.local.tokens", origin)
     for name, tokens in part.local.tokens_of.items():
         count_of(tokens, f"puzzle.local.tokens_of.{name}", origin)
-    if (part.long_seq_length is None) == (count_of(part.long_tokens, "puzzle.long_tokens", origin) > 0):
+    if (part.long_seq_length is None) != (part.long_tokens is None):
         raise UserError(
-            f"{where}puzzle.long_tokens = {part.long_tokens} and puzzle.long_seq_length = {part.long_seq_length}",
+            f"{where}puzzle.long_tokens is {part.long_tokens}, puzzle.long_seq_length is {part.long_seq_length}",
             hint="a second healing needs both; leave out both for none",
         )
+    if part.long_tokens is not None:
+        count_of(part.long_tokens, "puzzle.long_tokens", origin)
 
 
 def _check_costs(costs: CostSchema, origin: str) -> None:

@@ -1,4 +1,4 @@
-"""Stage `child`: the best of the children as a checkpoint, and how well sums of scores and costs foretold what they are.
+"""Stage `child`: the best of the children as a checkpoint, and what all are beside what was foretold of them.
 
     nemotron-h puzzle RECIPE --stage child
 

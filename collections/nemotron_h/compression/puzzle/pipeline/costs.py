@@ -9,16 +9,21 @@ are in times.yaml, which a command measures further where it was interrupted.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.stages import Stage
+from nemotron_h.core.files import write_json
 from nemotron_h.core.units import BYTES
-from nemotron_h.planning.inference import Serving
+from nemotron_h.planning.inference import Serving, layer_memory
 
 COSTS, TABLE = "costs.json", "times.yaml"
 #: resources of a layer
 PARAMETERS, MEMORY, LATENCY = "parameters", "memory", "latency"
+#: what is outside of the layers
+ENDS = "ends"
 
 
 def stage(c: Context) -> Stage:
@@ -43,3 +48,34 @@ def serving(c: Context) -> Serving:
         kv_bytes=BYTES[costs.kv_cache],
         ssm_bytes=BYTES[costs.states],
     )
+
+
+def _measured(c: Context, blocks: dict[str, Block], path: Path) -> dict[str, dict[str, float]]:
+    raise NotImplementedError
+
+
+def measured_latency(c: Context, models: Any) -> list[float]:
+    """Return seconds of a batch in the scenario, of each model."""
+    raise NotImplementedError
+
+
+def run(c: Context, folder: Path) -> str:
+    """Count, and measure where the recipe asks for times."""
+    blocks = {str(v.block): v.block for of_layer in c.variants for v in of_layer.values() if v.block is not None}
+    times: dict[str, dict[str, float]] = {}
+    if c.part.costs.times == "measured":
+        times = _measured(c, blocks, folder / TABLE)
+    own = {name: _costs(c, block, times.get(name, {})) for name, block in blocks.items()}
+    nothing = dict.fromkeys(next(iter(own.values())), 0)
+    layers = [
+        {name: nothing if v.block is None else own[str(v.block)] for name, v in of_layer.items()}
+        for of_layer in c.variants
+    ]
+    parameters = c.definition.other_parameters
+    ends = {PARAMETERS: parameters, MEMORY: parameters * serving(c).weight_bytes, **times.get(ENDS, {})}
+    write_json(folder / COSTS, {"layers": layers, "ends": ends})
+    return f"{len(blocks)} different layers" + (f", timed for {c.part.costs.batch} sequences" if times else "")
+
+
+def _costs(c: Context, block: Block, times: dict[str, float]) -> dict[str, float]:
+    return {PARAMETERS: block.parameters, MEMORY: layer_memory(block, serving(c)).total, **times}

@@ -23,7 +23,6 @@ from nemotron_h.compression.puzzle.pipeline.child import CHILD, PRUNED, name_of
 from nemotron_h.compression.recovery import recovered, sentence
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
-from nemotron_h.core.units import count_of
 from nemotron_h.launch.runs import Run
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import RecipeConfig
@@ -55,7 +54,7 @@ def run(c: Context, folder: Path) -> str:
     short, long = c.recipe.name, f"{c.recipe.name}_long"
     healing = distillations.run_of(recipe, short, student, start, c.parent.checkpoint, c.recipe.tokens, folder)
     checkpoint = c.trained(healing, f"  {short}")
-    if _is_long(c.recipe):
+    if c.part.long_tokens:
         second = with_long_windows(recipe)
         longer = distillations.run_of(
             second, long, student, checkpoint, c.parent.checkpoint, c.part.long_tokens, folder
@@ -66,10 +65,6 @@ def run(c: Context, folder: Path) -> str:
     write_json(folder / RESULTS, {"parent": asdict(score), "child": measured, "recovered": share})
     loss = measured["loss"]
     return f"loss {pruned:.3f} before -> {loss:.3f}, parent {score.loss:.3f}: {sentence(score.loss, pruned, loss)}"
-
-
-def _is_long(recipe: RecipeConfig) -> bool:
-    return count_of(recipe.puzzle.long_tokens, "puzzle.long_tokens", recipe.name) > 0
 
 
 def with_layers(recipe: RecipeConfig, picks: Picks) -> RecipeConfig:
@@ -95,7 +90,7 @@ def planned(recipe: RecipeConfig) -> Sequence[Run]:
     parent, root = definition_of(recipe, recipe.name), Path(recipe.log.dir) / recipe.name
     start, folder, teacher = root / "child" / PRUNED, root / "heal", Path(recipe.puzzle.parent)
     runs = [distillations.run_of(recipe, recipe.name, parent, start, teacher, recipe.tokens, folder)]
-    if _is_long(recipe):
+    if recipe.puzzle.long_tokens:
         again, name = with_long_windows(recipe), f"{recipe.name}_long"
         start = folder / recipe.name
         runs.append(distillations.run_of(again, name, parent, start, teacher, recipe.puzzle.long_tokens, folder))

@@ -25,6 +25,7 @@ from nemotron_h.compression.puzzle import figures
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.local import Change
 from nemotron_h.compression.puzzle.pipeline.child import CHILD
+from nemotron_h.compression.puzzle.pipeline.costs import LATENCY
 from nemotron_h.compression.puzzle.pipeline.heal import RESULTS
 from nemotron_h.compression.puzzle.pipeline.library import LIBRARY
 from nemotron_h.compression.puzzle.pipeline.score import read_scores
@@ -113,17 +114,11 @@ def _write(c: Context, out: Path, parameters: int, result: dict[str, Any], point
     ]
     best = child["solution"]
     true = points["integer program"][best]
-    foretold = [(found["measure"], f"{true[0]:.4f}", f"{true[1]:.4f}", _ratio(*true))]
-    if result["latency"]:
-        seconds = result["latency"]
-        pair = (seconds["foretold"], seconds["child"])
-        foretold.append(("seconds of a batch", f"{pair[0]:.4f}", f"{pair[1]:.4f}", _ratio(*pair)))
-        pair = (
-            found["parent"]["latency"] / pair[0] if "latency" in found["parent"] else 0,
-            seconds["parent"] / pair[1],
-        )
-        if pair[0]:
-            foretold.append(("times as fast as the parent", f"{pair[0]:.3f}", f"{pair[1]:.3f}", _ratio(*pair)))
+    foretold = [_row(found["measure"], *true)]
+    if seconds := result["latency"]:
+        foretold.append(_row("seconds of a batch", seconds["foretold"], seconds["child"]))
+        faster = found["parent"][LATENCY] / seconds["foretold"]
+        foretold.append(_row("times as fast as the parent", faster, seconds["parent"] / seconds["child"]))
     rows = [("parent", healed["parent"]), ("child as it was put together", child[REPORTED]), ("child", healed["child"])]
     stages = ((path.parent.name, json.loads(path.read_text())) for path in c.folder.glob("*/stage.json"))
     validation = result["validation"]
@@ -157,8 +152,8 @@ def _write(c: Context, out: Path, parameters: int, result: dict[str, Any], point
     out.write_text(page, encoding="utf-8")
 
 
-def _ratio(foretold: float, measured: float) -> str:
-    return f"{measured / foretold:.3f}" if foretold else ""
+def _row(title: str, foretold: float, measured: float) -> tuple[str, ...]:
+    return title, f"{foretold:.4g}", f"{measured:.4g}", f"{measured / foretold:.3f}" if foretold else ""
 
 
 def _variant(pick: str) -> Any:
@@ -189,11 +184,11 @@ def _pictures(
         for_both(partial(figures.foretold, points, found["measure"]), "true scores over sums"),
     )
     if len(found["front"]) > 1:
-        (limit,) = (each for each in found["limits"] if each["resource"] == found["front_of"])
+        limit = found["limits"][0]
         yield (
             "Front",
-            f"The smallest sum of scores for each limit of {found['front_of']}; the other limits are the recipe's.",
-            for_both(partial(figures.front, found["front"], found["front_of"], limit["most"]), "scores over the limit"),
+            f"The smallest sum of scores for each limit of {limit['resource']}; other limits are the recipe's.",
+            for_both(partial(figures.front, found["front"], limit["resource"], limit["most"]), "scores over the limit"),
         )
     entries = c.read("library", LIBRARY)
     if entries:

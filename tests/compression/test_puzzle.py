@@ -1,0 +1,192 @@
+"""Puzzle on a tiny model by its command: every stage, what is written, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_pipeline import MODEL, SHARED, Tiny, composed
+from typer.testing import CliRunner, Result
+
+from nemotron_h.cli.main import app
+from nemotron_h.compression.pipeline.text import CHOICE
+from nemotron_h.compression.puzzle import child as child_writer
+from nemotron_h.compression.puzzle.local import child_changes
+from nemotron_h.compression.puzzle.pipeline import library, score
+from nemotron_h.compression.puzzle.puzzle import Puzzle
+from nemotron_h.core.errors import UserError
+from nemotron_h.inference.model import load_model
+from nemotron_h.launch import runs
+from nemotron_h.recipe.compose import compose
+
+pytestmark = pytest.mark.slow
+RECIPE = """
+# @package _global_
+defaults: [/base/distill, _self_]
+name: puzzled
+stage: puzzle
+tokens: 2048 # 8 steps
+optim: {{peak_lr: 3e-3, final_lr: 1e-4, warmup_tokens: 256}}
+checkpoint: {{every_steps: 2}}
+distill: {{hidden_weight: 1.0}}
+puzzle:
+  parent: {folder}/runs/parent
+  layer_samples: 2
+  neuron_samples: 8
+  library:
+    num_query_groups: [1]
+    ffn_hidden_size: [32]
+    mamba_num_heads: [4]
+    linear: [attention]
+    no_op: [attention, ffn]
+  local: {{tokens: 2048, batch: 4, lr: 1e-2}}
+  score_tokens: 512
+  costs: {{batch: 2, prompt: 16, output: 16, times: none, parameters: 50K}}
+  solutions: 2
+"""
+STAGES = ("importance", "library", "score", "costs", "search", "child", "heal", "report")
+
+
+def puzzle(tiny: Tiny, *overrides: str) -> Puzzle:
+    """Return the compression, ready to run."""
+    recipe = copy.deepcopy(composed(tiny.folder / "puzzled.yaml", overrides))
+    return Puzzle(recipe, Console(file=io.StringIO(), width=300))
+
+
+@pytest.fixture(scope="module")
+def solved(tiny: Tiny) -> tuple[Tiny, Result]:
+    """`tiny` after `nemotron-h puzzle RECIPE`, and what the command said."""
+    shared = MODEL + SHARED.format(folder=tiny.folder)
+    (tiny.folder / "puzzled.yaml").write_text(RECIPE.format(folder=tiny.folder) + shared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "train", tiny.launch)
+        said = CliRunner().invoke(app, ["puzzle", str(tiny.folder / "puzzled.yaml")], catch_exceptions=False)
+    return tiny, said
+
+
+def read(tiny: Tiny, *path: str) -> Any:
+    return json.loads((tiny.folder / "runs/puzzled").joinpath(*path).read_text())
+
+
+def test_every_stage_runs_and_is_not_run_again(solved: tuple[Tiny, Result]) -> None:
+    tiny, said = solved
+    assert said.exit_code == 0, said.output
+    made = puzzle(tiny)
+    assert {name: state.word for name, state in made.pipeline.states().items()} == dict.fromkeys(STAGES, "done")
+    again = puzzle(tiny, "puzzle.costs.parameters=55K").pipeline.states()
+    assert [name for name, state in again.items() if state.word == "done"] == list(STAGES[:4])
+
+
+def test_training_brings_the_variants_closer_to_their_layers(solved: tuple[Tiny, Result]) -> None:
+    entries = read(solved[0], "library", "library.json")
+    assert len(entries) == 3 + 3 + 2, "narrower Mamba-2 and FFN layers, merged heads and a linear layer"
+    assert all(entry["trained"] <= entry["made"] for entry in entries)
+    assert sum(entry["trained"] for entry in entries) < 0.8 * sum(entry["made"] for entry in entries)
+
+
+def test_the_program_s_sum_is_at_most_that_of_greedy_and_random(solved: tuple[Tiny, Result]) -> None:
+    found = read(solved[0], "search", "solutions.json")
+    best = found["solutions"][0]
+    assert best["costs"]["parameters"] <= 50_000 < found["parent"]["parameters"] == 62_344
+    assert best["score"] <= found["greedy"]["score"]
+    assert best["score"] <= min(row["score"] for row in found["random"])
+    scores = [point["score"] for point in found["front"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_the_child_is_what_was_chosen(solved: tuple[Tiny, Result]) -> None:
+    """Its checkpoint computes what the variants compute in memory; its loss is the one that was told."""
+    tiny, _ = solved
+    told, made = read(tiny, "child", "child.json"), puzzle(tiny)
+    model = load_model(tiny.folder / "runs/puzzled/child/pruned")
+    assert model.definition.parameters == told["parameters"]["child"]
+    assert model.definition.parameters == told["foretold"]["costs"]["parameters"]
+    text = made.text.held_out[CHOICE]
+    from_disk = child_changes(made.parent.model, model, text, 8)
+    assert from_disk.kl == pytest.approx(told["compared"]["solutions"][told["solution"]]["kl"], rel=5e-3), "of bf16"
+
+
+def test_the_healed_child_is_closer_to_its_parent(solved: tuple[Tiny, Result]) -> None:
+    tiny, _ = solved
+    healed, told = read(tiny, "heal", "results.json"), read(tiny, "child", "child.json")
+    assert healed["parent"]["loss"] < healed["child"]["loss"] < told["report"]["loss"]
+    recipe = compose(str(tiny.folder / "runs/puzzled/heal/puzzled/recipe.yaml"))
+    stay = [layer for layer, pick in enumerate(told["picks"]) if pick != "no_op"]
+    assert recipe.distill.hidden_layers == [[number, layer] for number, layer in enumerate(stay)]
+
+
+def test_the_report_shows_each_layer_s_variant(solved: tuple[Tiny, Result]) -> None:
+    page = (solved[0].folder / "runs/puzzled/report/report.html").read_text()
+    result = read(solved[0], "report", "result.json")
+    assert -1 <= result["spearman"] <= 1
+    assert result["children"] == 2 + 1 + 20
+    assert page.count("<svg") >= 8, "four pictures, each for a wide and a narrow screen"
+    assert all(pick in page for pick in result["picks"] if pick != "parent")
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "name"), [("library", library, "make_layer"), ("score", score, "score_layer")]
+)
+def test_an_interrupted_stage_goes_on_at_the_next_layer(
+    solved: tuple[Tiny, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, module: Any, name: str
+) -> None:
+    """What it comes to is what it comes to in one go, bit for bit."""
+    tiny, _ = solved
+    root = tiny.folder / "runs/puzzled"
+    original, calls = getattr(module, name), []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments[1])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    made = puzzle(tiny, f"log.dir={tmp_path}")
+    made.pipeline.run("importance")
+    if stage == "score":
+        made.pipeline.run("library")
+    monkeypatch.setattr(module, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.pipeline.run(stage)
+    first = list(calls)
+    puzzle(tiny, f"log.dir={tmp_path}").pipeline.run(stage)
+    assert calls[3:] == [layer for layer in calls if layer not in first[:2]][1:], "two layers are not made again"
+    output = {"library": "library.json", "score": "scores.json"}[stage]
+    assert (tmp_path / "puzzled" / stage / output).read_bytes() == (root / stage / output).read_bytes()
+
+
+def test_several_processes_make_the_same_library(solved: tuple[Tiny, Result], tmp_path: Path) -> None:
+    made = puzzle(solved[0], f"log.dir={tmp_path}", "parallel.devices=2", "data.micro_batch_size=4")
+    for stage in ("importance", "library"):
+        made.pipeline.run(stage)
+    root = solved[0].folder / "runs/puzzled/library/library.json"
+    assert (tmp_path / "puzzled/library/library.json").read_bytes() == root.read_bytes()
+
+
+def test_a_child_that_is_not_its_variants_is_not_written(
+    solved: tuple[Tiny, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, _ = solved
+    picks, made = read(tiny, "child", "child.json")["picks"], puzzle(tiny)
+    original: Callable[..., Any] = child_writer._Reader.__call__
+
+    def damaged(self: Any, row: Any) -> Any:
+        return {name: torch.flip(tensor, [0]) for name, tensor in original(self, row).items()}
+
+    monkeypatch.setattr(child_writer._Reader, "__call__", damaged)
+    with pytest.raises(UserError, match="computes something else than its variants"):
+        child_writer.write_child(made, picks, tmp_path / "child", "wrong", {})
+    assert not (tmp_path / "child").exists()
+
+
+def test_a_limit_that_nothing_meets_names_the_least(solved: tuple[Tiny, Result]) -> None:
+    made = puzzle(solved[0], f"log.dir={solved[0].folder}/runs", "puzzle.costs.parameters=20K")
+    with pytest.raises(UserError, match=r"puzzle.costs: .*parameters"):
+        made.pipeline.run("search")
