@@ -50,8 +50,9 @@ puzzle:
   score_tokens: 512
   costs: {{batch: 2, prompt: 16, output: 16, times: none, parameters: 50K}}
   solutions: 2
+  refine_tokens: 1024
 """
-STAGES = ("importance", "library", "score", "costs", "search", "child", "heal", "report")
+STAGES = ("importance", "library", "score", "costs", "search", "compare", "refine", "child", "heal", "report")
 
 
 def puzzle(tiny: Tiny, *overrides: str) -> Puzzle:
@@ -105,12 +106,15 @@ def test_the_child_is_what_was_chosen(solved: tuple[Tiny, Result]) -> None:
     """Its checkpoint computes what the variants compute in memory; its loss is the one that was told."""
     tiny, _ = solved
     told, made = read(tiny, "child", "child.json"), puzzle(tiny)
+    compared = read(tiny, "compare", "compared.json")
+    chosen = compared["chosen"]
     model = load_model(tiny.folder / "runs/puzzled/child/pruned")
     assert model.definition.parameters == told["parameters"]["child"]
-    assert model.definition.parameters == told["foretold"]["costs"]["parameters"]
-    text = made.text.held_out[CHOICE]
-    from_disk = child_changes(made.parent.model, model, text, 8)
-    assert from_disk.kl == pytest.approx(told["compared"]["solutions"][told["solution"]]["kl"], rel=5e-3), "of bf16"
+    assert model.definition.parameters == chosen["costs"]["parameters"]
+    from_disk = child_changes(made.parent.model, model, made.text.held_out[CHOICE], 8)
+    refined = read(tiny, "refine", "refined.json")["kl"]
+    assert from_disk.kl == pytest.approx(refined["after"], rel=5e-3), "of bf16"
+    assert refined["after"] < refined["before"] == compared["solutions"][chosen["solution"]]["kl"]
 
 
 def test_the_healed_child_is_closer_to_its_parent(solved: tuple[Tiny, Result]) -> None:
@@ -182,7 +186,7 @@ def test_a_child_that_is_not_its_variants_is_not_written(
 
     monkeypatch.setattr(child_writer._Reader, "__call__", damaged)
     with pytest.raises(UserError, match="computes something else than its variants"):
-        child_writer.write_child(made, picks, tmp_path / "child", "wrong", {})
+        child_writer.write_child(made, picks, {}, tmp_path / "child", "wrong", {})
     assert not (tmp_path / "child").exists()
 
 

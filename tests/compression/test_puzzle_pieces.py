@@ -16,7 +16,7 @@ from nemotron_h.compression.heads.fusion import PooledLayers
 from nemotron_h.compression.heads.moments import measure_moments
 from nemotron_h.compression.importance import Scores, measure
 from nemotron_h.compression.puzzle.initial import Knowledge, initial_tensors
-from nemotron_h.compression.puzzle.local import Piece, Training, changes, fit_linear, layer_errors, train_layer
+from nemotron_h.compression.puzzle.local import Piece, Training, changes, errors, fit_linear, train
 from nemotron_h.compression.selection import top_channels
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import GenerationModel
@@ -163,9 +163,9 @@ def test_training_a_variant_lowers_its_error_whatever_is_trained_beside_it(
     for names in (["ffn_hidden_size=48"], ["ffn_hidden_size=48", "other"]):
         pieces = {name: _piece(parent, scores, 2, "ffn_hidden_size=48") for name in names}
         lengths = {name: Training(tokens, 4, 3e-2) for name, tokens in zip(names, (4 * 24 * 40, 96), strict=False)}
-        before = layer_errors(Forward(parent), 2, pieces, held_out, 2)
-        train_layer(Forward(parent), 2, pieces, lengths, lambda step: text(4, 24, seed=100 + step))
-        after[len(names)] = layer_errors(Forward(parent), 2, pieces, held_out, 2)
+        before = errors(Forward(parent), range(2, 3), pieces, held_out, 2)
+        train(Forward(parent), range(2, 3), pieces, lengths, lambda step: text(4, 24, seed=100 + step))
+        after[len(names)] = errors(Forward(parent), range(2, 3), pieces, held_out, 2)
     assert after[1]["ffn_hidden_size=48"] == after[2]["ffn_hidden_size=48"] < 0.8 * before["other"]
     assert after[2]["other"] > after[2]["ffn_hidden_size=48"], "a step of training is less than 40"
     assert not any(tensor.requires_grad for piece in pieces.values() for tensor in piece.tensors)

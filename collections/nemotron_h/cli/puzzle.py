@@ -21,7 +21,10 @@ def puzzle(
     ] = None,
     stage: Annotated[
         str | None,
-        typer.Option(help="Run this stage alone: importance, library, score, costs, search, child, heal, report."),
+        typer.Option(
+            help="Run this stage alone: importance, library, score, costs, search, compare, refine, child, "
+            "heal, report."
+        ),
     ] = None,
     status: Annotated[bool, typer.Option("--status", help="Say where each stage stands, and run none.")] = False,
     dryrun: Annotated[

@@ -101,6 +101,7 @@ class PuzzleSchema:
         homogeneous: kinds of layers of which all that stay are the same variant, by name.
         solutions: how many children the search finds; the best one is made.
         alpha: each shares at most this part of its layers with every better one (2411.19146, B).
+        refine_tokens: that each two neighbours among the chosen variants are trained on together; null is none.
         long_tokens, long_seq_length: of a second healing at longer windows; null is none.
     """
 
@@ -117,5 +118,6 @@ class PuzzleSchema:
     homogeneous: list[str] = field(default_factory=list)
     solutions: int = number(3, least=1, most=COUNT)
     alpha: float = number(0.8, above=0, most=1)
+    refine_tokens: str | None = None
     long_tokens: str | None = None
     long_seq_length: int | None = number(None, least=1, most=COUNT)

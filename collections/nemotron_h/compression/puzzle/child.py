@@ -16,10 +16,10 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.variants import NO_OP, PARENT
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import read_record
-from nemotron_h.checkpoint.writer import Advance, finish, size, write_weights
+from nemotron_h.checkpoint.writer import finish, size, write_weights
 from nemotron_h.compression.forward import Forward
-from nemotron_h.compression.puzzle.context import Context, Picks
-from nemotron_h.compression.puzzle.local import Piece, prefix
+from nemotron_h.compression.puzzle.context import Context, Picks, Refined
+from nemotron_h.compression.puzzle.local import prefix
 from nemotron_h.compression.slicing import CHECK_TOKENS, TOLERANCE, check_parameters, inherit_data, logits_error
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.folder import new_folder
@@ -31,16 +31,15 @@ _ROUNDINGS = 4
 
 
 def write_child(
-    c: Context, picks: Picks, out: Path, name: str, settings: Mapping[str, Any], advance: Advance = lambda _: None
+    c: Context, picks: Picks, refined: Refined, out: Path, name: str, settings: Mapping[str, Any]
 ) -> ModelDefinition:
     """Write the child that has these variants in its layers' places.
 
     Args:
-        picks: a variant's name for each layer of the parent.
+        picks, refined: of each layer of the parent; see `Context.realised`.
         out: the folder; must not exist. It has the format of an imported model: weights, run.json, model.yaml.
         name: of its definition.
         settings: what run.json tells under `puzzle`, besides the parent and the variants.
-        advance: told the bytes of each written tensor.
     Errors:
         UserError: the disk is full, a file of the library is damaged, or what was written is not what was planned,
             which leaves nothing behind.
@@ -48,8 +47,7 @@ def write_child(
     checkpoint, definition = c.parent.checkpoint, c.definition_of(picks, name)
     source = ModelSource(checkpoint)
     with new_folder(out, size(definition, source.dtype)) as folder:
-        read = _Reader(c, picks, definition, source)
-        write_weights(folder, definition, source.dtype, read, advance)
+        write_weights(folder, definition, source.dtype, _Reader(c, picks, refined, definition, source))
         written = {
             "data": inherit_data(checkpoint, read_record(checkpoint), folder),
             "puzzle": {
@@ -60,14 +58,16 @@ def write_child(
             },
         }
         finish(folder, definition, written, f"Compressed from {c.definition.name}; counts are checked when loaded.")
-        _check(c, picks, folder, source.dtype)
+        _check(c, picks, refined, folder, source.dtype)
     return definition
 
 
 class _Reader:
     """The tensors of the child's weights: the parent's, or the library's."""
 
-    def __init__(self, c: Context, picks: Picks, definition: ModelDefinition, source: ModelSource) -> None:
+    def __init__(
+        self, c: Context, picks: Picks, refined: Refined, definition: ModelDefinition, source: ModelSource
+    ) -> None:
         self.source = source
         self.origins: dict[str, Weight] = {}
         self.variants: dict[str, tuple[str, int]] = {}
@@ -82,7 +82,7 @@ class _Reader:
                 self.origins[name] = parent[name.replace(f"decoder.layers.{number}.", own, 1)]
         for number, layer in enumerate(stay):
             if picks[layer] != PARENT:
-                stored = c.hash(layer, c.variants[layer][picks[layer]])
+                stored = c.stored(layer, picks[layer], refined)
                 rows = definition.blocks[number].tensors(f"decoder.layers.{number}.", "")
                 self.variants |= {next(iter(row.ours)): (stored, place) for place, row in enumerate(rows)}
         self.library = c.library
@@ -108,9 +108,9 @@ def _layer(name: str) -> int | None:
 class _InMemory:
     """The parent with variants in its layers' places, in float32."""
 
-    def __init__(self, c: Context, picks: Picks) -> None:
+    def __init__(self, c: Context, picks: Picks, refined: Refined) -> None:
         self.forward = Forward(load_model(c.parent.checkpoint, dtype=torch.float32, lazy=True))
-        self.c, self.picks = c, picks
+        self.c, self.picks, self.refined = c, picks, refined
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
@@ -125,11 +125,10 @@ class _InMemory:
                 weights = self.forward.weights(layer)
                 yield lambda x, layer=layer, weights=weights: self.forward.layer(layer, weights, x)
             elif pick != NO_OP:
-                variant = self.c.variants[layer][pick]
-                yield Piece(variant.block, self.c.library.tensors(self.c.hash(layer, variant)), self.forward)
+                yield self.c.piece(layer, pick, self.forward, self.refined)
 
 
-def _check(c: Context, picks: Picks, written: Path, dtype: torch.dtype) -> None:
+def _check(c: Context, picks: Picks, refined: Refined, written: Path, dtype: torch.dtype) -> None:
     """Compare a written child with its variants: parameters with the plan, and logits.
 
     Both are read from disk, a layer at a time.
@@ -141,7 +140,7 @@ def _check(c: Context, picks: Picks, written: Path, dtype: torch.dtype) -> None:
     check_parameters(child.definition, written)
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(child.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
-    error = logits_error(_InMemory(c, picks), child, tokens)
+    error = logits_error(_InMemory(c, picks, refined), child, tokens)
     allowed = max(TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
     if not error <= allowed:  # not a number is an error too
         raise UserError(

@@ -6,7 +6,9 @@
                  score/         layer-N.json as each is scored; scores.json
                  costs/         costs.yaml
                  search/        solutions.json
-                 child/         NAME (checkpoint): the child before it is healed; child.json
+                 compare/       compared.json: what the children are as wholes
+                 refine/        refined.json; the weights are in the library
+                 child/         pruned/ (checkpoint): the child before it is healed; child.json
                  heal/          <name> (run): its checkpoint is the child; results.json
                  report/        report.html, result.json, model.yaml
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,8 @@ from nemotron_h.inference.model import GenerationModel, lay_out
 
 #: variant's name of each layer
 Picks = Sequence[str]
+#: layer -> name in the library of weights that stand for its variant's own
+Refined = Mapping[int, str]
 
 
 class Context(Compression):
@@ -96,12 +101,15 @@ class Context(Compression):
 
         return windows
 
-    def piece(self, layer: int, name: str, forward: Forward) -> Piece | None:
+    def stored(self, layer: int, name: str, refined: Refined) -> str:
+        """Return the name in the library of a variant's weights."""
+        return refined.get(layer) or self.hash(layer, self.variants[layer][name])
+
+    def piece(self, layer: int, name: str, forward: Forward, refined: Refined = MappingProxyType({})) -> Piece | None:
         """Return a variant of the library beside the parent's layers; None where it is no layer."""
         if name == NO_OP:
             return None
-        variant = self.variants[layer][name]
-        return Piece(variant.block, self.library.tensors(self.hash(layer, variant)), forward)
+        return Piece(self.variants[layer][name].block, self.library.tensors(self.stored(layer, name, refined)), forward)
 
     def definition_of(self, picks: Picks, name: str) -> ModelDefinition:
         """Return the definition of a child that has these variants.
@@ -119,9 +127,14 @@ class Context(Compression):
         layers = [(KINDS[block.letter], {key: getattr(block, key) for key in block.widths}) for block in stay]
         return definition_of_layers(self.definition, layers, self.definition.hidden_size, name)
 
-    def realised(self, picks: Picks, name: str = "child") -> GenerationModel:
-        """Return a child in memory; layers that are the parent's own share its memory."""
-        definition, parent = self.definition_of(picks, name), self.parent.model
+    def realised(self, picks: Picks, refined: Refined = MappingProxyType({})) -> GenerationModel:
+        """Return a child in memory; layers that are the parent's own share its memory.
+
+        Args:
+            picks: of each layer the variant's name.
+            refined: of layers that were trained further.
+        """
+        definition, parent = self.definition_of(picks, "child"), self.parent.model
         stay = [(layer, pick) for layer, pick in enumerate(picks) if pick != NO_OP]
         model = GenerationModel(definition, parent.embedding, [], parent.final_norm, parent.output)
         layers = []
@@ -129,7 +142,7 @@ class Context(Compression):
             if pick == PARENT:
                 layers.append(parent.layers[layer])
                 continue
-            tensors = self.library.tensors(self.hash(layer, self.variants[layer][pick]))
+            tensors = self.library.tensors(self.stored(layer, pick, refined))
             layers.append(running.loaded(running.weights(self.in_dtype(running.block.tensors("", ""), tensors))))
             lay_out(layers[-1])
         model.layers = layers

@@ -48,6 +48,25 @@ class Piece:
         return self.forward.apply(self.running, w, x)
 
 
+class Chain:
+    """Layers outside of their model, one after the other.
+
+    Args:
+        parts: of each what it adds to the residual stream; those that are a `Piece` are trained.
+    """
+
+    def __init__(self, parts: Sequence[Callable[[Tensor], Tensor]]) -> None:
+        self.parts = parts
+        self.tensors = [tensor for part in parts if isinstance(part, Piece) for tensor in part.tensors]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what they add to the residual stream x [b, l, h]."""
+        stream = x
+        for part in self.parts:
+            stream = stream + part(stream)
+        return stream - x
+
+
 @dataclass(frozen=True)
 class Training:
     """Length and step of a variant's training; as of `LocalSchema`, with all tokens of the variant."""
@@ -65,24 +84,30 @@ def prefix(forward: Forward, tokens: np.ndarray, layer: int) -> Tensor:
     return x
 
 
-def train_layer(
+def outputs(forward: Forward, layers: range, x: Tensor) -> Tensor:
+    """Return what layers of the parent, one after the other, add to the residual stream x [b, l, h]."""
+    stream = x
+    for layer in layers:
+        stream = stream + forward.layer(layer, forward.weights(layer), stream)
+    return stream - x
+
+
+def train(
     forward: Forward,
-    layer: int,
-    pieces: Mapping[str, Piece],
+    layers: range,
+    pieces: Mapping[str, Piece | Chain],
     lengths: Mapping[str, Training],
     batches: Callable[[int], np.ndarray],
-    advance: Advance = lambda _: None,
 ) -> None:
-    """Train the variants of a layer, all on the same text, each as long as it is to be.
+    """Train what may stand in the place of a layer, or of several, all on the same text, each as long as it is to be.
 
     Args:
         forward: of the parent.
+        layers: of the parent, one after the other.
         pieces: variants by name; their weights change.
         lengths: by name.
         batches: number of a step -> token ids, int64 [b, l].
-        advance: told the tokens of each step.
     """
-    weights = forward.weights(layer)
     first = batches(0).size
     steps = {name: math.ceil(length.tokens / first) for name, length in lengths.items()}
     optimizers = {}
@@ -92,10 +117,9 @@ def train_layer(
         # the usual betas; no decay, which would pull a layer away from what it imitates
         optimizers[name] = torch.optim.AdamW(piece.tensors, lr=lengths[name].lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(max(steps.values(), default=0)):
-        tokens = batches(step)
         with torch.no_grad():
-            x = prefix(forward, tokens, layer)
-            wanted = forward.layer(layer, weights, x).float()
+            x = prefix(forward, batches(step), layers.start)
+            wanted = outputs(forward, layers, x).float()
             scale = wanted.square().sum()
         for name, optimizer in optimizers.items():
             if step >= steps[name]:
@@ -105,7 +129,6 @@ def train_layer(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-        advance(tokens.size)
     for piece in pieces.values():
         for tensor in piece.tensors:
             tensor.requires_grad_(False)
@@ -113,15 +136,14 @@ def train_layer(
 
 
 @torch.inference_mode()
-def layer_errors(
-    forward: Forward, layer: int, pieces: Mapping[str, Piece], windows: np.ndarray, batch: int
+def errors(
+    forward: Forward, layers: range, pieces: Mapping[str, Piece | Chain], windows: np.ndarray, batch: int
 ) -> dict[str, float]:
     """Return |o_p - o_c|^2 / |o_p|^2 of each variant over windows [samples, l]; a layer that is left out has 1."""
-    weights = forward.weights(layer)
     total, apart = 0.0, dict.fromkeys(pieces, 0.0)
     for start in range(0, len(windows), batch):
-        x = prefix(forward, windows[start : start + batch], layer)
-        wanted = forward.layer(layer, weights, x).double()
+        x = prefix(forward, windows[start : start + batch], layers.start)
+        wanted = outputs(forward, layers, x).double()
         total += float(wanted.square().sum())
         for name, piece in pieces.items():
             apart[name] += float((piece(x).double() - wanted).square().sum())

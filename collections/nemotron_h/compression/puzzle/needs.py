@@ -34,7 +34,8 @@ def stage_bytes(recipe: RecipeConfig, definition: ModelDefinition, device: str) 
         "importance": parent,
         "library": workers * (parent + TRAINED_BYTES * max(of_layers)),
         "score": workers * (parent + 4 * max(of_layers)),
-        "child": both,
+        **dict.fromkeys(("compare", "child"), both),
+        "refine": workers * (parent + TRAINED_BYTES * 2 * max(of_layers)),
         "heal": parent,
     }
 

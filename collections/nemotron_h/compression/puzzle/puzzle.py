@@ -1,14 +1,24 @@
-"""Compress by Puzzle (arXiv 2411.19146): eight stages over one recipe, each a file of `pipeline/`."""
+"""Compress by Puzzle (arXiv 2411.19146): ten stages over one recipe, each a file of `pipeline/`."""
 
 from __future__ import annotations
 
 from nemotron_h.compression.pipeline import importance
 from nemotron_h.compression.puzzle.context import Context
-from nemotron_h.compression.puzzle.pipeline import child, costs, heal, library, report, score, search
+from nemotron_h.compression.puzzle.pipeline import (
+    child,
+    compare,
+    costs,
+    heal,
+    library,
+    refine,
+    report,
+    score,
+    search,
+)
 from nemotron_h.compression.stages import Stage
 
 #: in order
-STAGES = (importance, library, score, costs, search, child, heal, report)
+STAGES = (importance, library, score, costs, search, compare, refine, child, heal, report)
 
 
 class Puzzle(Context):

@@ -36,8 +36,9 @@ def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> Non
             f"{where}puzzle.long_tokens is {part.long_tokens}, puzzle.long_seq_length is {part.long_seq_length}",
             hint="a second healing needs both; leave out both for none",
         )
-    if part.long_tokens is not None:
-        count_of(part.long_tokens, "puzzle.long_tokens", origin)
+    for key in ("refine_tokens", "long_tokens"):
+        if (tokens := getattr(part, key)) is not None:
+            count_of(tokens, f"puzzle.{key}", origin)
 
 
 def _check_costs(costs: CostSchema, origin: str) -> None:

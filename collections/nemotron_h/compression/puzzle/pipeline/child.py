@@ -1,26 +1,25 @@
-"""Stage `child`: the best of the children as a checkpoint, and what all are beside what was foretold of them.
+"""Stage `child`: the chosen child as a checkpoint, and its time beside what was foretold.
 
     nemotron-h puzzle RECIPE --stage child
 
-Reads solutions.json and the library. Writes NAME (checkpoint) and child.json; `compared.json` holds what was compared
-of an interrupted attempt.
+Reads compared.json, refined.json and the library. Writes pruned/ (checkpoint) and child.json.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression.pipeline.text import CHOICE, REPORTED
+from nemotron_h.compression.pipeline.text import REPORTED
 from nemotron_h.compression.puzzle.child import write_child
-from nemotron_h.compression.puzzle.context import Context, Picks
-from nemotron_h.compression.puzzle.local import Change, child_changes
+from nemotron_h.compression.puzzle.context import Context
+from nemotron_h.compression.puzzle.local import child_changes
+from nemotron_h.compression.puzzle.pipeline.compare import COMPARED
 from nemotron_h.compression.puzzle.pipeline.costs import LATENCY, measured_latency
-from nemotron_h.compression.puzzle.pipeline.search import SOLUTIONS
+from nemotron_h.compression.puzzle.pipeline.refine import read_refined
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
@@ -30,13 +29,13 @@ CHILD, PRUNED = "child.json", "pruned"
 
 def stage(c: Context) -> Stage:
     """Return the stage."""
-    title, needs = "the best child, and what it is beside what was foretold", ("importance", "library", "search")
+    title, needs = "the chosen child as a checkpoint", ("importance", "library", "compare", "refine")
     return Stage("child", title, needs, (CHILD, PRUNED), partial(inputs, c), partial(run, c))
 
 
 def inputs(c: Context) -> dict[str, Any]:
-    """Return what the result depends on, beside solutions and library."""
-    return c.parent.score_inputs(CHOICE, REPORTED)
+    """Return what the result depends on, beside choice and library."""
+    return c.parent.score_inputs(REPORTED)
 
 
 def name_of(c: Context) -> str:
@@ -45,67 +44,26 @@ def name_of(c: Context) -> str:
 
 
 def run(c: Context, folder: Path) -> str:
-    """Compare all children with the parent, and write the best one."""
-    found = c.read("search", SOLUTIONS)
-    groups = {"solutions": found["solutions"], "greedy": [found["greedy"]], "random": found["random"]}
-    compared = _compared(c, groups, folder / "compared.json")
-    # of the children that the search is sure of, the one that is closest to its parent as a whole
-    measure = found["measure"]
-    parent = Change(**compared["parent"])
-    own = [Change(**each).measured(measure, parent) for each in compared["solutions"]]
-    best = min(range(len(own)), key=own.__getitem__)
-    picks = found["solutions"][best]["picks"]
+    """Write the child and measure it."""
+    chosen, refined = c.read("compare", COMPARED)["chosen"], read_refined(c)
+    picks, settings = chosen["picks"], {"solution": chosen["solution"]}
     shutil.rmtree(folder / PRUNED, ignore_errors=True)  # an attempt that was interrupted
-    definition = write_child(c, picks, folder / PRUNED, name_of(c), {"solution": best})
+    with StageProgress(c.console, "child", 1) as bar:
+        definition = write_child(c, picks, refined, folder / PRUNED, name_of(c), settings)
+        bar.advance()
+    child, text = c.realised(picks, refined), c.text.held_out[REPORTED]
     result = {
         "picks": picks,
-        "solution": best,
         "parameters": {"parent": c.definition.parameters, "child": definition.parameters},
-        "foretold": found["solutions"][best],
-        "compared": compared,
-        "latency": _latency(c, picks, found["solutions"][best]["costs"]),
-        REPORTED: asdict(child_changes(c.parent.model, c.realised(picks), c.text.held_out[REPORTED], _batch(c))),
+        "latency": None,
+        REPORTED: asdict(child_changes(c.parent.model, child, text, c.recipe.data.micro_batch_size)),
     }
-    write_json(folder / CHILD, result)
-    return (
-        f"solution {best + 1} of {len(own)}: {definition.parameters:,} parameters, {measure} {own[best]:.4f}; greedy "
-        f"{Change(**compared['greedy'][0]).measured(measure, parent):.4f}, random ones at best "
-        f"{min(Change(**each).measured(measure, parent) for each in compared['random']):.4f}"
+    said = (
+        f"{definition.parameters:,} parameters, {definition.parameters / c.definition.parameters:.1%} of the parent's"
     )
-
-
-def _batch(c: Context) -> int:
-    return c.recipe.data.micro_batch_size
-
-
-def _compared(c: Context, groups: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return what each child is beside its parent, on the text that the variants were scored on."""
-    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    text, batch = c.text.held_out[CHOICE], _batch(c)
-
-    def compare(picks: Picks) -> dict[str, Any]:
-        key = json.dumps(picks)
-        if key not in known:
-            known[key] = asdict(child_changes(c.parent.model, c.realised(picks), text, batch))
-            write_json(path, known)
-        return known[key]
-
-    with StageProgress(c.console, "children", sum(map(len, groups.values()))) as bar:
-        compared: dict[str, Any] = {}
-        for group, rows in groups.items():
-            compared[group] = []
-            for row in rows:
-                compared[group].append(compare(row["picks"]))
-                bar.advance()
-    loss = c.parent.own_score(CHOICE)
-    return {"parent": asdict(Change(0.0, loss.loss, loss.accuracy)), **compared}
-
-
-def _latency(c: Context, picks: Picks, foretold: dict[str, float]) -> dict[str, float] | None:
-    """Return seconds of a batch in the scenario: foretold and measured, of the child and of its parent; None where the
-    recipe asks for no times.
-    """
-    if c.part.costs.times == "none":
-        return None
-    parent, child = measured_latency(c, [c.parent.model, c.realised(picks)])
-    return {"foretold": foretold[LATENCY], "child": child, "parent": parent}
+    if c.part.costs.times != "none":
+        of_parent, of_child = measured_latency(c, [c.parent.model, child])
+        result["latency"] = {"foretold": chosen["costs"][LATENCY], "child": of_child, "parent": of_parent}
+        said += f"; a batch takes {of_child:.3g} s, foretold {chosen['costs'][LATENCY]:.3g}, the parent {of_parent:.3g}"
+    write_json(folder / CHILD, result)
+    return said

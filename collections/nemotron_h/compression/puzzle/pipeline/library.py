@@ -23,7 +23,7 @@ from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.initial import Knowledge, initial_tensors, layer_tensors
 from nemotron_h.compression.puzzle.library import Entry
-from nemotron_h.compression.puzzle.local import Piece, Training, fit_linear, layer_errors, train_layer
+from nemotron_h.compression.puzzle.local import Piece, Training, errors, fit_linear, train
 from nemotron_h.compression.puzzle.workers import bound, over_layers
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
@@ -117,11 +117,12 @@ def make_layer(c: Context, layer: int, moments: str | None) -> None:
     tensors = {name: initial_tensors(c.definition, layer, v, whole, knowledge) for name, v in variants.items()}
     pieces = {name: Piece(variants[name].block, tensors[name], forward) for name in variants}
     held_out = c.text.held_out[CHOICE][:, :-1]
-    made = layer_errors(forward, layer, pieces, held_out, batch)
+    layers = range(layer, layer + 1)
+    made = errors(forward, layers, pieces, held_out, batch)
     lengths = {name: Training(c.tokens(name), batch, c.part.local.lr) for name in variants}
     longest = max(length.tokens for length in lengths.values())
-    train_layer(forward, layer, pieces, lengths, c.batches(longest))
-    trained = layer_errors(forward, layer, pieces, held_out, batch)
+    train(forward, layers, pieces, lengths, c.batches(longest))
+    trained = errors(forward, layers, pieces, held_out, batch)
     for name, variant in variants.items():
         if trained[name] > made[name]:  # training on its text made it worse on other text
             pieces[name].tensors, trained[name] = tensors[name], made[name]

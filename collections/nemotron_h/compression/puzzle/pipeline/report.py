@@ -23,8 +23,8 @@ from nemotron_h.compression.figures import recovery
 from nemotron_h.compression.pipeline.text import HALVES, REPORTED
 from nemotron_h.compression.puzzle import figures
 from nemotron_h.compression.puzzle.context import Context
-from nemotron_h.compression.puzzle.local import Change
 from nemotron_h.compression.puzzle.pipeline.child import CHILD
+from nemotron_h.compression.puzzle.pipeline.compare import COMPARED
 from nemotron_h.compression.puzzle.pipeline.costs import LATENCY
 from nemotron_h.compression.puzzle.pipeline.heal import RESULTS
 from nemotron_h.compression.puzzle.pipeline.library import LIBRARY
@@ -63,7 +63,7 @@ PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}
 
 def stage(c: Context) -> Stage:
     """Return the stage."""
-    needs = ("importance", "library", "score", "costs", "search", "child", "heal")
+    needs = ("importance", "library", "score", "costs", "search", "compare", "child", "heal")
     return Stage("report", "model definition and report", needs, (RESULT, DEFINITION), dict, partial(run, c))
 
 
@@ -73,7 +73,7 @@ def run(c: Context, folder: Path) -> str:
     checkpoint = Path(healed["child"]["checkpoint"])
     definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}").counted()
     (folder / DEFINITION).write_text(definition_text(definition, f"Compressed by {c.recipe.name}."), encoding="utf-8")
-    points = _points(child["compared"], found)
+    points = _points(c.read("compare", COMPARED), found)
     pairs = [pair for group in points.values() for pair in group]
     result = {
         "recipe": c.recipe.name,
@@ -94,15 +94,11 @@ def run(c: Context, folder: Path) -> str:
 
 def _points(compared: dict[str, Any], found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """Return (sum of scores, true score) of the children by how they were chosen."""
-    parent, measure = Change(**compared["parent"]), found["measure"]
-    groups = {"integer program": "solutions", "greedy": "greedy", "random": "random"}
-    sums = {"solutions": found["solutions"], "greedy": [found["greedy"]], "random": found["random"]}
+    titles = {"integer program": "solutions", "greedy": "greedy", "random": "random"}
+    rows = {**found, "greedy": [found["greedy"]]}
     return {
-        title: [
-            (row["score"], Change(**each).measured(measure, parent))
-            for row, each in zip(sums[key], compared[key], strict=True)
-        ]
-        for title, key in groups.items()
+        title: [(row["score"], lost) for row, lost in zip(rows[key], compared["lost"][key], strict=True)]
+        for title, key in titles.items()
     }
 
 
@@ -112,9 +108,8 @@ def _write(c: Context, out: Path, parameters: int, result: dict[str, Any], point
     measured = [
         {name: change.measured(found["measure"], parent_change) for name, change in row.items()} for row in scores
     ]
-    best = child["solution"]
-    true = points["integer program"][best]
-    foretold = [_row(found["measure"], *true)]
+    best = c.read("compare", COMPARED)["chosen"]["solution"]
+    foretold = [_row(found["measure"], *points["integer program"][best])]
     if seconds := result["latency"]:
         foretold.append(_row("seconds of a batch", seconds["foretold"], seconds["child"]))
         faster = found["parent"][LATENCY] / seconds["foretold"]
