@@ -48,9 +48,8 @@ def run(c: Context, folder: Path) -> str:
     if not pairs:
         write_json(folder / REFINED, {"pairs": [], "stored": {}})
         return "nothing to refine" if c.part.refine_tokens else "left out: puzzle.refine_tokens is not set"
-    missing = [
-        first for first in pairs if any(c.library.entry(name) is None for name in _names(c, first, picks).values())
-    ]
+    names = {first: _names(c, first, picks) for first in pairs}
+    missing = [first for first in pairs if any(c.library.entry(name) is None for name in names[first].values())]
     with StageProgress(c.console, "pairs of layers", len(missing)) as bar:
         for _ in over_layers(c, bound(refine_pair, picks), sorted(missing, reverse=True)):
             bar.advance()
