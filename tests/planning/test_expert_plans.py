@@ -145,9 +145,7 @@ def test_matmuls_of_one_rank(nano: ModelDefinition) -> None:
     """An expert's matmul has the mean of its tokens: those of all ranks that share the experts."""
     table = {
         g.name: g
-        for g in gemm_table(
-            nano, "fp8_current_scaling", 2, tokens=8192, sequence_parallel=True, expert_parallel=8
-        )
+        for g in gemm_table(nano, "fp8_current_scaling", 2, tokens=8192, sequence_parallel=True, expert_parallel=8)
         if g.layer == 3
     }
     first = table["experts.linear_fc1"]

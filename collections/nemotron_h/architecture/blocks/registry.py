@@ -12,7 +12,9 @@ from nemotron_h.architecture.blocks.parallel import Parallel
 from nemotron_h.architecture.blocks.swiglu import SwiGLU
 
 #: letter in a pattern -> kind
-KINDS: dict[str, type[Block]] = {kind.letter: kind for kind in (Mamba, Attention, FFN, Parallel, SwiGLU, Experts, Linear)}
+KINDS: dict[str, type[Block]] = {
+    kind.letter: kind for kind in (Mamba, Attention, FFN, Parallel, SwiGLU, Experts, Linear)
+}
 
 
 def kind_named(name: str) -> type[Block]:

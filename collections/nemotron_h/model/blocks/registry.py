@@ -15,7 +15,15 @@ from nemotron_h.model.blocks.swiglu import RunningSwiGLU
 #: letter in a pattern -> how it runs
 RUNNING: dict[str, type[Running]] = {
     running.kind.letter: running
-    for running in (RunningMamba, RunningAttention, RunningFFN, RunningParallel, RunningSwiGLU, RunningExperts, RunningLinear)
+    for running in (
+        RunningMamba,
+        RunningAttention,
+        RunningFFN,
+        RunningParallel,
+        RunningSwiGLU,
+        RunningExperts,
+        RunningLinear,
+    )
 }
 
 
