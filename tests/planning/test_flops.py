@@ -98,8 +98,9 @@ def test_against_torch_s_counter(name: str) -> None:
         ("hybrid", MATRICES),
         ("hybrid", ["in_proj", "linear_fc2"]),
         ("experts", ["linear_proj", "experts.linear_fc1", "experts.linear_fc2"]),
+        ("linear", ["in_proj", "linear"]),
     ],
-    ids=["all", "two", "experts"],
+    ids=["all", "two", "experts", "linear"],
 )
 def test_adapters_against_torch_s_counter(kind: str, pattern: str, targets: list[str]) -> None:
     """The same with frozen weights, by parts that the counter names alike: exactly, with our scan's recomputation."""

@@ -257,7 +257,7 @@ def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
 
 def test_constants_are_the_code_s() -> None:
     from nemotron_h.architecture import rank
-    from nemotron_h.ops import distillation_loss, linear, select, ssd
+    from nemotron_h.ops import distillation_loss, linear, norm, select, ssd
     from nemotron_h.planning import flops, memory
     from nemotron_h.platform import lean_adam
 
@@ -266,6 +266,7 @@ def test_constants_are_the_code_s() -> None:
     assert mamba.CPU_CHUNK == ssd.CPU_CHUNK
     assert mamba.CPU_SEGMENT_ELEMENTS == ssd.SEGMENT_ELEMENTS
     assert rank.WIDE_BLOCK == linear.BLOCK_BYTES
+    assert rank.NORM_BLOCK == norm.BLOCK_ELEMENTS
     assert memory.LOSS_CHUNK == distillation_loss.CHUNK_ELEMENTS
     assert memory.LOSS_BLOCK == distillation_loss.BLOCK_ELEMENTS
 

@@ -67,6 +67,18 @@ def test_shapes_of_one_rank() -> None:
     }
 
 
+def test_a_linear_layer_is_whole_on_every_rank() -> None:
+    """With sequence parallelism a rank has its share of the tokens, else all of them."""
+    model = replace(MODEL, pattern="M-L*-L", family="pruned")
+    for sequence, tokens in ((True, 256), (False, 512)):
+        table = gemm_table(model, "fp8_blockwise", 2, tokens=512, sequence_parallel=sequence)
+        rows = [(g.layer, g.m, g.n, g.k, g.dtype) for g in table if g.kind == "linear"]
+        assert rows == [(2, tokens, 128, 128, "FP8"), (5, tokens, 128, 128, "BF16")]
+    odd = replace(model, hidden_size=120)
+    with pytest.raises(UserError, match=r"model.hidden_size = 120"):
+        check(odd)
+
+
 def test_equal_products_are_one_row() -> None:
     table = gemm_table(MODEL, "fp8_current_scaling", tokens=512)
     groups = fold(table)

@@ -1,10 +1,12 @@
-"""A model with a new kind of block, one with widths of its own in some layers, and Falcon-H1's, through all of a life:
-recipe, plan, training, resume, generation, slicing. The block is two files and two lines of registries.
+"""A model with a new kind of block, one with widths of its own in some layers, one with linear layers, and Falcon-H1's,
+through all of a life: recipe, plan, training, resume, generation, slicing. The new block is two files and two lines of
+registries.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,8 @@ from nemotron_h.compression.child import Child  # noqa: E402
 from nemotron_h.compression.slicing import write_child  # noqa: E402
 from nemotron_h.core.errors import UserError  # noqa: E402
 from nemotron_h.export.config import check_expressible  # noqa: E402
+from nemotron_h.export.gguf_format import F32  # noqa: E402
+from nemotron_h.export.gguf_model import values  # noqa: E402
 from nemotron_h.inference.model import GenerationModel, load_model  # noqa: E402
 from nemotron_h.planning.flops import flops_per_token  # noqa: E402
 from nemotron_h.planning.plan import make_plan  # noqa: E402
@@ -48,6 +52,12 @@ MODELS = {
         [("init_std: 0.1", "init_std: 0.1\n  overrides: {1: {ffn_hidden_size: 64}, 3: {num_query_groups: 1}}")],
         "mamba: 2, attention: 1, ffn: 2",
         163376 - 32 * 2 * 64 - 2 * 16 * 64,
+    ),
+    # two linear layers: norm and matrix
+    "linear": (
+        [("pattern: M-M*-", "pattern: M-ML*-L"), ("family: nemotron_h", "family: pruned")],
+        "mamba: 2, attention: 1, ffn: 2, linear: 2",
+        163376 + 2 * (64 + 64 * 64),
     ),
     # of two P, each: norm, projection in and out, convolution, scan, gated norm, attention; of two S; and the ends
     "falcon_h1": (
@@ -158,8 +168,14 @@ def test_it_is_sliced(trained: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_formats_say_what_they_cannot_hold(trained: tuple[Path, Path]) -> None:
     definition = read_definition(read_record(trained[1]), "")
-    with pytest.raises(UserError, match=r"gated layers, which|swiglu layers, which|widths of their own in layers 1, 3"):
-        check_expressible(definition)
+    words = r"gated layers, which .*: 1$|linear layers, which .*: 3, 6$|swiglu layers, which .*: 0, 1, 2, 3$"
+    checks = {"nemotron_h": check_expressible}
+    if definition.family != "falcon_h1":  # which llama.cpp has
+        checks["llama.cpp"] = lambda d: values(d, seq_length=64, file_type=F32)
+    for name, check in checks.items():
+        with pytest.raises(UserError, match=name) as error:
+            check(definition)
+        assert re.search(rf"{words}|widths of their own in layers 1, 3", error.value.message)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,13 @@ def test_a_teacher_teaches_itself_nothing(distilled: Small) -> None:
     assert own["lm"] < math.log(512) - 0.5  # what twelve steps of training reached
 
 
-WIDE = (("mamba_num_heads: 8", "mamba_num_heads: 16"), ("parameters: 116568", "parameters: 142448"))
+#: with a linear layer behind attention
+WIDE = (
+    ("mamba_num_heads: 8", "mamba_num_heads: 16"),
+    ("pattern: M*-", "pattern: M*L-"),
+    ("family: nemotron_h", "family: pruned"),
+    ("parameters: 116568", "linear: 1, parameters: 146608"),
+)
 FP8 = ("precision: bf16", "precision: fp8_current_scaling\nprecision_options: {bf16_edge_layers: 1}")
 
 
@@ -106,8 +112,8 @@ def test_fp8(distilled: Small) -> None:
     recipe = distill_recipe(distilled, "kd_fp8", *WIDE, FP8, teacher)
     said = distilled.train("kd_fp8", *few, recipe=recipe).stdout
     student, taught = (said.index(f"matrix products of the {who} on each rank") for who in ("student", "teacher"))
-    for table, rows in ((said[student:taught], 2), (said[taught:], 6)):
-        # attention alone; FFN, Mamba-2 and attention: two products each
+    for table, rows in ((said[student:taught], 3), (said[taught:], 6)):
+        # attention, two products, and the linear layer, one; FFN, Mamba-2 and attention
         assert table.count("E4M3 weights and activations, E5M2 gradients") == rows
         assert "first layer" in table or "first 1 layer" in table
     arguments = [str(Path(__file__).with_name("plain_loss.py")), str(recipe), str(distilled.folder / "kd_fp8/start.pt")]

@@ -343,7 +343,7 @@ class ModelDefinition:
                 if name not in kind.widths:
                     raise UserError(
                         f"{key}.{name}: a {kind.name} layer has no such width",
-                        hint=f"{nearest(name, kind.widths)}Known: {', '.join(kind.widths)}.",
+                        hint=f"{nearest(name, kind.widths)}Known: {', '.join(kind.widths) or 'none'}.",
                     )
                 check_number(f"model.overrides.{index}.{name}", value, ranges(ModelSchema)[name], f"{origin}: ")
                 if isinstance(value, float) or value <= 0:

@@ -17,6 +17,9 @@ MODEL_TYPE = "nemotron_h"
 #: the released models' value, for a checkpoint whose record tells no sequence length; nothing computes with it
 MAX_POSITIONS = 8192
 
+#: hint of an error: what takes a model that a format cannot hold
+OURS = "keep it as a checkpoint of ours: plan, training, generation and compression take it"
+
 #: definition -> config.json, where both hold one value
 KEYS = {
     "pattern": "hybrid_override_pattern",
@@ -122,13 +125,17 @@ def check_uniform(definition: ModelDefinition, reader: str, kinds: Set[str]) -> 
     """
     other = sorted({kind.name for kind in definition.kinds} - kinds)
     if other:
-        raise UserError(f"model {definition.name} has {', '.join(other)} layers, which {reader} does not know")
+        layers = ", ".join(str(number) for number, block in enumerate(definition.blocks) if block.name in other)
+        raise UserError(
+            f"model {definition.name} has {', '.join(other)} layers, which {reader} does not know: {layers}",
+            hint=OURS,
+        )
     if definition.overrides:
         layers = ", ".join(map(str, sorted(definition.overrides)))
         raise UserError(
             f"model {definition.name} has widths of their own in layers {layers} (model.overrides); {reader} states "
             "one width for all layers of a kind",
-            hint="keep it as a checkpoint of ours: plan, training, generation and compression take it",
+            hint=OURS,
         )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear(Block):
-    """One matrix [hidden, hidden], which every tensor-parallel rank holds whole."""
+    """A linear layer, whose matrix [hidden, hidden] every tensor-parallel rank holds whole."""
 
     letter: ClassVar[str] = "L"
     name: ClassVar[str] = "linear"
