@@ -116,7 +116,8 @@ def _accepted(costs: list[np.ndarray], room: np.ndarray, rng: np.random.Generato
     for _ in range(_BATCHES):
         picks = np.stack([np.searchsorted(each / each[-1], rng.random(_BATCH), side="right") for each in tilted], 1)
         left = room - sum(each[picks[:, slot]] for slot, each in enumerate(costs))
-        yield picks[(left >= 0).all(1) & (np.log(rng.random(_BATCH)) <= -np.maximum(left, 0) @ slopes)]
+        # sums of rounded numbers: whoever takes the picks adds them up exactly
+        yield picks[(left >= -1e-9).all(1) & (np.log(rng.random(_BATCH)) <= -np.maximum(left, 0) @ slopes)]
 
 
 def _walk(costs: list[np.ndarray], room: np.ndarray, picks: np.ndarray, rng: np.random.Generator) -> np.ndarray:

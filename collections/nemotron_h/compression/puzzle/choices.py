@@ -40,7 +40,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Solution:
-    """One choice of every slot.
+    """Choice of every slot.
 
     Attributes:
         picks: number of the choice, by slot.

@@ -21,11 +21,12 @@ from scipy.sparse import coo_array
 from nemotron_h.compression.puzzle.choices import Limit, Slots, solution_of
 from nemotron_h.core.errors import UserError
 
-#: ours: of the sum of weights, where HiGHS stops: 118 slots of 54 choices take seconds
-RELATIVE_GAP = 1e-6
+#: ours: where HiGHS stops: at the optimum but for this share of it, or after so many nodes, which take seconds with 118
+#: slots of 54 choices; a limit of seconds alone would make the answer depend on the machine's load
+_RELATIVE_GAP, _NODES = 1e-6, 2000
 #: ours: size of limits and objective for HiGHS, whose tolerances are absolute (1e-6)
 _SCALE = 1e4
-_TIME_LIMIT, _INFEASIBLE = 1, 2  # `status` of milp
+_OPTIMAL, _INFEASIBLE = 0, 2  # `status` of milp
 
 
 @dataclass(frozen=True)
@@ -134,21 +135,27 @@ class Program:
                     integrality=np.arange(columns) < self.columns,
                     bounds=Bounds(0, upper),
                     constraints=rows.constraint(columns),
-                    options={"time_limit": max(ends - time.monotonic(), 0.1), "mip_rel_gap": RELATIVE_GAP},
+                    options={
+                        "time_limit": max(ends - time.monotonic(), 0.1),
+                        "node_limit": _NODES,
+                        "mip_rel_gap": _RELATIVE_GAP,
+                    },
                 )
             if result.status == _INFEASIBLE:
                 return None
-            if result.x is None:
+            picks = None if result.x is None else self._picks(result.x)
+            if picks and (stretch or all(self.total(picks, limit) <= limit.most for limit in limits)):
+                return Optimum(picks, result.mip_dual_bound / _SCALE, result.status == _OPTIMAL)
+            if picks is None or time.monotonic() > ends:
                 raise UserError(
-                    f"no solution within {seconds:g} s: {result.message}", hint="give the search more seconds"
+                    f"no solution within {seconds:g} s and {_NODES:,} nodes: {result.message}",
+                    hint="give the search more seconds, or raise a limit",
                 )
-            picks = tuple(
-                int(np.argmax(result.x[begin:end]))
-                for begin, end in zip(self.begins[:-1], self.begins[1:], strict=True)
-            )
-            if stretch or all(self.total(picks, limit) <= limit.most for limit in limits):
-                return Optimum(picks, result.mip_dual_bound / _SCALE, result.status != _TIME_LIMIT)
             rows.add(self._row(picks), 0, len(self.slots) - 1)  # over a limit by less than HiGHS tells
+
+    def _picks(self, x: np.ndarray) -> tuple[int, ...]:
+        ends = zip(self.begins[:-1], self.begins[1:], strict=True)
+        return tuple(int(np.argmax(x[begin:end])) for begin, end in ends)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def solve(
         equal: groups of slots, by number, that take choices of one name.
         exempt: names that a slot of a group may take all the same, such as that of a layer that is removed: kept FFNs
             then share one width (MiniPuzzle).
-        seconds: for HiGHS; the best solution until then is returned, its gap logged.
+        seconds: for HiGHS; the best solution until then, or after some thousand nodes, is returned, its gap logged.
     Errors:
         UserError: a score or cost is not finite or missing; nothing meets the limits (names the tightest, and the least
             value that can be met); no solution in time.
@@ -60,8 +60,8 @@ def solve(
     gap = max(0.0, solution.score - (least + spread * optimum.bound))
     if not optimum.proved:
         logger.warning(
-            "HiGHS stopped after %g s: no solution has a score below %.6g, this one has %.6g",
-            *(seconds, solution.score - gap, solution.score),
+            "HiGHS stopped before the optimum was proved: this solution has a score of %.6g, and none is below %.6g",
+            *(solution.score, solution.score - gap),
         )
     return Solution(solution.picks, solution.score, solution.costs, gap)
 
