@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-sft demo-compress test faults chaos test-hf test-gguf test-eval test-other-readers bench card docs lint clean
+.PHONY: help install demo demo-sft demo-compress demo-puzzle test faults chaos test-hf test-gguf test-eval test-other-readers bench card docs lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -34,6 +34,13 @@ demo-compress: $(STAMP) ## pretrain a parent on two cores, compress it to two th
 	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny --yes parallel.devices=2 data.micro_batch_size=8 tokens=1966080 log.validate_every_steps=80 name=nemotron_h_tiny_parent
 	@$(BIN)/nemotron-h minipuzzle nemotron_h_tiny parallel.devices=2 data.micro_batch_size=8 minipuzzle.parent=runs/nemotron_h_tiny_parent
 	@echo "report: runs/nemotron_h_tiny_minipuzzle/export/report.html"
+
+demo-puzzle: export CUDA_VISIBLE_DEVICES :=
+demo-puzzle: $(STAMP) ## pretrain a parent of many heads on two cores, compress it layer by layer (Puzzle), write a report
+	@$(BIN)/nemotron-h data prepare --blend sample_small
+	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny_heads --yes parallel.devices=2 data.micro_batch_size=8
+	@$(BIN)/nemotron-h puzzle nemotron_h_tiny_heads parallel.devices=2 data.micro_batch_size=8
+	@echo "report: runs/nemotron_h_tiny_heads_puzzle/report/report.html"
 
 demo-sft: $(STAMP) ## fine-tune the model of `make demo` on real instructions, talk with it before and after, check its export
 	@$(BIN)/python demos/sft.py

@@ -119,9 +119,10 @@ def tokens(recipe: RecipeConfig) -> str:
 
 def command(name: str) -> str:
     """Return the command that runs a recipe."""
-    if stage_of(name) == "minipuzzle":
-        return f"nemotron-h minipuzzle {name.removesuffix('/minipuzzle')}"
-    return f"nemo llm {STAGES[stage_of(name)]} --factory {factory_of(name)} --yes"
+    stage = stage_of(name)
+    if stage in PIPELINES:
+        return f"nemotron-h {PIPELINES[stage]} {name.removesuffix(f'/{stage}')}"
+    return f"nemo llm {STAGES[stage]} --factory {factory_of(name)} --yes"
 
 
 def stages(model: str) -> list[str]:

@@ -27,7 +27,7 @@ WIDTHS = tuple(f.name for f in fields(LibrarySchema) if f.name not in (LINEAR, N
 
 @dataclass(frozen=True)
 class Variant:
-    """What may stand in a layer's place.
+    """Variant of a layer: itself, or what may stand in its place.
 
     Attributes:
         name: `parent`, `linear`, `no_op`, or its widths, as `mamba_num_heads=8,mamba_head_dim=16`.

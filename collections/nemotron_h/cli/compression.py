@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for.
+    """Request of a command line.
 
     Attributes:
         recipe: of the compression; its paths are not yet the cluster's.

@@ -331,15 +331,10 @@ class _Preparation:
                 pending[pool.submit(merge_shards, job)] = (name, None)
 
         total = sum(sizes[name] * len(jobs[name]) for name in plans)
+        own = (str(self.folder / "tokenizer"), self.template)
         with (
             StageProgress(self.console, "preparing", total, "bytes") as progress,
-            worker_pool(
-                self.workers,
-                start_worker,
-                (str(self.folder / "tokenizer"), self.template),
-                "finished shards are kept",
-                "--workers",
-            ) as pool,
+            worker_pool(self.workers, start_worker, own, "finished shards are kept", "--workers") as pool,
         ):
             while True:
                 while len(pending) < 2 * self.workers and (item := next(queue, None)):
