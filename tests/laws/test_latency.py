@@ -59,6 +59,14 @@ def test_a_layer_costs_what_stacks_differ_in(costs: LayerCosts) -> None:
     assert latency.prefill == pytest.approx(1e-3 + 1e-9 * (32 * layers - 31 * tiny.blocks[-1].parameters), rel=0.01)
 
 
+@pytest.mark.parametrize("like", ["nemotron_t_tiny", "mamba2_4m", "falcon_h1_tiny"])
+def test_layers_of_any_family_are_measured(monkeypatch: pytest.MonkeyPatch, like: str) -> None:
+    """Rotary positions have no use in a stack of FFNs."""
+    monkeypatch.setattr(layer_costs, "_turn", clocked)
+    costs = layer_costs.measure(model_named(like), [256], Scenario(1, 8), "cpu", turns=1)
+    assert set(costs.layers) == {*(kind.name for kind in model_named(like).kinds), "ends"}
+
+
 def test_a_turn_generates() -> None:
     tiny = model_named("nemotron_h_tiny")
     model = layer_costs.random_model(tiny, torch.float32, "cpu")

@@ -1,4 +1,5 @@
-"""Measure the latency of one layer of each kind at several sizes, through the generation that models run with.
+"""Measure the latency of one layer, of a kind at several sizes or of a block, through the generation that models run
+with.
 
 A stack of a few layers of one kind and a stack of one are timed in prefill and in steps; a layer costs their difference
 by the number of layers that they differ in, and embedding, final norm and output matrix what is left.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.architecture.alike import alike
+from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.generate import pass_tokens
@@ -27,6 +29,8 @@ from nemotron_h.inference.states import States
 from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.schema.layer_costs import ENDS, Cost, LayerCosts, Machine, Scenario
 
+#: seconds of a prefill and of a step after it
+Times = tuple[float, float]
 #: ours: layers of the larger stack beyond those of the smaller; timed turns, and steps of each
 MORE_LAYERS, TURNS, STEPS = 6, 7, 16
 #: ours: measurements of a layer, each of twice the turns, before noise is an error
@@ -56,7 +60,7 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
     return GenerationModel(definition, tensor(rows, hidden), layers, tensor(hidden), column_major(tensor(rows, hidden)))
 
 
-def seconds(models: Sequence[GenerationModel], scenario: Scenario, turns: int = TURNS) -> list[tuple[float, float]]:
+def seconds(models: Sequence[GenerationModel], scenario: Scenario, turns: int = TURNS) -> list[Times]:
     """Return the seconds of a prefill and of a step after it, for each model: the shortest of turns that they take one
     after the other, as other work on the machine only makes them longer.
     """
@@ -71,11 +75,12 @@ def seconds(models: Sequence[GenerationModel], scenario: Scenario, turns: int = 
     return best
 
 
-def _turn(model: GenerationModel, prompts: Tensor, scenario: Scenario) -> tuple[float, float]:
-    states = model.new_states(scenario.batch, scenario.context + STEPS + 2)
+def _turn(model: GenerationModel, prompts: Tensor, scenario: Scenario) -> Times:
+    states = model.new_states(scenario.batch, scenario.context + scenario.output + STEPS + 2)
     began = _now(model)
     token = model.logits(_read_all(model, prompts, states)).argmax(-1)
     read = _now(model) - began
+    states.advance(scenario.decoded_at - scenario.context)  # the cache is 0 there, which takes as long to read
     stepper, step = Stepper(model, states), math.inf
     for number in range(STEPS + 2):
         began = _now(model)
@@ -120,42 +125,83 @@ def measure(
     Errors:
         UserError: a width does not divide as it has to at one of the sizes, or other work hides what a layer costs.
     """
-    device, dtype = ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
     layers: dict[str, list[Cost]] = {}
     for hidden in hidden_sizes:
-        ends = []
+        model, ends = alike(like, hidden, like.pattern), []
+        model.validate_structure(f"{like.name} at hidden size {hidden}")
         for kind in like.kinds:
-            title = f"{kind.name} layers of {hidden}"
-            patterns = (kind.letter, kind.letter * (1 + MORE_LAYERS))
-            stacks = [replace(alike(like, hidden, pattern), name=title, family="pruned") for pattern in patterns]
-            stacks[0].validate_structure(title)
-            models = [random_model(each, dtype, device) for each in stacks]
-            for attempt in range(ATTEMPTS):
-                one, many = seconds(models, scenario, turns << attempt)
-                layer = [(long - short) / MORE_LAYERS for short, long in zip(one, many, strict=True)]
-                end = [short - each for short, each in zip(one, layer, strict=True)]
-                if min(*layer, *end) > 0:
-                    break
-            else:
-                raise UserError(
-                    f"{title}: {1 + MORE_LAYERS} of them take {1e3 * many[0]:.3g} and {1e3 * many[1]:.3g} ms, "
-                    f"1 takes {1e3 * one[0]:.3g} and {1e3 * one[1]:.3g} ms: no time of one layer comes of that",
-                    hint="other work disturbs the measurement: run it again on an idle machine, or with more --turns",
-                )
+            title, block = f"{kind.name} layers of {hidden}", model.block(kind.letter)
+            layer, end = time_layer(replace(stack_of(block, model), name=title), scenario, turns)
             ends.append(end)
-            layers.setdefault(kind.name, []).append(_cost(hidden, stacks[0].blocks[0].parameters, layer))
+            layers.setdefault(kind.name, []).append(cost_of(block, layer))
             advance(title)
-        end = [median(part) for part in zip(*ends, strict=True)]
-        layers.setdefault(ENDS, []).append(_cost(hidden, hidden * (like.vocab_size + 1), end))
-    machine = Machine(
-        name, _processor(), 0 if on_gpu() else torch.get_num_threads(), str(dtype)[6:], str(torch.__version__), command
+        layers.setdefault(ENDS, []).append(cost_of_ends(model, median_times(ends)))
+    return LayerCosts(this_machine(name, command), scenario, _shared_widths(like), layers)
+
+
+def time_layer(one: ModelDefinition, scenario: Scenario, turns: int = TURNS) -> tuple[Times, Times]:
+    """Return the times of a layer and of a model's ends: what stacks of one and of several differ in, and what
+    is left.
+
+    Args:
+        one: a stack of one layer; its name is for errors.
+        scenario, turns: as of `measure`.
+    Errors:
+        UserError: other work hides what a layer costs.
+    """
+    device, dtype = placement()
+    stacks = (one, replace(one, pattern=one.pattern * (1 + MORE_LAYERS)))
+    models = [random_model(each, dtype, device) for each in stacks]
+    for attempt in range(ATTEMPTS):
+        short, long = seconds(models, scenario, turns << attempt)
+        layer = [(many - few) / MORE_LAYERS for few, many in zip(short, long, strict=True)]
+        ends = [few - each for few, each in zip(short, layer, strict=True)]
+        if min(*layer, *ends) > 0:
+            return (layer[0], layer[1]), (ends[0], ends[1])
+    raise UserError(
+        f"{one.name}: {1 + MORE_LAYERS} of them take {1e3 * long[0]:.3g} and {1e3 * long[1]:.3g} ms, "
+        f"1 takes {1e3 * short[0]:.3g} and {1e3 * short[1]:.3g} ms: no time of one layer comes of that",
+        hint="other work disturbs the measurement: run it again on an idle machine, or with more --turns",
     )
-    return LayerCosts(machine, scenario, _shared_widths(like), layers)
 
 
-def _cost(hidden: int, parameters: int, times: Sequence[float]) -> Cost:
+def stack_of(block: Block, like: ModelDefinition) -> ModelDefinition:
+    """Return a model of one layer, a block with its own widths, and all else as another model has it."""
+    widths = {key: getattr(block, key) for key in ("hidden_size", *block.widths)}
+    title = f"{block.name} layers of {', '.join(f'{key} {value}' for key, value in widths.items())}"
+    return replace(like, name=title, family="pruned", pattern=block.letter, overrides={}, **widths)
+
+
+def median_times(parts: Sequence[Times]) -> Times:
+    """Return the medians of prefill and of decode."""
+    prefill, decode = zip(*parts, strict=True)
+    return median(prefill), median(decode)
+
+
+def placement() -> tuple[str, torch.dtype]:
+    """Return the device and dtype that layers are measured in: BF16 on a GPU where there is one, else float32."""
+    return ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
+
+
+def this_machine(name: str, command: str = "") -> Machine:
+    """Return what a measurement here is of."""
+    threads = 0 if on_gpu() else torch.get_num_threads()
+    return Machine(name, _processor(), threads, str(placement()[1])[6:], str(torch.__version__), command=command)
+
+
+def cost_of(block: Block, times: Times, **widths: int) -> Cost:
+    """Return the row of a layer."""
+    return _cost(block.hidden_size, block.parameters, times, widths)
+
+
+def cost_of_ends(model: ModelDefinition, times: Times, **widths: int) -> Cost:
+    """Return the row of final norm and output matrix."""
+    return _cost(model.hidden_size, model.hidden_size * (model.vocab_size + 1), times, widths)
+
+
+def _cost(hidden: int, parameters: int, times: Times, widths: dict[str, int]) -> Cost:
     """Return a row with the digits that a measurement has."""
-    return Cost(hidden, parameters, *(float(f"{part:.3g}") for part in times))
+    return Cost(hidden, parameters, *(float(f"{part:.3g}") for part in times), widths)
 
 
 def on_gpu() -> bool:

@@ -17,6 +17,7 @@ import yaml
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import whole_file
 from nemotron_h.core.strict import typed
 from nemotron_h.core.strict_yaml import read_yaml
 from nemotron_h.core.units import BYTES
@@ -47,21 +48,31 @@ def roofline(definition: ModelDefinition, gpu: Gpu, scenario: Scenario) -> Laten
     """Return the least latency of a BF16 model on a GPU: of each layer the longer of matmuls at the peak rate and of
     reading weights and states at the memory's.
     """
-    serving = Serving(scenario.context, scenario.batch)
-    hidden, rows = definition.hidden_size, definition.vocab_size
-    peak, bandwidth = gpu.bf16 * 1e12, gpu.bandwidth_gb_s * 1e9
-    output = max(2 * scenario.batch * hidden * rows / peak, hidden * rows * BYTES["bf16"] / bandwidth)
-    prefill = decode = output
+    ends = ends_roofline(definition, gpu, scenario)
+    prefill, decode = ends.prefill, ends.decode
     for (block, whole_prompt), count in _layers(definition).items():
-        memory = layer_memory(block, serving)
-        # keys and values are read; states of Mamba-2 are read and written
-        moved = memory.weights + memory.kv_cache + 2 * (memory.ssm_states + memory.conv_states)
-        one = scenario.batch * _flops(block, 2 * scenario.context - 1, 1)  # a causal average of `context` keys
-        step = max(one / peak, moved / bandwidth)
-        whole = scenario.batch * scenario.context * _flops(block, scenario.context, CHUNK)
-        decode += count * step
-        prefill += count * (max(whole / peak, memory.weights / bandwidth) if whole_prompt else step)
+        layer = layer_roofline(block, gpu, scenario)
+        decode += count * layer.decode
+        prefill += count * (layer.prefill if whole_prompt else layer.decode)
     return Latency(prefill, decode)
+
+
+def layer_roofline(block: Block, gpu: Gpu, scenario: Scenario) -> Latency:
+    """Return the least latency of one layer in BF16, of which the whole prompt is read."""
+    memory = layer_memory(block, Serving(scenario.decoded_at, scenario.batch))
+    peak, bandwidth = gpu.bf16 * 1e12, gpu.bandwidth_gb_s * 1e9
+    # keys and values are read; states of Mamba-2 are read and written
+    moved = memory.weights + memory.kv_cache + 2 * (memory.ssm_states + memory.conv_states)
+    one = scenario.batch * _flops(block, 2 * scenario.decoded_at - 1, 1)  # a causal average of that many keys
+    whole = scenario.batch * scenario.context * _flops(block, scenario.context, CHUNK)
+    return Latency(max(whole / peak, memory.weights / bandwidth), max(one / peak, moved / bandwidth))
+
+
+def ends_roofline(definition: ModelDefinition, gpu: Gpu, scenario: Scenario) -> Latency:
+    """Return the least latency of the output matrix in BF16."""
+    size = definition.hidden_size * definition.vocab_size
+    step = max(2 * scenario.batch * size / (gpu.bf16 * 1e12), size * BYTES["bf16"] / (gpu.bandwidth_gb_s * 1e9))
+    return Latency(step, step)
 
 
 def _layers(definition: ModelDefinition) -> Counter[tuple[Block, bool]]:
@@ -79,8 +90,13 @@ def check_costs(costs: LayerCosts, definition: ModelDefinition, scenario: Scenar
     """Refuse another scenario, kinds of layers that were not measured, and other widths than were.
 
     Errors:
-        UserError: names the file, and what it has.
+        UserError: names the file, and what it has; also of a table of blocks.
     """
+    if any(row.widths for rows in costs.layers.values() for row in rows):
+        raise UserError(
+            f"{origin} is a table of blocks, each of its own widths; nothing between them can be read off",
+            hint="name a file of nemotron-h layer-costs",
+        )
     if scenario != costs.scenario:
         raise UserError(
             f"{origin} was measured with {costs.scenario}, not with {scenario}",
@@ -125,7 +141,7 @@ def _between(costs: list[Cost], parameters: int, part: str) -> float:
 
 
 def read_layer_costs(path: Path) -> LayerCosts:
-    """Return the content of a file that `nemotron-h layer-costs` wrote.
+    """Return the content of a file that `write_layer_costs` wrote.
 
     Errors:
         UserError: it cannot be read, or a value is missing, unknown or impossible.
@@ -138,7 +154,8 @@ def read_layer_costs(path: Path) -> LayerCosts:
     for kind, sizes in rows.items():
         # OmegaConf leaves a list in a mapping as it is
         costs.layers[kind] = [typed(Cost, size, f"{path}: layers.{kind}") for size in sizes]
-        if len({size.parameters for size in costs.layers[kind]}) != len(sizes):
+        each = {(size.parameters, *sorted(size.widths.items())) for size in costs.layers[kind]}
+        if len(each) != len(sizes) and kind != ENDS:  # of a table of blocks, each block has measured those
             raise UserError(f"{path}: layers.{kind} has a size twice", hint="measure again")
     if ENDS not in costs.layers:
         raise UserError(f"{path}: layers.{ENDS} is missing", hint="measure again")
@@ -151,9 +168,13 @@ def write_layer_costs(path: Path, costs: LayerCosts) -> None:
     Errors:
         UserError: the file cannot be written.
     """
-    text = yaml.safe_dump(asdict(costs), sort_keys=False, width=120)
+    content = asdict(costs)
+    for rows in content["layers"].values():
+        rows[:] = [{key: value for key, value in row.items() if value != {}} for row in rows]
+    text = yaml.safe_dump(content, sort_keys=False, width=120)
     try:
-        path.write_text(f"# Written by nemotron-h layer-costs: seconds of one layer.\n{text}", encoding="utf-8")
+        with whole_file(path) as temporary:
+            temporary.write_text(f"# Measured by this project's generation: seconds of one layer.\n{text}", "utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
 

@@ -1,4 +1,4 @@
-"""The keys of a file of measured layers, which `nemotron-h layer-costs` writes and `nemotron-h shapes` reads."""
+"""The keys of a file of measured layers: of `nemotron-h layer-costs` for shapes, or of Puzzle's table of blocks."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ class Scenario:
     Attributes:
         batch: sequences at once.
         context: tokens of each prompt.
+        output: tokens of each answer.
     """
 
     batch: int = number(1, least=1)
     context: int = number(2048, least=1)
+    output: int = number(0, least=0)
+
+    @property
+    def decoded_at(self) -> int:
+        """Return the tokens that a sequence has at the middle of its answer, where a step takes the mean time."""
+        return self.context + self.output // 2
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, {self.context:,} tokens of prompt"
+        answer = f" and {self.output:,} of answer" if self.output else ""
+        return f"batch {self.batch}, {self.context:,} tokens of prompt{answer}"
 
 
 @dataclass
@@ -38,6 +46,7 @@ class Machine:
         threads: of PyTorch; 0 on a GPU.
         dtype: of weights and activations.
         torch: version.
+        engine: that generates.
         command: that measured.
         note: other circumstances, such as the load of the machine.
     """
@@ -47,6 +56,7 @@ class Machine:
     threads: int = number(least=0)
     dtype: str = MISSING
     torch: str = MISSING
+    engine: str = "nemotron_h"
     command: str = ""
     note: str = ""
 
@@ -59,12 +69,15 @@ class Cost:
         hidden_size: of its model.
         parameters: of the layer; of `ends`, those of the output matrix and the final norm.
         prefill, decode: seconds, as of `Latency`.
+        widths: all of the layer, in a table of blocks; of `ends`, hidden size and vocabulary. Empty where the layer is
+            one of a model at this hidden size, between which others are read off.
     """
 
     hidden_size: int = number(least=1)
     parameters: int = number(least=1)
     prefill: float = number(above=0)
     decode: float = number(above=0)
+    widths: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
