@@ -12,7 +12,7 @@ from nemotron_h.schema.ranges import COUNT, WIDTH
 #: values of keys of `PuzzleSchema` and `CostSchema`
 MERGES = ("aligned", "mean")
 MEASURES = ("kl", "loss", "accuracy")
-TIMES = ("measured", "none")
+TIMES = ("measured", "modelled", "none")
 
 
 @dataclass
@@ -62,7 +62,9 @@ class CostSchema:
     Attributes:
         batch, prompt, output: sequences at once, tokens that each reads, tokens that each generates.
         weights, kv_cache, states: precisions of the memory: fp32, bf16, fp8 or fp4.
-        times: `measured`: a layer of each variant is timed here; `none`: no limit needs times.
+        times: `measured`: a layer of each variant is timed here; `modelled`: the least that a GPU's peak rates allow;
+            `none`: no limit needs times.
+        gpu: of modelled times: its name in configs/gpus.yaml.
         parameters: most parameters; an integer, or text such as 4.5B.
         memory_gib: most GiB of weights, keys and values, and states of the batch at its full length.
         latency_seconds: most seconds from prompt to last token of a batch.
@@ -77,6 +79,7 @@ class CostSchema:
     kv_cache: str = "bf16"
     states: str = "fp32"
     times: str = "measured"
+    gpu: str | None = None
     parameters: str | None = None
     memory_gib: float | None = number(None, above=0, most=1e9)
     latency_seconds: float | None = number(None, above=0, most=1e9)

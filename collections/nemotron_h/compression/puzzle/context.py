@@ -30,13 +30,15 @@ from nemotron_h.architecture.variants import NO_OP, PARENT, Variant, variants_of
 from nemotron_h.compression.child import definition_of_layers
 from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.pipeline.compression import Compression
-from nemotron_h.compression.pipeline.text import CHOICE
+from nemotron_h.compression.pipeline.text import CHOICE, named
 from nemotron_h.compression.puzzle.library import Library, hash_of
 from nemotron_h.compression.puzzle.local import Piece
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import count_of
 from nemotron_h.data.feed.calibration import calibration_sampler
 from nemotron_h.inference.model import GenerationModel, lay_out
+from nemotron_h.planning.gpus import gpu
 
 #: variant's name of each layer
 Picks = Sequence[str]
@@ -45,7 +47,28 @@ Refined = Mapping[int, str]
 
 
 class Context(Compression):
-    """A compression whose layers may each become another variant; arguments and errors as of `Compression`."""
+    """A compression whose layers may each become another variant.
+
+    Args:
+        arguments: as of `Compression`.
+    Errors:
+        UserError: as of `Compression`; lengths of variants that there are not, less text than they are trained on, or
+            an unknown GPU.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        names = {name: None for of_layer in self.variants for name, each in of_layer.items() if each.trained}
+        for name in self.part.local.tokens_of:
+            check_one_of("puzzle.local.tokens_of", name, list(names), f"{self.origin}: ")
+        with named(f"{self.origin}: puzzle.local.tokens"):
+            self.batches(max(map(self.tokens, names), default=1))
+        if self.part.refine_tokens:
+            with named(f"{self.origin}: puzzle.refine_tokens"):
+                self.batches(count_of(self.part.refine_tokens, "puzzle.refine_tokens", self.origin))
+        if self.part.costs.gpu:
+            with named(f"{self.origin}: puzzle.costs.gpu"):
+                gpu(self.part.costs.gpu)
 
     @cached_property
     def variants(self) -> list[dict[str, Variant]]:

@@ -46,20 +46,12 @@ from nemotron_h.data.manifest import (
     data_root,
     split_problem,
 )
+from nemotron_h.data.prepare import shards as sharding
 from nemotron_h.data.prepare import sources as reading
 from nemotron_h.data.prepare.fetch import fetch
 from nemotron_h.data.prepare.hub_stream import origin
 from nemotron_h.data.prepare.inputs import resolve_path
 from nemotron_h.data.prepare.ready import adopt_split
-from nemotron_h.data.prepare.shards import (
-    MergeJob,
-    ShardJob,
-    ShardRecord,
-    build_shard,
-    finished_shard,
-    merge_shards,
-    start_worker,
-)
 from nemotron_h.data.source_plan import SourcePlan, no_document, plan_sources, saved_state
 from nemotron_h.data.tokenizer import (
     META_FILE,
@@ -303,7 +295,7 @@ class _Preparation:
                     shutil.rmtree(old)
             work.mkdir(parents=True, exist_ok=True)
             jobs[plan.name] = [
-                ShardJob(plan.source, pieces, str(work / f"shard-{number:06d}"), dtype.name)
+                sharding.ShardJob(plan.source, pieces, str(work / f"shard-{number:06d}"), dtype.name)
                 for number, pieces in enumerate(plan.shards)
             ]
         return entries | self._run_jobs({plan.name: plan for plan in plans}, jobs)
@@ -311,15 +303,17 @@ class _Preparation:
     def _work_folder(self, plan: SourcePlan) -> Path:
         return self.folder / plan.name / f".build-{plan.key[:16]}"
 
-    def _run_jobs(self, plans: dict[str, SourcePlan], jobs: dict[str, list[ShardJob]]) -> dict[str, SourceManifest]:
+    def _run_jobs(
+        self, plans: dict[str, SourcePlan], jobs: dict[str, list[sharding.ShardJob]]
+    ) -> dict[str, SourceManifest]:
         """Run all shards of all sources through one pool; a source is joined as soon as its last shard is done."""
         entries: dict[str, SourceManifest] = {}
-        records: dict[str, dict[int, ShardRecord]] = {name: {} for name in plans}
+        records: dict[str, dict[int, sharding.ShardRecord]] = {name: {} for name in plans}
         pending: dict[Future, tuple[str, int | None]] = {}  # None: the joining of a source
         queue = iter([(name, number) for name in plans for number in range(len(jobs[name]))])
         sizes = {name: sum(s.size for s in plan.scans) / max(1, len(jobs[name])) for name, plan in plans.items()}
 
-        def shard_done(name: str, number: int, record: ShardRecord) -> None:
+        def shard_done(name: str, number: int, record: sharding.ShardRecord) -> None:
             records[name][number] = record
             progress.advance(sizes[name], name)
             if len(records[name]) == len(jobs[name]):
@@ -327,21 +321,21 @@ class _Preparation:
                 _check_bad(plans[name], list(records[name].values()), prefixes)
                 source, dtype = plans[name].source, jobs[name][0].dtype
                 has = {"loss": bool(source.chat), "rewards": source.chat == PREFERENCE}
-                job = MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, **has)
-                pending[pool.submit(merge_shards, job)] = (name, None)
+                job = sharding.MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, **has)
+                pending[pool.submit(sharding.merge_shards, job)] = (name, None)
 
         total = sum(sizes[name] * len(jobs[name]) for name in plans)
         own = (str(self.folder / "tokenizer"), self.template)
         with (
             StageProgress(self.console, "preparing", total, "bytes") as progress,
-            worker_pool(self.workers, start_worker, own, "finished shards are kept", "--workers") as pool,
+            worker_pool(self.workers, sharding.start_worker, own, "finished shards are kept", "--workers") as pool,
         ):
             while True:
                 while len(pending) < 2 * self.workers and (item := next(queue, None)):
                     name, number = item
-                    record = finished_shard(jobs[name][number].prefix)
+                    record = sharding.finished_shard(jobs[name][number].prefix)
                     if record is None:
-                        pending[pool.submit(build_shard, jobs[name][number])] = item
+                        pending[pool.submit(sharding.build_shard, jobs[name][number])] = item
                     else:
                         shard_done(name, number, record)
                 if not pending:
@@ -443,7 +437,7 @@ def _unread(fields: dict[str, int]) -> str:
     return f"fields of messages that are not read: {counts}"
 
 
-def _check_bad(plan: SourcePlan, records: list[ShardRecord], prefixes: list[str]) -> None:
+def _check_bad(plan: SourcePlan, records: list[sharding.ShardRecord], prefixes: list[str]) -> None:
     """Stop when more of a source is unreadable than its `max_bad` allows: most often a wrong field or format."""
     bad = sum(r.bad for r in records)
     total = bad + sum(r.empty + r.joined + sum(r.documents.values()) for r in records)

@@ -53,5 +53,10 @@ def _check_costs(costs: CostSchema, origin: str) -> None:
         raise UserError(
             f"{origin}: puzzle.costs.{needing[0]} needs times, puzzle.costs.times is none", hint="set it to measured"
         )
+    if (costs.gpu is None) == (costs.times == "modelled"):
+        raise UserError(
+            f"{origin}: puzzle.costs.times is {costs.times}, puzzle.costs.gpu is {costs.gpu}",
+            hint="modelled times are of a GPU, such as gpu: h200; others of none",
+        )
     if costs.parameters is not None:
         count_of(costs.parameters, "puzzle.costs.parameters", origin)

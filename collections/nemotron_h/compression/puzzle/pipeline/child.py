@@ -61,7 +61,7 @@ def run(c: Context, folder: Path) -> str:
     said = (
         f"{definition.parameters:,} parameters, {definition.parameters / c.definition.parameters:.1%} of the parent's"
     )
-    if c.part.costs.times != "none":
+    if c.part.costs.times == "measured":
         of_parent, of_child = measured_latency(c, [c.parent.model, child])
         result["latency"] = {"foretold": chosen["costs"][LATENCY], "child": of_child, "parent": of_parent}
         said += f"; a batch takes {of_child:.3g} s, foretold {chosen['costs'][LATENCY]:.3g}, the parent {of_parent:.3g}"

@@ -14,16 +14,20 @@ from typing import Any
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.compression.puzzle.context import Context
+from nemotron_h.compression.puzzle.costs import measure_blocks, model_blocks
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
+from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.units import BYTES
+from nemotron_h.inference.layer_costs import seconds
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.planning.gpus import gpu
 from nemotron_h.planning.inference import Serving, layer_memory
+from nemotron_h.schema.layer_costs import ENDS, Scenario
 
 COSTS, TABLE = "costs.json", "times.yaml"
 #: resources of a layer
 PARAMETERS, MEMORY, LATENCY = "parameters", "memory", "latency"
-#: what is outside of the layers
-ENDS = "ends"
 
 
 def stage(c: Context) -> Stage:
@@ -33,8 +37,8 @@ def stage(c: Context) -> Stage:
 
 def inputs(c: Context) -> dict[str, Any]:
     """Return what the result depends on; limits are the search's."""
-    scenario = ("batch", "prompt", "output", "weights", "kv_cache", "states", "times")
-    keys = {f"puzzle.costs.{key}": getattr(c.part.costs, key) for key in scenario}
+    names = ("batch", "prompt", "output", "weights", "kv_cache", "states", "times", "gpu")
+    keys = {f"puzzle.costs.{key}": getattr(c.part.costs, key) for key in names}
     return {**keys, "variants": [[str(v.block) for v in of_layer.values()] for of_layer in c.variants]}
 
 
@@ -50,21 +54,38 @@ def serving(c: Context) -> Serving:
     )
 
 
-def _measured(c: Context, blocks: dict[str, Block], path: Path) -> dict[str, dict[str, float]]:
-    raise NotImplementedError
+def scenario(c: Context) -> Scenario:
+    """Return the sequences that times are of."""
+    costs = c.part.costs
+    return Scenario(costs.batch, costs.prompt, costs.output)
 
 
-def measured_latency(c: Context, models: Any) -> list[float]:
+def _timed(c: Context, blocks: dict[str, Block], path: Path) -> dict[str, dict[str, float]]:
+    """Return seconds by name of a block, and of what is outside of the layers; nothing where no times are asked for."""
+    if c.part.costs.times == "none":
+        return {}
+    if c.part.costs.times == "modelled":
+        costs = model_blocks(blocks, c.definition, scenario(c), gpu(c.part.costs.gpu))
+    else:
+        c.parent.release()
+        with StageProgress(c.console, "layers timed", len(blocks)) as bar:
+            costs = measure_blocks(blocks, c.definition, scenario(c), path, lambda _: bar.advance())
+    return {name: _seconds(c, each.prefill, each.decode) for name, each in costs.items()}
+
+
+def _seconds(c: Context, prefill: float, decode: float) -> dict[str, float]:
+    return {LATENCY: prefill + c.part.costs.output * decode, "prefill": prefill, "decode": decode}
+
+
+def measured_latency(c: Context, models: list[GenerationModel]) -> list[float]:
     """Return seconds of a batch in the scenario, of each model."""
-    raise NotImplementedError
+    return [_seconds(c, *times)[LATENCY] for times in seconds(models, scenario(c))]
 
 
 def run(c: Context, folder: Path) -> str:
     """Count, and measure where the recipe asks for times."""
     blocks = {str(v.block): v.block for of_layer in c.variants for v in of_layer.values() if v.block is not None}
-    times: dict[str, dict[str, float]] = {}
-    if c.part.costs.times == "measured":
-        times = _measured(c, blocks, folder / TABLE)
+    times = _timed(c, blocks, folder / TABLE)
     own = {name: _costs(c, block, times.get(name, {})) for name, block in blocks.items()}
     nothing = dict.fromkeys(next(iter(own.values())), 0)
     layers = [
@@ -74,7 +95,8 @@ def run(c: Context, folder: Path) -> str:
     parameters = c.definition.other_parameters
     ends = {PARAMETERS: parameters, MEMORY: parameters * serving(c).weight_bytes, **times.get(ENDS, {})}
     write_json(folder / COSTS, {"layers": layers, "ends": ends})
-    return f"{len(blocks)} different layers" + (f", timed for {c.part.costs.batch} sequences" if times else "")
+    said = f"; times {c.part.costs.times}: {scenario(c)}" if times else ""
+    return f"{len(blocks)} different layers{said}"
 
 
 def _costs(c: Context, block: Block, times: dict[str, float]) -> dict[str, float]:
