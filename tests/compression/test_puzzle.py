@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from nemotron_h.cli.main import app
 from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.puzzle import child as child_writer
 from nemotron_h.compression.puzzle.local import child_changes
-from nemotron_h.compression.puzzle.pipeline import library, score
+from nemotron_h.compression.puzzle.pipeline import compare, library, refine, score
 from nemotron_h.compression.puzzle.puzzle import Puzzle
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
@@ -136,42 +137,65 @@ def test_the_report_shows_each_layer_s_variant(solved: tuple[Tiny, Result]) -> N
 
 
 @pytest.mark.parametrize(
-    ("stage", "module", "name"), [("library", library, "make_layer"), ("score", score, "score_layer")]
+    ("stage", "module", "name", "output"),
+    [
+        ("library", library, "make_layer", "library.json"),
+        ("score", score, "score_layer", "scores.json"),
+        ("compare", compare, "child_changes", "compared.json"),
+        ("refine", refine, "refine_pair", "refined.json"),
+    ],
 )
-def test_an_interrupted_stage_goes_on_at_the_next_layer(
-    solved: tuple[Tiny, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, module: Any, name: str
+def test_an_interrupted_stage_goes_on_where_it_was(
+    solved: tuple[Tiny, Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    module: Any,
+    name: str,
+    output: str,
 ) -> None:
-    """What it comes to is what it comes to in one go, bit for bit."""
+    """What it comes to is what it comes to in one go, bit for bit, and nothing that was done is done again."""
     tiny, _ = solved
-    root = tiny.folder / "runs/puzzled"
-    original, calls = getattr(module, name), []
+    root, copied = tiny.folder / "runs/puzzled", tmp_path / "puzzled"
+    shutil.copytree(root, copied, ignore=shutil.ignore_patterns("heal", "child", "report"))
+    shutil.rmtree(copied / stage)
+    for weights in (copied / "variants").iterdir():
+        made_by = "refine" if weights.stem in read(tiny, "refine", "refined.json")["stored"].values() else "library"
+        if made_by == stage:
+            weights.unlink()
+    original, calls, limit = getattr(module, name), [], 2
 
-    def interrupted(*arguments: Any) -> Any:
-        calls.append(arguments[1])
-        if len(calls) == 3:
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > limit:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    made = puzzle(tiny, f"log.dir={tmp_path}")
-    made.pipeline.run("importance")
-    if stage == "score":
-        made.pipeline.run("library")
-    monkeypatch.setattr(module, name, interrupted)
+    monkeypatch.setattr(module, name, counted)
     with pytest.raises(KeyboardInterrupt):
-        made.pipeline.run(stage)
-    first = list(calls)
+        puzzle(tiny, f"log.dir={tmp_path}").pipeline.run(stage)
+    assert not (copied / stage / output).exists()
+    limit = 1000
     puzzle(tiny, f"log.dir={tmp_path}").pipeline.run(stage)
-    assert calls[3:] == [layer for layer in calls if layer not in first[:2]][1:], "two layers are not made again"
-    output = {"library": "library.json", "score": "scores.json"}[stage]
-    assert (tmp_path / "puzzled" / stage / output).read_bytes() == (root / stage / output).read_bytes()
+    if stage != "refine":  # which measures the whole child at its end
+        monkeypatch.undo()
+        times = len(calls)
+        monkeypatch.setattr(module, name, counted)
+        shutil.rmtree(copied / stage)
+        for weights in (copied / "variants").iterdir() if stage == "library" else ():
+            weights.unlink()
+        puzzle(tiny, f"log.dir={tmp_path}").pipeline.run(stage)
+        assert len(calls) - times == times - 1, "the call that was interrupted alone was made twice"
+    assert (copied / stage / output).read_bytes() == (root / stage / output).read_bytes()
 
 
 def test_several_processes_make_the_same_library(solved: tuple[Tiny, Result], tmp_path: Path) -> None:
+    root = solved[0].folder / "runs/puzzled"
+    shutil.copytree(root / "importance", tmp_path / "puzzled/importance")
     made = puzzle(solved[0], f"log.dir={tmp_path}", "parallel.devices=2", "data.micro_batch_size=4")
-    for stage in ("importance", "library"):
-        made.pipeline.run(stage)
-    root = solved[0].folder / "runs/puzzled/library/library.json"
-    assert (tmp_path / "puzzled/library/library.json").read_bytes() == root.read_bytes()
+    made.pipeline.run("library")
+    told = "library/library.json"
+    assert (tmp_path / "puzzled" / told).read_bytes() == (root / told).read_bytes()
 
 
 def test_a_child_that_is_not_its_variants_is_not_written(
