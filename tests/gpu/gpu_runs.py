@@ -66,6 +66,7 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
             "\n  rope_percent: 1.0\n  conv_kernel",
         ),
     ),
+    "linear": (("family: nemotron_h", "family: pruned"), ("pattern: M-M*-", "pattern: M-ML*-L")),
 }
 COUNTED = "mamba: 2, attention: 1, ffn: 2, parameters: 163376"
 #: of each of these models at the widths of the GPU and of the CPU
@@ -79,6 +80,10 @@ COUNTS = {
     "parallel": (
         "mamba: 0, attention: 0, ffn: 0, parallel: 2, swiglu: 2, parameters: 11832928",
         "mamba: 0, attention: 0, ffn: 0, parallel: 2, swiglu: 2, parameters: 187888",
+    ),
+    "linear": (
+        "mamba: 2, attention: 1, ffn: 2, linear: 2, parameters: 9606240",
+        "mamba: 2, attention: 1, ffn: 2, linear: 2, parameters: 171696",
     ),
 }
 

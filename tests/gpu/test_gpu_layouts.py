@@ -1,4 +1,4 @@
-"""On two GPUs with NCCL: two ranks train what one does, a hybrid, Muon, experts and Falcon-H1's parallel layers.
+"""On two GPUs with NCCL: two ranks train what one does, a hybrid, Muon, experts, Falcon-H1's and linear layers.
 
 `python tests/gpu/test_gpu_layouts.py` does it without pytest and prints the largest difference of a loss and a norm.
 Without GPUs it tries itself on the CPU with gloo.
@@ -81,7 +81,12 @@ def parallel(small: small_run.Small) -> None:
     check(small, "parallel")
 
 
-CHECKS = (hybrid, muon, experts, parallel)
+def linear(small: small_run.Small) -> None:
+    """Compare layouts of a model with linear layers, which every tensor-parallel rank holds whole."""
+    check(small, "linear")
+
+
+CHECKS = (hybrid, muon, experts, parallel, linear)
 assert [each.__name__ for each in CHECKS] == list(KINDS)
 
 if pytest is not None:
