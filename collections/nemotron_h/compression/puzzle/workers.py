@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.core.worker_pool import worker_pool
+from nemotron_h.platform import quiet
 from nemotron_h.schema.recipe import RecipeConfig
 
 #: work on a layer; what it returns goes through a pipe
@@ -44,6 +46,8 @@ def over_layers(c: Context, work: Work, layers: Sequence[int]) -> Iterator[tuple
 
 def _begin(recipe: RecipeConfig, origin: str, threads: int) -> None:
     global _context
+    if not quiet.verbose():
+        warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
