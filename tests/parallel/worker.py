@@ -78,7 +78,11 @@ FAMILIES = {
         ),
     },
     "preference": {"hybrid_override_pattern": "M-M*-"},
-    "linear": {"hybrid_override_pattern": "M-ML*-L"},
+    # as Puzzle makes them: every kind has a layer with a width of its own
+    "linear": {
+        "hybrid_override_pattern": "M-ML*-L",
+        "overrides": {1: {"ffn_hidden_size": 48}, 2: {"mamba_num_heads": 4}, 4: {"num_attention_heads": 8}},
+    },
     # two stages: one without experts
     "experts": {
         "hybrid_override_pattern": "M*EE",
