@@ -64,6 +64,40 @@ def test_the_best_picks_are_those_of_brute_force(seed: int) -> None:
     assert best.costs["bytes"] == 1e-2 + sum(each[n].costs["bytes"] for each, n in zip(slots, picks, strict=True))
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_is_asked_the_answer_is_that_of_brute_force(seed: int) -> None:
+    """Scores and costs of any size and sign, with ties; up to two limits; earlier solutions and equal slots at once."""
+    rng = np.random.default_rng(seed)
+    count, whole, sizes = int(rng.integers(1, 6)), rng.random() < 0.5, 10.0 ** rng.integers(-7, 7, 3)
+
+    def choice(number: int) -> Choice:
+        score, *costs = sizes * (rng.integers(-3, 4, 3) if whole else rng.normal(size=3))
+        return Choice(NAMES[number], float(score), dict(zip(RESOURCES, map(float, costs), strict=True)))
+
+    slots = [[choice(number) for number in range(rng.integers(1, 6))] for _ in range(count)]
+    every = [solution_of(slots, picks, (), RESOURCES) for picks in itertools.product(*(range(len(s)) for s in slots))]
+    limits = [
+        Limit(key, float(np.quantile([each.costs[key] for each in every], rng.uniform())))
+        for key in RESOURCES[: rng.integers(3)]
+    ]
+    earlier = [every[number].picks for number in rng.integers(len(every), size=rng.integers(3))]
+    groups = [rng.permutation(count)[: rng.integers(1, 6)].tolist()] if rng.random() < 0.5 else []
+    options = {"earlier": earlier, "alpha": float(rng.choice([0.2, 0.5, 0.8])), "equal": groups, "exempt": ["whole"]}
+    allowed = [
+        each
+        for each in every
+        if all(each.costs[limit.resource] <= limit.most for limit in limits)
+        and all(shared(each.picks, other) <= options["alpha"] * count + 1e-9 for other in earlier)
+        and all(len({slots[n][each.picks[n]].name for n in group} - {"whole"}) <= 1 for group in groups)
+    ]
+    if not allowed:
+        infeasible(slots, limits, **options)
+        return
+    best = solve(slots, limits, **options)
+    assert best.picks in {each.picks for each in allowed}
+    assert best.score == pytest.approx(min(each.score for each in allowed), rel=1e-9, abs=1e-9 * sizes[0])
+
+
 def test_no_limit_is_the_best_of_each_slot() -> None:
     slots, _ = problem(0, 5)
     assert solve(slots, ()).picks == (0,) * 5

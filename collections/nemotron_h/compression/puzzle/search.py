@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Sequence
+from operator import itemgetter
 
 import numpy as np
 
@@ -117,7 +118,9 @@ def _infeasible(program: Program, limits: Sequence[Limit], seconds: float) -> Us
 
     apart = f", apart from {len(program.earlier)} earlier solutions" if program.earlier else ""
     leasts = [(limit, least(limit, ())) for limit in limits]
-    over = sorted(((ratio(limit, value), limit, value) for limit, value in leasts if value > limit.most), key=_first)
+    over = sorted(
+        ((ratio(limit, value), limit, value) for limit, value in leasts if value > limit.most), key=itemgetter(0)
+    )
     if over:
         said = (f"{_below(limit)}: the least is {rounded_up(value)}" for _, limit, value in reversed(over))
         raised = (f"{limit.resource} to {rounded_up(value)} or more" for _, limit, value in reversed(over))
@@ -128,7 +131,9 @@ def _infeasible(program: Program, limits: Sequence[Limit], seconds: float) -> Us
     nearest = program.minimise(nothing, limits, seconds, stretch=True)
     share = max(ratio(limit, program.total(nearest.picks, limit)) for limit in limits)
     alone = [(limit, least(limit, [other for other in limits if other is not limit])) for limit in limits]
-    single = sorted(((ratio(limit, value), limit, value) for limit, value in alone if value is not None), key=_first)
+    single = sorted(
+        ((ratio(limit, value), limit, value) for limit, value in alone if value is not None), key=itemgetter(0)
+    )
     said = [f"the least {limit.resource} is {rounded_up(value)} within the others" for _, limit, value in single]
     said.append(f"all limits at {rounded_up(1 + share)} times are met")
     raised = [f"{limit.resource} to {rounded_up(value)}" for _, limit, value in single]
@@ -136,10 +141,6 @@ def _infeasible(program: Program, limits: Sequence[Limit], seconds: float) -> Us
         f"no choice of the slots meets {' and '.join(map(_below, limits))} at once{apart}: {'; '.join(said)}",
         hint=f"raise {' or '.join([*raised, f'all limits to {rounded_up(1 + share)} times'])}",
     )
-
-
-def _first(row: tuple[float, Limit, float]) -> float:
-    return row[0]
 
 
 def _below(limit: Limit) -> str:
