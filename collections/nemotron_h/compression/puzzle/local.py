@@ -243,14 +243,17 @@ def compare(forward: Forward, streams: Mapping[str, Tensor], labels: Tensor) -> 
     return sums
 
 
-def child_changes(parent: GenerationModel, child: GenerationModel, windows: np.ndarray, batch: int) -> Change:
-    """Compare a whole child with its parent over windows [samples, l + 1]."""
-    forward, other = Forward(parent), Forward(child)
-    totals = torch.zeros(3, dtype=torch.float64)
-    with torch.inference_mode():
-        for start in range(0, len(windows), batch):
-            text = windows[start : start + batch]
-            streams = {"": prefix(forward, text[:, :-1], parent.definition.num_layers)}
-            streams["child"] = prefix(other, text[:, :-1], child.definition.num_layers)
-            totals += compare(forward, streams, torch.from_numpy(text[:, 1:]))["child"]
-    return Change(*(totals / windows[:, 1:].size).tolist())
+@torch.inference_mode()
+def child_changes(
+    parent: GenerationModel, children: Mapping[str, GenerationModel], windows: np.ndarray, batch: int
+) -> dict[str, Change]:
+    """Compare whole children, by name, with their parent over windows [samples, l + 1]."""
+    forwards = {"": Forward(parent), **{name: Forward(child) for name, child in children.items()}}
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in forwards}
+    for start in range(0, len(windows), batch):
+        text = windows[start : start + batch]
+        layers = {name: each.definition.num_layers for name, each in forwards.items()}
+        streams = {name: prefix(each, text[:, :-1], layers[name]) for name, each in forwards.items()}
+        for name, sum_of in compare(forwards[""], streams, torch.from_numpy(text[:, 1:])).items():
+            sums[name] += sum_of
+    return {name: Change(*(sums[name] / windows[:, 1:].size).tolist()) for name in children}

@@ -52,11 +52,12 @@ def run(c: Context, folder: Path) -> str:
         definition = write_child(c, picks, refined, folder / PRUNED, name_of(c), settings)
         bar.advance()
     child, text = c.realised(picks, refined), c.text.held_out[REPORTED]
+    changes = child_changes(c.parent.model, {"child": child}, text, c.recipe.data.micro_batch_size)
     result = {
         "picks": picks,
         "parameters": {"parent": c.definition.parameters, "child": definition.parameters},
         "latency": None,
-        REPORTED: asdict(child_changes(c.parent.model, child, text, c.recipe.data.micro_batch_size)),
+        REPORTED: asdict(changes["child"]),
     }
     said = (
         f"{definition.parameters:,} parameters, {definition.parameters / c.definition.parameters:.1%} of the parent's"

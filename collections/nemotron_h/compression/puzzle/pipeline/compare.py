@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.compression.pipeline.text import CHOICE
-from nemotron_h.compression.puzzle.context import Context, Picks
+from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.local import Change, child_changes
 from nemotron_h.compression.puzzle.pipeline.search import SOLUTIONS
 from nemotron_h.compression.stages import Stage
@@ -23,6 +23,8 @@ from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
 
 COMPARED = "compared.json"
+#: ours: children that share a pass of the parent
+AT_ONCE = 8
 
 
 def stage(c: Context) -> Stage:
@@ -41,22 +43,17 @@ def run(c: Context, folder: Path) -> str:
     found, path = c.read("search", SOLUTIONS), folder / "known.json"
     groups = {"solutions": found["solutions"], "greedy": [found["greedy"]], "random": found["random"]}
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    every = {json.dumps(row["picks"]): row["picks"] for rows in groups.values() for row in rows}
+    missing = [key for key in every if key not in known]
     text, batch = c.text.held_out[CHOICE], c.recipe.data.micro_batch_size
-
-    def compare(picks: Picks) -> dict[str, Any]:
-        key = json.dumps(picks)
-        if key not in known:
-            known[key] = asdict(child_changes(c.parent.model, c.realised(picks), text, batch))
+    with StageProgress(c.console, "children", len(missing)) as bar:
+        for start in range(0, len(missing), AT_ONCE):
+            children = {key: c.realised(every[key]) for key in missing[start : start + AT_ONCE]}
+            changes = child_changes(c.parent.model, children, text, batch)
+            known |= {key: asdict(change) for key, change in changes.items()}
             write_json(path, known)
-        return known[key]
-
-    compared: dict[str, Any] = {}
-    with StageProgress(c.console, "children", sum(map(len, groups.values()))) as bar:
-        for group, rows in groups.items():
-            compared[group] = []
-            for row in rows:
-                compared[group].append(compare(row["picks"]))
-                bar.advance()
+            bar.advance(len(children))
+    compared = {group: [known[json.dumps(row["picks"])] for row in rows] for group, rows in groups.items()}
     own = c.parent.own_score(CHOICE)
     parent, measure = Change(0.0, own.loss, own.accuracy), found["measure"]
     lost = {group: [Change(**each).measured(measure, parent) for each in rows] for group, rows in compared.items()}

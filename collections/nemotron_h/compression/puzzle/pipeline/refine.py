@@ -56,12 +56,11 @@ def run(c: Context, folder: Path) -> str:
     stored = {layer: name for of_pair in names.values() for layer, name in of_pair.items()}
     entries = [c.library.entry(name) for name in stored.values()]
     text, batch = c.text.held_out[CHOICE], c.recipe.data.micro_batch_size
-    before, after = (
-        child_changes(c.parent.model, c.realised(picks, refined), text, batch).kl for refined in ({}, stored)
-    )
+    children = {"before": c.realised(picks), "after": c.realised(picks, stored)}
+    kl = {name: each.kl for name, each in child_changes(c.parent.model, children, text, batch).items()}
     told = [{"layer": each.layer, "made": each.made, "trained": each.trained} for each in entries]
-    write_json(folder / REFINED, {"pairs": told, "stored": stored, "kl": {"before": before, "after": after}})
-    return f"{len(pairs)} pairs of layers, {len(missing)} trained now; KL {before:.4f} -> {after:.4f}"
+    write_json(folder / REFINED, {"pairs": told, "stored": stored, "kl": kl})
+    return f"{len(pairs)} pairs of layers, {len(missing)} trained now; KL {kl['before']:.4f} -> {kl['after']:.4f}"
 
 
 def read_refined(c: Context) -> dict[int, str]:
