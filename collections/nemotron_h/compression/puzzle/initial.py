@@ -80,15 +80,9 @@ def initial_tensors(
     if variant.name == LINEAR:
         return [tensors[0].clone(), knowledge.fits[layer].matrix().to(tensors[0].dtype)]
     block, widths = parent.blocks[layer], dict(variant.widths)
-    heads = block.attention_heads()
-    if heads and heads.key in widths:
-        count = widths.pop(heads.key)
-        if knowledge.moments is None:
-            alignment = plain_mean(heads, count)
-        else:
-            alignment = align_layer(knowledge.moments[layer], heads, count)
-        own = parent.overrides.get(layer, {})
-        merged = parent.block(block.letter, {**own, heads.key: count})
+    if alignment := merging(parent, layer, variant, knowledge):
+        key = alignment.heads.key
+        merged = parent.block(block.letter, {**parent.overrides.get(layer, {}), key: widths.pop(key)})
         tensors, block = _merged(block, merged, alignment, tensors), merged
     if widths:
         kept = whole_axes(block) | top_channels(
@@ -97,6 +91,17 @@ def initial_tensors(
         parts = block.cuts(kept, np.arange(parent.hidden_size))
         tensors = [cut(tensor, part) for tensor, part in zip(tensors, parts, strict=True)]
     return [tensor.clone() for tensor in tensors]
+
+
+def merging(parent: ModelDefinition, layer: int, variant: Variant, knowledge: Knowledge) -> LayerAlignment | None:
+    """Return how a variant's key-value heads are merged; None where it has all of its layer's."""
+    heads = parent.blocks[layer].attention_heads()
+    if heads is None or heads.key not in variant.widths:
+        return None
+    count = variant.widths[heads.key]
+    if knowledge.moments is None:
+        return plain_mean(heads, count)
+    return align_layer(knowledge.moments[layer], heads, count)
 
 
 def _merged(block: Block, merged: Block, alignment: LayerAlignment, tensors: list[Tensor]) -> list[Tensor]:
