@@ -32,7 +32,7 @@ from nemotron_h.compression.puzzle.library import Library, hash_of
 from nemotron_h.compression.puzzle.local import Piece
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import count_of
-from nemotron_h.data.feed.calibration import calibration_sampler
+from nemotron_h.data.feed.calibration import calibration_batches
 from nemotron_h.inference.model import GenerationModel, lay_out
 
 #: variant's name of each layer
@@ -84,17 +84,8 @@ class Context(Compression):
         Errors:
             UserError: there is less text.
         """
-        length, batch = self.text.seq_length, self.part.local.batch
-        samples = max(1, -(-tokens // (batch * length))) * batch
-        blend, manifest = self.text.blend, self.text.manifest
-        sampler = calibration_sampler(blend, manifest, samples, length, self.recipe.init_seed)
-        streams = {name: manifest.stream(name, "train") for name in sampler.names}
-
-        def windows(step: int) -> np.ndarray:
-            chosen = (sampler[number] for number in range(step * batch, (step + 1) * batch))
-            return np.stack([streams[s.source].read(s.start, length) for s in chosen])
-
-        return windows
+        text, batch = self.text, self.part.local.batch
+        return calibration_batches(text.blend, text.manifest, tokens, batch, text.seq_length, self.recipe.init_seed)
 
     def piece(self, layer: int, name: str, forward: Forward) -> Piece | None:
         """Return a variant of the library beside the parent's layers; None where it is no layer."""

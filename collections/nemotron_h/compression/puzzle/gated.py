@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from nemotron_h.architecture.blocks.block import Block
-from nemotron_h.checkpoint.names import Weight
 from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.heads.alignment import LayerAlignment
+from nemotron_h.compression.heads.fusion import qkv_row
 from nemotron_h.compression.heads.gates import Gates
 from nemotron_h.compression.puzzle.local import Piece
 from nemotron_h.model.blocks.registry import RUNNING
@@ -54,7 +54,7 @@ class GatedPiece(Piece):
         widths = {**{key: getattr(block, key) for key in block.widths}, heads.key: heads.groups}
         whole = forward.definition.block(block.letter, widths)
         self._whole = RUNNING[whole.letter](whole, forward.definition.norm_epsilon)
-        self._row, self._whole_row = (_qkv_row(each) for each in (block, whole))
+        self._row, self._whole_row = (qkv_row(each) for each in (block, whole))
         parts = alignment.qkv(*self._whole_row.to_theirs(qkv).values(), merge=False)
         like = self.tensors[self._place]
         self._originals = self._by_head(torch.cat(parts[1:])).to(like)  # [2, g, d, h]
@@ -79,7 +79,8 @@ class GatedPiece(Piece):
         keys_and_values = shared + z.to(shared)[:, None, None] * (self._originals - shared)
         tensors = [tensor.clone() for tensor in self.tensors]
         whole = torch.cat([self._queries, keys_and_values.flatten(0, 2)])
-        (tensors[self._place],) = self._whole_row.to_ours(whole).values()
+        (qkv,) = self._whole_row.to_ours(whole).values()
+        tensors[self._place] = qkv.clone()  # `loaded` multiplies in place, which a view does not take
         return self.forward.apply(self._whole, self._whole.loaded(self._whole.weights(tensors)), x)
 
     def parameter_groups(self, lr: float, steps: int) -> list[dict[str, Any]]:
@@ -101,8 +102,3 @@ class GatedPiece(Piece):
         merged = torch.cat([self._queries, self._shared.flatten(0, 2)])
         (self.tensors[self._place],) = self._row.to_ours(merged).values()
         self._z = self._originals = None
-
-
-def _qkv_row(block: Block) -> Weight:
-    """Return the row of queries with keys and values in the table of weights."""
-    return Weight(**vars(list(block.tensors("", ""))[block.attention_heads().qkv]))

@@ -44,9 +44,12 @@ class Piece:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what it adds to the residual stream x [b, l, h]."""
+        return self.forward.apply(self.running, self.weights(), x)
+
+    def weights(self) -> Any:
+        """Return its weights as a model in memory has them."""
         # `loaded` multiplies in place, which a weight that is trained does not take
-        w = self.running.loaded(self.running.weights([tensor.clone() for tensor in self.tensors]))
-        return self.forward.apply(self.running, w, x)
+        return self.running.loaded(self.running.weights([tensor.clone() for tensor in self.tensors]))
 
     def parameter_groups(self, lr: float, steps: int) -> list[dict[str, Any]]:
         """Return what trains in so many steps, as an optimizer's groups."""
