@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from small_model import pure_config, relative_error, small_config, small_model
 from test_prune_cli import invoke, place  # noqa: F401
 
 from nemotron_h.compression.child import Child
+from nemotron_h.compression.heads import child
 from nemotron_h.compression.heads.alignment import LayerAlignment
 from nemotron_h.compression.slicing import Masked, logits_error
 from nemotron_h.core.errors import UserError
@@ -165,6 +167,25 @@ def test_a_wrong_fusion_is_not_saved(
     for options in ((), ("--align-only",)):
         with pytest.raises(UserError, match="computes something else than it should: logits differ by"):
             invoke("align-heads", run, tmp_path / "wrong", "--kv-heads", 2, *options, *text(place))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_trained_layer_that_is_written_wrong_is_not_saved(
+    place: Path,  # noqa: F811
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = child._reader
+
+    def damaged(*arguments: Any) -> Any:
+        read = right(*arguments)
+        return lambda row: {key: t.flip(0) if "linear_proj" in key else t for key, t in read(row).items()}
+
+    monkeypatch.setattr(child, "_reader", damaged)
+    options = ("--kv-heads", 2, "--tokens", 128, "--batch", 1, *text(place))
+    with pytest.raises(UserError, match="computes something else than it should: logits differ by"):
+        invoke("align-heads", run, tmp_path / "wrong", *options)
     assert not list(tmp_path.iterdir())
 
 
