@@ -1,18 +1,20 @@
-"""What does merging key-value heads cost, aligned and as their plain mean? `python demos/align_heads.py`.
+"""What does merging key-value heads cost, and what does training bring back? `python demos/align_heads.py`.
 
-Reads the runs of `nemotron-h sweep demos/align_heads.yaml`, merges the heads of each in memory, and writes the table of
-held-out losses into `docs/head_alignment.md`.
+Reads the runs of `nemotron-h sweep demos/align_heads.yaml`, merges the heads of each in memory, trains the merged
+layers, by every method on the same text, and writes the tables of held-out losses into `docs/head_alignment.md`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
 from nemotron_h.checkpoint.reader import find_checkpoint
+from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.heads.alignment import (
     align,
     align_layer,
@@ -22,22 +24,30 @@ from nemotron_h.compression.heads.alignment import (
     plain_mean,
 )
 from nemotron_h.compression.heads.fusion import aligned_model
-from nemotron_h.compression.heads.moments import measure_moments
+from nemotron_h.compression.heads.gates import MULTIPLIERS, Gates
+from nemotron_h.compression.heads.moments import Moments, measure_moments
+from nemotron_h.compression.heads.training import merged_piece
+from nemotron_h.compression.puzzle.local import Training, train
 from nemotron_h.compression.scoring import predict
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.blend import load_blend
-from nemotron_h.data.feed.calibration import calibration_windows
+from nemotron_h.data.feed.calibration import calibration_batches, calibration_windows
 from nemotron_h.data.manifest import Manifest, check_manifest
+from nemotron_h.export.source import ModelSource
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.platform.ranks import report_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/head_alignment.md"
 BEGIN, END = "<!-- table: written by demos/align_heads.py -->\n", "<!-- end of table -->\n"
+TRAINED = tuple(mark.replace("table", "table of trained layers") for mark in (BEGIN, END))
 RUNS = {"rotary positions": Path("runs/align_heads/rotary"), "no positions": Path("runs/align_heads/no_positions")}
 BLEND, SOURCE, LENGTH, SAMPLES = ROOT / "demos/width_transfer.yaml", "wiki_lead", 128, 128
 KV_HEADS, SEEDS = (4, 2, 1), (0, 1, 2)
+#: of each layer and method, and with which batch and learning rate
+TRAINING = Training(tokens=102_400, batch=16, lr=1e-3)
+METHODS = ("mean", "aligned", "gates", "gates, multipliers of 1")
 
 
 def held_out(manifest: Manifest) -> np.ndarray:
@@ -46,12 +56,11 @@ def held_out(manifest: Manifest) -> np.ndarray:
     return np.stack([stream.read(start, LENGTH + 1) for start in range(0, stream.tokens - LENGTH - 1, LENGTH)])
 
 
-def losses(model: GenerationModel, calibration: list[np.ndarray], text: np.ndarray) -> Iterator[tuple[float, ...]]:
+def losses(model: GenerationModel, moments: list[dict[int, Moments]], text: np.ndarray) -> Iterator[tuple[float, ...]]:
     """Yield the loss of the parent; and for each of KV_HEADS those of neighbours, as they are and rotated, and those
     aligned on each calibration text.
     """
     yield (predict(model, text, 32).loss,)
-    moments = [measure_moments(model, windows) for windows in calibration]
     for kv_heads in KV_HEADS:
         layers = attention_layers(model.definition, kv_heads, "the run")
         merged = [{layer: plain_mean(heads, kv_heads) for layer, heads in layers.items()}]
@@ -66,28 +75,84 @@ def losses(model: GenerationModel, calibration: list[np.ndarray], text: np.ndarr
         yield tuple(predict(aligned_model(model, each, definition), text, 32).loss for each in merged)
 
 
+def trained_losses(
+    model: GenerationModel,
+    source: ModelSource,
+    moments: dict[int, Moments],
+    kv_heads: int,
+    batches: Callable[[int], np.ndarray],
+    text: np.ndarray,
+    seed: int,
+    advance: Callable[[int], None],
+) -> list[float]:
+    """Return the losses of METHODS, whose layers train on the same text."""
+    forward, layers = Forward(model), attention_layers(model.definition, kv_heads, "the run")
+    weights = {method: list(model.layers) for method in METHODS}
+    for layer, heads in layers.items():
+        aligned, mean = align_layer(moments[layer], heads, kv_heads, seed), plain_mean(heads, kv_heads)
+        ways = (
+            (mean, None),
+            (aligned, None),
+            *((aligned, partial(Gates, multipliers=m, seed=seed)) for m in MULTIPLIERS),
+        )
+        pieces = {
+            method: merged_piece(forward, source, layer, alignment, kv_heads, each)
+            for method, (alignment, each) in zip(METHODS, ways, strict=True)
+        }
+        train(forward, range(layer, layer + 1), pieces, dict.fromkeys(METHODS, TRAINING), batches, advance)
+        for method, piece in pieces.items():
+            weights[method][layer] = piece.weights()
+    definition = aligned_definition(model.definition, kv_heads, "merged")
+    ends = (model.final_norm, model.output)
+    return [
+        predict(GenerationModel(definition, model.embedding, of_method, *ends), text, 32).loss
+        for of_method in weights.values()
+    ]
+
+
+def replace_table(rows: list[str], begin: str, end: str) -> None:
+    """Write a table into the page, and print it."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    table = "\n".join(rows) + "\n"
+    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    print(table)
+
+
 def main() -> None:
-    """Write the table."""
+    """Write the tables."""
     blend = load_blend(str(BLEND))
     manifest = check_manifest(None, blend)
-    text = held_out(manifest)
-    calibration = [calibration_windows(blend, manifest, SAMPLES, LENGTH, seed) for seed in SEEDS]
+    text, texts = held_out(manifest), {}
+    for seed in SEEDS:
+        calibration = calibration_windows(blend, manifest, SAMPLES, LENGTH, seed)
+        batches = calibration_batches(blend, manifest, TRAINING.tokens, TRAINING.batch, LENGTH, seed)
+        texts[seed] = calibration, batches
     rows = ["| parent | KV heads | mean of neighbours | rotated before | aligned, by seed of the text and the search |"]
     rows.append("|---|---|---|---|---|")
-    with StageProgress(Console(stderr=True), "models scored", len(RUNS) * (1 + len(KV_HEADS))) as bar:
+    trained = [f"| parent | KV heads | {' | '.join(METHODS)} |", "|---|---|" + "---|" * len(METHODS)]
+    console, attention = Console(stderr=True), 4
+    work = len(RUNS) * len(KV_HEADS) * len(SEEDS) * attention * TRAINING.tokens
+    with StageProgress(console, "tokens through layers", work) as bar:
         for title, folder in RUNS.items():
             if not folder.is_dir():
                 raise UserError(f"there is no {folder}", hint="nemotron-h sweep demos/align_heads.yaml")
-            model = load_model(find_checkpoint(folder))
+            checkpoint = find_checkpoint(folder)
+            model, source = load_model(checkpoint), ModelSource(checkpoint)
+            moments = [measure_moments(model, calibration) for calibration, _ in texts.values()]
             heads = ("8, the parent", *map(str, KV_HEADS))
-            for count, (mean, *others) in zip(heads, losses(model, calibration, text), strict=True):
+            for count, (mean, *others) in zip(heads, losses(model, moments, text), strict=True):
                 rotated, *by_seed = [f"{loss:.4f}" for loss in others] or [""]
                 rows.append(f"| {title} | {count} | {mean:.4f} | {rotated} | {', '.join(by_seed)} |")
-                bar.advance()
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    table = "\n".join(rows) + "\n"
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-    print(table, end="")
+            for kv_heads in KV_HEADS:
+                by_seed = [
+                    trained_losses(model, source, of_seed, kv_heads, texts[seed][1], text, seed, bar.advance)
+                    for seed, of_seed in zip(SEEDS, moments, strict=True)
+                ]
+                columns = (", ".join(f"{loss:.3f}" for loss in losses) for losses in zip(*by_seed, strict=True))
+                trained.append(f"| {title} | {kv_heads} | {' | '.join(columns)} |")
+                bar.say(trained[-1])
+    replace_table(rows, BEGIN, END)
+    replace_table(trained, *TRAINED)
 
 
 if __name__ == "__main__":

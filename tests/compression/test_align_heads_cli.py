@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from small_model import pure_config, relative_error, small_config, small_model
 from test_prune_cli import invoke, place  # noqa: F401
 
 from nemotron_h.compression.child import Child
+from nemotron_h.compression.heads import child
 from nemotron_h.compression.heads.alignment import LayerAlignment
 from nemotron_h.compression.slicing import Masked, logits_error
 from nemotron_h.core.errors import UserError
@@ -82,6 +84,27 @@ def test_heads_are_merged(place: Path, run: Path, tmp_path: Path) -> None:  # no
     assert invoke("generate", tmp_path / "back", "line", *options) == generated
 
 
+def test_layers_train_after_merging_and_by_gates(place: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """What is written is what was trained; without gates and with them from the same merged layers on the same text."""
+    merged = {}
+    for method in ("aligned", "gates"):
+        options = ("--kv-heads", 2, "--method", method, "--tokens", "8K", "--batch", 2, "--lr", 3e-3, *text(place))
+        said = invoke("align-heads", run, tmp_path / method, *options)
+        errors = re.findall(r"^layer \d+: error ([\d.]+) merged, ([\d.]+) trained$", said, re.MULTILINE)
+        record = json.loads((tmp_path / method / "run.json").read_text())["aligned"]
+        assert (record["method"], record["tokens"], record["batch"], record["lr"]) == (method, 8000, 2, 3e-3)
+        assert record.get("multipliers") == ("trained" if method == "gates" else None)
+        assert len(record["layers"]) == len(errors) > 0
+        for layer, (before, after) in zip(record["layers"], errors, strict=True):
+            assert layer["error"] == pytest.approx({"merged": float(before), "trained": float(after)}, abs=1e-4)
+            assert layer["error"]["trained"] < layer["error"]["merged"]
+            assert ("largest_gate" in layer) == (method == "gates")
+        merged[method] = [layer["error"]["merged"] for layer in record["layers"]]
+        assert load_model(tmp_path / method).definition.num_query_groups == 2
+    assert merged["gates"] == merged["aligned"]
+    assert difference(tmp_path / "aligned", tmp_path / "gates") > 1e-3
+
+
 def test_alignment_alone_is_the_same_function(place: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     said = invoke("align-heads", run, tmp_path / "same", "--kv-heads", 2, "--align-only", *text(place))
     assert "same, aligned, none merged, " in said
@@ -147,15 +170,44 @@ def test_a_wrong_fusion_is_not_saved(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_trained_layer_that_is_written_wrong_is_not_saved(
+    place: Path,  # noqa: F811
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = child._reader
+
+    def damaged(*arguments: Any) -> Any:
+        read = right(*arguments)
+        return lambda row: {key: t.flip(0) if "linear_proj" in key else t for key, t in read(row).items()}
+
+    monkeypatch.setattr(child, "_reader", damaged)
+    options = ("--kv-heads", 2, "--tokens", 128, "--batch", 1, *text(place))
+    with pytest.raises(UserError, match="computes something else than it should: logits differ by"):
+        invoke("align-heads", run, tmp_path / "wrong", *options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_refusals(place: Path, run: Path, tmp_path: Path) -> None:  # noqa: F811
     blend = text(place)
     for arguments, message in (
         (("--kv-heads", 2), "--method aligned needs text"),
         (("--kv-heads", 3, *blend), r"--kv-heads = 3 does not divide model.num_query_groups = 4 \(layer \d\)"),
         (("--kv-heads", 4, *blend), "nothing is merged"),
-        (("--kv-heads", 2, "--method", "best", *blend), "--method best is unknown"),
+        (("--kv-heads", 2, "--method", "best", *blend), "--method = 'best'"),
         (("--kv-heads", 2, "--method", "mean", "--align-only"), "exclude each other"),
+        (("--kv-heads", 2, "--method", "gates", "--align-only", "--tokens", "1K", *blend), "exclude each other"),
+        (("--kv-heads", 2, "--align-only", "--tokens", "1K", *blend), "--align-only and --tokens exclude each other"),
         (("--kv-heads", 2, "--method", "mean", "--seed", 0), "--seed: --method mean reads no text"),
+        (("--kv-heads", 2, "--method", "mean", "--tokens", "1K", *blend), "--samples: --method mean aligns nothing"),
+        (("--kv-heads", 2, "--method", "mean", "--tokens", "1K"), "--method mean needs text"),
+        (("--kv-heads", 2, "--method", "gates", *blend), "--method gates trains layers, and needs text for it"),
+        (("--kv-heads", 2, "--multipliers", "fixed", *blend), "--multipliers: --method aligned has no gates"),
+        (("--kv-heads", 2, "--method", "gates", "--tokens", "1K", "--multipliers", "x", *blend), "--multipliers = 'x'"),
+        (("--kv-heads", 2, "--lr", 1e-3, *blend), "--lr: nothing is trained"),
+        (("--kv-heads", 2, "--tokens", "many", *blend), "align-heads: --tokens"),
+        (("--kv-heads", 2, "--tokens", "1B", *blend), "too little training text for"),
         (("--kv-heads", 2, "--name", "a/b", *blend), "the model's name = 'a/b' is not a name"),
         (("--kv-heads", 2, *blend, "--samples", 100_000), "too little training text for 100,000 samples"),
     ):

@@ -197,6 +197,25 @@ def test_several_processes_make_the_same_library(solved: tuple[Tiny, Result], tm
     assert (tmp_path / "puzzled" / told).read_bytes() == (root / told).read_bytes()
 
 
+def test_heads_merge_by_gates(solved: tuple[Tiny, Result], tmp_path: Path) -> None:
+    """What trains with gates is a layer of merged heads like another; a linear one beside it has none."""
+    entries, shapes = {}, {}
+    for merge in ("aligned", "gates"):
+        options = (f"log.dir={tmp_path}", "puzzle.local.tokens=12K", "puzzle.library.no_op=[]")
+        made = puzzle(solved[0], *options, f"puzzle.merge={merge}")
+        made.pipeline.run("importance")
+        library.make_layer(made, 3, library._moments(made, tmp_path, library._all(made)))
+        hashes = [made.hash(3, variant) for variant in made.trained_variants(3).values()]
+        entries[merge] = [made.library.entry(name) for name in hashes]
+        shapes[merge] = [tensor.shape for tensor in made.library.tensors(hashes[0])]
+    (aligned, linear), (gated, same) = entries.values()
+    assert (gated.variant, gated.made) == ("num_query_groups=1", aligned.made)
+    assert gated.trained < gated.made
+    assert gated.trained != aligned.trained
+    assert same.trained == linear.trained
+    assert shapes["gates"] == shapes["aligned"]
+
+
 def test_a_child_that_is_not_its_variants_is_not_written(
     solved: tuple[Tiny, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,10 +162,13 @@ def test_training_a_variant_lowers_its_error_whatever_is_trained_beside_it(
     before, after = {}, {}
     for names in (["ffn_hidden_size=48"], ["ffn_hidden_size=48", "other"]):
         pieces = {name: _piece(parent, scores, 2, "ffn_hidden_size=48") for name in names}
+        initial = Piece(pieces[names[0]].running.block, pieces[names[0]].tensors, Forward(parent))
         lengths = {name: Training(tokens, 4, 3e-2) for name, tokens in zip(names, (4 * 24 * 40, 96), strict=False)}
         before = errors(Forward(parent), range(2, 3), pieces, held_out, 2)
         train(Forward(parent), range(2, 3), pieces, lengths, lambda step: text(4, 24, seed=100 + step))
         after[len(names)] = errors(Forward(parent), range(2, 3), pieces, held_out, 2)
+    kept = errors(Forward(parent), range(2, 3), {"initial": initial}, held_out, 2)["initial"]
+    assert kept == before["other"], "weights before the training are there, if it makes them worse"
     assert after[1]["ffn_hidden_size=48"] == after[2]["ffn_hidden_size=48"] < 0.8 * before["other"]
     assert after[2]["other"] > after[2]["ffn_hidden_size=48"], "a step of training is less than 40"
     assert not any(tensor.requires_grad for piece in pieces.values() for tensor in piece.tensors)

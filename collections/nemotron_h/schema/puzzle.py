@@ -10,7 +10,7 @@ from nemotron_h.core.strict import number, within
 from nemotron_h.schema.ranges import COUNT, WIDTH
 
 #: values of keys of `PuzzleSchema` and `CostSchema`
-MERGES = ("aligned", "mean")
+MERGES = ("aligned", "mean", "gates")
 MEASURES = ("kl", "loss", "accuracy")
 TIMES = ("measured", "modelled", "none")
 
@@ -95,7 +95,8 @@ class PuzzleSchema:
         parent: a run's folder, one of its checkpoints, or one of the Hub, as `init.checkpoint`.
         layer_samples, neuron_samples: sequences of the training data that importance is measured on.
         layer_metric: what removing a layer changes, `mse` or `kl`; told, and not used by the search.
-        merge: key-value heads are merged `aligned` (2412.20677), or as the plain `mean` of neighbours.
+        merge: key-value heads are merged `aligned` (2412.20677), as the plain `mean` of neighbours, or aligned and by
+            `gates` while the variant trains.
         library: the variants.
         local: their training.
         score_tokens: held-out tokens that every variant is scored on, and as many others that the report is of.

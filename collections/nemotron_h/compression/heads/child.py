@@ -1,7 +1,8 @@
 """Write a checkpoint whose key-value heads are aligned, or merged too, one weight in memory at a time.
 
 It appears only if it holds the planned number of parameters and computes what its parent does: for merged heads the
-parent with each head in the place of which its group's mean stands, rotated back.
+parent with each head in the place of which its group's mean stands, rotated back; for layers that were trained, with
+these in memory.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.checkpoint.writer import Advance, Read, finish, size, write_weights
 from nemotron_h.compression.child import Child
+from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.heads.alignment import aligned_definition
 from nemotron_h.compression.heads.fusion import Alignments, PooledLayers
+from nemotron_h.compression.heads.training import TrainedLayer
+from nemotron_h.compression.puzzle.local import Piece
 from nemotron_h.compression.slicing import CHECK_TOKENS, TOLERANCE, Masked, check_parameters, inherit_data, logits_error
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
-from nemotron_h.inference.model import load_model
+from nemotron_h.inference.model import GenerationModel, load_model
 
 #: ours: logits may differ by so many roundings of the checkpoint's dtype, or by `TOLERANCE`, of the largest: rotated
 #: weights are rounded anew
@@ -39,6 +43,7 @@ def write_aligned(
     name: str,
     settings: Mapping[str, Any],
     advance: Advance = lambda _: None,
+    trained: Mapping[int, TrainedLayer] | None = None,
 ) -> ModelDefinition:
     """Fuse alignments into a checkpoint's weights, as a checkpoint of its own.
 
@@ -50,6 +55,7 @@ def write_aligned(
         name: of its definition.
         settings: what run.json tells under `aligned`, besides the parent and each layer's groups.
         advance: told the bytes of each written tensor; `aligned_size` is all of them.
+        trained: layer -> what is written of it, where layers were trained after merging.
     Returns:
         the definition.
     Errors:
@@ -61,8 +67,11 @@ def write_aligned(
     parent, dtype = source.definition, source.dtype
     definition = aligned_definition(parent, kv_heads, name)
     with new_folder(out, size(definition, dtype)) as folder:
-        write_weights(folder, definition, dtype, _reader(source, alignments, merge=kv_heads is not None), advance)
+        read = _reader(source, alignments, kv_heads is not None, trained or {})
+        write_weights(folder, definition, dtype, read, advance)
         of_layers = [{"layer": layer, **alignment.record()} for layer, alignment in alignments.items()]
+        for of_layer in of_layers:
+            of_layer |= trained[of_layer["layer"]].record() if trained else {}
         written = {
             "data": inherit_data(checkpoint, record, folder),
             "aligned": {
@@ -75,7 +84,7 @@ def write_aligned(
         }
         verb = "Aligned" if kv_heads is None else "Heads merged"
         finish(folder, definition, written, f"{verb} from {parent.name}; parameters are checked when loaded.")
-        _check(checkpoint, alignments, kv_heads is not None, folder, dtype)
+        _check(checkpoint, alignments, kv_heads is not None, trained or {}, folder, dtype)
     return definition
 
 
@@ -85,17 +94,23 @@ def aligned_size(checkpoint: Path, kv_heads: int | None) -> int:
     return size(aligned_definition(source.definition, kv_heads, "aligned"), source.dtype)
 
 
-def _reader(source: ModelSource, alignments: Alignments, merge: bool) -> Read:
+def _reader(source: ModelSource, alignments: Alignments, merge: bool, trained: Mapping[int, TrainedLayer]) -> Read:
     """Return what gives the tensors of each weight, with the rotations in those of attention."""
     parent = list(weights(source.definition))
     origins = {next(iter(row.ours)): row for row in parent}
     places: dict[str, tuple[int, bool]] = {}  # first tensor of a projection -> layer, and if it is the output's
+    own: dict[str, Tensor] = {}
     for layer, alignment in alignments.items():
         rows = [name for name in origins if name.startswith(f"decoder.layers.{layer}.")]
+        if layer in trained:
+            own |= dict(zip(rows, trained[layer].piece.tensors, strict=True))
         places[rows[alignment.heads.qkv]], places[rows[alignment.heads.proj]] = (layer, False), (layer, True)
 
     def read(row: Weight) -> Mapping[str, Tensor]:
         name = next(iter(row.ours))
+        if name in own:
+            parts = own[name].to("cpu", row.dtype(source.dtype)).split([shape[0] for shape in row.ours.values()])
+            return {key: part.contiguous() for key, part in zip(row.ours, parts, strict=True)}
         origin = origins[name]
         theirs = source.read(set(origin.theirs), source.dtype)
         whole = torch.cat([theirs[their] for their in origin.theirs])
@@ -112,7 +127,36 @@ def _reader(source: ModelSource, alignments: Alignments, merge: bool) -> Read:
     return read
 
 
-def _check(checkpoint: Path, alignments: Alignments, merged: bool, written: Path, dtype: torch.dtype) -> None:
+class _Trained:
+    """The parent with layers that were trained in the place of its own.
+
+    Args:
+        model: the parent.
+    """
+
+    def __init__(self, model: GenerationModel, trained: Mapping[int, TrainedLayer]) -> None:
+        self.forward = Forward(model)
+        self.pieces = {
+            n: Piece(each.piece.running.block, each.piece.tensors, self.forward) for n, each in trained.items()
+        }
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
+        x = self.forward.embed(tokens)
+        for layer in range(self.forward.definition.num_layers):
+            piece = self.pieces.get(layer)
+            x = x + (piece(x) if piece else self.forward.layer(layer, self.forward.weights(layer), x))
+        return self.forward.logits(x)
+
+
+def _check(
+    checkpoint: Path,
+    alignments: Alignments,
+    merged: bool,
+    trained: Mapping[int, TrainedLayer],
+    written: Path,
+    dtype: torch.dtype,
+) -> None:
     """Compare a written checkpoint with its parent: parameters with the plan, and logits.
 
     Both are read from disk, a layer at a time.
@@ -122,11 +166,15 @@ def _check(checkpoint: Path, alignments: Alignments, merged: bool, written: Path
     """
     parent, aligned = (load_model(folder, dtype=torch.float32, lazy=True) for folder in (checkpoint, written))
     check_parameters(aligned.definition, written)
-    if merged:
-        parent.layers = PooledLayers(parent, alignments)
+    if trained:
+        expected = _Trained(parent, trained)
+    else:
+        if merged:
+            parent.layers = PooledLayers(parent, alignments)
+        expected = Masked(parent, Child.whole(parent.definition))
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(parent.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
-    error = logits_error(Masked(parent, Child.whole(parent.definition)), aligned, tokens)
+    error = logits_error(expected, aligned, tokens)
     allowed = max(TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
     if not error <= allowed:  # not a number is an error too
         raise UserError(

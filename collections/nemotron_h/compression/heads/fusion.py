@@ -7,7 +7,9 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight
 from nemotron_h.compression.heads.alignment import LayerAlignment
@@ -26,20 +28,31 @@ def aligned_model(model: GenerationModel, alignments: Alignments, definition: Mo
     """
     layers = list(model.layers)
     for layer, alignment in alignments.items():
-        heads, w = alignment.heads, layers[layer]
-        merge = definition.blocks[layer].attention_heads().groups < heads.groups
-        qkv, proj = (fields(w)[place].name for place in (heads.qkv, heads.proj))
-        before, after = (layer_weights(d, layer)[heads.qkv] for d in (model.definition, definition))
-        parts = alignment.qkv(*before.to_theirs(getattr(w, qkv)).values(), merge)
-        (fused_qkv,) = after.to_ours(torch.cat(parts)).values()
-        fused = {qkv: fused_qkv, proj: alignment.proj(getattr(w, proj))}
-        layers[layer] = replace(w, **{name: tensor.to(model.dtype) for name, tensor in fused.items()})
+        blocks = (each.blocks[layer] for each in (model.definition, definition))
+        layers[layer] = type(layers[layer])(*merged_tensors(*blocks, alignment, list(vars(layers[layer]).values())))
     return GenerationModel(definition, model.embedding, layers, model.final_norm, model.output)
 
 
-def layer_weights(definition: ModelDefinition, layer: int) -> list[Weight]:
-    """Return the rows of a layer in the table of weights; without a prefix of their names."""
-    return [Weight(**vars(row)) for row in definition.blocks[layer].tensors("", "")]
+def merged_tensors(block: Block, merged: Block, alignment: LayerAlignment, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return a layer's weights with the rotations in them, and its key-value heads merged.
+
+    Args:
+        block, merged: the layer before and after; with as many key-value heads it is aligned alone.
+        tensors: a row of `Block.tensors` each.
+    """
+    qkv, proj = alignment.heads.qkv, alignment.heads.proj
+    before, after = (qkv_row(each) for each in (block, merged))
+    fewer = merged.attention_heads().groups < alignment.heads.groups
+    parts = alignment.qkv(*before.to_theirs(tensors[qkv]).values(), merge=fewer)
+    (fused,) = after.to_ours(torch.cat(parts)).values()
+    changed = list(tensors)
+    changed[qkv], changed[proj] = fused.to(tensors[qkv].dtype), alignment.proj(tensors[proj]).to(tensors[proj].dtype)
+    return changed
+
+
+def qkv_row(block: Block) -> Weight:
+    """Return the row of queries with keys and values in the table of weights; without a prefix of its names."""
+    return Weight(**vars(list(block.tensors("", ""))[block.attention_heads().qkv]))
 
 
 class PooledLayers(Sequence[Any]):
@@ -59,7 +72,7 @@ class PooledLayers(Sequence[Any]):
             return w
         alignment = self.alignments[layer]
         name = fields(w)[alignment.heads.qkv].name
-        row, qkv = layer_weights(self.definition, layer)[alignment.heads.qkv], getattr(w, name)
+        row, qkv = qkv_row(self.definition.blocks[layer]), getattr(w, name)
         queries, keys, values = row.to_theirs(qkv).values()
         parts = (queries, *(each.to(qkv.dtype) for each in alignment.pooled(keys, values)))
         (pooled,) = row.to_ours(torch.cat(parts)).values()

@@ -36,7 +36,7 @@ from nemotron_h.compression.puzzle.local import Piece
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import count_of
-from nemotron_h.data.feed.calibration import calibration_sampler
+from nemotron_h.data.feed.calibration import calibration_batches
 from nemotron_h.inference.model import GenerationModel, lay_out
 from nemotron_h.planning.gpus import gpu
 
@@ -112,17 +112,8 @@ class Context(Compression):
         Errors:
             UserError: there is less text.
         """
-        length, batch = self.text.seq_length, self.part.local.batch
-        samples = max(1, -(-tokens // (batch * length))) * batch
-        blend, manifest = self.text.blend, self.text.manifest
-        sampler = calibration_sampler(blend, manifest, samples, length, self.recipe.init_seed)
-        streams = {name: manifest.stream(name, "train") for name in sampler.names}
-
-        def windows(step: int) -> np.ndarray:
-            chosen = (sampler[number] for number in range(step * batch, (step + 1) * batch))
-            return np.stack([streams[s.source].read(s.start, length) for s in chosen])
-
-        return windows
+        text, batch = self.text, self.part.local.batch
+        return calibration_batches(text.blend, text.manifest, tokens, batch, text.seq_length, self.recipe.init_seed)
 
     def stored(self, layer: int, name: str, refined: Refined) -> str:
         """Return the name in the library of a variant's weights."""

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.variants import LINEAR, Variant
-from nemotron_h.checkpoint.names import Weight
 from nemotron_h.compression.child import whole_axes
 from nemotron_h.compression.heads.alignment import LayerAlignment, align_layer, plain_mean
+from nemotron_h.compression.heads.fusion import merged_tensors
 from nemotron_h.compression.heads.moments import Moments
 from nemotron_h.compression.importance import Scores
 from nemotron_h.compression.selection import top_channels
@@ -80,16 +79,10 @@ def initial_tensors(
     if variant.name == LINEAR:
         return [tensors[0].clone(), knowledge.fits[layer].matrix().to(tensors[0].dtype)]
     block, widths = parent.blocks[layer], dict(variant.widths)
-    heads = block.attention_heads()
-    if heads and heads.key in widths:
-        count = widths.pop(heads.key)
-        if knowledge.moments is None:
-            alignment = plain_mean(heads, count)
-        else:
-            alignment = align_layer(knowledge.moments[layer], heads, count)
-        own = parent.overrides.get(layer, {})
-        merged = parent.block(block.letter, {**own, heads.key: count})
-        tensors, block = _merged(block, merged, alignment, tensors), merged
+    if alignment := merging(parent, layer, variant, knowledge):
+        key = alignment.heads.key
+        merged = parent.block(block.letter, {**parent.overrides.get(layer, {}), key: widths.pop(key)})
+        tensors, block = merged_tensors(block, merged, alignment, tensors), merged
     if widths:
         kept = whole_axes(block) | top_channels(
             block, knowledge.scores.inner.get(layer, {}), {**{a.key: a.size for a in block.axes()}, **widths}
@@ -99,12 +92,12 @@ def initial_tensors(
     return [tensor.clone() for tensor in tensors]
 
 
-def _merged(block: Block, merged: Block, alignment: LayerAlignment, tensors: list[Tensor]) -> list[Tensor]:
-    """Return a layer's weights with its key-value heads merged."""
-    qkv, proj = alignment.heads.qkv, alignment.heads.proj
-    (before, after) = ([Weight(**vars(row)) for row in each.tensors("", "")][qkv] for each in (block, merged))
-    parts = alignment.qkv(*before.to_theirs(tensors[qkv]).values(), merge=True)
-    changed = list(tensors)
-    (fused,) = after.to_ours(torch.cat(parts)).values()
-    changed[qkv], changed[proj] = fused.to(tensors[qkv].dtype), alignment.proj(tensors[proj]).to(tensors[proj].dtype)
-    return changed
+def merging(parent: ModelDefinition, layer: int, variant: Variant, knowledge: Knowledge) -> LayerAlignment | None:
+    """Return how a variant's key-value heads are merged; None where it has all of its layer's."""
+    heads = parent.blocks[layer].attention_heads()
+    if heads is None or heads.key not in variant.widths:
+        return None
+    count = variant.widths[heads.key]
+    if knowledge.moments is None:
+        return plain_mean(heads, count)
+    return align_layer(knowledge.moments[layer], heads, count)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +29,55 @@ from nemotron_h.model.blocks.registry import RUNNING
 Advance = Callable[[int], None]
 
 
-class Piece:
+class Trained:
+    """What `train` trains.
+
+    Attributes:
+        tensors: its weights.
+    """
+
+    tensors: list[Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return what it adds to the residual stream x [b, l, h]."""
+        raise NotImplementedError
+
+    def parameter_groups(self, lr: float, steps: int) -> list[dict[str, Any]]:
+        """Return what trains in so many steps, as an optimizer's groups."""
+        return [{"params": self.tensors, "lr": lr}]
+
+    def begin(self, done: float) -> Tensor | float:
+        """Begin a step, of which this share is done before it, and return what its loss has beside the error."""
+        return 0.0
+
+    def finish(self) -> None:
+        """End the training: `tensors` are its result."""
+
+
+class Piece(Trained):
     """A layer outside of its model.
 
     Args:
         block: its widths.
-        tensors: its weights, as a checkpoint holds them; they are trained in place.
+        tensors: its weights, as a checkpoint holds them; copies are trained.
         forward: of the parent.
     """
 
     def __init__(self, block: Block, tensors: Sequence[Tensor], forward: Forward) -> None:
         self.running = RUNNING[block.letter](block, forward.definition.norm_epsilon)
-        self.tensors, self.forward = [tensor.to(forward.device) for tensor in tensors], forward
+        self.tensors, self.forward = [tensor.to(forward.device, copy=True) for tensor in tensors], forward
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what it adds to the residual stream x [b, l, h]."""
+        return self.forward.apply(self.running, self.weights(), x)
+
+    def weights(self) -> Any:
+        """Return its weights as a model in memory has them."""
         # `loaded` multiplies in place, which a weight that is trained does not take
-        w = self.running.loaded(self.running.weights([tensor.clone() for tensor in self.tensors]))
-        return self.forward.apply(self.running, w, x)
+        return self.running.loaded(self.running.weights([tensor.clone() for tensor in self.tensors]))
 
 
-class Chain:
+class Chain(Trained):
     """Layers outside of their model, one after the other.
 
     Args:
@@ -95,9 +124,10 @@ def outputs(forward: Forward, layers: range, x: Tensor) -> Tensor:
 def train(
     forward: Forward,
     layers: range,
-    pieces: Mapping[str, Piece | Chain],
+    pieces: Mapping[str, Trained],
     lengths: Mapping[str, Training],
     batches: Callable[[int], np.ndarray],
+    advance: Advance = lambda _: None,
 ) -> None:
     """Train what may stand in the place of a layer, or of several, all on the same text, each as long as it is to be.
 
@@ -107,15 +137,17 @@ def train(
         pieces: variants by name; their weights change.
         lengths: by name.
         batches: number of a step -> token ids, int64 [b, l].
+        advance: told the tokens of each step.
     """
     first = batches(0).size
     steps = {name: math.ceil(length.tokens / first) for name, length in lengths.items()}
     optimizers = {}
     for name, piece in pieces.items():
-        for tensor in piece.tensors:
-            tensor.requires_grad_(True)
+        groups = piece.parameter_groups(lengths[name].lr, steps[name])
         # the usual betas; no decay, which would pull a layer away from what it imitates
-        optimizers[name] = torch.optim.AdamW(piece.tensors, lr=lengths[name].lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizers[name] = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        _require_grad(optimizers[name], True)
+    rates = {name: [group["lr"] for group in optimizer.param_groups] for name, optimizer in optimizers.items()}
     for step in range(max(steps.values(), default=0)):
         with torch.no_grad():
             x = prefix(forward, batches(step), layers.start)
@@ -124,20 +156,30 @@ def train(
         for name, optimizer in optimizers.items():
             if step >= steps[name]:
                 continue
-            optimizer.param_groups[0]["lr"] = lengths[name].lr * (1 + math.cos(math.pi * step / steps[name])) / 2
-            loss = (pieces[name](x).float() - wanted).square().sum() / scale
+            done = step / steps[name]
+            for group, lr in zip(optimizer.param_groups, rates[name], strict=True):
+                group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2
+            beside = pieces[name].begin(done)
+            loss = (pieces[name](x).float() - wanted).square().sum() / scale + beside
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-    for piece in pieces.values():
-        for tensor in piece.tensors:
-            tensor.requires_grad_(False)
+        advance(first)
+    for name, optimizer in optimizers.items():
+        _require_grad(optimizer, False)
+        pieces[name].finish()
+
+
+def _require_grad(optimizer: torch.optim.Optimizer, required: bool) -> None:
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            tensor.requires_grad_(required)
             tensor.grad = None
 
 
 @torch.inference_mode()
 def errors(
-    forward: Forward, layers: range, pieces: Mapping[str, Piece | Chain], windows: np.ndarray, batch: int
+    forward: Forward, layers: range, pieces: Mapping[str, Trained], windows: np.ndarray, batch: int
 ) -> dict[str, float]:
     """Return |o_p - o_c|^2 / |o_p|^2 of each variant over windows [samples, l]; a layer that is left out has 1."""
     total, apart = 0.0, dict.fromkeys(pieces, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,25 @@ def calibration_windows(
     streams = {name: manifest.stream(name, "train") for name in sampler.names}
     chosen = (sampler[number] for number in range(samples))
     return np.stack([streams[s.source].read(s.start, seq_length) for s in chosen])
+
+
+def calibration_batches(
+    blend: Blend, manifest: Manifest, tokens: int, batch: int, seq_length: int, seed: int
+) -> Callable[[int], np.ndarray]:
+    """Return number of a step -> windows of the training text, int64 [batch, seq_length], for so many tokens.
+
+    Errors:
+        UserError: as of `calibration_windows`.
+    """
+    samples = max(1, -(-tokens // (batch * seq_length))) * batch
+    sampler = calibration_sampler(blend, manifest, samples, seq_length, seed)
+    streams = {name: manifest.stream(name, "train") for name in sampler.names}
+
+    def windows(step: int) -> np.ndarray:
+        chosen = (sampler[number] for number in range(step * batch, (step + 1) * batch))
+        return np.stack([streams[s.source].read(s.start, seq_length) for s in chosen])
+
+    return windows
 
 
 def calibration_sampler(

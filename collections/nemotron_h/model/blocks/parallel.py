@@ -6,6 +6,7 @@ Axes: b batch, l tokens, h hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,8 +100,10 @@ class RunningParallel(Running):
         """Return the mixer's as `RunningMamba`, and all multipliers in the weights."""
         block, scales = self.block, self.block.scales
         self.mamba.loaded(weights)
-        for rows, scale in zip(weights.in_proj.split(block.mamba.in_proj_sections), scales.in_proj, strict=True):
-            rows *= scale
+        # not by `split`, whose views autograd lets nothing change in place: compression trains a layer on its own
+        sections = block.mamba.in_proj_sections
+        for start, rows, scale in zip(accumulate(sections, initial=0), sections, scales.in_proj, strict=False):
+            weights.in_proj.narrow(0, start, rows).mul_(scale)
         weights.out_proj *= scales.ssm_out
         weights.qkv *= scales.attention_in
         # of a group: its queries, its key, its value

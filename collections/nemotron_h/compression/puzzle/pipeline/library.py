@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nemotron_h.architecture.variants import LINEAR, Variant
 from nemotron_h.compression.forward import Forward
+from nemotron_h.compression.heads.gates import Gates
 from nemotron_h.compression.heads.moments import Moments, measure_moments
 from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.puzzle.context import Context
-from nemotron_h.compression.puzzle.initial import Knowledge, initial_tensors, layer_tensors
+from nemotron_h.compression.puzzle.gated import GatedPiece
+from nemotron_h.compression.puzzle.initial import Knowledge, initial_tensors, layer_tensors, merging
 from nemotron_h.compression.puzzle.library import Entry
 from nemotron_h.compression.puzzle.local import Piece, Training, errors, fit_linear, train
 from nemotron_h.compression.puzzle.workers import bound, over_layers
@@ -83,7 +86,7 @@ def _work(c: Context, layer: int, variants: list[Variant]) -> int:
 def _moments(c: Context, folder: Path, missing: list[tuple[int, Variant]]) -> str | None:
     """Return the file of the moments of key-value heads, where some are to be merged by them."""
     heads = {n: each.key for n, block in enumerate(c.definition.blocks) if (each := block.attention_heads())}
-    if c.part.merge != "aligned" or not any(heads.get(layer) in variant.widths for layer, variant in missing):
+    if c.part.merge == "mean" or not any(heads.get(layer) in variant.widths for layer, variant in missing):
         return None
     path = folder / MOMENTS
     if not path.is_file():
@@ -115,7 +118,7 @@ def make_layer(c: Context, layer: int, moments: str | None) -> None:
     knowledge = Knowledge(c.importance.scores(), own, fits)
     whole = [tensor.float() for tensor in layer_tensors(ModelSource(c.parent.checkpoint), layer)]
     tensors = {name: initial_tensors(c.definition, layer, v, whole, knowledge) for name, v in variants.items()}
-    pieces = {name: Piece(variants[name].block, tensors[name], forward) for name in variants}
+    pieces = {name: _piece(c, layer, v, tensors[name], whole, knowledge, forward) for name, v in variants.items()}
     held_out = c.text.held_out[CHOICE][:, :-1]
     layers = range(layer, layer + 1)
     made = errors(forward, layers, pieces, held_out, batch)
@@ -130,3 +133,24 @@ def make_layer(c: Context, layer: int, moments: str | None) -> None:
         c.library.save(entry, pieces[name].tensors)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _piece(
+    c: Context,
+    layer: int,
+    variant: Variant,
+    tensors: list[Tensor],
+    whole: list[Tensor],
+    knowledge: Knowledge,
+    forward: Forward,
+) -> Piece:
+    """Return a variant that is to train: with gates, where it merges heads by them.
+
+    Args:
+        tensors, whole: weights of the variant and of the parent's layer.
+    """
+    alignment = merging(c.definition, layer, variant, knowledge) if c.part.merge == "gates" else None
+    if alignment is None:
+        return Piece(variant.block, tensors, forward)
+    gates = Gates(alignment.heads.groups, seed=c.recipe.init_seed)
+    return GatedPiece(variant.block, alignment, tensors, whole[alignment.heads.qkv], forward, gates)
