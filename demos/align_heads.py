@@ -1,12 +1,12 @@
 """What does merging key-value heads cost, and what does training bring back? `python demos/align_heads.py`.
 
 Reads the runs of `nemotron-h sweep demos/align_heads.yaml`, merges the heads of each in memory, trains the merged
-layers, by every method on the same text, and writes the tables of held-out losses into `docs/head_alignment.md`.
+layers, by every method on the same text, and writes the table of held-out losses into `docs/head_alignment.md`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -41,13 +41,12 @@ from nemotron_h.platform.ranks import report_mistakes
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/head_alignment.md"
 BEGIN, END = "<!-- table: written by demos/align_heads.py -->\n", "<!-- end of table -->\n"
-TRAINED = tuple(mark.replace("table", "table of trained layers") for mark in (BEGIN, END))
 RUNS = {"rotary positions": Path("runs/align_heads/rotary"), "no positions": Path("runs/align_heads/no_positions")}
 BLEND, SOURCE, LENGTH, SAMPLES = ROOT / "demos/width_transfer.yaml", "wiki_lead", 128, 128
 KV_HEADS, SEEDS = (4, 2, 1), (0, 1, 2)
 #: of each layer and method, and with which batch and learning rate
 TRAINING = Training(tokens=102_400, batch=16, lr=1e-3)
-METHODS = ("mean", "aligned", "gates", "gates, multipliers of 1")
+METHODS = ("mean, trained", "aligned, trained", "gates", "gates, multipliers fixed")
 
 
 def held_out(manifest: Manifest) -> np.ndarray:
@@ -110,16 +109,13 @@ def trained_losses(
     ]
 
 
-def replace_table(rows: list[str], begin: str, end: str) -> None:
-    """Write a table into the page, and print it."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    table = "\n".join(rows) + "\n"
-    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
-    print(table)
+def listed(losses: Iterable[float]) -> str:
+    """Return the losses of all seeds."""
+    return ", ".join(f"{loss:.3f}" for loss in losses)
 
 
 def main() -> None:
-    """Write the tables."""
+    """Write the table."""
     blend = load_blend(str(BLEND))
     manifest = check_manifest(None, blend)
     text, texts = held_out(manifest), {}
@@ -127,32 +123,31 @@ def main() -> None:
         calibration = calibration_windows(blend, manifest, SAMPLES, LENGTH, seed)
         batches = calibration_batches(blend, manifest, TRAINING.tokens, TRAINING.batch, LENGTH, seed)
         texts[seed] = calibration, batches
-    rows = ["| parent | KV heads | mean of neighbours | rotated before | aligned, by seed of the text and the search |"]
-    rows.append("|---|---|---|---|---|")
-    trained = [f"| parent | KV heads | {' | '.join(METHODS)} |", "|---|---|" + "---|" * len(METHODS)]
-    console, attention = Console(stderr=True), 4
+    columns = ("parent", "KV heads", "mean", "rotated", "aligned", *METHODS)
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    attention = 4
     work = len(RUNS) * len(KV_HEADS) * len(SEEDS) * attention * TRAINING.tokens
-    with StageProgress(console, "tokens through layers", work) as bar:
+    with StageProgress(Console(stderr=True), "tokens through layers", work) as bar:
         for title, folder in RUNS.items():
             if not folder.is_dir():
                 raise UserError(f"there is no {folder}", hint="nemotron-h sweep demos/align_heads.yaml")
             checkpoint = find_checkpoint(folder)
             model, source = load_model(checkpoint), ModelSource(checkpoint)
             moments = [measure_moments(model, calibration) for calibration, _ in texts.values()]
-            heads = ("8, the parent", *map(str, KV_HEADS))
-            for count, (mean, *others) in zip(heads, losses(model, moments, text), strict=True):
-                rotated, *by_seed = [f"{loss:.4f}" for loss in others] or [""]
-                rows.append(f"| {title} | {count} | {mean:.4f} | {rotated} | {', '.join(by_seed)} |")
-            for kv_heads in KV_HEADS:
+            (parent,), *merged = losses(model, moments, text)
+            rows.append(f"| {title} | 8, the parent | {parent:.3f} |" + "  |" * (len(columns) - 3))
+            for kv_heads, (mean, rotated, *aligned) in zip(KV_HEADS, merged, strict=True):
                 by_seed = [
                     trained_losses(model, source, of_seed, kv_heads, texts[seed][1], text, seed, bar.advance)
                     for seed, of_seed in zip(SEEDS, moments, strict=True)
                 ]
-                columns = (", ".join(f"{loss:.3f}" for loss in losses) for losses in zip(*by_seed, strict=True))
-                trained.append(f"| {title} | {kv_heads} | {' | '.join(columns)} |")
-                bar.say(trained[-1])
-    replace_table(rows, BEGIN, END)
-    replace_table(trained, *TRAINED)
+                trained = " | ".join(map(listed, zip(*by_seed, strict=True)))
+                rows.append(f"| {title} | {kv_heads} | {mean:.3f} | {rotated:.3f} | {listed(aligned)} | {trained} |")
+                bar.say(rows[-1])
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    table = "\n".join(rows) + "\n"
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    print(table, end="")
 
 
 if __name__ == "__main__":
