@@ -30,7 +30,7 @@ Advance = Callable[[int], None]
 
 
 class Trained:
-    """What `train` trains.
+    """Layer, or several, that `train` trains.
 
     Attributes:
         tensors: its weights.
