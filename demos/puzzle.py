@@ -35,7 +35,14 @@ def read(run: str, *path: str) -> Any:
 
 
 def tables() -> str:
-    """Return both tables."""
+    """Return both tables.
+
+    Errors:
+        UserError: none of the compressions has ended.
+    """
+    there = {seed: run for seed, run in RUNS.items() if Path("runs", run, "report", "result.json").is_file()}
+    if not there:
+        raise UserError("no compression has ended", hint="run the commands of docs/results/puzzle.md")
     searched = [
         "| parent | sums: program | greedy | best random | KL: program | greedy | random (best, median) | Spearman |",
         "|---|---|---|---|---|---|---|---|",
@@ -44,7 +51,7 @@ def tables() -> str:
         "| parent | its loss | child, put together | healed | recovered | parameters | s a batch, foretold/measured |",
         "|---|---|---|---|---|---|---|",
     ]
-    for seed, run in RUNS.items():
+    for seed, run in there.items():
         found, compared, result = (
             read(run, *path)
             for path in (("search", "solutions.json"), ("compare", "compared.json"), ("report", "result.json"))

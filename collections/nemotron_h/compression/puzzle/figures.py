@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nemotron_h.core import plot
 from nemotron_h.core.plot import INK, MUTED, SERIES, styled
@@ -38,6 +39,7 @@ def variants(
     chosen = [names.index(pick) for pick in picks]
     axis.scatter(range(len(picks)), chosen, s=side * 2, marker="s", facecolors="none", edgecolors=INK, linewidths=1.4)
     axis.set_yticks(range(len(names)), names)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(ylim=(len(names) - 0.5, -0.5), xlim=(-0.7, len(scores) - 0.3), xlabel="layer of the parent")
     figure.colorbar(shown, ax=axis, label="score")
     return figure
