@@ -232,7 +232,9 @@ def test_a_child_that_is_not_its_variants_is_not_written(
     assert not (tmp_path / "child").exists()
 
 
-def test_a_limit_that_nothing_meets_names_the_least(solved: tuple[Tiny, Result]) -> None:
-    made = puzzle(solved[0], f"log.dir={solved[0].folder}/runs", "puzzle.costs.parameters=20K")
-    with pytest.raises(UserError, match=r"puzzle.costs: .*parameters"):
-        made.pipeline.run("search")
+def test_a_limit_that_nothing_meets_is_refused_before_any_stage(solved: tuple[Tiny, Result]) -> None:
+    """By hand: 19,232 outside of the layers, and three Mamba-2 layers of 4 heads; all others may go."""
+    least = 19_232 + 3 * 5_804
+    with pytest.raises(UserError, match=rf"puzzle.costs.parameters = 36K: .* all layers make {least:,} with"):
+        puzzle(solved[0], "puzzle.costs.parameters=36K")
+    assert puzzle(solved[0], f"puzzle.costs.parameters={least}")

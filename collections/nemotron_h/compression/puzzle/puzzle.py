@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nemotron_h.compression.pipeline import importance
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.pipeline import (
@@ -22,7 +24,17 @@ STAGES = (importance, library, score, costs, search, compare, refine, child, hea
 
 
 class Puzzle(Context):
-    """A compression, ready to run; arguments and errors as of `Context`."""
+    """A compression, ready to run.
+
+    Args:
+        arguments: as of `Context`.
+    Errors:
+        UserError: as of `Context`; no child has as few parameters or as little memory as its limits allow.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        costs.check_sizes(self)
 
     def stages(self) -> list[Stage]:
         """Return the stages."""

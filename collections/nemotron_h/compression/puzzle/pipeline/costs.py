@@ -16,9 +16,10 @@ from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.costs import measure_blocks, model_blocks
 from nemotron_h.compression.stages import Stage
+from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.core.units import BYTES
+from nemotron_h.core.units import BYTES, GIB, count_of
 from nemotron_h.inference.layer_costs import seconds
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.planning.gpus import gpu
@@ -52,6 +53,34 @@ def serving(c: Context) -> Serving:
         kv_bytes=BYTES[costs.kv_cache],
         ssm_bytes=BYTES[costs.states],
     )
+
+
+def check_sizes(c: Context) -> None:
+    """Check limits that need no times, before anything is made.
+
+    Errors:
+        UserError: the child of the smallest variants is larger; names what it takes.
+    """
+    limits = {PARAMETERS: c.part.costs.parameters, MEMORY: c.part.costs.memory_gib}
+    most = {
+        PARAMETERS: limits[PARAMETERS] and count_of(limits[PARAMETERS], "puzzle.costs.parameters", c.origin),
+        MEMORY: limits[MEMORY] and limits[MEMORY] * GIB,
+    }
+    parameters = c.definition.other_parameters
+    outside = {PARAMETERS: parameters, MEMORY: parameters * serving(c).weight_bytes}
+    for resource, key in ((PARAMETERS, "parameters"), (MEMORY, "memory_gib")):
+        of_layers = (
+            min(0 if v.block is None else _costs(c, v.block, {})[resource] for v in of_layer.values())
+            for of_layer in c.variants
+        )
+        least = outside[resource] + sum(of_layers)
+        if most[resource] and least > most[resource]:
+            needed = f"{least:,.0f}" if resource == PARAMETERS else f"{least / GIB:.3f} GiB"
+            raise UserError(
+                f"{c.origin}: puzzle.costs.{key} = {limits[resource]}: the smallest variants of all layers make "
+                f"{needed} with embedding and output",
+                hint="raise it, or add smaller variants to puzzle.library",
+            )
 
 
 def scenario(c: Context) -> Scenario:
