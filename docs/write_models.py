@@ -99,8 +99,10 @@ def about(model: str) -> list[str]:
 
 
 def layers(model: ModelDefinition, letters: bool = False) -> str:
-    """Return the layers of each kind that a model has: `24 Mamba-2, 4 attention, 24 FFN`, or by letters."""
-    return ", ".join(f"{model.count(kind.letter)} {kind.letter if letters else kind.title}" for kind in model.kinds)
+    """Return the layers of each kind that a model has: `24 Mamba-2, 4 attention, 24 FFN`, or `24M 4* 24-`."""
+    if letters:
+        return " ".join(f"{model.count(kind.letter)}{kind.letter}" for kind in model.kinds)
+    return ", ".join(f"{model.count(kind.letter)} {kind.title}" for kind in model.kinds)
 
 
 def size(parameters: int) -> str:

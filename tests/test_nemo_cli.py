@@ -283,8 +283,14 @@ DIFFERENT = {
     "nemotron_h_tiny/pretrain_muon": ("optim.qk_clip=100",),
 }
 #: keys that name no single value of the graph
-BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "model.", "optim.schedule", "optim.warmup_tokens")
-BY_THEMSELVES += ("sources.", "optim.decay_tokens", "checkpoint.leave_after", "precision_options.measured_steps")
+BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "puzzle.", "model.", "optim.schedule")
+BY_THEMSELVES += (
+    "optim.warmup_tokens",
+    "sources.",
+    "optim.decay_tokens",
+    "checkpoint.leave_after",
+    "precision_options.measured_steps",
+)
 
 
 def test_one_table_has_the_graph_s_name_of_every_value(app) -> None:
