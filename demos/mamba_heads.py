@@ -37,7 +37,7 @@ from nemotron_h.platform.ranks import report_mistakes
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/results/puzzle.md"
 BEGIN, END = "<!-- table: written by demos/mamba_heads.py -->\n", "<!-- end of table -->\n"
-RUN, BLEND, LENGTH, BATCH, TOKENS, SEEDS = Path("runs/nemotron_h_tiny_heads"), "sample_small", 256, 8, 98_304, (1, 2, 3)
+RUN, BLEND, LENGTH, BATCH, TOKENS, SEEDS = Path("runs/nemotron_h_tiny_heads"), "sample_small", 256, 8, 32_768, (1, 2, 3)
 WAYS = ("as many of each group", "whatever their group")
 
 
@@ -59,12 +59,12 @@ def main() -> None:
     parent, source = load_model(checkpoint), ModelSource(checkpoint)
     forward, d = Forward(parent), parent.definition
     layers = [n for n, block in enumerate(d.blocks) if any(axis.key == "mamba_num_heads" for axis in block.axes())]
-    held_out = calibration_windows(blend, manifest, 16, LENGTH + 1, seed=99)
+    held_out = calibration_windows(blend, manifest, 8, LENGTH + 1, seed=99)
     rows: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     with StageProgress(Console(stderr=True), "layers trained", len(SEEDS) * len(layers)) as bar:
         for seed in SEEDS:
             text = calibration_windows(blend, manifest, TOKENS // LENGTH, LENGTH, seed)
-            scores = measure(parent, text[:1], text[:128]).scores()
+            scores = measure(parent, text[:1], text[:64]).scores()
             of_seed: dict[str, list[list[float]]] = {way: [] for way in WAYS}
             for layer in layers:
                 block, whole = d.blocks[layer], [tensor.float() for tensor in layer_tensors(source, layer)]

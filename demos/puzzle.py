@@ -7,11 +7,21 @@ and writes the tables of that page.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from nemotron_h.checkpoint.reader import read_record
+from nemotron_h.compression.recovery import recovered
+from nemotron_h.compression.scoring import predict
 from nemotron_h.core.errors import UserError
+from nemotron_h.data.blend import load_blend
+from nemotron_h.data.feed.sampler import ValidationText
+from nemotron_h.data.manifest import check_manifest
+from nemotron_h.inference.model import load_model
 from nemotron_h.platform.ranks import report_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +30,8 @@ BEGIN, END = "<!-- tables: written by demos/puzzle.py -->\n", "<!-- end of table
 #: compressions of parents with three initial weights
 RUNS = {"1": "nemotron_h_tiny_heads_puzzle", "2": "heads_seed2_puzzle", "3": "heads_seed3_puzzle"}
 HOMOGENEOUS = "nemotron_h_tiny_heads_minipuzzle"
+#: of the text that no choice has seen
+LENGTH, WINDOWS = 256, 64
 
 
 def read(run: str, *path: str) -> Any:
@@ -43,6 +55,9 @@ def tables() -> str:
     there = {seed: run for seed, run in RUNS.items() if Path("runs", run, "report", "result.json").is_file()}
     if not there:
         raise UserError("no compression has ended", hint="run the commands of docs/results/puzzle.md")
+    blend = load_blend("sample_small")
+    manifest = check_manifest(None, blend)
+    text = ValidationText.halves(blend, manifest, LENGTH)[1].read(manifest, WINDOWS)
     searched = [
         "| parent | sums: program | greedy | best random | KL: program | greedy | random (best, median) | Spearman |",
         "|---|---|---|---|---|---|---|---|",
@@ -63,19 +78,26 @@ def tables() -> str:
             f"| {lost['greedy'][0]:.4f} | {min(lost['random']):.4f}, {median(lost['random']):.4f} "
             f"| {result['spearman']:.3f} of {result['children']} |"
         )
-        losses, seconds = result["validation"], result["latency"]
+        seconds = result["latency"]
         timed = f"{seconds['foretold']:.3f}/{seconds['child']:.3f}" if seconds else ""
-        healed.append(
-            f"| {seed} | {_losses(losses)} | {result['recovered']:.1%} | {result['parameters']['child']:,} | {timed} |"
-        )
+        models = (read_parent(run), Path("runs", run, "child/pruned"), Path(result["checkpoint"]))
+        healed.append(f"| {seed} | {_losses(models, text)} | {result['parameters']['child']:,} | {timed} |")
     other = read(HOMOGENEOUS, "export", "result.json")
-    share, parameters = other["recovered"], other["parameters"]["child"]
-    healed.append(f"| 1, MiniPuzzle | {_losses(other['validation'])} | {share:.1%} | {parameters:,} | |")
+    winner = read(HOMOGENEOUS, "select", "winner.json")
+    models = (read_parent(RUNS["1"]), Path(winner["pruned"]["checkpoint"]), Path(other["child"]["checkpoint"]))
+    healed.append(f"| 1, MiniPuzzle | {_losses(models, text)} | {other['parameters']['child']:,} | |")
     return "\n".join([*searched, "", *healed]) + "\n"
 
 
-def _losses(losses: dict[str, Any]) -> str:
-    return " | ".join(f"{losses[model]['loss']:.4f}" for model in ("parent", "pruned", "child"))
+def read_parent(run: str) -> Path:
+    """Return the checkpoint of a compression's parent."""
+    return Path(read_record(Path("runs", run, "child/pruned"))["puzzle"]["from"])
+
+
+def _losses(models: Sequence[Path], text: np.ndarray) -> str:
+    """Return the losses of parent, child as it was put together and healed child, and what healing brought back."""
+    parent, pruned, child = (predict(load_model(checkpoint), text, 16).loss for checkpoint in models)
+    return f"{parent:.4f} | {pruned:.4f} | {child:.4f} | {recovered(parent, pruned, child):.1%}"
 
 
 def main() -> None:
