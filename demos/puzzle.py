@@ -1,7 +1,7 @@
 """Does Puzzle's search choose well? `python demos/puzzle.py`.
 
-Reads the compressions of three parents, and MiniPuzzle's of the first (the commands are in `docs/results/puzzle.md`),
-and writes the tables of that page.
+Reads the compressions of parents with up to three initial weights, those that there are, and MiniPuzzle's of the first
+(the commands are in `docs/results/puzzle.md`), and writes the tables of that page.
 """
 
 from __future__ import annotations
