@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from nemotron_h.inference.model import GenerationModel, load_model
 #: ours: largest difference of logits between masked parent and child in float32, of the largest logit; 118 layers round
 #: to 1e-5, and a wrong slice is off by the logits themselves
 TOLERANCE = 1e-3
+#: ours: logits may differ by so many roundings of a checkpoint's dtype, where weights are rounded anew
+ROUNDINGS = 4
 #: ours: tokens of the comparison, more than a chunk of the scan
 CHECK_TOKENS = 80
 
@@ -75,6 +77,13 @@ def slice_model(model: GenerationModel, child: Child, name: str = "child") -> Ge
         cut(model.final_norm, (hidden, None)),
         cut(model.output, (None, hidden)),
     )
+
+
+class Logits(Protocol):
+    """Something that computes what a model should."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
 
 
 class Masked:
@@ -199,17 +208,37 @@ def check_child(checkpoint: Path, child: Child, written: Path) -> None:
     Errors:
         UserError: they differ.
     """
-    parent, sliced = (load_model(folder, dtype=torch.float32, lazy=True) for folder in (checkpoint, written))
-    check_parameters(sliced.definition, written)
+    masked = Masked(load_model(checkpoint, dtype=torch.float32, lazy=True), child)
+    check_written(
+        masked, written, TOLERANCE, f"the child of {checkpoint} computes something else than its masked parent"
+    )
+
+
+def check_written(expected: Logits, written: Path, allowed: float, wrong: str) -> None:
+    """Compare a written model, read a layer at a time, with its plan: its parameters, and the logits of random tokens.
+
+    Args:
+        expected: computes what it should, in float32.
+        allowed: difference of logits, of the largest.
+        wrong: begins the error of logits that differ.
+    Errors:
+        UserError: they differ.
+    """
+    model = load_model(written, dtype=torch.float32, lazy=True)
+    check_parameters(model.definition, written)
     rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(sliced.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
-    error = logits_error(Masked(parent, child), sliced, tokens)
-    if not error <= TOLERANCE:  # not a number is an error too
+    tokens = torch.randint(model.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
+    error = logits_error(expected, model, tokens)
+    if not error <= allowed:  # not a number is an error too
         raise UserError(
-            f"the child of {checkpoint} computes something else than its masked parent: logits differ by {error:.1e} "
-            f"of the largest, {TOLERANCE:.0e} is allowed",
+            f"{wrong}: logits differ by {error:.1e} of the largest, {allowed:.0e} is allowed",
             hint="nothing was written; the checkpoint or this code is broken",
         )
+
+
+def rounded(dtype: torch.dtype) -> float:
+    """Return what logits may differ by where weights are rounded anew to the dtype of a checkpoint."""
+    return max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
 
 
 def check_parameters(definition: ModelDefinition, written: Path) -> None:
@@ -228,7 +257,7 @@ def check_parameters(definition: ModelDefinition, written: Path) -> None:
 
 
 @torch.inference_mode()
-def logits_error(masked: Masked, sliced: GenerationModel, tokens: Tensor) -> float:
+def logits_error(masked: Logits, sliced: GenerationModel, tokens: Tensor) -> float:
     """Return the largest difference of the logits, of the largest logit."""
     expected = masked.logits(tokens).double()
     states = sliced.new_states(*tokens.shape)

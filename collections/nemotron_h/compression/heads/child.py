@@ -23,16 +23,11 @@ from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.heads.alignment import aligned_definition
 from nemotron_h.compression.heads.fusion import Alignments, PooledLayers
 from nemotron_h.compression.heads.training import TrainedLayer
-from nemotron_h.compression.puzzle.local import Piece
-from nemotron_h.compression.slicing import CHECK_TOKENS, TOLERANCE, Masked, check_parameters, inherit_data, logits_error
-from nemotron_h.core.errors import UserError
+from nemotron_h.compression.puzzle.local import Piece, Replaced, own_layer
+from nemotron_h.compression.slicing import Masked, check_written, inherit_data, rounded
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
-from nemotron_h.inference.model import GenerationModel, load_model
-
-#: ours: logits may differ by so many roundings of the checkpoint's dtype, or by `TOLERANCE`, of the largest: rotated
-#: weights are rounded anew
-_ROUNDINGS = 4
+from nemotron_h.inference.model import load_model
 
 
 def write_aligned(
@@ -127,28 +122,6 @@ def _reader(source: ModelSource, alignments: Alignments, merge: bool, trained: M
     return read
 
 
-class _Trained:
-    """The parent with layers that were trained in the place of its own.
-
-    Args:
-        model: the parent.
-    """
-
-    def __init__(self, model: GenerationModel, trained: Mapping[int, TrainedLayer]) -> None:
-        self.forward = Forward(model)
-        self.pieces = {
-            n: Piece(each.piece.running.block, each.piece.tensors, self.forward) for n, each in trained.items()
-        }
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
-        x = self.forward.embed(tokens)
-        for layer in range(self.forward.definition.num_layers):
-            piece = self.pieces.get(layer)
-            x = x + (piece(x) if piece else self.forward.layer(layer, self.forward.weights(layer), x))
-        return self.forward.logits(x)
-
-
 def _check(
     checkpoint: Path,
     alignments: Alignments,
@@ -164,21 +137,13 @@ def _check(
     Errors:
         UserError: they differ.
     """
-    parent, aligned = (load_model(folder, dtype=torch.float32, lazy=True) for folder in (checkpoint, written))
-    check_parameters(aligned.definition, written)
+    parent = load_model(checkpoint, dtype=torch.float32, lazy=True)
     if trained:
-        expected = _Trained(parent, trained)
+        forward = Forward(parent)
+        pieces = {n: Piece(each.piece.running.block, each.piece.tensors, forward) for n, each in trained.items()}
+        expected = Replaced(forward, lambda layer: pieces.get(layer) or own_layer(forward, layer))
     else:
         if merged:
             parent.layers = PooledLayers(parent, alignments)
         expected = Masked(parent, Child.whole(parent.definition))
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(parent.definition.vocab_size, (1, CHECK_TOKENS), generator=rng)
-    error = logits_error(expected, aligned, tokens)
-    allowed = max(TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
-    if not error <= allowed:  # not a number is an error too
-        raise UserError(
-            f"the aligned {checkpoint} computes something else than it should: logits differ by {error:.1e} of the "
-            f"largest, {allowed:.0e} is allowed",
-            hint="nothing was written; the checkpoint or this code is broken",
-        )
+    check_written(expected, written, rounded(dtype), f"the aligned {checkpoint} computes something else than it should")

@@ -18,7 +18,7 @@ from nemotron_h.compression.heads.gates import Gates
 from nemotron_h.compression.importance import check_tokens
 from nemotron_h.compression.puzzle.gated import GatedPiece
 from nemotron_h.compression.puzzle.initial import layer_tensors
-from nemotron_h.compression.puzzle.local import Advance, Piece, Training, errors, train
+from nemotron_h.compression.puzzle.local import Advance, Piece, Training, imitate
 from nemotron_h.export.source import ModelSource
 
 
@@ -79,12 +79,8 @@ def train_layers(
     layers = {}
     for layer, alignment in alignments.items():
         piece = merged_piece(forward, source, layer, alignment, kv_heads, gates)
-        initial = [tensor.clone() for tensor in piece.tensors]
-        merged = errors(forward, range(layer, layer + 1), {"": piece}, held_out, training.batch)[""]
-        train(forward, range(layer, layer + 1), {"": piece}, {"": training}, batches, advance)
-        trained = errors(forward, range(layer, layer + 1), {"": piece}, held_out, training.batch)[""]
-        if not trained <= merged:  # not a number is worse too
-            piece.tensors, trained = initial, merged
+        there = range(layer, layer + 1)
+        ((merged, trained),) = imitate(forward, there, {"": piece}, {"": training}, batches, held_out, advance).values()
         gate = piece.gates.largest if isinstance(piece, GatedPiece) else None
         layers[layer] = TrainedLayer(piece, merged, trained, gate)
         done(layer, layers[layer])

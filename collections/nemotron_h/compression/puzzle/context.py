@@ -32,7 +32,7 @@ from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.pipeline.compression import Compression
 from nemotron_h.compression.pipeline.text import CHOICE, named
 from nemotron_h.compression.puzzle.library import Library, hash_of
-from nemotron_h.compression.puzzle.local import Piece
+from nemotron_h.compression.puzzle.local import Part, Piece, own_layer
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import count_of
@@ -119,10 +119,12 @@ class Context(Compression):
         """Return the name in the library of a variant's weights."""
         return refined.get(layer) or self.hash(layer, self.variants[layer][name])
 
-    def piece(self, layer: int, name: str, forward: Forward, refined: Refined = MappingProxyType({})) -> Piece | None:
-        """Return a variant of the library beside the parent's layers; None where it is no layer."""
+    def part_of(self, layer: int, name: str, forward: Forward, refined: Refined = MappingProxyType({})) -> Part | None:
+        """Return a variant beside the parent's layers, a `Piece` where it has weights of its own; None is no layer."""
         if name == NO_OP:
             return None
+        if name == PARENT:
+            return own_layer(forward, layer)
         return Piece(self.variants[layer][name].block, self.library.tensors(self.stored(layer, name, refined)), forward)
 
     def definition_of(self, picks: Picks, name: str) -> ModelDefinition:

@@ -27,6 +27,8 @@ from nemotron_h.inference.model import GenerationModel
 from nemotron_h.model.blocks.registry import RUNNING
 
 Advance = Callable[[int], None]
+#: what is added to a residual stream [b, l, h], of that stream
+Part = Callable[[Tensor], Tensor]
 
 
 class Trained:
@@ -77,6 +79,32 @@ class Piece(Trained):
         return self.running.loaded(self.running.weights([tensor.clone() for tensor in self.tensors]))
 
 
+def own_layer(forward: Forward, layer: int) -> Part:
+    """Return what a layer of the parent adds to the residual stream."""
+    weights = forward.weights(layer)
+    return lambda x: forward.layer(layer, weights, x)
+
+
+class Replaced:
+    """The parent with something in its layers' places.
+
+    Args:
+        forward: of the parent.
+        part: layer of the parent -> what is there, asked for when it runs; None is no layer.
+    """
+
+    def __init__(self, forward: Forward, part: Callable[[int], Part | None]) -> None:
+        self.forward, self.part = forward, part
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Return logits [rows, length, vocabulary] of tokens, int64 [rows, length]."""
+        x = self.forward.embed(tokens)
+        for layer in range(self.forward.definition.num_layers):
+            if part := self.part(layer):
+                x = x + part(x)
+        return self.forward.logits(x)
+
+
 class Chain(Trained):
     """Layers outside of their model, one after the other.
 
@@ -84,7 +112,7 @@ class Chain(Trained):
         parts: of each what it adds to the residual stream; those that are a `Piece` are trained.
     """
 
-    def __init__(self, parts: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
         self.tensors = [tensor for part in parts if isinstance(part, Piece) for tensor in part.tensors]
 
@@ -190,6 +218,33 @@ def errors(
         for name, piece in pieces.items():
             apart[name] += float((piece(x).double() - wanted).square().sum())
     return {name: value / total for name, value in apart.items()}
+
+
+def imitate(
+    forward: Forward,
+    layers: range,
+    pieces: Mapping[str, Trained],
+    lengths: Mapping[str, Training],
+    batches: Callable[[int], np.ndarray],
+    held_out: np.ndarray,
+    advance: Advance = lambda _: None,
+) -> dict[str, tuple[float, float]]:
+    """Train as `train`, and give back its weights to what training made worse on held-out text [samples, l].
+
+    Returns:
+        by name `errors` before and after it.
+    """
+    batch = max(length.batch for length in lengths.values())
+    initial = {name: [tensor.clone() for tensor in piece.tensors] for name, piece in pieces.items()}
+    before = errors(forward, layers, pieces, held_out, batch)
+    train(forward, layers, pieces, lengths, batches, advance)
+    after = errors(forward, layers, pieces, held_out, batch)
+    for name, piece in pieces.items():
+        if not after[name] <= before[name]:  # not a number is worse too
+            for tensor, value in zip(piece.tensors, initial[name], strict=True):
+                tensor.copy_(value)
+            after[name] = before[name]
+    return {name: (before[name], after[name]) for name in pieces}
 
 
 @torch.inference_mode()

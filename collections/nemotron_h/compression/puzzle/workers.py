@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -50,7 +50,8 @@ def _begin(recipe: RecipeConfig, origin: str, threads: int) -> None:
         warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
+        number = int(multiprocessing.current_process().name.rpartition("-")[2])  # those of a pool follow each other
+        torch.cuda.set_device(number % torch.cuda.device_count())
     _context = Context(recipe, Console(quiet=True), origin=origin)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import count_of
 from nemotron_h.recipe.stages.distill import check_objective
+from nemotron_h.schema.minipuzzle import METRICS
 from nemotron_h.schema.recipe import DistillSchema, RecipeConfig
 
 
@@ -23,6 +25,7 @@ def check_compression(recipe: RecipeConfig, origin: str, example: str) -> None:
         raise UserError(f"{origin}: init.checkpoint is unused: {stage}.parent is what is compressed")
     _check_distill(recipe.distill, origin)
     check_objective(recipe, origin)
+    check_one_of(f"{stage}.layer_metric", part.layer_metric, METRICS, f"{origin}: ")
     if count_of(part.score_tokens, f"{stage}.score_tokens", origin) < recipe.data.seq_length:
         raise UserError(
             f"{origin}: {stage}.score_tokens ({part.score_tokens}) is less than one sequence",

@@ -12,7 +12,7 @@ from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.recipe.stages.compression import check_compression
-from nemotron_h.schema.minipuzzle import METRICS, ORDERS, SPEEDS, STARTS, BudgetSchema, GridSchema
+from nemotron_h.schema.minipuzzle import ORDERS, SPEEDS, STARTS, BudgetSchema, GridSchema
 from nemotron_h.schema.recipe import RecipeConfig
 
 
@@ -21,7 +21,6 @@ def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> Non
     check_compression(recipe, origin, "minipuzzle_tiny")
     part = recipe.minipuzzle
     where = f"{origin}: "
-    check_one_of("minipuzzle.layer_metric", part.layer_metric, METRICS, where)
     check_one_of("minipuzzle.order", part.order, ORDERS, where)
     check_one_of("minipuzzle.start", part.start, STARTS, where)
     check_one_of("minipuzzle.budget.speedup_by", part.budget.speedup_by, SPEEDS, where)

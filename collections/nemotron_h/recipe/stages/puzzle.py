@@ -8,7 +8,6 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.recipe.stages.compression import check_compression
-from nemotron_h.schema.minipuzzle import METRICS
 from nemotron_h.schema.puzzle import MEASURES, MERGES, TIMES, CostSchema
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -21,7 +20,6 @@ def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> Non
     """Check a compression: its options, library, limits and lengths."""
     check_compression(recipe, origin, "puzzle_tiny")
     part, where = recipe.puzzle, f"{origin}: "
-    check_one_of("puzzle.layer_metric", part.layer_metric, METRICS, where)
     check_one_of("puzzle.merge", part.merge, MERGES, where)
     check_one_of("puzzle.measure", part.measure, MEASURES, where)
     check_library(definition, part.library, origin)

@@ -61,26 +61,37 @@ def check_sizes(c: Context) -> None:
     Errors:
         UserError: the child of the smallest variants is larger; names what it takes.
     """
-    limits = {PARAMETERS: c.part.costs.parameters, MEMORY: c.part.costs.memory_gib}
-    most = {
-        PARAMETERS: limits[PARAMETERS] and count_of(limits[PARAMETERS], "puzzle.costs.parameters", c.origin),
-        MEMORY: limits[MEMORY] and limits[MEMORY] * GIB,
-    }
-    parameters = c.definition.other_parameters
-    outside = {PARAMETERS: parameters, MEMORY: parameters * serving(c).weight_bytes}
-    for resource, key in ((PARAMETERS, "parameters"), (MEMORY, "memory_gib")):
+    outside = _outside(c)
+    for resource, most in size_limits(c).items():
         of_layers = (
             min(0 if v.block is None else _costs(c, v.block, {})[resource] for v in of_layer.values())
             for of_layer in c.variants
         )
         least = outside[resource] + sum(of_layers)
-        if most[resource] and least > most[resource]:
+        if least > most:
+            key = {PARAMETERS: "parameters", MEMORY: "memory_gib"}[resource]
             needed = f"{least:,.0f}" if resource == PARAMETERS else f"{least / GIB:.3f} GiB"
             raise UserError(
-                f"{c.origin}: puzzle.costs.{key} = {limits[resource]}: the smallest variants of all layers make "
-                f"{needed} with embedding and output",
+                f"{c.origin}: puzzle.costs.{key} = {getattr(c.part.costs, key)}: the smallest variants of all layers "
+                f"make {needed} with embedding and output",
                 hint="raise it, or add smaller variants to puzzle.library",
             )
+
+
+def size_limits(c: Context) -> dict[str, float]:
+    """Return resource -> the most of it, of the recipe's limits that need no times."""
+    costs, most = c.part.costs, {}
+    if costs.parameters is not None:
+        most[PARAMETERS] = float(count_of(costs.parameters, "puzzle.costs.parameters", c.origin))
+    if costs.memory_gib is not None:
+        most[MEMORY] = costs.memory_gib * GIB
+    return most
+
+
+def _outside(c: Context) -> dict[str, float]:
+    """Return what embedding, output matrix and final norm take."""
+    parameters = c.definition.other_parameters
+    return {PARAMETERS: parameters, MEMORY: parameters * serving(c).weight_bytes}
 
 
 def scenario(c: Context) -> Scenario:
@@ -121,9 +132,7 @@ def run(c: Context, folder: Path) -> str:
         {name: nothing if v.block is None else own[str(v.block)] for name, v in of_layer.items()}
         for of_layer in c.variants
     ]
-    parameters = c.definition.other_parameters
-    ends = {PARAMETERS: parameters, MEMORY: parameters * serving(c).weight_bytes, **times.get(ENDS, {})}
-    write_json(folder / COSTS, {"layers": layers, "ends": ends})
+    write_json(folder / COSTS, {"layers": layers, "ends": {**_outside(c), **times.get(ENDS, {})}})
     said = f"; times {c.part.costs.times}: {scenario(c)}" if times else ""
     return f"{len(blocks)} different layers{said}"
 

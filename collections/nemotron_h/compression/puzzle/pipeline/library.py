@@ -26,7 +26,7 @@ from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.gated import GatedPiece
 from nemotron_h.compression.puzzle.initial import Knowledge, initial_tensors, layer_tensors, merging
 from nemotron_h.compression.puzzle.library import Entry
-from nemotron_h.compression.puzzle.local import Piece, Training, errors, fit_linear, train
+from nemotron_h.compression.puzzle.local import Piece, Training, fit_linear, imitate
 from nemotron_h.compression.puzzle.workers import bound, over_layers
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
@@ -119,17 +119,12 @@ def make_layer(c: Context, layer: int, moments: str | None) -> None:
     whole = [tensor.float() for tensor in layer_tensors(ModelSource(c.parent.checkpoint), layer)]
     tensors = {name: initial_tensors(c.definition, layer, v, whole, knowledge) for name, v in variants.items()}
     pieces = {name: _piece(c, layer, v, tensors[name], whole, knowledge, forward) for name, v in variants.items()}
-    held_out = c.text.held_out[CHOICE][:, :-1]
-    layers = range(layer, layer + 1)
-    made = errors(forward, layers, pieces, held_out, batch)
     lengths = {name: Training(c.tokens(name), batch, c.part.local.lr) for name in variants}
-    longest = max(length.tokens for length in lengths.values())
-    train(forward, layers, pieces, lengths, c.batches(longest))
-    trained = errors(forward, layers, pieces, held_out, batch)
+    batches = c.batches(max(length.tokens for length in lengths.values()))
+    held_out = c.text.held_out[CHOICE][:, :-1]
+    measured = imitate(forward, range(layer, layer + 1), pieces, lengths, batches, held_out)
     for name, variant in variants.items():
-        if trained[name] > made[name]:  # training on its text made it worse on other text
-            pieces[name].tensors, trained[name] = tensors[name], made[name]
-        entry = Entry(layer, name, c.hash(layer, variant), lengths[name].tokens, made[name], trained[name])
+        entry = Entry(layer, name, c.hash(layer, variant), lengths[name].tokens, *measured[name])
         c.library.save(entry, pieces[name].tensors)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -13,12 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.architecture.variants import NO_OP, PARENT
 from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.puzzle.context import Context, Picks
 from nemotron_h.compression.puzzle.library import Entry, hash_of
-from nemotron_h.compression.puzzle.local import Chain, Piece, Training, child_changes, errors, train
+from nemotron_h.compression.puzzle.local import Chain, Training, child_changes, imitate
 from nemotron_h.compression.puzzle.pipeline.compare import COMPARED
 from nemotron_h.compression.puzzle.workers import bound, over_layers
 from nemotron_h.compression.stages import Stage
@@ -87,23 +86,16 @@ def _names(c: Context, first: int, picks: Picks) -> dict[int, str]:
 
 def refine_pair(c: Context, first: int, picks: Picks) -> None:
     """Train the variants of two layers together and store them; the parent's own layers stay as they are."""
-    forward, local = Forward(c.parent.model), c.part.local
-
-    def part(layer: int) -> Any:
-        if picks[layer] == PARENT:
-            weights = forward.weights(layer)
-            return lambda x: forward.layer(layer, weights, x)
-        return c.piece(layer, picks[layer], forward)
-
-    layers = range(first, first + 2)
-    parts = {layer: part(layer) for layer in layers if picks[layer] != NO_OP}
-    before = {layer: [t.clone() for t in each.tensors] for layer, each in parts.items() if isinstance(each, Piece)}
-    chain = {"pair": Chain(list(parts.values()))}
+    forward, local, layers = Forward(c.parent.model), c.part.local, range(first, first + 2)
+    parts = {layer: part for layer in layers if (part := c.part_of(layer, picks[layer], forward))}
     tokens = count_of(c.part.refine_tokens, "puzzle.refine_tokens", c.origin)
-    held_out = c.text.held_out[CHOICE][:, :-1]
-    (made,) = errors(forward, layers, chain, held_out, local.batch).values()
-    train(forward, layers, chain, {"pair": Training(tokens, local.batch, local.lr)}, c.batches(tokens))
-    (trained,) = errors(forward, layers, chain, held_out, local.batch).values()
+    made, trained = imitate(
+        forward,
+        layers,
+        {"pair": Chain(list(parts.values()))},
+        {"pair": Training(tokens, local.batch, local.lr)},
+        c.batches(tokens),
+        c.text.held_out[CHOICE][:, :-1],
+    )["pair"]
     for layer, name in _names(c, first, picks).items():
-        tensors = before[layer] if trained > made else parts[layer].tensors
-        c.library.save(Entry(layer, picks[layer], name, tokens, made, min(made, trained)), tensors)
+        c.library.save(Entry(layer, picks[layer], name, tokens, made, trained), parts[layer].tensors)

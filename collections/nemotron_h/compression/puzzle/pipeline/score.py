@@ -62,7 +62,7 @@ def _path(folder: Path, layer: int) -> Path:
 def score_layer(c: Context, layer: int) -> dict[str, Any]:
     """Return the scores of a layer's variants by name, the parent's among them."""
     forward = Forward(c.parent.model)
-    pieces = {name: c.piece(layer, name, forward) for name in c.variants[layer] if name != PARENT}
+    pieces = {name: c.part_of(layer, name, forward) for name in c.variants[layer] if name != PARENT}
     found = changes(forward, layer, pieces, c.text.held_out[CHOICE], c.recipe.data.micro_batch_size)
     return {name or PARENT: asdict(change) for name, change in found.items()}
 

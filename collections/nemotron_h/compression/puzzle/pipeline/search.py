@@ -18,13 +18,12 @@ from nemotron_h.compression.pipeline.text import named
 from nemotron_h.compression.puzzle.baselines import greedy, random_picks
 from nemotron_h.compression.puzzle.choices import Choice, Limit, Slots, Solution
 from nemotron_h.compression.puzzle.context import Context
-from nemotron_h.compression.puzzle.pipeline.costs import COSTS, LATENCY, MEMORY, PARAMETERS
+from nemotron_h.compression.puzzle.pipeline.costs import COSTS, LATENCY, size_limits
 from nemotron_h.compression.puzzle.pipeline.score import read_scores
 from nemotron_h.compression.puzzle.search import solutions, solve
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
-from nemotron_h.core.units import GIB, count_of
 
 SOLUTIONS = "solutions.json"
 #: ours: random children, enough for a rank correlation (the greedy one and the solutions beside them)
@@ -121,11 +120,7 @@ def limit_values(c: Context, own: dict[str, float]) -> dict[str, float]:
     Args:
         own: what the parent takes of each.
     """
-    costs, most = c.part.costs, {}
-    if costs.parameters is not None:
-        most[PARAMETERS] = float(count_of(costs.parameters, "puzzle.costs.parameters", c.origin))
-    if costs.memory_gib is not None:
-        most[MEMORY] = costs.memory_gib * GIB
+    costs, most = c.part.costs, size_limits(c)
     times = [
         costs.latency_seconds,
         costs.tokens_per_second and costs.batch * (costs.prompt + costs.output) / costs.tokens_per_second,
