@@ -1,7 +1,7 @@
 """Does Puzzle's search choose well? `python demos/puzzle.py`.
 
 Reads the compressions of parents with up to three initial weights, those that there are, and MiniPuzzle's of the first
-(the commands are in `docs/results/puzzle.md`), and writes the tables of that page.
+if it is there (the commands are in `docs/results/puzzle.md`), and writes the tables of that page.
 """
 
 from __future__ import annotations
@@ -82,10 +82,11 @@ def tables() -> str:
         timed = f"{seconds['foretold']:.3f}/{seconds['child']:.3f}" if seconds else ""
         models = (read_parent(run), Path("runs", run, "child/pruned"), Path(result["checkpoint"]))
         healed.append(f"| {seed} | {_losses(models, text)} | {result['parameters']['child']:,} | {timed} |")
-    other = read(HOMOGENEOUS, "export", "result.json")
-    winner = read(HOMOGENEOUS, "select", "winner.json")
-    models = (read_parent(RUNS["1"]), Path(winner["pruned"]["checkpoint"]), Path(other["child"]["checkpoint"]))
-    healed.append(f"| 1, MiniPuzzle | {_losses(models, text)} | {other['parameters']['child']:,} | |")
+    if Path("runs", HOMOGENEOUS, "export", "result.json").is_file() and "1" in there:
+        other = read(HOMOGENEOUS, "export", "result.json")
+        winner = read(HOMOGENEOUS, "select", "winner.json")
+        models = (read_parent(RUNS["1"]), Path(winner["pruned"]["checkpoint"]), Path(other["child"]["checkpoint"]))
+        healed.append(f"| 1, MiniPuzzle | {_losses(models, text)} | {other['parameters']['child']:,} | |")
     return "\n".join([*searched, "", *healed]) + "\n"
 
 

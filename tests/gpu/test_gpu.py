@@ -274,8 +274,8 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
             every = [(f"{at}.{key}", each) for at, own in adapters.adapted(built) for _, key, each in own.pairs()]
             for place, adapter in every:
                 # the same numbers under both wrappers, in both dtypes, of experts in a group and one by one
-                name = re.sub(r"local_experts\.(\d+)\.(\w+)\.adapter", r"\2.adapter.\1", place)
-                init.fill(adapter.b, name.removeprefix("module."), init.normal(0.06), 7)
+                alike = re.sub(r"local_experts\.(\d+)\.(\w+)\.adapter", r"\2.adapter.\1", place)
+                init.fill(adapter.b, alike.removeprefix("module."), init.normal(0.06), 7)
             losses = built(
                 input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
             )

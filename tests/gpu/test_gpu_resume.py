@@ -21,6 +21,9 @@ try:
 except ImportError:
     pytest = None  # type: ignore[assignment]
 
+from nemotron_h.checkpoint.reader import find_checkpoint
+from nemotron_h.inference.model import load_model
+
 #: of a loss, without a fixed order; ours (measured on an H200: 0)
 BOUND = 1e-3
 
@@ -52,6 +55,7 @@ def it_is_exact(small: small_run.Small, kind: str) -> None:
     )
     small_run.assert_same(small, straight, resumed)
     assert small.same_tensors(straight, resumed, STEPS)
+    load_model(find_checkpoint(small.run_dir(straight)))  # what commands read it by
 
 
 def in_a_fixed_order_it_is_exact(small: small_run.Small) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.reader import find_checkpoint
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.platform import checkpoint_writer
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -129,12 +131,37 @@ def test_truncated_file(checkpoint: Path) -> None:
         load_model(checkpoint)
 
 
-def test_overwritten_bytes(checkpoint: Path) -> None:
+def _overwrite(checkpoint: Path) -> None:
     file = max((checkpoint / "weights").glob("*.distcp"), key=lambda f: f.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
     file.write_bytes(content)
+
+
+def test_overwritten_bytes(checkpoint: Path) -> None:
+    _overwrite(checkpoint)
     with pytest.raises(UserError, match=r"damaged: weights/.*\.distcp \(module\..*\) does not match its checksum"):
+        load_model(checkpoint)
+
+
+def test_tensors_without_checksums(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with PyTorch 2.11 has written such checkpoints; their files have checksums."""
+    write = checkpoint_writer._write
+
+    def without(*arguments: Any) -> Any:
+        torch.serialization.set_crc32_options(False)
+        try:
+            return write(*arguments)
+        finally:
+            torch.serialization.set_crc32_options(True)
+
+    monkeypatch.setattr(checkpoint_writer, "_write", without)
+    checkpoint = tmp_path / "step-000001"
+    save(small_model(small_config(), seed=1), checkpoint)
+    same, model = load_model(run / "checkpoints" / "step-000001"), load_model(checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(same), tensors(model), strict=True))
+    _overwrite(checkpoint)
+    with pytest.raises(UserError, match=r"damaged: weights/[^ ]*\.distcp does not match its checksum"):
         load_model(checkpoint)
 
 

@@ -12,7 +12,7 @@ def sweep(
         str,
         typer.Argument(
             metavar="SWEEP",
-            help="A sweep file (docs/sweeps.md), or a shipped one: trio, phases, muon, muon_steps, width.",
+            help="A sweep file (docs/sweeps.md), or one of recipes/sweeps, such as trio, phases, muon, width.",
         ),
     ],
     executor: Annotated[
