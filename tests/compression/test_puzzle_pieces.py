@@ -174,6 +174,29 @@ def test_training_a_variant_lowers_its_error_whatever_is_trained_beside_it(
     assert not any(tensor.requires_grad for piece in pieces.values() for tensor in piece.tensors)
 
 
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [(0, "mamba_num_heads=8"), (1, "num_query_groups=2"), (2, "ffn_hidden_size=48"), (3, "num_experts=4")],
+)
+def test_variants_of_a_bfloat16_parent_train_in_float32(
+    parent: GenerationModel, scores: Scores, layer: int, name: str
+) -> None:
+    """As on a GPU: they run in the parent's dtype, and steps too small for bfloat16 are not lost."""
+    held_out, there = text(4, 24, seed=9), range(layer, layer + 1)
+    single, half = parent.to(torch.float32), parent.to(torch.bfloat16)
+    after = {}
+    for each in (single, half):
+        tensors = [tensor.float() for tensor in _piece(parent, scores, layer, name).tensors]
+        block = variants_of(parent.definition, LIBRARY)[layer][name].block
+        piece = Piece(block, tensors, Forward(each))
+        train(Forward(each), there, {"": piece}, {"": Training(4 * 24 * 20, 4, 1e-3)}, lambda n: text(4, 24, 100 + n))
+        assert all(tensor.dtype == torch.float32 for tensor in piece.tensors)
+        moved = max(float((a - b).abs().max()) for a, b in zip(piece.tensors, tensors, strict=True))
+        assert 0 < moved < 0.05
+        after[each.dtype] = errors(Forward(each), there, {"": piece}, held_out, 2)[""]
+    assert after[torch.bfloat16] == pytest.approx(after[torch.float32], rel=0.1)  # experts are others for some tokens
+
+
 def test_scores_are_those_of_the_model_with_one_layer_replaced(parent: GenerationModel, scores: Scores) -> None:
     """An oracle: distributions of models in which a layer is another one, in float64."""
     windows, forward = text(3, 21, seed=4), Forward(parent)

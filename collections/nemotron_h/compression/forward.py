@@ -6,6 +6,7 @@ Importance watches it; the gate of a slice masks it, so that the parent computes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.model.blocks.running import Masks, Running, Watch
 from nemotron_h.ops.select import select_ops
@@ -44,6 +46,14 @@ class Forward:
         if weights.norm.device == self.device:
             return weights
         return type(weights)(*(getattr(weights, f.name).to(self.device, non_blocking=True) for f in fields(weights)))
+
+    def cast(self, block: Block, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return copies of any layer's weights, as a checkpoint holds them, that run beside the model's layers: in its
+        dtype, what is exact in float32 at least. Gradients go back through them.
+        """
+        dtype, exact = self.model.dtype, torch.promote_types(self.model.dtype, torch.float32)
+        rows = zip(block.tensors("", ""), tensors, strict=True)
+        return [tensor.to(self.device, exact if row.exact else dtype, copy=True) for row, tensor in rows]
 
     def layer(self, number: int, w: Any, x: Tensor, watch: Watch | None = None, masks: Masks | None = None) -> Tensor:
         """Return what a layer adds to the residual stream `x` [rows, length, hidden].

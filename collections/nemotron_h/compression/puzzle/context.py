@@ -21,8 +21,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import ModelDefinition
@@ -151,6 +149,7 @@ class Context(Compression):
             refined: of layers that were trained further.
         """
         definition, parent = self.definition_of(picks, "child"), self.parent.model
+        forward = Forward(parent)
         stay = [(layer, pick) for layer, pick in enumerate(picks) if pick != NO_OP]
         model = GenerationModel(definition, parent.embedding, [], parent.final_norm, parent.output)
         layers = []
@@ -159,16 +158,10 @@ class Context(Compression):
                 layers.append(parent.layers[layer])
                 continue
             tensors = self.library.tensors(self.stored(layer, pick, refined))
-            layers.append(running.loaded(running.weights(self.in_dtype(running.block.tensors("", ""), tensors))))
+            layers.append(running.loaded(running.weights(forward.cast(running.block, tensors))))
             lay_out(layers[-1])
         model.layers = layers
         return model
-
-    def in_dtype(self, rows: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return a variant's weights in the parent's dtype and device, what is exact in float32."""
-        dtype, device = self.parent.dtype, self.parent.device
-        pairs = zip(rows, tensors, strict=True)
-        return [tensor.to(device, torch.float32 if row.exact else dtype) for row, tensor in pairs]
 
     def trained_variants(self, layer: int) -> Mapping[str, Variant]:
         """Return the variants of a layer that have weights of their own."""

@@ -77,11 +77,11 @@ class GatedPiece(Piece):
         """Return what the layer adds to x [b, l, h] under gates z, [g] in the order of the alignment's groups."""
         shared = self._shared.repeat_interleave(self._originals.shape[1] // self._shared.shape[1], dim=1)
         keys_and_values = shared + z.to(shared)[:, None, None] * (self._originals - shared)
-        tensors = [tensor.clone() for tensor in self.tensors]
+        tensors = list(self.tensors)
         whole = torch.cat([self._queries, keys_and_values.flatten(0, 2)])
-        (qkv,) = self._whole_row.to_ours(whole).values()
-        tensors[self._place] = qkv.clone()  # `loaded` multiplies in place, which a view does not take
-        return self.forward.apply(self._whole, self._whole.loaded(self._whole.weights(tensors)), x)
+        (tensors[self._place],) = self._whole_row.to_ours(whole).values()
+        weights = self._whole.weights(self.forward.cast(self._whole.block, tensors))
+        return self.forward.apply(self._whole, self._whole.loaded(weights), x)
 
     def parameter_groups(self, lr: float, steps: int) -> list[dict[str, Any]]:
         """Return the layer's but the parent's heads, the shared ones, and the gates."""

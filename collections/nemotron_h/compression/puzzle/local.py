@@ -61,7 +61,7 @@ class Piece(Trained):
 
     Args:
         block: its widths.
-        tensors: its weights, as a checkpoint holds them; copies are trained.
+        tensors: its weights, as a checkpoint holds them; copies are trained, and run in the parent's dtype.
         forward: of the parent.
     """
 
@@ -75,8 +75,7 @@ class Piece(Trained):
 
     def weights(self) -> Any:
         """Return its weights as a model in memory has them."""
-        # `loaded` multiplies in place, which a weight that is trained does not take
-        return self.running.loaded(self.running.weights([tensor.clone() for tensor in self.tensors]))
+        return self.running.loaded(self.running.weights(self.forward.cast(self.running.block, self.tensors)))
 
 
 def own_layer(forward: Forward, layer: int) -> Part:
