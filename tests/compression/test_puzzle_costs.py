@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ import yaml
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.compression.puzzle import costs as puzzle_costs
-from nemotron_h.compression.puzzle.costs import BlockCost, measure_blocks, model_blocks, total
+from nemotron_h.compression.puzzle.costs import BlockCost, measure_blocks, model_blocks, scaled_to, total
+from nemotron_h.compression.puzzle.pipeline import costs as stage_of_costs
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference import layer_costs
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.laws.shapes import model_named
 from nemotron_h.planning.gpus import gpu
-from nemotron_h.planning.latency import check_costs, read_layer_costs, roofline, write_layer_costs
+from nemotron_h.planning.latency import Latency, check_costs, read_layer_costs, roofline, write_layer_costs
 from nemotron_h.schema.layer_costs import Scenario
+from nemotron_h.schema.puzzle import CostSchema
 
 PARENT = model_named("nemotron_h_tiny_heads")
 SCENARIO = Scenario(batch=2, context=32, output=16)
@@ -207,6 +210,32 @@ def test_modelled_blocks_add_up_to_the_model() -> None:
     assert whole.prefill - last.prefill + last.decode == pytest.approx(least.prefill, rel=1e-12)
     assert whole.parameters == PARENT.parameters
     assert costs["attention"].kv_bytes == 2 * 48 * 2 * 8 * 16 * 2, "in BF16"
+
+
+def test_scaled_costs_make_the_model_s() -> None:
+    costs, names = model_blocks(BLOCKS, PARENT, SCENARIO, gpu("h100")), {each: name for name, each in BLOCKS.items()}
+    layers = [names[each] for each in PARENT.blocks]
+    scaled = scaled_to(costs, layers, Latency(2.0, 0.5))
+    whole = total([*(scaled[name] for name in layers), scaled["ends"]])
+    assert (whole.prefill, whole.decode) == (pytest.approx(2.0, rel=1e-12), pytest.approx(0.5, rel=1e-12))
+    for key in ("prefill", "decode"):
+        ratios = [getattr(scaled[name], key) / getattr(costs[name], key) for name in costs]
+        assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-12)
+    assert whole.parameters == PARENT.parameters
+
+
+def test_layers_that_do_not_add_up_to_the_model_are_told(tmp_path: Path) -> None:
+    """Times of a busy machine: an error where a limit needs them, else a sentence."""
+
+    def agreement(whole: float, **limits: float) -> str:
+        part = SimpleNamespace(costs=CostSchema(**limits))
+        return stage_of_costs._agreement(SimpleNamespace(origin="recipe x", part=part), whole, 2.0, tmp_path / "t.yaml")
+
+    assert agreement(1.8, speedup=2.0) == "; the parent takes 1.8 s, 0.90 times what its layers took by themselves"
+    assert "other work hid what layers cost; remove" in agreement(0.3, parameters="3M")
+    with pytest.raises(UserError, match=r"recipe x: puzzle.costs.speedup needs times, and the parent takes 0.3 s") as e:
+        agreement(0.3, parameters="3M", speedup=2.0)
+    assert "t.yaml and run it again when the machine has no other work" in e.value.hint
 
 
 def test_a_child_takes_about_what_its_blocks_take(tmp_path: Path, record_property) -> None:

@@ -7,7 +7,7 @@ block's widths, and serves every layer that has them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from nemotron_h.architecture.blocks.block import Block
@@ -106,6 +106,22 @@ def measure_blocks(
     times = {name: _seconds(_rows(table, block.name, widths_of(block))) for name, block in blocks.items()}
     costs = {name: _cost(block, times[name], scenario, BYTES[_BYTES[machine.dtype]]) for name, block in blocks.items()}
     return {**costs, ENDS: _cost_of_ends(like, _seconds(_rows(table, ENDS, ends)))} if blocks else {}
+
+
+def scaled_to(costs: Mapping[str, BlockCost], layers: Iterable[str], whole: Latency) -> dict[str, BlockCost]:
+    """Return measured costs with all seconds multiplied so that those of a model's layers and ends make the model's.
+
+    Layers find other data in the caches than in a stack of their like, and share what a step has beside them.
+
+    Args:
+        layers: names of the model's.
+        whole: measured of it.
+    """
+    own = total([*(costs[name] for name in layers), costs[ENDS]])
+    prefill, decode = whole.prefill / own.prefill, whole.decode / own.decode
+    return {
+        name: replace(each, prefill=each.prefill * prefill, decode=each.decode * decode) for name, each in costs.items()
+    }
 
 
 def model_blocks(

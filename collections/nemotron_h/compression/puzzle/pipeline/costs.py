@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.architecture.variants import PARENT
 from nemotron_h.compression.puzzle.context import Context
-from nemotron_h.compression.puzzle.costs import measure_blocks, model_blocks
+from nemotron_h.compression.puzzle.costs import measure_blocks, model_blocks, scaled_to, total
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
@@ -24,11 +25,15 @@ from nemotron_h.inference.layer_costs import seconds
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.planning.gpus import gpu
 from nemotron_h.planning.inference import Serving, layer_memory
+from nemotron_h.planning.latency import Latency
+from nemotron_h.recipe.stages.puzzle import OF_TIME
 from nemotron_h.schema.layer_costs import ENDS, Scenario
 
 COSTS, TABLE = "costs.json", "times.yaml"
 #: resources of a layer
 PARAMETERS, MEMORY, LATENCY = "parameters", "memory", "latency"
+#: ours: times of a model over the sum of its layers' that noise does not explain; 0.9 to 1.5 on two idle cores
+FAR_APART = 2.0
 
 
 def stage(c: Context) -> Stage:
@@ -100,17 +105,49 @@ def scenario(c: Context) -> Scenario:
     return Scenario(costs.batch, costs.prompt, costs.output)
 
 
-def _timed(c: Context, blocks: dict[str, Block], path: Path) -> dict[str, dict[str, float]]:
-    """Return seconds by name of a block, and of what is outside of the layers; nothing where no times are asked for."""
-    if c.part.costs.times == "none":
-        return {}
-    if c.part.costs.times == "modelled":
-        costs = model_blocks(blocks, c.definition, scenario(c), gpu(c.part.costs.gpu))
+def _timed(c: Context, blocks: dict[str, Block], path: Path) -> tuple[dict[str, dict[str, float]], str]:
+    """Return seconds by name of a block, and of what is outside of the layers, and what to say of them; nothing where
+    no times are asked for.
+
+    Errors:
+        UserError: a limit needs times, and other work on the machine hides them.
+    """
+    asked = c.part.costs
+    if asked.times == "none":
+        return {}, ""
+    said = f"; times {asked.times}: {scenario(c)}"
+    if asked.times == "modelled":
+        costs = model_blocks(blocks, c.definition, scenario(c), gpu(asked.gpu))
     else:
         c.parent.release()
-        with StageProgress(c.console, "layers timed", len(blocks)) as bar:
+        with StageProgress(c.console, "layers timed", len(blocks) + 1) as bar:
             costs = measure_blocks(blocks, c.definition, scenario(c), path, lambda _: bar.advance())
-    return {name: _seconds(c, each.prefill, each.decode) for name, each in costs.items()}
+            layers = [str(of_layer[PARENT].block) for of_layer in c.variants]
+            (whole,) = (Latency(*times) for times in seconds([c.parent.model], scenario(c)))
+            bar.advance()
+        sums = total([*(costs[name] for name in layers), costs[ENDS]])
+        costs = scaled_to(costs, layers, whole)
+        said += _agreement(c, *(_seconds(c, each.prefill, each.decode)[LATENCY] for each in (whole, sums)), path)
+    return {name: _seconds(c, each.prefill, each.decode) for name, each in costs.items()}, said
+
+
+def _agreement(c: Context, whole: float, layers: float, path: Path) -> str:
+    """Return what the parent takes beside the sum of its layers, in seconds of a batch.
+
+    Errors:
+        UserError: they are far apart, and a limit needs times.
+    """
+    said = f"the parent takes {whole:.3g} s, {whole / layers:.2f} times what its layers took by themselves"
+    if 1 / FAR_APART < whole / layers < FAR_APART:
+        return f"; {said}"
+    said += ": other work hid what layers cost"
+    limits = [key for key in OF_TIME if getattr(c.part.costs, key) is not None]
+    if limits:
+        raise UserError(
+            f"{c.origin}: puzzle.costs.{limits[0]} needs times, and {said}",
+            hint=f"remove {path} and run it again when the machine has no other work",
+        )
+    return f"; {said}; remove {path} to measure again"
 
 
 def _seconds(c: Context, prefill: float, decode: float) -> dict[str, float]:
@@ -125,7 +162,7 @@ def measured_latency(c: Context, models: list[GenerationModel]) -> list[float]:
 def run(c: Context, folder: Path) -> str:
     """Count, and measure where the recipe asks for times."""
     blocks = {str(v.block): v.block for of_layer in c.variants for v in of_layer.values() if v.block is not None}
-    times = _timed(c, blocks, folder / TABLE)
+    times, said = _timed(c, blocks, folder / TABLE)
     own = {name: _costs(c, block, times.get(name, {})) for name, block in blocks.items()}
     nothing = dict.fromkeys(next(iter(own.values())), 0)
     layers = [
@@ -133,7 +170,6 @@ def run(c: Context, folder: Path) -> str:
         for of_layer in c.variants
     ]
     write_json(folder / COSTS, {"layers": layers, "ends": {**_outside(c), **times.get(ENDS, {})}})
-    said = f"; times {c.part.costs.times}: {scenario(c)}" if times else ""
     return f"{len(blocks)} different layers{said}"
 
 
