@@ -117,6 +117,15 @@ def test_a_hybrid_is_ranked_by_measured_layers_and_by_shape_alone(tmp_path: Path
     assert compose("nemotron_h_1b", [f"model={file}"]).model.family == "nemotron_h"
 
 
+def test_a_gpu_has_measured_layers_where_they_were_measured_so_and_else_its_peak_rates() -> None:
+    for arguments, words in (
+        ((), "layers measured on NVIDIA H200, bfloat16"),
+        (("--batch", "2"), "h200 at its peak rates in BF16, a lower bound"),
+        (("--like", "nemotron_t_8b"), "h200 at its peak rates in BF16, a lower bound"),
+    ):
+        assert words in " ".join(run("--parameters", "1B", "--on", "h200", *arguments).split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

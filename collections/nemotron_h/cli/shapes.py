@@ -89,29 +89,32 @@ def shapes(
 def _latency(
     on: str, model: ModelDefinition, scenario: Scenario
 ) -> tuple[Callable[[ModelDefinition], Latency | None], str]:
-    """Return the latency of a model, and words that say where it is from."""
+    """Return the latency of a model, and words that say where it is from: of a GPU, peak rates where layers were not
+    measured so.
+    """
     from nemotron_h.core.strict import nearest
     from nemotron_h.planning import latency
     from nemotron_h.planning.gpus import gpu, known_gpus
 
-    if on.endswith((".yaml", ".yml")):
-        measured = latency.read_layer_costs(Path(on)), on
-    elif on in latency.known_machines():
-        measured = latency.shipped_layer_costs(on, scenario)
-    elif on in known_gpus():
-        device = gpu(on)
+    device = gpu(on) if on in known_gpus() else None
+    try:
+        if on.endswith((".yaml", ".yml")):
+            costs, file = latency.read_layer_costs(Path(on)), on
+        elif on in latency.known_machines():
+            costs, file = latency.shipped_layer_costs(on, scenario)
+        else:
+            known = sorted({*latency.known_machines(), *known_gpus()})
+            hint = f"{nearest(on, known)}Known: {', '.join(known)}, or a file of nemotron-h layer-costs."
+            raise UserError(f"--on {on}: there is no such machine", hint=hint)
+        latency.check_costs(costs, model, scenario, file)
+    except UserError:
+        if device is None:
+            raise
         return lambda each: latency.roofline(each, device, scenario), f"{on} at its peak rates in BF16, a lower bound"
-    else:
-        known = [*latency.known_machines(), *known_gpus()]
-        hint = f"{nearest(on, known)}Known: {', '.join(known)}, or a file of nemotron-h layer-costs."
-        raise UserError(f"--on {on}: there is no such machine", hint=hint)
-    costs, file = measured
-    latency.check_costs(costs, model, scenario, file)
     machine = costs.machine
     threads = f", threads: {machine.threads}" if machine.threads else ""
-    return lambda each: latency.measured_latency(
-        costs, each
-    ), f"layers measured on {machine.processor}{threads}, {machine.dtype}"
+    words = f"layers measured on {machine.processor}{threads}, {machine.dtype}"
+    return lambda each: latency.measured_latency(costs, each), words
 
 
 def _seconds(text: str) -> float:
