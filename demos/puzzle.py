@@ -1,7 +1,8 @@
 """Does Puzzle's search choose well? `python demos/puzzle.py`.
 
-Reads the compressions of parents with up to three initial weights, those that there are, and MiniPuzzle's of the first
-if it is there (the commands are in `docs/results/puzzle.md`), and writes the tables of that page.
+Reads compressions whose children have been compared, with up to three seeds and of parents with up to three initial
+weights, and MiniPuzzle's of the first, those that there are (the commands are in `docs/results/puzzle.md`), and writes
+the tables of that page.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from nemotron_h.checkpoint.reader import read_record
+from nemotron_h.compression.puzzle.pipeline.report import points_of
 from nemotron_h.compression.recovery import recovered
 from nemotron_h.compression.scoring import predict
 from nemotron_h.core.errors import UserError
@@ -27,8 +30,15 @@ from nemotron_h.platform.ranks import report_mistakes
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/results/puzzle.md"
 BEGIN, END = "<!-- tables: written by demos/puzzle.py -->\n", "<!-- end of tables -->\n"
-#: compressions of parents with three initial weights
-RUNS = {"1": "nemotron_h_tiny_heads_puzzle", "2": "heads_seed2_puzzle", "3": "heads_seed3_puzzle"}
+#: parent, and seed of the variants' text and of the random children -> compression
+RUNS = {
+    "1, 1": "nemotron_h_tiny_heads_puzzle",
+    "1, 2": "heads_text2",
+    "1, 3": "heads_text3",
+    "2, 1": "heads_seed2_puzzle",
+    "3, 1": "heads_seed3_puzzle",
+}
+FIRST = next(iter(RUNS))
 HOMOGENEOUS = "nemotron_h_tiny_heads_minipuzzle"
 #: of the text that no choice has seen
 LENGTH, WINDOWS = 256, 64
@@ -50,42 +60,43 @@ def tables() -> str:
     """Return both tables.
 
     Errors:
-        UserError: none of the compressions has ended.
+        UserError: no compression has compared its children.
     """
-    there = {seed: run for seed, run in RUNS.items() if Path("runs", run, "report", "result.json").is_file()}
+    there = {seeds: run for seeds, run in RUNS.items() if Path("runs", run, "compare", "compared.json").is_file()}
     if not there:
-        raise UserError("no compression has ended", hint="run the commands of docs/results/puzzle.md")
+        raise UserError("no children have been compared", hint="run the commands of docs/results/puzzle.md")
     blend = load_blend("sample_small")
     manifest = check_manifest(None, blend)
     text = ValidationText.halves(blend, manifest, LENGTH)[1].read(manifest, WINDOWS)
     searched = [
-        "| parent | sums: program | greedy | best random | KL: program | greedy | random (best, median) | Spearman |",
+        "| seeds | sums: program | greedy | best random | KL: program | greedy | random: best, median | Spearman |",
         "|---|---|---|---|---|---|---|---|",
     ]
     healed = [
-        "| parent | its loss | child, put together | healed | recovered | parameters | s a batch, foretold/measured |",
+        "| seeds | parent | child, put together | healed | recovered | parameters | s a batch, foretold/measured |",
         "|---|---|---|---|---|---|---|",
     ]
-    for seed, run in there.items():
-        found, compared, result = (
-            read(run, *path)
-            for path in (("search", "solutions.json"), ("compare", "compared.json"), ("report", "result.json"))
-        )
+    for seeds, run in there.items():
+        found, compared = read(run, "search", "solutions.json"), read(run, "compare", "compared.json")
         lost, chosen = compared["lost"], compared["chosen"]
+        pairs = [pair for group in points_of(compared, found).values() for pair in group]
         searched.append(
-            f"| {seed} | {chosen['score']:.4f} | {found['greedy']['score']:.4f} "
+            f"| {seeds} | {chosen['score']:.4f} | {found['greedy']['score']:.4f} "
             f"| {min(row['score'] for row in found['random']):.4f} | {lost['solutions'][chosen['solution']]:.4f} "
             f"| {lost['greedy'][0]:.4f} | {min(lost['random']):.4f}, {median(lost['random']):.4f} "
-            f"| {result['spearman']:.3f} of {result['children']} |"
+            f"| {spearmanr(*zip(*pairs, strict=True)).statistic:.3f} of {len(pairs)} |"
         )
+        if not Path("runs", run, "report", "result.json").is_file():
+            continue
+        result = read(run, "report", "result.json")
         seconds = result["latency"]
         timed = f"{seconds['foretold']:.3f}/{seconds['child']:.3f}" if seconds else ""
         models = (read_parent(run), Path("runs", run, "child/pruned"), Path(result["checkpoint"]))
-        healed.append(f"| {seed} | {_losses(models, text)} | {result['parameters']['child']:,} | {timed} |")
-    if Path("runs", HOMOGENEOUS, "export", "result.json").is_file() and "1" in there:
+        healed.append(f"| {seeds} | {_losses(models, text)} | {result['parameters']['child']:,} | {timed} |")
+    if Path("runs", HOMOGENEOUS, "export", "result.json").is_file() and FIRST in there:
         other = read(HOMOGENEOUS, "export", "result.json")
         winner = read(HOMOGENEOUS, "select", "winner.json")
-        models = (read_parent(RUNS["1"]), Path(winner["pruned"]["checkpoint"]), Path(other["child"]["checkpoint"]))
+        models = (read_parent(RUNS[FIRST]), Path(winner["pruned"]["checkpoint"]), Path(other["child"]["checkpoint"]))
         healed.append(f"| 1, MiniPuzzle | {_losses(models, text)} | {other['parameters']['child']:,} | |")
     return "\n".join([*searched, "", *healed]) + "\n"
 

@@ -73,7 +73,7 @@ def run(c: Context, folder: Path) -> str:
     checkpoint = Path(healed["child"]["checkpoint"])
     definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}").counted()
     (folder / DEFINITION).write_text(definition_text(definition, f"Compressed by {c.recipe.name}."), encoding="utf-8")
-    points = _points(c.read("compare", COMPARED), found)
+    points = points_of(c.read("compare", COMPARED), found)
     pairs = [pair for group in points.values() for pair in group]
     result = {
         "recipe": c.recipe.name,
@@ -92,7 +92,7 @@ def run(c: Context, folder: Path) -> str:
     return f"{checkpoint}; {folder / REPORT}; sums of scores and true ones: Spearman {result['spearman']:.3f}"
 
 
-def _points(compared: dict[str, Any], found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+def points_of(compared: dict[str, Any], found: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """Return (sum of scores, true score) of the children by how they were chosen."""
     titles = {"integer program": "solutions", "greedy": "greedy", "random": "random"}
     rows = {**found, "greedy": [found["greedy"]]}
