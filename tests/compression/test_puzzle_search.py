@@ -54,7 +54,7 @@ def feasible(slots: Slots, limits: Sequence[Limit]) -> Iterator[tuple[float, tup
             yield each.score, picks
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_the_best_picks_are_those_of_brute_force(seed: int) -> None:
     slots, limits = problem(seed, 5)
     score, picks = min(feasible(slots, limits))
@@ -64,7 +64,7 @@ def test_the_best_picks_are_those_of_brute_force(seed: int) -> None:
     assert best.costs["bytes"] == 1e-2 + sum(each[n].costs["bytes"] for each, n in zip(slots, picks, strict=True))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 def test_whatever_is_asked_the_answer_is_that_of_brute_force(seed: int) -> None:
     """Scores and costs of any size and sign, with ties; up to two limits; earlier solutions and equal slots at once."""
     rng = np.random.default_rng(seed)
@@ -135,7 +135,7 @@ def test_the_share_of_picks_is_that_of_the_numbers_written() -> None:
     assert solutions(slots, (), 2, alpha=0.29)[1].score == 71
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("exempt", [(), ("none",)])
 def test_equal_slots_share_one_name(seed: int, exempt: tuple[str, ...]) -> None:
     slots, limits = problem(seed, 6, tight=0.6)
@@ -178,7 +178,7 @@ def test_greedy_shares_the_budget_and_carries_what_is_left() -> None:
     assert solve(slots, [Limit("bytes", 14, fixed=2)]).score < 11
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_greedy_meets_one_limit_however_tight(seed: int) -> None:
     slots, limits = problem(seed, 7, tight=0.001)
     for limit in limits:
@@ -364,7 +364,7 @@ def test_it_needs_no_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(1))
 def test_118_layers_of_54_choices_take_seconds(seed: int) -> None:
     """Of Puzzle's 6 variants of attention by 9 of an FFN; layers of one kind cost the same."""
     rng = np.random.default_rng(seed)
