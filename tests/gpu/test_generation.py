@@ -19,9 +19,10 @@ import_repository()
 from random_model import random_model  # noqa: E402
 
 from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: E402
-from nemotron_h.inference.generate import generate, prefill  # noqa: E402
+from nemotron_h.inference.generate import generate  # noqa: E402
 from nemotron_h.inference.graph import Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
+from nemotron_h.inference.prefill import prefill  # noqa: E402
 from nemotron_h.inference.sampling import Sampling  # noqa: E402
 from nemotron_h.ops.select import Ops  # noqa: E402
 
@@ -86,7 +87,7 @@ def test_prefill_and_graphed_steps_are_the_full_forward() -> None:
                 for number in range(steps):
                     token = torch.stack([ids[row, n + number] for row, n in enumerate(lengths)]).cuda()
                     found.append(stepper.step(token).clone())
-                assert (stepper.graph is not None) == (graph is None and model.ops.graphs)
+                assert (stepper.recorded.graph is not None) == (graph is None and model.ops.graphs)
                 worst = 0.0
                 for row, length in enumerate(lengths):
                     whole = ids[row : row + 1, : length + steps]

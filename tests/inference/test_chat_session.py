@@ -22,7 +22,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.messages import ChatError, Turn
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from nemotron_h.inference import generate as generating
+from nemotron_h.inference import prefill as prefilling
 from nemotron_h.inference.chat import ChatSession
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling
@@ -99,7 +99,7 @@ def test_turns_are_the_whole_conversation(
     trained, model, tokenizer: Tokenizer, source: str, end: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every score of four turns is the uncached forward's over all that was said, and each token was read once."""
-    monkeypatch.setattr(generating, "PASS_TOKENS", limit)
+    monkeypatch.setattr(prefilling, "PASS_TOKENS", limit)
     text, marker = SOURCES[source]
     marker_id = tokenizer.special_tokens[marker]
     template = ChatTemplate(text, tokenizer)
