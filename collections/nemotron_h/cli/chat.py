@@ -65,6 +65,10 @@ def chat(
 
     The state is kept: a turn reads its own tokens alone, however long the conversation is. Where the standard input is
     no terminal, each line is a turn; answers go to the standard output and all else to the standard error.
+
+    nemotron-h chat runs/nemotron_h_tiny_sft --system "Answer in one sentence."
+
+    nemotron-h chat runs/large_sft --draft runs/small_sft
     """
     from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, template_source
     from nemotron_h.inference.sampling import Sampling

@@ -177,8 +177,7 @@ class ModelDrafter(Drafter):
         """Draft by the sampling of the model that is drafted for."""
         last = torch.tensor([text[-2:] for text in texts])  # [b, 2]
         device = self.model.device
-        tokens, scores, probabilities = self._recorded(last.to(device), uniform.to(device))
-        check_scores(scores)
+        tokens, self._scores, probabilities = self._recorded(last.to(device), uniform.to(device))
         counts = torch.full((len(texts),), self.tokens, device=device)
         return Proposal(tokens, counts, probabilities)
 
@@ -200,6 +199,7 @@ class ModelDrafter(Drafter):
 
     def accept(self, counts: np.ndarray) -> None:
         """Advance the states."""
+        check_scores(self._scores)  # not in `propose`: the host would wait for the device once more
         self._accepted(torch.from_numpy(counts).to(self.model.device))
         self.states.advance(counts, on_device=False)
 
