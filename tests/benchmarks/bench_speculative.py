@@ -31,7 +31,7 @@ from rich.table import Table  # noqa: E402
 
 from nemotron_h.cli.generate import read_prompts  # noqa: E402
 from nemotron_h.core.progress import StageProgress  # noqa: E402
-from nemotron_h.inference.drafts import DRAFT_TOKENS, Draft, ModelDrafter, Proposal  # noqa: E402
+from nemotron_h.inference.drafts import DRAFT_TOKENS, Acceptance, Draft, ModelDrafter, Proposal  # noqa: E402
 from nemotron_h.inference.generate import Generation  # noqa: E402
 from nemotron_h.inference.layer_costs import random_model  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
@@ -53,12 +53,12 @@ class ScriptedDrafter(ModelDrafter):
     def propose(self, texts: Sequence[Sequence[int]], uniform: torch.Tensor) -> Proposal:
         """Replace what the model drafts."""
         proposal, size = super().propose(texts, uniform), len(self.model.output)
-        for row, text in enumerate(texts):
+        drafted: list[list[int]] = []
+        for text in texts:
             whole = next((script for script in self.script if script[: len(text)] == list(text)), text)
             tokens = [*whole[len(text) :], *[0] * self.tokens][: self.tokens]
-            wrong = [(t + (self.rng.random() >= self.right)) % size for t in tokens]
-            proposal.tokens[row] = torch.tensor(wrong)
-        return proposal
+            drafted.append([(token + (self.rng.random() >= self.right)) % size for token in tokens])
+        return replace(proposal, tokens=torch.tensor(drafted, device=proposal.tokens.device))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Turn:
 
     texts: list[list[int]]
     seconds: float
-    accepted: str
+    acceptance: Acceptance
 
     @property
     def rate(self) -> float:
@@ -96,7 +96,7 @@ def write(model: GenerationModel, prompts: list[list[int]], count: int, draft: D
         began = began or time.perf_counter()
         for text, tokens in zip(texts, items, strict=True):
             text += tokens
-    return Turn(texts, time.perf_counter() - began, str(generation.acceptance))
+    return Turn(texts, time.perf_counter() - began, generation.acceptance)
 
 
 def random_pair(args: argparse.Namespace) -> tuple[GenerationModel, GenerationModel, list[list[int]]]:
@@ -147,7 +147,7 @@ def main() -> None:
             for right in args.right
         ]
     table = Table(title=f"{args.target} on {target.device}, {target.dtype}, {args.output} tokens out")
-    for column in ("batch", "draft", "tokens", "plain tokens/s", "with the draft", "ratio", "accepted"):
+    for column in ("batch", "draft", "tokens", "plain tokens/s", "drafted", "ratio", "accepted per pass", "of drafted"):
         table.add_column(column, justify="right")
     with StageProgress(Console(), "turns", len(args.batches) * len(sides) * (args.turns + 1)) as bar:
         for batch in args.batches:
@@ -164,9 +164,11 @@ def main() -> None:
                     turns += [(plain, drafted)] if number else []
                     bar.advance(1, f"{side.name}, batch {batch}")
                 rates = [median(turn[i].rate for turn in turns) for i in range(2)]
-                cells = (f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", f"{rates[1] / rates[0]:.2f}x", turns[-1][1].accepted)
-                table.add_row(str(batch), side.name, str(side.tokens), *cells)
-    Console().print(table)
+                cells = (f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", f"{rates[1] / rates[0]:.2f}x")
+                a = turns[-1][1].acceptance
+                share = (f"{a.accepted / a.passes:.2f}", f"{a.accepted / max(a.drafted, 1):.0%}")
+                table.add_row(str(batch), side.name, str(side.tokens), *cells, *share)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -183,7 +183,8 @@ def test_drafts_that_cannot_draft(run: Path, tmp_path: Path) -> None:
         invoke(run, "x", "--draft", "layers:7")
     for name, data in (("another", {"tokenizer": str(tmp_path / "t")}), ("untold", None)):
         save(small_model(small_config(pattern="M-")), tmp_path / name, data=data)
-    train_bpe(["abc abd abe " * 50, "xyz xyw " * 50], VOCABULARY, tmp_path / "t")
+    (tmp_path / "t").mkdir()
+    train_bpe(["abc abd abe " * 50, "xyz xyw " * 50], 265, tmp_path / "t")
     with pytest.raises(UserError, match=r"another: .* tokenizer .*/t, which gives .* ids than .*, the .* of .*run"):
         invoke(run, "x", "--draft", tmp_path / "another")
     with pytest.raises(UserError, match=r"untold: its run.json does not tell its tokenizer, which has to be .*run"):
