@@ -21,6 +21,7 @@ from nemotron_h.inference.sampling import Sampling, distribution, invert
 from nemotron_h.model.blocks.running import Running
 
 GREEDY = Sampling(temperature=0)
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -37,10 +38,11 @@ def written(generation: Generation) -> list[list[int]]:
     return found
 
 
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_on_trial_are_steps(kind: str) -> None:
-    """In float64: scores of tokens on trial, in parts, and all states after some of them were accepted."""
-    model = tiny(kind, dtype=torch.float64)
+def test_tokens_on_trial_are_steps(kind: str, dtype: torch.dtype) -> None:
+    """Scores of tokens on trial, in parts, and all states after some of them were accepted."""
+    model = tiny(kind, dtype=dtype)
     lengths, width = [9, 4, 1], 5
     texts = prompts(*(length + 20 for length in lengths))
     states, stepped = (model.new_states(3, 40) for _ in range(2))
@@ -55,7 +57,7 @@ def test_tokens_on_trial_are_steps(kind: str) -> None:
         for row, count in enumerate(counts):
             alone = model.new_states(1, 40)
             whole = torch.tensor([texts[row][: at[row] + width]])
-            assert relative_error(scores[row], model.logits(model.extend(whole, alone))[0, -width:]) < 1e-12
+            assert relative_error(scores[row], model.logits(model.extend(whole, alone))[0, -width:]) < EXACT[dtype]
             part = stepped.rows(row, row + 1)
             for token in texts[row][at[row] : at[row] + count]:
                 model.step(torch.tensor([token]), part)
@@ -67,7 +69,7 @@ def test_tokens_on_trial_are_steps(kind: str) -> None:
             for name, tensor in vars(expected).items() if expected is not None else ():
                 for row, length in enumerate(at):
                     behind = (slice(None), slice(0, length)) if name in ("keys", "values") else ()
-                    assert relative_error(getattr(actual, name)[row][behind], tensor[row][behind]) < 1e-12, name
+                    assert relative_error(getattr(actual, name)[row][behind], tensor[row][behind]) < EXACT[dtype], name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -75,7 +75,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Draft:
-    """Where drafted tokens come from.
+    """Names the source of drafted tokens.
 
     Attributes:
         model: a smaller one of the same vocabulary; None copies from the text so far.
