@@ -42,9 +42,9 @@ import torch  # noqa: E402
 from random_model import random_model  # noqa: E402
 
 from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: E402
-from nemotron_h.inference.generate import pass_tokens, prefill  # noqa: E402
 from nemotron_h.inference.graph import Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
+from nemotron_h.inference.prefill import pass_tokens, prefill  # noqa: E402
 from nemotron_h.inference.sampling import Sampling, choose  # noqa: E402
 from nemotron_h.inference.states import States  # noqa: E402
 from nemotron_h.planning.flops import flops_per_token  # noqa: E402
@@ -288,7 +288,7 @@ class Side:
             step_ms=round(step * 1e3, 2),
             step_ms_by_stretch=[round(t * 1e3, 2) for t in times],
             step_ms_without_graph=round(plain[-1] * 1e3, 2),
-            graph=stepper.graph is not None,
+            graph=stepper.recorded.graph is not None,
             gb_per_step=round(moved / 1e9, 2),
             tb_per_s=round(moved / step / 1e12, 3),
             decode_tokens_per_s=self.result["decode_tokens_per_s"],

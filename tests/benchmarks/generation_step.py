@@ -68,8 +68,8 @@ def main() -> None:
         rows: list[list[int]] = [[] for _ in prompts]
         for items in Generation(model, prompts, max_tokens=count, sampling=Sampling(temperature=0)):
             mark()
-            for row, token in zip(rows, items, strict=True):
-                row.append(token)
+            for row, tokens in zip(rows, items, strict=True):
+                row += tokens
         return rows
 
     serve_generation(answers, run, model.definition.vocab_size)

@@ -6,10 +6,12 @@ Also runs as a script where pytest is not installed: `python tests/gpu/test_gene
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "planning"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from repository import import_repository
@@ -17,11 +19,15 @@ from repository import import_repository
 import_repository()
 
 from random_model import random_model  # noqa: E402
+from small_models import MODELS, as_definition  # noqa: E402
 
 from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: E402
-from nemotron_h.inference.generate import generate, prefill  # noqa: E402
+from nemotron_h.inference import layer_costs  # noqa: E402
+from nemotron_h.inference.drafts import Draft  # noqa: E402
+from nemotron_h.inference.generate import Generation, generate  # noqa: E402
 from nemotron_h.inference.graph import Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
+from nemotron_h.inference.prefill import prefill  # noqa: E402
 from nemotron_h.inference.sampling import Sampling  # noqa: E402
 from nemotron_h.ops.select import Ops  # noqa: E402
 
@@ -86,7 +92,7 @@ def test_prefill_and_graphed_steps_are_the_full_forward() -> None:
                 for number in range(steps):
                     token = torch.stack([ids[row, n + number] for row, n in enumerate(lengths)]).cuda()
                     found.append(stepper.step(token).clone())
-                assert (stepper.graph is not None) == (graph is None and model.ops.graphs)
+                assert (stepper.recorded.graph is not None) == (graph is None and model.ops.graphs)
                 worst = 0.0
                 for row, length in enumerate(lengths):
                     whole = ids[row : row + 1, : length + steps]
@@ -104,6 +110,63 @@ def test_graph_changes_no_token() -> None:
     sampling = Sampling(temperature=0.8, top_p=0.9, seed=3)
     runs = [generate(model, prompts, max_tokens=40, sampling=sampling, graph=graph) for graph in (None, False)]
     assert runs[0] == runs[1]
+
+
+def test_drafts_change_no_greedy_token() -> None:
+    """Tokens are those of plain generation, or begin to differ where the exact scores of both are as close as rounding;
+    CUDA graphs of windows and of drafts change none.
+    """
+    rng = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(512, (length,), generator=rng).tolist() for length in (300, 40, 7, 1)]
+    greedy, count = Sampling(temperature=0), 100
+    small = {kind: {**MODELS[kind], "vocab_size": 512} for kind in ("falcon_h1", "experts")}
+    for dtype, tolerance in TOLERANCE.items():
+        models = {pattern: random_model(definition(pattern), dtype, "cuda") for pattern in ("M-M*-M-", "*-*-")}
+        models |= {kind: layer_costs.random_model(as_definition(each), dtype, "cuda") for kind, each in small.items()}
+        for name, model in models.items():
+            exact = exact_copy(model)
+            plain, rate = _timed(model, prompts, count, greedy, None, None)
+            print(f"{name} {dtype} plain: {rate:,.0f} tokens/s", flush=True)
+            sources = {"itself": model, "its first two layers": model.first_layers(2), "lookup": None}
+            for title, source in sources.items():
+                runs = [_timed(model, prompts, count, greedy, Draft(source, 4), graph) for graph in (None, False)]
+                (found, rate), (without, _) = runs
+                assert found == without, (name, dtype, title)
+                same = sum(a == b for a, b in zip(found, plain, strict=True))
+                print(f"{name} {dtype}, {title}: {rate:,.0f} tokens/s, {same} of {len(plain)} alike", flush=True)
+                for prompt, actual, expected in zip(prompts, found, plain, strict=True):
+                    place = next((i for i in range(count) if actual[i] != expected[i]), None)
+                    if place is not None:
+                        text = torch.tensor([prompt + expected[:place]]).cuda()
+                        scores = exact.logits(exact.extend(text, exact.new_states(*text.shape), last_only=True))[0, -1]
+                        gap = scores.max() - scores[[actual[place], expected[place]]].min()
+                        assert gap < 2 * tolerance * scores.abs().max(), (name, dtype, title, place)
+
+
+def _timed(model, prompts, count, sampling, draft, graph) -> tuple[list[list[int]], float]:
+    """Continuations, and tokens/s behind the first passes, in which kernels compile and graphs are recorded."""
+    found: list[list[int]] = [[] for _ in prompts]
+    began, before = 0.0, 0
+    options = {"max_tokens": count, "sampling": sampling, "draft": draft, "graph": graph}
+    for number, items in enumerate(Generation(model, prompts, **options)):
+        for text, tokens in zip(found, items, strict=True):
+            text += tokens
+        if number == 4:
+            began, before = time.perf_counter(), sum(map(len, found))
+    return found, (sum(map(len, found)) - before) / (time.perf_counter() - began)
+
+
+def test_sampled_drafts_are_the_host_s() -> None:
+    """By the same seeds, with and without graphs: choices are drawn from generators of the host."""
+    model = random_model(definition("M-M*-M-"), torch.float32, "cuda")
+    prompts = [list(range(length)) for length in (300, 40, 7)]
+    sampling = Sampling(temperature=0.8, top_p=0.9, seed=3)
+    for source in (model.first_layers(2), None):
+        runs = [
+            generate(model, prompts, max_tokens=40, sampling=sampling, draft=Draft(source, 3), graph=graph)
+            for graph in (None, False)
+        ]
+        assert runs[0] == runs[1]
 
 
 def test_attention_kernel_reads_only_what_was_written() -> None:
@@ -125,4 +188,6 @@ if __name__ == "__main__":
     test_attention_kernel_reads_only_what_was_written()
     test_prefill_and_graphed_steps_are_the_full_forward()
     test_graph_changes_no_token()
+    test_drafts_change_no_greedy_token()
+    test_sampled_drafts_are_the_host_s()
     print("GPU tests of generation passed")

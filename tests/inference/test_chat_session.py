@@ -22,8 +22,9 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.messages import ChatError, Turn
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from nemotron_h.inference import generate as generating
+from nemotron_h.inference import prefill as prefilling
 from nemotron_h.inference.chat import ChatSession
+from nemotron_h.inference.drafts import Draft
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.sampling import Sampling
 
@@ -99,7 +100,7 @@ def test_turns_are_the_whole_conversation(
     trained, model, tokenizer: Tokenizer, source: str, end: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every score of four turns is the uncached forward's over all that was said, and each token was read once."""
-    monkeypatch.setattr(generating, "PASS_TOKENS", limit)
+    monkeypatch.setattr(prefilling, "PASS_TOKENS", limit)
     text, marker = SOURCES[source]
     marker_id = tokenizer.special_tokens[marker]
     template = ChatTemplate(text, tokenizer)
@@ -173,6 +174,31 @@ def test_a_closed_answer_is_kept_as_far_as_it_went(model, tokenizer: Tokenizer) 
     assert len(session.turns) == 4
 
 
+@pytest.mark.parametrize("source", ["itself", "its layers", "lookup"])
+def test_a_draft_changes_no_turn(model, tokenizer: Tokenizer, source: str) -> None:
+    """Greedy answers, some of them closed inside of a window; and seeded ones are the same again."""
+    template = ChatTemplate(FAMILY_SOURCE, tokenizer)
+    draft = Draft({"itself": model, "its layers": model.first_layers(3), "lookup": None}[source], 4)
+    plain, drafted = (
+        ChatSession(model, template, sampling=Sampling(temperature=0), max_tokens=13, draft=each)
+        for each in (None, draft)
+    )
+    for number, question in enumerate(QUESTIONS):
+        for session in (plain, drafted):
+            pieces = session.answer(question)
+            for _ in zip(pieces, range((2, 99)[number % 2] + number), strict=False):
+                pass
+            pieces.close()
+        assert drafted.ids == plain.ids
+        assert (drafted.turns, drafted.ended_by) == (plain.turns, plain.ended_by)
+        assert len(drafted.ids) - 13 <= int(drafted.states.lengths[0]) <= len(drafted.ids)
+    assert drafted.acceptance.passes
+    seeded = ChatSession(model, template, sampling=Sampling(seed=4), draft=draft, max_tokens=20)
+    first = [say(seeded, question) for question in QUESTIONS[:2]]
+    seeded.reset()
+    assert [say(seeded, question) for question in QUESTIONS[:2]] == first
+
+
 def test_refused_text_changes_nothing(model, tokenizer: Tokenizer) -> None:
     session = ChatSession(model, ChatTemplate(FAMILY_SOURCE, tokenizer), max_tokens=3)
     say(session, "wort")
@@ -231,6 +257,14 @@ def test_command_reads_turns_by_line(run: Path, tokenizer: Tokenizer) -> None:
     assert result.stderr.count("tokens read in") == 3
     assert "there is no command /what" in result.stderr
     assert "forgotten" in result.stderr
+
+
+def test_command_drafts(run: Path) -> None:
+    options = ["--max-tokens", 12, "--temperature", 0]
+    plain, drafted = (invoke(run, *options, *more, said="wort größe\n日本\n") for more in ((), ("--draft", "layers:3")))
+    assert drafted.stdout == plain.stdout
+    assert drafted.stderr.count("% of those drafted, ended by") == 2
+    assert "drafted" not in plain.stderr
 
 
 def test_command_goes_on_after_a_refused_turn(run: Path) -> None:

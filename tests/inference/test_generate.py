@@ -10,8 +10,9 @@ from save_checkpoint import save
 from small_model import VOCABULARY, pure_config, relative_error, small_config, small_model, tokens
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.inference.generate import Generation, generate, prefill
+from nemotron_h.inference.generate import Generation, generate
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.prefill import prefill
 from nemotron_h.inference.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -123,7 +124,7 @@ def test_stop_token_ends_a_row_and_not_the_others(model: GenerationModel) -> Non
     free = generate(model, prompts, max_tokens=10, sampling=GREEDY)
     stop = next(token for token in free[0] if token not in free[1])
     items = list(Generation(model, prompts, max_tokens=10, sampling=GREEDY, stop_ids=[stop]))
-    first, second = ([item[row] for item in items if item[row] is not None] for row in range(2))
+    first, second = ([token for item in items for token in item[row]] for row in range(2))
     assert first == free[0][: free[0].index(stop)]
     assert second == free[1]
     assert generate(model, prompts[:1], max_tokens=10, sampling=GREEDY, stop_ids=[free[0][0]]) == [[]]

@@ -135,6 +135,8 @@ def test_stop_strings(run: Path) -> None:
         ([], "nothing to continue"),
         (["x", "caf\udce9"], "prompt 2: byte 0xe9 at character 3 is not UTF-8"),
         (["x", "--stop", "\ud800"], "--stop: lone surrogate U+D800"),
+        (["x", "--draft-tokens", "3"], "--draft-tokens: there is no --draft"),
+        (["x", "--draft", "layers:half"], "--draft layers:half: 'half' is no number of layers"),
     ],
 )
 def test_refused_before_any_work(tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -160,6 +162,33 @@ def test_bad_prompt_files(tmp_path: Path, name: str, content: bytes, words: str)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
         invoke(tmp_path, "--prompts", tmp_path / name)
+
+
+def test_drafts(run: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """The same greedy text, whatever drafts it, and how much of that was accepted."""
+    other = save(small_model(small_config(pattern="M-M-"), seed=1), tmp_path / "d", data={"tokenizer": str(tokenizer)})
+    prompts = ["größe", "日本 wort wort wort", "--max-tokens", 20, "--temperature", 0]
+    plain = invoke(run, *prompts)
+    assert "draft" not in plain.stderr
+    accepted = {run: "3.00 drafted tokens accepted per pass, 100% of those drafted", other: r"accepted|nothing drafted"}
+    for draft in (run, other, "lookup", "layers:2"):
+        result = invoke(run, *prompts, "--draft", draft, "--draft-tokens", 3)
+        assert result.stdout == plain.stdout
+        assert re.search(accepted.get(draft, accepted[other]), result.stderr)
+        assert f"3 tokens drafted by {'its first 2 layers' if draft == 'layers:2' else draft}" in result.stderr
+
+
+def test_drafts_that_cannot_draft(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--draft layers:7: .*step-000001 has 7 layers"):
+        invoke(run, "x", "--draft", "layers:7")
+    for name, data in (("another", {"tokenizer": str(tmp_path / "t")}), ("untold", None)):
+        save(small_model(small_config(pattern="M-")), tmp_path / name, data=data)
+    (tmp_path / "t").mkdir()
+    train_bpe(["abc abd abe " * 50, "xyz xyw " * 50], 265, tmp_path / "t")
+    with pytest.raises(UserError, match=r"another: .* tokenizer .*/t, which gives .* ids than .*, the .* of .*run"):
+        invoke(run, "x", "--draft", tmp_path / "another")
+    with pytest.raises(UserError, match=r"untold: its run.json does not tell its tokenizer, which has to be .*run"):
+        invoke(run, "x", "--draft", tmp_path / "untold")
 
 
 def test_negative_temperature_is_a_usage_error(run: Path) -> None:

@@ -18,5 +18,5 @@ def test_kernels_equal_pytorch() -> None:
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(found) == 5
+    assert len(found) == 7
     assert max(found.values()) < 1e-5, found

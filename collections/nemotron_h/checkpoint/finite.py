@@ -30,7 +30,7 @@ def check_weights(tensors: Mapping[str, Tensor], origin: str) -> None:
 
 
 def check_scores(logits: Tensor) -> None:
-    """Refuse scores of the next token, [batch, tokens], of which one is NaN or the largest is infinite.
+    """Refuse scores of the next token, [..., tokens], of which one is NaN or the largest is infinite.
 
     Errors:
         UserError: the weights are finite (`check_weights`), so activations overflowed.

@@ -14,6 +14,8 @@ from rich.text import Text
 from nemotron_h.cli.generate import (
     CheckpointArgument,
     DeviceOption,
+    DraftOption,
+    DraftTokensOption,
     DtypeOption,
     TemperatureOption,
     TokenizerOption,
@@ -53,6 +55,8 @@ def chat(
     top_k: TopKOption = 0,
     top_p: TopPOption = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,
+    draft: DraftOption = None,
+    draft_tokens: DraftTokensOption = None,
     tokenizer: TokenizerOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -61,6 +65,10 @@ def chat(
 
     The state is kept: a turn reads its own tokens alone, however long the conversation is. Where the standard input is
     no terminal, each line is a turn; answers go to the standard output and all else to the standard error.
+
+    nemotron-h chat runs/nemotron_h_tiny_sft --system "Answer in one sentence."
+
+    nemotron-h chat runs/large_sft --draft runs/small_sft
     """
     from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, template_source
     from nemotron_h.inference.sampling import Sampling
@@ -68,7 +76,7 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, seed)
     check_unicode(system, "--system")
     source = template_source(template) if template is not None else None
-    opened = open_checkpoint(checkpoint, tokenizer, dtype, device)
+    opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
     if source is None:
         source = recorded_template(opened) or FAMILY_SOURCE
     chosen = ChatTemplate(source, opened.tokenizer)
@@ -78,7 +86,8 @@ def chat(
     from nemotron_h.inference.chat import ChatSession
 
     try:
-        session = ChatSession(opened.model, chosen, system=system, sampling=sampling, max_tokens=max_tokens)
+        options = {"sampling": sampling, "max_tokens": max_tokens, "draft": opened.draft}
+        session = ChatSession(opened.model, chosen, system=system, **options)
         if system.strip():
             chosen.prompt(session.turns)  # a template that refuses it is told before the first turn
     except ChatError as error:
@@ -160,9 +169,10 @@ def _answer(session: ChatSession, text: str) -> None:
     typer.echo()
     steps = session.written - 1
     speed = f"{steps / session.write_seconds:,.0f} tokens/s" if steps > 0 and session.write_seconds else "no steps"
+    drafted = f"{session.acceptance}, " if session.draft else ""
     note(
         f"{session.read:,} tokens read in {session.read_seconds:.2f} s, {session.written:,} written at {speed}, "
-        f"ended by {session.ended_by}; {len(session.ids):,} in the conversation"
+        f"{drafted}ended by {session.ended_by}; {len(session.ids):,} in the conversation"
     )
 
 

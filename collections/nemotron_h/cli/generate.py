@@ -19,6 +19,7 @@ from nemotron_h.core.files import check_unicode, decode, parse_json
 from nemotron_h.inference.opening import open_checkpoint
 
 if TYPE_CHECKING:
+    from nemotron_h.inference.drafts import Draft
     from nemotron_h.inference.opening import Opened
     from nemotron_h.inference.sampling import Sampling
 
@@ -36,6 +37,18 @@ DtypeOption = Annotated[
     typer.Option(
         help="float32 or bfloat16, of weights and activations.", show_default="bfloat16 on a GPU, else float32"
     ),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN|lookup|layers:N",
+        help="Draft tokens, to read several in a pass: with a smaller model of the same tokenizer, copies from the "
+        "text so far, or the model's own first N layers. What is written keeps its distribution.",
+        show_default="none",
+    ),
+]
+DraftTokensOption = Annotated[
+    int | None, typer.Option(min=1, max=16, help="Drafted tokens per pass.", show_default="4, with --draft")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where a GPU is visible")]
 
@@ -73,6 +86,8 @@ def generate(
         bool, typer.Option("--json", help="Print a line of JSON per prompt: prompt, text, tokens, ended_by.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Most prompts at a time.")] = 64,
+    draft: DraftOption = None,
+    draft_tokens: DraftTokensOption = None,
     tokenizer: TokenizerOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -80,6 +95,10 @@ def generate(
     """Continue prompts. Text goes to the standard output, the speed to the standard error.
 
     The text of a single prompt is shown as it comes; those of several follow each other once they are complete.
+
+    nemotron-h generate runs/nemotron_h_tiny "The capital of" --temperature 0
+
+    nemotron-h generate runs/large "Once" --draft runs/small --draft-tokens 3
     """
     texts = [check_unicode(text, f"prompt {number}") for number, text in enumerate(prompt or [], 1)]
     texts += read_prompts(prompts) if prompts is not None else []
@@ -91,9 +110,9 @@ def generate(
     from nemotron_h.inference.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    opened = open_checkpoint(checkpoint, tokenizer, dtype, device)
+    opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
     streaming = len(texts) == 1 and not as_json
-    total = _Speed()
+    total = _Speed(opened.draft)
     for begin in range(0, len(texts), batch):
         part = texts[begin : begin + batch]
         rows = _continue(
@@ -112,7 +131,10 @@ def generate(
 class _Speed:
     """Counts and times over all batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, draft: Draft | None) -> None:
+        from nemotron_h.inference.drafts import Acceptance
+
+        self.draft, self.acceptance = draft, Acceptance()
         self.read = self.written = self.stepped = 0
         self.read_seconds = self.step_seconds = 0.0
         self.ended_by = ""
@@ -121,7 +143,7 @@ class _Speed:
         steps = f"{self.stepped / self.step_seconds:,.0f} tokens/s" if self.stepped else "no steps"
         return (
             f"{self.read:,} tokens read in {self.read_seconds:.2f} s, {self.written:,} generated at {steps}"
-            f"{self.ended_by}"
+            f"{f', {self.acceptance}' if self.draft else ''}{self.ended_by}"
         )
 
 
@@ -141,7 +163,8 @@ def _continue(
     eod = opened.tokenizer.eod_id
     # nothing to continue: begin a document, as the token that ends the one before it does
     ids = [found or [eod] for found in opened.tokenizer.encode_batch(list(texts))]
-    generation = Generation(opened.model, ids, max_tokens=max_tokens, sampling=sampling, stop_ids=[eod])
+    options = {"max_tokens": max_tokens, "sampling": sampling, "stop_ids": [eod], "draft": opened.draft}
+    generation = Generation(opened.model, ids, **options)
     shown = [StoppingText(opened.tokenizer.ids_to_text, stops) for _ in texts]
     written: list[list[int]] = [[] for _ in texts]
     pieces: list[list[str]] = [[] for _ in texts]
@@ -161,19 +184,20 @@ def _continue(
     started, first = time.perf_counter(), 0.0
     for items in generation:
         first = first or time.perf_counter()
-        for row, token in enumerate(items):
-            if token is None:
-                continue
-            written[row].append(token)
-            pieces[row].append(shown[row].add(token))
-            if streaming:
-                typer.echo(pieces[row][-1], nl=False)
-            if shown[row].stopped_by is not None:
-                generation.end(row)
-        while done < len(texts) - 1 and (items[done] is None or shown[done].stopped_by is not None):
+        for row, tokens in enumerate(items):
+            for token in tokens:
+                written[row].append(token)
+                pieces[row].append(shown[row].add(token))
+                if streaming:
+                    typer.echo(pieces[row][-1], nl=False)
+                if shown[row].stopped_by is not None:
+                    generation.end(row)
+                    break
+        while done < len(texts) - 1 and (not items[done] or shown[done].stopped_by is not None):
             yield complete(done)
             done += 1
     finished = time.perf_counter()
+    total.acceptance.add(generation.acceptance)
     total.read_seconds += (first or finished) - started
     total.written += sum(map(len, written))
     if any(len(row) > 1 for row in written):

@@ -9,11 +9,13 @@ import torch
 
 from nemotron_h.data.chat import ChatTemplate
 from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, Turn
-from nemotron_h.inference.generate import extend_in_passes
-from nemotron_h.inference.graph import Stepper
+from nemotron_h.inference.drafts import Acceptance, Draft, Drafter
 from nemotron_h.inference.model import GenerationModel
-from nemotron_h.inference.sampling import Sampling, choose
+from nemotron_h.inference.prefill import extend_in_passes
+from nemotron_h.inference.sampling import Sampling
+from nemotron_h.inference.speculative import SpeculativeWriter
 from nemotron_h.inference.text import StoppingText
+from nemotron_h.inference.writer import Writer
 
 #: ours: room for keys and values at first; it doubles
 _CAPACITY = 512
@@ -30,12 +32,14 @@ class ChatSession:
         system: a system message, or nothing.
         sampling: how tokens are chosen; the generator goes on from turn to turn.
         max_tokens: longest answer.
+        draft: see `Generation`.
 
     Attributes:
         turns: what was said.
         ids: all tokens of the conversation, read or about to be.
         read, written: tokens of the last turn that were read before its answer, and those of the answer.
         read_seconds, write_seconds: of the last turn.
+        acceptance: of the draft, in the last turn.
         ended_by: the last answer's end: `its end marker`, `end of document`, `--max-tokens` or `interrupt`.
     """
 
@@ -47,7 +51,11 @@ class ChatSession:
         system: str = "",
         sampling: Sampling | None = None,
         max_tokens: int = 512,
+        draft: Draft | None = None,
     ) -> None:
+        if draft is not None:
+            draft.check_vocabulary(model)
+        self.draft = draft
         self.model, self.template, self.max_tokens = model, template, max_tokens
         self.sampling = sampling or Sampling()
         self._system = (Turn(SYSTEM, system),) if system.strip() else ()
@@ -65,6 +73,8 @@ class ChatSession:
         self.turns: tuple[Turn, ...] = self._system
         self.ids: list[int] = []
         self.states = self.model.new_states(1, _CAPACITY)
+        self._drafter: Drafter | None = self.draft.start(1) if self.draft else None
+        self.acceptance = Acceptance()
         self._generators = self.sampling.generators(1)
         self._unwritten: list[int] = []
         self.read = self.written = 0
@@ -86,40 +96,50 @@ class ChatSession:
             self.ids = self.template.prompt(turns)
         began = time.perf_counter()
         done = int(self.states.lengths[0])
-        self.states.reserve(len(self.ids) + self.max_tokens)
-        hidden = extend_in_passes(self.model, torch.tensor([self.ids[done:]]), self.states)
-        scores = self.model.logits(hidden)
         self.read, self.written = len(self.ids) - done, 0
+        writer = self._writer(done)
         shown = StoppingText(self.template.tokenizer.ids_to_text, self._stops)
         pieces: list[str] = []
         self._unwritten, self.ended_by = self._end_ids, "interrupt"
         started = time.perf_counter()
         self.read_seconds = started - began
+        before = len(self.ids)
         try:
-            stepper = Stepper(self.model, self.states)
-            while True:
-                chosen = choose(scores, self.sampling, self._generators)
-                token = int(chosen)
-                if token == self.template.tokenizer.eod_id and token != self._marker:
-                    self.ended_by = "end of document"
-                    break
-                self.ids.append(token)
-                self.written += 1
-                if token == self._marker:
-                    self.ended_by = "its end marker"
-                    self._unwritten = self._end_ids[self._end_ids.index(token) + 1 :]
-                    break
-                pieces.append(shown.add(token))
-                yield pieces[-1]
-                if shown.stopped_by is not None:
-                    self.ended_by, self._unwritten = "its end marker", []
-                    break
-                if self.written >= self.max_tokens:
-                    self.ended_by = "--max-tokens"
-                    break
-                scores = stepper.step(chosen)
+            while self.ended_by == "interrupt":
+                before = len(self.ids)
+                for token in writer.write([False])[0]:
+                    if token == self.template.tokenizer.eod_id and token != self._marker:
+                        self.ended_by = "end of document"
+                        break
+                    self.ids.append(token)
+                    self.written += 1
+                    if token == self._marker:
+                        self.ended_by = "its end marker"
+                        self._unwritten = self._end_ids[self._end_ids.index(token) + 1 :]
+                        break
+                    pieces.append(shown.add(token))
+                    yield pieces[-1]
+                    if shown.stopped_by is not None:
+                        self.ended_by, self._unwritten = "its end marker", []
+                        break
+                    if self.written >= self.max_tokens:
+                        self.ended_by = "--max-tokens"
+                        break
             pieces.append(shown.finish())
             yield pieces[-1]
         finally:
+            writer.finish([len(self.ids) - before])
             self.write_seconds = time.perf_counter() - started
             self.turns = (*turns, Turn(ASSISTANT, "".join(pieces).strip()))
+
+    def _writer(self, done: int) -> Writer:
+        """Read the tokens from `done` on and return what writes after them."""
+        capacity = len(self.ids) + self.max_tokens + (self.draft.tokens + 1 if self.draft else 0)
+        self.states.reserve(capacity)
+        hidden = extend_in_passes(self.model, torch.tensor([self.ids[done:]]), self.states)
+        chosen = self.model, self.states, hidden, self.sampling, self._generators
+        if self._drafter is None:
+            return Writer(*chosen)
+        self.acceptance = Acceptance()
+        self._drafter.read([self.ids], capacity, self.sampling, None)
+        return SpeculativeWriter(*chosen, self._drafter, [self.ids], self.acceptance)

@@ -1,6 +1,9 @@
-"""A step as one CUDA graph: the GPU is given its few hundred kernels at once, not one by one from Python."""
+"""Work on a batch as one CUDA graph: the GPU is given its few hundred kernels at once, not one by one from Python."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +12,48 @@ from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.states import States
 
 
-class Stepper:
-    """Reads one token of every sequence after another and scores the next; through a CUDA graph where there is a GPU.
+class Recorded:
+    """A function of tensors, through a CUDA graph where there is a GPU.
 
-    The first step runs without: it compiles what is to be compiled. The second is recorded, and run again from then on.
+    The first call runs without: it compiles what is to be compiled. The second is recorded, and run again from then on:
+    what the function does on the host is done at the first two calls alone.
+
+    Args:
+        function: takes tensors of the same shapes at each call; what it returns is overwritten by the next one.
+        model: whose ops and device tell whether a graph can be.
+        graph: None records where the ops allow it; False never does.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: GenerationModel, graph: bool | None = None) -> None:
+        self.function, self.device = function, model.device
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.wanted = model.ops.graphs and model.device.type == "cuda" if graph is None else graph
+        self.warm = False
+
+    @torch.inference_mode()
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Return what the function returns."""
+        if not self.wanted or not self.warm:
+            self.warm = True
+            return self.function(*inputs)
+        if self.graph is None:
+            self._record(inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.result
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = [each.to(self.device).clone() for each in inputs]
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):  # records, does not run
+            self.result = self.function(*self.inputs)
+        self.graph = graph
+
+
+class Stepper:
+    """Reads one token of every sequence after another and scores the next; see `Recorded`.
 
     Args:
         model, states: of one batch; while a stepper is in use, the states must not be replaced (`States.reserve`).
@@ -21,31 +62,17 @@ class Stepper:
 
     def __init__(self, model: GenerationModel, states: States, graph: bool | None = None) -> None:
         self.model, self.states = model, states
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.wanted = model.ops.graphs and model.device.type == "cuda" if graph is None else graph
-        self.warm = False
+        self.recorded = Recorded(self._read, model, graph)
 
-    @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
         """Return scores [batch, vocabulary] of the token after `tokens` (int64 [batch]), until the next step."""
-        if not self.wanted or not self.warm:
-            self.warm = True
-            return self.model.logits(self.model.step(tokens, self.states))
-        if self.graph is None:
-            self._record(tokens)
-        self.tokens.copy_(tokens)
-        self.graph.replay()
-        self.states.advance(1, on_device=False)
-        return self.scores
+        lengths = self.states.lengths + 1
+        scores = self.recorded(tokens)
+        self.states.lengths[:] = lengths  # a graph's replay does not count them on the host
+        return scores
 
-    def _record(self, tokens: Tensor) -> None:
-        self.tokens = tokens.to(self.model.device).clone()
-        lengths = self.states.lengths.copy()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):  # records, does not run
-            hidden = self.model.step(self.tokens, self.states, count_on_device=False)
+    def _read(self, tokens: Tensor) -> Tensor:
+        hidden = self.model.step(tokens, self.states, count_on_device=False)
+        if self.model.device.type != "cpu":
             self.states.positions += 1
-            self.scores = self.model.logits(hidden)
-        self.states.lengths[:] = lengths  # what recording counted on the host did not happen
-        self.graph = graph
+        return self.model.logits(hidden)

@@ -22,9 +22,9 @@ from nemotron_h.architecture.alike import alike
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
-from nemotron_h.inference.generate import pass_tokens
 from nemotron_h.inference.graph import Stepper
 from nemotron_h.inference.model import GenerationModel, column_major, lay_out
+from nemotron_h.inference.prefill import pass_tokens
 from nemotron_h.inference.states import States
 from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.schema.layer_costs import ENDS, Cost, LayerCosts, Machine, Scenario

@@ -1,4 +1,5 @@
-"""The forward pass for generation: many tokens into a state (`extend`), then one token at a time (`step`).
+"""The forward pass for generation: many tokens into a state (`extend`), then one token at a time (`step`), or a few on
+trial, of which some are accepted (`try_tokens`, `accept`).
 
 It is written on plain tensors and `nemotron_h.ops`, apart from the training model: one rank, no gradients, no import
 of NeMo or megatron-core, and little overhead per token. Tests hold it against the training model at every position.
@@ -9,6 +10,7 @@ stream x what it computes of its RMSNorm: x += layer(norm(x)); the scores are no
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_recor
 from nemotron_h.inference.states import States
 from nemotron_h.model.blocks.cpu_step import Residual
 from nemotron_h.model.blocks.registry import running_layers
-from nemotron_h.model.blocks.running import Rotary, Running, Step
+from nemotron_h.model.blocks.running import Rotary, Running, State, Step, Trial
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.select import select_ops
 from nemotron_h.platform.memory import check_weights_fit
@@ -84,6 +86,12 @@ class GenerationModel:
         layers = [cast(w, running.exact) for w, running in zip(self.layers, self.running, strict=True)]
         return GenerationModel(self.definition, embedding, layers, final_norm, output)
 
+    def first_layers(self, count: int) -> GenerationModel:
+        """Return a model of the first layers between this one's embedding and head; weights are shared."""
+        part = copy.copy(self)
+        part.layers, part.running, part._cpu_buffers = self.layers[:count], self.running[:count], None
+        return part
+
     def new_states(self, batch: int, capacity: int) -> States:
         """Return the states before the first token; see `States.empty`."""
         return States.empty(self.running, batch, capacity, self.dtype, self.device)
@@ -138,6 +146,54 @@ class GenerationModel:
                 x += running.step(self.ops, weights, self.norm(x, weights.norm), state, at)
         states.advance(1, count_on_device)
         return x
+
+    def window(self, states: States, width: int) -> list[State | None]:
+        """Return room for what the layers remember of `width` tokens that every sequence reads on trial.
+
+        Errors:
+            UserError: a kind of layer cannot take tokens back.
+        """
+        return [running.window(state, width) for running, state in zip(self.running, states.layers, strict=True)]
+
+    @torch.inference_mode()
+    def try_tokens(self, tokens: Tensor, states: States, window: list[State | None], slot: int = 0) -> Tensor:
+        """Read a few tokens of every sequence, each at its own position, and leave `states` before the window.
+
+        Args:
+            tokens: int64 [batch, length].
+            slot: tokens of the window that were read before these, since `accept`.
+        Returns:
+            hidden states [batch, length, hidden], for `logits`.
+        """
+        length = tokens.shape[1]
+        positions = states.positions + slot  # [b]
+        rotary = None
+        if self.rotary_frequencies is not None:
+            each = positions[:, None] + torch.arange(length, device=self.device)  # [b, l]
+            cos, sin = self.rotary(each.flatten())
+            rotary = cos.unflatten(0, each.shape), sin.unflatten(0, each.shape)  # [b, l, 1, 1, f]
+        longest = int(states.lengths.max()) + slot + length
+        at = Trial(positions, positions + 1, longest, slot, rotary)
+        x = F.embedding(tokens.to(self.device), self.embedding)  # [b, l, h]
+        layers = zip(self.running, self.layers, states.layers, window, strict=True)
+        for running, weights, state, part in layers:
+            x += running.try_tokens(self.ops, weights, self.norm(x, weights.norm), state, part, at)
+        return x
+
+    @torch.inference_mode()
+    def accept(self, states: States, window: list[State | None], counts: Tensor) -> None:
+        """Advance `states` over the first tokens of the window; the others are as if never read.
+
+        The host's `states.lengths` are left to the caller: a CUDA graph may hold what is done here.
+
+        Args:
+            counts: int64 [batch], on the device; tokens that each sequence keeps.
+        """
+        layers = zip(self.running, self.layers, states.layers, window, strict=True)
+        for running, weights, state, part in layers:
+            running.accept(weights, state, part, counts)
+        if self.device.type != "cpu":
+            states.positions += counts
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

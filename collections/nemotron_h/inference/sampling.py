@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_h.checkpoint.finite import check_scores
@@ -57,7 +58,42 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
     check_scores(logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.double() / sampling.temperature).softmax(-1)  # [b, v]
+    probabilities, tokens = _filtered(logits, sampling)
+    uniform = uniforms(generators, 1)[:, 0].to(logits.device)
+    place = invert(probabilities, uniform)  # [b]
+    return place if tokens is None else tokens.gather(-1, place[:, None]).squeeze(-1)
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Return the probabilities by which `choose` chooses, float64 [..., vocabulary]; greedy ones are 0 and 1."""
+    if sampling.temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+    probabilities, tokens = _filtered(logits, sampling)
+    if tokens is not None:
+        whole = probabilities.new_zeros(logits.shape)
+        probabilities = whole.scatter_(-1, tokens, probabilities)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def uniforms(generators: list[torch.Generator], count: int) -> Tensor:
+    """Return the next numbers of every row's generator, float64 [batch, count] in host memory, from 0 and below 1."""
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=g) for g in generators])
+
+
+def invert(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return the place in each row of `weights` [batch, k], at least one above 0, that a number from 0 to 1 falls on.
+
+    That is the inverse of the distribution function: the first place whose cumulative weight exceeds u times the total.
+    """
+    cumulative = weights.cumsum(-1)
+    # right: a number that equals an edge belongs to the next place, so one of weight 0 is never chosen
+    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)  # [b, 1]
+    return place.clamp_(max=weights.shape[-1] - 1).squeeze(-1)
+
+
+def _filtered(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Return weights [..., k] of the tokens that the filters leave, and these; None is the vocabulary in its order."""
+    probabilities = (logits.double() / sampling.temperature).softmax(-1)  # [..., v]
     tokens = None
     vocabulary = logits.shape[-1]
     if 0 < sampling.top_k < vocabulary or sampling.top_p < 1:
@@ -67,10 +103,4 @@ def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    cumulative = probabilities.cumsum(-1)
-    # inverse of the distribution function: the first token whose cumulative probability exceeds u times the total
-    uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=g) for g in generators]).to(logits.device)
-    # right: a number that equals an edge belongs to the next token, so a token of probability 0 is never chosen
-    place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)  # [b, 1]
-    place = place.clamp_(max=probabilities.shape[-1] - 1)
-    return (place if tokens is None else tokens.gather(-1, place)).squeeze(-1)
+    return probabilities, tokens

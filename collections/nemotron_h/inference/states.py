@@ -50,10 +50,11 @@ class States:
             if layer is not None:
                 layer.reserve(capacity)
 
-    def advance(self, tokens: int, on_device: bool = True) -> None:
+    def advance(self, tokens: int | np.ndarray, on_device: bool = True) -> None:
         """Count so many more tokens as read by every sequence.
 
         Args:
+            tokens: of all sequences alike, or where the device has counted int64 [batch].
             on_device: False where the device has counted them already (a CUDA graph does).
         """
         self.lengths += tokens

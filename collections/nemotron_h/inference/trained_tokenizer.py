@@ -39,7 +39,7 @@ def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, 
     folder = named or _recorded_folder(record, checkpoint)
     tokenizer = load_tokenizer(folder)
     padding = vocab_size - tokenizer.vocab_size
-    same = None if named is None else _has_ids_of(record, checkpoint, tokenizer)
+    same = None if named is None else has_ids_of(record, checkpoint, tokenizer)
     if padding < 0 or (same is None and named is not None and padding > MAX_PADDING):
         raise UserError(
             f"the tokenizer in {folder} has {tokenizer.vocab_size:,} tokens, the model of {checkpoint} has a "
@@ -76,7 +76,7 @@ def check_data(checkpoint: Path, manifest: Manifest, key: str) -> str:
     trained = _data(record).get(_FILES)
     if trained == manifest.tokenizer.sha256:
         return ""
-    same = _has_ids_of(record, checkpoint, load_tokenizer(manifest.tokenizer_path()))
+    same = has_ids_of(record, checkpoint, load_tokenizer(manifest.tokenizer_path()))
     if same is None and trained is None:
         return f"{key}: {checkpoint} tells no tokenizer; nothing checks that blend {manifest.blend} has its own"
     if not same:
@@ -93,7 +93,7 @@ def _data(record: dict[str, Any]) -> dict[str, Any]:
     return record.get("data") or {}
 
 
-def _has_ids_of(record: dict[str, Any], checkpoint: Path, tokenizer: Tokenizer) -> bool | None:
+def has_ids_of(record: dict[str, Any], checkpoint: Path, tokenizer: Tokenizer) -> bool | None:
     """Return whether tokens have the ids of the training; None where neither the record nor a file tells them."""
     trained, ids = (_data(record).get(key) for key in (_FILES, _IDS))
     if trained is not None and trained == tokenizer.fingerprint():

@@ -1,7 +1,8 @@
 """Attention of generation: new tokens over a cache of keys and values that groups of heads share. Not differentiable.
 
 A run of tokens (`attention_chunk`) needs no mask and no expanded copy of keys, so its memory grows with the run and
-not with what was read before. A single token (`attention_step`) reads the filled part of the cache alone.
+not with what was read before. A single token (`attention_step`), or a few of every sequence at its own position
+(`attention_window`), reads the filled part of the cache alone.
 
 Axes: b batch, l new tokens, g groups, r heads of a group, h = g * r heads, d channels of a head, t positions of the
 cache. Per head, with the keys and values of its group (Ainslie et al. 2023, arXiv 2305.13245):
@@ -88,14 +89,37 @@ def attention_step(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, lon
     return out.flatten(1)
 
 
+def attention_window(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """Attend from a few tokens of every sequence, each to its own sequence's keys up to itself.
+
+    Args:
+        q: [batch, length, groups, heads per group, head_dim].
+        keys, values: [batch, groups, capacity, head_dim], those of the new tokens included, finite beyond them too.
+        lengths: int [batch], the keys of each sequence, its first new token's included.
+        longest: the largest number of keys of a sequence, all of its new tokens' included, on the host.
+
+    Returns:
+        [batch, length, groups * heads per group * head_dim].
+    """
+    batch, length, groups, heads, dim = q.shape
+    seen = lengths[:, None] + torch.arange(length, device=q.device)  # [b, l], the keys of each new token
+    mask = torch.arange(longest, device=q.device) < seen[..., None]  # [b, l, t]
+    mask = mask.repeat_interleave(heads, dim=1)[:, None]  # [b, 1, l * r, t]
+    # tokens and heads of a group take the place of query positions: all of them read the same keys
+    q = q.transpose(1, 2).reshape(batch, groups, length * heads, dim)
+    out = F.scaled_dot_product_attention(q, keys[:, :, :longest], values[:, :, :longest], attn_mask=mask)
+    return out.unflatten(2, (length, heads)).transpose(1, 2).flatten(2)
+
+
 def cache_append(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
-    """Write one token of every sequence into its place.
+    """Write new tokens of every sequence into their places.
 
     Args:
         keys, values: [batch, groups, capacity, head_dim].
-        key, value: [batch, groups, head_dim].
-        positions: int64 [batch].
+        key, value: [batch, length, groups, head_dim].
+        positions: int64 [batch], of the first.
     """
-    rows = torch.arange(len(key), device=key.device)
-    keys[rows, :, positions] = key
-    values[rows, :, positions] = value
+    rows = torch.arange(len(key), device=key.device)[:, None]
+    places = positions[:, None] + torch.arange(key.shape[1], device=key.device)  # [b, l]
+    keys[rows, :, places] = key
+    values[rows, :, places] = value

@@ -281,6 +281,22 @@ def conv_state(x: Tensor, halo: int, seq_idx: Tensor | None = None, initial_stat
     return torch.cat([before, state], dim=1)
 
 
+def causal_conv1d_window(taps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve a few tokens, for generation, with SiLU. Not differentiable.
+
+    Args:
+        taps: [batch, width - 1 + length, channels], the tokens and the inputs before them.
+        weight: [channels, width].
+        bias: [channels].
+
+    Returns:
+        y [batch, length, channels] in ``taps``' dtype.
+    """
+    dtype = torch.float64 if taps.dtype == torch.float64 else torch.float32
+    z = (taps.to(dtype).unfold(1, weight.shape[1], 1) * weight.to(dtype)).sum(-1)  # of [b, l, c, k]
+    return F.silu(z.add_(bias.to(dtype))).to(taps.dtype)
+
+
 def causal_conv1d_step(
     state: Tensor,
     x: Tensor,

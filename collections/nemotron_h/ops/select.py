@@ -44,6 +44,7 @@ class Ops:
     ssd_step: Callable[..., Tensor] = ssd_step
     conv1d_step: Callable[..., Tensor] = causal_conv1d_step
     attention_step: Callable[..., Tensor] = attention.attention_step
+    attention_window: Callable[..., Tensor] = attention.attention_window
     cache_append: Callable[..., None] = attention.cache_append
     #: whether a step reads lengths and positions on the device, so that a CUDA graph of it stays right
     graphs: bool = False
@@ -103,7 +104,7 @@ def _build(forced: str | None) -> Ops:
     if attention_kernels is None:
         origin += f", attention of single tokens in torch ({no_attention})"
     else:
-        chosen |= {"attention_step": attention_kernels.step, "cache_append": attention_kernels.append}
+        chosen |= vars(attention_kernels)
     if conv is None:
         return Ops(**chosen, origin=f"{origin}, convolution in torch ({no_conv})")
     return Ops(
@@ -156,7 +157,8 @@ def _causal_conv1d_kernels() -> SimpleNamespace:
 def _attention_kernels() -> SimpleNamespace:
     from nemotron_h.ops import attention_kernel
 
-    return SimpleNamespace(step=attention_kernel.attention_step, append=attention_kernel.cache_append)
+    names = ("attention_step", "attention_window", "cache_append")
+    return SimpleNamespace(**{name: getattr(attention_kernel, name) for name in names})
 
 
 def _kernel_ssd(

@@ -24,6 +24,7 @@ from nemotron_h.model.blocks.running import (
     State,
     Step,
     Surroundings,
+    Trial,
     Watch,
 )
 from nemotron_h.ops.attention import attention_chunk, attention_step, cache_append
@@ -139,8 +140,19 @@ class RunningAttention(Running):
     def step(self, ops: Ops, w: AttentionWeights, h: Tensor, state: KeyValueCache, at: Step) -> Tensor:
         """Return the output [b, h]."""
         q, k, v = self.split_qkv(F.linear(h, w.qkv), at.rotary)
-        ops.cache_append(state.keys, state.values, k, v, at.positions)
+        ops.cache_append(state.keys, state.values, k.unsqueeze(1), v.unsqueeze(1), at.positions)
         return F.linear(ops.attention_step(q, state.keys, state.values, at.lengths, at.longest, at.ragged), w.proj)
+
+    def window(self, state: KeyValueCache, width: int) -> None:
+        """Return none: what lies behind a sequence's position is taken back."""
+
+    def try_tokens(
+        self, ops: Ops, w: AttentionWeights, h: Tensor, state: KeyValueCache, window: None, at: Trial
+    ) -> Tensor:
+        """Return the output [b, l, h]."""
+        q, k, v = self.split_qkv(F.linear(h, w.qkv), at.rotary)
+        ops.cache_append(state.keys, state.values, k, v, at.positions)
+        return F.linear(ops.attention_window(q, state.keys, state.values, at.lengths, at.longest), w.proj)
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> Tensor:
         """Return the buffer of queries, keys and values."""
@@ -152,7 +164,7 @@ class RunningAttention(Running):
         """Add the output to the residual stream."""
         q, k, v = self.split_qkv(residual.matmul(h, w.qkv, buffers), at.rotary)
         if at.ragged:
-            cache_append(state.keys, state.values, k, v, at.positions)
+            cache_append(state.keys, state.values, k.unsqueeze(1), v.unsqueeze(1), at.positions)
         else:
             state.keys[:, :, at.longest - 1].copy_(k)
             state.values[:, :, at.longest - 1].copy_(v)

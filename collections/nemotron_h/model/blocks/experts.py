@@ -19,7 +19,17 @@ from torch import Tensor
 from nemotron_h.architecture.blocks.experts import Experts
 from nemotron_h.model import init
 from nemotron_h.model.blocks.cpu_step import Residual
-from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Running, Step, Surroundings, Watch
+from nemotron_h.model.blocks.running import (
+    InitialWeights,
+    Masks,
+    Parts,
+    Rotary,
+    Running,
+    Step,
+    Surroundings,
+    Trial,
+    Watch,
+)
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -116,8 +126,12 @@ class RunningExperts(Running):
         """Return the output [b, h]."""
         return self._run_by_shape(w, h) if h.is_cuda else self._run(w, h)
 
+    def try_tokens(self, ops: Ops, w: ExpertsWeights, h: Tensor, state: None, window: None, at: Trial) -> Tensor:
+        """Return the output [b, l, h]; a CUDA graph records it."""
+        return self._run_by_shape(w, h.flatten(0, 1)).view(h.shape) if h.is_cuda else self._run(w, h)
+
     def _run_by_shape(self, w: ExpertsWeights, h: Tensor) -> Tensor:
-        """Return the output [b, h] by operations whose shapes do not depend on the choice: a CUDA graph records them.
+        """Return the output [t, h] by operations whose shapes do not depend on the choice: a CUDA graph records them.
 
         The chosen experts' weights are gathered; where these are more than all there are, each expert reads each token.
         """

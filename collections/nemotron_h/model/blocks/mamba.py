@@ -1,6 +1,7 @@
 """The Mamba-2 layer at run time.
 
-Axes: b batch, l tokens, h hidden, n heads, p channels of a head, g groups, s state per channel; inner = n * p.
+Axes: b batch, l tokens, w tokens of a window, h hidden, n heads, p channels of a head, g groups, s state per channel,
+k taps of the convolution; inner = n * p.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from nemotron_h.model.blocks.running import (
     State,
     Step,
     Surroundings,
+    Trial,
     Watch,
 )
+from nemotron_h.ops.conv1d import causal_conv1d_window
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.select import Ops
+from nemotron_h.ops.ssd_window import ssd_advance, ssd_window
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -60,6 +64,20 @@ class MambaState(State):
 
     conv: Tensor
     ssm: Tensor
+
+
+@dataclass
+class MambaWindow(State):
+    """Inputs of the tokens of a window: what the state is advanced by, over those that are accepted.
+
+    Attributes:
+        inputs, convolved: x with B and C before and after the convolution, [b, w, channels].
+        dt: step sizes, [b, w, n], in the dtype of the state.
+    """
+
+    inputs: Tensor
+    convolved: Tensor
+    dt: Tensor
 
 
 class RunningMamba(Running):
@@ -170,6 +188,35 @@ class RunningMamba(Running):
         z, xbc, dt = self._split(F.linear(h, w.in_proj))
         x, b, c = self._split_conv(ops.conv1d_step(state.conv, xbc, w.conv_weight, w.conv_bias))
         return self._out(ops, ops.ssd_step(state.ssm, x, dt, w.A, b, c, w.D, w.dt_bias), z, w)
+
+    def window(self, state: MambaState, width: int) -> MambaWindow:
+        """Return zeros."""
+        batch, _, channels = state.conv.shape
+        inputs, convolved = (state.conv.new_zeros(batch, width, channels) for _ in range(2))
+        return MambaWindow(inputs, convolved, state.ssm.new_zeros(batch, width, self.block.mamba_num_heads))
+
+    def try_tokens(
+        self, ops: Ops, w: MambaWeights, h: Tensor, state: MambaState, window: MambaWindow, at: Trial
+    ) -> Tensor:
+        """Return the output [b, l, h]."""
+        new, end = slice(at.slot, at.slot + h.shape[1]), at.slot + h.shape[1]
+        z, xbc, dt = self._split(F.linear(h, w.in_proj))
+        window.inputs[:, new] = xbc
+        window.dt[:, new] = F.softplus(dt.to(window.dt.dtype) + w.dt_bias)
+        taps = torch.cat([state.conv, window.inputs[:, :end]], dim=1)[:, at.slot :]  # [b, k - 1 + l, channels]
+        window.convolved[:, new] = causal_conv1d_window(taps, w.conv_weight, w.conv_bias)
+        x, b, c = self._split_conv(window.convolved[:, :end])
+        y = ssd_window(state.ssm, x, window.dt[:, :end], w.A, b, c[:, new], w.D)  # [b, l, n, p]
+        return self._out(ops, y, z, w)
+
+    def accept(self, w: MambaWeights, state: MambaState, window: MambaWindow, counts: Tensor) -> None:
+        """Advance both parts of the state."""
+        halo = state.conv.shape[1]
+        taps = torch.cat([state.conv, window.inputs], dim=1)  # [b, k - 1 + w, channels]
+        places = counts[:, None] + torch.arange(halo, device=counts.device)  # [b, k - 1]
+        state.conv.copy_(taps.gather(1, places.unsqueeze(-1).expand_as(state.conv)))
+        x, b, _ = self._split_conv(window.convolved)
+        ssd_advance(state.ssm, x, window.dt, w.A, b, counts)
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> _Mixer:
         """Return the buffers between norm and residual stream."""

@@ -17,8 +17,18 @@ from nemotron_h.architecture.blocks.parallel import Parallel
 from nemotron_h.model import init
 from nemotron_h.model.blocks.attention import KeyValueCache, RunningAttention
 from nemotron_h.model.blocks.cpu_step import Residual
-from nemotron_h.model.blocks.mamba import MambaState, MambaWeights, RunningMamba
-from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Running, Step, Surroundings, Watch
+from nemotron_h.model.blocks.mamba import MambaState, MambaWeights, MambaWindow, RunningMamba
+from nemotron_h.model.blocks.running import (
+    InitialWeights,
+    Masks,
+    Parts,
+    Rotary,
+    Running,
+    Step,
+    Surroundings,
+    Trial,
+    Watch,
+)
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -133,6 +143,21 @@ class RunningParallel(Running):
     def step(self, ops: Ops, w: ParallelWeights, h: Tensor, state: ParallelState, at: Step) -> Tensor:
         """Return the output [b, h]."""
         return self.mamba.step(ops, w, h, state, at) + self.attention.step(ops, w, h, state, at)
+
+    def window(self, state: ParallelState, width: int) -> MambaWindow:
+        """Return the mixer's: the attention needs none."""
+        return self.mamba.window(state, width)
+
+    def try_tokens(
+        self, ops: Ops, w: ParallelWeights, h: Tensor, state: ParallelState, window: MambaWindow, at: Trial
+    ) -> Tensor:
+        """Return the output [b, l, h]."""
+        mixed = self.mamba.try_tokens(ops, w, h, state, window, at)
+        return mixed + self.attention.try_tokens(ops, w, h, state, None, at)
+
+    def accept(self, w: ParallelWeights, state: ParallelState, window: MambaWindow, counts: Tensor) -> None:
+        """Advance the mixer's state."""
+        self.mamba.accept(w, state, window, counts)
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> tuple[Any, Any]:
         """Return those of both branches."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nemotron_h.architecture.blocks.block import Block
+from nemotron_h.core.errors import UserError
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -112,6 +113,24 @@ class Step:
     rotary: Rotary | None
 
 
+@dataclass(frozen=True)
+class Trial:
+    """Positions of a batch that reads a few tokens each on trial.
+
+    Attributes:
+        positions, lengths: int64 [b], on the device, before the first of these tokens and with it.
+        longest: of all sequences, with all of the tokens.
+        slot: tokens of the window before these.
+        rotary: of the positions, [b, l, 1, 1, channels] each, or None.
+    """
+
+    positions: Tensor
+    lengths: Tensor
+    longest: int
+    slot: int
+    rotary: Rotary | None
+
+
 class State:
     """State of one layer for a batch; its tensors have the batch as first axis."""
 
@@ -198,6 +217,30 @@ class Running:
     def step(self, ops: Ops, w: Any, h: Tensor, state: Any, at: Step) -> Tensor:
         """Read one token of every sequence, [b, h] normalised; return [b, h] and update the state."""
         raise NotImplementedError
+
+    # generation with tokens that may be taken back: a window of them is read on trial while the state stays before it
+
+    def window(self, state: Any, width: int) -> State | None:
+        """Return room for what the layer remembers of a window beside its state; None where that is nothing.
+
+        Errors:
+            UserError: the kind has a state and cannot take tokens back.
+        """
+        if state is None:
+            return None
+        raise UserError(
+            f"{self.kind.name} layers cannot take back tokens that they have read, as a draft needs",
+            hint="leave --draft out",
+        )
+
+    def try_tokens(self, ops: Ops, w: Any, h: Tensor, state: Any, window: Any, at: Trial) -> Tensor:
+        """Read more tokens of a window, [b, l, h] normalised; return [b, l, h]. The next token does not follow them
+        before they are accepted.
+        """
+        return self.extend(ops, w, h, state, 0, None, h.shape[1])
+
+    def accept(self, w: Any, state: Any, window: Any, counts: Tensor) -> None:
+        """Advance the state over the first tokens of the window, as many of each sequence as `counts`, int64 [b]."""
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> Any:
         """Return the buffers of `cpu_step`, made once per batch; layers of equal widths share them."""
