@@ -61,7 +61,7 @@ def test_other_writers() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is llama; only nemotron_h and falcon_h1 can be imported"),
+        ({"model_type": "mistral"}, "model_type is mistral; only nemotron_h, falcon_h1, llama, qwen2 and qwen3 can"),
         ({"mlp_hidden_act": "silu"}, "mlp_hidden_act = silu, which this family does not have"),
         ({"use_bias": True}, "use_bias = True"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),

@@ -191,8 +191,8 @@ def test_import_over_something(exported: Path, tmp_path: Path) -> None:
 
 def test_other_architecture(folder: Path) -> None:
     config = folder / "config.json"
-    config.write_text(config.read_text().replace('"nemotron_h"', '"llama"'))
-    refused(folder, r"config\.json: model_type is llama; only nemotron_h and falcon_h1 can be imported")
+    config.write_text(config.read_text().replace('"nemotron_h"', '"mistral"'))
+    refused(folder, r"config\.json: model_type is mistral; only nemotron_h, falcon_h1, llama, qwen2 and qwen3 can")
 
 
 def test_missing_file(folder: Path) -> None:

@@ -63,13 +63,28 @@ def mamba(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
     return y @ p["mixer.out_proj.weight"].T * scales.ssm_out
 
 
+def frequency(d, i: int) -> float:
+    """The angle per position of pair i of n / 2: 1 / base^(2 i / n); of Llama 3.1's scaling slower for long waves."""
+    plain = d.rope_base ** (-2 * i / int(d.head_dim * d.rope_percent))
+    if not d.rope_scaling_factor:
+        return plain
+    wave, slow = 2 * math.pi / plain, plain / d.rope_scaling_factor
+    if wave > d.rope_original_length / d.rope_low_freq_factor:
+        return slow
+    if wave < d.rope_original_length / d.rope_high_freq_factor:
+        return plain
+    turns = d.rope_original_length / wave
+    share = (turns - d.rope_low_freq_factor) / (d.rope_high_freq_factor - d.rope_low_freq_factor)
+    return (1 - share) * slow + share * plain
+
+
 def rotate(x: Tensor, d) -> Tensor:
-    """Turn the pairs (i, i + n / 2) of the first n channels by position / base^(2 i / n); [batch, length, head_dim]."""
+    """Turn the pairs (i, i + n / 2) of the first n channels by position * frequency(i); [batch, length, head_dim]."""
     width = int(d.head_dim * d.rope_percent)
     turned = x.clone()
     for i in range(width // 2):
         for t in range(x.shape[1]):
-            angle = t * d.rope_base ** (-2 * i / width)
+            angle = t * frequency(d, i)
             a, b = x[:, t, i], x[:, t, i + width // 2]
             turned[:, t, i] = a * math.cos(angle) - b * math.sin(angle)
             turned[:, t, i + width // 2] = a * math.sin(angle) + b * math.cos(angle)
@@ -81,18 +96,24 @@ def attention(p: dict[str, Tensor], d, x: Tensor, doc: Tensor) -> Tensor:
     batch, length = x.shape[:2]
     per_group = d.num_attention_heads // d.num_query_groups
     scales = d.scales
-    qkv = (x * scales.attention_in @ p["self_attention.linear_qkv.weight"].T).reshape(
-        batch, length, d.num_query_groups, per_group + 2, d.head_dim
-    )
+    projected = x * scales.attention_in @ p["self_attention.linear_qkv.weight"].T
+    if d.qkv_bias:
+        projected = projected + p["self_attention.linear_qkv.bias"]
+    qkv = projected.reshape(batch, length, d.num_query_groups, per_group + 2, d.head_dim)
+
+    def normed(head: Tensor, name: str) -> Tensor:
+        return rms(head, d.norm_epsilon) * p[f"self_attention.{name}_layernorm.weight"] if d.qk_norm else head
+
     allowed = torch.zeros(batch, length, length, dtype=torch.bool)
     for t in range(length):
         for s in range(t + 1):
             allowed[:, t, s] = doc[:, t] == doc[:, s]
     outs = []
     for group in range(d.num_query_groups):
-        key, value = rotate(qkv[:, :, group, per_group] * scales.key, d), qkv[:, :, group, per_group + 1]
+        key = rotate(normed(qkv[:, :, group, per_group] * scales.key, "k"), d)
+        value = qkv[:, :, group, per_group + 1]
         for head in range(per_group):
-            scores = rotate(qkv[:, :, group, head], d) @ key.transpose(1, 2) / math.sqrt(d.head_dim)
+            scores = rotate(normed(qkv[:, :, group, head], "q"), d) @ key.transpose(1, 2) / math.sqrt(d.head_dim)
             weights = torch.exp(scores - scores.amax(-1, keepdim=True)) * allowed
             outs.append(weights @ value / weights.sum(-1, keepdim=True))
     return torch.cat(outs, dim=-1) @ p["self_attention.linear_proj.weight"].T * scales.attention_out
@@ -149,7 +170,8 @@ def logits(parameters: dict[str, Tensor], d, tokens: Tensor, seq_idx: Tensor | N
             h = (rms(x, d.norm_epsilon) * p["pre_mlp_layernorm.weight"]) @ p["mlp.linear_fc1.weight"].T
             x = x + torch.clamp(h, min=0) ** 2 @ p["mlp.linear_fc2.weight"].T
     x = rms(x, d.norm_epsilon) * parameters["decoder.final_norm.weight"]
-    return x @ parameters["output_layer.weight"].T * d.scales.head
+    output = parameters["embedding.word_embeddings.weight" if d.tied_embeddings else "output_layer.weight"]
+    return x @ output.T * d.scales.head
 
 
 def losses(scores: Tensor, labels: Tensor) -> Tensor:

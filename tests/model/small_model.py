@@ -75,9 +75,21 @@ EXPERTS = {
 }
 
 
+#: as Llama 3.1's, of lengths that 75 tokens tell apart: of a head's 8 pairs 3 stay, 3 are blended and 2 slowed
+SCALED = {
+    "rope_scaling_factor": 4.0,
+    "rope_low_freq_factor": 1.0,
+    "rope_high_freq_factor": 4.0,
+    "rope_original_length": 64,
+}
+#: what the attention of dense Transformers has beside two projections
+DENSE = {"add_qkv_bias": True, "qk_layernorm": True, "share_embeddings_and_output_weights": True, **SCALED}
+
+
 def pure_config(symbols: str, **changes):
-    """A small Transformer with rotary positions (`*-`), Mamba-2 alone (`M`), Falcon-H1 (`PS`), a hybrid with experts in
-    place of FFNs (`E`), or one with linear layers (`L`); widths that it lacks are left out.
+    """A small Transformer with rotary positions (`*-`), Mamba-2 alone (`M`), Falcon-H1 (`PS`), Llama's layers with all
+    of `DENSE` (`*S`), a hybrid with experts in place of FFNs (`E`), or one with linear layers (`L`); widths that it
+    lacks are left out.
     """
     if symbols == "E":
         return small_config(pattern="MEM*EME", **{**EXPERTS, "ffn_hidden_size": 0, **changes})
@@ -92,6 +104,9 @@ def pure_config(symbols: str, **changes):
     if symbols == "M":
         absent = ("num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
         return small_config(pattern="MMM", family="mamba2", **dict.fromkeys(absent, 0), **changes)
+    if symbols == "*S":
+        rotary = {"position_embedding_type": "rope", "rotary_base": 100, "rotary_percent": 1.0}
+        return small_config(pattern="*S*S", family="llama", **{**dict.fromkeys(mamba, 0), **rotary, **DENSE, **changes})
     rotary = {"position_embedding_type": "rope", "rotary_base": 100, "rotary_percent": 0.5, **changes}
     return small_config(pattern="*-*-", family="transformer", **{**dict.fromkeys(mamba, 0), **rotary})
 
@@ -101,6 +116,8 @@ def small_model(config, seed: int = 0):
     model = config.configure_model(None).to(config.params_dtype)
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")}
     scale_one({**dict(model.named_parameters()), **biases}, seed)
+    if config.share_embeddings_and_output_weights:
+        model.embedding.word_embeddings.weight.data /= math.sqrt(config.hidden_size)  # as an output matrix has it
     return model
 
 
@@ -124,7 +141,7 @@ def scale_one(parameters: dict[str, Tensor], seed: int) -> None:
             value = 0.5 + uniform
         elif name.endswith("conv1d.weight"):
             value = normal / math.sqrt(shape[-1])
-        elif parameter.dim() == 1 or "embedding" in name:  # D, convolution bias; rows of the embedding
+        elif parameter.dim() == 1 or "embedding" in name:  # D, biases; rows of the embedding
             value = normal
         else:
             value = normal / math.sqrt(shape[-1])

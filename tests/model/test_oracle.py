@@ -72,11 +72,12 @@ def test_float64(packed: bool) -> None:
         ("PS", {"mamba_num_groups": 1}),
         ("PS", {"mamba_num_groups": 2}),
         ("PS", {"mamba_norm": False}),
+        ("*S", {}),
         ("L", {}),
     ],
     ids=[
         *("mamba2", "transformer", "transformer, whole heads rotated", "falcon_h1, 1 group", "2 groups", "no norm"),
-        "linear layers",
+        *("llama", "linear layers"),
     ],
 )
 def test_pure_patterns(symbols: str, changes: dict, packed: bool) -> None:
@@ -98,17 +99,23 @@ def test_pure_patterns(symbols: str, changes: dict, packed: bool) -> None:
 
 
 def exact_frequencies(config) -> torch.Tensor:
-    width = int(config.kv_channels * config.rotary_percent)
-    return config.rotary_base ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    d = config.definition()
+    return torch.tensor([reference.frequency(d, i) for i in range(d.rotary_dim // 2)], dtype=torch.float64)
 
 
-def test_rotary_positions_in_float32() -> None:
+@pytest.mark.parametrize("symbols", ["*-", "*S"])
+def test_rotary_positions_in_float32(symbols: str) -> None:
     """As it is trained: angles from float32."""
-    config = pure_config("*-")
+    config = pure_config(symbols)
     model = small_model(config)
     ids = tokens(BATCH, LENGTH + 1)
     scores, _, _ = expected(model, config.definition(), ids, None)
     assert relative_error(model(input_ids=ids[:, :-1]), scores) < 1e-4
+    if symbols == "*S":  # scaled frequencies, not the plain ones
+        frequencies = model.rotary_pos_emb.inv_freq
+        assert relative_error(frequencies, exact_frequencies(config)) < 1e-6
+        assert relative_error(frequencies, 100.0 ** (-torch.arange(8) / 8)) > 0.01
+        return
     config.position_embedding_type = "none"
     assert relative_error(small_model(config)(input_ids=ids[:, :-1]), scores) > 0.1, "positions make no difference"
 

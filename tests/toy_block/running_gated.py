@@ -35,8 +35,7 @@ class RunningGated(Running):
     kind = Gated
     Weights = GatedWeights
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return a layer of Megatron's parallel linear layers."""
         from megatron.core.transformer.module import MegatronModule
         from megatron.core.transformer.spec_utils import ModuleSpec, build_module

@@ -30,7 +30,8 @@ def owners(first: Iterable[type[Block]] = ()) -> dict[str, type[Block]]:
     """Return the kind that has a matrix of each name, of all kinds that there are; of several, one of `first`."""
     kinds = list(dict.fromkeys((*first, *KINDS.values())))
     widths = dict.fromkeys((key for kind in kinds for key in kind.widths), 1)
-    others = {"hidden_size": 1, "rope_percent": 0.0, "mamba_norm": True, "multipliers": ONES}
+    switches = dict.fromkeys((key for kind in kinds for key in kind.switches), True)
+    others = {"hidden_size": 1, "rope_percent": 0.0, "multipliers": ONES, **switches}
     found: dict[str, type[Block]] = {}
     for kind in kinds:
         for matrix in kind.of({**others, **widths}).matrices():

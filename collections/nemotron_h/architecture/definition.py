@@ -14,18 +14,24 @@ from itertools import pairwise
 from typing import Any
 
 from nemotron_h.architecture.blocks.block import Block
-from nemotron_h.architecture.blocks.families import FAMILIES, WITHOUT_POSITIONS, check_pattern
+from nemotron_h.architecture.blocks.families import FAMILIES, check_pattern
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.multipliers import NAMES, OF_ENDS, Multipliers, resolve
+from nemotron_h.architecture.positions import POSITION_EMBEDDINGS, SCALING_KEYS, check_positions
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_number, check_one_of, nearest, ranges
 from nemotron_h.schema.multipliers import MULTIPLIER_RULES, MultipliersSchema
 from nemotron_h.schema.recipe import ModelSchema
 
-POSITION_EMBEDDINGS = ("none", "rope")
 _WHOLE = {each.name for each in fields(ModelSchema) if each.type == "int"}
 #: what a block is made of, beside multipliers: numbers of the model
 _BLOCK_KEYS = tuple(each.name for each in fields(ModelSchema) if each.type in ("int", "float", "bool"))
+#: what kinds of layers have parts for or not -> value of a model that says nothing
+SWITCHES: dict[str, bool] = {
+    each.name: each.default
+    for each in fields(ModelSchema)
+    if any(each.name in kind.switches for kind in KINDS.values())
+}
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class ModelDefinition:
     Attributes:
         name: the name of the definition, as in `configs/model/<name>.yaml`.
         family: which rules the pattern follows: `nemotron_h` (paper 2.1), `transformer` (attention and FFN in pairs),
-            `mamba2` (Mamba-2 alone), `falcon_h1` (attention beside Mamba-2, and SwiGLU, in pairs), or `pruned`: any
-            order, as removing layers leaves it.
+            `mamba2` (Mamba-2 alone), `llama` (attention and SwiGLU in pairs), `falcon_h1` (attention beside Mamba-2,
+            and SwiGLU, in pairs), or `pruned`: any order, as removing layers leaves it.
         pattern: one letter per layer: `M` Mamba-2, `*` attention, `-` FFN, `P` attention beside Mamba-2, `S` SwiGLU,
             `E` a mixture of experts, `L` a linear layer.
         hidden_size: width of the residual stream.
@@ -84,7 +90,12 @@ class ModelDefinition:
         position_embedding: `none` (paper 2.1), or `rope` (rotary, in attention layers).
         rope_base: base of the rotary angles' wave lengths, with `rope` only.
         rope_percent: part of each head that is rotated, in (0, 1], with `rope` only.
-        vocab_size: rows of the (untied) embedding and output matrices, before padding.
+        rope_scaling_factor, rope_low_freq_factor, rope_high_freq_factor, rope_original_length: Llama 3.1's scaling of
+            the rotary angles (`architecture/positions.py`); 0 leaves them as they are.
+        qkv_bias: the projections of queries, keys and values have biases (Qwen2).
+        qk_norm: an RMSNorm of each head's query and key, before they are rotated (Qwen3).
+        tied_embeddings: the output matrix is the embedding.
+        vocab_size: rows of the embedding and output matrices, before padding.
         norm_epsilon: of every RMSNorm.
         init_std: standard deviation of the initial weights.
         multipliers: factors of activations, stated or by a rule of the shape.
@@ -120,6 +131,13 @@ class ModelDefinition:
     position_embedding: str = "none"
     rope_base: int = 0
     rope_percent: float = 0.0
+    rope_scaling_factor: float = 0.0
+    rope_low_freq_factor: float = 0.0
+    rope_high_freq_factor: float = 0.0
+    rope_original_length: int = 0
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
@@ -142,6 +160,11 @@ class ModelDefinition:
     def rotary_dim(self) -> int:
         """Return the channels of each head that are rotated; 0 without rotary positions."""
         return int(self.head_dim * self.rope_percent)
+
+    @property
+    def rope_scaling(self) -> tuple[float, float, float, int] | None:
+        """Return the values of `SCALING_KEYS`; None where the rotary angles are not scaled."""
+        return tuple(getattr(self, key) for key in SCALING_KEYS) if self.rope_scaling_factor else None
 
     @cached_property
     def scales(self) -> Multipliers:
@@ -203,7 +226,13 @@ class ModelDefinition:
     @property
     def other_parameters(self) -> int:
         """Return the parameters outside of the layers: embedding, output, final norm."""
-        return 2 * self.vocab_size * self.hidden_size + self.hidden_size
+        looked_up = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
+        return looked_up + self.output_parameters
+
+    @property
+    def output_parameters(self) -> int:
+        """Return the parameters that the scores of a token take: output matrix, final norm."""
+        return self.vocab_size * self.hidden_size + self.hidden_size
 
     def layer_counts(self) -> dict[str, int]:
         """Return name of a kind of layers -> how many there are, of all kinds."""
@@ -266,7 +295,7 @@ class ModelDefinition:
         self._validate_widths(origin)
         self._validate_multipliers(origin)
         self._validate_overrides(origin)
-        self._validate_positions(origin)
+        check_positions(self, origin)
         self._validate_mtp(origin)
         names = {f.name for f in fields(self)}
         unknown = sorted(key for key in self.sources if key.partition(".")[0] not in names)
@@ -302,12 +331,16 @@ class ModelDefinition:
                         f"the pattern has no {kind.letter} ({kind.name}) layer",
                         hint=f"leave model.{key} out, or add {kind.letter} to model.pattern",
                     )
-
-        if not self.mamba_norm and not any(kind.gated_norm for kind in self.kinds):
-            raise UserError(
-                f"{origin}: model.mamba_norm = false has no use: the pattern has no Mamba-2 layer",
-                hint="leave model.mamba_norm out",
-            )
+        for key, default in SWITCHES.items():
+            if getattr(self, key) == default:
+                continue
+            stated = f"{origin}: model.{key} = {str(not default).lower()}"
+            if not any(key in kind.switches for kind in self.kinds):
+                owners = " or ".join(kind.title for kind in KINDS.values() if key in kind.switches)
+                raise UserError(f"{stated} has no use: the pattern has no {owners} layer", f"leave model.{key} out")
+            if without := [kind for kind in self.kinds if key in kind.lacks]:
+                names = ", ".join(f"{kind.letter} ({kind.title})" for kind in without)
+                raise UserError(f"{stated}: layers {names} of the pattern have none", f"leave model.{key} out")
 
     def _validate_multipliers(self, origin: str) -> None:
         written = self.multipliers
@@ -352,43 +385,6 @@ class ModelDefinition:
     def _validate_positive(self, origin: str, key: str) -> None:
         if (value := getattr(self, key)) <= 0:
             raise UserError(f"{origin}: model.{key} is {value}; it has to be positive", hint=f"give model.{key}")
-
-    def _validate_positions(self, origin: str) -> None:
-        if self.position_embedding == "none":
-            for key in ("rope_base", "rope_percent"):
-                if getattr(self, key):
-                    raise UserError(
-                        f"{origin}: model.{key} = {getattr(self, key)} has no use: model.position_embedding is none",
-                        hint=f"leave model.{key} out, or set model.position_embedding to rope",
-                    )
-            return
-        if self.family in WITHOUT_POSITIONS:
-            raise UserError(
-                f"{origin}: model.position_embedding = {self.position_embedding}; the family has none (paper 2.1)",
-                hint="nearest: none",
-            )
-        if not any(kind.attends for kind in self.kinds):
-            raise UserError(
-                f"{origin}: model.position_embedding = {self.position_embedding}, "
-                "but the pattern has no attention layer to apply it in",
-                hint="nearest: none",
-            )
-        self._validate_positive(origin, "rope_base")
-        width = self.rotary_dim
-        if not 0 < self.rope_percent <= 1 or width < 2 or width % 2:
-            fits = [n / self.head_dim for n in range(2, self.head_dim + 1, 2)]
-            closest = min(fits, key=lambda part: abs(part - self.rope_percent), default=None)
-            raise UserError(
-                f"{origin}: model.rope_percent = {self.rope_percent} rotates {width} of {self.head_dim} channels; "
-                "it has to be in (0, 1], and to rotate an even number of them",
-                hint=f"nearest: {closest}",
-            )
-        for index, widths in self.overrides.items():
-            if "head_dim" in widths:
-                raise UserError(
-                    f"{origin}: model.overrides.{index}.head_dim: rotary angles are computed once for all layers",
-                    hint="leave it out, or set model.position_embedding to none",
-                )
 
     def _validate_mtp(self, origin: str) -> None:
         if self.mtp_pattern and (others := sorted(set(self.mtp_pattern) - set(self.pattern))):

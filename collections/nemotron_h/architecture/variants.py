@@ -81,7 +81,9 @@ def check_library(parent: ModelDefinition, library: LibrarySchema, origin: str) 
         for width in getattr(library, key):
             if key not in heads:
                 check_width(parent, key, width, name)
-            elif heads[key].groups % width:
+                continue
+            heads[key].check_free(f"{name} has {width}")
+            if heads[key].groups % width:
                 fits = [n for n in range(1, heads[key].groups + 1) if heads[key].groups % n == 0]
                 raise UserError(
                     f"{name} has {width}, which does not divide the {heads[key].groups} of {parent.name}",

@@ -233,7 +233,7 @@ class Candidates:
         stay = [layer(letter) for letter in self.parent.pattern if letter not in _LETTERS]
         outside = InferenceMemory(shape.other_parameters * value, 0.0, 0.0, 0.0)
         memory = _memory((1, part) for part in (outside, *(each.memory for each in stay)))
-        unread = shape.vocab_size * shape.hidden_size * value  # rows of the embedding are looked up
+        unread = (shape.other_parameters - shape.output_parameters) * value  # rows of the embedding are looked up
         parameters = shape.other_parameters + sum(each.parameters for each in stay)
         return Cost(parameters, memory, memory.total - unread), [layer(letter) for letter in _LETTERS]
 

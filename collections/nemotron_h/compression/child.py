@@ -23,8 +23,9 @@ import numpy as np
 from nemotron_h.architecture.blocks.block import Axis, Block, Indices
 from nemotron_h.architecture.blocks.families import family_of
 from nemotron_h.architecture.blocks.registry import KINDS
-from nemotron_h.architecture.definition import Expect, ModelDefinition
+from nemotron_h.architecture.definition import SWITCHES, Expect, ModelDefinition
 from nemotron_h.architecture.multipliers import OF_ENDS
+from nemotron_h.architecture.positions import ROPE_KEYS
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name
 from nemotron_h.schema.multipliers import MultipliersSchema
@@ -139,11 +140,12 @@ def definition_of_layers(
     values["overrides"] = {n: widths for n, widths in own.items() if widths}
     kinds = {kind for kind, _ in layers}
     if not any(kind.attends for kind in kinds):
-        values.update(position_embedding="none", rope_base=0, rope_percent=0.0)
+        values.update(position_embedding="none", **dict.fromkeys(ROPE_KEYS, 0))
     # the parent's, as numbers: a rule would compute others of the child's widths
     scales = {name: getattr(parent.scales, name) for kind in kinds for name in (*kind.multipliers, *OF_ENDS)}
     values["multipliers"] = MultipliersSchema(**{name: scale for name, scale in scales.items() if scale != 1})
-    values["mamba_norm"] = parent.mamba_norm or not any(kind.gated_norm for kind in kinds)
+    switches = {key for kind in kinds for key in kind.switches}
+    values.update({key: default for key, default in SWITCHES.items() if key not in switches})
     values.update(hidden_size=hidden_size, pattern=pattern)
     changed = sorted(key for key, value in values.items() if value != getattr(parent, key))
     sources = {key: text for key, text in parent.sources.items() if key not in changed}

@@ -181,7 +181,8 @@ def _reader(source: ModelSource, child: Child, definition: ModelDefinition) -> C
     """Return what gives the tensors of each of the child's weights, cut from the parent's."""
     hidden = stays(child.hidden, source.definition.hidden_size)
     of_layers = [part for layer in cuts(source.definition, child) for part in layer]
-    every_cut = [(None, hidden), *of_layers, (hidden, None), (None, hidden)]
+    output = [] if source.definition.tied_embeddings else [(None, hidden)]
+    every_cut = [(None, hidden), *of_layers, (hidden, None), *output]
     of_parent = zip(_rows_of(source.definition, child), every_cut, strict=True)
     origins = {next(iter(row.ours)): origin for row, origin in zip(weights(definition), of_parent, strict=True)}
 

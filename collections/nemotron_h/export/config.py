@@ -97,7 +97,8 @@ def check_expressible(definition: ModelDefinition) -> None:
 
 
 def check_plain(definition: ModelDefinition, reader: str) -> None:
-    """Refuse multipliers and a mixer without a norm, for a format that knows neither.
+    """Refuse multipliers, a mixer without a norm, biases, norms of heads and a tied output matrix, for a format that
+    knows none of these.
 
     Args:
         reader: the format, in words.
@@ -105,6 +106,7 @@ def check_plain(definition: ModelDefinition, reader: str) -> None:
         UserError: names what it lacks.
     """
     wrong = {"multipliers": definition.scales != ONES, "mamba_norm": not definition.mamba_norm}
+    wrong |= {key: getattr(definition, key) for key in ("qkv_bias", "qk_norm", "tied_embeddings")}
     lacks = [key for key, lacking in wrong.items() if lacking]
     if lacks:
         raise UserError(
@@ -225,6 +227,17 @@ def positive(value: Any, key: str, origin: str, *, whole: bool) -> int | float:
         shown, kind = "missing" if value is None else repr(value), "whole number" if whole else "number"
         raise UserError(f"{origin}: {key} is {shown}; a positive {kind} is needed")
     return value
+
+
+def rope_base(base: Any, origin: str) -> int:
+    """Return the base of rotary positions as a definition has it.
+
+    Errors:
+        UserError: it is no positive whole number, or beyond what a base can be.
+    """
+    if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < 10**18 or base != int(base):
+        raise UserError(f"{origin}: rope_theta is {base!r}; a positive whole number is needed")
+    return int(base)
 
 
 def definition_name(folder_name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from nemotron_h.architecture.definition import Expect, ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_name, nearest
-from nemotron_h.export.config import check_uniform, positive
+from nemotron_h.export.config import OURS, check_uniform, positive, rope_base
 from nemotron_h.schema.multipliers import MultipliersSchema
 
 MODEL_TYPE = FAMILY = "falcon_h1"
@@ -98,6 +98,11 @@ def check_expressible(definition: ModelDefinition, reader: str = f"Hugging Face'
             f"model {definition.name} does not rotate whole heads (model.position_embedding, model.rope_percent); "
             f"{reader} does, so it would compute something else",
             hint="keep it as a checkpoint of ours: training and generation take it",
+        )
+    wrong = {"tied_embeddings": definition.tied_embeddings, "rope_scaling_factor": definition.rope_scaling is not None}
+    if lacks := [key for key, lacking in wrong.items() if lacking]:
+        raise UserError(
+            f"model {definition.name} has model.{' and model.'.join(lacks)}, which {reader} does not know", hint=OURS
         )
 
 
@@ -198,10 +203,7 @@ def _rope_base(config: Mapping[str, Any], origin: str) -> int:
     stated = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")}
     if not isinstance(stated, Mapping) or stated.get("rope_type", "default") != "default":
         raise UserError(f"{origin}: rope_parameters = {stated}, which no released {MODEL_TYPE} has")
-    base = stated.get("rope_theta", config.get("rope_theta"))
-    if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < 10**18 or base != int(base):
-        raise UserError(f"{origin}: rope_theta is {base!r}; a positive whole number is needed")
-    return int(base)
+    return rope_base(stated.get("rope_theta", config.get("rope_theta")), origin)
 
 
 def _multipliers(config: Mapping[str, Any], origin: str) -> MultipliersSchema:

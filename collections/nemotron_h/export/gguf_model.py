@@ -15,7 +15,7 @@ from torch import Tensor
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight, hf_names
 from nemotron_h.core.errors import UserError
-from nemotron_h.export import falcon_config
+from nemotron_h.export import dense_config, falcon_config
 from nemotron_h.export.config import check_plain, check_uniform
 from nemotron_h.export.gguf_format import F32, TensorEntry, TensorType, Value
 
@@ -44,6 +44,12 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
     Errors:
         UserError: llama.cpp has no such model: FFNs without attention, or other positions.
     """
+    if definition.family == dense_config.FAMILY:
+        raise UserError(
+            f"model {definition.name} is of family {dense_config.FAMILY}, which is not written as GGUF",
+            hint="export it for Hugging Face (nemotron-h export hf) and convert that with llama.cpp's "
+            "convert_hf_to_gguf.py",
+        )
     d, pure = definition, {kind.name for kind in definition.kinds} <= HOLDS[PURE]
     hybrid = EXPERTS if d.has_experts else HYBRID
     architecture = FALCON if d.family == falcon_config.FAMILY else PURE if pure else hybrid
@@ -185,8 +191,8 @@ def _weight(
         name, scale = whole[theirs[0]]
         row_scales = () if scale == 1 else ((shape[0], scale),)
     else:
-        number, _, inside = _NUMBER.sub("", theirs[0]).removeprefix(f"{names.root}layers.").partition(".")
-        first = int(number) * names.blocks
+        number, inside = names.inside(_NUMBER.sub("", theirs[0]))
+        first = number * names.blocks
         block = next(b for b in definition.blocks[first : first + names.blocks] if inside in b.llama_cpp)
         own, row_scales = block.llama_cpp[inside], block.row_scales(inside)
         name, shape = f"blk.{number}.{own}", block.llama_cpp_shape(own, shape)

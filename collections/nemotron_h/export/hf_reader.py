@@ -1,4 +1,4 @@
-"""Read a Hugging Face folder of type `nemotron_h` into a checkpoint, one tensor at a time."""
+"""Read a Hugging Face folder into a checkpoint, one tensor at a time; `hf_types` has the types of models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.embedding_rows import EMBEDDING, HEAD, Outliers, find_outliers, replacements
+from nemotron_h.checkpoint.embedding_rows import (
+    EMBEDDING,
+    HEAD,
+    Outliers,
+    check_repairable,
+    find_outliers,
+    replacements,
+)
 from nemotron_h.checkpoint.finite import check_weights
-from nemotron_h.checkpoint.names import Weight, weights
+from nemotron_h.checkpoint.names import HF_HEAD, Weight, weights
 from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object
@@ -133,6 +140,10 @@ def examine(folder: Path, name: str | None = None) -> Source:
     with TensorFolder(folder) as tensors:
         rows = list(weights(definition))
         expected = {their: shape for row in rows for their, shape in row.theirs.items()}
+        if definition.tied_embeddings and HF_HEAD in tensors.shapes:
+            embedding = next(iter(rows[0].theirs))
+            _compare_ends(folder, tensors, embedding)
+            expected[HF_HEAD] = expected[embedding]
         _compare(folder, tensors, expected)
         dtype = _dtype(folder, tensors, rows)
     tokenizer = tokenizers.find(folder)
@@ -163,6 +174,15 @@ def _compare(folder: Path, tensors: TensorFolder, expected: dict[str, tuple[int,
     ]
     if wrong:
         raise UserError(f"{folder}: {len(wrong)} tensors have a wrong shape: {listed(wrong)}")
+
+
+def _compare_ends(folder: Path, tensors: TensorFolder, embedding: str) -> None:
+    """Refuse an output matrix beside tied embeddings, unless it is the embedding once more."""
+    if not torch.equal(tensors.read(HF_HEAD), tensors.read(embedding)):
+        raise UserError(
+            f"{folder}: config.json ties the embeddings (tie_word_embeddings), and {HF_HEAD} is not {embedding}",
+            hint="set tie_word_embeddings to false for the output matrix that is there, or remove the tensor",
+        )
 
 
 def _dtype(folder: Path, tensors: TensorFolder, rows: list[Weight]) -> torch.dtype:
@@ -202,6 +222,7 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None, repair_e
                 (embedding,) = theirs.values()
                 outliers = find_outliers(embedding, source.definition.vocab_size)
                 if repair_embeddings and outliers.norms:
+                    check_repairable(source.definition.tied_embeddings, "--repair-embeddings")
                     rows = replacements(outliers, tensors.read(theirs_of[HEAD]))
                     embedding[list(outliers.norms)] = rows.to(embedding)
             return row.to_ours(torch.cat([tensor.to(row.dtype(source.dtype)) for tensor in theirs.values()]))

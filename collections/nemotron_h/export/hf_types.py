@@ -9,15 +9,21 @@ from typing import Any
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 from nemotron_h.export import config as nemotron_h
+from nemotron_h.export import dense_config as dense
 from nemotron_h.export import falcon_config as falcon_h1
 
 #: `model_type` of config.json -> to_config, from_config, check_expressible
-TYPES: dict[str, ModuleType] = {each.MODEL_TYPE: each for each in (nemotron_h, falcon_h1)}
+TYPES: dict[str, ModuleType] = {
+    **{each.MODEL_TYPE: each for each in (nemotron_h, falcon_h1)},
+    **dict.fromkeys(dense.TYPES, dense),
+}
+#: family of a definition -> its types, where it has some of its own
+_OF_FAMILIES = {falcon_h1.FAMILY: falcon_h1, dense.FAMILY: dense}
 
 
 def _of(definition: ModelDefinition) -> ModuleType:
     """Return the type of a model's family."""
-    return TYPES.get(definition.family, nemotron_h)
+    return _OF_FAMILIES.get(definition.family, nemotron_h)
 
 
 def check_expressible(definition: ModelDefinition) -> None:
@@ -42,8 +48,9 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
     """
     found = config.get("model_type")
     if found not in TYPES:
+        *others, last = TYPES
         raise UserError(
-            f"{origin}: model_type is {found}; only {' and '.join(TYPES)} can be imported",
+            f"{origin}: model_type is {found}; only {', '.join(others)} and {last} can be imported",
             hint="give the folder of such a model, as `nemotron-h export hf` or transformers writes it",
         )
     return TYPES[found].from_config(config, name, origin)

@@ -28,6 +28,7 @@ from nemotron_h.model.blocks.cpu_step import Residual
 from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.model.blocks.running import Rotary, Running, State, Step, Trial
 from nemotron_h.ops.norm import rms_norm_inference
+from nemotron_h.ops.rotary import rotary_frequencies
 from nemotron_h.ops.select import select_ops
 from nemotron_h.platform.memory import check_weights_fit
 
@@ -58,11 +59,11 @@ class GenerationModel:
         self.ops = select_ops(self.device)
         self.running = running_layers(definition)
         self._cpu_buffers: CpuBuffers | None = None
-        width = definition.rotary_dim
-        # f_i = rope_base^(-2 i / rotary_dim) (Su et al. 2021, arXiv 2104.09864); float32 whatever the model's dtype, as
-        # training computes it
-        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=self.device) / max(width, 1)
-        self.rotary_frequencies = 1.0 / definition.rope_base**exponents if width else None
+        self.rotary_frequencies: Tensor | None = None
+        if definition.rotary_dim:
+            self.rotary_frequencies = rotary_frequencies(
+                definition.rotary_dim, definition.rope_base, definition.rope_scaling, self.device
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -264,8 +265,9 @@ def load_model(
     ends = [
         reader.vocabulary("embedding.word_embeddings.weight"),
         reader.take("decoder.final_norm.weight", definition.hidden_size),
-        reader.vocabulary("output_layer.weight")[:tokens],
     ]
+    if not definition.tied_embeddings:
+        ends.append(reader.vocabulary("output_layer.weight")[:tokens])
     layers: Sequence[Any] = _LazyLayers(reader)
     if lazy:
         reader.read()
@@ -273,12 +275,14 @@ def load_model(
         layers = reader.layers(range(definition.num_layers))
         for weights in layers:
             lay_out(weights)
-        ends[2] = column_major(ends[2])
+    embedding, final_norm, output = ends if len(ends) == 3 else (*ends, ends[0][:tokens])
     # multipliers are in the weights: of the layers' by `Running.loaded`
-    for end, factor in ((ends[0], definition.scales.embedding), (ends[2], definition.scales.head)):
-        if factor != 1:
-            end.mul_(factor)
-    return GenerationModel(definition, ends[0], layers, *ends[1:])
+    scales = definition.scales
+    if scales.head != 1:
+        output = output * scales.head
+    if scales.embedding != 1:
+        embedding = embedding * scales.embedding
+    return GenerationModel(definition, embedding, layers, final_norm, output if lazy else column_major(output))
 
 
 def lay_out(weights: Any) -> None:

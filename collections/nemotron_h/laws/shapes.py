@@ -134,7 +134,8 @@ def _hidden_sizes(like: ModelDefinition, parameters: int) -> Iterator[int]:
     """Yield the hidden sizes at which embedding and output leave parameters to layers."""
     step = 64
     hidden = step
-    while 2 * like.vocab_size * hidden < 0.9 * parameters and hidden**2 < parameters:
+    matrices = 1 if like.tied_embeddings else 2
+    while matrices * like.vocab_size * hidden < 0.9 * parameters and hidden**2 < parameters:
         yield hidden
         hidden += step * (1 if hidden < 16 * step else 4)
 

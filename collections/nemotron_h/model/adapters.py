@@ -106,20 +106,24 @@ class Adapter(nn.Module):
         if self.magnitude is not None:
             self.magnitude.copy_(self.lengths(weight))
 
-    def forward(self, x: Tensor, out: Tensor, weight: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the adapted layer's output.
 
         Args:
             x: its input [sequence, batch, inputs], as the layer got it (normalised where it norms its input); of an
                 expert [tokens, inputs].
-            out: W x [sequence, batch, outputs], as the layer returns it.
+            out: W x + bias [sequence, batch, outputs], as the layer returns it.
             weight: W.
+            bias: of the layer, which DoRA's lengths do not scale; None or empty is none.
         """
         h = self._across(F.linear(self._dropped(x), self.a))
         out = out + F.linear(h, self.b).mul(self.scale)
         if self.magnitude is None:
             return out
-        return out * (self.magnitude / self.lengths(weight)).to(out.dtype)
+        scale = (self.magnitude / self.lengths(weight)).to(out.dtype)
+        if bias is None or not bias.numel():  # Transformer Engine's layers without one have an empty one
+            return out * scale
+        return (out - bias) * scale + bias
 
     def _across(self, h: Tensor) -> Tensor:
         """Return A x as B takes it: the narrow activation crosses the ranks, never x."""
@@ -172,7 +176,7 @@ class _Adapted:
         out, bias = super().forward(x, *args, **kwargs)
         if isinstance(out, tuple):  # Transformer Engine's layer with a norm, asked for the normalised input
             out, x = out
-        return self.adapter(x, out, self.weight), bias
+        return self.adapter(x, out, self.weight, getattr(self, "bias", None)), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         own = super().sharded_state_dict(prefix, sharded_offsets, metadata)

@@ -89,10 +89,10 @@ class CpuMatmul:
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Tensor:
         if self.fp8_emulation is not None:
             return self._fp8_matmul(input, weight, **kwargs)
-        extras = ("bias", "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer")
+        extras = ("gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel", "grad_output_buffer")
         plain = not args and all(kwargs[name] is None or kwargs[name] is False for name in extras)
         if plain and linear.takes(input, weight):
-            return linear.linear(input, weight)
+            return _biased(linear.linear(input, weight), kwargs["bias"])
         if not weight.requires_grad:
             # torch multiplies each row with a copy of the weight unless its strides say that they follow on each other,
             # which those of a transposed [1, sequence] do not
@@ -100,14 +100,25 @@ class CpuMatmul:
         return super()._forward_impl(input, weight, *args, **kwargs)
 
     def _fp8_matmul(
-        self, input: Tensor, weight: Tensor, *, allreduce_dgrad: bool, sequence_parallel: bool, **_: object
+        self,
+        input: Tensor,
+        weight: Tensor,
+        *,
+        bias: Tensor | None,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        **_: object,
     ) -> Tensor:
         """Quantise what the ranks gathered: its amax is their largest, which Transformer Engine reduces likewise."""
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=self.tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
-        return fp8_linear(input, weight, self.fp8_emulation)
+        return _biased(fp8_linear(input, weight, self.fp8_emulation), bias)
+
+
+def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
+    return out if bias is None else out + bias
 
 
 class CpuColumnParallelLinear(CpuMatmul, ColumnParallelLinear):

@@ -22,10 +22,12 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, init
 from nemotron_h.model.blocks.running import InitialWeights
+from nemotron_h.model.gpu_options import gpu_option
 from nemotron_h.model.layers import plain_stack_spec, stack_spec
-from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear, has_kernels
+from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
+from nemotron_h.ops.rotary import rotary_frequencies
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
@@ -84,7 +86,13 @@ class NemotronHMegatronModel(MegatronMambaModel):
 
     def __init__(self, config: NemotronHConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        self.scales = config.definition().scales
+        definition = config.definition()
+        self.scales = definition.scales
+        if definition.rope_scaling:  # megatron-core's own scaling has three of its four values fixed
+            frequencies = self.rotary_pos_emb.inv_freq
+            self.rotary_pos_emb.inv_freq = rotary_frequencies(
+                definition.rotary_dim, definition.rope_base, definition.rope_scaling, frequencies.device
+            )
         if self.post_process and config.use_cpu_initialization:
             # megatron-core builds this layer itself; the class adds no state, only how it multiplies
             self.output_layer.__class__ = CpuColumnParallelLinear
@@ -159,13 +167,19 @@ class NemotronHMegatronModel(MegatronMambaModel):
         hidden = self.hidden_states(input_ids, position_ids, seq_idx, loss_count)
         if not self.post_process:
             return hidden
-        logits, _ = self.output_layer(hidden)
+        logits, _ = self.output_layer(hidden, weight=self.output_weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
         if logits.device.type == "cpu":
             losses = vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
             return losses.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """Return the last stage's output matrix [vocabulary shard, hidden]; tied, it is the embedding."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None, loss_count: Tensor | None = None
@@ -201,72 +215,11 @@ class NemotronHMegatronModel(MegatronMambaModel):
         weight, residual = init.normal(std), init.normal(std / config.num_layers**0.5)
         if self.pre_process:
             init.fill(self.embedding.word_embeddings.weight, "embedding", weight, axis=0, **shard)
-        if self.post_process:
-            init.fill(self.output_layer.weight, "output_layer", weight, axis=0, **shard)
+        if self.post_process and not (self.pre_process and config.share_embeddings_and_output_weights):
+            # the last stage has the embedding once more where it is the output matrix too
+            name = "embedding" if config.share_embeddings_and_output_weights else "output_layer"
+            init.fill(self.output_layer.weight, name, weight, axis=0, **shard)
         self.decoder.initialize(InitialWeights(weight, residual, shard))
-
-
-@dataclass(frozen=True)
-class GpuOption:
-    """Option of Megatron or Transformer Engine for speed or memory: its value with GPU kernels, without, and why.
-
-    Any can be set by hand: `model.config.NAME=...`. What depends on the layout is chosen by `training.strategy`.
-    """
-
-    with_kernels: bool | str
-    without: bool | str
-    reason: str
-
-
-#: fields of `NemotronHConfig`
-GPU_OPTIONS: dict[str, GpuOption] = {
-    "fuse_weight_gradients": GpuOption(
-        True,
-        False,
-        "the linear layers add weight gradients to the float32 gradient buffer inside the matmul: no bfloat16 copy "
-        "and no pass that adds it (14 bytes of traffic per parameter and micro-batch become 8)",
-    ),
-    "gradient_accumulation_fusion": GpuOption(
-        True,
-        False,
-        "the same for megatron-core's own layers: the output layer (`platform.megatron_fixes`, without Apex) and "
-        "the embedding, whose gradient is then the rows that the batch has in place of the whole vocabulary's",
-    ),
-    "cross_entropy_loss_fusion": GpuOption(
-        True, False, "the loss in one pass over the logits' own memory, with no float32 copy of tokens x vocabulary"
-    ),
-    "cross_entropy_fusion_impl": GpuOption("te", "native", "Transformer Engine's; megatron-core's makes that copy"),
-    "bias_dropout_fusion": GpuOption(
-        False, False, "no biases and no dropout (paper 2.1): what is left is one addition, already one kernel"
-    ),
-    "bias_activation_fusion": GpuOption(False, False, "no biases; the squared ReLU is Transformer Engine's kernel"),
-    "moe_permute_fusion": GpuOption(
-        True,
-        False,
-        "tokens to experts and back in one kernel each, whose sums have one order: steps repeat bit for bit",
-    ),
-    "masked_softmax_fusion": GpuOption(False, False, "cuDNN's attention never forms the scores that it would fuse"),
-    "deallocate_pipeline_outputs": GpuOption(
-        True, False, "frees what a pipeline stage has sent; the CPU path reads it"
-    ),
-    "tp_comm_overlap": GpuOption(
-        False, False, "user buffers use NVLink multicast, which shared hosts switch off; switch it on where it may run"
-    ),
-    "use_te_rng_tracker": GpuOption(False, False, "only CUDA graphs need it"),
-    "cuda_graph_impl": GpuOption(
-        "none", "none", "at 8,192 tokens of 8B width a step is bound by kernels, not by launching them"
-    ),
-}
-
-
-def gpu_option(name: str) -> Any:
-    """Return a field whose default is chosen where the run starts, not where it is described."""
-
-    def choose() -> bool | str:
-        option = GPU_OPTIONS[name]
-        return option.with_kernels if has_kernels() else option.without
-
-    return field(default_factory=choose)
 
 
 @dataclass
@@ -283,6 +236,7 @@ class NemotronHConfig(SSMConfig):
         balance_loss, bias_update: as the recipe's `experts`.
         mamba_norm: an RMSNorm follows the gate of each mixer.
         multipliers: factors of activations, stated or by a rule.
+        rope_scaling_factor, ..., rope_original_length: as in `ModelDefinition`.
         init_seed: seed of the initial weights.
         fp8_emulation: the FP8 recipe that the layers emulate (`nemotron_h.precision.emulation`), or None.
         fuse_weight_gradients: Transformer Engine's layers accumulate into Megatron's gradient buffer (`main_grad`, made
@@ -309,6 +263,10 @@ class NemotronHConfig(SSMConfig):
     bias_update: float = 1e-3
     mamba_norm: bool = True
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
+    rope_scaling_factor: float = 0.0
+    rope_low_freq_factor: float = 0.0
+    rope_high_freq_factor: float = 0.0
+    rope_original_length: int = 0
     init_seed: int = 1234
     fp8_emulation: str | None = None
     recompute_mamba: str = "none"
@@ -440,6 +398,7 @@ class NemotronHConfig(SSMConfig):
             position_embedding_type=self.position_embedding_type,
             rotary_base=self.rotary_base,
             rotary_percent=self.rotary_percent,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
             pre_process=pre_process,
             post_process=post_process,
             **options,

@@ -9,9 +9,11 @@ from torch import Tensor
 def handed_over(weight: Tensor) -> Tensor:
     """Tell Megatron's hook that the buffer has the gradient; what autograd is given in its place, shaped as `weight`.
 
-    The hook wants a gradient of any content; a weight without the hook's flag gets zeros.
+    The hook wants a gradient of any content; a weight without the hook's flag gets zeros. So does one that several
+    layers share, whose gradients autograd sums: Megatron's flag `zero_out_wgrad` has the hook add them to the buffer.
     """
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return torch.zeros_like(weight)
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight)
+    if hasattr(weight, "grad_added_to_main_grad"):
+        weight.grad_added_to_main_grad = True
+        if not getattr(weight, "zero_out_wgrad", False):
+            return torch.empty_like(weight)
+    return torch.zeros_like(weight)

@@ -119,7 +119,7 @@ def measured_latency(costs: LayerCosts, definition: ModelDefinition) -> Latency 
     """Return the sum over a model's layers, each read off between measured sizes; None where one is smaller or
     larger than those were.
     """
-    parts = Counter({(ENDS, definition.other_parameters - definition.vocab_size * definition.hidden_size, True): 1})
+    parts = Counter({(ENDS, definition.output_parameters, True): 1})
     for (block, whole_prompt), count in _layers(definition).items():
         parts[block.name, block.parameters, whole_prompt] += count
     prefill = decode = 0.0

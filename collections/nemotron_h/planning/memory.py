@@ -107,7 +107,8 @@ def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> 
         total += _on_rank(block, layout)
         in_float32 += block.float32_parameters(t)
     matrix, last = padded_vocabulary(d, t) // t * d.hidden_size, stage == layout.pipeline - 1
-    total += matrix * (stage == 0) + (matrix + d.hidden_size) * last
+    shared = d.tied_embeddings and layout.pipeline == 1  # the embedding of a stage of its own is a second one
+    total += matrix * (stage == 0) + (matrix * (not shared) + d.hidden_size) * last
     if d.mtp_pattern and last:
         ends = d.hidden_size * (2 * d.hidden_size // t + 3) + matrix * (stage > 0)  # it embeds the tokens again
         total += ends + sum(_on_rank(block, layout) for block in d.mtp_blocks)

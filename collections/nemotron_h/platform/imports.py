@@ -57,9 +57,9 @@ def without_unused() -> Iterator[None]:
     """Import NeMo inside the block in two thirds of the time: without `UNUSED`, a compiler or searches for garbage.
 
     megatron-core wraps its fused functions in `torch.compile` while it is imported, which loads the compiler. Without a
-    GPU the model's options leave these functions alone (`GPU_OPTIONS` of `model.module`), and nothing is wrapped. What
-    modules create while they load lives as long as the process: collecting garbage would search it again and again,
-    for nothing, now and later.
+    GPU the model's options leave these functions alone (`GPU_OPTIONS` of `model.gpu_options`), and nothing is wrapped.
+    What modules create while they load lives as long as the process: collecting garbage would search it again and
+    again, for nothing, now and later.
     """
     first = "nemo.collections.llm" not in sys.modules
     hidden = [name for name in UNUSED if name not in sys.modules]

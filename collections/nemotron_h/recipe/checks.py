@@ -145,7 +145,14 @@ def check_optimizer(recipe: RecipeConfig, origin: str) -> None:
                     f"{origin}: optim.{key} = {value} is unused: optim.name is adamw",
                     hint=f"leave optim.{key} out, or set optim.name: muon",
                 )
-    elif adapter != "none":
+        return
+    if optim.qk_clip is not None and (keys := [key for key in ("qkv_bias", "qk_norm") if getattr(recipe.model, key)]):
+        raise UserError(
+            f"{origin}: optim.qk_clip = {optim.qk_clip} shrinks the projections of queries and keys, which are not all "
+            f"of the logits with model.{' and model.'.join(keys)}",
+            hint="leave optim.qk_clip out",
+        )
+    if adapter != "none":
         raise UserError(
             f"{origin}: optim.name = 'muon' with adapter.kind = {adapter!r}: no matrix of a layer is trained",
             hint="leave optim.name out: adapters are trained by AdamW",

@@ -22,6 +22,9 @@ _RENAMED = {
     "position_embedding": "position_embedding_type",
     "rope_base": "rotary_base",
     "rope_percent": "rotary_percent",
+    "qkv_bias": "add_qkv_bias",
+    "qk_norm": "qk_layernorm",
+    "tied_embeddings": "share_embeddings_and_output_weights",
     "norm_epsilon": "layernorm_epsilon",
     "init_std": "init_method_std",
 }

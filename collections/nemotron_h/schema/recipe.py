@@ -99,6 +99,13 @@ class ModelSchema:
     position_embedding: str = "none"
     rope_base: int = number(0, least=0, most=10**18)
     rope_percent: float = number(0.0, least=0, most=1)
+    rope_scaling_factor: float = number(0.0, least=0, most=1e6)
+    rope_low_freq_factor: float = number(0.0, least=0, most=1e6)
+    rope_high_freq_factor: float = number(0.0, least=0, most=1e6)
+    rope_original_length: int = number(0, least=0, most=COUNT)
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
     norm_epsilon: float = number(1e-5, above=0, most=1)
     init_std: float = number(0.02, above=0, most=10)
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)

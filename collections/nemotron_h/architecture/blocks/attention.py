@@ -1,4 +1,6 @@
-"""Grouped-query attention, without positions or with rotary ones."""
+"""Grouped-query attention, without positions or with rotary ones; with biases and norms of each head where a model has
+them (Qwen2, arXiv 2407.10671; Qwen3, arXiv 2505.09388).
+"""
 
 from __future__ import annotations
 
@@ -29,6 +31,8 @@ class Attention(Block):
 
     Attributes:
         rotary_dim: channels of each head that are rotated.
+        qkv_bias: queries, keys and values have biases.
+        qk_norm: each head's query and key is normalised before it is rotated, with weights that all heads share.
     """
 
     letter: ClassVar[str] = "*"
@@ -38,6 +42,7 @@ class Attention(Block):
     divides: ClassVar[tuple[tuple[str, str], ...]] = (("num_attention_heads", "num_query_groups"),)
     sharded: ClassVar[tuple[str, ...]] = ("num_query_groups", "num_attention_heads")
     attends: ClassVar[bool] = True
+    switches: ClassVar[tuple[str, ...]] = ("qkv_bias", "qk_norm")
     llama_cpp: ClassVar[Mapping[str, str]] = {
         "norm.weight": "attn_norm.weight",
         "mixer.q_proj.weight": "attn_q.weight",
@@ -50,11 +55,14 @@ class Attention(Block):
     num_query_groups: int
     head_dim: int
     rotary_dim: int = 0
+    qkv_bias: bool = False
+    qk_norm: bool = False
 
     @classmethod
     def of(cls, widths: Mapping[str, Any]) -> Attention:
         """Return the block with the widths of a layer."""
-        return replace(super().of(widths), rotary_dim=int(widths["head_dim"] * widths["rope_percent"]))
+        own = {key: widths[key] for key in cls.switches}
+        return replace(super().of(widths), rotary_dim=int(widths["head_dim"] * widths["rope_percent"]), **own)
 
     @property
     def queries(self) -> int:
@@ -85,6 +93,26 @@ class Attention(Block):
             ),
             Matrix("linear_proj", hidden, self.queries, "inputs", part, ("head_dim", "hidden_size")),
         )
+
+    def tensor_count(self) -> int:
+        """Return those of both projections, and biases and norms where it has them."""
+        return super().tensor_count() + self.qkv_bias + 2 * self.qk_norm
+
+    def pieces(self, tensor: int) -> int:
+        """Return those of `tensor` ranks: the norms are whole on each, and one writes them."""
+        return (self.tensor_count() - 2 * self.qk_norm) * tensor + 2 * self.qk_norm
+
+    def vectors(self) -> int:
+        """Return the parameters of biases and norms."""
+        return self.qkv_bias * (self.queries + 2 * self.keys) + self._head_norms
+
+    def whole_parameters(self) -> int:
+        """Return the parameters of all norms."""
+        return super().whole_parameters() + self._head_norms
+
+    @property
+    def _head_norms(self) -> int:
+        return self.qk_norm * 2 * self.head_dim
 
     def operations(self, seq_length: int, chunk: int) -> Iterator[Operation]:
         """Yield projections and core: scores and weighted values, the causal triangle with its diagonal."""
@@ -126,13 +154,13 @@ class Attention(Block):
         return LayerMemory(kept, rank.residual + max(project, attend, split))
 
     def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
-        """Yield norm, queries with keys and values, and the output projection."""
+        """Yield norm, queries with keys and values, the output projection, and what biases and norms there are."""
         fused = f"{ours}self_attention.linear_qkv.layer_norm_weight"
         yield input_norm(self.hidden_size, f"{ours}input_layernorm.weight", fused, theirs)
         yield from self.projection_tensors(f"{ours}self_attention.", f"{theirs}mixer.")
 
     def projection_tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
-        """Yield both projections; `ours` and `theirs` are prefixes of the attention's names."""
+        """Yield both projections, then biases and norms; `ours` and `theirs` begin the attention's names."""
         hidden = self.hidden_size
         yield Tensors(
             {f"{ours}linear_qkv.weight": (self.queries + 2 * self.keys, hidden)},
@@ -146,6 +174,18 @@ class Attention(Block):
             {f"{ours}linear_proj.weight": (hidden, self.queries)},
             {f"{theirs}o_proj.weight": (hidden, self.queries)},
         )
+        if self.qkv_bias:
+            yield Tensors(
+                {f"{ours}linear_qkv.bias": (self.queries + 2 * self.keys,)},
+                {
+                    f"{theirs}{name}_proj.bias": (rows,)
+                    for name, rows in (("q", self.queries), ("k", self.keys), ("v", self.keys))
+                },
+                order=self._query_key_value_order(),
+            )
+        for name in "qk" if self.qk_norm else "":
+            norm = (self.head_dim,)
+            yield Tensors({f"{ours}{name}_layernorm.weight": norm}, {f"{theirs}{name}_norm.weight": norm})
 
     def _query_key_value_order(self) -> Indices:
         """Order ours (group by group its queries, its key, its value) as theirs: all queries, all keys, all values."""
@@ -157,13 +197,20 @@ class Attention(Block):
         return np.concatenate([part.reshape(-1) for part in parts])
 
     def attention_heads(self) -> AttentionHeads:
-        """Return the heads; the projections are the last two tensors."""
-        per_group = self.num_attention_heads // self.num_query_groups
+        """Return the heads; behind the projections are biases and norms alone."""
+        last = self.tensor_count() - len(self.matrices())
         return AttentionHeads(
-            self.num_query_groups, per_group, self.head_dim, self.rotary_dim, "num_query_groups", qkv=-2, proj=-1
+            self.num_query_groups,
+            self.num_attention_heads // self.num_query_groups,
+            self.head_dim,
+            self.rotary_dim,
+            "num_query_groups",
+            qkv=-2 - last,
+            proj=-1 - last,
+            fixed=tuple(key for key in self.switches if getattr(self, key)),
         )
 
     def cuts(self, kept: Mapping[str, Indices], hidden: Indices) -> tuple[Cut, ...]:
-        """Return what stays of norm, queries with keys and values, and the output projection."""
-        stream = stays(hidden, self.hidden_size)
-        return (stream, None), (None, stream), (stream, None)
+        """Return what stays of norm, queries with keys and values, and the output projection; heads stay whole."""
+        stream, whole = stays(hidden, self.hidden_size), ((),) * (self.tensor_count() - 2)
+        return (stream, None), (None, stream), (stream, None), *whole

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from nemotron_h.core.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -177,6 +179,8 @@ class AttentionHeads:
         rotary: of these the first ones that positions rotate, channel n together with n + rotary / 2.
         key: of the model, that states `groups`.
         qkv, proj: places of the projections among `Block.tensors`; `theirs` of the first are queries, keys, values.
+        fixed: switches of the model by which queries and keys are more than their projection: no rotation of a head's
+            channels leaves the scores as they are, or the projection alone does not hold it.
     """
 
     groups: int
@@ -186,6 +190,22 @@ class AttentionHeads:
     key: str
     qkv: int
     proj: int
+    fixed: tuple[str, ...] = ()
+
+    def check_free(self, asked: str) -> None:
+        """Refuse to merge heads of which something is `fixed`.
+
+        Args:
+            asked: begins the error: what asks for it.
+        Errors:
+            UserError: names the model's keys.
+        """
+        if self.fixed:
+            raise UserError(
+                f"{asked}: the model has model.{' and model.'.join(self.fixed)}, through which no rotation of a head "
+                "goes, so key-value heads are not merged",
+                hint=f"keep all {self.groups}: layers, FFNs and the hidden size can be pruned",
+            )
 
 
 @dataclass(frozen=True)
@@ -203,7 +223,8 @@ class Block:
         sharded: keys that tensor-parallel ranks split, the one that says most first.
         distributed: keys that expert-parallel ranks split.
         attends: attention's positions and documents matter to it.
-        gated_norm: `mamba_norm` matters to it.
+        switches: keys of the model, true or false, that it has a part for.
+        lacks: switches that it has no part for although a layer of it is what another kind switches by them.
         multipliers: those that it applies.
         llama_cpp: Hugging Face's name of a tensor, inside the layer -> llama.cpp's; of experts without their number.
     """
@@ -218,7 +239,8 @@ class Block:
     sharded: ClassVar[tuple[str, ...]] = ()
     distributed: ClassVar[tuple[str, ...]] = ()
     attends: ClassVar[bool] = False
-    gated_norm: ClassVar[bool] = False
+    switches: ClassVar[tuple[str, ...]] = ()
+    lacks: ClassVar[tuple[str, ...]] = ()
     multipliers: ClassVar[tuple[str, ...]] = ()
     llama_cpp: ClassVar[Mapping[str, str]] = {}
 

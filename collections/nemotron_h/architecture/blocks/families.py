@@ -14,8 +14,8 @@ from nemotron_h.core.errors import UserError
 #: any order, as removing layers leaves it
 PRUNED = "pruned"
 #: what has rules, the narrowest first
-_RULED = ("mamba2", "transformer", "falcon_h1", "nemotron_h")
-FAMILIES = ("nemotron_h", "transformer", "mamba2", "falcon_h1", PRUNED)
+_RULED = ("mamba2", "transformer", "llama", "falcon_h1", "nemotron_h")
+FAMILIES = ("nemotron_h", "transformer", "mamba2", "llama", "falcon_h1", PRUNED)
 #: families without position embeddings (paper 2.1)
 WITHOUT_POSITIONS = ("nemotron_h",)
 
@@ -23,7 +23,11 @@ _M, _A, _F = Mamba.letter, Attention.letter, FFN.letter
 #: an FFN, or experts in its place (Nemotron 3)
 _FFNS = (_F, Experts.letter)
 #: family -> the letters that its pattern repeats
-_PAIRS = {"transformer": _A + _F, "falcon_h1": Parallel.letter + SwiGLU.letter}
+_PAIRS = {
+    "transformer": _A + _F,
+    "llama": _A + SwiGLU.letter,
+    "falcon_h1": Parallel.letter + SwiGLU.letter,
+}
 
 
 def check_pattern(pattern: str, family: str, origin: str) -> None:

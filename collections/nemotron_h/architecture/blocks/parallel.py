@@ -46,7 +46,8 @@ class Parallel(Block):
     divides: ClassVar[tuple[tuple[str, str], ...]] = (*Mamba.divides, *Attention.divides)
     sharded: ClassVar[tuple[str, ...]] = (*Mamba.sharded, *Attention.sharded)
     attends: ClassVar[bool] = True
-    gated_norm: ClassVar[bool] = True
+    switches: ClassVar[tuple[str, ...]] = Mamba.switches
+    lacks: ClassVar[tuple[str, ...]] = Attention.switches
     multipliers: ClassVar[tuple[str, ...]] = (
         "attention_in",
         "key",

@@ -126,6 +126,7 @@ def attention_layers(definition: ModelDefinition, kv_heads: int, origin: str) ->
             hint="prune it otherwise: nemotron-h prune",
         )
     for layer, heads in layers.items():
+        heads.check_free(f"{origin}: --kv-heads = {kv_heads}")
         if kv_heads < 1 or heads.groups % kv_heads:
             own = heads.key in definition.overrides.get(layer, {})
             where = f"model.overrides.{layer}.{heads.key}" if own else f"model.{heads.key}"

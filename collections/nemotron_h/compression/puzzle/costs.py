@@ -161,9 +161,9 @@ def read_table(path: Path, machine: Machine, scenario: Scenario) -> LayerCosts:
 
 
 def widths_of(block: Block) -> dict[str, int]:
-    """Return the whole numbers of a block by key: all that its time depends on."""
+    """Return the whole numbers of a block by key, and what is true of it: all that its time depends on."""
     values = {each.name: getattr(block, each.name) for each in fields(block)}
-    return {key: int(value) for key, value in values.items() if isinstance(value, int)}
+    return {key: int(value) for key, value in values.items() if isinstance(value, int) and value is not False}
 
 
 def _stack(name: str, block: Block, like: ModelDefinition) -> ModelDefinition:
@@ -175,9 +175,10 @@ def _stack(name: str, block: Block, like: ModelDefinition) -> ModelDefinition:
     stack = stack_of(block, like)
     own, there = widths_of(block), widths_of(stack.blocks[0])
     if own != there:
-        key = next(key for key in own if own[key] != there[key])
+        key = next(key for key in {**own, **there} if own.get(key) != there.get(key))
         raise UserError(
-            f"block {name} has {key} = {own[key]}; with all else as {like.name} has it, it would have {there[key]}",
+            f"block {name} has {key} = {own.get(key)}; with all else as {like.name} has it, it would have "
+            f"{there.get(key)}",
             hint="measure blocks like a model that they can be layers of",
         )
     return stack

@@ -44,6 +44,35 @@ class AttentionWeights:
 
 
 @dataclass
+class BiasedWeights(AttentionWeights):
+    """With `qkv_bias`: in the order of the rows of `qkv`."""
+
+    bias: Tensor
+
+
+@dataclass
+class NormedWeights(AttentionWeights):
+    """With `qk_norm`: weights [d] of every head's norm."""
+
+    q_norm: Tensor
+    k_norm: Tensor
+
+
+@dataclass
+class BiasedNormedWeights(NormedWeights, BiasedWeights):
+    """With both; the biases are first."""
+
+
+#: (qkv_bias, qk_norm) -> weights
+WEIGHTS = {
+    (False, False): AttentionWeights,
+    (True, False): BiasedWeights,
+    (False, True): NormedWeights,
+    (True, True): BiasedNormedWeights,
+}
+
+
+@dataclass
 class KeyValueCache(State):
     """Keys and values of one attention layer, [b, g, capacity, d]; zeros where not yet written."""
 
@@ -68,15 +97,15 @@ class RunningAttention(Running):
     Weights = AttentionWeights
     block: Attention
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
-        """Return Megatron's transformer layer without its MLP."""
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
+        """Return Megatron's transformer layer without its MLP; its biases are those of the configuration."""
         from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
         from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
         from megatron.core.transformer.enums import AttnMaskType
         from megatron.core.transformer.spec_utils import ModuleSpec
         from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+        head_norm = parts.unfused().norm if self.block.qk_norm else None
         return ModuleSpec(
             module=TransformerLayer,
             submodules=TransformerLayerSubmodules(
@@ -84,7 +113,11 @@ class RunningAttention(Running):
                     module=SelfAttention,
                     params={"attn_mask_type": AttnMaskType.causal},
                     submodules=SelfAttentionSubmodules(
-                        linear_qkv=parts.column, core_attention=parts.attention, linear_proj=parts.row
+                        linear_qkv=parts.column,
+                        core_attention=parts.attention,
+                        linear_proj=parts.row,
+                        q_layernorm=head_norm,
+                        k_layernorm=head_norm,
                     ),
                 ),
                 self_attn_bda=get_bias_dropout_add,
@@ -93,7 +126,7 @@ class RunningAttention(Running):
         )
 
     def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
-        """Set queries with keys and values, and the output projection."""
+        """Set queries with keys and values, and the output projection; Megatron has biases begin at 0, norms at 1."""
         attention = layer.self_attention
         init.fill(attention.linear_qkv.weight, f"{name}.linear_qkv", weights.weight, axis=0, **weights.shard)
         init.fill(attention.linear_proj.weight, f"{name}.linear_proj", weights.residual, axis=1, **weights.shard)
@@ -108,11 +141,20 @@ class RunningAttention(Running):
         # zeros, not empty: a masked position is weighed with 0, and 0 * NaN is NaN
         return KeyValueCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
-    def split_qkv(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries [..., g, q, d], keys and values [..., g, d]."""
+    def weights(self, tensors: list[Tensor]) -> AttentionWeights:
+        """Return the layer's weights, of its tensors in the order of `Block.tensors`."""
+        return WEIGHTS[self.block.qkv_bias, self.block.qk_norm](*tensors)
+
+    def split_qkv(self, w: AttentionWeights, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [..., g, q, d], keys and values [..., g, d] of the projection of a layer's input."""
         block = self.block
+        if block.qkv_bias:
+            qkv = qkv + w.bias
         per_group = qkv.unflatten(-1, (block.num_query_groups, -1, block.head_dim))
         q_and_k, v = per_group[..., :-1, :], per_group[..., -1, :]
+        if block.qk_norm:
+            weight = torch.cat([w.q_norm.expand(q_and_k.shape[-2] - 1, -1), w.k_norm[None]])  # [q + 1, d]
+            q_and_k = F.rms_norm(q_and_k, (block.head_dim,), eps=self.epsilon) * weight
         if rotary is not None:
             cos, sin = rotary
             half = block.rotary_dim // 2
@@ -131,7 +173,7 @@ class RunningAttention(Running):
         last: int,
     ) -> Tensor:
         """Return the outputs of the last tokens."""
-        q, k, v = self.split_qkv(F.linear(h, w.qkv), rotary)
+        q, k, v = self.split_qkv(w, F.linear(h, w.qkv), rotary)
         end = start + h.shape[1]
         state.keys[:, :, start:end] = k.transpose(1, 2)
         state.values[:, :, start:end] = v.transpose(1, 2)
@@ -139,7 +181,7 @@ class RunningAttention(Running):
 
     def step(self, ops: Ops, w: AttentionWeights, h: Tensor, state: KeyValueCache, at: Step) -> Tensor:
         """Return the output [b, h]."""
-        q, k, v = self.split_qkv(F.linear(h, w.qkv), at.rotary)
+        q, k, v = self.split_qkv(w, F.linear(h, w.qkv), at.rotary)
         ops.cache_append(state.keys, state.values, k.unsqueeze(1), v.unsqueeze(1), at.positions)
         return F.linear(ops.attention_step(q, state.keys, state.values, at.lengths, at.longest, at.ragged), w.proj)
 
@@ -150,7 +192,7 @@ class RunningAttention(Running):
         self, ops: Ops, w: AttentionWeights, h: Tensor, state: KeyValueCache, window: None, at: Trial
     ) -> Tensor:
         """Return the output [b, l, h]."""
-        q, k, v = self.split_qkv(F.linear(h, w.qkv), at.rotary)
+        q, k, v = self.split_qkv(w, F.linear(h, w.qkv), at.rotary)
         ops.cache_append(state.keys, state.values, k, v, at.positions)
         return F.linear(ops.attention_window(q, state.keys, state.values, at.lengths, at.longest), w.proj)
 
@@ -162,7 +204,7 @@ class RunningAttention(Running):
         self, buffers: Tensor, residual: Residual, w: AttentionWeights, h: Tensor, state: KeyValueCache, at: Step
     ) -> None:
         """Add the output to the residual stream."""
-        q, k, v = self.split_qkv(residual.matmul(h, w.qkv, buffers), at.rotary)
+        q, k, v = self.split_qkv(w, residual.matmul(h, w.qkv, buffers), at.rotary)
         if at.ragged:
             cache_append(state.keys, state.values, k.unsqueeze(1), v.unsqueeze(1), at.positions)
         else:
@@ -173,7 +215,7 @@ class RunningAttention(Running):
 
     def keys_and_values(self, w: AttentionWeights, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values."""
-        _, keys, values = self.split_qkv(F.linear(h, w.qkv), None)
+        _, keys, values = self.split_qkv(w, F.linear(h, w.qkv), None)
         return keys, values
 
     def whole(
@@ -186,7 +228,7 @@ class RunningAttention(Running):
         masks: Masks,
     ) -> Tensor:
         """Return the output; positions count from the window's start."""
-        q, k, v = self.split_qkv(F.linear(h, w.qkv), rotary)
+        q, k, v = self.split_qkv(w, F.linear(h, w.qkv), rotary)
         out = F.scaled_dot_product_attention(
             q.flatten(2, 3).transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
         )

@@ -65,8 +65,7 @@ class RunningExperts(Running):
     exact = ("gate", "bias")
     block: Experts
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return our layer of megatron-core's mixture; one norm is before router, experts and shared expert."""
         from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
         from megatron.core.transformer.mlp import MLPSubmodules

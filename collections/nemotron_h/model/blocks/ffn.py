@@ -36,8 +36,7 @@ class RunningFFN(Running):
     Weights = FFNWeights
     block: FFN
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return Megatron's MLP layer."""
         from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
         from megatron.core.ssm.mlp_layer import MLPLayer

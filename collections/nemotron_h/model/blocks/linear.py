@@ -34,8 +34,7 @@ class RunningLinear(Running):
     Weights = LinearWeights
     block: Linear
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return our layer of a norm and a matrix that each rank holds whole."""
         from megatron.core.transformer.spec_utils import ModuleSpec
 

@@ -88,8 +88,7 @@ class RunningMamba(Running):
     exact = ("A", "D", "dt_bias")
     block: Mamba
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return Megatron's Mamba layer around our mixer."""
         from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
         from megatron.core.ssm.mamba_layer import MambaLayerSubmodules

@@ -65,16 +65,15 @@ class RunningParallel(Running):
         self.mamba = _MixerOfParallel(self.block.mamba, epsilon)
         self.attention = RunningAttention(self.block.attention, epsilon)
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return our layer of Megatron's attention and our mixer, whose projections take what one norm gives."""
         from megatron.core.transformer.spec_utils import ModuleSpec
 
         from nemotron_h.model.megatron_layers import ParallelLayer, ParallelSubmodules, ScaledKeyAttention
 
         parts = parts.unfused()
-        mixer = RunningMamba.layer_spec(parts).submodules.mixer
-        attention = RunningAttention.layer_spec(parts).submodules.self_attention
+        mixer = self.mamba.layer_spec(parts).submodules.mixer
+        attention = self.attention.layer_spec(parts).submodules.self_attention
         attention.module = ScaledKeyAttention
         return ModuleSpec(module=ParallelLayer, submodules=ParallelSubmodules(parts.norm, mixer, attention))
 

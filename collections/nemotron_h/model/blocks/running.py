@@ -164,8 +164,7 @@ class Running:
 
     # training
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return the spec of Megatron's layer."""
         raise NotImplementedError
 

@@ -36,8 +36,7 @@ class RunningSwiGLU(RunningFFN):
     Weights = SwiGLUWeights
     block: SwiGLU
 
-    @classmethod
-    def layer_spec(cls, parts: Parts) -> ModuleSpec:
+    def layer_spec(self, parts: Parts) -> ModuleSpec:
         """Return Megatron's MLP layer, gated."""
         from nemotron_h.model.megatron_layers import SwiGLULayer
 

@@ -210,14 +210,14 @@ def _write_missing(writing: Writing, console: Console, micro_batch: int) -> None
 
 def _of(teacher: NemotronHMegatronModel, items: list[dict[str, Any]], header: Header) -> Iterator:
     """Yield name and values [windows, ...] of what is kept of some windows."""
-    device = teacher.output_layer.weight.device
+    device = teacher.output_weight.device
     batch = {name: value.to(device) for name, value in default_collate(items).items()}
     group = teacher.pg_collection.tp
     with torch.no_grad():
         hidden = teacher.hidden_states(batch["tokens"], batch["position_ids"], batch.get("seq_idx"))  # [s, b, width]
         if teacher.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
-    kept = kept_logits(HiddenTeacher(hidden.flatten(0, 1), teacher.output_layer.weight), header.top_k, group)
+    kept = kept_logits(HiddenTeacher(hidden.flatten(0, 1), teacher.output_weight), header.top_k, group)
     for name, value in kept._asdict().items():
         if value is not None:
             # [s * b, k] to [b, s, k]

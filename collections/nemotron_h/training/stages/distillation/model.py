@@ -279,10 +279,10 @@ class DistillingModel(NemotronHMegatronModel):
             theirs, teacher = None, self._stored_teacher(teacher_values, teacher_ids)
         else:
             theirs = self._whole(beside)
-            teacher = HiddenTeacher(theirs, self.teacher.output_layer.weight)
+            teacher = HiddenTeacher(theirs, self.teacher.output_weight)
         found = distillation_loss(
             own,
-            self.output_layer.weight,
+            self.output_weight,
             teacher,
             labels.transpose(0, 1).reshape(-1),
             weights,
@@ -317,7 +317,7 @@ class DistillingModel(NemotronHMegatronModel):
         values = values.transpose(0, 1).flatten(0, 1)  # [t, k], or [t, words of all ranks]
         if ids is not None:
             return TopLogits(values, ids.transpose(0, 1).flatten(0, 1).long())
-        width = self.output_layer.weight.shape[0]
+        width = self.output_weight.shape[0]
         first = self.pg_collection.tp.rank() * width
         return TeacherLogits(values[:, first : first + width])
 
