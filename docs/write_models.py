@@ -10,7 +10,6 @@ import os
 import re
 import tempfile
 import textwrap
-from itertools import groupby
 from pathlib import Path
 
 import write_cards
@@ -33,10 +32,11 @@ WIDTHS = (
     *("hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "mamba_num_heads"),
     *("mamba_head_dim", "mamba_num_groups", "mamba_state_dim", "conv_kernel", "num_experts", "experts_per_token"),
     *("expert_hidden_size", "shared_expert_hidden_size", "expert_scaling", "position_embedding", "rope_base"),
-    *("vocab_size", "norm_epsilon", "init_std"),
+    *("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length"),
+    *("qkv_bias", "qk_norm", "tied_embeddings", "vocab_size", "norm_epsilon", "init_std"),
 )
-#: models that share a row of README's table: their names' common head
-SERIES = ("falcon_h1",)
+#: models that share a row of README's table: its title, and their family
+SERIES = {"nemotron_t": "transformer", "llama": "llama", "falcon_h1": "falcon_h1"}
 #: what was measured of a model beyond its cards, and the page that names the command
 RESULTS = {
     "nemotron_h_tiny": (
@@ -83,8 +83,8 @@ def recipe_of(name: str) -> RecipeConfig:
 
 
 def definition(model: str) -> ModelDefinition:
-    """Return a model's definition, as its pretraining has it."""
-    return definition_of(recipe_of(f"{model}/pretrain"), model)
+    """Return a model's definition, as the first of its recipes has it."""
+    return definition_of(recipe_of(recipes(model)[0]), model)
 
 
 def about(model: str) -> list[str]:
@@ -158,7 +158,8 @@ def widths(model: str) -> list[str]:
     for key in WIDTHS:
         value = getattr(d, key)
         if value:
-            rows.append(f"| `{key}` | {f'{value:,}' if isinstance(value, int) else value} | {d.sources.get(key, '')} |")
+            shown = str(value).lower() if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else value
+            rows.append(f"| `{key}` | {shown} | {d.sources.get(key, '')} |")
     rows.append(f"| parameters | {d.parameters:,} | counted, and `expect` of the definition |")
     if d.has_experts:
         rows.append(f"| parameters that a token passes | {d.active_parameters:,} | counted, and `expect` |")
@@ -210,9 +211,10 @@ def page(model: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def stage_names(model: str) -> str:
-    """Return the stages that have recipes, each once."""
-    return ", ".join(stage for stage, _ in groupby(stage_of(name) for name in recipes(model)))
+def stage_names(*models: str) -> str:
+    """Return the stages that have recipes of some models, each once, in the order of a model's life."""
+    there = {stage_of(name) for model in models for name in recipes(model)}
+    return ", ".join(stage for stage in (*STAGES, *PIPELINES) if stage in there)
 
 
 def index() -> str:
@@ -229,16 +231,18 @@ def index() -> str:
 def table() -> str:
     """Return README's table of models, in lines of at most 100 characters."""
     rows = ["| model | layers | parameters | stages with a recipe |", "|---|---|---|---|"]
-    of_series = {head: [name for name in models() if name.startswith(f"{head}_")] for head in SERIES}
+    of_series = {
+        title: [name for name in models() if definition(name).family == family] for title, family in SERIES.items()
+    }
     for model in models():
         d = definition(model)
         if not any(model in names for names in of_series.values()):
             rows.append(f"| {model} | {layers(d, letters=True)} | {size(d.parameters)} | {stage_names(model)} |")
-    for head, names in of_series.items():
+    for title, names in of_series.items():
         ends = [definition(name) for name in (names[0], names[-1])]
         letters = " and ".join(kind.letter for kind in ends[0].kinds)
         span = " to ".join(size(end.parameters) for end in ends)
-        rows.append(f"| {head}, {len(names)} sizes | {letters} | {span} | {stage_names(names[0])} |")
+        rows.append(f"| {title}, {len(names)} sizes | {letters} | {span} | {stage_names(*names)} |")
     return "\n".join(rows)
 
 

@@ -32,6 +32,9 @@ PUBLISHED = {
     "nano_30b_a3b": "31.577940288",  # the checkpoint's, its correction biases included; so the next
     "super_120b_a12b": "120.668707840",
     "ultra_550b_a55b": "549.3",
+    "llama32_1b": "1.235814400",  # the checkpoints', and of the next two
+    "qwen25_1.5b": "1.543714304",
+    "smollm2_135m": "0.134515008",
 }
 #: billions of parameters that a token passes, embedding and output included, and of all with those of further tokens
 PUBLISHED_ACTIVE = {
@@ -144,7 +147,8 @@ def test_megatron_module(name: str) -> None:
     with torch.device("cpu" if definition.has_experts else "meta"):
         module = config.configure_model(None)
     assert sum(p.numel() for p in module.parameters() if not p.is_meta) < 1e7, "weights were given memory"
-    padding = 2 * (padded_vocabulary(definition, 1) - definition.vocab_size) * definition.hidden_size
+    matrices = 1 if definition.tied_embeddings else 2
+    padding = matrices * (padded_vocabulary(definition, 1) - definition.vocab_size) * definition.hidden_size
     assert numbers_of(module) == definition.parameters + padding
     by_layer = [numbers_of(layer) for layer in module.decoder.layers]
     assert by_layer == [definition.block(symbol).parameters for symbol in definition.pattern]
@@ -160,8 +164,8 @@ def test_megatron_module(name: str) -> None:
 def test_layout_of_the_paper(name: str) -> None:
     """Tensor parallelism over 8 (paper 2.4) fits all but the tiny models; 16 fits none, and 8 is what is proposed."""
     definition = read(name)[1]
-    if name.endswith(("_h_tiny", "_tiny_heads", "_4m")) or name.startswith("falcon_h1"):
-        pytest.skip("one or two groups: made for two cores, or Falcon-H1's, which `test_multipliers.py` has")
+    if name.endswith(("_h_tiny", "_tiny_heads", "_4m")) or definition.family in ("falcon_h1", "llama"):
+        pytest.skip("one to three groups: made for two cores, or for others, or Falcon-H1's (`test_multipliers.py`)")
     if definition.has_experts:
         assert min(definition.num_query_groups, definition.mamba_num_groups) == 2
         pytest.skip("two key-value heads, which tensor parallelism splits over two ranks; experts are split otherwise")

@@ -19,6 +19,7 @@ PURE = tuple(f"{family}-{layout}" for family in ("transformer", "mamba2") for la
 PAIRS = ("preference-tp2sp", "preference-pp2", "preference-dp2")
 ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2", "dora-tp2sp", "dora-tp2spopt")
 FALCON = (*(f"falcon_h1-{layout}" for layout in ("tp2", "tp2spagain", "pp2", "dp2")), "falconlora-tp2sp")
+LLAMA = tuple(f"llama-{layout}" for layout in ("tp2", "tp2spagain", "pp2", "tp2spopt"))
 EXPERTS = tuple(f"experts-{layout}" for layout in ("ep2", "dp2", "tp2sp", "pp2", "tp2spep2again", "tp2spopt", "ep2opt"))
 EXPERT_ADAPTERS = tuple(
     f"experts{layout}"
@@ -53,14 +54,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
             1,
             folder / "one.pt",
             (
-                *("one", "oneopt", *(f"{family}-one" for family in (*KINDS, "falcon_h1", "falconlora", "experts"))),
+                *(
+                    "one",
+                    "oneopt",
+                    *(f"{family}-one" for family in (*KINDS, "falcon_h1", "falconlora", "llama", "experts")),
+                ),
                 *("oneoptmuon", "experts-oneoptmuon", "falcon_h1-oneoptmuon", "linear-oneoptmuon"),
             ),
         ),
         **launch(
             2,
             folder / "two.pt",
-            (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR, *MUON),
+            (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *LLAMA, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR, *MUON),
         ),
         **launch(4, folder / "four.pt", (*FOUR_RANKS, *MUON_OF_FOUR)),
     }
@@ -73,7 +78,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR, *FOUR_RANKS]
+    "name",
+    [
+        *("oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *LLAMA, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR),
+        *FOUR_RANKS,
+    ],
 )
 def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
     family = name.partition("-")[0] + "-" if "-" in name else ""

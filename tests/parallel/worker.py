@@ -77,6 +77,20 @@ FAMILIES = {
             ffn_down=1.35,
         ),
     },
+    # biases, norms of heads, scaled positions and an output matrix that is the embedding: on two stages it is two
+    "llama": {
+        "hybrid_override_pattern": "*S*S",
+        "position_embedding_type": "rope",
+        "rotary_base": 100,
+        "rotary_percent": 1.0,
+        "rope_scaling_factor": 4.0,
+        "rope_low_freq_factor": 1.0,
+        "rope_high_freq_factor": 4.0,
+        "rope_original_length": 32,
+        "add_qkv_bias": True,
+        "qk_layernorm": True,
+        "share_embeddings_and_output_weights": True,
+    },
     "preference": {"hybrid_override_pattern": "M-M*-"},
     # as Puzzle makes them: every kind has a layer with a width of its own
     "linear": {

@@ -51,6 +51,20 @@ MODELS: dict[str, dict[str, Any]] = {
         **_MAMBA,
         "ffn_hidden_size": 768,
     },
+    "llama": {
+        "family": "llama",
+        "hybrid_override_pattern": "*S*S*S*S",
+        "hidden_size": 256,
+        "vocab_size": 512,
+        "add_qkv_bias": True,
+        "qk_layernorm": True,
+        "share_embeddings_and_output_weights": True,
+        "position_embedding_type": "rope",
+        "rotary_base": 100_000,
+        "rotary_percent": 1.0,
+        **_ATTENTION,
+        "ffn_hidden_size": 768,
+    },
     "linear": {
         "family": "pruned",
         "hybrid_override_pattern": "M*-LLLL",
@@ -84,6 +98,9 @@ def as_definition(model: dict[str, Any]) -> ModelDefinition:
         "position_embedding_type": "position_embedding",
         "rotary_base": "rope_base",
         "rotary_percent": "rope_percent",
+        "add_qkv_bias": "qkv_bias",
+        "qk_layernorm": "qk_norm",
+        "share_embeddings_and_output_weights": "tied_embeddings",
     }
     return ModelDefinition(
         name="small",

@@ -89,7 +89,7 @@ def shrunken(name: str) -> list[str]:
     needed = {"hidden_size", "vocab_size", *(key for letter in pattern for key in KINDS[letter].widths)}
     widths = {key: value for key, value in SMALL.items() if key in needed}
     kept = ("family", "conv_kernel", "position_embedding", "rope_base", "rope_percent", "norm_epsilon", "init_std")
-    kept += ("mamba_norm", "multipliers")
+    kept += ("mamba_norm", "multipliers", "tied_embeddings")
     nothing = {key: 0 for kind in KINDS.values() for key in kind.widths}
     shape = {**nothing, **widths, **{key: getattr(model, key) for key in kept}, "pattern": pattern}
     expect = asdict(ModelDefinition(name="twin", expect=Expect(), **shape).counts())

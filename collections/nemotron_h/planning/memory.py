@@ -308,9 +308,15 @@ def _moments(
     for block in dict.fromkeys(blocks):
         lengths = rank.lengths(block.matrices())
         yield replace(states, activations=dict(kept), working=lengths + received, at=block.name)
+    # the gradient of an output matrix that is the embedding waits for that of the embedding
+    waits = 0
+    if definition.tied_embeddings and layout.pipeline == 1 and not layout.frozen:
+        waits = padded_vocabulary(definition, layout.tensor) // layout.tensor * definition.hidden_size * rank.e
     for name, layer in reversed(passed):
-        yield replace(states, activations=dict(kept), working=layer.backward + received, at=name)
+        yield replace(states, activations=dict(kept), working=layer.backward + received + waits, at=name)
         kept[name] -= layer.kept
+    if waits:
+        yield replace(states, working=2 * waits + rank.residual, at="head")
     step = max(_optimizer_step(definition, layout, states), working_bytes(definition, layout, stage))
     yield replace(states, working=step, at="optimizer")
 

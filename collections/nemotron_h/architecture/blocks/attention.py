@@ -144,6 +144,13 @@ class Attention(Block):
             kept += kv // 2 if self.rotary_dim else 0
         else:
             kept += q + kv
+        if self.qk_norm:
+            # norms keep their inputs: queries where they are no view, keys with all that the projection gave; and rows
+            kept += rank.tokens * (self.num_attention_heads + self.num_query_groups) // t * 4
+            if not rank.cpu:
+                kept += q + kv // 2
+            else:
+                kept += (q if self.num_query_groups // t > 1 else 0) + (q + kv if rows_copied else 0)
         if rows_copied or (rank.cpu and layout.documents):
             kept += out  # of all documents, beside what the kernel keeps: concatenated, or in the order of the rows
         project = rank.gathered + out + rank.weight(projection)
