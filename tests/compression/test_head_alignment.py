@@ -307,6 +307,8 @@ def test_heads_that_cannot_be_merged() -> None:
         (d, 16, "--kv-heads = 16 does not divide"),
         (d, 8, "--kv-heads = 8 is what every layer of small has: nothing is merged"),
         (small("overrides").definition, 8, r"8 does not divide model.overrides.3.num_query_groups = 4 \(layer 3\)"),
+        (replace(d, qkv_bias=True), 4, r"--kv-heads = 4: the model has model\.qkv_bias, through which no rotation"),
+        (replace(d, qk_norm=True), 4, r"the model has model\.qk_norm, through"),
         (plain_model.definition("M-M-"), 2, "small has no layer with attention, so no key-value heads"),
     ):
         with pytest.raises(UserError, match=message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,10 @@ def test_widths_of_a_layer_s_own_are_where_its_variants_begin() -> None:
 def test_a_library_that_fits_no_layer_is_refused(library: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_library(definition(PATTERN, **HEADS), LibrarySchema(**library), "recipe x")
+    if "num_query_groups" in library:
+        normed = replace(definition(PATTERN, **HEADS), qk_norm=True)
+        with pytest.raises(UserError, match=r"library\.num_query_groups has 3: the model has model\.qk_norm"):
+            check_library(normed, LibrarySchema(**library), "recipe x")
 
 
 def _piece(parent: GenerationModel, scores: Scores, layer: int, name: str, moments=None) -> Piece:

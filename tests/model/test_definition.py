@@ -13,6 +13,8 @@ from nemotron_h.core.errors import UserError
 #: changes that make the small definition a pure one, its unneeded widths left out
 TRANSFORMER = {"family": "transformer", "pattern": "*-*-", **dict.fromkeys(KINDS["M"].widths, 0)}
 MAMBA2 = {"family": "mamba2", "pattern": "MM", **dict.fromkeys(KINDS["*"].widths + KINDS["-"].widths, 0)}
+SCALED = {"rope_scaling_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+SCALED |= {"rope_original_length": 64}
 ROPE = {"position_embedding": "rope", "rope_base": 10000, "rope_percent": 1.0}
 
 
@@ -99,6 +101,19 @@ def test_a_vocabulary_may_have_rows_of_padding() -> None:
         ({**TRANSFORMER, **ROPE, "rope_percent": 50.0}, ["model.rope_percent = 50.0", "at most 1"]),
         ({**TRANSFORMER, **ROPE, "overrides": {0: {"head_dim": 8}}}, ["model.overrides.0.head_dim", "once for all"]),
         ({**TRANSFORMER, **ROPE, "rope_percent": 0.2}, ["rotates 3 of 16 channels", "nearest: 0.25"]),
+        (
+            {**TRANSFORMER, **ROPE, "rope_scaling_factor": 8.0},
+            ["rope_low_freq_factor and", "state rope_scaling_factor"],
+        ),
+        ({**TRANSFORMER, **ROPE, **SCALED, "rope_low_freq_factor": 4.0}, ["the second below the third", "8, 1 and 4"]),
+        ({**TRANSFORMER, **SCALED}, ["model.rope_scaling_factor = 8.0 has no use"]),
+        ({**MAMBA2, "qk_norm": True}, ["model.qk_norm = true has no use", "no attention layer"]),
+        ({"pattern": "P*S", "family": "pruned", "qkv_bias": True}, ["model.qkv_bias = true", "P (attention beside"]),
+        ({"pattern": "*S*-", "family": "llama"}, ["model.pattern = *S*- is not *S over and over", "nearest: *S*S"]),
+        (
+            {**TRANSFORMER, "mamba_norm": False},
+            ["model.mamba_norm = false has no use", "no Mamba-2 or attention beside"],
+        ),
         ({"sources": {"hidden": "paper 2.1"}}, ["model.sources names hidden", "Did you mean hidden_size?"]),
         ({"expect": Expect(2, 1, 2, 1)}, ["model.expect", "parameters"]),
         ({"expect": Expect(3, 1, 2, 0)}, ["model.expect", "mamba: 2 counted, 3 expected"]),

@@ -31,6 +31,16 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["optim.name=muon", "optim.newton_schulz=simpel"], ("optim.newton_schulz = 'simpel'", "mean simple?")),
         (TINY, ["optim.qk_clip=100"], ("optim.qk_clip = 100.0 is unused: optim.name is adamw", "set optim.name: muon")),
         (TINY, ["optim.name=muon", "optim.qk_clip=0"], ("optim.qk_clip", "above 0")),
+        (
+            "llama_tiny",
+            ["optim.name=muon", "optim.qk_clip=9", "model.qk_norm=true", "model.expect.parameters=4_722_368"],
+            ("optim.qk_clip = 9.0 shrinks", "with model.qk_norm"),
+        ),
+        (
+            "llama_tiny",
+            ["init.repair_embeddings=true"],
+            ("init.repair_embeddings = true: the embedding is the output",),
+        ),
         (TINY, ["optim.momentum=0.9"], ("optim.momentum = 0.9 is unused: optim.name is adamw", "set optim.name: muon")),
         (TINY, ["optim.name=muon", "optim.moments=bf16"], ("optim.moments = 'bf16' with optim.name = 'muon'",)),
         (

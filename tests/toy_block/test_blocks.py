@@ -1,6 +1,6 @@
-"""A model with a new kind of block, one with widths of its own in some layers, one with linear layers, and Falcon-H1's,
-through all of a life: recipe, plan, training, resume, generation, slicing. The new block is two files and two lines of
-registries.
+"""A model with a new kind of block, one with widths of its own in some layers, one with linear layers, Falcon-H1's, and
+Llama's, through all of a life: recipe, plan, training, resume, generation, slicing. The new block is two files and two
+lines of registries.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ from nemotron_h.planning.plan import make_plan  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 
 ROTARY = "\n  position_embedding: rope\n  rope_base: 10000\n  rope_percent: 1.0"
+SCALED = """
+  rope_scaling_factor: 8.0
+  rope_low_freq_factor: 1.0
+  rope_high_freq_factor: 4.0
+  rope_original_length: 16"""
 #: name -> changes of the small recipe, the counts of its layers, and the parameters by hand
 MODELS = {
     # norms 6 * 64; the gated layer has a third matrix of 64 x 96
@@ -69,6 +74,17 @@ MODELS = {
         "mamba: 0, attention: 0, ffn: 0, parallel: 2, swiglu: 2",
         2 * (64 + 64 * 328 + 128 * 64 + 5 * 192 + 3 * 8 + 128 + 64 * 128 + 64 * 64 + 64 + 3 * 64 * 96)
         + (2 * 512 * 64 + 64),
+    ),
+    # of two *, each: norm, projections, biases, norms of heads; of two S; and the ends, of which two are one
+    "llama": (
+        [
+            ("pattern: M-M*-", 'pattern: "*S*S"'),
+            ("family: nemotron_h", f"family: llama{ROTARY}{SCALED}"),
+            ("  mamba_num_heads: 8\n  mamba_head_dim: 16\n  mamba_num_groups: 2\n  mamba_state_dim: 16\n", ""),
+            ("  conv_kernel: 4\n", "  qkv_bias: true\n  qk_norm: true\n  tied_embeddings: true\n"),
+        ],
+        "mamba: 0, attention: 2, ffn: 0, swiglu: 2",
+        2 * (64 + (128 + 64) * 64 + 128 + 2 * 16 + 64 + 3 * 64 * 96) + (512 * 64 + 64),
     ),
 }
 WORKER = HERE / "worker.py"
@@ -168,9 +184,9 @@ def test_it_is_sliced(trained: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_formats_say_what_they_cannot_hold(trained: tuple[Path, Path]) -> None:
     definition = read_definition(read_record(trained[1]), "")
-    words = r"gated layers, which .*: 1$|linear layers, which .*: 3, 6$|swiglu layers, which .*: 0, 1, 2, 3$"
+    words = r"gated layers, which .*: 1$|linear layers, which .*: 3, 6$|swiglu layers, which .*: (0, 1, 2, 3|1, 3)$"
     checks = {"nemotron_h": check_expressible}
-    if definition.family != "falcon_h1":  # which llama.cpp has
+    if definition.family not in ("falcon_h1", "llama"):  # which llama.cpp has
         checks["llama.cpp"] = lambda d: values(d, seq_length=64, file_type=F32)
     for name, check in checks.items():
         with pytest.raises(UserError, match=name) as error:

@@ -23,6 +23,22 @@ def is_path(text: str) -> bool:
     return "/" in text or text.endswith((".yaml", ".yml"))
 
 
+def check_repairable(tied: bool, key: str) -> None:
+    """Refuse to give rows of an embedding new numbers where they are the output matrix's too.
+
+    Args:
+        tied: the model's `tied_embeddings`.
+        key: that asks for it, with the recipe that has it.
+    Errors:
+        UserError: names the key.
+    """
+    if tied:
+        raise UserError(
+            f"{key}: the embedding is the output matrix too (model.tied_embeddings): other rows give other scores",
+            hint="leave it out",
+        )
+
+
 def read_model(path: Path, origin: str) -> dict[str, Any]:
     """Read the part `model` of a recipe from a checkpoint, a run's folder (its newest checkpoint) or a YAML file such
     as those of `configs/model`.

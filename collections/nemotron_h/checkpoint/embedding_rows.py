@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from nemotron_h.checkpoint.reader import WeightFile
-from nemotron_h.core.errors import UserError
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 #: ours: times the median norm; the weight decay of a whole training shrinks a row that is never met by less
@@ -77,22 +76,6 @@ def replacements(outliers: Outliers, head: Tensor) -> Tensor:
     noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
     rows = torch.where((norms[ids] * FAR < norms.median())[:, None], noise, rows)
     return torch.nn.functional.normalize(rows, dim=1) * outliers.median
-
-
-def check_repairable(tied: bool, key: str) -> None:
-    """Refuse to give rows new numbers where they are the output layer's too.
-
-    Args:
-        tied: the model's `tied_embeddings`.
-        key: that asks for it.
-    Errors:
-        UserError: names the key.
-    """
-    if tied:
-        raise UserError(
-            f"{key}: the embedding is the output matrix too (model.tied_embeddings), so other rows give other scores",
-            hint=f"leave {key} out",
-        )
 
 
 def read_outliers(file: WeightFile, words: int) -> Outliers:

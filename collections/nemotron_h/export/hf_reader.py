@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint.definition import check_repairable
 from nemotron_h.checkpoint.embedding_rows import (
     EMBEDDING,
     HEAD,
     Outliers,
-    check_repairable,
     find_outliers,
     replacements,
 )
@@ -208,8 +208,9 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None, repair_e
     Returns:
         the outliers of the folder's embedding.
     Errors:
-        UserError: `out` exists, the disk is full, or weights are NaN or infinite.
+        UserError: `out` exists, the disk is full, weights are NaN or infinite, or rows cannot be repaired.
     """
+    check_repairable(repair_embeddings and source.definition.tied_embeddings, "--repair-embeddings")
     theirs_of = {next(iter(row.ours)): next(iter(row.theirs)) for row in weights(source.definition)}
     with new_folder(out, source.size) as folder, TensorFolder(source.folder) as tensors:
         outliers = Outliers({}, 0.0)
@@ -222,7 +223,6 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None, repair_e
                 (embedding,) = theirs.values()
                 outliers = find_outliers(embedding, source.definition.vocab_size)
                 if repair_embeddings and outliers.norms:
-                    check_repairable(source.definition.tied_embeddings, "--repair-embeddings")
                     rows = replacements(outliers, tensors.read(theirs_of[HEAD]))
                     embedding[list(outliers.norms)] = rows.to(embedding)
             return row.to_ours(torch.cat([tensor.to(row.dtype(source.dtype)) for tensor in theirs.values()]))

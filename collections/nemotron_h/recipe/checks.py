@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
+from nemotron_h.checkpoint.definition import check_repairable
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.hub import is_hub, parse
 from nemotron_h.core.spikes import LEAST
@@ -69,6 +70,9 @@ def check(recipe: RecipeConfig, origin: str, trains: bool = True) -> None:
         check_trainable(definition, origin)
     check_names(recipe, origin)
     check_checkpoint(recipe.checkpoint, origin)
+    check_repairable(
+        recipe.init.repair_embeddings and definition.tied_embeddings, f"{origin}: init.repair_embeddings = true"
+    )
     check_stage(recipe, definition, origin)
     check_recompute(recipe, definition, origin)
     check_schedule(recipe, origin)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemotron_h.checkpoint.embedding_rows import Outliers, check_repairable, read_outliers, read_replacements
+from nemotron_h.checkpoint.embedding_rows import Outliers, read_outliers, read_replacements
 from nemotron_h.checkpoint.reader import WeightFile
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import load_tokenizer, token_of
@@ -49,7 +49,6 @@ class EmbeddingRows(pl.Callback):
             file = WeightFile(self.checkpoint)
             self.outliers = read_outliers(file, config.vocab_size)
             if self.repair and self.outliers.norms:
-                check_repairable(config.share_embeddings_and_output_weights, "init.repair_embeddings")
                 self.rows = read_replacements(file, self.outliers)
             self._announce(trainer)
         shared = [(self.outliers, self.rows)]
