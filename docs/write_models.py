@@ -55,6 +55,7 @@ RESULTS = {
         "The whole model was not trained here. Its widths in 13, 26 and 39 layers: [GPUs](../results/gpu.md).",
         "Generation of the whole model with random weights on one H100: [generation](../results/generation.md).",
     ),
+    "smollm2_135m": ("Not trained here. How to import and fine-tune it: [dense Transformers](../llama.md).",),
     "nemotron_h_4b": ("Its grid of candidates was counted, nothing trained: [compression](../compression.md).",),
     "nemotron_h_47b": ("Its grid of candidates was counted, nothing trained: [compression](../compression.md).",),
     "nemotron_t_8b": (
@@ -175,7 +176,8 @@ def commands(model: str) -> list[str]:
             lines.append(f"    nemotron-h data prepare --blend {blend}")
             prepared.add(blend)
         lines.append(f"    {command(name)}")
-    return [*lines, f"    nemotron-h plan {model}    # or any recipe below by its name"]
+    planned = model if f"{model}/pretrain" in recipes(model) else recipes(model)[0]
+    return [*lines, f"    nemotron-h plan {planned}    # or any recipe below by its name"]
 
 
 def results(model: str) -> list[str]:
