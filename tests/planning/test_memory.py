@@ -69,8 +69,9 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     },
     "Falcon-H1, LoRA": {"model": MODELS["falcon_h1"], "seq_length": 512, "adapter": adapter("lora")},
     "Llama": {"model": MODELS["llama"], "seq_length": 1024},
-    "Llama, many words, bf16, documents": {
-        "model": {**MODELS["llama"], "vocab_size": 8192},
+    "Llama, many words": {"model": {**MODELS["llama"], "vocab_size": 16384}, "seq_length": 128},
+    "Llama, documents, bf16": {
+        "model": MODELS["llama"],
         "seq_length": 500,
         "micro_batch": 2,
         "precision": "bf16",
@@ -121,7 +122,6 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "DoRA, data 2": {"model": HYBRID, "seq_length": 512, "adapter": adapter("dora")},
     "data 2": {"model": MODELS["hybrid"], "seq_length": 512, "precision": "bf16"},
     "Falcon-H1, tensor 2": {"model": MODELS["falcon_h1"], "seq_length": 512, "tensor": 2, "sequence": True},
-    "Llama, tensor 2": {"model": MODELS["llama"], "seq_length": 1024, "tensor": 2, "precision": "bf16"},
     "data 2, whole optimizer": {"model": HYBRID, "seq_length": 512, "distributed_optimizer": False},
 }
 #: experts; those that gloo sends tokens to get unequal shares of them

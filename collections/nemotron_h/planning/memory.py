@@ -316,7 +316,7 @@ def _moments(
         yield replace(states, activations=dict(kept), working=layer.backward + received + waits, at=name)
         kept[name] -= layer.kept
     if waits:
-        yield replace(states, working=2 * waits + rank.residual, at="head")
+        yield replace(states, working=3 * waits, at="head")  # both, and their sum
     step = max(_optimizer_step(definition, layout, states), working_bytes(definition, layout, stage))
     yield replace(states, working=step, at="optimizer")
 
