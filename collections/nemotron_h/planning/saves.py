@@ -206,7 +206,7 @@ def _tensors(definition: ModelDefinition, layout: Layout) -> int:
         return sum(matrix.experts * (1 + rows) if matrix.experts else 1 + rows * layout.tensor for matrix in matrices)
     # a norm before each layer and the final one; embedding and output beside what the layers have
     layers = sum(1 + block.pieces(layout.tensor) for block in (*definition.blocks, *definition.mtp_blocks))
-    return layers + 1 + 2 * layout.tensor
+    return layers + 1 + (1 if definition.tied_embeddings else 2) * layout.tensor
 
 
 def _buckets(layout: Layout, stage: int, parameters: int, ranks: int) -> int:
