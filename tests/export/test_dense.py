@@ -94,8 +94,10 @@ def test_transformers_computes_the_same(exported: tuple[torch.nn.Module, Path, P
 
 
 def test_every_tensor_comes_back(exported: tuple[torch.nn.Module, Path, Path], tmp_path: Path) -> None:
-    """From ours and, saved anew by transformers, from theirs."""
+    """From ours and, saved anew by transformers, from theirs; what comes back can be a teacher too."""
     from transformers import AutoModelForCausalLM
+
+    from nemotron_h.training.stages.distillation.stage import held_parameters
 
     _, first, folder = exported
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved", max_shard_size=30_000)
@@ -104,6 +106,9 @@ def test_every_tensor_comes_back(exported: tuple[torch.nn.Module, Path, Path], t
     for name, source in (("ours", folder), ("saved", tmp_path / "saved")):
         hf_reader.write(hf_reader.examine(source, "small"), tmp_path / f"{name}_in")
         after = read_all(tmp_path / f"{name}_in")
+        definition = load_model(tmp_path / f"{name}_in").definition
+        assert held_parameters(tmp_path / f"{name}_in", definition) == definition.parameters
+        assert held_parameters(first, definition) == definition.parameters
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
         again = export(tmp_path / f"{name}_in", tmp_path / f"{name}_again")
         a, b = theirs(folder), theirs(again)

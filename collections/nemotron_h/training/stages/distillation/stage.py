@@ -21,6 +21,9 @@ from nemo.lightning._strategy_lib import _sync_from_last_pipeline_stage
 from nemo.lightning.megatron_parallel import MegatronStep
 from torch import Tensor
 
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.checkpoint.embedding_rows import EMBEDDING
+from nemotron_h.checkpoint.names import weights
 from nemotron_h.checkpoint.reader import PROJECTION, WeightFile, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.feed.datamodule import BlendDataModule
@@ -142,15 +145,23 @@ def check_teacher(config: DistillationConfig, trainer: pl.Trainer) -> None:
                     f"{model.num_layers - 1}",
                     hint="a pair is [layer of the student, layer of the teacher]",
                 )
-    held = sum(torch.Size(shape).numel() for shape in WeightFile(checkpoint).shapes.values())
-    padding = 2 * teacher.hidden_size * (_vocabulary_rows(checkpoint) - teacher.vocab_size)
-    if held - padding != teacher.parameters:
+    if (held := held_parameters(checkpoint, teacher)) != teacher.parameters:
         raise UserError(
-            f"distill.teacher: the weights of {checkpoint} are {held - padding:,} parameters, the model in its "
+            f"distill.teacher: the weights of {checkpoint} are {held:,} parameters, the model in its "
             f"run.json ({teacher.name}) has {teacher.parameters:,}",
             hint="weights and run.json of the folder belong to different runs; restore the folder",
         )
     check_split(teacher, trainer.strategy, trainer.num_devices * trainer.num_nodes, beside=True)
+
+
+def held_parameters(checkpoint: Path, definition: ModelDefinition) -> int:
+    """Return the parameters of a checkpoint of this model, without the vocabulary's padding."""
+    shapes = WeightFile(checkpoint).shapes
+    # an imported or pruned model has a norm under both of its names
+    twice = {row.fused for row in weights(definition) if not shapes.keys().isdisjoint(row.ours)}
+    matrices = 1 if definition.tied_embeddings else 2
+    padding = matrices * definition.hidden_size * (shapes[EMBEDDING][0] - definition.vocab_size)
+    return sum(torch.Size(shape).numel() for name, shape in shapes.items() if name not in twice) - padding
 
 
 def _check_vocabulary(config: DistillationConfig, where: str) -> None:
@@ -160,11 +171,6 @@ def _check_vocabulary(config: DistillationConfig, where: str) -> None:
             f"the teacher {where} has a vocabulary of {size:,}, the student of {config.vocab_size:,}",
             hint="distillation compares distributions over one vocabulary: take models of the same tokenizer",
         )
-
-
-def _vocabulary_rows(checkpoint: Path) -> int:
-    """Return the rows of the embedding, padding included."""
-    return WeightFile(checkpoint).shapes["embedding.word_embeddings.weight"][0]
 
 
 class BothModelsStep(MegatronStep):
