@@ -30,7 +30,7 @@ def pair(megatron: None, tmp_path_factory: pytest.TempPathFactory):
     made: dict = {}
 
     def build(kind: int | str = 2, dtype: torch.dtype = torch.float32) -> tuple:
-        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, `*-`, `PS`, `E`, `L`)."""
+        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, `*-`, `PS`, `*S`, `E`, `L`)."""
         if (kind, dtype) not in made:
             config = pure_config(kind, dtype=dtype) if isinstance(kind, str) else small_config(kind, dtype=dtype)
             model = small_model(config).eval()
@@ -53,7 +53,7 @@ def full_forward(model, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", [1, 2, 8, "M", "*-", "PS", "E", "L"])
+@pytest.mark.parametrize("kind", [1, 2, 8, "M", "*-", "PS", "*S", "E", "L"])
 @pytest.mark.parametrize("chunk", [1, 33, 64])
 def test_prefill_and_steps_are_the_full_forward(pair, kind: int | str, dtype: torch.dtype, chunk: int) -> None:
     trained, model = pair(kind, dtype)
@@ -71,7 +71,7 @@ def test_prefill_and_steps_are_the_full_forward(pair, kind: int | str, dtype: to
 
 
 @pytest.mark.parametrize("limit", [7, 32, 100, 1000])  # passes of a part of a row, and of several rows
-@pytest.mark.parametrize("kind", [2, "M", "*-", "PS", "E"])
+@pytest.mark.parametrize("kind", [2, "M", "*-", "PS", "*S", "E"])
 def test_ragged_batch_is_each_alone(pair, kind: int | str, limit: int) -> None:
     trained, model = pair(kind, dtype=torch.float64)
     lengths = [70, 41, 40, 40, 3, 1]
