@@ -57,7 +57,9 @@ def random_model(definition: ModelDefinition, dtype: torch.dtype, device: str, s
         layers.append(running.loaded(running.weights(tensors)))
         lay_out(layers[-1])
     rows, hidden = definition.vocab_size, definition.hidden_size
-    return GenerationModel(definition, tensor(rows, hidden), layers, tensor(hidden), column_major(tensor(rows, hidden)))
+    embedding, final_norm = tensor(rows, hidden), tensor(hidden)
+    output = embedding if definition.tied_embeddings else tensor(rows, hidden)
+    return GenerationModel(definition, embedding, layers, final_norm, column_major(output))
 
 
 def seconds(models: Sequence[GenerationModel], scenario: Scenario, turns: int = TURNS) -> list[Times]:
