@@ -30,7 +30,7 @@ def pair(megatron: None, tmp_path_factory: pytest.TempPathFactory):
     made: dict = {}
 
     def build(kind: int | str = 2, dtype: torch.dtype = torch.float32) -> tuple:
-        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern (`M`, `*-`, `PS`, `*S`, `E`, `L`)."""
+        """`kind`: a number of SSM groups of the hybrid, or the layers of a pure pattern, as of `pure_config`."""
         if (kind, dtype) not in made:
             config = pure_config(kind, dtype=dtype) if isinstance(kind, str) else small_config(kind, dtype=dtype)
             model = small_model(config).eval()
