@@ -157,7 +157,7 @@ def results_of(tallies: list[Tally], problems: Sequence[Problem], budgets: Seque
 
 def _curve(tally: Tally, grid: np.ndarray, drawn: np.ndarray) -> Curve:
     budgets = np.array([budget for budget in grid if (tally.affordable(budget) <= tally.drawn).all()])
-    values = np.array([tally.coverage(tally.affordable(budget)) for budget in budgets]).reshape(len(budgets), -1)
+    values = np.array([tally.coverage(tally.affordable(budget)) for budget in budgets]).reshape(-1, len(tally.cost))
     ends = np.array([measures.interval(each, drawn) for each in values]).reshape(-1, 2)
     return Curve(budgets, values, values.mean(axis=1), ends[:, 0], ends[:, 1])
 

@@ -78,6 +78,7 @@ class Samples:
             UserError: names what differs.
         """
         if not any(self.by_problem):
+            self.settings = settings
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.settings_file, settings)
             self._write([])
