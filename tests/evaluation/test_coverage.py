@@ -21,7 +21,7 @@ from nemotron_h.cli.coverage import coverage as command
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import train_bpe
 from nemotron_h.evaluation.coverage import draw as draws
-from nemotron_h.evaluation.coverage.contestant import answer_watch, check_lossless
+from nemotron_h.evaluation.coverage.contestant import answer_watch, longest_solution
 from nemotron_h.evaluation.coverage.results import Tally
 from nemotron_h.evaluation.coverage.samples import Demand, Samples, Solution
 from nemotron_h.evaluation.problems.files import read_problems
@@ -74,9 +74,10 @@ def test_resumed_is_straight(runs: list[Path], tmp_path: Path, monkeypatch: pyte
     """Through more samples, a stop in the middle, and half a line; samples that are there are not drawn again."""
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     invoke(runs[0], *OPTIONS, "--samples", 4, "--batch", 5, "--out", straight)
-    invoke(runs[0], *OPTIONS, "--samples", 2, "--batch", 5, "--out", resumed)
+    printed = invoke(runs[0], *OPTIONS, "--samples", 2, "--batch", 5, "--out", resumed)
     first = texts_of(resumed, "hybrid")
     assert len(first) == 2 * 6
+    assert re.search(r"hybrid: solutions have up to \d+ tokens, samples 12", printed)
     file = resumed / "samples" / "hybrid.jsonl"
     before = file.read_text()
     ended = Demand.ended
@@ -220,6 +221,7 @@ def test_refusals(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ([runs[0], "--seconds", "0,1"], "--seconds '0,1' is no list of seconds"),
         ([runs[0], "--seconds", "nan"], "--seconds 'nan' is no list of seconds"),
         ([runs[0], "--seconds", "1", "--top-p", "0"], "top-p = 0"),
+        ([runs[0], "--seconds", "1", "--temperature", "0"], "--temperature 0 draws the same sample 256 times"),
         ([runs[0], "--seconds", "1", "--dtype", "int8"], "--dtype int8 is unknown"),
         ([runs[0], runs[0], "--seconds", "1"], "is named twice"),
         ([runs[0], copy, "--seconds", "1"], "two runs have the name hybrid-1"),
@@ -248,13 +250,13 @@ def test_refusals(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_tokenizer_that_lacks_characters() -> None:
     lossy = SimpleNamespace(path="tok", text_to_ids=lambda text: list(text), ids_to_text=lambda ids: "".join(ids))
     problems = generate("modular", 2, [2], 0, TRAIN)
-    check_lossless(lossy, problems)
+    assert longest_solution(lossy, problems) == max(len(problem.solution) for problem in problems)
     lossy.ids_to_text = lambda ids: "".join(ids).replace("(", "<unk>").replace(")", "<unk>")
     with pytest.raises(UserError, match=r'tokenizer in tok .* a problem of modular: it lacks "\(\)"'):
-        check_lossless(lossy, problems)
+        longest_solution(lossy, problems)
     lossy.ids_to_text = lambda ids: "".join(ids).replace("\n", " ")
     with pytest.raises(UserError, match=r'it lacks "\\n"'):
-        check_lossless(lossy, problems)
+        longest_solution(lossy, problems)
 
 
 def test_a_tally_counts_samples_that_have_no_answer(tmp_path: Path) -> None:

@@ -119,6 +119,23 @@ def test_ends_where_it_is_complete_and_warms_up_without_a_clock(model: Generatio
     assert list(pool.run(lambda free: [])) == []
 
 
+def test_jobs_that_come_late_get_a_whole_batch_again(model: GenerationModel) -> None:
+    """A pool that shrank, as there were no jobs, is not small for those that come when all have ended."""
+    left, samples, taken = _jobs(4), [], []
+
+    def jobs(free: int) -> list[Job]:
+        if len(samples) < sum(taken):  # some are on their way
+            return []
+        taken.append(min(free, len(left)))
+        return [left.pop() for _ in range(taken[-1])]
+
+    pool = Pool(model, _prompts(), batch=10, max_tokens=LONGEST, sampling=SAMPLING, stop_ids=STOPS)
+    for sample in pool.run(jobs):
+        samples.append(sample)
+    assert {sample.job for sample in samples} == {*_jobs(4)}
+    assert taken == [10, 10, 0]
+
+
 def test_rows_by_memory(model: GenerationModel, monkeypatch: pytest.MonkeyPatch) -> None:
     each = model.new_states(1, 50).bytes() + 40 * VOCABULARY
     for free, rows in ((2 * each, 1), (7 * each, 3), (10**12, pools.MOST_ROWS)):

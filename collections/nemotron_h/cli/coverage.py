@@ -67,11 +67,16 @@ def coverage(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     budgets = _budgets(seconds)
     problems = _problems(tasks, count, difficulty, seed, console)
+    if temperature == 0 and samples > 1:
+        raise UserError(f"--temperature 0 draws the same sample {samples} times", hint="raise it, or give --samples 1")
     sampling = Sampling(temperature, 0, top_p, seed)
     settings = Settings.of(
         dtype, device, budgets=budgets, most=samples, max_tokens=max_tokens, sampling=sampling, chat=chat, batch=batch
     )
     models = contestants(runs, problems, chat)
+    for model in models:
+        if model.longest > max_tokens:
+            console.print(f"{model.name}: solutions have up to {model.longest:,} tokens, samples {max_tokens:,}")
     with locked(out, "written", "--out"):
         write_lines(out / "problems.jsonl", [vars(problem) for problem in problems])
         tallies = []

@@ -73,6 +73,8 @@ def rows_that_fit(model: GenerationModel, capacity: int) -> int:
         UserError: there is no room for one.
     """
     each = model.new_states(1, capacity).bytes() + _SCORE_BYTES * len(model.output)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # of a model before: PyTorch holds it, and it would not be free
     there = available(str(model.device))
     most = MOST_ROWS if model.device.type == "cpu" else MOST_ROWS_GPU
     if (rows := min(most, int(_MEMORY * there) // each)) < 1:
@@ -128,21 +130,19 @@ class Pool:
         """Yield samples as they end.
 
         Args:
-            jobs: returns so many jobs at most; the run ends when it has none and all have ended.
+            jobs: returns so many jobs at most; the run ends when all have ended and it has none.
         """
-        first = list(jobs(self.batch))
-        if not first:
-            return
-        self._begin(len(first))
-        self._fill(first)
-        while any(self._rows):
-            yield from self._step()
-            free = self._rows.count(None)
-            if free >= max(1, len(self._rows) // _FREE_PART):
-                if more := list(jobs(free)):
-                    self._fill(more)
-                elif 2 * free >= len(self._rows) > free:
-                    self._shrink()
+        while first := list(jobs(self.batch)):
+            self._begin(len(first))
+            self._fill(first)
+            while any(self._rows):
+                yield from self._step()
+                free = self._rows.count(None)
+                if max(1, len(self._rows) // _FREE_PART) <= free < len(self._rows):
+                    if more := list(jobs(free)):
+                        self._fill(more)
+                    elif 2 * free >= len(self._rows):
+                        self._shrink()
 
     def warm_up(self) -> None:
         """Run a batch for a few tokens that no clock counts: kernels are compiled and caches warm then."""

@@ -27,12 +27,14 @@ class Contestant:
         subject: its checkpoint.
         prompts: token ids of each problem.
         stop_ids: tokens that end a solution.
+        longest: tokens of the longest solution that comes with a problem.
     """
 
     name: str
     subject: Subject
     prompts: list[list[int]]
     stop_ids: frozenset[int]
+    longest: int
 
 
 def contestants(runs: Sequence[Path], problems: Sequence[Problem], chat: bool) -> list[Contestant]:
@@ -45,7 +47,7 @@ def contestants(runs: Sequence[Path], problems: Sequence[Problem], chat: bool) -
     """
     subjects = [Subject.of(run, None) for run in runs]
     return [
-        Contestant(name, subject, *_prompts(subject, problems, chat))
+        Contestant(name, subject, *_prompts(subject, problems, chat), longest_solution(subject.tokenizer, problems))
         for name, subject in zip(_names(subjects), subjects, strict=True)
     ]
 
@@ -70,7 +72,6 @@ def _names(subjects: Sequence[Subject]) -> list[str]:
 
 def _prompts(subject: Subject, problems: Sequence[Problem], chat: bool) -> tuple[list[list[int]], frozenset[int]]:
     tokenizer = subject.tokenizer
-    check_lossless(tokenizer, problems)
     stops = {tokenizer.eod_id}
     if not chat:
         return tokenizer.encode_batch([problem.prompt for problem in problems]), frozenset(stops)
@@ -84,22 +85,25 @@ def _prompts(subject: Subject, problems: Sequence[Problem], chat: bool) -> tuple
     return prompts, frozenset({*stops, *[token for token in end if token in special][:1]})
 
 
-def check_lossless(tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:
-    """Refuse a tokenizer that does not give back the problems' text.
+def longest_solution(tokenizer: Tokenizer, problems: Sequence[Problem]) -> int:
+    """Return the tokens of the longest solution that comes with a problem.
 
     Errors:
-        UserError: names characters that it lacks.
+        UserError: the tokenizer does not give back a problem's text; names characters that it lacks.
     """
+    longest = 0
     for problem in problems:
         text = problem.prompt + problem.solution
-        back = tokenizer.ids_to_text(tokenizer.text_to_ids(text))
-        if back != text:
+        ids = tokenizer.text_to_ids(text)
+        longest = max(longest, len(ids) - len(tokenizer.text_to_ids(problem.prompt)))
+        if (back := tokenizer.ids_to_text(ids)) != text:
             lacking = "".join(sorted({letter for letter in text if letter not in back})) or "spaces or line ends"
             raise UserError(
                 f"the tokenizer in {tokenizer.path} does not give back a problem of {problem.task}: it lacks "
                 f"{json.dumps(lacking, ensure_ascii=False)}",
                 hint="leave that task or file out, or take a model whose tokenizer has all characters",
             )
+    return longest
 
 
 def answer_watch(tokenizer: Tokenizer) -> Callable[[list[int]], bool]:

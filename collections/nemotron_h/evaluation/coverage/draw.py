@@ -95,15 +95,18 @@ def draw(
         complete=answer_watch(subject.tokenizer),
     )
     pool.warm_up()
-    share = demand.progress()
+    share, paid = demand.progress(), False
     with StageProgress(console, f"{contestant.name}, batch {batch:,}", 100) as bar, samples:
         bar.advance(100 * share)
         for sample in pool.run(demand.jobs):
             samples.add(_solution(sample, contestant))
             demand.ended(sample.job.prompt, sample.seconds)
-            demand.check_budget(contestant.name, settings.budgets[0])
+            if not paid and demand.is_under_way():
+                demand.check_budget(contestant.name, settings.budgets[0])
+                paid = True
             share, before = demand.progress(), share
             bar.advance(100 * (share - before))
+    demand.check_budget(contestant.name, settings.budgets[0])
     return samples
 
 

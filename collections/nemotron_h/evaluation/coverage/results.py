@@ -119,7 +119,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Results:
-    """What a comparison comes to.
+    """Measures of a comparison.
 
     Attributes:
         tallies: of the models.

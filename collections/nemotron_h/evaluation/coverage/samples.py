@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,6 +147,8 @@ class Demand:
         self._ended = [len(each) for each in samples.by_problem]
         self._next = [0] * len(self._there)
         self._turn = 0
+        self._shares = list(map(self._share, range(len(self._there))))
+        self._total, self._untouched = sum(self._shares), self._ended.count(0)
 
     def jobs(self, free: int) -> list[Job]:
         """Return so many samples to draw, or fewer where no more are wanted."""
@@ -173,8 +174,12 @@ class Demand:
 
     def ended(self, problem: int, seconds: float) -> None:
         """Count a sample that was drawn."""
+        self._untouched -= not self._ended[problem]
         self._spent[problem] += seconds
         self._ended[problem] += 1
+        share = self._share(problem)
+        self._total += share - self._shares[problem]
+        self._shares[problem] = share
 
     def mean_cost(self) -> float:
         """Return the mean seconds of a sample; 0 where there is none."""
@@ -186,7 +191,7 @@ class Demand:
         Errors:
             UserError: names what a sample costs.
         """
-        if all(self._ended):
+        if self.is_under_way():
             least = min(spent / ended for spent, ended in zip(self._spent, self._ended, strict=True))
             if smallest < least:
                 raise UserError(
@@ -195,17 +200,20 @@ class Demand:
                     hint=f"begin with --seconds {2 * self.mean_cost():.2g}; samples that are drawn are kept",
                 )
 
+    def is_under_way(self) -> bool:
+        """Return True if each problem has a sample."""
+        return not self._untouched
+
     def is_met(self) -> bool:
         """Return True if nothing is to be drawn."""
         return not any(map(self._wants, range(len(self._there))))
 
     def progress(self) -> float:
         """Return the share of all that is wanted which is there."""
-        of_problems = (
-            min(1.0, max(spent / self.budget, ended / self.most))
-            for spent, ended in zip(self._spent, self._ended, strict=True)
-        )
-        return statistics.fmean(of_problems)
+        return self._total / len(self._shares)
+
+    def _share(self, problem: int) -> float:
+        return min(1.0, max(self._spent[problem] / self.budget, self._ended[problem] / self.most))
 
 
 def _seed(seed: int, problem: int, number: int) -> int:

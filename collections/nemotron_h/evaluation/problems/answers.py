@@ -25,7 +25,7 @@ _LATEX = (
     (re.compile(r"\\([$%])"), r"\1"),
 )
 _NUMBER = re.compile(
-    r"(?P<sign>[-+]?)\s*(?P<digits>\d{1,3}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:\s*/\s*(?P<below>\d+))?"
+    r"(?:(?P<minus>-)|\+)?\s*(?P<digits>\d{1,3}(?:,\d{3})+|\d*)(?P<decimals>\.\d+)?(?:\s*/\s*(?P<below>\d+))?"
     r"\s*(?:[%°]|[A-Za-z][A-Za-z .]*)?",
     re.ASCII,
 )
@@ -75,7 +75,7 @@ def number(text: str) -> Fraction | None:
         return None
     whole = Fraction(found["digits"].replace(",", "") + (found["decimals"] or "") or "0")
     value = whole / int(found["below"] or 1)
-    return -value if found["sign"] == "-" else value
+    return -value if found["minus"] else value
 
 
 def numbers(text: str) -> tuple[int, ...] | None:

@@ -17,6 +17,7 @@ class Node(NamedTuple):
 
 Tree = Union[int, Node]  # noqa: UP007 - Python 3.10 cannot join the name of a class to come
 _BINDS = {"+": 1, "-": 1, "*": 2, "/": 2}
+_MINUS, _TIMES = "-", "*"
 
 
 def tree_of(leaves: Sequence[int], signs: str, rng: random.Random) -> Tree:
@@ -53,13 +54,13 @@ def key(tree: Tree) -> str:
 def _terms(tree: Tree, minus: bool = False) -> Iterator[str]:
     if isinstance(tree, Node) and _BINDS[tree.sign] == 1:
         yield from _terms(tree.left, minus)
-        yield from _terms(tree.right, minus != (tree.sign == "-"))
+        yield from _terms(tree.right, minus != (tree.sign == _MINUS))
     else:
         yield f"{'-' if minus else '+'}{key(tree)}"
 
 
 def _factors(tree: Tree) -> Iterator[str]:
-    if isinstance(tree, Node) and tree.sign == "*":
+    if isinstance(tree, Node) and tree.sign == _TIMES:
         yield from _factors(tree.left)
         yield from _factors(tree.right)
     else:
