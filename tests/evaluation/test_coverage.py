@@ -153,6 +153,10 @@ def test_measures_files_and_crossing(runs: list[Path], tmp_path: Path) -> None:
     assert float(rows["transformer", "all", "seconds", 2]["majority"]) == pytest.approx(2 / 8 / 2)
     assert {at for model, task, by, at in rows if (model, task, by) == ("hybrid", "all", "samples")} == {1, 2, 4, 8, 16}
     content = json.loads((out / "coverage.json").read_text())
+    assert {name: each["dtype"] for name, each in content["settings"]["models"].items()} == {
+        "hybrid": "float32",
+        "transformer": "float32",
+    }
     crossing = content["crossings"][0]
     assert crossing["models"] == ["hybrid", "transformer"]
     # 0.5 x (1 - 1 / C(16, 8)) against 4 of 8
@@ -236,7 +240,7 @@ def test_refusals(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     invoke(runs[0], *OPTIONS, "--samples", 1, *out)
     for changed, words in (
         (["--temperature", 0.5], "has samples with temperature = 1.0, now it is 0.5"),
-        (["--seed", 3], "has samples with problems ="),
+        (["--seed", 3], "problems.jsonl has other problems than this command asks for"),
         (["--batch", 2], "has samples with batch = 256, now it is 2"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):

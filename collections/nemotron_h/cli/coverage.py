@@ -61,7 +61,7 @@ def coverage(
     from nemotron_h.evaluation.coverage.contestant import contestants
     from nemotron_h.evaluation.coverage.draw import Settings, draw
     from nemotron_h.evaluation.coverage.results import Tally, results_of
-    from nemotron_h.evaluation.problems.generate import write_lines
+    from nemotron_h.evaluation.problems.files import keep_problems
     from nemotron_h.inference.sampling import Sampling
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,11 +78,12 @@ def coverage(
         if model.longest > max_tokens:
             console.print(f"{model.name}: solutions have up to {model.longest:,} tokens, samples {max_tokens:,}")
     with locked(out, "written", "--out"):
-        write_lines(out / "problems.jsonl", [vars(problem) for problem in problems])
-        tallies = []
+        keep_problems(out, problems)
+        tallies, settings_of = [], {}
         for model in models:
-            drawn = draw(model, problems, settings, out / "samples", console)
+            drawn = draw(model, settings, out / "samples", console)
             tallies.append(Tally.of(model.name, drawn, problems))
+            settings_of[model.name] = drawn.settings
         results = results_of(tallies, problems, budgets, seed)
         machine = {key: drawn.settings[key] for key in ("dtype", "processor", "threads", "torch")}
         words = (
@@ -91,7 +92,7 @@ def coverage(
         )
         if machine["threads"]:
             words += f", threads: {machine['threads']}"
-        files = report.write(results, {"tasks": tasks, "samples": samples, **drawn.settings}, words, out)
+        files = report.write(results, {"tasks": tasks, "samples": samples, "models": settings_of}, words, out)
     screen = Console(highlight=False)
     screen.width = max(screen.width, 140)  # rows stay whole
     for table in report.tables(results):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ from nemotron_h.core.files import file_sha256
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.evaluation.coverage.contestant import Contestant, answer_watch
 from nemotron_h.evaluation.coverage.samples import Demand, Samples, Solution
-from nemotron_h.evaluation.problems.problem import Problem
 from nemotron_h.inference.layer_costs import this_machine
 from nemotron_h.inference.model import load_model
 from nemotron_h.inference.opening import dtype_and_device
@@ -58,9 +54,7 @@ class Settings:
         return cls(**settings, **dict(zip(("dtype", "device"), dtype_and_device(dtype, device), strict=True)))
 
 
-def draw(
-    contestant: Contestant, problems: Sequence[Problem], settings: Settings, folder: Path, console: Console
-) -> Samples:
+def draw(contestant: Contestant, settings: Settings, folder: Path, console: Console) -> Samples:
     """Draw the samples of a model that the largest budget asks for and that are not there yet.
 
     Args:
@@ -71,8 +65,8 @@ def draw(
     Errors:
         UserError: samples of other settings are there, memory has no room, or the smallest budget pays no sample.
     """
-    samples = Samples(folder, contestant.name, len(problems))
-    fixed = _fixed(contestant, problems, settings)
+    samples = Samples(folder, contestant.name, len(contestant.prompts))
+    fixed = _fixed(contestant, settings)
     batch = settings.batch or (samples.settings.get("batch") if any(samples.by_problem) else None)
     if batch:
         samples.check({**fixed, "batch": batch})
@@ -123,14 +117,13 @@ def _solution(sample: Sample, contestant: Contestant) -> Solution:
     )
 
 
-def _fixed(contestant: Contestant, problems: Sequence[Problem], settings: Settings) -> dict[str, Any]:
+def _fixed(contestant: Contestant, settings: Settings) -> dict[str, Any]:
     """Return what all samples of a model have in common, but for the batch."""
     subject, machine = contestant.subject, this_machine("")
     return {
         "checkpoint": subject.checkpoint.name,
         "weights": file_sha256(subject.checkpoint / INTEGRITY),
         "tokenizer": subject.tokenizer.ids_sha256(),
-        "problems": hashlib.sha256(json.dumps([vars(problem) for problem in problems]).encode()).hexdigest(),
         "chat": settings.chat,
         "temperature": settings.sampling.temperature,
         "top_p": settings.sampling.top_p,

@@ -6,12 +6,14 @@ stands in the last `\boxed{}`, else the whole field; it has to be a number.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import check_unicode, parse_json, read_text
 from nemotron_h.evaluation.problems import answers
+from nemotron_h.evaluation.problems.generate import write_lines
 from nemotron_h.evaluation.problems.problem import NUMBER, Problem, problem_of
 
 _QUESTIONS, _ANSWERS = ("question", "problem"), ("answer", "solution")
@@ -36,6 +38,22 @@ def read_problems(file: Path) -> tuple[list[Problem], int]:
     if not problems:
         raise UserError(f"{file} has no problems" + (f": the answers of {left_out:,} are no numbers" * bool(left_out)))
     return problems, left_out
+
+
+def keep_problems(folder: Path, problems: Sequence[Problem]) -> None:
+    """Write the problems of a folder of samples, `problems.jsonl`, or check that they are those which are there.
+
+    Errors:
+        UserError: there are others.
+    """
+    file = folder / "problems.jsonl"
+    if not file.exists():
+        write_lines(file, [vars(problem) for problem in problems])
+    elif read_problems(file)[0] != list(problems):
+        raise UserError(
+            f"{file} has other problems than this command asks for",
+            hint="name another folder (--out), or the same tasks, count, difficulty and seed",
+        )
 
 
 def _foreign(record: Any, task: str, origin: str) -> Problem | None:
