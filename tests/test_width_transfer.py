@@ -10,11 +10,11 @@ from types import ModuleType
 
 import pytest
 
+from nemotron_h.core.files import write_csv
 from nemotron_h.launch.place import HERE
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.sweep.file import locate, read_sweep
 from nemotron_h.sweep.points import planned_row, points_of
-from nemotron_h.sweep.rows import write_csv
 
 ROOT = Path(__file__).parents[1]
 

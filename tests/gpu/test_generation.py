@@ -27,6 +27,7 @@ from nemotron_h.inference.drafts import Draft  # noqa: E402
 from nemotron_h.inference.generate import Generation, generate  # noqa: E402
 from nemotron_h.inference.graph import Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
+from nemotron_h.inference.pool import Job, Pool  # noqa: E402
 from nemotron_h.inference.prefill import prefill  # noqa: E402
 from nemotron_h.inference.sampling import Sampling  # noqa: E402
 from nemotron_h.ops.select import Ops  # noqa: E402
@@ -169,6 +170,28 @@ def test_sampled_drafts_are_the_host_s() -> None:
         assert runs[0] == runs[1]
 
 
+def test_rows_of_a_pool_are_their_sequences() -> None:
+    """Filled again under one graph and shrunk: log-probabilities are those of each sequence read whole in float64."""
+    rng = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(512, (length,), generator=rng).tolist() for length in (300, 20, 133)]
+    for pattern in ("M-M*-M-", "*-*-"):
+        model = random_model(definition(pattern), torch.float32, "cuda")
+        exact = exact_copy(model)
+        pool = Pool(model, prompts, batch=8, max_tokens=24, sampling=Sampling(), stop_ids=range(64))
+        pool.warm_up()
+        left = [Job(prompt, sample, 3 * sample + prompt) for sample in range(10) for prompt in range(3)]
+        worst, samples = 0.0, 0
+        for sample in pool.run(lambda free, left=left: [left.pop() for _ in range(min(free, len(left)))]):
+            prompt, samples = prompts[sample.job.prompt], samples + 1
+            whole = torch.tensor([prompt + sample.tokens])
+            scores = exact.logits(exact.extend(whole, exact.new_states(1, whole.shape[1])))[0].log_softmax(-1)
+            logs = scores[len(prompt) - 1 : -1].gather(-1, torch.tensor(sample.tokens)[:, None].cuda())
+            worst = max(worst, abs(float(logs.sum()) - sample.log_probability) / len(sample.tokens))
+        print(f"{pattern}: largest difference of a mean log-probability {worst:.1e}", flush=True)
+        assert samples == 30
+        assert worst < 5 * TOLERANCE[torch.float32]
+
+
 def test_attention_kernel_reads_only_what_was_written() -> None:
     from nemotron_h.ops import attention, attention_kernel
 
@@ -190,4 +213,5 @@ if __name__ == "__main__":
     test_graph_changes_no_token()
     test_drafts_change_no_greedy_token()
     test_sampled_drafts_are_the_host_s()
+    test_rows_of_a_pool_are_their_sequences()
     print("GPU tests of generation passed")

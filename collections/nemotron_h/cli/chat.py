@@ -78,7 +78,7 @@ def chat(
     source = template_source(template) if template is not None else None
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
     if source is None:
-        source = recorded_template(opened) or FAMILY_SOURCE
+        source = recorded_template(opened.tokenizer, opened.record) or FAMILY_SOURCE
     chosen = ChatTemplate(source, opened.tokenizer)
     for warning in warnings_of(opened, chosen):
         warn("warning", warning)

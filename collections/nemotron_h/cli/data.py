@@ -48,6 +48,35 @@ def verify(blend: BlendOption, root: RootOption = None) -> None:
 
 
 @app.command()
+def problems(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="arithmetic, modular, lists, countdown, joined by commas.")
+    ] = "arithmetic,modular,lists,countdown",
+    count: Annotated[int, typer.Option("--count", min=1, help="Problems of each task to train on.")] = 10_000,
+    test_count: Annotated[int, typer.Option("--test-count", min=1, help="Test problems of each task.")] = 200,
+    difficulty: Annotated[str, typer.Option("--difficulty", help="Operations, such as 2 or 1-3.")] = "2-3",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed writes the same files.")] = 0,
+) -> None:
+    """Write problems whose answers can be checked, with solutions in steps: texts, conversations, test problems.
+
+    Test problems are none of those to train on, whatever the seeds. --out gets problems.yaml and problems_chat.yaml,
+    the blends for pretraining and fine-tuning. Example:
+
+    nemotron-h data problems --tasks arithmetic,countdown --count 20000 --seed 1 --out runs/problems
+    """
+    from nemotron_h.core.errors import naming
+    from nemotron_h.evaluation.problems.generate import difficulties, write_folder
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names or len({*names}) < len(names):
+        raise UserError(f"--tasks {tasks[:80]!r} names none, or one twice")
+    with naming("--out"):
+        files = write_folder(out, names, count, test_count, difficulties(difficulty), seed)
+    typer.echo("\n".join(map(str, files)))
+
+
+@app.command()
 def pin(
     blend: Annotated[str, typer.Argument(help="A YAML file, whose revisions are replaced; or a shipped blend's name.")],
     out: Annotated[

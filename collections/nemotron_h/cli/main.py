@@ -17,6 +17,7 @@ from nemotron_h.cli.cache_teacher import distill_cache
 from nemotron_h.cli.chat import chat
 from nemotron_h.cli.compare_precision import compare_precision
 from nemotron_h.cli.completion import completion
+from nemotron_h.cli.coverage import coverage
 from nemotron_h.cli.data import app as data_app
 from nemotron_h.cli.eval import evaluate
 from nemotron_h.cli.export import export_app, import_app, merge_adapter
@@ -59,6 +60,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(merge_adapter)
 app.command("eval")(evaluate)
+app.command()(coverage)
 app.command("report")(draw_report)
 app.command("incidents")(show_incidents)
 app.command()(completion)

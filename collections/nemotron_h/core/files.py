@@ -6,10 +6,11 @@ Text is UTF-8 without a byte order mark; errors name the byte.
 from __future__ import annotations
 
 import codecs
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -204,6 +205,15 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object")
     return content
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows as CSV, a column for every key."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def parsed_lines(file: Path, parse: Callable[[bytes], T]) -> tuple[list[T], list[int]]:

@@ -21,15 +21,23 @@ class Subject:
         checkpoint: its folder.
         definition: its model.
         tokenizer: of its run, or the one that was named.
-        data: what its record says of the data that were read.
-        recipe_data: the `data` of its recipe.
+        record: run.json beside its weights.
     """
 
     checkpoint: Path
     definition: ModelDefinition
     tokenizer: Tokenizer
-    data: dict[str, Any]
-    recipe_data: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Return what the record says of the data that were read."""
+        return self.record.get("data") or {}
+
+    @property
+    def recipe_data(self) -> dict[str, Any]:
+        """Return the `data` of its recipe."""
+        return (self.record.get("recipe") or {}).get("data") or {}
 
     @classmethod
     def of(cls, path: Path, tokenizer: Path | None) -> Subject:
@@ -42,5 +50,4 @@ class Subject:
         record = read_record(checkpoint)
         definition = read_definition(record, f"checkpoint {checkpoint}")
         text = tokenizer_for(record, checkpoint, tokenizer, definition.vocab_size)
-        written = (record.get("recipe") or {}).get("data") or {}
-        return cls(checkpoint, definition, text, record.get("data") or {}, written)
+        return cls(checkpoint, definition, text, record)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from nemotron_h.architecture.alike import alike
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
+from nemotron_h.inference.clock import now
 from nemotron_h.inference.graph import Stepper
 from nemotron_h.inference.model import GenerationModel, column_major, lay_out
 from nemotron_h.inference.prefill import pass_tokens
@@ -79,16 +79,16 @@ def seconds(models: Sequence[GenerationModel], scenario: Scenario, turns: int = 
 
 def _turn(model: GenerationModel, prompts: Tensor, scenario: Scenario) -> Times:
     states = model.new_states(scenario.batch, scenario.context + scenario.output + STEPS + 2)
-    began = _now(model)
+    began = now(model)
     token = model.logits(_read_all(model, prompts, states)).argmax(-1)
-    read = _now(model) - began
+    read = now(model) - began
     states.advance(scenario.decoded_at - scenario.context)  # the cache is 0 there, which takes as long to read
     stepper, step = Stepper(model, states), math.inf
     for number in range(STEPS + 2):
-        began = _now(model)
+        began = now(model)
         token = stepper.step(token).argmax(-1)
         if number > 1:  # the second is recorded on a GPU
-            step = min(step, _now(model) - began)
+            step = min(step, now(model) - began)
     return read, step
 
 
@@ -223,12 +223,3 @@ def _processor() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _now(model: GenerationModel) -> float:
-    """Return a clock's seconds: of one CPU thread its own, which other work on the machine disturbs less."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.thread_time()
-    return time.perf_counter()

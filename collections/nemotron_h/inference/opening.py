@@ -46,6 +46,24 @@ class Opened:
         return f"{self.checkpoint.name}, {self.dtype} on {self.model.device}{drafted}"
 
 
+def dtype_and_device(dtype: str | None, device: str | None) -> tuple[str, str]:
+    """Return dtype and device as `open_checkpoint` takes them, with those that are None chosen.
+
+    Errors:
+        UserError: one is unknown, or is not there.
+    """
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
+    if device is not None and device.split(":")[0] not in DEVICES:
+        raise UserError(f"--device {device} is unknown", hint=f"use one of {', '.join(DEVICES)}")
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no GPU", hint="leave it out to run on the CPU")
+    return dtype or ("float32" if device == "cpu" else "bfloat16"), device
+
+
 def open_checkpoint(
     checkpoint: Path,
     tokenizer: Path | None,
@@ -67,10 +85,7 @@ def open_checkpoint(
             weights are read last.
     """
     _check_draft(draft, draft_tokens)
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
-    if device is not None and device.split(":")[0] not in DEVICES:
-        raise UserError(f"--device {device} is unknown", hint=f"use one of {', '.join(DEVICES)}")
+    dtype, device = dtype_and_device(dtype, device)
     import torch
 
     from nemotron_h.checkpoint.definition import read_definition
@@ -78,10 +93,6 @@ def open_checkpoint(
     from nemotron_h.inference.model import load_model
     from nemotron_h.inference.trained_tokenizer import tokenizer_for
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no GPU", hint="leave it out to run on the CPU")
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     checkpoint = find_checkpoint(checkpoint)
     record = read_record(checkpoint)
     definition = read_definition(record, f"checkpoint {checkpoint}")
@@ -150,7 +161,7 @@ def _draft_definition(ahead: Path, checkpoint: Path, text: Tokenizer) -> ModelDe
     return definition
 
 
-def recorded_template(opened: Opened) -> str | None:
+def recorded_template(tokenizer: Tokenizer, record: dict[str, Any]) -> str | None:
     """Return the chat template that came with a checkpoint: the one that wrote its run's conversations, else its
     tokenizer's.
 
@@ -161,8 +172,8 @@ def recorded_template(opened: Opened) -> str | None:
     from nemotron_h.data.hf_tokenizer import template_of
     from nemotron_h.data.manifest import data_root
 
-    folders = [Path(opened.tokenizer.path)]
-    data = (opened.record.get("recipe") or {}).get("data") or {}
+    folders = [Path(tokenizer.path)]
+    data = (record.get("recipe") or {}).get("data") or {}
     if "root" in data and "blend" in data:
         with contextlib.suppress(UserError):  # the blend may not be on this machine
             folders.insert(0, data_root(data["root"]) / load_blend(data["blend"]).name)

@@ -44,6 +44,22 @@ class States:
         layers = [None if layer is None else layer.rows(begin, end) for layer in self.layers]
         return States(layers, self.lengths[begin:end], self.positions[begin:end])
 
+    def taken(self, rows: Sequence[int]) -> States:
+        """Return some of the sequences, in this order, each as often as it is named: a copy."""
+        index = torch.tensor(rows, device=self.positions.device)
+        layers = [None if layer is None else layer.taken(index) for layer in self.layers]
+        lengths = self.lengths[rows]
+        return States(layers, lengths, torch.from_numpy(lengths).to(index.device))
+
+    def put(self, rows: Sequence[int], other: States) -> None:
+        """Replace some of the sequences by all those of other states of the same capacity, in place."""
+        index = torch.tensor(rows, device=self.positions.device)
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            if mine is not None:
+                mine.put(index, theirs)
+        self.lengths[rows] = other.lengths
+        self.positions[index] = other.positions
+
     def reserve(self, capacity: int) -> None:
         """Make room for sequences of so many tokens; what was read stays."""
         for layer in self.layers:

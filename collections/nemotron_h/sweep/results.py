@@ -11,14 +11,14 @@ from rich.table import Table
 
 from nemotron_h.core import plot
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import whole_file
+from nemotron_h.core.files import whole_file, write_csv
 from nemotron_h.core.page import for_both, render
 from nemotron_h.core.units import duration, short_count
 from nemotron_h.sweep.figures import draw, title_of
 from nemotron_h.sweep.file import SweepFile
 from nemotron_h.sweep.fits import fitted
 from nemotron_h.sweep.points import Point, folder_of
-from nemotron_h.sweep.rows import Row, groups, row_of, spread, write_csv
+from nemotron_h.sweep.rows import Row, groups, row_of, spread
 
 CSV, REPORT = "sweep.csv", "report.html"
 _PAGE = """{% extends "page" %}{% from "parts" import facts, table, chart %}

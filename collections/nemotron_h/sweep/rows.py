@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from nemotron_h.core.files import whole_file
 from nemotron_h.report.run import Run, read_run
 from nemotron_h.sweep.file import SEED
 from nemotron_h.sweep.points import Point, planned_row
@@ -42,15 +39,6 @@ def train_loss(run: Run) -> float:
     """Return the mean loss of a run's last steps."""
     losses = [step.loss for step in run.steps]
     return statistics.fmean(losses[-max(1, round(LAST * len(losses))) :]) if losses else math.nan
-
-
-def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as CSV, a column for every key."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 class Spread(NamedTuple):

@@ -138,6 +138,15 @@ class State:
         """Return some of the sequences: a view."""
         return type(self)(*(t[begin:end] for t in vars(self).values()))
 
+    def taken(self, rows: Tensor) -> State:
+        """Return these sequences, int64 [rows]: a copy."""
+        return type(self)(*(t[rows] for t in vars(self).values()))
+
+    def put(self, rows: Tensor, other: State) -> None:
+        """Replace these sequences, int64 [rows], by all those of another state of the same capacity."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine[rows] = theirs
+
     def reserve(self, capacity: int) -> None:
         """Make room for sequences of so many tokens; what was read stays."""
 

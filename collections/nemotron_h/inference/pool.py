@@ -1,0 +1,235 @@
+"""Sample many continuations in one batch, in which new sequences take the rows of those that ended, and count what each
+of them costs.
+
+Axes: b rows of the batch, v tokens that get scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemotron_h.core.errors import UserError
+from nemotron_h.core.units import gib
+from nemotron_h.inference.clock import now
+from nemotron_h.inference.generate import check_prompts
+from nemotron_h.inference.graph import Stepper
+from nemotron_h.inference.model import GenerationModel
+from nemotron_h.inference.prefill import pass_tokens, prefill
+from nemotron_h.inference.sampling import Sampling, choose
+from nemotron_h.inference.states import States
+from nemotron_h.platform.memory import available
+
+#: ours: rows beyond which a step takes about as long for each of them
+MOST_ROWS, MOST_ROWS_GPU = 256, 1024
+#: ours: share of the free memory that states and scores may take
+_MEMORY = 0.5
+#: bytes of a token's score while a token is chosen: float64 probabilities, sorted, with their places, and their sums
+_SCORE_BYTES = 40
+#: ours: part of the rows that has to be free before prompts are read: passes are of several prompts then
+_FREE_PART = 8
+#: ours: tokens that each row takes before the clock runs: the second step of a CUDA graph is recorded
+_WARM_TOKENS = 3
+END, ANSWER, LENGTH = "end", "answer", "max-tokens"
+
+
+class Job(NamedTuple):
+    """Continuation to sample: number of the prompt, number of the sample, seed of its generator."""
+
+    prompt: int
+    sample: int
+    seed: int
+
+
+@dataclass
+class Sample:
+    """Continuation of a prompt.
+
+    Attributes:
+        job: whose it is.
+        tokens: with the one that ended it.
+        log_probability: sum over the tokens of the model's, in nats, at temperature 1 and before top-p.
+        seconds: its share: of a pass over prompts by their tokens, of a step by the sequences that took part.
+        ended_by: `END` (a stop token), `ANSWER` or `LENGTH`.
+    """
+
+    job: Job
+    tokens: list[int] = field(default_factory=list)
+    log_probability: float = 0.0
+    seconds: float = 0.0
+    ended_by: str = ""
+
+
+def rows_that_fit(model: GenerationModel, capacity: int) -> int:
+    """Return the rows of a batch for which half of the free memory has room, within the most that are of use.
+
+    Args:
+        capacity: tokens of the longest sequence.
+    Errors:
+        UserError: there is no room for one.
+    """
+    each = model.new_states(1, capacity).bytes() + _SCORE_BYTES * len(model.output)
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # of a model before: PyTorch holds it, and it would not be free
+    there = available(str(model.device))
+    most = MOST_ROWS if model.device.type == "cpu" else MOST_ROWS_GPU
+    if (rows := min(most, int(_MEMORY * there) // each)) < 1:
+        raise UserError(
+            f"no room for a sequence of {capacity:,} tokens: it takes {gib(each)}, half of what is free is "
+            f"{gib(_MEMORY * there)}",
+            hint="lower --max-tokens, free memory, or take a larger machine",
+        )
+    return rows
+
+
+class Pool:
+    """A batch that is filled again as its sequences end.
+
+    A sequence is what its prompt and seed alone give (up to rounding), whatever else is in the batch. Its clock runs
+    in prefill and steps alone: the seconds of all samples add up to it.
+
+    Args:
+        prompts: token ids, at least one each.
+        batch: rows.
+        max_tokens: longest continuation.
+        sampling: how tokens are chosen; its seed is not used.
+        stop_ids: a sequence ends with any of these tokens.
+        complete: told the tokens of a sequence, whether they are all that it was to have.
+        graph: see `Stepper`.
+
+    Attributes:
+        seconds: of the engine so far.
+    Errors:
+        UserError: see `check_prompts`.
+    """
+
+    def __init__(
+        self,
+        model: GenerationModel,
+        prompts: Sequence[Sequence[int]],
+        *,
+        batch: int,
+        max_tokens: int,
+        sampling: Sampling,
+        stop_ids: Collection[int] = (),
+        complete: Callable[[list[int]], bool] = lambda tokens: False,
+        graph: bool | None = None,
+    ) -> None:
+        check_prompts(model, prompts, max_tokens)
+        self.model, self.prompts, self.batch, self.max_tokens = model, prompts, batch, max_tokens
+        self.sampling, self.stop_ids, self.complete, self.graph = sampling, frozenset(stop_ids), complete, graph
+        self.capacity = max(map(len, prompts)) + max_tokens
+        self.seconds = 0.0
+        self._rows: list[Sample | None] = []
+
+    def run(self, jobs: Callable[[int], Sequence[Job]]) -> Iterator[Sample]:
+        """Yield samples as they end.
+
+        Args:
+            jobs: returns so many jobs at most; the run ends when all have ended and it has none.
+        """
+        while first := list(jobs(self.batch)):
+            self._begin(len(first))
+            self._fill(first)
+            while any(self._rows):
+                yield from self._step()
+                free = self._rows.count(None)
+                if max(1, len(self._rows) // _FREE_PART) <= free < len(self._rows):
+                    if more := list(jobs(free)):
+                        self._fill(more)
+                    elif 2 * free >= len(self._rows):
+                        self._shrink()
+
+    def warm_up(self) -> None:
+        """Run a batch for a few tokens that no clock counts: kernels are compiled and caches warm then."""
+        jobs = [Job(row % len(self.prompts), row, 0) for row in range(self.batch)]
+        most, self.max_tokens = self.max_tokens, min(_WARM_TOKENS, self.max_tokens)
+        list(self.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]))
+        self.max_tokens, self.seconds = most, 0.0
+
+    def _begin(self, rows: int) -> None:
+        self._rows = [None] * rows
+        self._generators = [torch.Generator() for _ in range(rows)]
+        self._states = self.model.new_states(rows, self.capacity)
+        self._scores = torch.zeros(rows, len(self.model.output), dtype=self.model.dtype, device=self.model.device)
+        self._stepper = Stepper(self.model, self._states, self.graph)
+
+    @torch.inference_mode()
+    def _fill(self, jobs: Sequence[Job]) -> None:
+        """Read the prompts of jobs, each once, in passes of a bounded number of tokens, into free rows."""
+        free = [row for row, sample in enumerate(self._rows) if sample is None]
+        rows_of: dict[int, list[int]] = {}
+        for row, job in zip(free, jobs, strict=False):
+            self._rows[row] = Sample(job)
+            self._generators[row] = torch.Generator().manual_seed(job.seed)
+            rows_of.setdefault(job.prompt, []).append(row)
+        longest_first = sorted(rows_of, key=lambda number: -len(self.prompts[number]))
+        while longest_first:
+            count = max(1, pass_tokens(self.model) // len(self.prompts[longest_first[0]]))
+            numbers, longest_first = longest_first[:count], longest_first[count:]
+            began = now(self.model)
+            read = self.model.new_states(len(numbers), self.capacity)
+            scores = self.model.logits(prefill(self.model, [self.prompts[number] for number in numbers], read))
+            rows = [row for number in numbers for row in rows_of[number]]
+            origin = [place for place, number in enumerate(numbers) for _ in rows_of[number]]
+            self._states.put(rows, read.taken(origin))
+            self._scores[rows] = scores[origin]
+            seconds = now(self.model) - began
+            self.seconds += seconds
+            tokens = sum(len(self.prompts[number]) for number in numbers)
+            for number in numbers:
+                for row in rows_of[number]:
+                    share = len(self.prompts[number]) / tokens / len(rows_of[number])
+                    self._rows[row].seconds += seconds * share
+
+    @torch.inference_mode()
+    def _step(self) -> list[Sample]:
+        """Choose a token for every row and read it; return the sequences that it ends."""
+        began = now(self.model)
+        chosen = choose(self._scores, self.sampling, self._generators)  # [b]
+        logs = self._scores.float().log_softmax(-1).gather(-1, chosen[:, None])  # [b, 1]
+        running = [(row, sample) for row, sample in enumerate(self._rows) if sample is not None]
+        tokens, values = chosen.tolist(), logs.flatten().tolist()
+        for row, sample in running:
+            sample.tokens.append(tokens[row])
+            sample.log_probability += values[row]
+            sample.ended_by = self._end(sample.tokens)
+        ended = [row for row, sample in running if sample.ended_by]
+        if len(ended) < len(running):
+            self._scores = self._stepper.step(chosen)
+        for row in ended:
+            self._rows[row] = None
+        if ended:  # rows without a sequence go on counting, from 0
+            self._states.lengths[ended] = 0
+            self._states.positions[ended] = 0
+        seconds = now(self.model) - began
+        self.seconds += seconds
+        for _, sample in running:
+            sample.seconds += seconds / len(running)
+        return [sample for _, sample in running if sample.ended_by]
+
+    def _end(self, tokens: list[int]) -> str:
+        if tokens[-1] in self.stop_ids:
+            return END
+        if self.complete(tokens):
+            return ANSWER
+        return LENGTH if len(tokens) == self.max_tokens else ""
+
+    @torch.inference_mode()
+    def _shrink(self) -> None:
+        """Leave out the rows without a sequence: a step takes less time then."""
+        began = now(self.model)
+        rows = [row for row, sample in enumerate(self._rows) if sample is not None]
+        self._rows = [self._rows[row] for row in rows]
+        self._generators = [self._generators[row] for row in rows]
+        self._scores: Tensor = self._scores[rows]
+        self._states: States = self._states.taken(rows)
+        self._stepper = Stepper(self.model, self._states, self.graph)
+        seconds = now(self.model) - began
+        self.seconds += seconds
+        for sample in self._rows:
+            sample.seconds += seconds / len(rows)
