@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from nemotron_h.cli.calibration import BATCH, LR, SAMPLES, CalibrationText, device, load_parent
 from nemotron_h.cli.prune import CheckpointArgument
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
@@ -25,15 +26,9 @@ if TYPE_CHECKING:
     from nemotron_h.compression.heads.gates import Gates
     from nemotron_h.compression.heads.training import TrainedLayer
     from nemotron_h.compression.puzzle.local import Training
-    from nemotron_h.data.blend import Blend
-    from nemotron_h.data.manifest import Manifest
     from nemotron_h.inference.model import GenerationModel
 
 ALIGNED, MEAN, GATES = METHODS = ("aligned", "mean", "gates")
-#: as the paper's code: 128 x 2,048 tokens
-SAMPLES = 128
-#: ours: of a step of training, as of `LocalSchema`
-BATCH, LR = 16, 1e-3
 
 
 def align_heads(
@@ -110,14 +105,14 @@ def align_heads(
         for layer, alignment in alignments.items():
             typer.echo(f"layer {layer}: {alignment.line()}")
     if method != MEAN or tokens:
-        text = _Text.of(checkpoint, blend or "", root, seq_length, samples or SAMPLES, seed or 0)
+        text = CalibrationText.of(checkpoint, blend or "", root, seq_length, samples or SAMPLES, seed or 0)
         settings |= text.record(checkpoint)
         if tokens:
             training = Training(count_of(tokens, "--tokens", "align-heads"), batch or BATCH, LR if lr is None else lr)
-            training_text = text.for_training(training)
+            training_text = text.batches(training), text.held_out()[:, :-1]
             weighed = multipliers or MULTIPLIERS[0] if method == GATES else None
             settings |= asdict(training) | ({"multipliers": weighed} if weighed else {})
-        model = _load(checkpoint, exact=tokens is not None)
+        model = load_parent(checkpoint, exact=tokens is not None)
         if method != MEAN:
             alignments = _align(model, text, layers, kv_heads)
         if tokens:
@@ -165,82 +160,8 @@ def _check_options(
         raise UserError(f"--method {method} needs text", hint="add --blend NAME, a prepared blend")
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Text to align and to train on.
-
-    Attributes:
-        length, samples: tokens of a window, windows to align on.
-        seed: of the choice of windows, the search for groups and the gates.
-    """
-
-    blend: Blend
-    manifest: Manifest
-    length: int
-    samples: int
-    seed: int
-
-    @classmethod
-    def of(
-        cls, checkpoint: Path, blend: str, root: Path | None, seq_length: int | None, samples: int, seed: int
-    ) -> _Text:
-        """Return the text of the options."""
-        from nemotron_h.checkpoint.reader import read_record
-        from nemotron_h.data.blend import load_blend
-        from nemotron_h.data.manifest import check_manifest
-
-        length = seq_length or (read_record(checkpoint).get("data") or {}).get("seq_length")
-        if not length:
-            raise UserError(f"{checkpoint} does not tell its sequence length", hint="give --seq-length")
-        text = load_blend(blend)
-        return cls(text, check_manifest(root, text), length, samples, seed)
-
-    def record(self, checkpoint: Path) -> dict[str, Any]:
-        """Return what run.json tells of it."""
-        from nemotron_h.checkpoint.folders import INTEGRITY
-        from nemotron_h.core.files import file_sha256
-        from nemotron_h.data.feed.calibration import text_record
-
-        return {
-            "checkpoint_sha256": file_sha256(checkpoint / INTEGRITY),
-            "samples": self.samples,
-            "seq_length": self.length,
-            "seed": self.seed,
-            **text_record(self.blend, self.manifest),
-        }
-
-    def for_training(self, training: Training) -> tuple[Callable[[int], np.ndarray], np.ndarray]:
-        """Return number of a step -> its windows, and held-out windows that errors are told of.
-
-        Errors:
-            UserError: there is less text, or none is held out.
-        """
-        from nemotron_h.data.feed.calibration import calibration_batches
-        from nemotron_h.data.feed.sampler import ValidationText
-
-        tokens, batch = training.tokens, training.batch
-        batches = calibration_batches(self.blend, self.manifest, tokens, batch, self.length, self.seed)
-        held_out = ValidationText.of(self.blend, self.manifest, self.length)
-        return batches, held_out.read(self.manifest, min(self.samples, held_out.windows))[:, :-1]
-
-
-def _load(checkpoint: Path, exact: bool) -> GenerationModel:
-    """Return the parent; `exact` in float32."""
-    import torch
-
-    from nemotron_h.inference.model import load_model
-
-    return load_model(checkpoint, dtype=torch.bfloat16 if torch.cuda.is_available() and not exact else torch.float32)
-
-
-def _device() -> str | None:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else None
-
-
 def _align(
-    model: GenerationModel, text: _Text, layers: Mapping[int, AttentionHeads], kv_heads: int
+    model: GenerationModel, text: CalibrationText, layers: Mapping[int, AttentionHeads], kv_heads: int
 ) -> dict[int, LayerAlignment]:
     """Return the alignments, each told as a line when it is there."""
     from nemotron_h.compression.heads.alignment import align
@@ -250,7 +171,7 @@ def _align(
     windows = calibration_windows(text.blend, text.manifest, text.samples, text.length, text.seed)
     console = Console(stderr=True)
     with StageProgress(console, "windows through the model", len(windows)) as bar:
-        moments = measure_moments(model, windows, bar.advance, _device())
+        moments = measure_moments(model, windows, bar.advance, device())
     with StageProgress(console, "layers aligned", len(layers)) as bar:
 
         def tell(layer: int, alignment: LayerAlignment) -> None:
@@ -274,7 +195,7 @@ def _train(
     from nemotron_h.compression.heads.training import train_layers
     from nemotron_h.export.source import ModelSource
 
-    (batches, held_out), forward = text, Forward(model, device=_device())
+    (batches, held_out), forward = text, Forward(model, device=device())
     step = batches(0).size
     work = len(alignments) * math.ceil(training.tokens / step) * step
     with StageProgress(Console(stderr=True), "tokens through layers", work) as bar:

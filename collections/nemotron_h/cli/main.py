@@ -32,6 +32,7 @@ from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
 from nemotron_h.cli.shapes import shapes
 from nemotron_h.cli.sweep import sweep
+from nemotron_h.cli.transplant import transplant
 from nemotron_h.core.errors import report, user_error
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ app.command()(sweep)
 app.command()(importance)
 app.command()(prune)
 app.command()(align_heads)
+app.command()(transplant)
 app.command()(minipuzzle)
 app.command()(puzzle)
 app.command()(distill_cache)

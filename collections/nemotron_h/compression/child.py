@@ -123,11 +123,18 @@ def child_definition(parent: ModelDefinition, child: Child, name: str) -> ModelD
 
 
 def definition_of_layers(
-    parent: ModelDefinition, layers: Sequence[tuple[type[Block], Mapping[str, int]]], hidden_size: int, name: str
+    parent: ModelDefinition,
+    layers: Sequence[tuple[type[Block], Mapping[str, int]]],
+    hidden_size: int,
+    name: str,
+    origin: str = "pruned",
 ) -> ModelDefinition:
     """Return the definition of a model of these layers, each a kind with its widths, which is its parent's otherwise.
 
     The model's widths are those that most layers have; the other layers state theirs in `overrides`.
+
+    Args:
+        origin: what was done to the parent, for `sources`.
     """
     pattern = "".join(kind.letter for kind, _ in layers)
     of_layers = [widths for _, widths in layers]
@@ -149,9 +156,10 @@ def definition_of_layers(
     values.update(hidden_size=hidden_size, pattern=pattern)
     changed = sorted(key for key, value in values.items() if value != getattr(parent, key))
     sources = {key: text for key, text in parent.sources.items() if key not in changed}
-    sources.update({key: f"pruned from {parent.name}" for key in changed if values[key]})
+    sources.update({key: f"{origin} from {parent.name}" for key in changed if values[key]})
     check_name("the child's name", name)
-    definition = replace(parent, name=name, family=family_of(pattern), expect=Expect(), sources=sources, **values)
+    family = family_of(pattern, values.get("position_embedding", parent.position_embedding) != "none")
+    definition = replace(parent, name=name, family=family, expect=Expect(), sources=sources, **values)
     definition.validate_structure(name)
     return definition.counted()
 

@@ -27,6 +27,21 @@ def check_new(out: Path) -> None:
         raise UserError(f"there is no folder {out.parent}", hint=f"create it: mkdir -p {out.parent}")
 
 
+def check_room(out: Path, needed: int) -> None:
+    """Check that the disk has room for an output of `needed` bytes.
+
+    Errors:
+        UserError: tells what is free.
+    """
+    parent = out.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if free < needed + _SPARE:
+        raise UserError(
+            f"{parent} has {free / 1e9:,.1f} GB free, {(needed + _SPARE) / 1e9:,.1f} GB are needed",
+            hint="free space, or name an OUT on another disk",
+        )
+
+
 @contextmanager
 def new_folder(out: Path, needed: int) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that takes its name when the block ends well, and is removed when it does
@@ -54,12 +69,7 @@ def new_file(out: Path, needed: int) -> Iterator[Path]:
 def _unfinished(out: Path, needed: int) -> Iterator[Path]:
     out = out.absolute()
     check_new(out)
-    free = shutil.disk_usage(out.parent).free
-    if free < needed + _SPARE:
-        raise UserError(
-            f"{out.parent} has {free / 1e9:,.1f} GB free, {(needed + _SPARE) / 1e9:,.1f} GB are needed",
-            hint="free space, or name an OUT on another disk",
-        )
+    check_room(out, needed)
     temporary = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
         yield temporary

@@ -20,6 +20,7 @@ class ModelSource:
     Args:
         checkpoint: as `find_checkpoint` returns it.
     Attributes:
+        checkpoint: its folder.
         definition: the model.
         rows: the table of its weights.
         dtype: the checkpoint's.
@@ -29,7 +30,7 @@ class ModelSource:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        record = read_record(checkpoint)
+        self.checkpoint, record = checkpoint, read_record(checkpoint)
         self.definition = read_definition(record, f"checkpoint {checkpoint}")
         self._file = open_weights(checkpoint)
         self.rows = list(weights(self.definition))

@@ -80,9 +80,15 @@ def _check_hybrid(pattern: str, origin: str) -> None:
             )
 
 
-def family_of(pattern: str) -> str:
-    """Return the family whose rules a pattern follows; `pruned` where it follows those of none."""
+def family_of(pattern: str, positions: bool = False) -> str:
+    """Return the family whose rules a pattern follows; `pruned` where it follows those of none.
+
+    Args:
+        positions: the model has position embeddings.
+    """
     for family in _RULED:
+        if positions and family in WITHOUT_POSITIONS:
+            continue
         try:
             check_pattern(pattern, family, "")
         except UserError:
