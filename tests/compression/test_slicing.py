@@ -15,13 +15,16 @@ import yaml
 from forks import Forks
 from small_model import EXPERTS, pure_config, relative_error, small_config, small_model
 
+from nemotron_h.architecture.blocks.transplant import transplants
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.compression import slicing
 from nemotron_h.compression.candidates import Candidates
 from nemotron_h.compression.child import Child, child_definition
+from nemotron_h.compression.transplant.mixers import Mixers
 from nemotron_h.core.errors import UserError
+from nemotron_h.export.source import ModelSource
 from nemotron_h.inference.model import load_model
 from nemotron_h.schema.minipuzzle import BudgetSchema, GridSchema
 
@@ -378,6 +381,14 @@ def test_parent_of_two_tensor_parallel_ranks(tmp_path: Path, forks: Forks, megat
     assert torch.equal(actual.output, expected.output)
     for one, other in zip(actual.layers, expected.layers, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+    source = ModelSource(tmp_path / "tp2")
+    mixers = Mixers(source, transplants(source.definition.blocks, [3], None, ""), seed=0)
+    attention = load_model(tmp_path / "tp2").layers[3]
+    q, k, v = attention.qkv.unflatten(0, (2, 4, 16)).split([2, 1, 1], dim=1)
+    copies = torch.stack([each.expand(2, 2, 16, 48).reshape(64, 48) for each in (v, k, q)])  # x, B and C
+    _, in_proj, *_, out_proj = mixers.tensors(3)
+    assert torch.equal(in_proj[64:-4], copies.flatten(0, 1))
+    assert torch.equal(out_proj, attention.proj)
 
 
 def test_wrong_child_is_not_saved(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
