@@ -76,13 +76,14 @@ def record(transplant: Transplant) -> dict[str, Any]:
     """Return where the weights of a mixer come from, for JSON."""
     heads = transplant.heads
     shared = heads.groups * heads.queries // transplant.groups
-    of_group = "" if shared == 1 else f", mean of {shared} query heads"
+    mean = f", means of {shared} query heads" if shared > 1 else ""
+    copies = f", {heads.queries} copies each" if heads.queries > 1 else ""
     return {
         "heads": heads.groups * heads.queries,
         "groups": transplant.groups,
-        "C": f"Q{of_group}",
-        "B": f"K{of_group}" if shared > 1 else f"K, {heads.queries} copies each",
-        "x": f"V, {heads.queries} copies each",
+        "C": f"Q{mean}",
+        "B": f"K{mean or copies}",
+        "x": f"V{copies}",
         "out_proj": "O",
         "dropped": transplant.dropped(),
     }
