@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from plain_model import definition, model
-from save_checkpoint import save
+from save_checkpoint import finish, save
 from small_model import VOCABULARY, pure_config, relative_error, small_config, small_model
 from test_prune_cli import invoke, place  # noqa: F401
 from torch import Tensor
@@ -363,8 +364,14 @@ def test_refusals(place: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.
     falcon = _run(place, tmp_path / "falcon", pure_config("PS"))
     with pytest.raises(UserError, match="has no layer that is attention alone"):
         invoke("transplant", falcon, tmp_path / "child", "--every", 2)
+    adapter = Path(shutil.copytree(llama, tmp_path / "adapter"))
+    record = json.loads((adapter / "run.json").read_text())
+    (adapter / "run.json").write_text(json.dumps(record | {"adapter": {"kind": "lora"}}))
+    finish(adapter)
+    with pytest.raises(UserError, match="adapter is an adapter, not a whole model"):
+        invoke("transplant", adapter, tmp_path / "child", "--every", 2)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1})())
     monkeypatch.setattr("nemotron_h.cli.transplant._measure", lambda *_: pytest.fail("it began to measure"))
     with pytest.raises(UserError, match="GB are needed"):
         invoke("transplant", llama, tmp_path / "child", "--layers", 0, "--tokens", "1K", *text)
-    assert [path.name for path in tmp_path.iterdir()] == ["falcon"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "falcon"]

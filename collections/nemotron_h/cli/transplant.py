@@ -34,9 +34,7 @@ def transplant(
     ] = None,
     every: Annotated[
         int | None,
-        typer.Option(
-            help="Attention stays in every so-many-th attention layer alone: with 2 in the second, fourth, ..."
-        ),
+        typer.Option(help="Attention stays in every N-th attention layer alone: with 2 in the second, fourth, ..."),
     ] = None,
     count: Annotated[
         int | None,
