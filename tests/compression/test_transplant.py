@@ -233,6 +233,7 @@ def test_what_is_written_is_the_parent_s(
     record = json.loads((out / "run.json").read_text())["transplanted"]
     assert (record["model"], record["chosen_by"], record["seed"]) == ("small", "every", 0)
     assert [(row["layer"], row["heads"], row["groups"]) for row in record["layers"]] == [(0, 6, count), (4, 6, count)]
+    assert record["groups"].startswith(f"{groups}, as asked" if groups else "one for each query head")
     assert record["layers"][0]["dropped"] == ["position_embedding", "qkv_bias", "qk_norm"]
 
 

@@ -100,7 +100,10 @@ def transplant(
     mixers = _mixers(checkpoint, (layers, every, count), groups, seed)
     source, chosen, name = mixers.source, list(mixers.transplants), name or definition_name(out.absolute().name)
     check_room(out, size(child_definition(source.definition, mixers.transplants, name), source.dtype))
-    settings: dict[str, Any] = {"chosen_by": "layers" if layers else "every" if every else "count"}
+    settings: dict[str, Any] = {
+        "chosen_by": "layers" if layers else "every" if every else "count",
+        "groups": f"{groups}, as asked for: means" if groups else "one for each query head, which has its own Q",
+    }
     errors: dict[int, Error] = {}
     if tokens or count:
         text = CalibrationText.of(source.checkpoint, blend or "", root, seq_length, samples or SAMPLES, seed)
