@@ -15,23 +15,22 @@ from forks import FORKS
 LIMIT = 4.0
 WORKER = Path(__file__).with_name("worker.py")
 TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2", "dp2", "dp2opt", "tp2spopt")
-PURE = tuple(f"{family}-{layout}" for family in ("transformer", "mamba2") for layout in ("tp2sp", "pp2"))
+PURE = ("mamba2-tp2sp", "mamba2-pp2")
 PAIRS = ("preference-tp2sp", "preference-pp2", "preference-dp2")
-ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2", "dora-tp2sp", "dora-tp2spopt")
+ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2sp", "dora-tp2spopt")
 FALCON = (*(f"falcon_h1-{layout}" for layout in ("tp2", "tp2spagain", "pp2", "dp2")), "falconlora-tp2sp")
-LLAMA = tuple(f"llama-{layout}" for layout in ("tp2", "tp2spagain", "pp2", "tp2spopt"))
+LLAMA = tuple(f"llama-{layout}" for layout in ("tp2spagain", "pp2", "tp2spopt"))
 EXPERTS = tuple(f"experts-{layout}" for layout in ("ep2", "dp2", "tp2sp", "pp2", "tp2spep2again", "tp2spopt", "ep2opt"))
 EXPERT_ADAPTERS = tuple(
-    f"experts{layout}"
-    for layout in ("lora-ep2", "lora-dp2opt", "lora-tp2spep2again", "lora-tp2spopt", "dora-ep2opt", "dora-tp2sp")
+    f"experts{layout}" for layout in ("lora-ep2", "lora-dp2opt", "lora-tp2spep2again", "dora-ep2opt", "dora-tp2sp")
 )
-LINEAR = ("linear-tp2", "linear-tp2spagain", "lineardora-tp2", "lineardora-tp2sp")
+LINEAR = ("linear-tp2spagain", "lineardora-tp2sp")
 #: of these, those whose states are sharded
 SHARED_ADAPTERS = tuple(name for name in EXPERT_ADAPTERS if name.endswith("opt"))
-KINDS = ("transformer", "mamba2", "preference", "lora", "dora", "expertslora", "expertsdora", "linear", "lineardora")
+KINDS = ("mamba2", "preference", "lora", "dora", "expertslora", "expertsdora", "linear", "lineardora")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 MUON = (
-    *(f"{layout}optmuon" for layout in ("dp2", "tp2", "tp2sp", "pp2")),
+    *(f"{layout}optmuon" for layout in ("dp2", "tp2sp", "pp2")),
     "experts-ep2optmuon",
     "experts-tp2spoptmuon",
     "falcon_h1-tp2optmuon",

@@ -31,6 +31,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from process_groups import leave_model_parallel  # noqa: E402
 
 from nemotron_h.architecture.rank import Layout  # noqa: E402
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
@@ -357,7 +358,7 @@ def train(name: str) -> dict[str, object]:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
     result |= {"sizes": sizes, "logits": logits, "states": moments(optimizer), "planned": planned_moments(config, name)}
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     return result
 
 

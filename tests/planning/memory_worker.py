@@ -21,6 +21,7 @@ from nemotron_h.platform import cpu, quiet
 
 quiet.hush()
 cpu.install()
+sys.path.append(str(Path(__file__).parents[1] / "parallel"))
 
 from allocations import live_bytes, mark  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -33,6 +34,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
+from process_groups import leave_model_parallel  # noqa: E402
 from small_models import as_definition  # noqa: E402
 
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
@@ -173,7 +175,7 @@ def measure(case: Case) -> dict[str, Any]:
                 gc.collect()  # cycles of finished graphs
     del step
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     last = f"step{STEPS - 1}"
     return {"stage": stage, "peak": live.peaks[last], "states": live.after[last], "at": live.peak_ops[last]}
 
