@@ -215,7 +215,8 @@ def test_modelled_blocks_add_up_to_the_model() -> None:
 def test_scaled_costs_make_the_model_s() -> None:
     costs, names = model_blocks(BLOCKS, PARENT, SCENARIO, gpu("h100")), {each: name for name, each in BLOCKS.items()}
     layers = [names[each] for each in PARENT.blocks]
-    scaled = scaled_to(costs, layers, Latency(2.0, 0.5))
+    parts = total([*(costs[name] for name in layers), costs["ends"]])
+    scaled = scaled_to(costs, parts, Latency(2.0, 0.5))
     whole = total([*(scaled[name] for name in layers), scaled["ends"]])
     assert (whole.prefill, whole.decode) == (pytest.approx(2.0, rel=1e-12), pytest.approx(0.5, rel=1e-12))
     for key in ("prefill", "decode"):

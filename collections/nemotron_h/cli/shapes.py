@@ -96,16 +96,13 @@ def _latency(
     from nemotron_h.planning import latency
     from nemotron_h.planning.gpus import gpu, known_gpus
 
+    of_file, known = on.endswith((".yaml", ".yml")), sorted({*latency.known_machines(), *known_gpus()})
+    if not of_file and on not in known:
+        hint = f"{nearest(on, known)}Known: {', '.join(known)}, or a file of nemotron-h layer-costs."
+        raise UserError(f"--on {on}: there is no such machine", hint=hint)
     device = gpu(on) if on in known_gpus() else None
     try:
-        if on.endswith((".yaml", ".yml")):
-            costs, file = latency.read_layer_costs(Path(on)), on
-        elif on in latency.known_machines():
-            costs, file = latency.shipped_layer_costs(on, scenario)
-        else:
-            known = sorted({*latency.known_machines(), *known_gpus()})
-            hint = f"{nearest(on, known)}Known: {', '.join(known)}, or a file of nemotron-h layer-costs."
-            raise UserError(f"--on {on}: there is no such machine", hint=hint)
+        costs, file = (latency.read_layer_costs(Path(on)), on) if of_file else latency.shipped_layer_costs(on, scenario)
         latency.check_costs(costs, model, scenario, file)
     except UserError:
         if device is None:

@@ -108,17 +108,16 @@ def measure_blocks(
     return {**costs, ENDS: _cost_of_ends(like, _seconds(_rows(table, ENDS, ends)))} if blocks else {}
 
 
-def scaled_to(costs: Mapping[str, BlockCost], layers: Iterable[str], whole: Latency) -> dict[str, BlockCost]:
+def scaled_to(costs: Mapping[str, BlockCost], parts: BlockCost, whole: Latency) -> dict[str, BlockCost]:
     """Return measured costs with all seconds multiplied so that those of a model's layers and ends make the model's.
 
     Layers find other data in the caches than in a stack of their like, and share what a step has beside them.
 
     Args:
-        layers: names of the model's.
+        parts: total of the model's layers and ends.
         whole: measured of it.
     """
-    own = total([*(costs[name] for name in layers), costs[ENDS]])
-    prefill, decode = whole.prefill / own.prefill, whole.decode / own.decode
+    prefill, decode = whole.prefill / parts.prefill, whole.decode / parts.decode
     return {
         name: replace(each, prefill=each.prefill * prefill, decode=each.decode * decode) for name, each in costs.items()
     }

@@ -126,7 +126,7 @@ def _timed(c: Context, blocks: dict[str, Block], path: Path) -> tuple[dict[str, 
             (whole,) = (Latency(*times) for times in seconds([c.parent.model], scenario(c)))
             bar.advance()
         sums = total([*(costs[name] for name in layers), costs[ENDS]])
-        costs = scaled_to(costs, layers, whole)
+        costs = scaled_to(costs, sums, whole)
         said += _agreement(c, *(_seconds(c, each.prefill, each.decode)[LATENCY] for each in (whole, sums)), path)
     return {name: _seconds(c, each.prefill, each.decode) for name, each in costs.items()}, said
 
