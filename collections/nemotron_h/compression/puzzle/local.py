@@ -10,7 +10,7 @@ Axes: b windows, l tokens, h hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.compression.forward import Forward
+from nemotron_h.compression.importance import check_tokens
 from nemotron_h.compression.puzzle.initial import Fit
 from nemotron_h.compression.scoring import LOGITS_ELEMENTS
 from nemotron_h.inference.model import GenerationModel
@@ -244,6 +245,31 @@ def imitate(
                 tensor.copy_(value)
             after[name] = before[name]
     return {name: (before[name], after[name]) for name in pieces}
+
+
+def imitate_each(
+    forward: Forward,
+    pieces: Iterable[tuple[int, Piece]],
+    training: Training,
+    batches: Callable[[int], np.ndarray],
+    held_out: np.ndarray,
+    advance: Advance = lambda _: None,
+) -> Iterator[tuple[int, Piece, float, float]]:
+    """Train a piece in each of some layers as `imitate` does, and yield the layer, the piece and both errors.
+
+    Args:
+        forward: of the parent, in float32 or wider.
+        pieces: (layer, what is to do what it does), asked for one after the other.
+        training: of each.
+    Errors:
+        UserError: token ids that the model lacks.
+    """
+    for windows in (held_out, batches(0)):
+        check_tokens(windows, forward.definition)
+    for layer, piece in pieces:
+        there = range(layer, layer + 1)
+        (error,) = imitate(forward, there, {"": piece}, {"": training}, batches, held_out, advance).values()
+        yield layer, piece, *error
 
 
 @torch.inference_mode()

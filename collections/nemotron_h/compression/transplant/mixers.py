@@ -17,7 +17,7 @@ from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.heads.fusion import qkv_row
 from nemotron_h.compression.importance import check_tokens
 from nemotron_h.compression.puzzle.initial import layer_tensors
-from nemotron_h.compression.puzzle.local import Advance, Change, Piece, Training, changes, imitate
+from nemotron_h.compression.puzzle.local import Advance, Change, Piece, Training, changes, imitate_each
 from nemotron_h.compression.transplant.layers import child_definition
 from nemotron_h.export.source import ModelSource
 from nemotron_h.model.blocks.transplant import mixer_tensors
@@ -89,14 +89,10 @@ class Mixers:
         Errors:
             UserError: token ids that the model lacks.
         """
-        for windows in (held_out, batches(0)):
-            check_tokens(windows, forward.definition)
-        errors = {}
-        for layer in self.transplants:
-            piece, there = self.piece(layer, forward), range(layer, layer + 1)
-            (error,) = imitate(forward, there, {"": piece}, {"": training}, batches, held_out, advance).values()
+        errors, pieces = {}, ((layer, self.piece(layer, forward)) for layer in self.transplants)
+        for layer, piece, *both in imitate_each(forward, pieces, training, batches, held_out, advance):
             self.trained[layer] = [tensor.cpu() for tensor in piece.tensors]
-            errors[layer] = Error(*error)
+            errors[layer] = Error(*both)
             done(layer, errors[layer])
         return errors
 
