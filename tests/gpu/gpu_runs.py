@@ -67,6 +67,15 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
     ),
     "linear": (("family: nemotron_h", "family: pruned"), ("pattern: M-M*-", "pattern: M-ML*-L")),
+    "llama": (
+        ("family: nemotron_h", "family: pruned"),
+        ("pattern: M-M*-", "pattern: 'M*S*S'"),
+        (
+            "\n  conv_kernel",
+            "\n  position_embedding: rope\n  rope_base: 10000\n  rope_percent: 1.0\n  qkv_bias: true\n  qk_norm: true"
+            "\n  tied_embeddings: true\n  conv_kernel",
+        ),
+    ),
 }
 COUNTED = "mamba: 2, attention: 1, ffn: 2, parameters: 163376"
 #: of each of these models at the widths of the GPU and of the CPU
@@ -84,6 +93,10 @@ COUNTS = {
     "linear": (
         "mamba: 2, attention: 1, ffn: 2, linear: 2, parameters: 9606240",
         "mamba: 2, attention: 1, ffn: 2, linear: 2, parameters: 171696",
+    ),
+    "llama": (
+        "mamba: 1, attention: 2, ffn: 0, swiglu: 2, parameters: 9721136",
+        "mamba: 1, attention: 2, ffn: 0, swiglu: 2, parameters: 125208",
     ),
 }
 

@@ -137,6 +137,18 @@ EXPERTS = {
     "expert_scaling": 2.5,
 }
 
+#: a Transformer with what Llama, Qwen2 and Qwen3 have, in place of the hybrid
+LLAMA = {
+    "hybrid_override_pattern": "*S*S",
+    "family": "pruned",
+    "position_embedding_type": "rope",
+    "rotary_base": 10_000,
+    "rotary_percent": 1.0,
+    "add_qkv_bias": True,
+    "qk_layernorm": True,
+    "share_embeddings_and_output_weights": True,
+}
+
 
 def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
     """A small model; equal seeds give equal weights whatever the layers' classes."""
@@ -187,7 +199,7 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
         return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
-    for changes in ({}, FALCON, EXPERTS):
+    for changes in ({}, FALCON, EXPERTS, LLAMA):
         losses = {}
         for dtype in (torch.float32, torch.bfloat16):
             for name, spec in (("engine", layers.stack_spec), ("plain", plain)):
@@ -225,7 +237,13 @@ def test_no_value_is_read_before_it_is_written() -> None:
     from nemotron_h.model import layers
 
     rng = torch.Generator("cuda").manual_seed(3)
-    for name, changes in (("hybrid", {}), ("transformer", TRANSFORMER), ("parallel", FALCON), ("experts", EXPERTS)):
+    for name, changes in (
+        ("hybrid", {}),
+        ("transformer", TRANSFORMER),
+        ("parallel", FALCON),
+        ("experts", EXPERTS),
+        ("llama", LLAMA),
+    ):
         built = model(layers.stack_spec, torch.bfloat16, **changes).train()
         for rows, length in ((16, 512), (2, 256), (3, 300)):
             tokens = torch.randint(512, (rows, length + 1), device="cuda", generator=rng)

@@ -1,4 +1,4 @@
-"""On two GPUs with NCCL: two ranks train what one does, a hybrid, Muon, experts, Falcon-H1's and linear layers.
+"""On two GPUs with NCCL: two ranks train what one does: a hybrid, Muon, experts, Falcon-H1's, linear and Llama's layers.
 
 `python tests/gpu/test_gpu_layouts.py` does it without pytest and prints the largest difference of a loss and a norm.
 Without GPUs it tries itself on the CPU with gloo.
@@ -86,7 +86,12 @@ def linear(small: small_run.Small) -> None:
     check(small, "linear")
 
 
-CHECKS = (hybrid, muon, experts, parallel, linear)
+def llama(small: small_run.Small) -> None:
+    """Compare layouts of attention with biases and norms of heads, and an embedding that is the output matrix too."""
+    check(small, "llama")
+
+
+CHECKS = (hybrid, muon, experts, parallel, linear, llama)
 assert [each.__name__ for each in CHECKS] == list(KINDS)
 
 if pytest is not None:
