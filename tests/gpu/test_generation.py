@@ -5,6 +5,7 @@ Also runs as a script where pytest is not installed: `python tests/gpu/test_gene
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from nemotron_h.architecture.definition import Expect, ModelDefinition  # noqa: 
 from nemotron_h.inference import layer_costs  # noqa: E402
 from nemotron_h.inference.drafts import Draft  # noqa: E402
 from nemotron_h.inference.generate import Generation, generate  # noqa: E402
-from nemotron_h.inference.graph import Stepper  # noqa: E402
+from nemotron_h.inference.graph import Recorded, Stepper  # noqa: E402
 from nemotron_h.inference.model import GenerationModel  # noqa: E402
 from nemotron_h.inference.pool import Job, Pool  # noqa: E402
 from nemotron_h.inference.prefill import prefill  # noqa: E402
@@ -111,6 +112,31 @@ def test_graph_changes_no_token() -> None:
     sampling = Sampling(temperature=0.8, top_p=0.9, seed=3)
     runs = [generate(model, prompts, max_tokens=40, sampling=sampling, graph=graph) for graph in (None, False)]
     assert runs[0] == runs[1]
+
+
+def test_a_graph_of_before_is_not_freed_while_another_is_recorded() -> None:
+    model = random_model(definition("M-M*-M-"), torch.bfloat16, "cuda")
+    before = Recorded(lambda x: x + 1, model, True)
+    for _ in range(3):
+        before(torch.ones(4, device="cuda"))
+    before.itself = before  # a cycle, which the collector alone frees
+    del before
+    often, usual = (1, 1, 1), gc.get_threshold()
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(100):
+            x = x + len([[] for _ in range(100)])
+        return x
+
+    recorded = Recorded(function, model, True)
+    gc.set_threshold(*often)
+    try:
+        results = [recorded(torch.zeros(4, device="cuda")).sum().item() for _ in range(3)]
+    finally:
+        gc.set_threshold(*usual)
+    assert results == [4 * 100 * 100] * 3
+    assert recorded.graph is not None
+    assert gc.isenabled()
 
 
 def test_drafts_change_no_greedy_token() -> None:
@@ -211,6 +237,7 @@ if __name__ == "__main__":
     test_attention_kernel_reads_only_what_was_written()
     test_prefill_and_graphed_steps_are_the_full_forward()
     test_graph_changes_no_token()
+    test_a_graph_of_before_is_not_freed_while_another_is_recorded()
     test_drafts_change_no_greedy_token()
     test_sampled_drafts_are_the_host_s()
     test_rows_of_a_pool_are_their_sequences()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,9 +49,22 @@ class Recorded:
         self.inputs = [each.to(self.device).clone() for each in inputs]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):  # records, does not run
+        with _without_collection(), torch.cuda.graph(graph):  # records, does not run
             self.result = self.function(*self.inputs)
         self.graph = graph
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python's collector from running inside the block: the graph of a generation before, which a cycle of
+    references kept, would be freed there, and CUDA gives up what it records when memory is freed.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class Stepper:
