@@ -1,4 +1,4 @@
-"""On two GPUs with NCCL: two ranks train what one does: a hybrid, Muon, experts, and Falcon-H1's, linear, Llama's layers.
+"""On two GPUs with NCCL: two ranks train what one does: a hybrid, Muon, experts, Falcon-H1, linear layers and a Llama.
 
 `python tests/gpu/test_gpu_layouts.py` does it without pytest and prints the largest difference of a loss and a norm.
 Without GPUs it tries itself on the CPU with gloo.
