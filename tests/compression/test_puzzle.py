@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,18 @@ def test_the_child_is_what_was_chosen(solved: tuple[Tiny, Result]) -> None:
     refined = read(tiny, "refine", "refined.json")["kl"]
     assert from_disk.kl == pytest.approx(refined["after"], rel=5e-3), "of bf16"
     assert refined["after"] < refined["before"] == compared["solutions"][chosen["solution"]]["kl"]
+
+
+def test_pairs_that_are_worse_together_are_not_taken(
+    solved: tuple[Tiny, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def worse(*arguments: Any) -> dict[str, Any]:
+        return {"before": SimpleNamespace(kl=0.1), "after": SimpleNamespace(kl=0.2)}
+
+    monkeypatch.setattr(refine, "child_changes", worse)
+    said = refine.run(puzzle(solved[0]), tmp_path)
+    assert said.endswith("KL 0.1000 -> 0.2000: the variants stay as they were")
+    assert json.loads((tmp_path / "refined.json").read_text())["stored"] == {}
 
 
 def test_the_healed_child_is_closer_to_its_parent(solved: tuple[Tiny, Result]) -> None:

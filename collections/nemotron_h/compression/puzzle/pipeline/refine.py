@@ -58,8 +58,11 @@ def run(c: Context, folder: Path) -> str:
     children = {"before": c.realised(picks), "after": c.realised(picks, stored)}
     kl = {name: each.kl for name, each in child_changes(c.parent.model, children, text, batch).items()}
     told = [{"layer": each.layer, "made": each.made, "trained": each.trained} for each in entries]
-    write_json(folder / REFINED, {"pairs": told, "stored": stored, "kl": kl})
-    return f"{len(pairs)} pairs of layers, {len(missing)} trained now; KL {kl['before']:.4f} -> {kl['after']:.4f}"
+    # pairs that do better what their layers do may still miss more together, as single layers do
+    worse = not kl["after"] <= kl["before"]
+    write_json(folder / REFINED, {"pairs": told, "stored": {} if worse else stored, "kl": kl})
+    result = f"{len(pairs)} pairs of layers, {len(missing)} trained now; KL {kl['before']:.4f} -> {kl['after']:.4f}"
+    return f"{result}: the variants stay as they were" if worse else result
 
 
 def read_refined(c: Context) -> dict[int, str]:
