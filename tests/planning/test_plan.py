@@ -89,6 +89,24 @@ def test_a_plan_of_adapters_counts_what_is_trained() -> None:
     assert "its adapters alone" in result.output
 
 
+def test_a_plan_of_frozen_parts_counts_what_is_trained() -> None:
+    whole, frozen = (run("nemotron_h_8b", *own) for own in ((), ("optim.frozen=[ffn,embedding]",)))
+    definition = compose("nemotron_h_8b").model
+    ffn = 2 * definition.hidden_size * definition.ffn_hidden_size + definition.hidden_size
+    still = definition.expect.ffn * ffn + definition.vocab_size * definition.hidden_size
+    assert frozen["trained_parameters"] == whole["trained_parameters"] - still
+    assert whole["checkpoint_bytes"]["optimizer"] - frozen["checkpoint_bytes"]["optimizer"] == 12 * still
+    assert whole["checkpoint_bytes"]["weights"] == frozen["checkpoint_bytes"]["weights"]
+    flops, all_train = frozen["flops_per_token"], whole["flops_per_token"]
+    assert flops["ffn"] == pytest.approx(all_train["ffn"] * 2 / 3)
+    assert flops["total"] - flops["ffn"] == pytest.approx(all_train["total"] - all_train["ffn"])
+    bytes_of = [plan["memory"]["stages"][0] for plan in (whole, frozen)]
+    assert bytes_of[0]["weights"] == bytes_of[1]["weights"]
+    assert bytes_of[0]["gradients"] > bytes_of[1]["gradients"]
+    said = CliRunner().invoke(app, ["plan", "nemotron_h_8b", "optim.frozen=[ffn,embedding]"]).output
+    assert "frozen: ffn, embedding; " in said
+
+
 # inference
 
 

@@ -67,6 +67,7 @@ class Layout:
     recompute_experts: str = "none"
     recompute_linear: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
+    untrained: tuple[str, ...] = ()
     backend: str = "gpu"
     widened: bool = False
     copied: bool = False

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.blocks.registry import KINDS
 from nemotron_h.architecture.definition import Expect, ModelDefinition
+from nemotron_h.architecture.frozen import check_frozen
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, init
 from nemotron_h.model.blocks.running import InitialWeights
+from nemotron_h.model.frozen import freeze
 from nemotron_h.model.gpu_options import gpu_option
 from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear
@@ -188,7 +190,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         embedded = None
         if self.pre_process:
             embedded = scaled(self.embedding(input_ids=input_ids, position_ids=position_ids), self.scales.embedding)
-        if embedded is not None and self.config.adapter is not None and self.training and torch.is_grad_enabled():
+        if embedded is not None and not embedded.requires_grad and self.training and torch.is_grad_enabled():
             # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
             embedded.requires_grad_()
         angles = self._rotary_angles(embedded)
@@ -244,6 +246,7 @@ class NemotronHConfig(SSMConfig):
         recompute_mamba, recompute_attention, ...: what the backward pass computes again instead of keeping, by layer
             type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (its output is not kept).
         adapter: what is trained in place of the weights, or None.
+        frozen: parts that do not train (`nemotron_h.architecture.frozen`).
     """
 
     definition_name: str = ""
@@ -277,6 +280,7 @@ class NemotronHConfig(SSMConfig):
     recompute_experts: str = "none"
     recompute_linear: str = "none"
     adapter: AdapterSchema | None = None
+    frozen: list[str] = field(default_factory=list)
 
     normalization: str = "RMSNorm"
     position_embedding_type: str = "none"
@@ -334,8 +338,8 @@ class NemotronHConfig(SSMConfig):
         self.overrides = {int(number): dict(widths) for number, widths in self.overrides.items()}
         if self.adapter == AdapterSchema():
             self.adapter = None
-        if self.adapter is not None:
-            self.fuse_weight_gradients = False  # there are none to fuse
+        if self.adapter is not None or self.frozen:
+            self.fuse_weight_gradients = False  # frozen weights have no gradient to fuse
         super().__post_init__()
 
     def definition(self) -> ModelDefinition:
@@ -370,6 +374,16 @@ class NemotronHConfig(SSMConfig):
                 pipeline=self.pipeline_model_parallel_size,
             )
             adapters.attach(model, self.adapter, self.init_seed)
+        return self.frozen_model(model)
+
+    def frozen_model(self, model: NemotronHMegatronModel) -> NemotronHMegatronModel:
+        """Return a model whose parts of `frozen` do not train.
+
+        Errors:
+            UserError: see `check_frozen`.
+        """
+        check_frozen(self.frozen, self.definition(), "optim.frozen", pipeline=self.pipeline_model_parallel_size)
+        freeze(model, self.frozen)
         return model
 
     def check_tokenizer(self, tokenizer: Any) -> None:
@@ -447,6 +461,8 @@ class NemotronHModel(MambaModel):
         """Return what a resumed run may change of the loss, by recipe key."""
         config, adapter = self.config, self.config.adapter
         found = {} if adapter is None else {"adapter.dropout": adapter.dropout}
+        if config.frozen:
+            found |= {"optim.frozen": list(config.frozen)}
         if config.num_experts:
             found |= {f"experts.{key}": getattr(config, key) for key in ("balance_loss", "bias_update")}
         return found

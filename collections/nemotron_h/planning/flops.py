@@ -9,16 +9,18 @@ no work of the model and not counted, here or in an MFU; `recomputed_per_token` 
 
 With adapters (`nemotron_h.model.adapters`) the weights are frozen, and the backward of a matrix is one matmul, the
 gradient of its input (also that of the first layer's, as training computes it); where activations multiply, in scan and
-attention core, it stays two.
+attention core, it stays two. So it is of the parts that are frozen (`optim.frozen`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from nemotron_h.architecture.blocks.block import Operation
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.frozen import OUTPUT
 from nemotron_h.schema.recipe import AdapterSchema
 
 #: tokens of a chunk of the scan on a GPU (`nemotron_h.ops.select.KERNEL_CHUNK`)
@@ -84,6 +86,7 @@ def flops_per_token(
     chunk: int = CHUNK,
     adapter: AdapterSchema | None = None,
     micro_batch: int = 1,
+    frozen: Collection[str] = (),
 ) -> FlopsByPart:
     """Return the operations per token of a sequence.
 
@@ -94,22 +97,25 @@ def flops_per_token(
         chunk: tokens per chunk of the scan.
         adapter: what is trained, of a run with frozen weights; None or of kind `none` trains all.
         micro_batch: sequences per forward pass, over which DoRA's norms of the matrices are spread.
+        frozen: parts that do not train (`nemotron_h.architecture.frozen`).
     """
     adapter = adapter or AdapterSchema()
-    frozen = adapter.kind != "none"
+    adapted = adapter.kind != "none"
     d, parts = definition, dict.fromkeys((f.name for f in fields(FlopsByPart)), 0.0)
     steps = [
-        (count, step) for block, count in Counter(d.blocks).items() for step in block.operations(seq_length, chunk)
+        (count, step, block.name in frozen)
+        for block, count in Counter(d.blocks).items()
+        for step in block.operations(seq_length, chunk)
     ]
-    for count, step in (*steps, (1, Operation("head", 2 * d.hidden_size * d.vocab_size))):
-        backward = 2 if step.of_activations or not frozen else 1
+    for count, step, still in (*steps, (1, Operation("head", 2 * d.hidden_size * d.vocab_size), OUTPUT in frozen)):
+        backward = 2 if step.of_activations or not (adapted or still) else 1
         parts[step.part] += count * step.forward * (1 + backward * training)
-        if frozen and step.matrix and step.matrix.name in adapter.targets:
+        if adapted and step.matrix and step.matrix.name in adapter.targets:
             sides, passed = step.matrix.outputs + step.matrix.inputs, step.matrix.active
             parts["adapters"] += count * 2 * adapter.rank * sides * passed * (1 + 2 * training)
             if adapter.kind == "dora":  # B A, once for all tokens of a forward
                 parts["adapters"] += count * 2 * adapter.rank * step.matrix.size / (micro_batch * seq_length)
-    if d.mtp_steps and not frozen:
+    if d.mtp_steps and not adapted:
         layers = sum(step.forward for block in d.mtp_blocks for step in block.operations(seq_length, chunk))
         ends = 2 * d.hidden_size * (2 * d.hidden_size + d.vocab_size)
         parts["mtp"] = d.mtp_steps * (layers + ends) * (1 + 2 * training)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.architecture.frozen import frozen_parameters
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.architecture.rank import Layout
 from nemotron_h.checkpoint import folders
@@ -79,6 +80,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         gradients=recipe.optim.gradients,
         **recompute_fields(recipe.recompute),
         adapter=recipe.adapter,
+        untrained=tuple(recipe.optim.frozen),
         teacher=teacher_of(recipe),
     )
 
@@ -113,7 +115,7 @@ def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
 
 def step_flops(definition: ModelDefinition, layout: Layout) -> float:
     """Return the operations of a step per token: forward and backward, and of a teacher the forward."""
-    adapted = {"adapter": layout.adapter, "micro_batch": layout.micro_batch}
+    adapted = {"adapter": layout.adapter, "micro_batch": layout.micro_batch, "frozen": layout.untrained}
     own = flops_per_token(definition, layout.seq_length, **adapted).total
     return own if layout.teacher is None else own + flops_per_token(layout.teacher, layout.seq_length, False).total
 
@@ -344,7 +346,8 @@ def fewest_gpus(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> int | 
     batch = layout.micro_batch * layout.micro_batches * layout.data
     _, recomputed = _everything(definition, layout)
     # bytes that every layout holds: the weights; where all are trained, twice float32 or more
-    least = definition.parameters * (2 if layout.adapter.kind != "none" else 8)
+    still = frozen_parameters(definition, layout.untrained)
+    least = definition.parameters * 2 if layout.frozen else definition.parameters * 8 - still * 6
     for gpus in (2**power for power in range((batch * 8 * max(sizes)).bit_length())):
         if least > gpus * gpu.memory:
             continue

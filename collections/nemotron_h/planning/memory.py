@@ -16,12 +16,13 @@ largest counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.blocks.block import Block, LayerMemory
 from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers, stage_blocks
+from nemotron_h.architecture.frozen import EMBEDDING, OUTPUT, frozen_parameters
 from nemotron_h.architecture.gemms import gemm_table
 from nemotron_h.architecture.rank import Layout, Rank, padded_vocabulary
 from nemotron_h.planning.muon import MOMENT_BYTES, saved_bytes, working_bytes
@@ -99,16 +100,24 @@ class StageMemory:
         return {name: size for name, size in parts.items() if size}
 
 
-def rank_parameters(definition: ModelDefinition, layout: Layout, stage: int) -> tuple[int, int]:
-    """Return the parameters of one rank of a stage: all of them, and how many of these stay in float32."""
+def rank_parameters(
+    definition: ModelDefinition, layout: Layout, stage: int, but: Collection[str] = ()
+) -> tuple[int, int]:
+    """Return the parameters of one rank of a stage: all of them, and how many of these stay in float32.
+
+    Args:
+        but: parts that are left out (`nemotron_h.architecture.frozen`).
+    """
     d, t = definition, layout.tensor
     total = in_float32 = 0
     for block in stage_blocks(d, layout.pipeline, stage):
-        total += _on_rank(block, layout)
-        in_float32 += block.float32_parameters(t)
+        if block.name not in but:
+            total += _on_rank(block, layout)
+            in_float32 += block.float32_parameters(t)
     matrix, last = padded_vocabulary(d, t) // t * d.hidden_size, stage == layout.pipeline - 1
     shared = d.tied_embeddings and layout.pipeline == 1  # the embedding of a stage of its own is a second one
-    total += matrix * (stage == 0) + (matrix * (not shared) + d.hidden_size) * last
+    total += matrix * (stage == 0 and EMBEDDING not in but)
+    total += (matrix * (not shared) + d.hidden_size) * (last and OUTPUT not in but)
     if d.mtp_pattern and last:
         ends = d.hidden_size * (2 * d.hidden_size // t + 3) + matrix * (stage > 0)  # it embeds the tokens again
         total += ends + sum(_on_rank(block, layout) for block in d.mtp_blocks)
@@ -122,9 +131,9 @@ def _on_rank(block: Block, layout: Layout) -> int:
     return whole + (block.parameters - whole - experts) // layout.tensor + experts // layout.expert
 
 
-def rank_experts(definition: ModelDefinition, layout: Layout, stage: int) -> int:
-    """Return the parameters of routed experts among those of one rank of a stage."""
-    blocks = stage_blocks(definition, layout.pipeline, stage)
+def rank_experts(definition: ModelDefinition, layout: Layout, stage: int, but: Collection[str] = ()) -> int:
+    """Return the parameters of routed experts among those of one rank of a stage; `but` as of `rank_parameters`."""
+    blocks = [block for block in stage_blocks(definition, layout.pipeline, stage) if block.name not in but]
     blocks += definition.mtp_blocks if stage == layout.pipeline - 1 else ()
     return sum(block.expert_parameters // layout.expert for block in blocks)
 
@@ -152,8 +161,8 @@ def rank_trained(definition: ModelDefinition, layout: Layout, stage: int) -> tup
     """Return what one rank of a stage trains, beside routed experts and of them, each (all, of these in float32)."""
     if layout.frozen:
         return _adapters(definition, layout, stage, (False,)), _adapters(definition, layout, stage, (True,))
-    total, in_float32 = rank_parameters(definition, layout, stage)
-    experts = rank_experts(definition, layout, stage)
+    total, in_float32 = rank_parameters(definition, layout, stage, layout.untrained)
+    experts = rank_experts(definition, layout, stage, layout.untrained)
     return (total - experts, in_float32), (experts, 0)
 
 
@@ -241,7 +250,7 @@ def stage_memory(definition: ModelDefinition, layout: Layout, stage: int) -> Sta
     rank = _TrainingRank(definition, layout)
     base = rank_parameters(definition, layout, stage)
     adapters = rank_adapters(definition, layout, stage)
-    trained = adapters if layout.frozen else base
+    trained = adapters if layout.frozen else rank_parameters(definition, layout, stage, layout.untrained)
     others, experts = rank_trained(definition, layout, stage)
     state_bytes = LEAN_OPTIMIZER_BYTES if layout.moments == "bf16" else OPTIMIZER_BYTES
     weights = weight_bytes(layout, base) + weight_bytes(layout, adapters)
@@ -363,14 +372,20 @@ def largest_stage(definition: ModelDefinition, layout: Layout) -> StageMemory:
 
 
 def checkpoint_bytes(
-    definition: ModelDefinition, precision: str, adapter: AdapterSchema | None = None, muon: int = 0
+    definition: ModelDefinition,
+    precision: str,
+    adapter: AdapterSchema | None = None,
+    muon: int = 0,
+    frozen: Collection[str] = (),
 ) -> dict[str, int]:
     """Return bytes on disk of a checkpoint, in all: `weights`, and `optimizer` (main weights and moments in float32).
     Of a run with adapters it holds those alone.
 
     Args:
         muon: parameters that Muon updates, which have one moment.
+        frozen: parts that do not train (`nemotron_h.architecture.frozen`), which the optimizer has no state of.
     """
     base = "fp32" if precision == "fp32" else "bf16"
     trained = trained_parameters(adapter or AdapterSchema(), definition)
-    return {"weights": trained * WEIGHT_BYTES[base], "optimizer": trained * 12 - muon * MOMENT_BYTES}
+    states = trained - frozen_parameters(definition, frozen)
+    return {"weights": trained * WEIGHT_BYTES[base], "optimizer": states * 12 - muon * MOMENT_BYTES}

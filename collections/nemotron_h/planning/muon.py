@@ -47,6 +47,10 @@ def _parts(block: Block) -> Iterator[tuple[tuple[int, int], int]]:
             yield (rows, columns), matrix.experts
 
 
+def _trained_blocks(definition: ModelDefinition, layout: Layout, stage: int) -> list[Block]:
+    return [block for block in stage_blocks(definition, layout.pipeline, stage) if block.name not in layout.untrained]
+
+
 def _flops(shape: tuple[int, int]) -> float:
     m, n = sorted(shape)
     return STEPS * (4.0 * m * m * n + 2.0 * m**3)
@@ -57,7 +61,7 @@ def rank_matrices(definition: ModelDefinition, layout: Layout, stage: int) -> tu
     if layout.optimizer != "muon":
         return 0, 0
     experts = others = 0
-    for block in stage_blocks(definition, layout.pipeline, stage):
+    for block in _trained_blocks(definition, layout, stage):
         for matrix in block.matrices():
             if matrix.parts is None:
                 continue
@@ -81,7 +85,7 @@ def working_bytes(definition: ModelDefinition, layout: Layout, stage: int) -> in
     """
     if layout.optimizer != "muon":
         return 0
-    shapes = (shape for block in stage_blocks(definition, layout.pipeline, stage) for shape, _ in _parts(block))
+    shapes = (shape for block in _trained_blocks(definition, layout, stage) for shape, _ in _parts(block))
     wide, square = (20, 14) if layout.backend == "cpu" else (10, 6)
     return max((wide * max(shape) * min(shape) + square * min(shape) ** 2 for shape in shapes), default=0)
 
@@ -95,7 +99,7 @@ def muon_cost(definition: ModelDefinition, layout: Layout) -> MuonCost | None:
     shapes: list[tuple[int, int]] = []
     for stage in range(layout.pipeline):
         shared = of_experts = 0.0
-        for block in stage_blocks(definition, layout.pipeline, stage):
+        for block in _trained_blocks(definition, layout, stage):
             for shape, experts in _parts(block):
                 shapes.append(shape)
                 parameters += shape[0] * shape[1] * (experts or 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.frozen import frozen_parameters
 from nemotron_h.architecture.gemms import GemmGroup, fold, gemm_table
 from nemotron_h.architecture.rank import Layout, padded_vocabulary
 from nemotron_h.core.errors import UserError
@@ -83,8 +84,9 @@ class Plan:
 
     @property
     def trained(self) -> int:
-        """Return the parameters that are trained: the adapters', or all."""
-        return trained_parameters(self.layout.adapter, self.definition)
+        """Return the parameters that are trained: the adapters', or all but the frozen ones."""
+        still = frozen_parameters(self.definition, self.layout.untrained)
+        return trained_parameters(self.layout.adapter, self.definition) - still
 
     @property
     def fits(self) -> bool:
@@ -201,8 +203,13 @@ def make_plan(
     context = recipe.data.seq_length if context is None else context
     if context < 1:
         raise UserError(f"--context = {context}", hint="give the tokens of a sequence, 1 or more")
+    frozen = recipe.optim.frozen
     flops = flops_per_token(
-        definition, recipe.data.seq_length, adapter=recipe.adapter, micro_batch=recipe.data.micro_batch_size
+        definition,
+        recipe.data.seq_length,
+        adapter=recipe.adapter,
+        micro_batch=recipe.data.micro_batch_size,
+        frozen=frozen,
     )
     stages, teacher = plan_memory(definition, layout), layout.teacher
     fits = max(stage.peak for stage in stages) <= device.memory
@@ -227,7 +234,8 @@ def make_plan(
         start=start,
     )
     muon = muon_cost(definition, layout)
-    checkpoint = checkpoint_bytes(definition, recipe.precision, recipe.adapter, muon.parameters if muon else 0)
+    by_muon = muon.parameters if muon else 0
+    checkpoint = checkpoint_bytes(definition, recipe.precision, recipe.adapter, by_muon, frozen)
     size, every = sum(checkpoint.values()), recipe.checkpoint.every_steps
     return Plan(
         name=recipe.name,

@@ -49,6 +49,10 @@ def show(plan: Plan, console: Console) -> None:
             f"trained, the model's are frozen",
             soft_wrap=True,
         )
+    if plan.layout.untrained:
+        console.print(
+            f"frozen: {', '.join(plan.layout.untrained)}; {plan.trained:,} parameters are trained", soft_wrap=True
+        )
     console.print(f"{d.pattern}\n", markup=False)
     _show_model(plan, console)
     if plan.layout.precision.startswith("fp8"):

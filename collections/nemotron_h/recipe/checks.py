@@ -9,6 +9,7 @@ import importlib
 from omegaconf import OmegaConf
 
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.architecture.frozen import check_frozen
 from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
 from nemotron_h.checkpoint.definition import check_repairable
 from nemotron_h.core.errors import UserError
@@ -142,6 +143,11 @@ def check_optimizer(recipe: RecipeConfig, origin: str) -> None:
     optim, adapter = recipe.optim, recipe.adapter.kind
     check_one_of("optim.newton_schulz", optim.newton_schulz, NEWTON_SCHULZ, f"{origin}: ")
     check_muon(optim.name, recipe.parallel.distributed_optimizer, optim.moments, f"{origin}: ")
+    if optim.frozen and adapter != "none":
+        raise UserError(
+            f"{origin}: optim.frozen = {list(optim.frozen)} with adapter.kind = {adapter!r}: adapters freeze all",
+            hint="leave one of them out",
+        )
     if optim.name == "adamw":
         for key in ("momentum", "newton_schulz", "qk_clip"):
             if (value := getattr(optim, key)) != getattr(OptimSchema(), key):
@@ -391,6 +397,7 @@ def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str)
     data, parallel = recipe.data, recipe.parallel
     definition.validate_tensor_parallel(parallel.tensor, origin)
     definition.validate_pipeline_parallel(parallel.pipeline, origin)
+    check_frozen(recipe.optim.frozen, definition, f"{origin}: optim.frozen", pipeline=parallel.pipeline)
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
             f"{origin}: parallel.sequence is unused: parallel.tensor is 1, and sequences are split over those ranks",

@@ -53,6 +53,7 @@ SAME = {
     "log.ckpt.every_steps": "checkpoint.every_steps",
     "log.ckpt.keep": "checkpoint.keep",
     "log.wandb.project": "log.project",
+    "model.config.frozen": "optim.frozen",
     "model.config.init_seed": "init_seed",
     **{f"model.config.{each.name}": f"experts.{each.name}" for each in fields(ExpertsSchema)},
     **{f"model.config.recompute_{each.name}": f"recompute.{each.name}" for each in fields(RecomputeSchema)},

@@ -168,6 +168,8 @@ class OptimSchema:
         gradients: `fp32`, or `bf16`: sums of gradients over micro-batches and data-parallel ranks, half as large.
         skip_spikes: do not apply a step whose loss or gradient norm is over six standard deviations above the mean of
             the last 128 steps; learning rate and data go on.
+        frozen: parts that do not train: kinds of layers by name (`ffn`, `attention`, ...), `embedding`, and `output`
+            (the last norm and the output matrix).
     """
 
     name: str = "adamw"
@@ -187,6 +189,7 @@ class OptimSchema:
     moments: str = "fp32"
     gradients: str = "fp32"
     skip_spikes: bool = False
+    frozen: list[str] = field(default_factory=list)
 
 
 @dataclass

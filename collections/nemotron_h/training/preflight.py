@@ -13,6 +13,7 @@ from nemo.utils.app_state import AppState
 
 from nemotron_h.architecture.adapters import check_adapter, trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.frozen import check_frozen, frozen_parameters
 from nemotron_h.core import locks
 from nemotron_h.core.errors import UserError, naming
 from nemotron_h.core.incidents import INCIDENTS
@@ -45,6 +46,11 @@ def check_layout(trainer: Any, model: Any) -> None:
         stages = trainer.strategy.pipeline_model_parallel_size
         check_adapter(adapter, definition, "adapter", pipeline=stages)
         parameters, frozen = trained_parameters(adapter, definition), parameters
+    check_frozen(
+        model.config.frozen, definition, "optim.frozen", pipeline=trainer.strategy.pipeline_model_parallel_size
+    )
+    still = frozen_parameters(definition, model.config.frozen)
+    parameters, frozen = parameters - still, frozen + still
     frozen += sum(other.parameters for other in model.config.definitions().values()) - definition.parameters
     gpus, origin = torch.cuda.is_available(), f"model {definition.name}"
     check_training_fits(parameters, frozen, trainer.num_nodes, trainer.num_devices, gpus, origin)

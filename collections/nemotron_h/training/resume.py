@@ -146,6 +146,7 @@ class ResumeRun(nl.AutoResume):
         self._check_model(path, model, elsewhere)
         self._check_initial_weights(path, trainer, model, elsewhere)
         self._check_adapter(path, model, elsewhere)
+        self._check_frozen(path, model, elsewhere)
         self._leave_if_complete(path, trainer)
         if model.config.adapter is not None:
             if self.init_checkpoint is not None:
@@ -195,6 +196,16 @@ class ResumeRun(nl.AutoResume):
         ]
         if changed:
             raise UserError(f"checkpoint {path} is of another adapter: {'; '.join(changed)}", hint=hint)
+
+    @staticmethod
+    def _check_frozen(path: Path, model: Any, hint: str) -> None:
+        """Refuse to go on with other parts frozen: the optimizer has no state of those that were."""
+        recorded = read_record(path).get("settings", {}).get("optim.frozen", [])
+        if sorted(recorded) != sorted(model.config.frozen):
+            raise UserError(
+                f"checkpoint {path} was trained with optim.frozen = {recorded}, which is {model.config.frozen} now",
+                hint=f"{hint}; or begin a run of these weights: init.checkpoint={path}",
+            )
 
     def _find_trainer_ckpt_path(self) -> Path | None:
         run_dir = Path(AppState().log_dir)

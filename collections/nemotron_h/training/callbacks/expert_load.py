@@ -22,7 +22,7 @@ class ExpertLoad(StageMetrics):
     load: one step up where an expert got fewer tokens than the mean, down where it got more (arXiv 2408.15664).
 
     megatron-core moves the biases before the step's loss and gradients are looked at. Here a step that is not applied
-    moves none, and one that is run again moves them once. The biases of an adapted model stay: they are its base's.
+    moves none, and one that is run again moves them once. Biases of frozen experts stay, as do those under adapters.
 
     Attributes:
         measured: [2, layers]: largest load over the mean, and the balance loss, of the newest step; 0 for other layers.
@@ -37,7 +37,7 @@ class ExpertLoad(StageMetrics):
         """Be called behind each update of the weights."""
         config = pl_module.config
         self.routers = routers(get_attr_wrapped_model(pl_module, "decoder"))  # a distillation's teacher has its own
-        rate = 0.0 if config.adapter is not None else config.bias_update
+        rate = config.bias_update if all(router.weight.requires_grad for router in self.routers) else 0.0
         optimizer = trainer.optimizers[0].mcore_optimizer
         optimizer.step_with_ready_grads = self._followed(optimizer.step_with_ready_grads, rate, config.num_layers)
 

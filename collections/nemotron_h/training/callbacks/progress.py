@@ -64,7 +64,7 @@ class Throughput(pl.Callback):
         self.seconds = []
         self.tokens = data.global_batch_size * data.seq_length / trainer.world_size
         trained, *frozen = config.definitions().values()
-        adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size}
+        adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size, "frozen": config.frozen}
         per_token = flops_per_token(trained, data.seq_length, training=True, **adapter).total
         per_token += sum(flops_per_token(model, data.seq_length, training=False).total for model in frozen)
         self.flops = per_token * self.tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import fiddle as fdl
@@ -45,9 +45,10 @@ def model_config(
     init_seed: int,
     recompute: RecomputeSchema | None = None,
     experts: ExpertsSchema | None = None,
+    frozen: Sequence[str] = (),
 ) -> run.Config[NemotronHConfig]:
-    """Return the definition in Megatron's names, what its backward pass computes again (nothing by default), and how
-    experts are balanced.
+    """Return the definition in Megatron's names, what its backward pass computes again (nothing by default), how
+    experts are balanced, and what does not train.
     """
     return run.Config(
         NemotronHConfig,
@@ -55,6 +56,7 @@ def model_config(
         num_layers=len(model.pattern),
         seq_length=seq_length,
         init_seed=init_seed,
+        frozen=list(frozen),
         **recompute_fields(recompute or RecomputeSchema()),
         **dataclasses.asdict(experts or ExpertsSchema()),
     )
@@ -119,7 +121,9 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
         entry,
         model=run.Config(
             NemotronHModel,
-            config=model_config(recipe.model, data.seq_length, recipe.init_seed, recipe.recompute, recipe.experts),
+            config=model_config(
+                recipe.model, data.seq_length, recipe.init_seed, recipe.recompute, recipe.experts, optim.frozen
+            ),
         ),
         data=run.Config(data_module, **dataclasses.asdict(data), **data_arguments),
         trainer=run.Config(
