@@ -27,6 +27,7 @@ from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.puzzle.local import Piece, Training, imitate
 from nemotron_h.compression.transplant import child
 from nemotron_h.compression.transplant.layers import all_but_every, child_definition, listed
+from nemotron_h.compression.transplant.matrices import MATRIX
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.model import load_model
 from nemotron_h.model.blocks.registry import RUNNING
@@ -146,19 +147,69 @@ def test_training_begins_better_from_attention_than_from_nothing(trained: Forwar
         w = trained.weights(layer)
         qkv = w.qkv.unflatten(0, (2, 5, 16))
         q, k, v = (part.flatten(0, -2) for part in (qkv[:, :3], qkv[:, 3], qkv[:, 4]))
-        tensors = mixer_tensors(chosen[layer], blocks[layer], (w.norm, q, k, v, w.proj), layer, 0)
-        nothing = [tensor.clone() for tensor in tensors]
-        for at in (1, -1):
-            nothing[at].uniform_(-1, 1, generator=torch.Generator().manual_seed(at)).div_(nothing[at].shape[1] ** 0.5)
         pieces = {
-            "attention": Piece(blocks[layer], tensors, trained),
-            "nothing": Piece(blocks[layer], nothing, trained),
+            start: Piece(
+                blocks[layer],
+                mixer_tensors(chosen[layer], blocks[layer], (w.norm, q, k, v, w.proj), layer, 0, start),
+                trained,
+            )
+            for start in ("transplant", "random")
         }
         lengths = dict.fromkeys(pieces, Training(16 * 24 * 100, 16, 3e-3))
         there = range(layer, layer + 1)
         errors = imitate(trained, there, pieces, lengths, lambda step: _text(16, 1000 + step), _text(32, 999))
-        assert errors["attention"][1] < 0.5 * errors["attention"][0]
-        assert errors["attention"][1] < 0.97 * errors["nothing"][1]
+        assert errors["transplant"][1] < 0.5 * errors["transplant"][0]
+        assert errors["transplant"][1] < 0.97 * errors["random"][1]
+
+
+def test_matrices_are_those_that_the_layers_mix_by() -> None:
+    """In float64: applied to the values of each head, what the layer computes without gate, norm and projection."""
+    rotary = {"position_embedding": "rope", "rope_base": 100, "rope_percent": 1.0}
+    parent = model(definition("*-M", **HEADS, **rotary), torch.float64)
+    forward = Forward(parent)
+    h = torch.randn(2, 90, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    values = {}
+    for layer in (0, 2):
+        w, running = forward.weights(layer), parent.running[layer]
+        out = next(name for name in ("proj", "out_proj") if hasattr(w, name))
+        setattr(w, out, torch.eye(getattr(w, out).shape[1], dtype=torch.float64))
+        ops = Ops(gated_rms_norm=lambda y, *_, **__: y)
+        if layer == 0:
+            values = running.split_qkv(w, torch.nn.functional.linear(h, w.qkv), forward.rotary(h))[2]
+            values = values.repeat_interleave(3, dim=2)  # [b, l, n, d]
+        else:
+            xbc = running._split(torch.nn.functional.linear(h, w.in_proj))[1]
+            values = running._split_conv(causal_conv1d(xbc, w.conv_weight, w.conv_bias))[0]
+        mixing = running.mixing(ops, w, h, forward.rotary(h))
+        assert all(factor.dtype == torch.float64 for factor in mixing.factors)
+        mixed = mixing.matrix(*mixing.factors) @ values.transpose(1, 2).flatten(0, 1)
+        actual = mixed.unflatten(0, (2, -1)).transpose(1, 2).flatten(2)
+        assert relative_error(actual, running.whole(ops, w, h, forward.rotary(h), None, {})) < 1e-10
+
+
+def test_a_matrix_learns_the_attention_s(trained: Forward) -> None:
+    """By C, B, dt, A, D and their convolution; x, z, norms and output projection stay bit for bit."""
+    d = trained.definition
+    chosen = transplants(d.blocks, [0], None, "")
+    block = child_definition(d, chosen, "child").blocks[0]
+    w = trained.weights(0)
+    q, k, v = (part.flatten(0, -2) for part in w.qkv.unflatten(0, (2, 5, 16)).split([3, 1, 1], dim=1))
+    piece = Piece(block, mixer_tensors(chosen[0], block, (w.norm, q, k, v, w.proj), 0, 0), trained)
+    before = [tensor.clone() for tensor in piece.tensors]
+    lengths = {"": Training(16 * 24 * 60, 16, 3e-2)}  # D = 1 has a long way
+    text = (lambda step: _text(16, 1000 + step), _text(32, 999))
+    first, last = imitate(trained, range(1), {"": piece}, lengths, *text, aim=MATRIX)[""]
+    assert last < 0.8 * first
+    names = ("norm", "in_proj", "conv", "conv_bias", "A", "D", "dt_bias", "gated_norm", "out")
+    changed = {name: a != b for name, a, b in zip(names, before, piece.tensors, strict=True)}
+    assert not any(changed[name].any() for name in ("norm", "gated_norm", "out"))
+    inner = block.d_inner
+    assert not changed["in_proj"][: 2 * inner].any(), "z and x"
+    assert changed["in_proj"][2 * inner :].any(1).all(), "B, C and dt"
+    for name in ("conv", "conv_bias"):
+        assert not changed[name][:inner].any()
+        assert changed[name][inner:].flatten(1).any(1).all() if name == "conv" else changed[name][inner:].any()
+    assert all(changed[name].all() for name in ("A", "D", "dt_bias"))
 
 
 #: a Llama with all that dense Transformers have beside projections, and a Transformer that Nemotron-H's rules can hold
@@ -285,8 +336,10 @@ def _blend(place: Path) -> tuple[object, ...]:  # noqa: F811
 
 def test_mixers_train_and_the_least_harmful_are_taken(place: Path, llama: Path, tmp_path: Path) -> None:  # noqa: F811
     options = ("--count", 1, *_blend(place), "--batch", 2)
-    said = invoke("transplant", llama, tmp_path / "one", *options, "--tokens", "4K", "--lr", 3e-3, "--groups", 2)
-    errors = re.findall(r"^layer (\d): error ([\d.]+) transplanted, ([\d.]+) trained$", said, re.MULTILINE)
+    options += ("--matrices", "2K", "--tokens", "4K", "--lr", 3e-3, "--groups", 2)
+    said = invoke("transplant", llama, tmp_path / "one", *options)
+    line = r"^layer (\d): error ([\d.]+) transplanted, [\d.]+ with its matrix trained \(.*\), ([\d.]+) trained$"
+    errors = re.findall(line, said, re.MULTILINE)
     assert [layer for layer, *_ in errors] == ["0", "2", "4"]
     assert all(float(after) < float(before) for _, before, after in errors)
     rows = re.findall(r"^(\d) +([\d.]+) +([\d.]+) *(yes)? *$", said, re.MULTILINE)
@@ -295,8 +348,11 @@ def test_mixers_train_and_the_least_harmful_are_taken(place: Path, llama: Path, 
     assert [row for row in rows if row[3]] == [best]
     record = json.loads((tmp_path / "one" / "run.json").read_text())["transplanted"]
     assert [row["layer"] for row in record["layers"]] == [int(best[0])]
-    assert record["layers"][0]["error"]["trained"] < record["layers"][0]["error"]["transplanted"]
-    assert (record["tokens"], record["batch"], record["samples"], record["blend"]) == (4000, 2, 4, "lines")
+    error = record["layers"][0]["error"]
+    assert error["trained"] < error["transplanted"]
+    assert error["matrix"]["trained"] < error["matrix"]["transplanted"]
+    told = (record["tokens"], record["matrices"], record["batch"], record["samples"], record["blend"])
+    assert told == (4000, 2000, 2, 4, "lines")
     for row, (layer, kl, left_out, _) in zip(record["scores"], rows, strict=True):
         assert row == pytest.approx(
             {"layer": int(layer), "transplanted": float(kl), "left out": float(left_out)}, abs=1e-4
@@ -349,6 +405,8 @@ def test_refusals(place: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.
         (("--count", 3, *text), "--count = 3: small has 3 attention layers, so there is no choice"),
         (("--count", 1), "--count needs text"),
         (("--layers", "0", "--tokens", "1K"), "--tokens needs text"),
+        (("--layers", "0", "--matrices", "1K"), "--matrices needs text"),
+        (("--layers", "0", "--matrices", "1K", *text, "--seq-length", 9000), "a matrix of every head would have 9,000"),
         (("--layers", "0", *text), "--samples, --root, --blend: no text is read"),
         (("--layers", "0", "--lr", 0.1), "--lr: nothing is trained"),
         (("--layers", "0", "--tokens", "many", *text), "transplant: --tokens"),

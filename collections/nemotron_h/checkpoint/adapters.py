@@ -29,6 +29,14 @@ def adapter_record(checkpoint: Path) -> dict[str, Any] | None:
     return read_record(checkpoint).get("adapter")
 
 
+def check_whole(checkpoint: Path, where: str = "") -> None:
+    """Refuse a checkpoint of adapters; `where` begins the error."""
+    if adapter_record(checkpoint):
+        raise UserError(
+            f"{where}{checkpoint} is an adapter, not a whole model", hint="merge it: nemotron-h merge-adapter"
+        )
+
+
 def describe_base(base: Path) -> dict[str, str]:
     """Describe a base as a record names it: its path, and the hash of its list of hashes."""
     return {"checkpoint": str(base.absolute()), "integrity_sha256": file_sha256(base / folders.INTEGRITY)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,18 +10,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nemotron_h.architecture.hybrid import check_matrices
 from nemotron_h.cli.calibration import BATCH, LR, SAMPLES, CalibrationText, device, load_parent
 from nemotron_h.cli.prune import CheckpointArgument
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.core.units import count_of
 
 if TYPE_CHECKING:
     import numpy as np
 
     from nemotron_h.architecture.definition import ModelDefinition
     from nemotron_h.compression.forward import Forward
-    from nemotron_h.compression.puzzle.local import Change, Training
-    from nemotron_h.compression.transplant.mixers import Error, Mixers
+    from nemotron_h.compression.puzzle.local import Change
+    from nemotron_h.compression.transplant.mixers import Error, Lengths, Mixers
 
 
 def transplant(
@@ -47,12 +47,19 @@ def transplant(
         ),
     ] = None,
     blend: Annotated[
-        str | None, typer.Option(help="Text for --count and --tokens: of a prepared blend.", show_default="none")
+        str | None,
+        typer.Option(help="Text to choose by and to train on: of a prepared blend.", show_default="none"),
     ] = None,
     tokens: Annotated[
         str | None,
         typer.Option(
             help="Text on which each mixer trains to do what the attention did, such as 200K.", show_default="none"
+        ),
+    ] = None,
+    matrices: Annotated[
+        str | None,
+        typer.Option(
+            help="Text on which its matrix learns the attention's before, such as 100K (MOHAWK).", show_default="none"
         ),
     ] = None,
     batch: Annotated[
@@ -77,26 +84,28 @@ def transplant(
 
     nemotron-h transplant runs/llama_tiny half --every 2
 
-    nemotron-h transplant runs/llama_tiny half --count 4 --blend sample_small --tokens 200K
+    nemotron-h transplant runs/llama_tiny half --count 4 --blend sample_small --matrices 100K --tokens 200K
 
     Queries become C, keys B, values x, and the output projection stays; all else of a mixer begins as in the paper's
-    code. Lines tell where each layer's weights come from, and what of the attention is dropped. With --tokens each
-    mixer first trains on what the attention read and added, and a line tells its squared error, of the squares of what
-    the layer adds, over held-out text. With --count a table tells the KL divergence from the parent with one layer
-    replaced. The result is an ordinary checkpoint with a definition of its own (model.yaml); distil it from its parent.
+    code. Lines tell where each layer's weights come from, and what of the attention is dropped. With --matrices each
+    mixer first learns to mix tokens as the attention does, with --tokens then to add what it adds (stages 1 and 2 of
+    MOHAWK, arXiv 2408.10189). A line tells its squared error, of the squares of what the layer adds, over held-out
+    text. With --count a table tells the KL divergence from the parent with one layer replaced. The result is an
+    ordinary checkpoint with a definition of its own (model.yaml); distil it from its parent. nemotron-h hybridise does
+    all of it in rounds.
     """
     of_text = {"--samples": samples, "--seq-length": seq_length, "--root": root, "--blend": blend}
     of_training = {"--lr": lr} | ({} if count else {"--batch": batch})
-    _check_options({"--layers": layers, "--every": every, "--count": count}, count, tokens, of_text, of_training)
+    trained = {"--tokens": tokens, "--matrices": matrices}
+    ways = {"--layers": layers, "--every": every, "--count": count}
+    budgets = _check_options(ways, count, trained, of_text, of_training)
     from nemotron_h.checkpoint.writer import size
     from nemotron_h.compression.transplant.child import write_child
     from nemotron_h.compression.transplant.layers import child_definition
-    from nemotron_h.core.units import count_of
     from nemotron_h.export.config import definition_name
     from nemotron_h.export.folder import check_new, check_room
 
     check_new(out)
-    budget = count_of(tokens, "--tokens", "transplant") if tokens else 0
     mixers = _mixers(checkpoint, (layers, every, count), groups, seed)
     source, chosen, name = mixers.source, list(mixers.transplants), name or definition_name(out.absolute().name)
     check_room(out, size(child_definition(source.definition, mixers.transplants, name), source.dtype))
@@ -105,9 +114,11 @@ def transplant(
         "groups": f"{groups}, as asked for: means" if groups else "one for each query head, which has its own Q",
     }
     errors: dict[int, Error] = {}
-    if tokens or count:
+    if any(budgets.values()) or count:
         text = CalibrationText.of(source.checkpoint, blend or "", root, seq_length, samples or SAMPLES, seed)
-        training = (budget, batch or BATCH, LR if lr is None else lr)
+        if matrices:
+            check_matrices(text.length, "transplant: --seq-length")
+        training = (budgets["--matrices"], budgets["--tokens"], batch or BATCH, LR if lr is None else lr)
         chosen, errors, measured = _measure(mixers, text, training, count)
         settings |= measured
     _tell_layers(mixers, chosen)
@@ -120,30 +131,32 @@ def transplant(
 def _check_options(
     ways: Mapping[str, Any],
     count: int | None,
-    tokens: str | None,
+    trained: Mapping[str, Any],
     of_text: Mapping[str, Any],
     of_training: Mapping[str, Any],
-) -> None:
-    """Refuse options that exclude each other or do nothing, before anything is read.
+) -> dict[str, int]:
+    """Return the tokens of each training; refuse options that exclude each other or do nothing, before any work.
 
     Args:
         ways: of choosing layers.
+        trained: tokens of each training.
         of_text, of_training: values of the options of text and of training.
     """
-    stated, text, training = (
-        [name for name, value in part.items() if value is not None] for part in (ways, of_text, of_training)
+    stated, trains, text, training = (
+        [name for name, value in part.items() if value is not None] for part in (ways, trained, of_text, of_training)
     )
     if len(stated) != 1:
         raise UserError(
             f"{' and '.join(stated)} exclude each other" if stated else "no layer is chosen",
             hint=f"give one of {', '.join(ways)}",
         )
-    if training and not tokens:
+    if training and not trains:
         raise UserError(f"{', '.join(training)}: nothing is trained", hint="add --tokens, or leave it out")
-    if (count or tokens) and "--blend" not in text:
-        raise UserError(f"{'--count' if count else '--tokens'} needs text", hint="add --blend NAME, a prepared blend")
-    if text and not (count or tokens):
+    if (count or trains) and "--blend" not in text:
+        raise UserError(f"{'--count' if count else trains[0]} needs text", hint="add --blend NAME, a prepared blend")
+    if text and not (count or trains):
         raise UserError(f"{', '.join(text)}: no text is read", hint="add --tokens or --count, or leave it out")
+    return {key: count_of(text, key, "transplant") if text else 0 for key, text in trained.items()}
 
 
 def _mixers(checkpoint: Path, ways: tuple[str | None, int | None, int | None], groups: int | None, seed: int) -> Mixers:
@@ -153,15 +166,14 @@ def _mixers(checkpoint: Path, ways: tuple[str | None, int | None, int | None], g
         ways: layers, every and count of the command, of which one is given.
     """
     from nemotron_h.architecture.blocks.transplant import transplants
-    from nemotron_h.checkpoint.adapters import adapter_record
+    from nemotron_h.checkpoint.adapters import check_whole
     from nemotron_h.checkpoint.reader import find_checkpoint
     from nemotron_h.compression.transplant.layers import all_but_every, check_count, listed
     from nemotron_h.compression.transplant.mixers import Mixers
     from nemotron_h.export.source import ModelSource
 
     checkpoint = find_checkpoint(checkpoint)
-    if adapter_record(checkpoint):
-        raise UserError(f"{checkpoint} is an adapter, not a whole model", hint="merge it: nemotron-h merge-adapter")
+    check_whole(checkpoint)
     source, origin, (layers, every, count) = ModelSource(checkpoint), f"checkpoint {checkpoint}", ways
     if layers is not None:
         chosen = listed(source.definition, layers, origin)
@@ -169,33 +181,35 @@ def _mixers(checkpoint: Path, ways: tuple[str | None, int | None, int | None], g
         chosen = all_but_every(source.definition, every, origin)
     else:
         chosen = check_count(source.definition, count or 0, origin)
-    return Mixers(source, transplants(source.definition.blocks, chosen, groups, origin), seed)
+    return Mixers(source, transplants(source.definition.blocks, chosen, groups, f"{origin}: --groups"), seed)
 
 
 def _measure(
-    mixers: Mixers, text: CalibrationText, training: tuple[int, int, float], count: int | None
+    mixers: Mixers, text: CalibrationText, training: tuple[int, int, int, float], count: int | None
 ) -> tuple[list[int], dict[int, Error], dict[str, Any]]:
     """Train the mixers, then choose those of the least scores.
 
     Args:
-        training: tokens, windows of a step, learning rate; without tokens none are trained.
+        training: tokens of matrices and of mixers, windows of a step, learning rate; 0 tokens train none.
         count: of layers to choose; None takes all.
     Returns:
         the layers, the errors of those that are trained, and what run.json tells of it.
     """
     from nemotron_h.compression.forward import Forward
     from nemotron_h.compression.puzzle.local import Training
-    from nemotron_h.compression.transplant.mixers import least_harmful
+    from nemotron_h.compression.transplant.mixers import Lengths, least_harmful
 
-    held_out, length = text.held_out(), Training(*training)
-    batches = text.batches(length) if length.tokens else None
-    record = text.record(mixers.source.checkpoint) | {"samples": len(held_out)} | (asdict(length) if batches else {})
+    matrices, tokens, batch, lr = training
+    held_out, lengths, record = text.held_out(), Lengths.of(*training), text.record(mixers.source.checkpoint)
+    record |= {"samples": len(held_out)}
+    batches = text.batches(Training(matrices + tokens, batch, lr)) if matrices + tokens else None
     forward = Forward(load_parent(mixers.source.checkpoint, exact=True), device=device())
     chosen, errors = list(mixers.transplants), {}
     if batches:
-        errors = _train(mixers, forward, length, batches, held_out[:, :-1])
+        record |= {"tokens": tokens, "matrices": matrices, "batch": batch, "lr": lr}
+        errors = _train(mixers, forward, lengths, batches, held_out[:, :-1], batch)
     if count:
-        scores = _score(mixers, forward, held_out, length.batch)
+        scores = _score(mixers, forward, held_out, batch)
         chosen = least_harmful(scores, count)
         _tell_scores(scores, chosen)
         record["scores"] = [
@@ -206,23 +220,22 @@ def _measure(
 
 
 def _train(
-    mixers: Mixers, forward: Forward, training: Training, batches: Any, held_out: np.ndarray
+    mixers: Mixers, forward: Forward, lengths: Lengths, batches: Any, held_out: np.ndarray, batch: int
 ) -> dict[int, Error]:
     """Train the mixers, each told as a line when it is done."""
-    step = batches(0).size
-    work = len(mixers.transplants) * math.ceil(training.tokens / step) * step
+    errors, step = {}, batches(0).size
+    work = len(mixers.transplants) * sum(lengths.steps(step)) * step
     with StageProgress(Console(stderr=True), "tokens through layers", work) as bar:
-
-        def tell(layer: int, error: Error) -> None:
-            typer.echo(f"layer {layer}: error {error.transplanted:.4f} transplanted, {error.trained:.4f} trained")
-
-        return mixers.train(forward, training, batches, held_out, bar.advance, tell)
+        for layer in mixers.transplants:
+            errors[layer] = mixers.train(layer, forward, lengths, batches, held_out, batch, bar.advance)
+            typer.echo(f"layer {layer}: {errors[layer].line()}")
+    return errors
 
 
 def _score(mixers: Mixers, forward: Forward, windows: np.ndarray, batch: int) -> dict[int, dict[str, Change]]:
     work = len(mixers.transplants) * windows[:, 1:].size
     with StageProgress(Console(stderr=True), "tokens through models of one other layer", work) as bar:
-        return mixers.scores(forward, windows, batch, bar.advance)
+        return {layer: mixers.score(layer, forward, windows, batch, bar.advance) for layer in mixers.transplants}
 
 
 def _tell_scores(scores: Mapping[int, Mapping[str, Change]], chosen: list[int]) -> None:
@@ -240,7 +253,7 @@ def _tell_layers(mixers: Mixers, chosen: list[int]) -> None:
     from nemotron_h.compression.transplant.child import record
 
     for layer in chosen:
-        row = record(mixers.transplants[layer])
+        row = record(mixers, layer)
         parts = "; ".join(f"{part} <- {row[part]}" for part in ("C", "B", "x", "out_proj"))
         dropped = f"; dropped: {', '.join(row['dropped'])}" if row["dropped"] else ""
         typer.echo(f"layer {layer}: {row['heads']} heads, {row['groups']} groups; {parts}{dropped}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.inference.model import GenerationModel
-from nemotron_h.model.blocks.running import Masks, Running, Watch
+from nemotron_h.model.blocks.running import Masks, Rotary, Running, Watch
 from nemotron_h.ops.select import select_ops
 
 
@@ -72,10 +72,12 @@ class Forward:
         h = self.norm(x, w.norm)
         if watch:
             watch("norm", h)
-        # positions count from the window's start
-        rotary = self.model.rotary(torch.arange(h.shape[1], device=self.device))
-        out = running.whole(self.ops, w, h, rotary, watch, masks or {})
+        out = running.whole(self.ops, w, h, self.rotary(h), watch, masks or {})
         return out if self.hidden is None else out * self.hidden
+
+    def rotary(self, h: Tensor) -> Rotary | None:
+        """Return cosines and sines of the positions of h [rows, length, hidden]: they count from the window's start."""
+        return self.model.rotary(torch.arange(h.shape[1], device=self.device))
 
     def final(self, x: Tensor) -> Tensor:
         """Return the activations before the output matrix, of the residual stream after the last layer."""

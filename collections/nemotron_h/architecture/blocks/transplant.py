@@ -48,20 +48,23 @@ class Transplant:
         return [*positions, *self.heads.fixed]
 
 
+def kinds_beside_mixers(blocks: Sequence[Block]) -> list[str]:
+    """Return the kinds of a hybrid's layers that are no mixers, by name."""
+    return sorted({block.name for block in blocks if not isinstance(block, MIXER)})
+
+
 def attention_layers(blocks: Sequence[Block]) -> list[int]:
     """Return the layers that can be transplanted: those that are attention and nothing else."""
     return [layer for layer, block in enumerate(blocks) if isinstance(block, Attention)]
 
 
-def transplants(
-    blocks: Sequence[Block], layers: Sequence[int], groups: int | None, origin: str
-) -> dict[int, Transplant]:
+def transplants(blocks: Sequence[Block], layers: Sequence[int], groups: int | None, key: str) -> dict[int, Transplant]:
     """Return layer -> its transplant.
 
     Args:
         layers: of `attention_layers`.
         groups: of every mixer; None is one for each query head.
-        origin: begins an error.
+        key: of `groups`, begins an error.
     Errors:
         UserError: `groups` does not divide the query heads of a layer.
     """
@@ -70,7 +73,7 @@ def transplants(
         if groups and count % groups:
             fits = [n for n in range(1, count + 1) if not any(each % n for each in heads.values())]
             raise UserError(
-                f"{origin}: --groups = {groups} does not divide the {count} query heads of layer {layer}",
+                f"{key} = {groups} does not divide the {count} query heads of layer {layer}",
                 hint=f"what divides those of all layers: {', '.join(map(str, fits))}",
             )
     return {layer: Transplant(blocks[layer], groups or count) for layer, count in heads.items()}

@@ -15,9 +15,10 @@ from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.heads.alignment import LayerAlignment
 from nemotron_h.compression.heads.fusion import merged_tensors
 from nemotron_h.compression.heads.gates import Gates
+from nemotron_h.compression.importance import check_tokens
 from nemotron_h.compression.puzzle.gated import GatedPiece
 from nemotron_h.compression.puzzle.initial import layer_tensors
-from nemotron_h.compression.puzzle.local import Advance, Piece, Training, imitate_each
+from nemotron_h.compression.puzzle.local import Advance, Piece, Training, imitate
 from nemotron_h.export.source import ModelSource
 
 
@@ -73,12 +74,12 @@ def train_layers(
     Errors:
         UserError: token ids that the model lacks.
     """
-    pieces = (
-        (layer, merged_piece(forward, source, layer, alignment, kv_heads, gates))
-        for layer, alignment in alignments.items()
-    )
+    for windows in (held_out, batches(0)):
+        check_tokens(windows, forward.definition)
     layers = {}
-    for layer, piece, *both in imitate_each(forward, pieces, training, batches, held_out, advance):
+    for layer, alignment in alignments.items():
+        piece, there = merged_piece(forward, source, layer, alignment, kv_heads, gates), range(layer, layer + 1)
+        both = imitate(forward, there, {"": piece}, {"": training}, batches, held_out, advance)[""]
         gate = piece.gates.largest if isinstance(piece, GatedPiece) else None
         layers[layer] = TrainedLayer(piece, *both, gate)
         done(layer, layers[layer])

@@ -10,7 +10,7 @@ Axes: b windows, l tokens, h hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.compression.forward import Forward
-from nemotron_h.compression.importance import check_tokens
 from nemotron_h.compression.puzzle.initial import Fit
 from nemotron_h.compression.scoring import LOGITS_ELEMENTS
 from nemotron_h.inference.model import GenerationModel
@@ -149,6 +148,26 @@ def outputs(forward: Forward, layers: range, x: Tensor) -> Tensor:
     return stream - x
 
 
+class Aim:
+    """Aim of a variant's training: what the parent's layers add to the residual stream."""
+
+    def target(self, forward: Forward, layers: range, x: Tensor, dtype: torch.dtype) -> Any:
+        """Return what layers of the parent have of it, of the residual stream x [b, l, h] that the first reads."""
+        return outputs(forward, layers, x).to(dtype)
+
+    def distance(self, piece: Any, x: Tensor, target: Any) -> Tensor:
+        """Return how far a variant is from the target, a sum over tokens, in its dtype."""
+        return (piece(x).to(target.dtype) - target).square().sum()
+
+    def size(self, target: Any) -> Tensor:
+        """Return the distance of a variant that has nothing of it."""
+        return target.square().sum()
+
+
+#: |o_p - o_c|^2 of |o_p|^2
+OUTPUT = Aim()
+
+
 def train(
     forward: Forward,
     layers: range,
@@ -156,6 +175,7 @@ def train(
     lengths: Mapping[str, Training],
     batches: Callable[[int], np.ndarray],
     advance: Advance = lambda _: None,
+    aim: Aim = OUTPUT,
 ) -> None:
     """Train what may stand in the place of a layer, or of several, all on the same text, each as long as it is to be.
 
@@ -166,6 +186,7 @@ def train(
         lengths: by name.
         batches: number of a step -> token ids, int64 [b, l].
         advance: told the tokens of each step.
+        aim: of which the loss is the distance over the size.
     """
     first = batches(0).size
     steps = {name: math.ceil(length.tokens / first) for name, length in lengths.items()}
@@ -179,8 +200,8 @@ def train(
     for step in range(max(steps.values(), default=0)):
         with torch.no_grad():
             x = prefix(forward, batches(step), layers.start)
-            wanted = outputs(forward, layers, x).float()
-            scale = wanted.square().sum()
+            target = aim.target(forward, layers, x, torch.float32)
+            scale = aim.size(target)
         for name, optimizer in optimizers.items():
             if step >= steps[name]:
                 continue
@@ -188,7 +209,7 @@ def train(
             for group, lr in zip(optimizer.param_groups, rates[name], strict=True):
                 group["lr"] = lr * (1 + math.cos(math.pi * done)) / 2
             beside = pieces[name].begin(done)
-            loss = (pieces[name](x).float() - wanted).square().sum() / scale + beside
+            loss = aim.distance(pieces[name], x, target) / scale + beside
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -207,16 +228,23 @@ def _require_grad(optimizer: torch.optim.Optimizer, required: bool) -> None:
 
 @torch.inference_mode()
 def errors(
-    forward: Forward, layers: range, pieces: Mapping[str, Trained], windows: np.ndarray, batch: int
+    forward: Forward,
+    layers: range,
+    pieces: Mapping[str, Trained],
+    windows: np.ndarray,
+    batch: int,
+    aim: Aim = OUTPUT,
 ) -> dict[str, float]:
-    """Return |o_p - o_c|^2 / |o_p|^2 of each variant over windows [samples, l]; a layer that is left out has 1."""
+    """Return the distance of each variant over the size, of all windows [samples, l]: |o_p - o_c|^2 / |o_p|^2, of which
+    a layer that is left out has 1, where no other aim is given.
+    """
     total, apart = 0.0, dict.fromkeys(pieces, 0.0)
     for start in range(0, len(windows), batch):
         x = prefix(forward, windows[start : start + batch], layers.start)
-        wanted = outputs(forward, layers, x).double()
-        total += float(wanted.square().sum())
+        target = aim.target(forward, layers, x, torch.float64)
+        total += float(aim.size(target))
         for name, piece in pieces.items():
-            apart[name] += float((piece(x).double() - wanted).square().sum())
+            apart[name] += float(aim.distance(piece, x, target))
     return {name: value / total for name, value in apart.items()}
 
 
@@ -228,6 +256,7 @@ def imitate(
     batches: Callable[[int], np.ndarray],
     held_out: np.ndarray,
     advance: Advance = lambda _: None,
+    aim: Aim = OUTPUT,
 ) -> dict[str, tuple[float, float]]:
     """Train as `train`, and give back its weights to what training made worse on held-out text [samples, l].
 
@@ -236,40 +265,15 @@ def imitate(
     """
     batch = max(length.batch for length in lengths.values())
     initial = {name: [tensor.clone() for tensor in piece.tensors] for name, piece in pieces.items()}
-    before = errors(forward, layers, pieces, held_out, batch)
-    train(forward, layers, pieces, lengths, batches, advance)
-    after = errors(forward, layers, pieces, held_out, batch)
+    before = errors(forward, layers, pieces, held_out, batch, aim)
+    train(forward, layers, pieces, lengths, batches, advance, aim)
+    after = errors(forward, layers, pieces, held_out, batch, aim)
     for name, piece in pieces.items():
         if not after[name] <= before[name]:  # not a number is worse too
             for tensor, value in zip(piece.tensors, initial[name], strict=True):
                 tensor.copy_(value)
             after[name] = before[name]
     return {name: (before[name], after[name]) for name in pieces}
-
-
-def imitate_each(
-    forward: Forward,
-    pieces: Iterable[tuple[int, Piece]],
-    training: Training,
-    batches: Callable[[int], np.ndarray],
-    held_out: np.ndarray,
-    advance: Advance = lambda _: None,
-) -> Iterator[tuple[int, Piece, float, float]]:
-    """Train a piece in each of some layers as `imitate` does, and yield the layer, the piece and both errors.
-
-    Args:
-        forward: of the parent, in float32 or wider.
-        pieces: (layer, what is to do what it does), asked for one after the other.
-        training: of each.
-    Errors:
-        UserError: token ids that the model lacks.
-    """
-    for windows in (held_out, batches(0)):
-        check_tokens(windows, forward.definition)
-    for layer, piece in pieces:
-        there = range(layer, layer + 1)
-        (error,) = imitate(forward, there, {"": piece}, {"": training}, batches, held_out, advance).values()
-        yield layer, piece, *error
 
 
 @torch.inference_mode()

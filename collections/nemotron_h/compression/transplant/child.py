@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_h.architecture.blocks.transplant import Transplant
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight
 from nemotron_h.checkpoint.reader import read_record
@@ -25,6 +24,9 @@ from nemotron_h.compression.slicing import check_written, inherit_data, rounded
 from nemotron_h.compression.transplant.mixers import Error, Mixers
 from nemotron_h.export.folder import new_folder
 from nemotron_h.inference.model import load_model
+
+#: where weights come from that are no attention's
+SAMPLED = "sampled"
 
 
 def write_child(
@@ -52,7 +54,7 @@ def write_child(
     """
     source = mixers.source
     checkpoint, parent = source.checkpoint, source.definition.name
-    of_layers = [{"layer": layer, **record(mixers.transplants[layer])} for layer in layers]
+    of_layers = [{"layer": layer, **record(mixers, layer)} for layer in layers]
     for row in of_layers:
         if row["layer"] in errors:
             row["error"] = asdict(errors[row["layer"]])
@@ -72,19 +74,20 @@ def write_child(
         _check(mixers, layers, folder)
 
 
-def record(transplant: Transplant) -> dict[str, Any]:
-    """Return where the weights of a mixer come from, for JSON."""
-    heads = transplant.heads
+def record(mixers: Mixers, layer: int) -> dict[str, Any]:
+    """Return where the weights of a layer's mixer come from, for JSON."""
+    transplant = mixers.transplants[layer]
+    heads, sampled = transplant.heads, mixers.start == "random"
     shared = heads.groups * heads.queries // transplant.groups
     mean = f", means of {shared} query heads" if shared > 1 else ""
     copies = f", {heads.queries} copies each" if heads.queries > 1 else ""
     return {
         "heads": heads.groups * heads.queries,
         "groups": transplant.groups,
-        "C": f"Q{mean}",
-        "B": f"K{mean or copies}",
-        "x": f"V{copies}",
-        "out_proj": "O",
+        "C": SAMPLED if sampled else f"Q{mean}",
+        "B": SAMPLED if sampled else f"K{mean or copies}",
+        "x": SAMPLED if sampled else f"V{copies}",
+        "out_proj": SAMPLED if sampled else "O",
         "dropped": transplant.dropped(),
     }
 

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nemotron_h.architecture.blocks.transplant import CONV_KERNEL, MIXER, Transplant, attention_layers
+from nemotron_h.architecture.blocks.transplant import CONV_KERNEL, MIXER, Transplant
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.hybrid import candidates
 from nemotron_h.compression.child import definition_of_layers
 from nemotron_h.core.errors import UserError
-
-
-def candidates(parent: ModelDefinition, origin: str) -> list[int]:
-    """Return the attention layers of a parent.
-
-    Args:
-        origin: the checkpoint, to name in an error.
-    Errors:
-        UserError: it has none.
-    """
-    layers = attention_layers(parent.blocks)
-    if not layers:
-        kinds = ", ".join(f"{kind.letter} ({kind.title})" for kind in parent.kinds)
-        raise UserError(
-            f"{origin}: {parent.name} has no layer that is attention alone (*), so nothing to transplant",
-            hint=f"it has {kinds}",
-        )
-    return layers
 
 
 def listed(parent: ModelDefinition, text: str, origin: str) -> list[int]:

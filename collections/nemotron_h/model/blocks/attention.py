@@ -28,6 +28,7 @@ from nemotron_h.model.blocks.running import (
     Watch,
 )
 from nemotron_h.ops.attention import attention_chunk, attention_step, cache_append
+from nemotron_h.ops.mixing_matrix import Mixing, attention_matrix
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -217,6 +218,12 @@ class RunningAttention(Running):
         """Return keys and values."""
         _, keys, values = self.split_qkv(w, F.linear(h, w.qkv), None)
         return keys, values
+
+    def mixing(self, ops: Ops, w: AttentionWeights, h: Tensor, rotary: Rotary | None) -> Mixing:
+        """Return the matrices of the query heads."""
+        q, k, _ = self.split_qkv(w, F.linear(h, w.qkv), rotary)
+        k = k.unsqueeze(3).expand_as(q)  # [b, l, g, q, d]
+        return Mixing(attention_matrix, tuple(each.flatten(2, 3).transpose(1, 2).flatten(0, 1) for each in (q, k)))
 
     def whole(
         self,

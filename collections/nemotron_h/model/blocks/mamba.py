@@ -28,6 +28,7 @@ from nemotron_h.model.blocks.running import (
     Watch,
 )
 from nemotron_h.ops.conv1d import causal_conv1d_window
+from nemotron_h.ops.mixing_matrix import Mixing, ssd_matrix
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.select import Ops
 from nemotron_h.ops.ssd_window import ssd_advance, ssd_window
@@ -227,6 +228,16 @@ class RunningMamba(Running):
         """Add the output to the residual stream."""
         residual.matmul(h, w.in_proj, buffers.projected)
         residual.values.addmm_(buffers(w, state), w.out_proj.t(), alpha=buffers.gain)
+
+    def mixing(self, ops: Ops, w: MambaWeights, h: Tensor, rotary: Rotary | None) -> Mixing:
+        """Return the matrices of the heads: of each its group's B and C."""
+        _, xbc, dt = self._split(F.linear(h, w.in_proj))
+        _, *b_and_c = self._split_conv(ops.conv1d(xbc, w.conv_weight, w.conv_bias))
+        dt = F.softplus(dt.to(w.dt_bias.dtype) + w.dt_bias)  # [b, l, n]
+        heads = self.block.mamba_num_heads // self.block.mamba_num_groups
+        b, c = (each.repeat_interleave(heads, dim=2) for each in b_and_c)  # [b, l, n, s]
+        factors = (each.transpose(1, 2).flatten(0, 1) for each in (dt, dt * w.A, b, c))
+        return Mixing(ssd_matrix, (*factors, w.D.repeat(len(h))))
 
     def whole(
         self,

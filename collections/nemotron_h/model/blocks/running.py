@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.core.errors import UserError
+from nemotron_h.ops.mixing_matrix import Mixing
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -263,6 +264,12 @@ class Running:
         raise NotImplementedError
 
     # compression
+
+    def mixing(self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None) -> Mixing:
+        """Return the matrices by which the heads mix the tokens of the normalised input [b, l, h], over windows from
+        empty states; their rows are those of the first sequence, then of the second. Of kinds alone that mix tokens.
+        """
+        raise NotImplementedError
 
     def whole(self, ops: Ops, w: Any, h: Tensor, rotary: Rotary | None, watch: Watch | None, masks: Masks) -> Tensor:
         """Return the layer's output [b, l, h] over windows from empty states.

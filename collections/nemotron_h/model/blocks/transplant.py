@@ -24,7 +24,12 @@ from nemotron_h.model import init
 
 
 def mixer_tensors(
-    transplant: Transplant, mixer: Mamba, attention: tuple[Tensor, ...], layer: int, seed: int
+    transplant: Transplant,
+    mixer: Mamba,
+    attention: tuple[Tensor, ...],
+    layer: int,
+    seed: int,
+    start: str = "transplant",
 ) -> list[Tensor]:
     """Return the weights of a mixer, a tensor for each row of `Mamba.tensors`, in the attention's dtype or exact.
 
@@ -35,6 +40,7 @@ def mixer_tensors(
     Args:
         attention: norm [h], Q [n d, h], K and V [key-value heads x d, h], O [h, n d].
         layer: its number.
+        start: `transplant`; or `random`, a control whose projections are sampled too, as PyTorch makes linear layers.
     """
     norm, *projections, out = attention
     dim, queries, heads = transplant.heads.dim, transplant.heads.queries, mixer.mamba_num_heads
@@ -58,9 +64,14 @@ def mixer_tensors(
         for name, rows in (("z", mixer.d_inner), ("dt", heads))
     )
     exact = torch.promote_types(norm.dtype, torch.float32)
+    copied = {"x": v.flatten(0, 1), "B": of_groups(k), "C": of_groups(q)}
+    if start == "random":
+        copied = {name: sampled(name, of_inputs, *rows.shape).to(norm.dtype) for name, rows in copied.items()}
+        of_heads = init.uniform(-1 / math.sqrt(mixer.d_inner), 1 / math.sqrt(mixer.d_inner))
+        out = sampled("out_proj", of_heads, *out.shape).to(norm.dtype)
     return [
         norm,
-        torch.cat([z, v.flatten(0, 1), of_groups(k), of_groups(q), dt]),
+        torch.cat([z, *copied.values(), dt]),
         sampled("conv1d.weight", of_taps, mixer.conv_channels, 1, mixer.conv_kernel).to(norm.dtype),
         sampled("conv1d.bias", of_taps, mixer.conv_channels).to(norm.dtype),
         sampled("A_log", init.log_uniform_a, heads).to(exact),
