@@ -283,7 +283,7 @@ DIFFERENT = {
     "nemotron_h_tiny/pretrain_muon": ("optim.qk_clip=100",),
 }
 #: keys that name no single value of the graph
-BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "puzzle.", "model.", "optim.schedule")
+BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "puzzle.", "hybridise.", "model.", "optim.schedule")
 BY_THEMSELVES += (
     "optim.warmup_tokens",
     "sources.",

@@ -22,6 +22,7 @@ from nemotron_h.cli.data import app as data_app
 from nemotron_h.cli.eval import evaluate
 from nemotron_h.cli.export import export_app, import_app, merge_adapter
 from nemotron_h.cli.generate import generate
+from nemotron_h.cli.hybridise import hybridise
 from nemotron_h.cli.incidents import show_incidents
 from nemotron_h.cli.layer_costs import layer_costs
 from nemotron_h.cli.minipuzzle import minipuzzle
@@ -57,6 +58,7 @@ app.command()(align_heads)
 app.command()(transplant)
 app.command()(minipuzzle)
 app.command()(puzzle)
+app.command()(hybridise)
 app.command()(distill_cache)
 app.command()(generate)
 app.command()(chat)

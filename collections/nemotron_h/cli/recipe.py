@@ -117,12 +117,12 @@ def check(name: Name, overrides: Overrides = None) -> None:
     wrong, and the message says what.
     """
     from nemotron_h.compression import needs
+    from nemotron_h.compression.hybridise import needs as hybridise_needs
     from nemotron_h.compression.puzzle import needs as puzzle_needs
     from nemotron_h.recipe.check import examine
 
     console, checked = Console(highlight=False, soft_wrap=True), examine(name, overrides or ())
     console.print(checked.line(), markup=False)
-    if checked.recipe.minipuzzle:
-        console.print(f"    {needs.sentence(checked.recipe)}", markup=False)
-    if checked.recipe.puzzle:
-        console.print(f"    {puzzle_needs.sentence(checked.recipe)}", markup=False)
+    of_stage = {"minipuzzle": needs, "puzzle": puzzle_needs, "hybridise": hybridise_needs}
+    if checked.recipe.stage in of_stage:
+        console.print(f"    {of_stage[checked.recipe.stage].sentence(checked.recipe)}", markup=False)

@@ -71,7 +71,8 @@ def run_of(
     """
     own = copy.deepcopy(recipe)
     own.stage, own.name, own.tokens = "distill", name, str(tokens)
-    own.minipuzzle = own.puzzle = None
+    for pipeline in PIPELINES:
+        setattr(own, pipeline, None)
     own.model = model_part(student)
     own.init.checkpoint = str(start)
     own.distill = dataclasses.replace(own.distill or DistillSchema(), teacher=str(teacher))

@@ -75,7 +75,6 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
         pairs = [f"{a} → {b}" for a, b in zip(_cells(before), _cells(after), strict=True)]
         rows.append((name, pairs + [f"{before['evaluated'][t]:.3f} → {after['evaluated'][t]:.3f}" for t in tasks]))
     rows.append(("child", _cells(child) + [f"{child['evaluated'][t]:.3f}" for t in tasks]))
-    stages = ((path.parent.name, json.loads(path.read_text())) for path in folder.glob("*/stage.json"))
     out.write_text(
         render(
             PAGE,
@@ -99,14 +98,20 @@ def write(folder: Path, recipe: RecipeConfig, parent: ModelDefinition, result: d
             tokens=parent_score["tokens"],
             text=result["text"],
             pictures=list(_pictures(recipe, parent, importance, ranking, child, result)),
-            stages=[
-                (name, stage["result"], f"{stage['seconds']:,.0f}")
-                for name, stage in sorted(stages, key=lambda item: item[1]["finished"])
-                if not name.endswith(".before")
-            ],
+            stages=finished_stages(folder),
         ),
         encoding="utf-8",
     )
+
+
+def finished_stages(folder: Path) -> list[tuple[str, str, str]]:
+    """Return name, result and seconds of each finished stage of a pipeline's folder, in their order."""
+    stages = ((path.parent.name, json.loads(path.read_text())) for path in folder.glob("*/stage.json"))
+    return [
+        (name, stage["result"], f"{stage['seconds']:,.0f}")
+        for name, stage in sorted(stages, key=lambda item: item[1]["finished"])
+        if not name.endswith(".before")
+    ]
 
 
 def _widths(candidate: Candidate) -> str:

@@ -52,6 +52,7 @@ OWN_KEYS = {
     "distill": ("distill",),
     "minipuzzle": ("distill", "minipuzzle"),
     "puzzle": ("distill", "puzzle"),
+    "hybridise": ("distill", "hybridise"),
 }
 
 
@@ -244,8 +245,7 @@ def named_checkpoints(recipe: RecipeConfig) -> dict[str, str]:
     named = {
         "init.checkpoint": recipe.init.checkpoint,
         "distill.teacher": recipe.distill and recipe.distill.teacher,
-        "minipuzzle.parent": recipe.minipuzzle and recipe.minipuzzle.parent,
-        "puzzle.parent": recipe.puzzle and recipe.puzzle.parent,
+        **{f"{stage}.parent": (part := getattr(recipe, stage)) and part.parent for stage in PIPELINES},
     }
     return {key: checkpoint for key, checkpoint in named.items() if checkpoint}
 

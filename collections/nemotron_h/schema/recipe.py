@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from omegaconf import MISSING
 
 from nemotron_h.core.strict import number, within
+from nemotron_h.schema.hybridise import HybridiseSchema
 from nemotron_h.schema.minipuzzle import MiniPuzzleSchema
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.puzzle import PuzzleSchema
@@ -30,7 +31,7 @@ STATE_DTYPES = ("fp32", "bf16")
 #: stage -> the command of `nemo llm` that runs it
 STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "distill": "distill"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
-PIPELINES = {"minipuzzle": "minipuzzle", "puzzle": "puzzle"}
+PIPELINES = {"minipuzzle": "minipuzzle", "puzzle": "puzzle", "hybridise": "hybridise"}
 TOO_LONG = ("cut", "drop")
 #: the first of which read no rewards
 DPO_LOSSES = ("dpo", "dpo_norm")
@@ -419,8 +420,10 @@ class RecipeConfig:
         init: other initial weights.
         minipuzzle: stage minipuzzle alone: what is compressed, and how.
         puzzle: stage puzzle alone: likewise, where each layer gets a variant of its own.
+        hybridise: stage hybridise alone: whose attention becomes Mamba-2, and how.
         preference: stage preference alone: the loss over pairs of answers.
-        distill: stages distill, minipuzzle and puzzle alone: the teacher (of a compression the parent) and the loss.
+        distill: stages distill, minipuzzle, puzzle and hybridise alone: the teacher (of a pipeline the parent) and the
+            loss.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
             (`trainer.max_steps=20`); a run writes here what its command line set beyond them.
         sources: where values come from (`paper 2.4`, `ours: ...`), by dotted key.
@@ -441,6 +444,7 @@ class RecipeConfig:
     init: InitSchema = field(default_factory=InitSchema)
     minipuzzle: MiniPuzzleSchema | None = None
     puzzle: PuzzleSchema | None = None
+    hybridise: HybridiseSchema | None = None
     preference: PreferenceSchema | None = None
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     distill: DistillSchema | None = None

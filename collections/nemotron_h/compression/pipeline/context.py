@@ -43,6 +43,7 @@ class Context(Compression):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.text.check_samples()
         if not self.part.grid.depth:  # which layers fill a depth is known when their importance is
             self.candidates(None)
 

@@ -21,6 +21,7 @@ from nemotron_h.compression.scoring import Predictions, Score, predict
 from nemotron_h.compression.stages import content_digest
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.data.manifest import Manifest
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.trained_tokenizer import check_data
 from nemotron_h.recipe.checks import definition_of
@@ -54,16 +55,24 @@ class Parent:
             self.checkpoint = find_checkpoint(Path(text.part.parent).expanduser())
         self.definition = definition_of(recipe, origin)
         _check_model(self.checkpoint, self.definition, key)
-        tokenizer = text.manifest.tokenizer
+        self.check_tokenizer(text.manifest, origin)
+        self._predictions: dict[str, Predictions] = {}
+
+    def check_tokenizer(self, manifest: Manifest, origin: str) -> None:
+        """Check that data was prepared with the parent's tokenizer; print a warning where nothing tells it.
+
+        Errors:
+            UserError: it was prepared with another one.
+        """
+        tokenizer, key = manifest.tokenizer, f"{self.text.origin}: {self.text.key}.parent"
         if tokenizer.vocab_size > self.definition.vocab_size:
             raise UserError(
-                f"{origin}: the tokenizer of blend {text.blend.name} has {tokenizer.vocab_size:,} tokens, the parent "
+                f"{origin}: the tokenizer of blend {manifest.blend} has {tokenizer.vocab_size:,} tokens, the parent "
                 f"a vocabulary of {self.definition.vocab_size:,}",
                 hint="choose a blend that was prepared with the parent's tokenizer",
             )
-        if warning := check_data(self.checkpoint, text.manifest, key):
-            console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
-        self._predictions: dict[str, Predictions] = {}
+        if warning := check_data(self.checkpoint, manifest, key):
+            self.console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
 
     @cached_property
     def model(self) -> GenerationModel:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,10 @@ import numpy as np
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import count_of
-from nemotron_h.data.blend import load_blend
-from nemotron_h.data.feed.calibration import calibration_sampler
+from nemotron_h.data.blend import Blend, load_blend
+from nemotron_h.data.feed.calibration import calibration_batches, calibration_sampler
 from nemotron_h.data.feed.sampler import ValidationText
-from nemotron_h.data.manifest import check_manifest
+from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.schema.recipe import RecipeConfig
 
 CHOICE, REPORTED = "choice", "report"
@@ -35,6 +35,12 @@ def named(key: str, hint: str = "") -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{key}: {error.message}", error.hint or hint) from error
+
+
+def content_of(blend: Blend, manifest: Manifest, split: str) -> str:
+    """Return the hash of a blend and its text of a split."""
+    sources = {name: text for name, text in manifest.texts(split).items() if name in blend.sources}
+    return hashlib.sha256(json.dumps([blend.hash(), sources], sort_keys=True).encode()).hexdigest()
 
 
 class Text:
@@ -55,19 +61,34 @@ class Text:
             self.manifest = check_manifest(recipe.data.root, self.blend)
 
     def check(self) -> None:
-        """Check that there is enough of it.
+        """Check that there is enough held-out text.
 
         Errors:
-            UserError: fewer samples than importance is to be measured on, or fewer held-out tokens than are scored.
+            UserError: fewer tokens than are scored.
         """
         part, where = self.part, f"{self.origin}: {self.key}"
-        for key in ("layer_samples", "neuron_samples"):
-            samples = getattr(part, key)
-            with named(f"{where}.{key} = {samples:,}"):
-                calibration_sampler(self.blend, self.manifest, samples, self.seq_length)
         with named(f"{where}.score_tokens = {part.score_tokens}, of each half of the validation text"):
             for half in self._halves.values():
                 half.check(self._samples)
+
+    def check_samples(self) -> None:
+        """Check that there is enough text to measure importance on.
+
+        Errors:
+            UserError: fewer samples than are asked for.
+        """
+        for key in ("layer_samples", "neuron_samples"):
+            samples = getattr(self.part, key)
+            with named(f"{self.origin}: {self.key}.{key} = {samples:,}"):
+                calibration_sampler(self.blend, self.manifest, samples, self.seq_length)
+
+    def batches(self, tokens: int, batch: int, seed: int) -> Callable[[int], np.ndarray]:
+        """Return number of a step -> windows of the training text, int64 [batch, seq_length], for so many tokens.
+
+        Errors:
+            UserError: there is less text.
+        """
+        return calibration_batches(self.blend, self.manifest, tokens, batch, self.seq_length, seed)
 
     @cached_property
     def held_out(self) -> dict[str, np.ndarray]:
@@ -76,8 +97,7 @@ class Text:
 
     def inputs(self, split: str) -> dict[str, Any]:
         """Return a stage's inputs: the text of a split, by content."""
-        sources = {name: text for name, text in self.manifest.texts(split).items() if name in self.blend.sources}
-        text = hashlib.sha256(json.dumps([self.blend.hash(), sources], sort_keys=True).encode()).hexdigest()
+        text = content_of(self.blend, self.manifest, split)
         return {f"{split} text": text, "data.seq_length": self.seq_length}
 
     def held_out_inputs(self, *halves: str) -> dict[str, Any]:

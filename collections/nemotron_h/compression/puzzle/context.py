@@ -34,7 +34,6 @@ from nemotron_h.compression.puzzle.local import Part, Piece, own_layer
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import count_of
-from nemotron_h.data.feed.calibration import calibration_batches
 from nemotron_h.inference.model import GenerationModel, lay_out
 from nemotron_h.planning.gpus import gpu
 
@@ -56,6 +55,7 @@ class Context(Compression):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.text.check_samples()
         names = {name: None for of_layer in self.variants for name, each in of_layer.items() if each.trained}
         for name in self.part.local.tokens_of:
             check_one_of("puzzle.local.tokens_of", name, list(names), f"{self.origin}: ")
@@ -110,8 +110,7 @@ class Context(Compression):
         Errors:
             UserError: there is less text.
         """
-        text, batch = self.text, self.part.local.batch
-        return calibration_batches(text.blend, text.manifest, tokens, batch, text.seq_length, self.recipe.init_seed)
+        return self.text.batches(tokens, self.part.local.batch, self.recipe.init_seed)
 
     def stored(self, layer: int, name: str, refined: Refined) -> str:
         """Return the name in the library of a variant's weights."""

@@ -1,23 +1,20 @@
 """The library of a compression: every variant's trained weights, each stored once under the hash of what made it.
 
-<folder>/variants/<hash>.safetensors    tensors by their place among `Block.tensors`; the record is in the header
+<folder>/variants/<hash>.safetensors    as `compression/stored.py` writes them
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from nemotron_h.core.errors import UserError, writing
+from nemotron_h.compression import stored
 
 FOLDER = "variants"
 
@@ -64,13 +61,7 @@ class Library:
 
     def save(self, entry: Entry, tensors: Sequence[Tensor]) -> None:
         """Write a variant; it is there whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(entry.hash)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        with writing(temporary):
-            named = {str(place): tensor.cpu().contiguous() for place, tensor in enumerate(tensors)}
-            save_file(named, temporary, {"entry": json.dumps(asdict(entry))})
-            temporary.replace(path)
+        stored.save(self.path(entry.hash), asdict(entry), tensors)
 
     def entry(self, name: str) -> Entry | None:
         """Return the record of a variant by its hash; None where it is not there.
@@ -78,10 +69,8 @@ class Library:
         Errors:
             UserError: its file is damaged.
         """
-        if not self.path(name).is_file():
-            return None
-        with self._open(name) as file:
-            return Entry(**json.loads(file.metadata()["entry"]))
+        path = self.path(name)
+        return Entry(**stored.read_record(path)) if path.is_file() else None
 
     def tensors(self, name: str) -> list[Tensor]:
         """Return the weights of a variant by its hash.
@@ -89,12 +78,4 @@ class Library:
         Errors:
             UserError: its file is missing or damaged.
         """
-        with self._open(name) as file:
-            return [file.get_tensor(place) for place in sorted(file.keys(), key=int)]
-
-    def _open(self, name: str) -> Any:
-        path = self.path(name)
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}", hint=f"remove it, and run again: rm {path}") from error
+        return stored.read_tensors(self.path(name))

@@ -25,12 +25,17 @@ def check_compression(recipe: RecipeConfig, origin: str, example: str) -> None:
         raise UserError(f"{origin}: init.checkpoint is unused: {stage}.parent is what is compressed")
     _check_distill(recipe.distill, origin)
     check_objective(recipe, origin)
-    check_one_of(f"{stage}.layer_metric", part.layer_metric, METRICS, f"{origin}: ")
     if count_of(part.score_tokens, f"{stage}.score_tokens", origin) < recipe.data.seq_length:
         raise UserError(
             f"{origin}: {stage}.score_tokens ({part.score_tokens}) is less than one sequence",
             hint=f"at least data.seq_length, {recipe.data.seq_length:,}",
         )
+
+
+def check_importance(recipe: RecipeConfig, origin: str) -> None:
+    """Check how the importance of layers is measured."""
+    part = getattr(recipe, recipe.stage)
+    check_one_of(f"{recipe.stage}.layer_metric", part.layer_metric, METRICS, f"{origin}: ")
 
 
 def _check_distill(distill: DistillSchema | None, origin: str) -> None:

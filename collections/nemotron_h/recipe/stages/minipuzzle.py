@@ -11,7 +11,7 @@ from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
-from nemotron_h.recipe.stages.compression import check_compression
+from nemotron_h.recipe.stages.compression import check_compression, check_importance
 from nemotron_h.schema.minipuzzle import ORDERS, SPEEDS, STARTS, BudgetSchema, GridSchema
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -19,6 +19,7 @@ from nemotron_h.schema.recipe import RecipeConfig
 def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """Check a compression: its options, budget and grid, and the distillations of its candidates."""
     check_compression(recipe, origin, "minipuzzle_tiny")
+    check_importance(recipe, origin)
     part = recipe.minipuzzle
     where = f"{origin}: "
     check_one_of("minipuzzle.order", part.order, ORDERS, where)

@@ -7,7 +7,7 @@ from nemotron_h.architecture.variants import check_library
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 from nemotron_h.core.units import BYTES, count_of
-from nemotron_h.recipe.stages.compression import check_compression
+from nemotron_h.recipe.stages.compression import check_compression, check_importance
 from nemotron_h.schema.puzzle import MEASURES, MERGES, TIMES, CostSchema
 from nemotron_h.schema.recipe import RecipeConfig
 
@@ -19,6 +19,7 @@ OF_TIME = LIMITS[2:]
 def check(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """Check a compression: its options, library, limits and lengths."""
     check_compression(recipe, origin, "puzzle_tiny")
+    check_importance(recipe, origin)
     part, where = recipe.puzzle, f"{origin}: "
     check_one_of("puzzle.merge", part.merge, MERGES, where)
     check_one_of("puzzle.measure", part.measure, MEASURES, where)

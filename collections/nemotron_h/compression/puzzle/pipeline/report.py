@@ -7,7 +7,6 @@ Reads all stages. Writes report.html, result.json, and model.yaml, the child's d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from nemotron_h.compression.puzzle.pipeline.library import LIBRARY
 from nemotron_h.compression.puzzle.pipeline.score import read_scores
 from nemotron_h.compression.puzzle.pipeline.search import SOLUTIONS
 from nemotron_h.compression.recovery import sentence
-from nemotron_h.compression.report import recovery_curve
+from nemotron_h.compression.report import finished_stages, recovery_curve
 from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.page import for_both, render
@@ -115,7 +114,6 @@ def _write(c: Context, out: Path, parameters: int, result: dict[str, Any], point
         faster = found["parent"][LATENCY] / seconds["foretold"]
         foretold.append(_row("times as fast as the parent", faster, seconds["parent"] / seconds["child"]))
     rows = [("parent", healed["parent"]), ("child as it was put together", child[REPORTED]), ("child", healed["child"])]
-    stages = ((path.parent.name, json.loads(path.read_text())) for path in c.folder.glob("*/stage.json"))
     validation = result["validation"]
     page = render(
         PAGE,
@@ -138,11 +136,7 @@ def _write(c: Context, out: Path, parameters: int, result: dict[str, Any], point
         text=result["text"],
         foretold=foretold,
         pictures=list(_pictures(c, measured, child["picks"], found, points, healed)),
-        stages=[
-            (name, stage["result"], f"{stage['seconds']:,.0f}")
-            for name, stage in sorted(stages, key=lambda item: item[1]["finished"])
-            if not name.endswith(".before")
-        ],
+        stages=finished_stages(c.folder),
     )
     out.write_text(page, encoding="utf-8")
 

@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from nemotron_h.compression.puzzle.context import Context
+from nemotron_h.compression.pipeline.compression import Compression
 from nemotron_h.core.worker_pool import worker_pool
+from nemotron_h.launch.place import Place
 from nemotron_h.platform import quiet
 from nemotron_h.schema.recipe import RecipeConfig
 
 #: work on a layer; what it returns goes through a pipe
-Work = Callable[[Context, int], Any]
+Work = Callable[[Any, int], Any]
 
-_context: Context | None = None
+_context: Compression | None = None
 
 
-def over_layers(c: Context, work: Work, layers: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def over_layers(c: Compression, work: Work, layers: Sequence[int]) -> Iterator[tuple[int, Any]]:
     """Yield (layer, what `work` returns), as each is done.
 
     Args:
+        c: of each process another of its class.
         work: a function of a module, with arguments that can be pickled.
         layers: those that cost most first.
     """
@@ -38,13 +40,14 @@ def over_layers(c: Context, work: Work, layers: Sequence[int]) -> Iterator[tuple
     c.parent.release()  # each process has one of its own
     threads = max(1, torch.get_num_threads() // workers)
     taken = "variants and layers that are done are kept"
-    with worker_pool(workers, _begin, (c.recipe, c.origin, threads), taken, "parallel.devices") as pool:
+    arguments = (type(c), c.recipe, c.origin, c.place, threads)
+    with worker_pool(workers, _begin, arguments, taken, "parallel.devices") as pool:
         jobs = {pool.submit(_run, work, layer): layer for layer in layers}
         for job in as_completed(jobs):
             yield jobs[job], job.result()
 
 
-def _begin(recipe: RecipeConfig, origin: str, threads: int) -> None:
+def _begin(make: type[Compression], recipe: RecipeConfig, origin: str, place: Place, threads: int) -> None:
     global _context
     if not quiet.verbose():
         warnings.filterwarnings("ignore")
@@ -52,7 +55,7 @@ def _begin(recipe: RecipeConfig, origin: str, threads: int) -> None:
     if torch.cuda.is_available():
         number = int(multiprocessing.current_process().name.rpartition("-")[2])  # those of a pool follow each other
         torch.cuda.set_device(number % torch.cuda.device_count())
-    _context = Context(recipe, Console(quiet=True), origin=origin)
+    _context = make(recipe, Console(quiet=True), origin=origin, place=place)
 
 
 def _run(work: Work, layer: int) -> Any:
@@ -64,5 +67,5 @@ def bound(work: Callable[..., Any], *arguments: Any) -> Work:
     return functools.partial(_with, work, arguments)
 
 
-def _with(work: Callable[..., Any], arguments: tuple[Any, ...], c: Context, layer: int) -> Any:
+def _with(work: Callable[..., Any], arguments: tuple[Any, ...], c: Compression, layer: int) -> Any:
     return work(c, layer, *arguments)
