@@ -51,7 +51,7 @@ class Context(Compression):
         super().__init__(*arguments, **options)
         check_whole(self.parent.checkpoint, f"{self.origin}: hybridise.parent: ")
         self.rounds = rounds_of(self.recipe, self.definition)
-        self.runs = planned(self.recipe, self.place)
+        planned(self.recipe, self.place)  # which checks each
         if tokens := self._tokens("matrices") + self._tokens("mixers"):
             with named(f"{self.origin}: hybridise.local"):
                 self.text.batches(tokens, self.part.local.batch, self.recipe.init_seed)
