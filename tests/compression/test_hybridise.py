@@ -98,7 +98,7 @@ def hybrid(tiny: Tiny, *overrides: str, **arguments: Any) -> Hybridise:
 def small(tiny: Tiny) -> Tiny:
     """`tiny`, with a trained Llama, conversations, and the recipes of its hybrid."""
     tiny.prepare_talk()
-    shared = SHARED.format(folder=tiny.folder)
+    shared = SHARED.format(folder=tiny.folder).replace("precision: bf16", "precision: fp32")
     talk = shared.replace("words.yaml", "talk.yaml").replace("seq_length: 32", "seq_length: 64")
     for name, text in (("llama", PARENT), ("hybrid", HYBRID.format(folder=tiny.folder)), ("tuned", TUNED)):
         (tiny.folder / f"{name}.yaml").write_text(text + MODEL + (talk if name == "tuned" else shared))
@@ -146,8 +146,8 @@ def test_each_round_begins_with_what_the_one_before_made(made: tuple[Tiny, Resul
     assert record["from"] == distilled[0]["child"]["checkpoint"]
     assert (record["chosen_by"], record["round"], record["layers"][0]["C"]) == ("every", 2, "Q")
     for row, result in zip((one, two), distilled, strict=True):
-        losses = [each["loss"] for each in (result["parent"], result["child"], result["frozen"], row["measured"])]
-        assert losses == sorted(losses)
+        before = min(row["measured"]["loss"], result["frozen"]["loss"])
+        assert result["parent"]["loss"] < result["child"]["loss"] < before
     teacher = compose(str(tiny.folder / "runs/hybrid/distil-2/hybrid_2.yaml")).distill.teacher
     assert teacher.startswith(f"{tiny.folder}/runs/llama/"), "the first parent teaches"
 
@@ -194,10 +194,7 @@ def test_the_report_tells_each_round(made: tuple[Tiny, Result]) -> None:
 
 
 def test_two_tensor_parallel_ranks_distil_alike(made: tuple[Tiny, Result]) -> None:
-    """Two groups of each mixer on each rank; bfloat16 sums in another order, so close and not equal.
-
-    The vocabulary of 300 has as much padding on two ranks as on one.
-    """
+    """Two groups of each mixer on each rank; the vocabulary of 300 has as much padding on two ranks as on one."""
     tiny, _ = made
     recipe = copy.deepcopy(compose(str(tiny.folder / "runs/hybrid/distil-1/hybrid_1.yaml")))
     recipe.log.dir, recipe.parallel.tensor, recipe.parallel.devices = str(tiny.folder / "tensor"), 2, 2
@@ -211,7 +208,7 @@ def test_two_tensor_parallel_ranks_distil_alike(made: tuple[Tiny, Result]) -> No
         [float.fromhex(json.loads(line)["loss"]) for line in (folder / "steps.jsonl").read_text().splitlines()[-16:]]
         for folder in (tiny.folder / "runs/hybrid/distil-1", tiny.folder / "tensor")
     ]
-    assert of_runs[1] == pytest.approx(of_runs[0], rel=0.01)
+    assert of_runs[1] == pytest.approx(of_runs[0], rel=1e-4)
 
 
 def test_an_interrupted_stage_goes_on_where_it_was(
