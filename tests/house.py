@@ -21,7 +21,7 @@ FLOORS = (
     ("evaluation", "planning", "report"),
     ("laws", "training"),
     ("launch",),
-    ("comparison", "compression", "sweep"),
+    ("comparison", "compression", "reasoning", "sweep"),
     ("cli",),
 )
 FRAMEWORKS = frozenset({"lightning", "megatron", "nemo", "nemo_run", "transformer_engine"})

@@ -64,8 +64,8 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(options.threads * options.jobs)
-    from nemotron_h.compression.distillations import steps_of
     from nemotron_h.compression.minipuzzle import MiniPuzzle
+    from nemotron_h.launch.runs import steps_of
 
     console = Console(highlight=False, soft_wrap=True)
     made = MiniPuzzle(recipe, console)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nemotron_h.compression.stages import Pipeline, Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.locks import locked
 from nemotron_h.launch.jobs import Job
+from nemotron_h.launch.stages import Pipeline, Stage
 
 
 class Chain:

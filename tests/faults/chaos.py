@@ -47,7 +47,7 @@ def command_of(folder: Path) -> list[str]:
 def result(out: Path) -> str:
     """Return the sha256 of a run's last weights and optimizer."""
     from nemotron_h.checkpoint import folders
-    from nemotron_h.compression.stages import content_digest
+    from nemotron_h.launch.stages import content_digest
 
     newest = folders.newest(out / "small")
     return f"{newest.name} {content_digest(newest)}"

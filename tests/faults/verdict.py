@@ -16,9 +16,9 @@ from small_run import Small, run_records
 from stages import Stage
 
 from nemotron_h.checkpoint import folders
-from nemotron_h.compression.stages import digest
 from nemotron_h.core.files import file_sha256
 from nemotron_h.core.locks import LOCK
+from nemotron_h.launch.stages import digest
 
 PASS, SKIPPED, MISSED = "PASS", "SKIPPED", "NOT REACHED"
 #: the worst first; a case has the worst that it shows

@@ -40,7 +40,7 @@ from small_models import as_definition  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.platform import megatron_fixes  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
-from nemotron_h.training.stages.distillation import model as distilling_model  # noqa: E402
+from nemotron_h.training import frozen_model  # noqa: E402
 from nemotron_h.training.stages.distillation.model import DistillationConfig  # noqa: E402
 
 STEPS = 2  # the first allocates the optimizer's state, the second is as all that follow
@@ -81,7 +81,7 @@ def distillation(config: NemotronHConfig, teacher: dict[str, Any]) -> Distillati
     made = DistillationConfig(**values)
     made.__dict__["teacher_definition"] = as_definition(teacher)
     made.__dict__["teacher_checkpoint"] = None
-    distilling_model.load_weights = lambda model, _: model.initialize(2)
+    frozen_model.load_weights = lambda model, _: model.initialize(2)
     return made
 
 

@@ -143,3 +143,76 @@ def test_kept_log_probs_that_are_damaged_are_computed_anew(tmp_path: Path) -> No
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
         found, why = reference.read(path, key)
         assert (found is None and "computing them anew" in why) or reference.digest(found) == reference.digest(values)
+
+
+def test_another_model_is_the_reference(paired: Small, distilled: Small) -> None:
+    """Of another architecture, whose log-probabilities are those of the engine that generates; the policy starts as it
+    would with its own, and a run that resumes keeps the reference that it began with.
+    """
+    import torch
+
+    from nemotron_h.checkpoint import folders
+    from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+    from nemotron_h.data.pairs import encode_pair, read_pair
+    from nemotron_h.data.tokenizer import load_tokenizer
+    from nemotron_h.inference.model import load_model
+
+    fp32 = "trainer.max_steps=2", "optim.warmup_steps=1", "trainer.plugins.name=fp32", "trainer.limit_val_batches=1"
+    before = set(cached(paired))
+    named = f"resume.reference={paired.run_dir('kd')}"
+    paired.train("beside", *fp32, named, recipe=preference_recipe(paired, "beside"))
+    (file,) = set(cached(paired)) - before
+    with np.load(file) as content:
+        computed = np.concatenate([content["train/pairs"], content["validation/pairs"]])
+    reference = folders.newest(paired.run_dir("kd"))
+    model = load_model(reference, dtype=torch.float32)
+    template = ChatTemplate(FAMILY_SOURCE, load_tokenizer(paired.folder / "data/pairs/tokenizer"))
+    expected = []
+    for line in (paired.folder / "pairs.jsonl").read_text().splitlines():
+        encoded = encode_pair(template, read_pair(json.loads(line)))
+        ids, loss = torch.tensor(encoded.ids), torch.tensor(encoded.loss)
+        sums = []
+        for side in (loss < 2, loss >= 2):
+            text, answer = ids[side], (loss[side] & 1).bool()
+            hidden = model.extend(text[None], model.new_states(1, len(text)))
+            scores = model.logits(hidden)[0].double().log_softmax(-1)
+            own = scores[:-1].gather(-1, text[1:, None])[:, 0]
+            sums.append(float(own[answer[1:]].sum()))
+        expected.append(sums)
+    np.testing.assert_allclose(sorted(computed.tolist()), sorted(expected), rtol=2e-4)
+    record = json.loads((paired.run_dir("beside") / "run.json").read_text())
+    assert record["data"]["reference"]["checkpoint"] == str(reference.resolve())
+    assert record["data"]["reference"]["named"] == str(paired.run_dir("kd"))
+    paired.train("own", *fp32, recipe=preference_recipe(paired, "own"))
+    first = [read_run(paired.run_dir(name)).values("chosen_logprob")[0] for name in ("beside", "own")]
+    assert first[0] == first[1]  # the policy's, before its first step
+    assert float.fromhex(paired.steps("beside")[1]["margin"]) != 0
+    again = ("trainer.max_steps=3", *fp32[1:])
+    out = paired.train("beside", *again, check=False, recipe=preference_recipe(paired, "beside"))
+    assert out.returncode != 0
+    assert "began with preference.reference" in out.stdout + out.stderr
+    file.unlink()
+    out = paired.train("beside", *again, named, recipe=preference_recipe(paired, "beside"))
+    with np.load(file) as content:
+        np.testing.assert_array_equal(np.concatenate([content["train/pairs"], content["validation/pairs"]]), computed)
+
+
+def test_a_reference_of_another_vocabulary_is_refused(paired: Small, distilled: Small) -> None:
+    import shutil
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+    from save_checkpoint import finish
+
+    from nemotron_h.checkpoint import folders
+
+    copy = paired.folder / "other" / "step-000001"
+    shutil.copytree(folders.newest(paired.run_dir("kd")), copy)
+    record = json.loads((copy / "run.json").read_text())
+    record["model"]["vocab_size"] += 1
+    (copy / "run.json").write_text(json.dumps(record))
+    (copy / folders.INTEGRITY).unlink()
+    finish(copy)
+    out = paired.train("refused", f"resume.reference={copy}", check=False, recipe=preference_recipe(paired, "refused"))
+    assert out.returncode != 0
+    assert "has a vocabulary of 513, the model that is trained of 512" in " ".join((out.stdout + out.stderr).split())

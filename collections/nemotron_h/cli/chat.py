@@ -18,6 +18,8 @@ from nemotron_h.cli.generate import (
     DraftTokensOption,
     DtypeOption,
     TemperatureOption,
+    ThinkingOption,
+    ThoughtBudgetOption,
     TokenizerOption,
     TopKOption,
     TopPOption,
@@ -55,6 +57,8 @@ def chat(
     top_k: TopKOption = 0,
     top_p: TopPOption = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed and turns give the same answers.")] = 0,
+    thinking: ThinkingOption = None,
+    thought_budget: ThoughtBudgetOption = None,
     draft: DraftOption = None,
     draft_tokens: DraftTokensOption = None,
     tokenizer: TokenizerOption = None,
@@ -69,16 +73,22 @@ def chat(
     nemotron-h chat runs/nemotron_h_tiny_sft --system "Answer in one sentence."
 
     nemotron-h chat runs/large_sft --draft runs/small_sft
+
+    nemotron-h chat runs/reasoning --thinking on --thought-budget 512 --max-tokens 2048
     """
     from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, template_source
+    from nemotron_h.data.thoughts import switched
     from nemotron_h.inference.sampling import Sampling
+    from nemotron_h.inference.thought import ThoughtBudget
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     check_unicode(system, "--system")
     source = template_source(template) if template is not None else None
+    switched(thinking, source or "")  # a mistake is told before the model is loaded
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
     if source is None:
         source = recorded_template(opened.tokenizer, opened.record) or FAMILY_SOURCE
+    source, system = switched(thinking, source, system)
     chosen = ChatTemplate(source, opened.tokenizer)
     for warning in warnings_of(opened, chosen):
         warn("warning", warning)
@@ -87,6 +97,8 @@ def chat(
 
     try:
         options = {"sampling": sampling, "max_tokens": max_tokens, "draft": opened.draft}
+        if thought_budget is not None:
+            options["budget"] = ThoughtBudget(opened.tokenizer, thought_budget)
         session = ChatSession(opened.model, chosen, system=system, **options)
         if system.strip():
             chosen.prompt(session.turns)  # a template that refuses it is told before the first turn

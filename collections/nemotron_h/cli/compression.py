@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nemotron_h.compression.pipeline.compression import Compression
     from nemotron_h.launch.place import Place
     from nemotron_h.launch.runs import Run
+    from nemotron_h.launch.stages import Pipeline
     from nemotron_h.schema.recipe import RecipeConfig
 
 
@@ -95,18 +96,25 @@ def carry_out(
         check_needs(recipe, made.definition, [stage] if stage else waiting, made.parent.device, origin)
         made.pipeline.run(stage)
         return
+    console.print(status_table(made.pipeline, stage), markup=False)
+
+
+def status_table(pipeline: Pipeline, stage: str | None) -> Any:
+    """Return where each stage stands, as a table for a terminal.
+
+    Args:
+        stage: this one alone.
+    Errors:
+        UserError: there is no such stage.
+    """
     if stage is not None:
-        made.pipeline.stage(stage)
-    console.print(_table(made, stage), markup=False)
-
-
-def _table(made: Compression, stage: str | None) -> Any:
+        pipeline.stage(stage)
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("stage", "state", "seconds", "result"):
         table.add_column(heading, justify="right" if heading == "seconds" else "left")
-    for title, state in made.pipeline.states().items():
+    for title, state in pipeline.states().items():
         if stage in (None, title):
             seconds = f"{state.seconds:,.0f}" if state.seconds else ""
             table.add_row(title, state.word, seconds, state.result or state.why)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron_h.cli.generate import DeviceOption, DtypeOption, TopPOption
+from nemotron_h.cli.generate import DeviceOption, DtypeOption, ThinkingOption, ThoughtBudgetOption, TopPOption
 from nemotron_h.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def coverage(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask in the chat template that came with each checkpoint.")
     ] = False,
+    thinking: ThinkingOption = None,
+    thought_budget: ThoughtBudgetOption = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences at once.", show_default="what half of the free memory holds")
     ] = None,
@@ -71,9 +73,18 @@ def coverage(
         raise UserError(f"--temperature 0 draws the same sample {samples} times", hint="raise it, or give --samples 1")
     sampling = Sampling(temperature, 0, top_p, seed)
     settings = Settings.of(
-        dtype, device, budgets=budgets, most=samples, max_tokens=max_tokens, sampling=sampling, chat=chat, batch=batch
+        dtype,
+        device,
+        budgets=budgets,
+        most=samples,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        chat=chat,
+        batch=batch,
+        thinking=thinking,
+        thought_budget=thought_budget,
     )
-    models = contestants(runs, problems, chat)
+    models = contestants(runs, problems, chat, thinking)
     for model in models:
         if model.longest > max_tokens:
             console.print(f"{model.name}: solutions have up to {model.longest:,} tokens, samples {max_tokens:,}")

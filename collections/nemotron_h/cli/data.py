@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nemotron_h.cli.solutions import solutions
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import parse_count
 from nemotron_h.data.blend import load_blend
@@ -57,6 +58,10 @@ def problems(
     test_count: Annotated[int, typer.Option("--test-count", min=1, help="Test problems of each task.")] = 200,
     difficulty: Annotated[str, typer.Option("--difficulty", help="Operations, such as 2 or 1-3.")] = "2-3",
     seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed writes the same files.")] = 0,
+    thoughts: Annotated[
+        bool,
+        typer.Option("--thoughts", help="Conversations ask for a thought, which has the steps, and for none by turns."),
+    ] = False,
 ) -> None:
     """Write problems whose answers can be checked, with solutions in steps: texts, conversations, test problems.
 
@@ -64,6 +69,8 @@ def problems(
     the blends for pretraining and fine-tuning. Example:
 
     nemotron-h data problems --tasks arithmetic,countdown --count 20000 --seed 1 --out runs/problems
+
+    nemotron-h data problems --tasks arithmetic --difficulty 1-3 --thoughts --out runs/thoughts
     """
     from nemotron_h.core.errors import naming
     from nemotron_h.evaluation.problems.generate import difficulties, write_folder
@@ -72,8 +79,11 @@ def problems(
     if not names or len({*names}) < len(names):
         raise UserError(f"--tasks {tasks[:80]!r} names none, or one twice")
     with naming("--out"):
-        files = write_folder(out, names, count, test_count, difficulties(difficulty), seed)
+        files = write_folder(out, names, count, test_count, difficulties(difficulty), seed, thoughts)
     typer.echo("\n".join(map(str, files)))
+
+
+app.command()(solutions)
 
 
 @app.command()

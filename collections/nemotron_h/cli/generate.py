@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nemotron_h.inference.drafts import Draft
     from nemotron_h.inference.opening import Opened
     from nemotron_h.inference.sampling import Sampling
+    from nemotron_h.inference.thought import Thought, ThoughtBudget
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
@@ -49,6 +50,22 @@ DraftOption = Annotated[
 ]
 DraftTokensOption = Annotated[
     int | None, typer.Option(min=1, max=16, help="Drafted tokens per pass.", show_default="4, with --draft")
+]
+ThoughtBudgetOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="End a thought (<think>) after N tokens: at the next end of a line, within the line where none comes for "
+        "500 more.",
+        show_default="none",
+    ),
+]
+ThinkingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="on|off", help="Ask for a thought before each answer, or for none.", show_default="not asked for"
+    ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where a GPU is visible")]
 
@@ -86,6 +103,7 @@ def generate(
         bool, typer.Option("--json", help="Print a line of JSON per prompt: prompt, text, tokens, ended_by.")
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Most prompts at a time.")] = 64,
+    thought_budget: ThoughtBudgetOption = None,
     draft: DraftOption = None,
     draft_tokens: DraftTokensOption = None,
     tokenizer: TokenizerOption = None,
@@ -99,6 +117,8 @@ def generate(
     nemotron-h generate runs/nemotron_h_tiny "The capital of" --temperature 0
 
     nemotron-h generate runs/large "Once" --draft runs/small --draft-tokens 3
+
+    nemotron-h generate runs/reasoning "Question: What is 3 * 4?" --thought-budget 200 --max-tokens 400
     """
     texts = [check_unicode(text, f"prompt {number}") for number, text in enumerate(prompt or [], 1)]
     texts += read_prompts(prompts) if prompts is not None else []
@@ -108,15 +128,24 @@ def generate(
     if "" in stops:
         raise UserError("--stop is empty", hint="name the text before which a continuation is to end")
     from nemotron_h.inference.sampling import Sampling
+    from nemotron_h.inference.thought import ThoughtBudget
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
     streaming = len(texts) == 1 and not as_json
     total = _Speed(opened.draft)
+    thoughts = None if thought_budget is None else ThoughtBudget(opened.tokenizer, thought_budget)
     for begin in range(0, len(texts), batch):
         part = texts[begin : begin + batch]
         rows = _continue(
-            opened, part, dataclasses.replace(sampling, seed=seed + begin), max_tokens, stops, streaming, total
+            opened,
+            part,
+            dataclasses.replace(sampling, seed=seed + begin),
+            max_tokens,
+            stops,
+            thoughts,
+            streaming,
+            total,
         )
         for number, row in enumerate(rows, begin + 1):
             if as_json:
@@ -138,13 +167,18 @@ class _Speed:
         self.read = self.written = self.stepped = 0
         self.read_seconds = self.step_seconds = 0.0
         self.ended_by = ""
+        self.thoughts: list[Thought] = []
 
     def __str__(self) -> str:
         steps = f"{self.stepped / self.step_seconds:,.0f} tokens/s" if self.stepped else "no steps"
         return (
             f"{self.read:,} tokens read in {self.read_seconds:.2f} s, {self.written:,} generated at {steps}"
-            f"{f', {self.acceptance}' if self.draft else ''}{self.ended_by}"
+            f"{f', {self.acceptance}' if self.draft else ''}{self._cut()}{self.ended_by}"
         )
+
+    def _cut(self) -> str:
+        cut = sum(thought.cut for thought in self.thoughts)
+        return f", {cut:,} of {len(self.thoughts):,} thoughts ended at the budget" if self.thoughts else ""
 
 
 def _continue(
@@ -153,6 +187,7 @@ def _continue(
     sampling: Sampling,
     max_tokens: int,
     stops: Sequence[str],
+    budget: ThoughtBudget | None,
     streaming: bool,
     total: _Speed,
 ) -> Iterator[dict[str, Any]]:
@@ -164,6 +199,7 @@ def _continue(
     # nothing to continue: begin a document, as the token that ends the one before it does
     ids = [found or [eod] for found in opened.tokenizer.encode_batch(list(texts))]
     options = {"max_tokens": max_tokens, "sampling": sampling, "stop_ids": [eod], "draft": opened.draft}
+    options["budget"] = budget
     generation = Generation(opened.model, ids, **options)
     shown = [StoppingText(opened.tokenizer.ids_to_text, stops) for _ in texts]
     written: list[list[int]] = [[] for _ in texts]
@@ -198,6 +234,7 @@ def _continue(
             done += 1
     finished = time.perf_counter()
     total.acceptance.add(generation.acceptance)
+    total.thoughts += [thought for thought in generation.thoughts if thought.begun]
     total.read_seconds += (first or finished) - started
     total.written += sum(map(len, written))
     if any(len(row) > 1 for row in written):

@@ -29,6 +29,7 @@ from nemotron_h.cli.minipuzzle import minipuzzle
 from nemotron_h.cli.plan import plan
 from nemotron_h.cli.prune import importance, prune
 from nemotron_h.cli.puzzle import puzzle
+from nemotron_h.cli.reason import reason
 from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
 from nemotron_h.cli.shapes import shapes
@@ -59,6 +60,7 @@ app.command()(transplant)
 app.command()(minipuzzle)
 app.command()(puzzle)
 app.command()(hybridise)
+app.command()(reason)
 app.command()(distill_cache)
 app.command()(generate)
 app.command()(chat)

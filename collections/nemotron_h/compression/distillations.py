@@ -13,12 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.core.units import count_of
-from nemotron_h.data.phases import Horizon
 from nemotron_h.launch import runs as launch
 from nemotron_h.launch.capacity import capacity
 from nemotron_h.launch.place import HERE, Place
-from nemotron_h.launch.runs import Run
+from nemotron_h.launch.runs import Run, steps_of
 from nemotron_h.launch.several import train_several
 from nemotron_h.recipe.checks import check, definition_of
 from nemotron_h.schema.multipliers import MultipliersSchema
@@ -28,8 +26,6 @@ from nemotron_h.schema.recipe import PIPELINES, DistillSchema, ExpectSchema, Mod
 MATTERS = (
     *("precision", "init_seed", "data", "optim", "parallel", "precision_options", "recompute", "distill", "overrides"),
 )
-#: of those, where data and runs lie, which changes no number
-PLACES = {"data": ("root", "workers")}
 
 
 def model_part(definition: ModelDefinition) -> ModelSchema:
@@ -38,19 +34,6 @@ def model_part(definition: ModelDefinition) -> ModelSchema:
     parts = {"expect": ExpectSchema(**values["expect"]), "multipliers": MultipliersSchema(**values["multipliers"])}
     overrides = {str(layer): widths for layer, widths in definition.overrides.items()}
     return ModelSchema(**{**values, **parts, "overrides": overrides})
-
-
-def settings(recipe: RecipeConfig) -> dict[str, object]:
-    """Return the keys that change what a distillation comes to, for a stage's inputs."""
-    inputs = {}
-    for part in MATTERS:
-        value = getattr(recipe, part)
-        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        if isinstance(value, dict):
-            inputs |= {f"{part}.{key}": entry for key, entry in value.items() if key not in PLACES.get(part, ())}
-        else:
-            inputs[part] = value
-    return inputs
 
 
 def run_of(
@@ -82,24 +65,9 @@ def run_of(
     return Run(name, own)
 
 
-def steps_of(run: Run) -> int:
-    """Return the steps of a run."""
-    data = run.recipe.data
-    tokens = count_of(run.recipe.tokens, "tokens", f"recipe {run.name}")
-    return Horizon(tokens, data.seq_length * data.global_batch_size).steps
-
-
-def train(run: Run, title: str, console: Console, place: Place = HERE) -> Path:
-    """Train what is missing of a run and return its folder."""
-    steps = steps_of(run)
-    if not launch.is_finished(run, steps):
-        launch.train(run, title, steps, console, place)
-    return run.folder
-
-
 def train_together(runs: Sequence[Run], console: Console, place: Place = HERE) -> None:
-    """Train what is missing of several runs, as many at a time as this machine takes, where it takes several; `train`
-    finds them finished. A cluster's are queued, and `train` waits for each.
+    """Train what is missing of several runs, as many at a time as this machine takes, where it takes several;
+    `launch.runs.complete` finds them finished. A cluster's are queued, and it waits for each.
     """
     missing = [run for run in runs if not launch.is_finished(run, steps_of(run))]
     if place.submits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nemotron_h.compression.pipeline import candidates, distil, export, importance, score, select, short_distil
 from nemotron_h.compression.pipeline.context import Context
-from nemotron_h.compression.stages import Stage
+from nemotron_h.launch.stages import Stage
 
 #: in order
 STAGES = (importance, candidates, score, short_distil, select, distil, export)

@@ -267,6 +267,15 @@ class ChatTemplate:
         answer = next(text for text, trained in self.segments(example) if trained)
         return answer.partition(_EXAMPLE)[2]
 
+    def answer_begin(self, turns: Conversation) -> str:
+        """Return the text that the template writes between the last message and the answer to it.
+
+        Errors:
+            ChatError: as `encode`.
+        """
+        text = self.segments(turns, add_generation_prompt=True)[-1][0]
+        return text.rpartition(self._special.sub(_escape, turns[-1].content).strip())[2]
+
     def segments(self, turns: Conversation, add_generation_prompt: bool = False) -> list[tuple[str, bool]]:
         """Return the rendered text in stretches, each with whether it is in the loss; messages are escaped (see
         `_escaped`).

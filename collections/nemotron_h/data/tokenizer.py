@@ -41,6 +41,7 @@ __all__ = [
     "load_tokenizer",
     "nemo_tokenizer",
     "read_meta",
+    "spec_of",
     "train_bpe",
     "write_meta",
 ]
@@ -292,6 +293,18 @@ def load_tokenizer(path: str | Path, kind: str | None = None) -> Tokenizer:
         reason = error if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)
         raise UserError(f"{path}: cannot load the {kind} tokenizer: {reason}", "Restore its files.") from error
     return tokenizer
+
+
+def spec_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the `tokenizer` of a blend that is to be prepared with this one.
+
+    Errors:
+        UserError: its folder is no prepared tokenizer.
+    """
+    meta = read_meta(tokenizer.path)
+    path = (Path(tokenizer.path) / meta.get("file", "")).resolve()
+    options = {key: meta[key] for key in ("num_special_tokens", "pattern") if key in meta}
+    return {"kind": meta["kind"], "path": str(path), **options}
 
 
 def token_of(tokenizer: Tokenizer | None) -> Callable[[int], str]:

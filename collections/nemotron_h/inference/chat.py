@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 
 from nemotron_h.data.chat import ChatTemplate
-from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, Turn
+from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, Conversation, Turn
 from nemotron_h.inference.drafts import Acceptance, Draft, Drafter
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.prefill import extend_in_passes
 from nemotron_h.inference.sampling import Sampling
 from nemotron_h.inference.speculative import SpeculativeWriter
 from nemotron_h.inference.text import StoppingText
+from nemotron_h.inference.thought import ThoughtBudget
 from nemotron_h.inference.writer import Writer
 
 #: ours: room for keys and values at first; it doubles
@@ -32,7 +33,7 @@ class ChatSession:
         system: a system message, or nothing.
         sampling: how tokens are chosen; the generator goes on from turn to turn.
         max_tokens: longest answer.
-        draft: see `Generation`.
+        draft, budget: see `Generation`.
 
     Attributes:
         turns: what was said.
@@ -52,10 +53,11 @@ class ChatSession:
         sampling: Sampling | None = None,
         max_tokens: int = 512,
         draft: Draft | None = None,
+        budget: ThoughtBudget | None = None,
     ) -> None:
         if draft is not None:
             draft.check_vocabulary(model)
-        self.draft = draft
+        self.draft, self.budget = draft, budget
         self.model, self.template, self.max_tokens = model, template, max_tokens
         self.sampling = sampling or Sampling()
         self._system = (Turn(SYSTEM, system),) if system.strip() else ()
@@ -97,7 +99,7 @@ class ChatSession:
         began = time.perf_counter()
         done = int(self.states.lengths[0])
         self.read, self.written = len(self.ids) - done, 0
-        writer = self._writer(done)
+        writer = self._writer(done, turns)
         shown = StoppingText(self.template.tokenizer.ids_to_text, self._stops)
         pieces: list[str] = []
         self._unwritten, self.ended_by = self._end_ids, "interrupt"
@@ -132,14 +134,17 @@ class ChatSession:
             self.write_seconds = time.perf_counter() - started
             self.turns = (*turns, Turn(ASSISTANT, "".join(pieces).strip()))
 
-    def _writer(self, done: int) -> Writer:
+    def _writer(self, done: int, turns: Conversation) -> Writer:
         """Read the tokens from `done` on and return what writes after them."""
         capacity = len(self.ids) + self.max_tokens + (self.draft.tokens + 1 if self.draft else 0)
         self.states.reserve(capacity)
         hidden = extend_in_passes(self.model, torch.tensor([self.ids[done:]]), self.states)
         chosen = self.model, self.states, hidden, self.sampling, self._generators
+        thoughts = []
+        if self.budget is not None:
+            thoughts = [self.budget.start(self.template.tokens(self.template.answer_begin(turns)))]
         if self._drafter is None:
-            return Writer(*chosen)
+            return Writer(*chosen, thoughts=thoughts)
         self.acceptance = Acceptance()
         self._drafter.read([self.ids], capacity, self.sampling, None)
-        return SpeculativeWriter(*chosen, self._drafter, [self.ids], self.acceptance)
+        return SpeculativeWriter(*chosen, self._drafter, [self.ids], self.acceptance, thoughts=thoughts)

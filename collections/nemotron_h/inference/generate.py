@@ -10,6 +10,7 @@ from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.prefill import prefill
 from nemotron_h.inference.sampling import Sampling
 from nemotron_h.inference.speculative import SpeculativeWriter
+from nemotron_h.inference.thought import ThoughtBudget
 from nemotron_h.inference.writer import Writer
 
 
@@ -24,10 +25,12 @@ class Generation:
         sampling: how tokens are chosen; None is `Sampling()`.
         stop_ids: a row ends before any of these tokens (a tokenizer's `eod_id`).
         draft: writes several tokens per pass where it drafts them right, by the same distribution; None writes one.
+        budget: ends thoughts; None lets them go on.
         graph: see `Recorded`.
 
     Attributes:
         stopped_by: by row, the stop token that ended it, or None.
+        thoughts: by row, where there is a budget.
         acceptance: of the draft, so far.
     Errors:
         UserError: no prompts, an empty one, ids outside the vocabulary, max_tokens < 1, or a draft of another
@@ -43,6 +46,7 @@ class Generation:
         sampling: Sampling | None = None,
         stop_ids: Collection[int] = (),
         draft: Draft | None = None,
+        budget: ThoughtBudget | None = None,
         graph: bool | None = None,
     ) -> None:
         check_prompts(model, prompts, max_tokens)
@@ -52,6 +56,7 @@ class Generation:
         self.sampling, self.stop_ids = sampling or Sampling(), frozenset(stop_ids)
         self.stopped_by: list[int | None] = [None] * len(prompts)
         self.draft, self.acceptance = draft, Acceptance()
+        self.thoughts = [budget.start(prompt) for prompt in prompts] if budget else []
         self._ended = [False] * len(prompts)
 
     def end(self, row: int) -> None:
@@ -89,11 +94,12 @@ class Generation:
         states = self.model.new_states(len(prompts), capacity)
         hidden = prefill(self.model, prompts, states)
         chosen = self.model, states, hidden, self.sampling, generators
+        options = {"thoughts": [self.thoughts[i] for i in order] if self.thoughts else (), "graph": self.graph}
         if self.draft is None:
-            return Writer(*chosen, graph=self.graph)
+            return Writer(*chosen, **options)
         drafter = self.draft.start(len(prompts))
         drafter.read(prompts, capacity, self.sampling, self.graph)
-        return SpeculativeWriter(*chosen, drafter, prompts, self.acceptance, graph=self.graph)
+        return SpeculativeWriter(*chosen, drafter, prompts, self.acceptance, **options)
 
 
 def generate(
@@ -104,11 +110,13 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: Collection[int] = (),
     draft: Draft | None = None,
+    budget: ThoughtBudget | None = None,
     graph: bool | None = None,
 ) -> list[list[int]]:
     """Return the whole continuation of each prompt; see `Generation`."""
     found: list[list[int]] = [[] for _ in prompts]
     options = {"max_tokens": max_tokens, "sampling": sampling, "stop_ids": stop_ids, "draft": draft, "graph": graph}
+    options["budget"] = budget
     for items in Generation(model, prompts, **options):
         for continuation, tokens in zip(found, items, strict=True):
             continuation += tokens

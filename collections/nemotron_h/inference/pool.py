@@ -22,6 +22,7 @@ from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.prefill import pass_tokens, prefill
 from nemotron_h.inference.sampling import Sampling, choose
 from nemotron_h.inference.states import States
+from nemotron_h.inference.thought import Thought, ThoughtBudget, bounded
 from nemotron_h.platform.memory import available
 
 #: ours: rows beyond which a step takes about as long for each of them
@@ -52,7 +53,8 @@ class Sample:
     Attributes:
         job: whose it is.
         tokens: with the one that ended it.
-        log_probability: sum over the tokens of the model's, in nats, at temperature 1 and before top-p.
+        log_probability: sum over the tokens of the model's, in nats, at temperature 1 and before top-p; over those of a
+            thought's forced end too.
         seconds: its share: of a pass over prompts by their tokens, of a step by the sequences that took part.
         ended_by: `END` (a stop token), `ANSWER` or `LENGTH`.
     """
@@ -99,6 +101,7 @@ class Pool:
         sampling: how tokens are chosen; its seed is not used.
         stop_ids: a sequence ends with any of these tokens.
         complete: told the tokens of a sequence, whether they are all that it was to have.
+        budget: ends thoughts; None lets them go on.
         graph: see `Stepper`.
 
     Attributes:
@@ -117,12 +120,13 @@ class Pool:
         sampling: Sampling,
         stop_ids: Collection[int] = (),
         complete: Callable[[list[int]], bool] = lambda tokens: False,
+        budget: ThoughtBudget | None = None,
         graph: bool | None = None,
     ) -> None:
         check_prompts(model, prompts, max_tokens)
         self.model, self.prompts, self.batch, self.max_tokens = model, prompts, batch, max_tokens
         self.sampling, self.stop_ids, self.complete, self.graph = sampling, frozenset(stop_ids), complete, graph
-        self.capacity = max(map(len, prompts)) + max_tokens
+        self.budget, self.capacity = budget, max(map(len, prompts)) + max_tokens
         self.seconds = 0.0
         self._rows: list[Sample | None] = []
 
@@ -153,6 +157,7 @@ class Pool:
 
     def _begin(self, rows: int) -> None:
         self._rows = [None] * rows
+        self._thoughts: list[Thought | None] = [None] * rows
         self._generators = [torch.Generator() for _ in range(rows)]
         self._states = self.model.new_states(rows, self.capacity)
         self._scores = torch.zeros(rows, len(self.model.output), dtype=self.model.dtype, device=self.model.device)
@@ -166,6 +171,7 @@ class Pool:
         for row, job in zip(free, jobs, strict=False):
             self._rows[row] = Sample(job)
             self._generators[row] = torch.Generator().manual_seed(job.seed)
+            self._thoughts[row] = self.budget.start(self.prompts[job.prompt]) if self.budget else None
             rows_of.setdefault(job.prompt, []).append(row)
         longest_first = sorted(rows_of, key=lambda number: -len(self.prompts[number]))
         while longest_first:
@@ -191,6 +197,8 @@ class Pool:
         """Choose a token for every row and read it; return the sequences that it ends."""
         began = now(self.model)
         chosen = choose(self._scores, self.sampling, self._generators)  # [b]
+        if self.budget:
+            chosen = bounded(chosen, self._thoughts)
         logs = self._scores.float().log_softmax(-1).gather(-1, chosen[:, None])  # [b, 1]
         running = [(row, sample) for row, sample in enumerate(self._rows) if sample is not None]
         tokens, values = chosen.tolist(), logs.flatten().tolist()
@@ -202,7 +210,7 @@ class Pool:
         if len(ended) < len(running):
             self._scores = self._stepper.step(chosen)
         for row in ended:
-            self._rows[row] = None
+            self._rows[row] = self._thoughts[row] = None
         if ended:  # rows without a sequence go on counting, from 0
             self._states.lengths[ended] = 0
             self._states.positions[ended] = 0
@@ -226,6 +234,7 @@ class Pool:
         rows = [row for row, sample in enumerate(self._rows) if sample is not None]
         self._rows = [self._rows[row] for row in rows]
         self._generators = [self._generators[row] for row in rows]
+        self._thoughts = [self._thoughts[row] for row in rows]
         self._scores: Tensor = self._scores[rows]
         self._states: States = self._states.taken(rows)
         self._stepper = Stepper(self.model, self._states, self.graph)

@@ -22,6 +22,7 @@ from nemotron_h.inference.graph import Recorded
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.sampling import Sampling, distribution, invert, uniforms
 from nemotron_h.inference.states import States
+from nemotron_h.inference.thought import Thought
 from nemotron_h.inference.writer import Writer
 
 
@@ -63,8 +64,8 @@ class SpeculativeWriter(Writer):
     Every row draws the same numbers per pass, whatever is accepted of it and what else is in the batch.
 
     Args:
-        model, states, hidden, sampling, generators, graph: as `Writer`'s; the states with room for `drafter.tokens` + 1
-            more than is written.
+        model, states, hidden, sampling, generators, thoughts, graph: as `Writer`'s; the states with room for
+            `drafter.tokens` + 1 more than is written.
         drafter: has read the texts.
         texts: token ids that the states have read.
         acceptance: is counted on.
@@ -81,9 +82,10 @@ class SpeculativeWriter(Writer):
         texts: Sequence[Sequence[int]],
         acceptance: Acceptance,
         *,
+        thoughts: Sequence[Thought] = (),
         graph: bool | None = None,
     ) -> None:
-        super().__init__(model, states, hidden, sampling, generators, graph=graph)
+        super().__init__(model, states, hidden, sampling, generators, thoughts=thoughts, graph=graph)
         self.drafter, self.acceptance = drafter, acceptance
         self.texts = [list(text) for text in texts]
         self.window = model.window(states, drafter.tokens + 1)
@@ -122,6 +124,11 @@ class SpeculativeWriter(Writer):
         accepted, following = judge(scores, proposal, self.sampling, uniform[:, drafts:].to(device))
         tokens = torch.cat([proposal.tokens, accepted[:, None], following[:, None]], dim=1).tolist()
         written = [row[: row[-2]] + row[-1:] for row in tokens]
+        if self.thoughts:  # a forced token stands where a drafted one would: none behind it stays
+            written = [
+                row if over else thought.pass_on(row)
+                for row, thought, over in zip(written, self.thoughts, ended, strict=True)
+            ]
         self._stay[:] = [len(row) for row in written]
         for row, count, over in zip(written, counts, ended, strict=True):
             if not over:

@@ -11,6 +11,7 @@ from nemotron_h.inference.graph import Stepper
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.sampling import Sampling, choose
 from nemotron_h.inference.states import States
+from nemotron_h.inference.thought import Thought, bounded
 
 
 class Writer:
@@ -21,6 +22,7 @@ class Writer:
         hidden: [batch, hidden] after the last token that was read.
         sampling: how tokens are chosen.
         generators: one per row.
+        thoughts: of each row, that are ended at a budget; none are where there is none.
         graph: see `Recorded`.
     """
 
@@ -32,9 +34,11 @@ class Writer:
         sampling: Sampling,
         generators: list[torch.Generator],
         *,
+        thoughts: Sequence[Thought] = (),
         graph: bool | None = None,
     ) -> None:
         self.model, self.states, self.sampling, self.generators = model, states, sampling, generators
+        self.thoughts = thoughts
         self.stepper = Stepper(model, states, graph)
         self.scores = model.logits(hidden)
         self.chosen: Tensor | None = None
@@ -48,6 +52,9 @@ class Writer:
         if self.chosen is not None:
             self.scores = self.stepper.step(self.chosen)
         self.chosen = choose(self.scores, self.sampling, self.generators)
+        if self.thoughts:
+            open_ones = [None if over else each for each, over in zip(self.thoughts, ended, strict=True)]
+            self.chosen = bounded(self.chosen, open_ones)
         return [[token] for token in self.chosen.tolist()]
 
     def finish(self, taken: Sequence[int]) -> None:

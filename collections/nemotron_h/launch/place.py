@@ -17,12 +17,13 @@ from nemotron_h.launch.load import is_cluster, load
 from nemotron_h.platform.ranks import check_here
 from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.schema.cluster import Cluster, KubernetesCluster, SlurmCluster
-from nemotron_h.schema.recipe import PIPELINES, RecipeConfig
+from nemotron_h.schema.recipe import STARTS, RecipeConfig
 
 #: of a recipe, beside `data.root`: relative paths that start in the cluster's `work_dir`
 PATHS = (
     *("log.dir", "init.checkpoint", "distill.teacher", "distill.teacher_logits"),
-    *(f"{stage}.parent" for stage in PIPELINES),
+    *(f"{stage}.{key}" for stage, key in STARTS.items()),
+    *("preference.reference", "reason.problems"),
 )
 
 

@@ -27,6 +27,8 @@ from nemotron_h.checkpoint import folders
 from nemotron_h.core.children import end_with_parent
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress, Step, Steps
+from nemotron_h.core.units import count_of
+from nemotron_h.data.phases import Horizon
 from nemotron_h.launch.jobs import RECORD, Job, Watch
 from nemotron_h.launch.place import HERE, Place
 from nemotron_h.recipe.compose import to_yaml
@@ -111,6 +113,21 @@ def train(run: Run, title: str, steps: int, console: Console, place: Place = HER
         finally:
             end_all([begun], console)
     check_ended(run, steps, begun)
+
+
+def steps_of(run: Run) -> int:
+    """Return the steps of a run."""
+    data = run.recipe.data
+    tokens = count_of(run.recipe.tokens, "tokens", f"recipe {run.name}")
+    return Horizon(tokens, data.seq_length * data.global_batch_size).steps
+
+
+def complete(run: Run, title: str, console: Console, place: Place = HERE) -> Path:
+    """Train what is missing of a run, as `train`, and return its folder."""
+    steps = steps_of(run)
+    if not is_finished(run, steps):
+        train(run, title, steps, console, place)
+    return run.folder
 
 
 def submit(runs: Sequence[Run], place: Place, console: Console) -> None:

@@ -33,6 +33,7 @@ from nemotron_h.schema.recipe import (
     RECOMPUTE,
     SCHEDULES,
     STAGES,
+    STARTS,
     STATE_DTYPES,
     TRACKERS,
     CheckpointSchema,
@@ -44,7 +45,7 @@ from nemotron_h.schema.recipe import (
 )
 
 #: stage -> what its blend holds; the others read texts
-READS = {"sft": CONVERSATIONS, "preference": PAIRS}
+READS = {"sft": CONVERSATIONS, "preference": PAIRS, "reason": PAIRS}
 #: stage -> the keys that it reads and not every stage does; `recipe/stages` checks them, in a file per stage
 OWN_KEYS = {
     "sft": ("adapter", "data.too_long"),
@@ -53,6 +54,7 @@ OWN_KEYS = {
     "minipuzzle": ("distill", "minipuzzle"),
     "puzzle": ("distill", "puzzle"),
     "hybridise": ("distill", "hybridise"),
+    "reason": ("data.too_long", "preference", "reason"),
 }
 
 
@@ -245,7 +247,8 @@ def named_checkpoints(recipe: RecipeConfig) -> dict[str, str]:
     named = {
         "init.checkpoint": recipe.init.checkpoint,
         "distill.teacher": recipe.distill and recipe.distill.teacher,
-        **{f"{stage}.parent": (part := getattr(recipe, stage)) and part.parent for stage in PIPELINES},
+        **{f"{stage}.{key}": (part := getattr(recipe, stage)) and getattr(part, key) for stage, key in STARTS.items()},
+        "preference.reference": recipe.preference and recipe.preference.reference,
     }
     return {key: checkpoint for key, checkpoint in named.items() if checkpoint}
 

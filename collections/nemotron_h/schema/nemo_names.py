@@ -64,6 +64,7 @@ SAME = {
     **{f"model.{each.name}": f"preference.{each.name}" for each in fields(PairLossSchema)},  # its name before
     "optim.distributed_optimizer": "parallel.distributed_optimizer",
     "resume.init_checkpoint": "init.checkpoint",
+    "resume.reference": "preference.reference",
     "resume.repair_embeddings": "init.repair_embeddings",
     "trainer.devices": "parallel.devices",
     "trainer.num_nodes": "parallel.nodes",

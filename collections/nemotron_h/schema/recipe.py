@@ -19,6 +19,7 @@ from nemotron_h.schema.minipuzzle import MiniPuzzleSchema
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.puzzle import PuzzleSchema
 from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY, WIDTH
+from nemotron_h.schema.reason import ReasonSchema
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
@@ -31,7 +32,9 @@ STATE_DTYPES = ("fp32", "bf16")
 #: stage -> the command of `nemo llm` that runs it
 STAGES = {"pretrain": "pretrain", "sft": "finetune", "preference": "finetune", "distill": "distill"}
 #: stages of a recipe that a command of `nemotron-h` runs: each is made of several runs of `STAGES`
-PIPELINES = {"minipuzzle": "minipuzzle", "puzzle": "puzzle", "hybridise": "hybridise"}
+PIPELINES = {"minipuzzle": "minipuzzle", "puzzle": "puzzle", "hybridise": "hybridise", "reason": "reason"}
+#: pipeline -> key of its part that names the checkpoint which is there before
+STARTS = {**dict.fromkeys(PIPELINES, "parent"), "reason": "start"}
 TOO_LONG = ("cut", "drop")
 #: the first of which read no rewards
 DPO_LOSSES = ("dpo", "dpo_norm")
@@ -312,9 +315,12 @@ class PreferenceSchema(PairLossSchema):
 
     Attributes:
         reward_gap: the chosen answer's reward less the rejected one's, where records state none (rpo only).
+        reference: a run's folder or a checkpoint, as `init.checkpoint`, whose log-probabilities are the reference; null
+            is the checkpoint that training starts from. It may be another model of the same tokenizer.
     """
 
     reward_gap: float | None = number(None, least=-1e6, most=1e6)
+    reference: str | None = None
 
 
 @dataclass
@@ -421,7 +427,8 @@ class RecipeConfig:
         minipuzzle: stage minipuzzle alone: what is compressed, and how.
         puzzle: stage puzzle alone: likewise, where each layer gets a variant of its own.
         hybridise: stage hybridise alone: whose attention becomes Mamba-2, and how.
-        preference: stage preference alone: the loss over pairs of answers.
+        reason: stage reason alone: rounds of sampling and preference training.
+        preference: stages preference and reason alone: the loss over pairs of answers.
         distill: stages distill, minipuzzle, puzzle and hybridise alone: the teacher (of a pipeline the parent) and the
             loss.
         overrides: settings of the run's object graph beyond these keys, as `nemo` takes them
@@ -445,6 +452,7 @@ class RecipeConfig:
     minipuzzle: MiniPuzzleSchema | None = None
     puzzle: PuzzleSchema | None = None
     hybridise: HybridiseSchema | None = None
+    reason: ReasonSchema | None = None
     preference: PreferenceSchema | None = None
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     distill: DistillSchema | None = None

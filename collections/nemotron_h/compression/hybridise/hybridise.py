@@ -7,7 +7,7 @@ from __future__ import annotations
 from nemotron_h.compression.hybridise.context import Context
 from nemotron_h.compression.hybridise.pipeline import distil, generation, mixers, report, then
 from nemotron_h.compression.hybridise.rounds import following_stages
-from nemotron_h.compression.stages import Stage
+from nemotron_h.launch.stages import Stage
 
 
 class Hybridise(Context):

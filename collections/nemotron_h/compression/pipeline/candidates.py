@@ -17,11 +17,11 @@ from typing import Any
 from nemotron_h.compression.candidates import candidate_of
 from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.speed import generation_speed
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.units import GIB
+from nemotron_h.launch.stages import Stage
 
 CANDIDATES = "candidates.json"
 

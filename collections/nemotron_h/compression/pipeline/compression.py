@@ -17,13 +17,13 @@ from nemotron_h.compression import distillations
 from nemotron_h.compression.importance import Importance
 from nemotron_h.compression.pipeline.parent import Parent
 from nemotron_h.compression.pipeline.text import CHOICE, HALVES, REPORTED, Text
-from nemotron_h.compression.stages import Pipeline, Stage, content_digest
 from nemotron_h.inference.model import load_model
 from nemotron_h.launch.place import HERE, Place
-from nemotron_h.launch.runs import Run
+from nemotron_h.launch.runs import Run, complete
+from nemotron_h.launch.stages import Pipeline, Stage, content_digest, settings
 from nemotron_h.schema.recipe import RecipeConfig
 
-#: trains a run to its end and returns its folder: `distillations.train`, or what a test puts in its place
+#: trains a run to its end and returns its folder: `launch.runs.complete`, or what a test puts in its place
 Train = Callable[[Run, str, Console], Path]
 
 
@@ -33,7 +33,7 @@ class Compression:
     Args:
         recipe: of a stage of `PIPELINES`.
         console: where progress goes.
-        train: trains a run to its end; None takes `distillations.train`.
+        train: trains a run to its end; None takes `launch.runs.complete`.
         origin: stands for the recipe in errors: its file.
         place: where the distillations run.
     Errors:
@@ -50,7 +50,7 @@ class Compression:
         place: Place = HERE,
     ) -> None:
         self.recipe, self.part, self.console, self.place = recipe, getattr(recipe, recipe.stage), console, place
-        self.train, self._trains = train or partial(distillations.train, place=place), train is None
+        self.train, self._trains = train or partial(complete, place=place), train is None
         self.origin = origin or f"recipe {recipe.name}"
         self.folder = Path(recipe.log.dir) / recipe.name
         self.text = Text(recipe, self.origin)
@@ -90,7 +90,7 @@ class Compression:
 
     def distillation_inputs(self) -> dict[str, Any]:
         """Return a stage's inputs: teacher, text and settings of its distillations."""
-        return {**self.parent.inputs(), **self.text.inputs("train"), **distillations.settings(self.recipe)}
+        return {**self.parent.inputs(), **self.text.inputs("train"), **settings(self.recipe, distillations.MATTERS)}
 
     def distillation(self, name: str, student: ModelDefinition, start: Path, tokens: str, folder: Path) -> Run:
         """Return a distillation from the parent; arguments as of `distillations.run_of`."""

@@ -17,8 +17,8 @@ from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.select import WINNER
 from nemotron_h.compression.pipeline.text import REPORTED
 from nemotron_h.compression.recovery import recovered, sentence
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
+from nemotron_h.launch.stages import Stage
 
 RESULTS = "results.json"
 

@@ -22,11 +22,11 @@ from nemotron_h.compression.pipeline.select import WINNER
 from nemotron_h.compression.pipeline.text import HALVES, REPORTED
 from nemotron_h.compression.scoring import predict
 from nemotron_h.compression.slicing import slice_model
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.export import hf_writer
 from nemotron_h.inference.trained_tokenizer import tokenizer_for
+from nemotron_h.launch.stages import Stage
 
 RESULT, DEFINITION, REPORT, HF = "result.json", "model.yaml", "report.html", "hf"
 #: ours: validation windows that the orders of the report are compared on

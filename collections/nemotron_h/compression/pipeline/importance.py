@@ -14,8 +14,8 @@ from typing import Any
 
 from nemotron_h.compression.importance import FILES, measure_text
 from nemotron_h.compression.pipeline.compression import Compression
-from nemotron_h.compression.stages import Stage
 from nemotron_h.data.feed.calibration import text_record
+from nemotron_h.launch.stages import Stage
 
 
 def stage(c: Compression) -> Stage:

@@ -18,12 +18,12 @@ from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.compression.pipeline.text import Text, named
 from nemotron_h.compression.scoring import Predictions, Score, predict
-from nemotron_h.compression.stages import content_digest
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.trained_tokenizer import check_data
+from nemotron_h.launch.stages import content_digest
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import RecipeConfig
 

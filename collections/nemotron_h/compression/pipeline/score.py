@@ -20,10 +20,10 @@ from nemotron_h.compression.pipeline.candidates import CANDIDATES
 from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.scoring import Score, order
-from nemotron_h.compression.stages import ASIDE, Stage, outputs
 from nemotron_h.compression.task_scores import task_scores
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.launch.stages import ASIDE, Stage, outputs
 
 RANKING, SCORES = "ranking.json", "scores.jsonl"
 

@@ -14,8 +14,8 @@ from typing import Any
 from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.short_distil import RESULTS
 from nemotron_h.compression.pipeline.text import CHOICE
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
+from nemotron_h.launch.stages import Stage
 
 WINNER = "winner.json"
 

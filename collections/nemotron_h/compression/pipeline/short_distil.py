@@ -17,9 +17,9 @@ from nemotron_h.compression.candidates import Candidate, candidate_of
 from nemotron_h.compression.pipeline.context import Context
 from nemotron_h.compression.pipeline.score import RANKING
 from nemotron_h.compression.pipeline.text import CHOICE, REPORTED
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.launch.runs import Run
+from nemotron_h.launch.stages import Stage
 
 RESULTS = "results.json"
 

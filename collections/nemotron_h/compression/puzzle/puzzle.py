@@ -17,7 +17,7 @@ from nemotron_h.compression.puzzle.pipeline import (
     score,
     search,
 )
-from nemotron_h.compression.stages import Stage
+from nemotron_h.launch.stages import Stage
 
 #: in order
 STAGES = (importance, library, score, costs, search, compare, refine, child, heal, report)

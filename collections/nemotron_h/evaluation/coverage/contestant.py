@@ -10,7 +10,8 @@ from pathlib import Path
 from nemotron_h.checkpoint.folders import step_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
-from nemotron_h.data.messages import USER, ChatError, Turn
+from nemotron_h.data.messages import SYSTEM, USER, ChatError, Turn
+from nemotron_h.data.thoughts import BEGIN, in_thought, switched
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation.problems.answers import ends_with_answer
 from nemotron_h.evaluation.problems.problem import Problem
@@ -28,6 +29,7 @@ class Contestant:
         prompts: token ids of each problem.
         stop_ids: tokens that end a solution.
         longest: tokens of the longest solution that comes with a problem.
+        opening: that solutions begin with, where the template has begun a thought.
     """
 
     name: str
@@ -35,21 +37,40 @@ class Contestant:
     prompts: list[list[int]]
     stop_ids: frozenset[int]
     longest: int
+    opening: str = ""
 
 
-def contestants(runs: Sequence[Path], problems: Sequence[Problem], chat: bool) -> list[Contestant]:
+def contestants(
+    runs: Sequence[Path], problems: Sequence[Problem], chat: bool, thinking: str | None = None
+) -> list[Contestant]:
     """Return the models of runs or checkpoints; no weights are read.
 
     Args:
         chat: questions are turns of a conversation, in the template that came with each checkpoint.
+        thinking: `on` or `off` asks for a thought before each answer, or for none; a conversation alone can.
     Errors:
         UserError: a checkpoint is not there, named twice, or its tokenizer cannot write the problems.
     """
+    if thinking is not None and not chat:
+        raise UserError(f"--thinking {thinking} is for conversations", hint="add --chat, or leave it out")
     subjects = [Subject.of(run, None) for run in runs]
-    return [
-        Contestant(name, subject, *_prompts(subject, problems, chat), longest_solution(subject.tokenizer, problems))
-        for name, subject in zip(_names(subjects), subjects, strict=True)
-    ]
+    found = []
+    for name, subject in zip(_names(subjects), subjects, strict=True):
+        longest = longest_solution(subject.tokenizer, problems)
+        if chat:
+            prompts, stops, opening = _turns(subject, problems, thinking)
+            found.append(Contestant(name, subject, prompts, stops, longest, opening))
+        else:
+            prompts = subject.tokenizer.encode_batch([problem.prompt for problem in problems])
+            found.append(Contestant(name, subject, prompts, frozenset({subject.tokenizer.eod_id}), longest))
+    return found
+
+
+def template_of(subject: Subject, thinking: str | None) -> tuple[str, str]:
+    """Return the template that came with a checkpoint, else the family's, and the system message that asks for thoughts
+    or for none; there may be no need for one.
+    """
+    return switched(thinking, recorded_template(subject.tokenizer, subject.record) or FAMILY_SOURCE)
 
 
 def _names(subjects: Sequence[Subject]) -> list[str]:
@@ -70,19 +91,21 @@ def _names(subjects: Sequence[Subject]) -> list[str]:
     return names
 
 
-def _prompts(subject: Subject, problems: Sequence[Problem], chat: bool) -> tuple[list[list[int]], frozenset[int]]:
-    tokenizer = subject.tokenizer
-    stops = {tokenizer.eod_id}
-    if not chat:
-        return tokenizer.encode_batch([problem.prompt for problem in problems]), frozenset(stops)
-    template = ChatTemplate(recorded_template(tokenizer, subject.record) or FAMILY_SOURCE, tokenizer)
+def _turns(
+    subject: Subject, problems: Sequence[Problem], thinking: str | None
+) -> tuple[list[list[int]], frozenset[int], str]:
+    source, system = template_of(subject, thinking)
+    template, before = ChatTemplate(source, subject.tokenizer), (Turn(SYSTEM, system),) if system else ()
     try:
-        prompts = [template.prompt((Turn(USER, problem.question),)) for problem in problems]
+        turns = [(*before, Turn(USER, problem.question)) for problem in problems]
+        prompts = [template.prompt(each) for each in turns]
         end = template.tokens(template.answer_end())
+        begun = in_thought(template.answer_begin(turns[0]))
     except ChatError as error:
         raise UserError(f"the chat template of {subject.checkpoint} cannot be used: {error}") from error
-    special = {*tokenizer.special_tokens.values()}
-    return prompts, frozenset({*stops, *[token for token in end if token in special][:1]})
+    special = {*subject.tokenizer.special_tokens.values()}
+    stops = frozenset({subject.tokenizer.eod_id, *[token for token in end if token in special][:1]})
+    return prompts, stops, f"{BEGIN}\n" if begun else ""
 
 
 def longest_solution(tokenizer: Tokenizer, problems: Sequence[Problem]) -> int:
@@ -106,8 +129,13 @@ def longest_solution(tokenizer: Tokenizer, problems: Sequence[Problem]) -> int:
     return longest
 
 
-def answer_watch(tokenizer: Tokenizer) -> Callable[[list[int]], bool]:
-    """Return what tells whether tokens end with a line that states an answer; it looks where a line ends."""
+def answer_watch(tokenizer: Tokenizer, opening: str = "") -> Callable[[list[int]], bool]:
+    """Return what tells whether tokens end with a line that states an answer outside of a thought; it looks where lines
+    end.
+
+    Args:
+        opening: text before the tokens.
+    """
     texts = ((number, tokenizer.ids_to_text([number])) for number in range(tokenizer.vocab_size))
     line_ends = frozenset(number for number, text in texts if "\n" in text)
 
@@ -115,6 +143,7 @@ def answer_watch(tokenizer: Tokenizer) -> Callable[[list[int]], bool]:
         if tokens[-1] not in line_ends:
             return False
         begin = next((place for place in range(len(tokens) - 1, 0, -1) if tokens[place - 1] in line_ends), 0)
-        return ends_with_answer(tokenizer.ids_to_text(tokens[begin:]))
+        stated = ends_with_answer(tokenizer.ids_to_text(tokens[begin:]))
+        return stated and ends_with_answer(opening + tokenizer.ids_to_text(tokens))
 
     return complete

@@ -19,6 +19,7 @@ from nemotron_h.inference.model import load_model
 from nemotron_h.inference.opening import dtype_and_device
 from nemotron_h.inference.pool import END, Pool, Sample, rows_that_fit
 from nemotron_h.inference.sampling import Sampling
+from nemotron_h.inference.thought import ThoughtBudget
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Settings:
     """Settings of all models.
 
     Attributes:
-        budgets: seconds of each problem, ascending.
+        budgets: seconds of each problem, ascending; infinity draws `most` samples of each.
         most: samples of each problem.
         max_tokens: longest solution.
         sampling: temperature, top-p and seed.
         chat: questions are turns of a conversation.
+        thinking: `on` or `off` asks for a thought, or for none.
+        thought_budget: most tokens of a thought.
         batch: rows; None takes what memory has room for.
         dtype, device: see `dtype_and_device`.
     """
@@ -43,6 +46,8 @@ class Settings:
     batch: int | None
     dtype: str
     device: str
+    thinking: str | None = None
+    thought_budget: int | None = None
 
     @classmethod
     def of(cls, dtype: str | None, device: str | None, **settings: Any) -> Settings:
@@ -75,8 +80,8 @@ def draw(contestant: Contestant, settings: Settings, folder: Path, console: Cons
     if demand.is_met():
         return samples
     subject, dtype = contestant.subject, getattr(torch, settings.dtype)
-    tokens = subject.tokenizer.vocab_size
-    model = load_model(subject.checkpoint, dtype=dtype, device=settings.device, tokens=tokens)
+    tokenizer, budget = subject.tokenizer, settings.thought_budget
+    model = load_model(subject.checkpoint, dtype=dtype, device=settings.device, tokens=tokenizer.vocab_size)
     batch = batch or rows_that_fit(model, max(map(len, contestant.prompts)) + settings.max_tokens)
     samples.check({**fixed, "batch": batch})
     pool = Pool(
@@ -86,7 +91,8 @@ def draw(contestant: Contestant, settings: Settings, folder: Path, console: Cons
         max_tokens=settings.max_tokens,
         sampling=settings.sampling,
         stop_ids=contestant.stop_ids,
-        complete=answer_watch(subject.tokenizer),
+        complete=answer_watch(tokenizer, contestant.opening),
+        budget=None if budget is None else ThoughtBudget(tokenizer, budget),
     )
     pool.warm_up()
     share, paid = demand.progress(), False
@@ -109,7 +115,7 @@ def _solution(sample: Sample, contestant: Contestant) -> Solution:
     return Solution(
         sample.job.prompt,
         sample.job.sample,
-        contestant.subject.tokenizer.ids_to_text(tokens),
+        contestant.opening + contestant.subject.tokenizer.ids_to_text(tokens),
         len(sample.tokens),
         sample.log_probability / len(sample.tokens),
         sample.seconds,
@@ -125,6 +131,8 @@ def _fixed(contestant: Contestant, settings: Settings) -> dict[str, Any]:
         "weights": file_sha256(subject.checkpoint / INTEGRITY),
         "tokenizer": subject.tokenizer.ids_sha256(),
         "chat": settings.chat,
+        "thinking": settings.thinking,
+        "thought_budget": settings.thought_budget,
         "temperature": settings.sampling.temperature,
         "top_p": settings.sampling.top_p,
         "seed": settings.sampling.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +132,8 @@ def _short(value: Any) -> str:
 class Demand:
     """The samples that are still to be drawn: of every problem until they have cost the longest budget.
 
-    Problems take turns. Which seed a sample has depends on its problem and number alone.
+    Problems take turns; where there is no budget (infinity), the samples of one begin together and share the reading of
+    its prompt. Which seed a sample has depends on its problem and number alone.
 
     Args:
         samples: that are there; those that end are added by `ended`.
@@ -156,8 +158,10 @@ class Demand:
         idle = 0  # problems one after the other that want none
         while len(jobs) < free and idle < len(self._there):
             problem = self._turn
-            self._turn = (problem + 1) % len(self._there)
-            if not self._wants(problem):
+            wanted = self._wants(problem)
+            if not wanted or math.isfinite(self.budget):
+                self._turn = (problem + 1) % len(self._there)
+            if not wanted:
                 idle += 1
                 continue
             idle = 0

@@ -10,6 +10,8 @@ import operator
 import re
 from fractions import Fraction
 
+from nemotron_h.data.thoughts import after_thought
+
 ANSWER = "Answer:"
 #: a line that ends a solution: ours, and GSM8K's `#### 42`
 _LINE = re.compile(r"^[ \t]*(?:Answer:|####)[ \t]*(\S[^\n]*?)[ \t]*$", re.MULTILINE)
@@ -34,14 +36,15 @@ _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.
 
 
 def ends_with_answer(text: str) -> bool:
-    """Return True if one of the text's lines states an answer."""
-    return bool(_LINE.search(text))
+    """Return True if one of the text's lines states an answer, outside of a thought."""
+    return bool(_LINE.search(after_thought(text)))
 
 
 def answer_of(text: str) -> str | None:
     r"""Return the answer that a solution states: behind `Answer:` or `####` in the first line that begins so, else in
-    the last `\boxed{}`; None where there is none.
+    the last `\boxed{}`; None where there is none. A thought states none.
     """
+    text = after_thought(text)
     if found := _LINE.search(text):
         return found[1]
     boxes = [box for found in _BOXED.finditer(text) if (box := _up_to_brace(text[found.end() :])) is not None]

@@ -13,7 +13,7 @@ from typing import Any
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import check_unicode, parse_json, read_text
 from nemotron_h.evaluation.problems import answers
-from nemotron_h.evaluation.problems.generate import write_lines
+from nemotron_h.evaluation.problems.generate import TRAIN, write_lines
 from nemotron_h.evaluation.problems.problem import NUMBER, Problem, problem_of
 
 _QUESTIONS, _ANSWERS = ("question", "problem"), ("answer", "solution")
@@ -38,6 +38,20 @@ def read_problems(file: Path) -> tuple[list[Problem], int]:
     if not problems:
         raise UserError(f"{file} has no problems" + (f": the answers of {left_out:,} are no numbers" * bool(left_out)))
     return problems, left_out
+
+
+def training_problems(path: Path) -> list[Problem]:
+    """Return the problems to train on of a folder of `nemotron-h data problems`, or of a file.
+
+    Errors:
+        UserError: there are none.
+    """
+    files = sorted((path / TRAIN).glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(
+            f"{path} has no {TRAIN}/*.jsonl", hint="name a folder of nemotron-h data problems, or a file of problems"
+        )
+    return [problem for file in files for problem in read_problems(file)[0]]
 
 
 def keep_problems(folder: Path, problems: Sequence[Problem]) -> None:

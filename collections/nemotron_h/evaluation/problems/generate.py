@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import whole_file
 from nemotron_h.core.strict import check_one_of
+from nemotron_h.data.chat import FAMILY_SOURCE, FAMILY_TEMPLATE
+from nemotron_h.data.thoughts import OFF, ON, switched, with_thought
+from nemotron_h.evaluation.problems.answers import ANSWER
 from nemotron_h.evaluation.problems.problem import Problem
 from nemotron_h.evaluation.problems.tasks import HARDEST, TASKS
 
@@ -77,12 +81,19 @@ def generate(task: str, count: int, levels: Sequence[int], seed: int, part: str)
 
 
 def write_folder(
-    folder: Path, tasks: Sequence[str], count: int, test_count: int, levels: Sequence[int], seed: int
+    folder: Path,
+    tasks: Sequence[str],
+    count: int,
+    test_count: int,
+    levels: Sequence[int],
+    seed: int,
+    thoughts: bool = False,
 ) -> list[Path]:
     """Write problems for training and for tests, and blends of the former.
 
     Args:
         count, test_count: problems of each task.
+        thoughts: conversations ask for a thought and for none by turns; see `thinking`.
     Returns:
         the files: `train/TASK.jsonl` (`text` and `messages`), `test.jsonl`, and blends of texts and of conversations.
     Errors:
@@ -94,27 +105,44 @@ def write_folder(
     files = []
     for task, problems in train.items():
         files.append(folder / TRAIN / f"{task}.jsonl")
-        write_lines(files[-1], [problem.record() for problem in problems])
+        record = thinking if thoughts else lambda problem, _: problem.record()
+        write_lines(files[-1], [record(problem, number) for number, problem in enumerate(problems)])
     files.append(folder / f"{TEST}.jsonl")
     write_lines(files[-1], [vars(problem) for problem in test])
-    for name, form, more in (
-        ("problems", {}, {"tokenizer": {"kind": "bpe", "vocab_size": VOCABULARY}}),
-        (
-            "problems_chat",
-            {"chat": "messages"},
-            {"tokenizer": {"kind": "bpe", "blend": "problems"}, "chat_template": "nemotron_h"},
-        ),
-    ):
-        files.append(folder / f"{name}.yaml")
-        sources = {
-            task: {"category": task, "format": "jsonl", "path": f"{TRAIN}/{task}.jsonl", "licence": "generated", **form}
-            for task in tasks
-        }
-        phases = [{"name": "all", "weights": dict.fromkeys(tasks, 1), "normalize": True}]
-        content = {"name": name, **more, "sources": sources, "phases": phases}
-        with whole_file(files[-1]) as temporary:
-            temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    paths = {task: f"{TRAIN}/{task}.jsonl" for task in tasks}
+    chat = {"tokenizer": {"kind": "bpe", "blend": "problems"}, "chat_template": FAMILY_TEMPLATE}
+    files.append(write_blend(folder / "problems.yaml", paths, {}, tokenizer={"kind": "bpe", "vocab_size": VOCABULARY}))
+    files.append(write_blend(folder / "problems_chat.yaml", paths, {"chat": "messages"}, **chat))
     return files
+
+
+def write_blend(file: Path, paths: Mapping[str, str], form: Mapping[str, Any], **more: Any) -> Path:
+    """Write a blend of sources in equal shares, and return its file.
+
+    Args:
+        paths: source -> file of its records.
+        form: keys of each source beside these.
+        more: keys of the blend.
+    """
+    sources = {
+        source: {"category": source, "format": "jsonl", "path": path, "licence": "generated", **form}
+        for source, path in paths.items()
+    }
+    phases = [{"name": "all", "weights": dict.fromkeys(paths, 1), "normalize": True}]
+    content = {"name": file.stem, **more, "sources": sources, "phases": phases}
+    with whole_file(file) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def thinking(problem: Problem, number: int) -> dict[str, Any]:
+    """Return a problem's record whose conversation asks for a thought, which has the steps, or for none, which is the
+    answer alone: every second one.
+    """
+    steps = "\n".join(problem.steps) if number % 2 == 0 else ""
+    system = switched(OFF if number % 2 else ON, FAMILY_SOURCE)[1]
+    answer = with_thought(steps, f"{ANSWER} {problem.answer}")
+    return {**problem.record(), **problem.told(problem.solution, system, answer)}
 
 
 def write_lines(file: Path, records: Sequence[object]) -> None:

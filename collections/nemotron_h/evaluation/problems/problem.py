@@ -11,6 +11,8 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import from_json
 from nemotron_h.evaluation.problems import answers
 
+#: fields of a record that training reads
+TOLD = ("text", "messages")
 #: kinds of answers
 NUMBER, LIST, EXPRESSION = KINDS = ("number", "list", "expression")
 
@@ -53,10 +55,19 @@ class Problem:
         return "\n".join([*self.steps, f"{answers.ANSWER} {self.answer}"])
 
     def record(self) -> dict[str, Any]:
-        """Return what training reads: `text` of a document, `messages` of a conversation."""
-        turns = (("user", self.question), ("assistant", self.solution))
-        messages = [{"role": role, "content": content} for role, content in turns]
-        return {"text": f"{self.prompt}{self.solution}\n", "messages": messages}
+        """Return what training reads, `text` of a document and `messages` of a conversation, beside the problem."""
+        return {**vars(self), **self.told(self.solution)}
+
+    def told(self, solution: str, system: str = "", answer: str | None = None) -> dict[str, Any]:
+        """Return a solution as training reads it.
+
+        Args:
+            system: of the conversation.
+            answer: that the conversation has in place of the solution.
+        """
+        turns = (("system", system), ("user", self.question), ("assistant", solution if answer is None else answer))
+        messages = [{"role": role, "content": content} for role, content in turns if content]
+        return {"text": f"{self.prompt}{solution}\n", "messages": messages}
 
     def voted(self, answer: str) -> str | None:
         """Return what equal answers share; None of one that is no answer of this kind."""
@@ -74,13 +85,13 @@ class Problem:
 
 
 def problem_of(record: Any, origin: str) -> Problem:
-    """Return a problem that `nemotron-h data problems` wrote.
+    """Return a problem that `nemotron-h data problems` wrote, to train on or as a test.
 
     Errors:
         UserError: it is none; names origin and field.
     """
     try:
-        return from_json(Problem, record)
+        return from_json(Problem, {key: value for key, value in record.items() if key not in TOLD})
     except UserError as error:
         raise UserError(f"{origin}: {error.message}") from error
 

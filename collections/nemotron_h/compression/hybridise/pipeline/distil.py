@@ -17,8 +17,8 @@ from nemotron_h.compression.hybridise.pipeline.mixers import MIXERS
 from nemotron_h.compression.hybridise.rounds import RESULTS, Round, distillations_of
 from nemotron_h.compression.pipeline.text import HALVES, REPORTED
 from nemotron_h.compression.recovery import recovered, sentence
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
+from nemotron_h.launch.stages import Stage
 
 
 def stage(c: Context, each: Round) -> Stage:

@@ -16,10 +16,10 @@ from typing import Any
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.compression.hybridise.context import Context
 from nemotron_h.compression.hybridise.pipeline.mixers import MIXERS
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.inference.layer_costs import placement, random_model, seconds, this_machine
+from nemotron_h.launch.stages import Stage
 from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.schema.layer_costs import Scenario
 

@@ -24,12 +24,12 @@ from nemotron_h.compression.hybridise.context import Context
 from nemotron_h.compression.hybridise.rounds import TRANSPLANTED, Round, hybrid_of, name_of
 from nemotron_h.compression.pipeline.text import CHOICE, HALVES
 from nemotron_h.compression.puzzle.local import Change
-from nemotron_h.compression.stages import Stage
 from nemotron_h.compression.transplant.child import write_child
 from nemotron_h.compression.transplant.mixers import Error, MatrixError, least_harmful
 from nemotron_h.compression.workers import bound, over_layers
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.launch.stages import Stage
 
 MIXERS = "mixers.json"
 

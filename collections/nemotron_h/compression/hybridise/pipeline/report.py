@@ -25,10 +25,10 @@ from nemotron_h.compression.hybridise.rounds import RESULTS, following_stages
 from nemotron_h.compression.pipeline.text import HALVES
 from nemotron_h.compression.recovery import sentence
 from nemotron_h.compression.report import finished_stages, recovery_curve
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.page import for_both, render
 from nemotron_h.core.units import gib
+from nemotron_h.launch.stages import Stage
 
 REPORT, RESULT, DEFINITION = "report.html", "result.json", "model.yaml"
 

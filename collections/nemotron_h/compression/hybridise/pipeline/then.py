@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nemotron_h.compression import distillations
+from nemotron_h.compression.distillations import MATTERS
 from nemotron_h.compression.hybridise.context import Context
 from nemotron_h.compression.hybridise.rounds import RESULTS, following_run
 from nemotron_h.compression.pipeline.text import HALVES, content_of
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.manifest import check_manifest
+from nemotron_h.launch.stages import Stage, settings
 
 
 def stage(c: Context, stage_name: str, recipe: str) -> Stage:
@@ -44,9 +44,9 @@ def inputs(c: Context, recipe: str) -> dict[str, Any]:
     own = c.following(recipe)
     blend = load_blend(own.data.blend)
     text = content_of(blend, check_manifest(own.data.root, blend), "train")
-    settings = {"stage": own.stage, "tokens": own.tokens, **distillations.settings(own)}
-    settings["preference"] = asdict(own.preference) if own.preference else None
-    return {**c.parent.score_inputs(*HALVES), "text": text, **{f"then: {key}": each for key, each in settings.items()}}
+    keys = {"stage": own.stage, "tokens": own.tokens, **settings(own, MATTERS)}
+    keys["preference"] = asdict(own.preference) if own.preference else None
+    return {**c.parent.score_inputs(*HALVES), "text": text, **{f"then: {key}": each for key, each in keys.items()}}
 
 
 def run(c: Context, before: str, recipe: str, folder: Path) -> str:

@@ -20,9 +20,9 @@ from nemotron_h.compression.puzzle.local import child_changes
 from nemotron_h.compression.puzzle.pipeline.compare import COMPARED
 from nemotron_h.compression.puzzle.pipeline.costs import LATENCY, measured_latency
 from nemotron_h.compression.puzzle.pipeline.refine import read_refined
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.launch.stages import Stage
 
 CHILD, PRUNED = "child.json", "pruned"
 

@@ -18,9 +18,9 @@ from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.local import Change, child_changes
 from nemotron_h.compression.puzzle.pipeline.search import SOLUTIONS
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.launch.stages import Stage
 
 COMPARED = "compared.json"
 #: ours: children that share a pass of the parent

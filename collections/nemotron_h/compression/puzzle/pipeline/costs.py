@@ -16,13 +16,13 @@ from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.variants import PARENT
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.costs import measure_blocks, model_blocks, scaled_to, total
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.units import BYTES, GIB, count_of
 from nemotron_h.inference.layer_costs import seconds
 from nemotron_h.inference.model import GenerationModel
+from nemotron_h.launch.stages import Stage
 from nemotron_h.planning.gpus import gpu
 from nemotron_h.planning.inference import Serving, layer_memory
 from nemotron_h.planning.latency import Latency

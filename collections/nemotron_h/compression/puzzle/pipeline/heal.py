@@ -21,9 +21,9 @@ from nemotron_h.compression.pipeline.text import REPORTED
 from nemotron_h.compression.puzzle.context import Context, Picks
 from nemotron_h.compression.puzzle.pipeline.child import CHILD, PRUNED, name_of
 from nemotron_h.compression.recovery import recovered, sentence
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.launch.runs import Run
+from nemotron_h.launch.stages import Stage
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import RecipeConfig
 

@@ -27,12 +27,12 @@ from nemotron_h.compression.puzzle.gated import GatedPiece
 from nemotron_h.compression.puzzle.initial import Knowledge, initial_tensors, layer_tensors, merging
 from nemotron_h.compression.puzzle.library import Entry
 from nemotron_h.compression.puzzle.local import Piece, Training, fit_linear, imitate
-from nemotron_h.compression.stages import Stage
 from nemotron_h.compression.workers import bound, over_layers
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.feed.calibration import calibration_windows
 from nemotron_h.export.source import ModelSource
+from nemotron_h.launch.stages import Stage
 
 LIBRARY = "library.json"
 MOMENTS = "moments.safetensors"

@@ -19,11 +19,11 @@ from nemotron_h.compression.puzzle.context import Context, Picks
 from nemotron_h.compression.puzzle.library import Entry, hash_of
 from nemotron_h.compression.puzzle.local import Chain, Training, child_changes, imitate
 from nemotron_h.compression.puzzle.pipeline.compare import COMPARED
-from nemotron_h.compression.stages import Stage
 from nemotron_h.compression.workers import bound, over_layers
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.units import count_of
+from nemotron_h.launch.stages import Stage
 
 REFINED = "refined.json"
 

@@ -31,9 +31,9 @@ from nemotron_h.compression.puzzle.pipeline.score import read_scores
 from nemotron_h.compression.puzzle.pipeline.search import SOLUTIONS
 from nemotron_h.compression.recovery import sentence
 from nemotron_h.compression.report import finished_stages, recovery_curve
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.files import write_json
 from nemotron_h.core.page import for_both, render
+from nemotron_h.launch.stages import Stage
 
 REPORT, RESULT, DEFINITION = "report.html", "result.json", "model.yaml"
 

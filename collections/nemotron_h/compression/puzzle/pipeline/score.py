@@ -19,10 +19,10 @@ from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.pipeline.text import CHOICE
 from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.local import Change, changes
-from nemotron_h.compression.stages import Stage
 from nemotron_h.compression.workers import over_layers
 from nemotron_h.core.files import write_json
 from nemotron_h.core.progress import StageProgress
+from nemotron_h.launch.stages import Stage
 
 SCORES = "scores.json"
 

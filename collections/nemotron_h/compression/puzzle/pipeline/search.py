@@ -21,9 +21,9 @@ from nemotron_h.compression.puzzle.context import Context
 from nemotron_h.compression.puzzle.pipeline.costs import COSTS, LATENCY, size_limits
 from nemotron_h.compression.puzzle.pipeline.score import read_scores
 from nemotron_h.compression.puzzle.search import solutions, solve
-from nemotron_h.compression.stages import Stage
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import write_json
+from nemotron_h.launch.stages import Stage
 
 SOLUTIONS = "solutions.json"
 #: ours: random children, enough for a rank correlation (the greedy one and the solutions beside them)

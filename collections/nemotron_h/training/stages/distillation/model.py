@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -33,8 +33,7 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.hub_cache import path_of
-from nemotron_h.checkpoint.index import safe_reads
-from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, WeightFile, find_checkpoint, read_record
+from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.model import init
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
@@ -46,8 +45,8 @@ from nemotron_h.ops.distillation_loss import (
     distillation_loss,
 )
 from nemotron_h.ops.hidden_distance import hidden_distance
-from nemotron_h.schema.nemo_names import recompute_fields
-from nemotron_h.schema.recipe import DistillSchema, RecomputeSchema
+from nemotron_h.schema.recipe import DistillSchema
+from nemotron_h.training.frozen_model import frozen_model
 from nemotron_h.training.stages.distillation.teacher_cache import Header, read_header
 
 #: what the last stage returns of a micro-batch: sums over its tokens
@@ -157,29 +156,8 @@ class DistillationConfig(NemotronHConfig, DistillSchema):
         return self.frozen_model(model)
 
     def teacher_model(self, pre_process: bool, post_process: bool) -> NemotronHMegatronModel:
-        """Build this rank's part of the teacher, frozen, with its weights."""
-        config = self.of_definition(
-            self.teacher_definition,
-            perform_initialization=False,
-            fuse_weight_gradients=False,
-            **recompute_fields(RecomputeSchema()),
-        )
-        teacher = config.megatron_model(NemotronHMegatronModel, pre_process, post_process)
-        if config.bf16:
-            teacher.bfloat16()  # as Megatron's wrapper does to the student
-        teacher.eval().requires_grad_(False)
-        load_weights(teacher, self.teacher_checkpoint)
-        return teacher
-
-
-def load_weights(model: NemotronHMegatronModel, checkpoint: Path) -> None:
-    """Load a checkpoint of any layout into this rank's part of a model, in the model's dtypes."""
-    prefix = WeightFile(checkpoint).prefix
-    wanted = model.sharded_state_dict(prefix=prefix)
-    names = list(wanted)
-    with safe_reads(checkpoint / WEIGHTS):
-        loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS))  # with what else the checkpoint holds
-    model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in names})
+        """Build this rank's part of the teacher; see `frozen_model`."""
+        return frozen_model(self, self.teacher_definition, self.teacher_checkpoint, pre_process, post_process)
 
 
 class DistillingModel(NemotronHMegatronModel):

@@ -1,8 +1,9 @@
-"""Log-probabilities that the starting weights give to every pair, computed once and kept on disk.
+"""Log-probabilities that the reference gives to every pair, computed once and kept on disk.
 
-The policy itself computes them before its first step, while its weights are the reference's; no second model is in
-memory. `<data root>/<blend>/.reference/` keeps them under a key of everything that they depend on, so runs that differ
-in loss, beta or learning rate share them, and anything else computes its own.
+The reference is the checkpoint that training starts from: the policy itself computes them before its first step, while
+its weights are those, and no second model is in memory. Another reference is built beside it until they are computed.
+`<data root>/<blend>/.reference/` keeps them under a key of everything that they depend on, so runs that differ in loss,
+beta or learning rate share them, and anything else computes its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import time
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from nemo import lightning as nl
 from torch import Tensor
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256, whole_file
 from nemotron_h.core.units import duration
@@ -32,6 +36,7 @@ from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataMo
 from nemotron_h.model.module import data_step, forward_step
 from nemotron_h.schema.recipe import DPO_LOSSES
 from nemotron_h.training.callbacks.run_record import plain, vars_of
+from nemotron_h.training.frozen_model import frozen_model
 from nemotron_h.training.stages.preference.loss import BATCH_KEYS, answer_logprobs
 
 FORMAT = 1
@@ -48,10 +53,11 @@ class ReferenceLogprobs(pl.Callback):
         checkpoint: whose weights are the reference, as `find_checkpoint` returns it.
         checkpoint_sha256: of its integrity file, which lists the hashes of all others. A run that resumes knows it from
             its record: the checkpoint may be gone as long as the cache is there.
+        named: the recipe's `preference.reference`; None where training starts from that checkpoint.
     """
 
-    def __init__(self, checkpoint: Path, checkpoint_sha256: str) -> None:
-        self.checkpoint, self.checkpoint_sha256 = checkpoint, checkpoint_sha256
+    def __init__(self, checkpoint: Path, checkpoint_sha256: str, named: str | None = None) -> None:
+        self.checkpoint, self.checkpoint_sha256, self.named = checkpoint, checkpoint_sha256, named
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the reference: the initial weights are loaded by now, those of a run that resumes are not yet.
@@ -69,9 +75,14 @@ class ReferenceLogprobs(pl.Callback):
             print(f"reference log-probs: {reason}", flush=True)
         (kept,) = _from_rank_0([kept])
         if kept is None:
+            pipeline = trainer.strategy.megatron_parallel.pipeline
             if trainer.ckpt_path:
-                self._load(trainer.strategy, path)
-            kept = {split: compute(trainer, data, split) for split in data.splits()}
+                self._check_there(path)
+                if self.named is None:
+                    self._load(trainer.strategy)
+            if self.named is not None:
+                pipeline = self._beside(pl_module)
+            kept = {split: compute(trainer, data, split, pipeline) for split in data.splits()}
             if trainer.global_rank == 0:
                 write(path, key, kept)
         data.reference = kept
@@ -80,13 +91,26 @@ class ReferenceLogprobs(pl.Callback):
             "sha256": digest(kept),
             "checkpoint": str(self.checkpoint),
             "checkpoint_sha256": self.checkpoint_sha256,
+            "named": self.named,
         }
         if trainer.global_rank == 0:
             count = sum(len(values) for sources in kept.values() for values in sources.values())
             print(f"reference log-probs of {count:,} pairs: {path}", flush=True)
 
-    def _load(self, strategy: Any, path: Path) -> None:
+    def _load(self, strategy: Any) -> None:
         """Put the reference's weights into the model of a run that resumes; its own are loaded over them after this."""
+        strategy.restore_config = nl.RestoreConfig(path=str(self.checkpoint), load_optim_state=False)
+        strategy.selective_restore()
+
+    def _beside(self, pl_module: pl.LightningModule) -> list[torch.nn.Module]:
+        """Return this rank's part of a reference that is not the start."""
+        definition = read_definition(read_record(self.checkpoint), f"checkpoint {self.checkpoint}")
+        ends = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        model = frozen_model(pl_module.config, definition, self.checkpoint, *ends)
+        return [model if pl_module.config.use_cpu_initialization else model.cuda()]
+
+    def _check_there(self, path: Path) -> None:
+        """Refuse a run that resumes where neither the cache nor the checkpoint is what it was."""
         integrity = self.checkpoint / folders.INTEGRITY
         if not integrity.is_file() or file_sha256(integrity) != self.checkpoint_sha256:
             problem = "is gone or another"
@@ -95,11 +119,9 @@ class ReferenceLogprobs(pl.Callback):
         if problem:
             raise UserError(
                 f"the run's reference log-probs cannot be had: {path} is not usable, and the checkpoint "
-                f"{self.checkpoint} that the run started from: {problem}",
+                f"{self.checkpoint} {'of the reference' if self.named else 'that the run started from'}: {problem}",
                 hint="restore one of them, or start a new run: init.checkpoint",
             )
-        strategy.restore_config = nl.RestoreConfig(path=str(self.checkpoint), load_optim_state=False)
-        strategy.selective_restore()
 
 
 def reference_key(trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint_sha256: str) -> dict[str, Any]:
@@ -172,15 +194,17 @@ def digest(values: dict[str, Reference]) -> str:
 
 
 @torch.no_grad()
-def compute(trainer: pl.Trainer, data: PreferenceDataModule, split: str) -> Reference:
-    """Compute log-probabilities of a split's pairs under the weights that the model has now; every rank returns all.
+def compute(trainer: pl.Trainer, data: PreferenceDataModule, split: str, model: Sequence[torch.nn.Module]) -> Reference:
+    """Compute log-probabilities of a split's pairs under the weights that a model has now; every rank returns all.
 
     The windows are shared out over the data-parallel ranks and go through Megatron's forward schedule.
+
+    Args:
+        model: this rank's part of it, as Megatron's schedules take it.
     """
     dataset = data.reference_dataset(split)
     rank, size = data.data_sampler.data_parallel()
     step = data.micro_batch_size * size
-    model = trainer.strategy.megatron_parallel.pipeline
     found = {name: np.full((len(s.lengths), 2), np.nan) for name, s in dataset.sources.items()}
     started = said = time.perf_counter()
     windows = dataset.windows.filled
@@ -240,9 +264,7 @@ def _gathered(found: Reference) -> Reference:
             whole[name] = np.where(np.isnan(values), whole[name], values)
     missing = sum(int((~np.isfinite(values)).any(1).sum()) for values in whole.values())
     if missing:
-        raise UserError(
-            f"the starting weights give {missing:,} pairs no finite log-probability: is the checkpoint sound?"
-        )
+        raise UserError(f"the reference gives {missing:,} pairs no finite log-probability: is the checkpoint sound?")
     return whole
 
 

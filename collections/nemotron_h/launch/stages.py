@@ -10,6 +10,7 @@ those it was begun with; otherwise the folder is renamed to `<name>.before` (tra
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -25,10 +26,13 @@ from nemotron_h.core.files import file_sha256, read_json_object, write_json
 from nemotron_h.core.locks import locked
 from nemotron_h.core.strict import nearest
 from nemotron_h.launch.jobs import check_none_queued
+from nemotron_h.schema.recipe import RecipeConfig
 
 RECORD = "stage.json"
 BEGUN = "begun.json"
 ASIDE = ".before"
+#: keys of parts of a recipe that change no number
+_PLACES = {"data": ("root", "workers")}
 
 #: label -> plain JSON value: a stage's result depends on these
 Inputs = Mapping[str, Any]
@@ -228,6 +232,19 @@ def outputs(stage: Path) -> Inputs:
     """Return the hashes of a stage's outputs, by file, of its folder; nothing where it is not finished."""
     record = _read(stage / RECORD)
     return record["outputs"] if record else {}
+
+
+def settings(recipe: RecipeConfig, parts: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of parts of a recipe, for a stage's inputs: without those that tell where data lie."""
+    inputs: dict[str, Any] = {}
+    for part in parts:
+        value = getattr(recipe, part)
+        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, dict):
+            inputs |= {f"{part}.{key}": entry for key, entry in value.items() if key not in _PLACES.get(part, ())}
+        else:
+            inputs[part] = value
+    return inputs
 
 
 def digest(path: Path) -> str:
