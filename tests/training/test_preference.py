@@ -195,6 +195,13 @@ def test_another_model_is_the_reference(paired: Small, distilled: Small) -> None
     out = paired.train("beside", *again, named, recipe=preference_recipe(paired, "beside"))
     with np.load(file) as content:
         np.testing.assert_array_equal(np.concatenate([content["train/pairs"], content["validation/pairs"]]), computed)
+    file.unlink()
+    layout = "trainer.devices=2", "trainer.strategy.pipeline_model_parallel_size=2"
+    paired.train("beside_pp2", *fp32, *layout, named, ranks=2, recipe=preference_recipe(paired, "beside_pp2"))
+    (file,) = set(cached(paired)) - before
+    with np.load(file) as content:
+        ranks = np.concatenate([content["train/pairs"], content["validation/pairs"]])
+    np.testing.assert_allclose(ranks, computed, rtol=1e-5)
 
 
 def test_a_reference_of_another_vocabulary_is_refused(paired: Small, distilled: Small) -> None:
