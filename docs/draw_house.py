@@ -18,7 +18,7 @@ PICTURE = DOCS / "img" / "house.svg"
 #: places of the rooms of `house.FLOORS`, in columns: no line runs through the box of another room
 COLUMNS = (
     *((1.5, 4), (1.5,), (0.5,), (2.2, 3.4), (0.9,), (0, 3.4), (1.7,), (1.6, 0), (2.3, 0.1, 1.1)),
-    *((0.4, 3.6), (3.4,), (3.4, 1.5, 2.45), (2.4,)),
+    *((0.4, 3.6), (3.4,), (3.4, 1.5, 0.5, 2.45), (2.4,)),
 )
 COLUMN, FLOOR, WIDTH, HEIGHT, MARGIN = 180, 62, 144, 34, 20
 KINDS = {

@@ -22,6 +22,7 @@ from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import configs_dir, factory_of, known_recipes, stage_of
 from nemotron_h.recipe.fidelity import published
 from nemotron_h.recipe.shipped import read_shipped
+from nemotron_h.schema.reason import ROUNDS
 from nemotron_h.schema.recipe import PIPELINES, STAGES, RecipeConfig
 
 DOCS = Path(__file__).resolve().parent
@@ -169,7 +170,7 @@ def widths(model: str) -> list[str]:
 
 def commands(model: str) -> list[str]:
     """Return the commands of a model's stages: data once for each blend, then the stage."""
-    lines, prepared = [], set()
+    lines, prepared = [], {ROUNDS}  # which each round prepares
     for name in recipes(model):
         blend = recipe_of(name).data.blend
         if blend not in prepared:
@@ -192,7 +193,7 @@ def results(model: str) -> list[str]:
 def page(model: str) -> str:
     """Return the page of a model."""
     d = definition(model)
-    own = any("sample" not in recipe_of(name).data.blend for name in recipes(model))
+    own = any("sample" not in (blend := recipe_of(name).data.blend) and blend != ROUNDS for name in recipes(model))
     active = f", {size(d.active_parameters)} of them active," if d.has_experts else ""
     parts = [
         f"# {model}",
@@ -219,6 +220,15 @@ def stage_names(*models: str) -> str:
     return ", ".join(stage for stage in (*STAGES, *PIPELINES) if stage in there)
 
 
+def brief(stages: str) -> str:
+    """Return stages as README's table has room for them: several pipelines by their number."""
+    names = stages.split(", ")
+    pipelines = [name for name in names if name in PIPELINES]
+    if len(pipelines) < 3:
+        return stages
+    return ", ".join([*(name for name in names if name not in PIPELINES), f"{len(pipelines)} pipelines"])
+
+
 def index() -> str:
     """Return the page that lists the models."""
     rows = ["| model | layers | parameters | recipes |", "|---|---|---|---|"]
@@ -239,7 +249,7 @@ def table() -> str:
     for model in models():
         d = definition(model)
         if not any(model in names for names in of_series.values()):
-            rows.append(f"| {model} | {layers(d, letters=True)} | {size(d.parameters)} | {stage_names(model)} |")
+            rows.append(f"| {model} | {layers(d, letters=True)} | {size(d.parameters)} | {brief(stage_names(model))} |")
     for title, names in of_series.items():
         ends = [definition(name) for name in (names[0], names[-1])]
         letters = " and ".join(kind.letter for kind in ends[0].kinds)
