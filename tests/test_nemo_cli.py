@@ -278,13 +278,20 @@ DIFFERENT = {
     ),
     "nemotron_h_56b/pretrain": ("precision_options.bf16_edge_layers=3", "precision_options.fp8_backend=emulate"),
     "nemotron_h_tiny/sft_lora": ("adapter.rank=3", "adapter.alpha=5", "adapter.dropout=0.5"),
-    "nemotron_h_8b/preference": ("preference.beta=0.7", "preference.gt_reward_scale=3", "preference.reward_gap=2"),
+    "nemotron_h_8b/preference": (
+        "preference.beta=0.7",
+        "preference.gt_reward_scale=3",
+        "preference.reward_gap=2",
+        "preference.reference=there",
+    ),
     "nemotron_h_tiny/distill": ("distill.temperature=2", "distill.lm_weight=3", "distill.top_k=5"),
     "nemotron_h_tiny/pretrain_muon": ("optim.qk_clip=100",),
 }
 #: keys that name no single value of the graph
-BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "puzzle.", "hybridise.", "model.", "optim.schedule")
+BY_THEMSELVES = ("name", "stage", "tokens", "log.", "minipuzzle.", "puzzle.", "hybridise.", "model.")
 BY_THEMSELVES += (
+    "reason.",
+    "optim.schedule",
     "optim.warmup_tokens",
     "sources.",
     "optim.decay_tokens",
