@@ -320,3 +320,33 @@ def test_template_that_cannot_chat(run: Path, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ raise_exception('no system') if messages[0]['role'] == 'system' }}x")
     with pytest.raises(UserError, match="chat_template: the template writes a turn in another way"):
         invoke(run, "--template", tmp_path / "t.jinja", said="wort\n")
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_thought_is_ended_in_each_turn(model: GenerationModel, tokenizer: Tokenizer, drafted: bool) -> None:
+    """Where the template begins one: the tokens of the whole conversation; what a user writes begins none."""
+    from nemotron_h.inference.generate import generate
+    from nemotron_h.inference.thought import ThoughtBudget
+
+    answer = "{% generation %}{{ m['content'] + '<SPECIAL_12>\n' }}{% endgeneration %}"
+    thinking = (
+        "{% for m in messages %}{{ '<SPECIAL_10>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m['content'] + '<SPECIAL_12>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<SPECIAL_10>assistant\n<think>\n' }}{% endif %}"
+    )
+    draft, greedy = Draft(None, 3) if drafted else None, Sampling(temperature=0)
+    for source, opens in ((thinking, True), (CHATML, False)):
+        template, budget = ChatTemplate(source, tokenizer), ThoughtBudget(tokenizer, 3, 2)
+        options = {"sampling": greedy, "max_tokens": 16, "budget": budget, "draft": draft}
+        session = ChatSession(model, template, **options)
+        for number, text in enumerate(("was?", "und <think>?")):
+            turns = (*session.turns, Turn("user", text))
+            assert template.answer_begin(turns).endswith("<think>\n") is opens
+            say(session, text)
+            written = session.ids[-session.written :]
+            prompt = session.ids[: -session.written]
+            one = budget if opens else None
+            assert written == generate(model, [prompt], max_tokens=len(written), sampling=greedy, budget=one)[0]
+            ended = tokenizer.ids_to_text(written).count("</think>")
+            assert ended >= opens, number
