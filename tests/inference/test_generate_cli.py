@@ -63,6 +63,15 @@ def test_prints_the_continuation(run: Path, tokenizer: Path) -> None:
         assert word in result.stderr
 
 
+def test_a_thought_is_ended_at_its_budget(run: Path) -> None:
+    """In the prompt that begins one alone; at once where the prompt's line has ended."""
+    result = invoke(run, "a <think>\n", "wort", "--thought-budget", 0, "--max-tokens", 12, "--seed", 3)
+    first = re.search(r"^\[1\] a <think>\n(.*?)^\[2\] wort", result.stdout, re.MULTILINE | re.DOTALL)[1]
+    assert first.startswith("</think>")
+    assert "</think>" not in result.stdout.replace(first, "", 1)
+    assert "1 of 1 thoughts ended at the budget" in result.stderr
+
+
 def test_empty_prompt_begins_a_document(run: Path) -> None:
     assert invoke(run, "", "--max-tokens", 1).exit_code == 0
 

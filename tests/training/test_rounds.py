@@ -179,6 +179,7 @@ def test_refusals(start: Small, tmp_path: Path) -> None:
         (["reason.start=absent"], r"reason\.start: .*absent.*"),
         (["reason.problems=absent"], r"reason\.problems: there is no folder absent"),
         (["model.init_std=0.2"], r"reason\.start: .*step-000012 is another model: init_std"),
+        (["reason.thinking=on"], r"reason\.thinking = on is for conversations"),
         (["data.blend=preference_sample"], r"data\.blend = preference_sample is unused: each round writes"),
         (["init.checkpoint=there"], r"init\.checkpoint is unused: reason\.start"),
         (["reason.thinking=maybe"], r"reason\.thinking = 'maybe'"),

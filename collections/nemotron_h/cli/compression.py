@@ -1,4 +1,4 @@
-"""Parts that the commands of a compression share: which recipe, where it runs, its stages and how they stand."""
+"""Parts that the commands of pipelines share: which recipe, where it runs, its stages and how they stand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nemotron_h.compression.pipeline.compression import Compression
     from nemotron_h.launch.place import Place
     from nemotron_h.launch.runs import Run
     from nemotron_h.launch.stages import Pipeline
@@ -21,9 +20,9 @@ class Asked:
     """Request of a command line.
 
     Attributes:
-        recipe: of the compression; its paths are not yet the cluster's.
+        recipe: of the pipeline; its paths are not yet the cluster's.
         origin: its file.
-        place: where the distillations run.
+        place: where its trainings run.
     """
 
     recipe: RecipeConfig
@@ -61,17 +60,19 @@ def carry_out(
     stage: str | None,
     status: bool,
     planned: Callable[[RecipeConfig], Sequence[Run]] | None,
-    make: Callable[..., Compression],
-    check_needs: Callable[..., None],
+    make: Callable[..., Any],
+    check_needs: Callable[..., None] | None = None,
+    key: str = "parent",
 ) -> None:
-    """Run the stages of a compression, or say how they stand.
+    """Run the stages of a pipeline, or say how they stand.
 
     Args:
         stage: this one alone.
         status: say where each stands, and run none.
         planned: the runs of a dry run, which prints how they would be started and runs nothing; None is no dry run.
-        make: the compression, of recipe, console, origin and place.
-        check_needs: refuses stages that this machine cannot hold; see `compression/needs.py`.
+        make: the compression or the rounds, of recipe, console, origin and place.
+        check_needs: of a compression: refuses stages that this machine cannot hold; see `compression/needs.py`.
+        key: of the recipe's part, that names the checkpoint which is there before.
     """
     from nemotron_h.launch.place import check_shared
 
@@ -89,17 +90,18 @@ def carry_out(
     if not status:
         from nemotron_h.export.hub_import import obtain
 
-        obtain(getattr(recipe, recipe.stage).parent, f"{origin}: {recipe.stage}.parent")
+        obtain(getattr(getattr(recipe, recipe.stage), key), f"{origin}: {recipe.stage}.{key}")
     made = make(recipe, console, origin=origin, place=place)
-    if not status:
+    if status:
+        console.print(_table(made.pipeline, stage), markup=False)
+        return
+    if check_needs:
         waiting = [title for title, state in made.pipeline.states().items() if state.word != "done"]
         check_needs(recipe, made.definition, [stage] if stage else waiting, made.parent.device, origin)
-        made.pipeline.run(stage)
-        return
-    console.print(status_table(made.pipeline, stage), markup=False)
+    made.pipeline.run(stage)
 
 
-def status_table(pipeline: Pipeline, stage: str | None) -> Any:
+def _table(pipeline: Pipeline, stage: str | None) -> Any:
     """Return where each stage stands, as a table for a terminal.
 
     Args:

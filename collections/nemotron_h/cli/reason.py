@@ -36,29 +36,9 @@ def reason(
 
     nemotron-h reason mine.yaml reason.rounds=3 preference.loss=rpo_bwd_kl --status
     """
-    from nemotron_h.cli.compression import ask, status_table
-    from nemotron_h.launch.place import check_shared
+    from nemotron_h.cli.compression import ask, carry_out
 
     asked = ask("reason", name, overrides or ())
-    place, console, origin = asked.place, asked.console, asked.origin
-    if not status:
-        place.check(asked.recipe, origin)
-    recipe = place.moved(asked.recipe)
     from nemotron_h.reasoning.rounds import Rounds, planned
 
-    if dryrun:
-        from nemotron_h.launch.runs import dry_run
-
-        for run in planned(recipe):
-            console.print(dry_run(run, place), markup=False)
-        return
-    check_shared(place)
-    if not status:
-        from nemotron_h.export.hub_import import obtain
-
-        obtain(recipe.reason.start, f"{origin}: reason.start")
-    made = Rounds(recipe, console, origin=origin, place=place)
-    if status:
-        console.print(status_table(made.pipeline, stage), markup=False)
-    else:
-        made.pipeline.run(stage)
+    carry_out(asked, stage, status, planned if dryrun else None, Rounds, key="start")

@@ -118,6 +118,12 @@ class Rounds:
             )
         self.problems = {"train": training_problems(path), "test": read_problems(path / f"{TEST}.jsonl")[0]}
         self.chat = (read_record(self.start).get("recipe") or {}).get("stage") in _TUNED
+        if self.part.thinking is not None and not self.chat:
+            raise UserError(
+                f"{self.origin}: reason.thinking = {self.part.thinking} is for conversations, and {self.start} was not "
+                "tuned on them",
+                hint="leave it out, or name a fine-tuned start",
+            )
 
     def _start(self) -> Path:
         key = f"{self.origin}: reason.start"
