@@ -166,6 +166,13 @@ def test_measures_files_and_crossing(runs: list[Path], tmp_path: Path) -> None:
     assert "at 8 s transformer solves 0.500 more" in printed
     for name in ("coverage.svg", "report.html"):
         assert "transformer" in (out / name).read_text()
+    # ten tokens a sample: at these costs of a token both models' budgets pay as many
+    invoke(*runs, *options, "--samples", 8, "--seconds", "1,2", "--token-seconds", "0.1,0.1")
+    with (out / "coverage.csv").open() as file:
+        rows = {(r["model"], r["task"], r["by"], float(r["at"])): r for r in csv.DictReader(file)}
+    assert [float(rows[name, "all", "seconds", 2]["samples"]) for name in ("hybrid", "transformer")] == [2, 2]
+    with pytest.raises(UserError, match="--token-seconds has 1 numbers for 2 models"):
+        invoke(*runs, *options, "--seconds", "1", "--token-seconds", "0.1")
     # a budget that pays more than there is may draw: here --samples forbids, and it is said
     printed = invoke(*runs, *options, "--samples", 8, "--seconds", "4,16")
     assert "≥ 1.000" in printed
@@ -274,3 +281,6 @@ def test_a_tally_counts_samples_that_have_no_answer(tmp_path: Path) -> None:
     assert [vote is None for vote in tally.votes[0]] == [False, False, True, True]
     assert tally.affordable(0.75).tolist() == [3]
     assert tally.coverage(np.array([3])).tolist() == [0.75]
+    elsewhere = Tally.of("x", samples, [problem], token_seconds=0.1)
+    assert elsewhere.affordable(1.5).tolist() == [3], "a sample has five tokens"
+    assert elsewhere.seconds == pytest.approx(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,13 @@ def coverage(
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask in the chat template that came with each checkpoint.")
     ] = False,
+    token_seconds: Annotated[
+        str | None,
+        typer.Option(
+            help="Seconds of a token of each model, joined by commas, in place of those measured here: those of larger "
+            "models with as much attention, say. All --samples are drawn then."
+        ),
+    ] = None,
     thinking: ThinkingOption = None,
     thought_budget: ThoughtBudgetOption = None,
     batch: Annotated[
@@ -67,7 +75,12 @@ def coverage(
     from nemotron_h.inference.sampling import Sampling
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    budgets = _budgets(seconds)
+    budgets = tuple(sorted({*_numbers("--seconds", seconds)}))
+    costs = [None] * len(runs) if token_seconds is None else _numbers("--token-seconds", token_seconds)
+    if len(costs) != len(runs):
+        raise UserError(
+            f"--token-seconds has {len(costs)} numbers for {len(runs)} models", hint="give one for each, in their order"
+        )
     problems = _problems(tasks, count, difficulty, seed, console)
     if temperature == 0 and samples > 1:
         raise UserError(f"--temperature 0 draws the same sample {samples} times", hint="raise it, or give --samples 1")
@@ -75,7 +88,7 @@ def coverage(
     settings = Settings.of(
         dtype,
         device,
-        budgets=budgets,
+        budgets=budgets if token_seconds is None else (math.inf,),
         most=samples,
         max_tokens=max_tokens,
         sampling=sampling,
@@ -91,10 +104,10 @@ def coverage(
     with locked(out, "written", "--out"):
         keep_problems(out, problems)
         tallies, settings_of = [], {}
-        for model in models:
+        for model, cost in zip(models, costs, strict=True):
             drawn = draw(model, settings, out / "samples", console)
-            tallies.append(Tally.of(model.name, drawn, problems))
-            settings_of[model.name] = drawn.settings
+            tallies.append(Tally.of(model.name, drawn, problems, cost))
+            settings_of[model.name] = {**drawn.settings, "token_seconds": cost}
         results = results_of(tallies, problems, budgets, seed)
         machine = {key: drawn.settings[key] for key in ("dtype", "processor", "threads", "torch")}
         words = (
@@ -103,6 +116,8 @@ def coverage(
         )
         if machine["threads"]:
             words += f", threads: {machine['threads']}"
+        if token_seconds is not None:
+            words += f"; a token is taken to cost {token_seconds} seconds"
         files = report.write(results, {"tasks": tasks, "samples": samples, "models": settings_of}, words, out)
     screen = Console(highlight=False)
     screen.width = max(screen.width, 140)  # rows stay whole
@@ -116,14 +131,14 @@ def coverage(
     typer.echo(f"wrote {', '.join(map(str, files))}")
 
 
-def _budgets(text: str) -> tuple[float, ...]:
+def _numbers(option: str, text: str) -> list[float]:
     try:
-        budgets = sorted({float(part) for part in text.split(",")})
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
-        budgets = []
-    if not budgets or not 0 < budgets[0] <= budgets[-1] < float("inf"):
-        raise UserError(f"--seconds {text[:40]!r} is no list of seconds", hint="write for instance 0.5,1,2,4")
-    return tuple(budgets)
+        numbers = []
+    if not numbers or not 0 < min(numbers) <= max(numbers) < math.inf:
+        raise UserError(f"{option} {text[:40]!r} is no list of seconds", hint="write for instance 0.5,1,2,4")
+    return numbers
 
 
 def _problems(tasks: str, count: int, difficulty: str, seed: int, console: object) -> list[Problem]:

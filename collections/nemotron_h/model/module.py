@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from nemotron_h.model.frozen import freeze
 from nemotron_h.model.gpu_options import gpu_option
 from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear
+from nemotron_h.model.stored_names import ask_for, other_names
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
 from nemotron_h.ops.rotary import rotary_frequencies
@@ -82,9 +83,11 @@ class NemotronHMegatronModel(MegatronMambaModel):
     Attributes:
         state_part: which weights `sharded_state_dict` holds, one of `adapters.PARTS`: checkpoints of adapters hold no
             more than these.
+        stored: names in the checkpoint that is being read; empty while none is.
     """
 
     state_part = "all"
+    stored: Collection[str] = ()
 
     def __init__(self, config: NemotronHConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
@@ -111,6 +114,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
         """
         state = super().sharded_state_dict(*args, **kwargs)
         state = {key: value for key, value in state.items() if not _EXTRA.search(key)}
+        if self.stored:
+            ask_for(state, self.stored, other_names(self.config.definition()))
         if self.state_part == "all":
             return state
         wanted = self.state_part == "adapter"

@@ -10,6 +10,7 @@ from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.index import safe_reads
 from nemotron_h.checkpoint.reader import WEIGHTS, WeightFile
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel
+from nemotron_h.model.stored_names import reading
 from nemotron_h.schema.nemo_names import recompute_fields
 from nemotron_h.schema.recipe import RecomputeSchema
 
@@ -45,7 +46,8 @@ def frozen_model(
 def load_weights(model: NemotronHMegatronModel, checkpoint: Path) -> None:
     """Load a checkpoint of any layout into this rank's part of a model, in the model's dtypes."""
     prefix = WeightFile(checkpoint).prefix
-    wanted = model.sharded_state_dict(prefix=prefix)
+    with reading(checkpoint / WEIGHTS, [model]):
+        wanted = model.sharded_state_dict(prefix=prefix)
     names = list(wanted)
     with safe_reads(checkpoint / WEIGHTS):
         loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS))  # with what else the checkpoint holds

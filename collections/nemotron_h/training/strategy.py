@@ -26,6 +26,7 @@ from nemotron_h.core import children
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import seconds_of
 from nemotron_h.model import adapters
+from nemotron_h.model.stored_names import reading
 from nemotron_h.platform import chained_optimizers, cpu, flat_shards, megatron_fixes
 from nemotron_h.platform.ranks import (
     ADDRESS,
@@ -246,7 +247,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
         Errors:
             UserError: a checkpoint of another optimizer is to be resumed.
         """
-        with safe_reads(Path(checkpoint_path) / WEIGHTS):
+        weights = Path(checkpoint_path) / WEIGHTS
+        with safe_reads(weights), reading(weights, self.megatron_parallel):
             if selective_restore:
                 with adapters.only("base", self.megatron_parallel):
                     return super().load_checkpoint(checkpoint_path, selective_restore)

@@ -54,8 +54,12 @@ class Tally:
     curves: list[np.ndarray]
 
     @classmethod
-    def of(cls, name: str, samples: Samples, problems: Sequence[Problem]) -> Tally:
-        """Judge the samples of a model."""
+    def of(cls, name: str, samples: Samples, problems: Sequence[Problem], token_seconds: float | None = None) -> Tally:
+        """Judge the samples of a model.
+
+        Args:
+            token_seconds: cost of a token, in place of what the samples cost.
+        """
         votes, right, scores, ended_by = [], [], [], {}
         solutions = [[each[number] for number in sorted(each)] for each in samples.by_problem]
         for problem, ours in zip(problems, solutions, strict=True):
@@ -65,7 +69,10 @@ class Tally:
             scores.append(np.array([solution.log_probability for solution in ours]))
             for solution in ours:
                 ended_by[solution.ended_by] = ended_by.get(solution.ended_by, 0) + 1
-        seconds = np.array([sum(solution.seconds for solution in ours) for ours in solutions])
+        if token_seconds is None:
+            seconds = np.array([sum(solution.seconds for solution in ours) for ours in solutions])
+        else:
+            seconds = np.array([token_seconds * sum(solution.tokens for solution in ours) for ours in solutions])
         drawn = np.array([len(ours) for ours in solutions])
         return cls(
             name,
