@@ -81,6 +81,6 @@ def test_names_are_asked_for_as_they_are_stored(small: Small, straight: dict[int
         ask_for({"a": tensor}, {f"module.{name}" for name in stored}, names)
         assert tensor.key == f"module.{expected}"
     model = SimpleNamespace(stored=())
-    with reading(checkpoint / "weights", [SimpleNamespace(modules=lambda: [model])]):
+    with reading({f"module.{plain}"}, [SimpleNamespace(modules=lambda: [model])]):
         assert f"module.{plain}" in model.stored
     assert model.stored == ()

@@ -387,8 +387,9 @@ class NemotronHConfig(SSMConfig):
         Errors:
             UserError: see `check_frozen`.
         """
-        check_frozen(self.frozen, self.definition(), "optim.frozen", pipeline=self.pipeline_model_parallel_size)
-        freeze(model, self.frozen)
+        if self.frozen:
+            check_frozen(self.frozen, self.definition(), "optim.frozen", pipeline=self.pipeline_model_parallel_size)
+            freeze(model, self.frozen)
         return model
 
     def check_tokenizer(self, tokenizer: Any) -> None:

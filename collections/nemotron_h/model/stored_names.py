@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.index import read_index
 
 
 def other_names(definition: ModelDefinition) -> dict[str, str]:
@@ -27,17 +25,15 @@ def other_names(definition: ModelDefinition) -> dict[str, str]:
 
 
 @contextmanager
-def reading(weights: Path, models: Iterable[nn.Module]) -> Iterator[None]:
+def reading(stored: Collection[str], models: Iterable[nn.Module]) -> Iterator[None]:
     """Have the models' `sharded_state_dict` use a checkpoint's names inside the block.
 
     Args:
-        weights: folder of the checkpoint's tensors.
+        stored: names of the checkpoint's tensors.
         models: modules that hold the Megatron models, at any depth.
-    Errors:
-        UserError: the checkpoint's index is damaged.
     """
     readers = [module for model in models for module in model.modules() if hasattr(module, "stored")]
-    stored, before = read_index(weights).state_dict_metadata.keys(), [reader.stored for reader in readers]
+    before = [reader.stored for reader in readers]
     for reader in readers:
         reader.stored = stored
     try:

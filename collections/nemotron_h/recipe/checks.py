@@ -400,7 +400,8 @@ def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str)
     data, parallel = recipe.data, recipe.parallel
     definition.validate_tensor_parallel(parallel.tensor, origin)
     definition.validate_pipeline_parallel(parallel.pipeline, origin)
-    check_frozen(recipe.optim.frozen, definition, f"{origin}: optim.frozen", pipeline=parallel.pipeline)
+    if recipe.optim.frozen:
+        check_frozen(recipe.optim.frozen, definition, f"{origin}: optim.frozen", pipeline=parallel.pipeline)
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
             f"{origin}: parallel.sequence is unused: parallel.tensor is 1, and sequences are split over those ranks",

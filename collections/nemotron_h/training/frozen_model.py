@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.index import safe_reads
+from nemotron_h.checkpoint.index import read_index, safe_reads
 from nemotron_h.checkpoint.reader import WEIGHTS, WeightFile
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel
 from nemotron_h.model.stored_names import reading
@@ -46,7 +46,7 @@ def frozen_model(
 def load_weights(model: NemotronHMegatronModel, checkpoint: Path) -> None:
     """Load a checkpoint of any layout into this rank's part of a model, in the model's dtypes."""
     prefix = WeightFile(checkpoint).prefix
-    with reading(checkpoint / WEIGHTS, [model]):
+    with reading(read_index(checkpoint / WEIGHTS).state_dict_metadata, [model]):
         wanted = model.sharded_state_dict(prefix=prefix)
     names = list(wanted)
     with safe_reads(checkpoint / WEIGHTS):

@@ -46,11 +46,11 @@ def check_layout(trainer: Any, model: Any) -> None:
         stages = trainer.strategy.pipeline_model_parallel_size
         check_adapter(adapter, definition, "adapter", pipeline=stages)
         parameters, frozen = trained_parameters(adapter, definition), parameters
-    check_frozen(
-        model.config.frozen, definition, "optim.frozen", pipeline=trainer.strategy.pipeline_model_parallel_size
-    )
-    still = frozen_parameters(definition, model.config.frozen)
-    parameters, frozen = parameters - still, frozen + still
+    if model.config.frozen:
+        stages = trainer.strategy.pipeline_model_parallel_size
+        check_frozen(model.config.frozen, definition, "optim.frozen", pipeline=stages)
+        still = frozen_parameters(definition, model.config.frozen)
+        parameters, frozen = parameters - still, frozen + still
     frozen += sum(other.parameters for other in model.config.definitions().values()) - definition.parameters
     gpus, origin = torch.cuda.is_available(), f"model {definition.name}"
     check_training_fits(parameters, frozen, trainer.num_nodes, trainer.num_devices, gpus, origin)
