@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-sft demo-compress demo-puzzle test faults chaos test-hf test-gguf test-eval test-other-readers bench card docs lint clean
+.PHONY: help install demo demo-sft demo-compress demo-puzzle demo-hybrid test faults chaos test-hf test-gguf test-eval test-other-readers bench card docs lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -41,6 +41,16 @@ demo-puzzle: $(STAMP) ## pretrain a parent of many heads on two cores, compress 
 	@$(BIN)/nemo llm pretrain --factory nemotron_h_tiny_heads --yes parallel.devices=2 data.micro_batch_size=8
 	@$(BIN)/nemotron-h puzzle nemotron_h_tiny_heads parallel.devices=2 data.micro_batch_size=8
 	@echo "report: runs/nemotron_h_tiny_heads_puzzle/report/report.html"
+
+demo-hybrid: export CUDA_VISIBLE_DEVICES :=
+demo-hybrid: $(STAMP) ## train a small Transformer on checkable problems on two cores, make hybrids of it, compare them in equal time
+	@$(BIN)/nemotron-h data problems --tasks lists,modular --difficulty 1-2 --count 24000 --out runs/problems
+	@$(BIN)/nemotron-h data prepare --blend runs/problems/problems.yaml
+	@$(BIN)/nemo llm pretrain --factory "nemotron_h_recipe(path=demos/problems_parent.yaml)" --yes parallel.devices=2
+	@$(BIN)/nemotron-h hybridise demos/problems_hybrid.yaml parallel.devices=2
+	@OMP_NUM_THREADS=1 $(BIN)/nemotron-h coverage runs/problems_parent $(foreach n,1 2 3,runs/problems_hybrid/distil-$n/problems_hybrid_$n) \
+		--tasks runs/problems/test.jsonl --count 100 --samples 32 --seconds 0.02,0.04,0.08,0.16,0.32 --max-tokens 160 --out runs/problems_coverage
+	@echo "reports: runs/problems_hybrid/report/report.html, runs/problems_coverage/report.html"
 
 demo-sft: $(STAMP) ## fine-tune the model of `make demo` on real instructions, talk with it before and after, check its export
 	@$(BIN)/python demos/sft.py
