@@ -269,6 +269,7 @@ def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monk
             definition=lambda first=first: first,
             definitions=lambda first=first, others=others: dict(enumerate([first, *others])),
             adapter=adapter,
+            frozen=[],
         )
         with pytest.raises(UserError, match=rf"model {first.name}: training takes at least {least} GiB"):
             preflight.check_layout(trainer, SimpleNamespace(config=config))
