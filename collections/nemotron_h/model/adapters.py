@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from nemotron_h.model import init
+from nemotron_h.model.having import having
 from nemotron_h.schema.recipe import AdapterSchema
 
 #: of an adapted layer's submodule, and so in the names of its weights
@@ -276,20 +277,11 @@ def is_adapter_key(key: str) -> bool:
     return f".{NAME}." in key
 
 
-@contextmanager
-def only(part: str, models: Iterable[nn.Module]) -> Iterator[None]:
+def only(part: str, models: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Restrict the models' `sharded_state_dict` to one part inside the block, such as `adapter`.
 
     Args:
         part: one of `PARTS`.
         models: modules that hold the Megatron models, at any depth.
     """
-    found = [m for model in models for m in model.modules() if hasattr(m, "state_part")]
-    before = [m.state_part for m in found]
-    for model in found:
-        model.state_part = part
-    try:
-        yield
-    finally:
-        for model, kept in zip(found, before, strict=True):
-            model.state_part = kept
+    return having("state_part", part, models)

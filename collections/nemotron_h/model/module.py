@@ -379,9 +379,9 @@ class NemotronHConfig(SSMConfig):
                 pipeline=self.pipeline_model_parallel_size,
             )
             adapters.attach(model, self.adapter, self.init_seed)
-        return self.frozen_model(model)
+        return self.freeze_parts(model)
 
-    def frozen_model(self, model: NemotronHMegatronModel) -> NemotronHMegatronModel:
+    def freeze_parts(self, model: NemotronHMegatronModel) -> NemotronHMegatronModel:
         """Return a model whose parts of `frozen` do not train.
 
         Errors:

@@ -7,14 +7,15 @@ ones asks for its names; the optimizer's states, whose names are made of those o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.model.having import having
 
 
 def other_names(definition: ModelDefinition) -> dict[str, str]:
@@ -24,23 +25,14 @@ def other_names(definition: ModelDefinition) -> dict[str, str]:
     return dict([*pairs, *((fused, name) for name, fused in pairs)])
 
 
-@contextmanager
-def reading(stored: Collection[str], models: Iterable[nn.Module]) -> Iterator[None]:
+def reading(stored: Collection[str], models: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """Have the models' `sharded_state_dict` use a checkpoint's names inside the block.
 
     Args:
         stored: names of the checkpoint's tensors.
         models: modules that hold the Megatron models, at any depth.
     """
-    readers = [module for model in models for module in model.modules() if hasattr(module, "stored")]
-    before = [reader.stored for reader in readers]
-    for reader in readers:
-        reader.stored = stored
-    try:
-        yield
-    finally:
-        for reader, names in zip(readers, before, strict=True):
-            reader.stored = names
+    return having("stored", stored, models)
 
 
 def ask_for(state: Mapping[str, Any], stored: Collection[str], names: Mapping[str, str]) -> None:

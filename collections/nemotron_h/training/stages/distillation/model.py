@@ -153,7 +153,7 @@ class DistillationConfig(NemotronHConfig, DistillSchema):
         teacher = None if self.stored else self.teacher_model(first, last)
         model = self.megatron_model(DistillingModel, first, last, teacher=teacher)
         model.initialize(self.init_seed)
-        return self.frozen_model(model)
+        return self.freeze_parts(model)
 
     def teacher_model(self, pre_process: bool, post_process: bool) -> NemotronHMegatronModel:
         """Build this rank's part of the teacher; see `frozen_model`."""
