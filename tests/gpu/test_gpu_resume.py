@@ -26,6 +26,8 @@ from nemotron_h.inference.model import load_model
 
 #: of a loss, without a fixed order; ours (measured on an H200: 0)
 BOUND = 1e-3
+#: ours: in bfloat16, of kernels and of plain operations
+BETWEEN_MACHINES = 2e-2
 
 
 def killed_and_resumed(
@@ -97,12 +99,28 @@ def experts_are_exact(small: small_run.Small) -> None:
     it_is_exact(small, "experts")
 
 
+def a_run_goes_on_on_another_machine(small: small_run.Small) -> None:
+    """Kill a run on CPUs and resume it on the GPU, and the other way: its losses are near those of the GPU alone."""
+    cpu, gpu = {"CUDA_VISIBLE_DEVICES": ""}, {}
+    PROCESSES.environment = gpu
+    small.train("stays", recipe=recipe(small, "stays"))
+    for name, first, second in (("to_the_gpu", cpu, gpu), ("to_cpus", gpu, cpu)):
+        path, PROCESSES.environment = recipe(small, name), first
+        assert small.train(name, "kill=6", check=False, recipe=path).returncode < 0
+        PROCESSES.environment = second
+        assert "resumed at step 4" in small.train(name, recipe=path).stdout
+        largest = difference(small, "stays", name)
+        print(f"{name}, largest relative difference of a loss: {largest:.1e}")
+        assert largest < BETWEEN_MACHINES
+
+
 CHECKS = (
     in_a_fixed_order_it_is_exact,
     in_any_order_it_is_near,
     changed_settings_reach_the_optimizer,
     muon_is_exact,
     experts_are_exact,
+    a_run_goes_on_on_another_machine,
 )
 
 
