@@ -139,14 +139,14 @@ class IndexedReader(FileSystemReader):
         return self.index
 
 
-def check_weights(weights: Path) -> None:
-    """Refuse a `weights` folder with anything that training does not write, or that names code.
+def check_weights(weights: Path) -> Metadata:
+    """Refuse a `weights` folder with anything that training does not write, or that names code; return its index.
 
     Errors:
         UserError: a damaged index; an unknown file, such as NVIDIA ModelOpt's state, which is a pickle; another format
             than `torch_dist`, whose files may be pickles; a `common.pt` of more than numbers, text and tensors.
     """
-    read_index(weights)
+    index = read_index(weights)
     if names := strangers(weights.parent):
         raise UserError(f"checkpoint {weights.parent}: {names[0]} is no file that training writes", hint="remove it")
     try:
@@ -161,11 +161,13 @@ def check_weights(weights: Path) -> None:
         reason = str(error).strip().splitlines()
         named = next((line.strip() for line in reason if "GLOBAL" in line), reason[0] if reason else repr(error))
         raise _damage(weights / COMMON, named) from error
+    return index
 
 
 @contextmanager
-def safe_reads(weights: Path) -> Iterator[None]:
-    """Check a `weights` folder, and keep the readers of PyTorch, megatron-core and NeMo to data while they load it.
+def safe_reads(weights: Path) -> Iterator[Metadata]:
+    """Check a `weights` folder, keep the readers of PyTorch, megatron-core and NeMo to data while they load it, and
+    yield its index.
 
     megatron-core takes `torch.load`'s default, which the environment can make unsafe, and PyTorch unpickles the index
     and the objects beside tensors as programs. Inside, each index is parsed by `parse_index` out of the same bytes, and
@@ -174,13 +176,13 @@ def safe_reads(weights: Path) -> Iterator[None]:
     Errors:
         UserError: see `check_weights`.
     """
-    check_weights(weights)
+    index = check_weights(weights)
     original = FileSystemReader.read_metadata
     switches = {name: os.environ.pop(name, None) for name in (_SAFE, _UNSAFE)}
     FileSystemReader.read_metadata = _read_metadata
     os.environ[_SAFE] = "1"
     try:
-        yield
+        yield index
     finally:
         FileSystemReader.read_metadata = original
         del os.environ[_SAFE]

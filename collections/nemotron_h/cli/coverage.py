@@ -69,7 +69,7 @@ def coverage(
     from nemotron_h.core.locks import locked
     from nemotron_h.evaluation.coverage import report
     from nemotron_h.evaluation.coverage.contestant import contestants
-    from nemotron_h.evaluation.coverage.draw import Settings, draw
+    from nemotron_h.evaluation.coverage.draw import Settings, check_samples, draw
     from nemotron_h.evaluation.coverage.results import Tally, results_of
     from nemotron_h.evaluation.problems.files import keep_problems
     from nemotron_h.inference.sampling import Sampling
@@ -82,8 +82,7 @@ def coverage(
             f"--token-seconds has {len(costs)} numbers for {len(runs)} models", hint="give one for each, in their order"
         )
     problems = _problems(tasks, count, difficulty, seed, console)
-    if temperature == 0 and samples > 1:
-        raise UserError(f"--temperature 0 draws the same sample {samples} times", hint="raise it, or give --samples 1")
+    check_samples(temperature, samples)
     sampling = Sampling(temperature, 0, top_p, seed)
     settings = Settings.of(
         dtype,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron_h.cli.generate import DeviceOption, DtypeOption, ThinkingOption, ThoughtBudgetOption, TopPOption
-from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import check_one_of
 
 if TYPE_CHECKING:
@@ -56,14 +55,14 @@ def solutions(
     from rich.console import Console
 
     from nemotron_h.core.locks import locked
+    from nemotron_h.evaluation.coverage.draw import check_samples
     from nemotron_h.evaluation.coverage.solutions import form_of, judged, sampled
     from nemotron_h.evaluation.problems.files import training_problems
     from nemotron_h.evaluation.problems.solutions import KEEP, write_solutions
     from nemotron_h.inference.sampling import Sampling
 
     check_one_of("--keep", keep, KEEP)
-    if temperature == 0 and samples > 1:
-        raise UserError(f"--temperature 0 draws the same sample {samples} times", hint="raise it, or give --samples 1")
+    check_samples(temperature, samples)
     asked = training_problems(problems)
     settings = {"dtype": dtype, "device": device, "batch": batch, "max_tokens": max_tokens, "chat": chat}
     settings |= {"sampling": Sampling(temperature, 0, top_p, seed), "thinking": thinking}

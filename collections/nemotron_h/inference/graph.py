@@ -59,11 +59,13 @@ def _without_collection() -> Iterator[None]:
     """Keep Python's collector from running inside the block: the graph of a generation before, which a cycle of
     references kept, would be freed there, and CUDA gives up what it records when memory is freed.
     """
+    on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if on:
+            gc.enable()
 
 
 class Stepper:

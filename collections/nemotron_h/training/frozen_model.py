@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.checkpoint.index import read_index, safe_reads
+from nemotron_h.checkpoint.index import safe_reads
 from nemotron_h.checkpoint.reader import WEIGHTS, WeightFile
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel
 from nemotron_h.model.stored_names import reading
@@ -46,9 +46,9 @@ def frozen_model(
 def load_weights(model: NemotronHMegatronModel, checkpoint: Path) -> None:
     """Load a checkpoint of any layout into this rank's part of a model, in the model's dtypes."""
     prefix = WeightFile(checkpoint).prefix
-    with reading(read_index(checkpoint / WEIGHTS).state_dict_metadata, [model]):
-        wanted = model.sharded_state_dict(prefix=prefix)
-    names = list(wanted)
-    with safe_reads(checkpoint / WEIGHTS):
+    with safe_reads(checkpoint / WEIGHTS) as index:
+        with reading(index.state_dict_metadata, [model]):
+            wanted = model.sharded_state_dict(prefix=prefix)
+        names = list(wanted)
         loaded = dist_checkpointing.load(wanted, str(checkpoint / WEIGHTS))  # with what else the checkpoint holds
     model.load_state_dict({name.removeprefix(prefix): loaded[name] for name in names})

@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from nemo import lightning as nl
 from nemo.utils import AppState
 
-from nemotron_h.checkpoint.index import read_index, safe_reads
+from nemotron_h.checkpoint.index import safe_reads
 from nemotron_h.checkpoint.reader import WEIGHTS
 from nemotron_h.core import children
 from nemotron_h.core.errors import UserError
@@ -247,8 +247,8 @@ class NemotronHStrategy(nl.MegatronStrategy):
         Errors:
             UserError: a checkpoint of another optimizer is to be resumed.
         """
-        weights = Path(checkpoint_path) / WEIGHTS
-        with safe_reads(weights), reading(read_index(weights).state_dict_metadata, self.megatron_parallel):
+        reads = safe_reads(Path(checkpoint_path) / WEIGHTS)
+        with reads as index, reading(index.state_dict_metadata, self.megatron_parallel):
             if selective_restore:
                 with adapters.only("base", self.megatron_parallel):
                     return super().load_checkpoint(checkpoint_path, selective_restore)

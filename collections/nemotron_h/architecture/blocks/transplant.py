@@ -48,11 +48,6 @@ class Transplant:
         return [*positions, *self.heads.fixed]
 
 
-def kinds_beside_mixers(blocks: Sequence[Block]) -> list[str]:
-    """Return the kinds of a hybrid's layers that are no mixers, by name."""
-    return sorted({block.name for block in blocks if not isinstance(block, MIXER)})
-
-
 def attention_layers(blocks: Sequence[Block]) -> list[int]:
     """Return the layers that can be transplanted: those that are attention and nothing else."""
     return [layer for layer, block in enumerate(blocks) if isinstance(block, Attention)]

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemotron_h.architecture.blocks.transplant import attention_layers, kinds_beside_mixers, transplants
+from nemotron_h.architecture.blocks.transplant import MIXER, attention_layers, transplants
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.architecture.frozen import EMBEDDING, OUTPUT
+from nemotron_h.architecture.frozen import parts
 from nemotron_h.architecture.hybrid import counts, evenly
 from nemotron_h.compression import distillations
 from nemotron_h.compression.transplant.layers import child_definition
@@ -102,7 +102,7 @@ def frozen_beside_mixers(recipe: RecipeConfig, student: ModelDefinition) -> Reci
     """Return the recipe of a distillation in which all but the mixers stay as they are."""
     optim, peak = recipe.optim, recipe.hybridise.frozen_lr or recipe.optim.peak_lr
     rates = {"peak_lr": peak, "final_lr": optim.final_lr * peak / optim.peak_lr}
-    frozen = [*kinds_beside_mixers(student.blocks), EMBEDDING, OUTPUT]
+    frozen = [part for part in parts(student) if part != MIXER.name]
     return dataclasses.replace(recipe, optim=dataclasses.replace(optim, **rates, frozen=frozen))
 
 

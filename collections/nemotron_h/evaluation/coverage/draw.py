@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from nemotron_h.checkpoint.folders import INTEGRITY
+from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.evaluation.coverage.contestant import Contestant, answer_watch
@@ -57,6 +58,12 @@ class Settings:
             UserError: see `dtype_and_device`.
         """
         return cls(**settings, **dict(zip(("dtype", "device"), dtype_and_device(dtype, device), strict=True)))
+
+
+def check_samples(temperature: float, samples: int) -> None:
+    """Refuse several samples of a problem that would all be the same."""
+    if temperature == 0 and samples > 1:
+        raise UserError(f"--temperature 0 draws the same sample {samples} times", hint="raise it, or give --samples 1")
 
 
 def draw(contestant: Contestant, settings: Settings, folder: Path, console: Console) -> Samples:
