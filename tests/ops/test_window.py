@@ -7,7 +7,7 @@ import torch
 from ops_oracle import relative_error
 
 from nemotron_h.ops.attention import attention_step, attention_window, cache_append
-from nemotron_h.ops.conv1d import causal_conv1d_step, causal_conv1d_window
+from nemotron_h.ops.conv1d import causal_conv1d_advance, causal_conv1d_step, causal_conv1d_window
 from nemotron_h.ops.ssd import ssd_step
 from nemotron_h.ops.ssd_window import ssd_advance, ssd_window
 
@@ -29,18 +29,18 @@ def test_scan(groups: int, speed: float, dtype: torch.dtype) -> None:
 
     state, x = values(BATCH, heads, head_dim, size), values(BATCH, WINDOW, heads, head_dim)
     B, C = (values(BATCH, WINDOW, groups, size) for _ in range(2))
-    dt, A, D = values(BATCH, WINDOW, heads).exp(), -speed * values(heads).exp(), values(heads)
+    dt, A, D, dt_bias = values(BATCH, WINDOW, heads), -speed * values(heads).exp(), values(heads), values(heads)
     first = state.clone()
     expected, after = [], [state.clone()]
     for i in range(WINDOW):
         stepped = after[-1].clone()
-        expected.append(ssd_step(stepped, x[:, i], dt[:, i], A, B[:, i], C[:, i], D, dt_softplus=False))
+        expected.append(ssd_step(stepped, x[:, i], dt[:, i], A, B[:, i], C[:, i], D, dt_bias))
         after.append(stepped)
     for begin, end in ((0, WINDOW), (0, 2), (2, 3), (3, WINDOW)):
-        actual = ssd_window(state, x[:, :end], dt[:, :end], A, B[:, :end], C[:, begin:end], D)
+        actual = ssd_window(state, x[:, :end], dt[:, :end], A, B[:, :end], C[:, begin:end], D, dt_bias)
         assert relative_error(actual, torch.stack(expected[begin:end], 1)) < EXACT[dtype]
     assert torch.equal(state, first)
-    ssd_advance(state, x, dt, A, B, torch.tensor(COUNTS))
+    ssd_advance(state, x, dt, A, B, dt_bias, torch.tensor(COUNTS))
     for row, count in enumerate(COUNTS):
         assert relative_error(state[row], after[count][row]) < EXACT[dtype], count
     assert torch.equal(state[0], first[0])
@@ -52,11 +52,19 @@ def test_convolution(dtype: torch.dtype) -> None:
     rng = torch.Generator().manual_seed(0)
     taps = torch.randn(BATCH, width - 1 + WINDOW, channels, generator=rng).to(dtype)
     weight, bias = torch.randn(channels, width, generator=rng).to(dtype), torch.randn(channels, generator=rng).to(dtype)
-    state = taps[:, : width - 1].clone()
-    expected = [causal_conv1d_step(state, taps[:, width - 1 + i], weight, bias) for i in range(WINDOW)]
-    actual = causal_conv1d_window(taps, weight, bias)
-    assert actual.dtype == dtype
-    assert relative_error(actual, torch.stack(expected, 1)) < (1e-12 if dtype == torch.float64 else 1e-2)
+    first, inputs = taps[:, : width - 1].clone(), taps[:, width - 1 :]
+    state, expected, after = first.clone(), [], [first.clone()]
+    for i in range(WINDOW):
+        expected.append(causal_conv1d_step(state, inputs[:, i], weight, bias))
+        after.append(state.clone())
+    for length in (WINDOW, 2):
+        actual = torch.empty_like(inputs[:, :length])
+        causal_conv1d_window(first, inputs, weight, bias, actual)
+        error = relative_error(actual, torch.stack(expected[WINDOW - length :], 1))
+        assert error < (1e-12 if dtype == torch.float64 else 1e-2)
+    causal_conv1d_advance(first, inputs, torch.tensor(COUNTS))
+    for row, count in enumerate(COUNTS):
+        assert torch.equal(first[row], after[count][row])
 
 
 @pytest.mark.parametrize("heads", [1, 3])

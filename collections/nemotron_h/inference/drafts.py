@@ -64,7 +64,8 @@ class Proposal:
 
     Attributes:
         tokens: int64 [b, k].
-        counts: int64 [b], the tokens of each row that are drafted; those behind are anything.
+        counts: int64 [b], the tokens of each row that are drafted; those behind are anything. In host memory as they
+            are proposed: to read them there is not to wait for the draft.
         probabilities: by which they were chosen, float64 [b, k, v]; None where there was no choice.
     """
 
@@ -178,7 +179,7 @@ class ModelDrafter(Drafter):
         last = torch.tensor([text[-2:] for text in texts])  # [b, 2]
         device = self.model.device
         tokens, self._scores, probabilities = self._recorded(last.to(device), uniform.to(device))
-        counts = torch.full((len(texts),), self.tokens, device=device)
+        counts = torch.full((len(texts),), self.tokens)
         return Proposal(tokens, counts, probabilities)
 
     def _draft(self, last: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

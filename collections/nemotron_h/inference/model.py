@@ -192,7 +192,7 @@ class GenerationModel:
         """
         layers = zip(self.running, self.layers, states.layers, window, strict=True)
         for running, weights, state, part in layers:
-            running.accept(weights, state, part, counts)
+            running.accept(self.ops, weights, state, part, counts)
         if self.device.type != "cpu":
             states.positions += counts
 

@@ -90,9 +90,7 @@ class SpeculativeWriter(Writer):
         self.texts = [list(text) for text in texts]
         self.window = model.window(states, drafter.tokens + 1)
         self._accepted = Recorded(lambda counts: model.accept(states, self.window, counts), model, graph)
-        self._verified = Recorded(
-            lambda tokens: model.logits(model.try_tokens(tokens, states, self.window)), model, graph
-        )
+        self._judged = Recorded(self._judge, model, graph)
         #: tokens of the last window that stay, by row
         self._stay = np.zeros(len(texts), dtype=np.int64)
 
@@ -118,11 +116,13 @@ class SpeculativeWriter(Writer):
             self.chosen = last
             self.acceptance.passes += len(ended)
             return super().write(ended)
-        proposal = Proposal(proposal.tokens.to(device), proposal.counts.to(device), proposal.probabilities)
-        scores = self._verified(torch.cat([last[:, None].to(device), proposal.tokens], dim=1))  # [b, w, v]
+        drafted = proposal.tokens.to(device)
+        inputs = [torch.cat([last[:, None].to(device), drafted], dim=1), proposal.counts.to(device)]
+        inputs += [uniform[:, drafts:].to(device)]
+        inputs += [] if proposal.probabilities is None else [proposal.probabilities]
+        scores, choice = self._judged(*inputs)
         check_scores(scores)
-        accepted, following = judge(scores, proposal, self.sampling, uniform[:, drafts:].to(device))
-        tokens = torch.cat([proposal.tokens, accepted[:, None], following[:, None]], dim=1).tolist()
+        tokens = torch.cat([drafted, choice], dim=1).tolist()
         written = [row[: row[-2]] + row[-1:] for row in tokens]
         if self.thoughts:  # a forced token stands where a drafted one would: none behind it stays
             written = [
@@ -135,6 +135,12 @@ class SpeculativeWriter(Writer):
                 self.acceptance.add(Acceptance(1, count, len(row) - 1))
         return written
 
+    def _judge(self, tokens: Tensor, counts: Tensor, uniform: Tensor, *probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores [b, w, v] of a pass over tokens [b, w], and `judge`'s accepted and next tokens, [b, 2]."""
+        scores = self.model.logits(self.model.try_tokens(tokens, self.states, self.window))
+        proposal = Proposal(tokens[:, 1:], counts, *(probabilities or (None,)))
+        return scores, torch.stack(judge(scores, proposal, self.sampling, uniform), dim=1)
+
     def finish(self, taken: Sequence[int]) -> None:
         """Accept what was read of the tokens that stay."""
         self._accept(np.minimum(self._stay, np.asarray(taken) + 1))
@@ -142,7 +148,7 @@ class SpeculativeWriter(Writer):
     def _accept(self, counts: np.ndarray) -> None:
         """Advance all states over the first tokens of the last window."""
         if counts.any():
+            self.drafter.accept(counts)  # first: it looks at scores, for which nothing is to be waited for yet
             self._accepted(torch.from_numpy(counts).to(self.model.device))
             self.states.advance(counts, on_device=False)
-            self.drafter.accept(counts)
         self._stay[:] = 0

@@ -281,20 +281,33 @@ def conv_state(x: Tensor, halo: int, seq_idx: Tensor | None = None, initial_stat
     return torch.cat([before, state], dim=1)
 
 
-def causal_conv1d_window(taps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Convolve a few tokens, for generation, with SiLU. Not differentiable.
+def causal_conv1d_window(state: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """Convolve the last tokens of a window with SiLU, for generation; `state` stays. Not differentiable.
 
     Args:
-        taps: [batch, width - 1 + length, channels], the tokens and the inputs before them.
+        state: [batch, width - 1, channels], the inputs before the window, oldest first.
+        inputs: [batch, window, channels].
         weight: [channels, width].
         bias: [channels].
-
-    Returns:
-        y [batch, length, channels] in ``taps``' dtype.
+        out: [batch, length, channels], of the last tokens; is written.
     """
-    dtype = torch.float64 if taps.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    first = inputs.shape[1] - out.shape[1]
+    taps = torch.cat([state, inputs], dim=1)[:, first:]  # [b, k - 1 + l, c]
     z = (taps.to(dtype).unfold(1, weight.shape[1], 1) * weight.to(dtype)).sum(-1)  # of [b, l, c, k]
-    return F.silu(z.add_(bias.to(dtype))).to(taps.dtype)
+    out.copy_(F.silu(z.add_(bias.to(dtype))))
+
+
+def causal_conv1d_advance(state: Tensor, inputs: Tensor, counts: Tensor) -> None:
+    """Shift the first tokens of each sequence's window into `state` IN PLACE.
+
+    Args:
+        state, inputs: as `causal_conv1d_window`'s.
+        counts: int64 [batch], tokens of each sequence, 0 to the window.
+    """
+    taps = torch.cat([state, inputs], dim=1)  # [b, k - 1 + w, c]
+    places = counts[:, None] + torch.arange(state.shape[1], device=counts.device)  # [b, k - 1]
+    state.copy_(taps.gather(1, places.unsqueeze(-1).expand_as(state)))
 
 
 def causal_conv1d_step(

@@ -1,8 +1,8 @@
 """Select the implementation of the ops: the mamba-ssm and causal-conv1d kernels on a GPU (and ours in Triton, for the
-attention of generation), plain PyTorch elsewhere.
+attention of generation and for windows of a few tokens), plain PyTorch elsewhere.
 
-All come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm`` and ``.attention``, so the model holds
-one code path.
+All come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm``, ``.attention`` and ``.ssd_window``, so
+the model holds one code path.
 
 Axes: b batch, l length, h heads, p channels of a head, n state (as in `nemotron_h.ops.ssd`), c channels of the
 convolution.
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from nemotron_h.ops import attention
-from nemotron_h.ops.conv1d import causal_conv1d, causal_conv1d_step
+from nemotron_h.ops.conv1d import causal_conv1d, causal_conv1d_advance, causal_conv1d_step, causal_conv1d_window
 from nemotron_h.ops.norm import gated_rms_norm
 from nemotron_h.ops.ssd import ssd_chunk_scan, ssd_step
+from nemotron_h.ops.ssd_window import ssd_advance, ssd_window
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,10 @@ class Ops:
     gated_rms_norm: Callable[..., Tensor] = gated_rms_norm
     ssd_step: Callable[..., Tensor] = ssd_step
     conv1d_step: Callable[..., Tensor] = causal_conv1d_step
+    ssd_window: Callable[..., Tensor] = ssd_window
+    ssd_advance: Callable[..., None] = ssd_advance
+    conv1d_window: Callable[..., None] = causal_conv1d_window
+    conv1d_advance: Callable[..., None] = causal_conv1d_advance
     attention_step: Callable[..., Tensor] = attention.attention_step
     attention_window: Callable[..., Tensor] = attention.attention_window
     cache_append: Callable[..., None] = attention.cache_append
@@ -90,7 +95,7 @@ def _build(forced: str | None) -> Ops:
         return Ops(origin="torch (no GPU is visible)")
     kernels, no_kernels = _try(_mamba_ssm_kernels)
     conv, no_conv = _try(_causal_conv1d_kernels)
-    attention_kernels, no_attention = _try(_attention_kernels)
+    triton_kernels, no_triton = _try(_triton_kernels)
     if forced and (no_kernels or no_conv):
         raise RuntimeError(f"{VARIABLE}=mamba_ssm, but {no_kernels or no_conv}; run pip install '.[cuda]' or unset it")
     if kernels is None:
@@ -101,10 +106,10 @@ def _build(forced: str | None) -> Ops:
         "gated_rms_norm": functools.partial(_kernel_gated_rms_norm, kernels),
     }
     origin = f"mamba-ssm {_version('mamba-ssm')}"
-    if attention_kernels is None:
-        origin += f", attention of single tokens in torch ({no_attention})"
+    if triton_kernels is None:
+        origin += f", attention of single tokens and windows in torch ({no_triton})"
     else:
-        chosen |= vars(attention_kernels)
+        chosen |= vars(triton_kernels)
     if conv is None:
         return Ops(**chosen, origin=f"{origin}, convolution in torch ({no_conv})")
     return Ops(
@@ -112,7 +117,7 @@ def _build(forced: str | None) -> Ops:
         conv1d=functools.partial(_kernel_conv1d, conv),
         conv1d_step=functools.partial(_kernel_conv1d_step, conv),
         fused_mixer=functools.partial(_kernel_fused_mixer, kernels),
-        graphs=attention_kernels is not None,
+        graphs=triton_kernels is not None,
         origin=f"{origin}, causal-conv1d {_version('causal-conv1d')}",
     )
 
@@ -154,11 +159,18 @@ def _causal_conv1d_kernels() -> SimpleNamespace:
     return SimpleNamespace(conv=causal_conv1d_fn, update=causal_conv1d_update)
 
 
-def _attention_kernels() -> SimpleNamespace:
-    from nemotron_h.ops import attention_kernel
+def _triton_kernels() -> SimpleNamespace:
+    from nemotron_h.ops import attention_kernel, window_kernel
 
-    names = ("attention_step", "attention_window", "cache_append")
-    return SimpleNamespace(**{name: getattr(attention_kernel, name) for name in names})
+    return SimpleNamespace(
+        attention_step=attention_kernel.attention_step,
+        attention_window=attention_kernel.attention_window,
+        cache_append=attention_kernel.cache_append,
+        ssd_window=window_kernel.ssd_window,
+        ssd_advance=window_kernel.ssd_advance,
+        conv1d_window=window_kernel.conv1d_window,
+        conv1d_advance=window_kernel.conv1d_advance,
+    )
 
 
 def _kernel_ssd(

@@ -24,14 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def ssd_window(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def ssd_window(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor
+) -> Tensor:
     """Return the outputs of the window's last tokens; `state` stays. Not differentiable.
 
     Args:
         state: [batch, heads, head_dim, state] before the window, float32 (or float64).
         x: [batch, window, heads, head_dim].
-        dt: [batch, window, heads], positive, in the state's dtype.
-        A, D: [heads].
+        dt: [batch, window, heads]; the step sizes are softplus(dt + dt_bias).
+        A, D, dt_bias: [heads].
         B: [batch, window, groups, state].
         C: [batch, length, groups, state], of the last tokens alone.
 
@@ -43,7 +45,7 @@ def ssd_window(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Te
     length, groups = C.shape[1:3]
     first = window - length
     xf, Bf, Cf = (t.to(dtype) for t in (x, B, C))
-    dt = dt.transpose(1, 2)  # [b, h, w]
+    dt = _step_sizes(dt, dt_bias, dtype).transpose(1, 2)  # [b, h, w]
     a = dt * A.to(dtype)[:, None]
     cum = a.cumsum(-1)
     up_to = torch.ones(window, window, dtype=torch.bool, device=x.device).triu_()  # token j is i or later: [i, j]
@@ -63,18 +65,18 @@ def ssd_window(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Te
     return y.transpose(1, 2).to(x.dtype)
 
 
-def ssd_advance(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, counts: Tensor) -> None:
+def ssd_advance(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor, counts: Tensor) -> None:
     """Advance each sequence's state over the first tokens of its window, IN PLACE.
 
     Args:
-        state, x, dt, A, B: as `ssd_window`'s.
+        state, x, dt, A, B, dt_bias: as `ssd_window`'s.
         counts: int64 [batch], tokens of each sequence, 0 to the window.
     """
     dtype = state.dtype
     batch, window, heads, head_dim = x.shape
     groups = B.shape[2]
     stay = torch.arange(window, device=x.device) < counts[:, None]  # [b, w]
-    dt = dt * stay.unsqueeze(-1)
+    dt = _step_sizes(dt, dt_bias, dtype) * stay.unsqueeze(-1)
     a = dt * A.to(dtype)
     total = a.sum(1)  # [b, h]
     behind = F.pad(a[:, 1:], (0, 0, 0, 1)).flip(1).cumsum(1).flip(1)  # of the tokens after each, [b, w, h]
@@ -83,3 +85,7 @@ def ssd_advance(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, coun
     state.mul_(total.exp_()[..., None, None])
     by_group = state.view(batch * groups, heads // groups * head_dim, -1)
     by_group.baddbmm_(u.permute(0, 2, 3, 1).flatten(0, 1), B.to(dtype).transpose(1, 2).flatten(0, 1))
+
+
+def _step_sizes(dt: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.softplus(dt.to(dtype) + dt_bias.to(dtype))

@@ -27,11 +27,9 @@ from nemotron_h.model.blocks.running import (
     Trial,
     Watch,
 )
-from nemotron_h.ops.conv1d import causal_conv1d_window
 from nemotron_h.ops.mixing_matrix import Mixing, ssd_matrix
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.select import Ops
-from nemotron_h.ops.ssd_window import ssd_advance, ssd_window
 
 if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -72,13 +70,12 @@ class MambaWindow(State):
     """Inputs of the tokens of a window: what the state is advanced by, over those that are accepted.
 
     Attributes:
-        inputs, convolved: x with B and C before and after the convolution, [b, w, channels].
-        dt: step sizes, [b, w, n], in the dtype of the state.
+        inputs: x with B and C before the convolution, and dt as projected, [b, w, channels + n].
+        convolved: x with B and C behind it, [b, w, channels].
     """
 
     inputs: Tensor
     convolved: Tensor
-    dt: Tensor
 
 
 class RunningMamba(Running):
@@ -192,31 +189,32 @@ class RunningMamba(Running):
     def window(self, state: MambaState, width: int) -> MambaWindow:
         """Return zeros."""
         batch, _, channels = state.conv.shape
-        inputs, convolved = (state.conv.new_zeros(batch, width, channels) for _ in range(2))
-        return MambaWindow(inputs, convolved, state.ssm.new_zeros(batch, width, self.block.mamba_num_heads))
+        inputs = state.conv.new_zeros(batch, width, channels + self.block.mamba_num_heads)
+        return MambaWindow(inputs, state.conv.new_zeros(batch, width, channels))
 
     def try_tokens(
         self, ops: Ops, w: MambaWeights, h: Tensor, state: MambaState, window: MambaWindow, at: Trial
     ) -> Tensor:
         """Return the output [b, l, h]."""
-        new, end = slice(at.slot, at.slot + h.shape[1]), at.slot + h.shape[1]
-        z, xbc, dt = self._split(F.linear(h, w.in_proj))
-        window.inputs[:, new] = xbc
-        window.dt[:, new] = F.softplus(dt.to(window.dt.dtype) + w.dt_bias)
-        taps = torch.cat([state.conv, window.inputs[:, :end]], dim=1)[:, at.slot :]  # [b, k - 1 + l, channels]
-        window.convolved[:, new] = causal_conv1d_window(taps, w.conv_weight, w.conv_bias)
+        new, end, inner = slice(at.slot, at.slot + h.shape[1]), at.slot + h.shape[1], self.block.d_inner
+        projected = F.linear(h, w.in_proj)
+        window.inputs[:, new] = projected[..., inner:]
+        xbc, dt = self._split_inputs(window.inputs[:, :end])
+        ops.conv1d_window(state.conv, xbc, w.conv_weight, w.conv_bias, window.convolved[:, new])
         x, b, c = self._split_conv(window.convolved[:, :end])
-        y = ssd_window(state.ssm, x, window.dt[:, :end], w.A, b, c[:, new], w.D)  # [b, l, n, p]
-        return self._out(ops, y, z, w)
+        y = ops.ssd_window(state.ssm, x, dt, w.A, b, c[:, new], w.D, w.dt_bias)  # [b, l, n, p]
+        return self._out(ops, y, projected[..., :inner], w)
 
-    def accept(self, w: MambaWeights, state: MambaState, window: MambaWindow, counts: Tensor) -> None:
+    def accept(self, ops: Ops, w: MambaWeights, state: MambaState, window: MambaWindow, counts: Tensor) -> None:
         """Advance both parts of the state."""
-        halo = state.conv.shape[1]
-        taps = torch.cat([state.conv, window.inputs], dim=1)  # [b, k - 1 + w, channels]
-        places = counts[:, None] + torch.arange(halo, device=counts.device)  # [b, k - 1]
-        state.conv.copy_(taps.gather(1, places.unsqueeze(-1).expand_as(state.conv)))
+        xbc, dt = self._split_inputs(window.inputs)
+        ops.conv1d_advance(state.conv, xbc, counts)
         x, b, _ = self._split_conv(window.convolved)
-        ssd_advance(state.ssm, x, window.dt, w.A, b, counts)
+        ops.ssd_advance(state.ssm, x, dt, w.A, b, w.dt_bias, counts)
+
+    def _split_inputs(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x with B and C [..., conv channels], and dt [..., n]."""
+        return inputs.split([self.block.conv_channels, self.block.mamba_num_heads], dim=-1)
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> _Mixer:
         """Return the buffers between norm and residual stream."""

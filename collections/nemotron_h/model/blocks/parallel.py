@@ -154,9 +154,9 @@ class RunningParallel(Running):
         mixed = self.mamba.try_tokens(ops, w, h, state, window, at)
         return mixed + self.attention.try_tokens(ops, w, h, state, None, at)
 
-    def accept(self, w: ParallelWeights, state: ParallelState, window: MambaWindow, counts: Tensor) -> None:
+    def accept(self, ops: Ops, w: ParallelWeights, state: ParallelState, window: MambaWindow, counts: Tensor) -> None:
         """Advance the mixer's state."""
-        self.mamba.accept(w, state, window, counts)
+        self.mamba.accept(ops, w, state, window, counts)
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> tuple[Any, Any]:
         """Return those of both branches."""

@@ -248,7 +248,7 @@ class Running:
         """
         return self.extend(ops, w, h, state, 0, None, h.shape[1])
 
-    def accept(self, w: Any, state: Any, window: Any, counts: Tensor) -> None:
+    def accept(self, ops: Ops, w: Any, state: Any, window: Any, counts: Tensor) -> None:
         """Advance the state over the first tokens of the window, as many of each sequence as `counts`, int64 [b]."""
 
     def cpu_buffers(self, batch: int, dtype: torch.dtype) -> Any:
