@@ -119,11 +119,16 @@ def test_chunks_do_not_change_it(name: str) -> None:
         close(ours(c, OBJECTIVES[name], chunk_tokens=chunk), whole, 1e-12)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "words"), [(2, VOCABULARY), (4, VOCABULARY), (1, 41), (4, 41)])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_split_vocabulary_is_one_rank(monkeypatch, name: str, size: int) -> None:
+def test_split_vocabulary_is_one_rank(monkeypatch, name: str, size: int, words: int) -> None:
+    """With padding behind the words too, of which the last of four ranks has nothing else."""
     c = case(10.0, torch.float64)
-    expected = ours(c, OBJECTIVES[name])
+    c.labels %= words
+    only = SimpleNamespace(**vars(c))
+    only.weight, only.teacher = c.weight[:words], HiddenTeacher(c.teacher.hidden, c.teacher.weight[:words])
+    *expected, dweight = ours(only, OBJECTIVES[name])
+    expected = *expected, F.pad(dweight, (0, 0, 0, VOCABULARY - words))
     ranks = Ranks(size)
     monkeypatch.setattr(torch.distributed, "all_reduce", ranks.all_reduce)
 
@@ -131,11 +136,14 @@ def test_split_vocabulary_is_one_rank(monkeypatch, name: str, size: int) -> None
         part = SimpleNamespace(**vars(c))
         part.weight = c.weight.chunk(size)[rank]
         part.teacher = HiddenTeacher(c.teacher.hidden, c.teacher.weight.chunk(size)[rank])
-        return ours(part, OBJECTIVES[name], group=ranks, chunk_tokens=9)
+        rows = len(part.weight)
+        own = min(max(words - rank * rows, 0), rows)
+        return ours(part, OBJECTIVES[name], group=ranks, chunk_tokens=9, words=own)
 
     found = ranks.run(work)
     dhidden = torch.stack([part[3] for part in found]).sum(0)
     dweight = torch.cat([part[4] for part in found])
+    assert not dweight[words:].any()
     for part in found:
         # a column-parallel layer's input gradient is the ranks' sum
         close((*part[:3], dhidden, dweight), expected, 1e-6 if OBJECTIVES[name].top_k else 1e-12)

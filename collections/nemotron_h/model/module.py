@@ -29,7 +29,7 @@ from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear
 from nemotron_h.model.stored_names import ask_for, other_names
 from nemotron_h.ops.activation import squared_relu
-from nemotron_h.ops.cross_entropy import vocabulary_cross_entropy
+from nemotron_h.ops.cross_entropy import mask_padding, vocabulary_cross_entropy
 from nemotron_h.ops.rotary import rotary_frequencies
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
@@ -177,6 +177,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
         logits, _ = self.output_layer(hidden, weight=self.output_weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
+        mask_padding(logits, self.words)
         if logits.device.type == "cpu":
             losses = vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
             return losses.transpose(0, 1).contiguous()
@@ -187,6 +188,12 @@ class NemotronHMegatronModel(MegatronMambaModel):
         """Return the last stage's output matrix [vocabulary shard, hidden]; tied, it is the embedding."""
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    @property
+    def words(self) -> int:
+        """Return how many of this rank's rows of the output matrix are words: padding comes behind them."""
+        rows, group = self.output_weight.shape[0], self.pg_collection.tp
+        return min(max(self.config.vocab_size - group.rank() * rows, 0), rows)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None, loss_count: Tensor | None = None

@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 # ours: logits of a block; its float32 copy stays in cache.
 BLOCK_ELEMENTS = 1 << 20
+#: ours: logits of rows that are no words; no infinity, of which kernels make NaN, and held by every dtype in use
+PADDING = -1e30
 
 
 def _blocks(rows: Tensor) -> Iterator[slice]:
@@ -74,6 +76,21 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         at_label = (scale * torch.expm1(-loss)).to(rows.dtype)
         rows.scatter_(1, index, torch.where(here, at_label, rows.gather(1, index).squeeze(1)).unsqueeze(1))
         return logits, None, None
+
+
+def mask_padding(logits: Tensor, words: int) -> Tensor:
+    """Return the logits, IN PLACE without probability for the rows of the output matrix that only pad it.
+
+    Losses then do not depend on the padding, which tensor parallelism decides, and are those of the vocabulary that
+    generation and evaluation score. The padding's gradients are 0 exactly, as exp(`PADDING` - any logit) is.
+
+    Args:
+        logits: [..., vocabulary of this rank], that no backward pass reads.
+        words: the first columns, which are none.
+    """
+    # not `detach`: autograd refuses a write that it sees to a view that a custom function returned
+    logits.data[..., words:] = PADDING
+    return logits
 
 
 def vocabulary_cross_entropy(

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron_h.ops import linear
+from nemotron_h.ops.cross_entropy import mask_padding
 from nemotron_h.ops.main_grad import handed_over
 
 #: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the matmuls to be efficient
@@ -110,6 +111,7 @@ def distillation_loss(
     objective: Objective,
     group: torch.distributed.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
+    words: int | None = None,
 ) -> DistillationLoss:
     """Return the loss, with its gradients wrt `hidden` and `weight`; the teacher gets none.
 
@@ -126,6 +128,8 @@ def distillation_loss(
         objective: the terms of the loss.
         group: the ranks that hold the vocabulary in equal parts, in order; None for one rank.
         chunk_tokens: tokens whose logits exist at once; None chooses by `CHUNK_ELEMENTS`.
+        words: this rank's rows that are words, the first ones; those behind them are padding, without probability in
+            either model. None is all.
     Errors:
         ValueError: shapes that do not fit together.
     """
@@ -145,6 +149,7 @@ def distillation_loss(
         raise ValueError("distillation_loss: the reverse divergence needs all of the teacher's logits")
     if chunk_tokens is None:
         chunk_tokens = tokens_of_a_chunk(weight)
+    words = vocabulary if words is None else words
     total, kl, lm = _DistillationLoss.apply(
         hidden,
         weight,
@@ -153,6 +158,7 @@ def distillation_loss(
         token_weights,
         objective,
         group,
+        words,
         chunk_tokens,
         torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
     )
@@ -166,7 +172,9 @@ def tokens_of_a_chunk(weight: Tensor) -> int:
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, teacher, labels, token_weights, objective, group, chunk_tokens, differentiate):
+    def forward(
+        ctx, hidden, weight, teacher, labels, token_weights, objective, group, words, chunk_tokens, differentiate
+    ):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         token_weights = token_weights.to(wide)
         dhidden = torch.empty_like(hidden) if differentiate and hidden.requires_grad else None
@@ -174,15 +182,16 @@ class _DistillationLoss(torch.autograd.Function):
         kl, lm = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = _matmul(hidden[rows], weight)  # [t, v]
-            chunk = _Chunk(logits, logits_of(teacher, rows, objective, group), labels[rows], objective, group)
+            logits = mask_padding(_matmul(hidden[rows], weight), words)  # [t, v]
+            theirs = logits_of(teacher, rows, objective, group, words)
+            chunk = _Chunk(logits, theirs, labels[rows], objective, group)
             kl[rows], lm[rows] = chunk.measure()  # [t]
             dlogits = chunk.gradient(token_weights[rows]) if differentiate else None
             if dhidden is not None:
                 dhidden[rows] = _matmul(dlogits, weight.t())  # [t, h]
             if dweight is not None:
                 _add_matmul(dweight, dlogits, hidden[rows])  # [v, h]
-            del logits, chunk, dlogits  # before the next chunk's are made
+            del logits, theirs, chunk, dlogits  # before the next chunk's are made
         ctx.dhidden, ctx.dweight = dhidden, dweight
         ctx.weight = weight if dweight is not None else None
         ctx.mark_non_differentiable(kl, lm)
@@ -203,7 +212,7 @@ class _DistillationLoss(torch.autograd.Function):
                 dweight = handed_over(weight)
             else:
                 dweight = dweight.to(weight.dtype)
-        return dhidden, dweight, *(None,) * 7
+        return dhidden, dweight, *(None,) * 8
 
 
 class _Chunk:
@@ -359,8 +368,13 @@ def logits_of(
     rows: slice,
     objective: Objective,
     group: torch.distributed.ProcessGroup | None,
+    words: int,
 ) -> Tensor | TopLogits:
-    """Return the teacher's side of some tokens, truncated to its largest where the objective says so."""
+    """Return the teacher's side of some tokens, truncated to its largest where the objective says so.
+
+    Args:
+        words: see `distillation_loss`.
+    """
     if isinstance(teacher, TopLogits):
         kept = teacher.logits.shape[1] if objective.top_k is None else objective.top_k
         return TopLogits(teacher.logits[rows, :kept], teacher.ids[rows, :kept])
@@ -368,6 +382,7 @@ def logits_of(
         logits = teacher.logits[rows].clone()
     else:
         logits = _matmul(teacher.hidden[rows], teacher.weight)
+    mask_padding(logits, words)
     return logits if objective.top_k is None else top_logits(logits, objective.top_k, group)
 
 

@@ -35,7 +35,10 @@ class KeptLogits(NamedTuple):
 
 @torch.no_grad()
 def kept_logits(
-    teacher: HiddenTeacher, k: int | None, group: torch.distributed.ProcessGroup | None = None
+    teacher: HiddenTeacher,
+    k: int | None,
+    group: torch.distributed.ProcessGroup | None = None,
+    words: int | None = None,
 ) -> KeptLogits:
     """Return the teacher's logits, or the k largest of each token, chunk by chunk.
 
@@ -43,11 +46,13 @@ def kept_logits(
         teacher: its states and this rank's part of its output layer.
         k: how many; None for all of the vocabulary.
         group: the ranks that hold the vocabulary in equal parts, in order; every rank gets the whole result.
+        words: see `distillation_loss`.
     """
+    words = len(teacher.weight) if words is None else words
     parts = []
     step = tokens_of_a_chunk(teacher.weight)
     for start in range(0, teacher.hidden.shape[0], step):
-        logits = logits_of(teacher, slice(start, start + step), Objective(), group)
+        logits = logits_of(teacher, slice(start, start + step), Objective(), group, words)
         total = _logsumexp(logits, group)
         kept = (_gathered(logits, group), None) if k is None else top_logits(logits, k, group)
         parts.append((*kept, total))

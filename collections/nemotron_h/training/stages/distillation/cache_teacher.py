@@ -217,7 +217,8 @@ def _of(teacher: NemotronHMegatronModel, items: list[dict[str, Any]], header: He
         hidden = teacher.hidden_states(batch["tokens"], batch["position_ids"], batch.get("seq_idx"))  # [s, b, width]
         if teacher.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
-    kept = kept_logits(HiddenTeacher(hidden.flatten(0, 1), teacher.output_weight), header.top_k, group)
+    side = HiddenTeacher(hidden.flatten(0, 1), teacher.output_weight)
+    kept = kept_logits(side, header.top_k, group, teacher.words)
     for name, value in kept._asdict().items():
         if value is not None:
             # [s * b, k] to [b, s, k]

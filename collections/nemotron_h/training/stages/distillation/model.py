@@ -266,6 +266,7 @@ class DistillingModel(NemotronHMegatronModel):
             weights,
             self.objective,
             self.pg_collection.tp,
+            words=self.words,
         )
         total, apart = found.total, torch.zeros_like(found.total)
         if self.config.hidden_weight:

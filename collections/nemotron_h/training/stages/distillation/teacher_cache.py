@@ -20,7 +20,7 @@ from nemotron_h.core.files import read_json_object, write_json
 from nemotron_h.data.feed.phase_plan import DataPlan, compare
 from nemotron_h.planning.teacher_logits import ids_dtype, token_bytes, value_dtype
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "cache.json"
 SPLITS = ("train", "validation")
 #: of the number that tells a window's text from others
