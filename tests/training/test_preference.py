@@ -196,8 +196,9 @@ def test_another_model_is_the_reference(paired: Small, distilled: Small) -> None
     with np.load(file) as content:
         np.testing.assert_array_equal(np.concatenate([content["train/pairs"], content["validation/pairs"]]), computed)
     file.unlink()
-    layout = "trainer.devices=2", "trainer.strategy.pipeline_model_parallel_size=2"
-    paired.train("beside_pp2", *fp32, *layout, named, ranks=2, recipe=preference_recipe(paired, "beside_pp2"))
+    before = set(cached(paired))
+    layout = "trainer.devices=2", "trainer.strategy.tensor_model_parallel_size=2"
+    paired.train("beside_tp2", *fp32, *layout, named, ranks=2, recipe=preference_recipe(paired, "beside_tp2"))
     (file,) = set(cached(paired)) - before
     with np.load(file) as content:
         ranks = np.concatenate([content["train/pairs"], content["validation/pairs"]])
