@@ -44,7 +44,7 @@ demo-puzzle: $(STAMP) ## pretrain a parent of many heads on two cores, compress 
 
 demo-hybrid: export CUDA_VISIBLE_DEVICES :=
 demo-hybrid: $(STAMP) ## train a small Transformer on checkable problems on two cores, make hybrids of it, compare them in equal time
-	@$(BIN)/nemotron-h data problems --tasks lists,modular --difficulty 1-2 --count 24000 --out runs/problems
+	@$(BIN)/nemotron-h data problems --tasks lists --difficulty 1-2 --count 48000 --out runs/problems
 	@$(BIN)/nemotron-h data prepare --blend runs/problems/problems.yaml
 	@$(BIN)/nemo llm pretrain --factory "nemotron_h_recipe(path=demos/problems_parent.yaml)" --yes parallel.devices=2
 	@$(BIN)/nemotron-h hybridise demos/problems_hybrid.yaml parallel.devices=2
