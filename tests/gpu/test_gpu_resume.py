@@ -106,7 +106,8 @@ def a_run_goes_on_on_another_machine(small: small_run.Small) -> None:
     small.train("stays", recipe=recipe(small, "stays"))
     for name, first, second in (("to_the_gpu", cpu, gpu), ("to_cpus", gpu, cpu)):
         path, PROCESSES.environment = recipe(small, name), first
-        assert small.train(name, "kill=6", check=False, recipe=path).returncode < 0
+        killed = small.train(name, "kill=6", check=False, recipe=path)
+        assert killed.returncode < 0, (killed.stdout + killed.stderr)[-3000:]
         PROCESSES.environment = second
         assert "resumed at step 4" in small.train(name, recipe=path).stdout
         largest = difference(small, "stays", name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -216,3 +218,26 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "running_layers", lambda _: [*model.running, Forgetful(None, 0)])
     with pytest.raises(UserError, match="runs/x: forgetful layers cannot take back tokens"):
         check_takes_back(model.definition, "runs/x")
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_states_go_with_their_generation(monkeypatch, drafted: bool) -> None:
+    """A cycle of references would leave them, and a GPU's graphs, in memory until Python looks for cycles."""
+    model, all_states = tiny("hybrid"), []
+    draft = Draft(tiny("hybrid", seed=1), 3) if drafted else None
+    new_states = GenerationModel.new_states
+
+    def remembered(self: GenerationModel, *sizes: int) -> object:
+        states = new_states(self, *sizes)
+        all_states.append(weakref.ref(states))
+        return states
+
+    monkeypatch.setattr(GenerationModel, "new_states", remembered)
+    gc.collect()
+    gc.disable()
+    try:
+        generate(model, prompts(9, 4), max_tokens=6, sampling=GREEDY, draft=draft)
+        assert len(all_states) == 1 + drafted
+        assert not any(states() for states in all_states)
+    finally:
+        gc.enable()

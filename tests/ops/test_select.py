@@ -132,13 +132,14 @@ class FakeConv:
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("state", [False, True])
-@pytest.mark.parametrize("offset", [0, 3])
-def test_convolution_adapter(documents, state, offset):
-    x = torch.randn(2, 9, 24)[..., offset : offset + 16]
+@pytest.mark.parametrize(("size", "offset"), [((2, 9, 24), 0), ((2, 9, 24), 3), ((1, 1, 21), 3)])
+def test_convolution_adapter(documents, state, size, offset):
+    x = torch.randn(size)[..., offset : offset + 16]
+    batch, length = size[:2]
     weight, bias = torch.randn(16, 4), torch.randn(16)
     options = {
-        "seq_idx": torch.arange(9).div(4, rounding_mode="floor").expand(2, -1) if documents else None,
-        "initial_state": torch.randn(2, 3, 16) if state else None,
+        "seq_idx": torch.arange(length).div(4, rounding_mode="floor").expand(batch, -1) if documents else None,
+        "initial_state": torch.randn(batch, 3, 16) if state else None,
         "return_final_state": state,
     }
     expected = causal_conv1d(x, weight, bias, **options)

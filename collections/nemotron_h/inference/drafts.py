@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from nemotron_h.inference.graph import Recorded
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.prefill import prefill
 from nemotron_h.inference.sampling import Sampling, distribution, invert
+from nemotron_h.inference.states import States
 from nemotron_h.model.blocks.registry import running_layers
+from nemotron_h.model.blocks.running import State
 
 #: ours: the middle of what pays in 2408.15237 (3 and 4), and the most whose last token is still accepted in a third of
 #: the passes where three of four drafted tokens are right
@@ -164,45 +167,56 @@ class ModelDrafter(Drafter):
 
     def read(self, texts: Sequence[Sequence[int]], capacity: int, sampling: Sampling, graph: bool | None) -> None:
         """Read all but the last token of each text."""
-        self.sampling = sampling
         self.states.reserve(capacity)
         unread = [text[done:-1] for text, done in zip(texts, self.states.lengths.tolist(), strict=True)]
         unread = [part for part in unread if part]  # the others are the last rows
         if unread:
             prefill(self.model, unread, self.states.rows(0, len(unread)))
-        self.window = self.model.window(self.states, self.tokens + 1)
-        self._recorded = Recorded(self._draft, self.model, graph)
-        self._accepted = Recorded(lambda counts: self.model.accept(self.states, self.window, counts), self.model, graph)
+        model, states = self.model, self.states
+        window = model.window(states, self.tokens + 1)
+        self._drafted = Recorded(partial(_draft, model, states, window, sampling, self.tokens), model, graph)
+        self._accepted = Recorded(partial(model.accept, states, window), model, graph)
 
     def propose(self, texts: Sequence[Sequence[int]], uniform: Tensor) -> Proposal:
         """Draft by the sampling of the model that is drafted for."""
         last = torch.tensor([text[-2:] for text in texts])  # [b, 2]
         device = self.model.device
-        tokens, self._scores, probabilities = self._recorded(last.to(device), uniform.to(device))
+        tokens, self._scores, probabilities = self._drafted(last.to(device), uniform.to(device))
         counts = torch.full((len(texts),), self.tokens)
         return Proposal(tokens, counts, probabilities)
-
-    def _draft(self, last: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return tokens [b, k], scores [b, k, v], and probabilities likewise, None of greedy choices."""
-        tokens, scores, probabilities = [], [], []
-        reading, slot = last, 0
-        for number in range(self.tokens):
-            hidden = self.model.try_tokens(reading, self.states, self.window, slot)
-            slot += reading.shape[1]
-            scores.append(self.model.logits(hidden[:, -1]))
-            if self.sampling.temperature == 0:
-                tokens.append(scores[-1].argmax(-1))
-            else:
-                probabilities.append(distribution(scores[-1], self.sampling))
-                tokens.append(invert(probabilities[-1], uniform[:, number]))
-            reading = tokens[-1][:, None]
-        return torch.stack(tokens, 1), torch.stack(scores, 1), torch.stack(probabilities, 1) if probabilities else None
 
     def accept(self, counts: np.ndarray) -> None:
         """Advance the states."""
         check_scores(self._scores)  # not in `propose`: the host would wait for the device once more
         self._accepted(torch.from_numpy(counts).to(self.model.device))
         self.states.advance(counts, on_device=False)
+
+
+def _draft(
+    model: GenerationModel,
+    states: States,
+    window: list[State | None],
+    sampling: Sampling,
+    count: int,
+    last: Tensor,
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return `count` tokens [b, k] behind the last two, scores [b, k, v], and probabilities likewise, None of greedy
+    choices.
+    """
+    tokens, scores, probabilities = [], [], []
+    reading, slot = last, 0
+    for number in range(count):
+        hidden = model.try_tokens(reading, states, window, slot)
+        slot += reading.shape[1]
+        scores.append(model.logits(hidden[:, -1]))
+        if sampling.temperature == 0:
+            tokens.append(scores[-1].argmax(-1))
+        else:
+            probabilities.append(distribution(scores[-1], sampling))
+            tokens.append(invert(probabilities[-1], uniform[:, number]))
+        reading = tokens[-1][:, None]
+    return torch.stack(tokens, 1), torch.stack(scores, 1), torch.stack(probabilities, 1) if probabilities else None
 
 
 class Lookup(Drafter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Recorded:
     what the function does on the host is done at the first two calls alone.
 
     Args:
-        function: takes tensors of the same shapes at each call; what it returns is overwritten by the next one.
+        function: takes tensors of the same shapes at each call; what it returns is overwritten by the next one. It must
+            not refer to what refers to this: states and graph would stay in memory until Python looks for cycles.
         model: whose ops and device tell whether a graph can be.
         graph: None records where the ops allow it; False never does.
     """
@@ -77,8 +79,8 @@ class Stepper:
     """
 
     def __init__(self, model: GenerationModel, states: States, graph: bool | None = None) -> None:
-        self.model, self.states = model, states
-        self.recorded = Recorded(self._read, model, graph)
+        self.states = states
+        self.recorded = Recorded(partial(_read, model, states), model, graph)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Return scores [batch, vocabulary] of the token after `tokens` (int64 [batch]), until the next step."""
@@ -87,8 +89,9 @@ class Stepper:
         self.states.lengths[:] = lengths  # a graph's replay does not count them on the host
         return scores
 
-    def _read(self, tokens: Tensor) -> Tensor:
-        hidden = self.model.step(tokens, self.states, count_on_device=False)
-        if self.model.device.type != "cpu":
-            self.states.positions += 1
-        return self.model.logits(hidden)
+
+def _read(model: GenerationModel, states: States, tokens: Tensor) -> Tensor:
+    hidden = model.step(tokens, states, count_on_device=False)
+    if model.device.type != "cpu":
+        states.positions += 1
+    return model.logits(hidden)

@@ -11,6 +11,7 @@ et al. 2022, arXiv 2211.17192, appendix A.1). Greedy choices are the case of a p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from nemotron_h.inference.sampling import Sampling, distribution, invert, unifor
 from nemotron_h.inference.states import States
 from nemotron_h.inference.thought import Thought
 from nemotron_h.inference.writer import Writer
+from nemotron_h.model.blocks.running import State
 
 
 def judge(scores: Tensor, proposal: Proposal, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +60,22 @@ def judge(scores: Tensor, proposal: Proposal, sampling: Sampling, uniform: Tenso
     return accepted, invert(torch.where(refused[:, None], rest, free), uniform[:, -1])
 
 
+def _score_and_judge(
+    model: GenerationModel,
+    states: States,
+    window: list[State | None],
+    sampling: Sampling,
+    tokens: Tensor,
+    counts: Tensor,
+    uniform: Tensor,
+    *probabilities: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return scores [b, w, v] of a pass over tokens [b, w], and `judge`'s accepted and next tokens, [b, 2]."""
+    scores = model.logits(model.try_tokens(tokens, states, window))
+    proposal = Proposal(tokens[:, 1:], counts, *(probabilities or (None,)))
+    return scores, torch.stack(judge(scores, proposal, sampling, uniform), dim=1)
+
+
 class SpeculativeWriter(Writer):
     """Writes by drafts: reads the last token and those drafted on trial, all in one pass.
 
@@ -88,9 +106,9 @@ class SpeculativeWriter(Writer):
         super().__init__(model, states, hidden, sampling, generators, thoughts=thoughts, graph=graph)
         self.drafter, self.acceptance = drafter, acceptance
         self.texts = [list(text) for text in texts]
-        self.window = model.window(states, drafter.tokens + 1)
-        self._accepted = Recorded(lambda counts: model.accept(states, self.window, counts), model, graph)
-        self._judged = Recorded(self._judge, model, graph)
+        window = model.window(states, drafter.tokens + 1)
+        self._accepted = Recorded(partial(model.accept, states, window), model, graph)
+        self._judged = Recorded(partial(_score_and_judge, model, states, window, sampling), model, graph)
         #: tokens of the last window that stay, by row
         self._stay = np.zeros(len(texts), dtype=np.int64)
 
@@ -134,12 +152,6 @@ class SpeculativeWriter(Writer):
             if not over:
                 self.acceptance.add(Acceptance(1, count, len(row) - 1))
         return written
-
-    def _judge(self, tokens: Tensor, counts: Tensor, uniform: Tensor, *probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores [b, w, v] of a pass over tokens [b, w], and `judge`'s accepted and next tokens, [b, 2]."""
-        scores = self.model.logits(self.model.try_tokens(tokens, self.states, self.window))
-        proposal = Proposal(tokens[:, 1:], counts, *(probabilities or (None,)))
-        return scores, torch.stack(judge(scores, proposal, self.sampling, uniform), dim=1)
 
     def finish(self, taken: Sequence[int]) -> None:
         """Accept what was read of the tokens that stay."""

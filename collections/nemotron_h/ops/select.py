@@ -273,7 +273,8 @@ def _kernel_conv1d(
             return_final_state=return_final_state,
         )
     if x.stride(2) != 1 or x.stride(0) % 8 or x.stride(1) % 8:  # what the kernel's channels-last path loads from
-        x = x.contiguous()
+        # not `contiguous`, which leaves the strides of a single sequence's single token as they are
+        x = x.clone(memory_format=torch.contiguous_format)
     out = kernels.conv(
         x.transpose(1, 2),  # [b, c, l], as the kernel has it
         weight,
