@@ -4,6 +4,9 @@
     python tests/benchmarks/bench_speculative.py --target nemotron_h_8b --draft layers:6 --right 0.6 0.8 0.9   # a GPU
     python tests/benchmarks/bench_speculative.py --target runs/large --draft runs/small --prompts prompts.txt
 
+With --profile on a GPU also what a pass takes: of its CUDA graphs, of the whole, and of the first ones, which record
+them.
+
 TARGET and DRAFT are names of definitions, whose weights are random then, or runs and checkpoints; a draft also
 `layers:N` or, of a run, `lookup`. Random models agree by chance alone: there the draft model runs for its time, and
 what it drafts is replaced by the target's own next token, a wrong one in a share of the places (`--right` has the
@@ -41,6 +44,9 @@ from nemotron_h.recipe.checks import definition_of  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
 
 GREEDY = Sampling(temperature=0)
+#: tokens that a profile leaves unwritten, so that its last pass is a whole one
+DRAFT_ROOM = 20
+REPLAYS = 50
 
 
 class ScriptedDrafter(ModelDrafter):
@@ -99,6 +105,35 @@ def write(model: GenerationModel, prompts: list[list[int]], count: int, draft: D
     return Turn(texts, now() - began, generation.acceptance)
 
 
+def profile(model: GenerationModel, prompt: list[int], count: int, draft: Draft | None) -> str:
+    """Passes of one continuation, and its graphs by themselves, in milliseconds."""
+    sync, began = torch.cuda.synchronize, time.perf_counter()
+    generation = Generation(model, [prompt], max_tokens=count, sampling=GREEDY, draft=draft)
+    writer, passes, written = generation.writer([0]), [], 0
+    while written < count - DRAFT_ROOM:
+        written += len(writer.write([False])[0])
+        sync()
+        passes.append(time.perf_counter() - began)
+        began = time.perf_counter()
+    recorded = {"step": writer.stepper.recorded}
+    if draft is not None:
+        recorded = {"pass": writer.judged, "advance": writer.accepted}
+        recorded |= {"draft": writer.drafter.drafted, "its advance": writer.drafter.accepted}
+    parts = []
+    for name, each in recorded.items():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(REPLAYS):
+            each.graph.replay()
+        end.record()
+        sync()
+        parts.append(f"{name} {begin.elapsed_time(end) / REPLAYS:.3f}")
+    name = "plain" if draft is None else f"{draft.name}, {draft.tokens} tokens"
+    first = ", ".join(f"{1e3 * seconds:.1f}" for seconds in passes[1:3])
+    whole = f"{1e3 * median(passes[6:]):.2f} a pass of {written / len(passes):.2f} tokens"
+    return f"{name}: {whole}, the second and third {first}; graphs: {', '.join(parts)}"
+
+
 def random_pair(args: argparse.Namespace) -> tuple[GenerationModel, GenerationModel, list[list[int]]]:
     """Target, draft and prompts."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,6 +159,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a random prompt")
     parser.add_argument("--output", type=int, default=96, help="tokens of a continuation")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="print the milliseconds of a pass and its graphs")
     return parser.parse_args()
 
 
@@ -168,6 +204,9 @@ def main() -> None:
                 share = (f"{a.accepted / a.passes:.2f}", f"{a.accepted / max(a.drafted, 1):.0%}")
                 table.add_row(str(batch), side.name, str(side.tokens), *cells, *share)
     Console(width=120).print(table)
+    if args.profile and target.device.type == "cuda":
+        for side in (None, *sides):
+            print(profile(target, prompts[0], args.output, side), flush=True)
 
 
 if __name__ == "__main__":

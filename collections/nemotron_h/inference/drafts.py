@@ -159,6 +159,9 @@ class ModelDrafter(Drafter):
 
     So the first pass over a window reads two tokens whatever was accepted of the last one: where all was, the last
     drafted token, which the draft has not read, is the first of the two.
+
+    Attributes:
+        drafted, accepted: the passes over the window, and the advance of the states; from `read` on.
     """
 
     def __init__(self, model: GenerationModel, tokens: int, rows: int) -> None:
@@ -174,21 +177,21 @@ class ModelDrafter(Drafter):
             prefill(self.model, unread, self.states.rows(0, len(unread)))
         model, states = self.model, self.states
         window = model.window(states, self.tokens + 1)
-        self._drafted = Recorded(partial(_draft, model, states, window, sampling, self.tokens), model, graph)
-        self._accepted = Recorded(partial(model.accept, states, window), model, graph)
+        self.drafted = Recorded(partial(_draft, model, states, window, sampling, self.tokens), model, graph)
+        self.accepted = Recorded(partial(model.accept, states, window), model, graph)
 
     def propose(self, texts: Sequence[Sequence[int]], uniform: Tensor) -> Proposal:
         """Draft by the sampling of the model that is drafted for."""
         last = torch.tensor([text[-2:] for text in texts])  # [b, 2]
         device = self.model.device
-        tokens, self._scores, probabilities = self._drafted(last.to(device), uniform.to(device))
+        tokens, self._scores, probabilities = self.drafted(last.to(device), uniform.to(device))
         counts = torch.full((len(texts),), self.tokens)
         return Proposal(tokens, counts, probabilities)
 
     def accept(self, counts: np.ndarray) -> None:
         """Advance the states."""
         check_scores(self._scores)  # not in `propose`: the host would wait for the device once more
-        self._accepted(torch.from_numpy(counts).to(self.model.device))
+        self.accepted(torch.from_numpy(counts).to(self.model.device))
         self.states.advance(counts, on_device=False)
 
 

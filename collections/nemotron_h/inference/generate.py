@@ -67,7 +67,7 @@ class Generation:
         """Yield one entry per prompt: its next tokens, none once it has ended. Ends when all have."""
         prompts, ended = self.prompts, self._ended
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        writer = self._writer([prompts[i] for i in order], order)
+        writer = self.writer(order)
         room = [self.max_tokens] * len(prompts)
         while True:
             items: list[list[int]] = [[] for _ in prompts]
@@ -86,10 +86,10 @@ class Generation:
             if all(ended):
                 return
 
-    def _writer(self, prompts: Sequence[Sequence[int]], order: Sequence[int]) -> Writer:
-        """Return what writes after the prompts, which are in this order: the longest first."""
-        generators = self.sampling.generators(len(prompts))
-        generators = [generators[i] for i in order]
+    def writer(self, order: Sequence[int]) -> Writer:
+        """Return what writes after the prompts, which it has read, in this order: the longest first."""
+        prompts, generators = self.prompts, self.sampling.generators(len(order))
+        prompts, generators = [prompts[i] for i in order], [generators[i] for i in order]
         capacity = len(prompts[0]) + self.max_tokens + (self.draft.tokens + 1 if self.draft else 0)
         states = self.model.new_states(len(prompts), capacity)
         hidden = prefill(self.model, prompts, states)

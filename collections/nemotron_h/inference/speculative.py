@@ -87,6 +87,9 @@ class SpeculativeWriter(Writer):
         drafter: has read the texts.
         texts: token ids that the states have read.
         acceptance: is counted on.
+
+    Attributes:
+        judged, accepted: a pass over the window, and the advance of the states.
     """
 
     def __init__(
@@ -107,8 +110,8 @@ class SpeculativeWriter(Writer):
         self.drafter, self.acceptance = drafter, acceptance
         self.texts = [list(text) for text in texts]
         window = model.window(states, drafter.tokens + 1)
-        self._accepted = Recorded(partial(model.accept, states, window), model, graph)
-        self._judged = Recorded(partial(_score_and_judge, model, states, window, sampling), model, graph)
+        self.accepted = Recorded(partial(model.accept, states, window), model, graph)
+        self.judged = Recorded(partial(_score_and_judge, model, states, window, sampling), model, graph)
         #: tokens of the last window that stay, by row
         self._stay = np.zeros(len(texts), dtype=np.int64)
 
@@ -138,7 +141,7 @@ class SpeculativeWriter(Writer):
         inputs = [torch.cat([last[:, None].to(device), drafted], dim=1), proposal.counts.to(device)]
         inputs += [uniform[:, drafts:].to(device)]
         inputs += [] if proposal.probabilities is None else [proposal.probabilities]
-        scores, choice = self._judged(*inputs)
+        scores, choice = self.judged(*inputs)
         check_scores(scores)
         tokens = torch.cat([drafted, choice], dim=1).tolist()
         written = [row[: row[-2]] + row[-1:] for row in tokens]
@@ -161,6 +164,6 @@ class SpeculativeWriter(Writer):
         """Advance all states over the first tokens of the last window."""
         if counts.any():
             self.drafter.accept(counts)  # first: it looks at scores, for which nothing is to be waited for yet
-            self._accepted(torch.from_numpy(counts).to(self.model.device))
+            self.accepted(torch.from_numpy(counts).to(self.model.device))
             self.states.advance(counts, on_device=False)
         self._stay[:] = 0
