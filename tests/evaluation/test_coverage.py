@@ -193,7 +193,7 @@ def test_a_conversation_s_prompt(runs: list[Path], tmp_path: Path) -> None:
     """Questions as turns, in the family's template where a checkpoint has none; a setting that stays."""
     invoke(runs[0], *OPTIONS, "--samples", 1, "--chat", "--out", tmp_path)
     assert json.loads((tmp_path / "samples" / "hybrid.json").read_text())["chat"] is True
-    with pytest.raises(UserError, match="has samples with chat = true, now it is false"):
+    with pytest.raises(UserError, match="was written with chat = true, now it is false"):
         invoke(runs[0], *OPTIONS, "--samples", 1, "--out", tmp_path)
 
 
@@ -246,15 +246,15 @@ def test_refusals(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     invoke(runs[0], *OPTIONS, "--samples", 1, *out)
     for changed, words in (
-        (["--temperature", 0.5], "has samples with temperature = 1.0, now it is 0.5"),
+        (["--temperature", 0.5], "was written with temperature = 1.0, now it is 0.5"),
         (["--seed", 3], "problems.jsonl has other problems than this command asks for"),
-        (["--batch", 2], "has samples with batch = 256, now it is 2"),
+        (["--batch", 2], "was written with batch = 256, now it is 2"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             invoke(runs[0], *OPTIONS, *changed, *out)
     file = tmp_path / "out" / "samples" / "hybrid.jsonl"
     file.write_text("{}\n" + file.read_text())
-    with pytest.raises(UserError, match=r"hybrid\.jsonl, line 1 is no sample"):
+    with pytest.raises(UserError, match=r"hybrid\.jsonl, line 1 is no solution"):
         invoke(runs[0], *OPTIONS, *out)
 
 

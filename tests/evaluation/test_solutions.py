@@ -160,7 +160,7 @@ def test_resumed_is_straight_and_refusals(
         (["--temperature", 0], "--temperature 0 draws the same sample 4 times"),
         (["--thinking", "on"], "--thinking on is for conversations"),
         (["--chat", "--thinking", "maybe"], "--thinking = 'maybe'"),
-        (["--thought-budget", 4], "has samples with thought_budget = null, now it is 4"),
+        (["--thought-budget", 4], "was written with thought_budget = null, now it is 4"),
         (["--problems", problems / "test.jsonl"], "has other problems than this command asks for"),
         (["--problems", tmp_path], r"has no train/\*.jsonl"),
     ):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nemotron_h.cli.retrieval import retrieval
 from nemotron_h.cli.solutions import solutions
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import parse_count
@@ -84,6 +85,7 @@ def problems(
 
 
 app.command()(solutions)
+app.command()(retrieval)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from nemotron_h.cli.puzzle import puzzle
 from nemotron_h.cli.reason import reason
 from nemotron_h.cli.recipe import app as recipe_app
 from nemotron_h.cli.report import report as draw_report
+from nemotron_h.cli.ruler import ruler
 from nemotron_h.cli.shapes import shapes
 from nemotron_h.cli.sweep import sweep
 from nemotron_h.cli.transplant import transplant
@@ -67,6 +68,7 @@ app.command()(chat)
 app.command()(merge_adapter)
 app.command("eval")(evaluate)
 app.command()(coverage)
+app.command()(ruler)
 app.command("report")(draw_report)
 app.command("incidents")(show_incidents)
 app.command()(completion)

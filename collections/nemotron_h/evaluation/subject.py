@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.definition import read_definition
+from nemotron_h.checkpoint.folders import step_of
 from nemotron_h.checkpoint.reader import find_checkpoint, read_record
+from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.inference.trained_tokenizer import tokenizer_for
 
@@ -51,3 +54,25 @@ class Subject:
         definition = read_definition(record, f"checkpoint {checkpoint}")
         text = tokenizer_for(record, checkpoint, tokenizer, definition.vocab_size)
         return cls(checkpoint, definition, text, record)
+
+
+def names_of(subjects: Sequence[Subject]) -> list[str]:
+    """Return the runs' names; where a run takes part with several checkpoints, with their steps.
+
+    Errors:
+        UserError: a checkpoint is named twice, or two runs have one name.
+    """
+    checkpoints = [subject.checkpoint.resolve() for subject in subjects]
+    twice = next((path for number, path in enumerate(checkpoints) if path in checkpoints[:number]), None)
+    if twice is not None:
+        raise UserError(f"{twice} is named twice", hint="name each run or checkpoint once")
+    runs = [path.parent.parent if path.parent.name == "checkpoints" else path for path in checkpoints]
+    names = [run.name for run in runs]
+    several = [names.count(name) > 1 for name in names]
+    names = [
+        f"{name}-{step_of(path)}" if more else name
+        for name, path, more in zip(names, checkpoints, several, strict=True)
+    ]
+    if len({*names}) < len(names):
+        raise UserError(f"two runs have the name {max(names, key=names.count)}", hint="rename the folder of one")
+    return names

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from nemotron_h.core.errors import UserError, writing
-from nemotron_h.core.files import parsed_lines, read_json_object, whole_file, write_json
-from nemotron_h.core.strict import from_json
+from nemotron_h.core.errors import UserError
+from nemotron_h.evaluation.records import Records
 from nemotron_h.inference.pool import Job
-
-#: seconds between writes of samples
-_WRITE_EVERY = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +34,8 @@ class Solution:
     ended_by: str
 
 
-class Samples:
-    """The samples of a model, in `NAME.jsonl`, and the settings that they were drawn with, in `NAME.json`.
+class Samples(Records[Solution]):
+    """The samples of a model; see `Records`.
 
     Args:
         folder: of both files.
@@ -55,78 +46,17 @@ class Samples:
     """
 
     def __init__(self, folder: Path, name: str, problems: int) -> None:
-        self.file, self.settings_file = folder / f"{name}.jsonl", folder / f"{name}.json"
-        self.settings = read_json_object(self.settings_file) if self.settings_file.exists() else {}
+        super().__init__(folder, name, Solution)
         self.by_problem: list[dict[int, Solution]] = [{} for _ in range(problems)]
-        self._waiting: list[Solution] = []
-        self._written = time.monotonic()
-        solutions, torn = parsed_lines(self.file, _solution)
-        lines = len(solutions) + len(torn)
-        if torn not in ([], [lines]):
-            raise UserError(f"{self.file}, line {torn[0]} is no sample", hint="remove the file to draw all again")
-        for number, solution in enumerate(solutions, 1):
+        for number, solution in enumerate(self.records, 1):
             if not (0 <= solution.problem < problems and solution.sample >= 0):
                 raise UserError(f"{self.file}, line {number}: there is no problem {solution.problem}")
             self.by_problem[solution.problem][solution.sample] = solution
-        if torn:  # of a process that was killed
-            self._write(solutions)
-
-    def check(self, settings: dict[str, Any]) -> None:
-        """Refuse settings other than those of the samples that are there, and write them where there are none.
-
-        Errors:
-            UserError: names what differs.
-        """
-        if not any(self.by_problem):
-            self.settings = settings
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.settings_file, settings)
-            self._write([])
-        elif different := [key for key in settings if self.settings.get(key) != settings[key]]:
-            key = different[0]
-            raise UserError(
-                f"{self.file} has samples with {key} = {_short(self.settings.get(key))}, now it is "
-                f"{_short(settings[key])}",
-                hint=f"name another folder (--out), or remove {self.file} to draw all again",
-            )
-
-    def __enter__(self) -> Samples:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._append()
 
     def add(self, solution: Solution) -> None:
-        """Add a sample, in a `with` block, at whose end all are in the file; most are before."""
+        """Add a sample, as `Records.add` does."""
         self.by_problem[solution.problem][solution.sample] = solution
-        self._waiting.append(solution)
-        if time.monotonic() - self._written > _WRITE_EVERY:
-            self._append()
-
-    def _append(self) -> None:
-        with writing(self.file), self.file.open("a", encoding="utf-8") as opened:
-            opened.write("".join(map(_line, self._waiting)))
-        self._waiting, self._written = [], time.monotonic()
-
-    def _write(self, solutions: Sequence[Solution]) -> None:
-        with whole_file(self.file) as temporary:
-            temporary.write_text("".join(map(_line, solutions)), encoding="utf-8")
-
-
-def _line(solution: Solution) -> str:
-    return json.dumps(dataclasses.asdict(solution), ensure_ascii=False) + "\n"
-
-
-def _solution(line: bytes) -> Solution:
-    try:
-        return from_json(Solution, json.loads(line))
-    except UserError as error:
-        raise ValueError(str(error)) from error
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        super().add(solution)
 
 
 class Demand:

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from nemotron_h.data.tokenizer import spec_of
-from nemotron_h.evaluation.coverage.contestant import Contestant, contestants, template_of
+from nemotron_h.evaluation.asking import template_of
+from nemotron_h.evaluation.coverage.contestant import Contestant, contestants
 from nemotron_h.evaluation.coverage.draw import Settings, draw
 from nemotron_h.evaluation.coverage.samples import Samples
 from nemotron_h.evaluation.problems.files import keep_problems

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ def thinking(problem: Problem, number: int) -> dict[str, Any]:
     return {**problem.record(), **problem.told(problem.solution, system, answer)}
 
 
-def write_lines(file: Path, records: Sequence[object]) -> None:
+def write_lines(file: Path, records: Iterable[object]) -> None:
     """Write records as JSONL."""
     with whole_file(file) as temporary, temporary.open("w", encoding="utf-8") as opened:
         opened.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
