@@ -29,7 +29,7 @@ from nemotron_h.inference.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-TASKS = ["--tasks", "needle,phonebook", "--lengths", "400,300"]
+TASKS = ["--tasks", "needle,phonebook", "--lengths", "600,450"]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_answers_are_those_of_a_prompt_alone(runs: list[Path], tokenizer: Path, 
             scores = [
                 score(item.rule, answers[item.key], item.references)
                 for item in items
-                if (item.task, item.length) == (task, 300)
+                if (item.task, item.length) == (task, 450)
             ]
-            assert rows[run.name, task, "300"] == 100 * sum(scores) / 2
+            assert rows[run.name, task, "450"] == 100 * sum(scores) / 2
         assert f"{run.name}" in printed
     assert "transformer" in (tmp_path / "depths.svg").read_text()
 
@@ -122,7 +122,7 @@ def test_resumed_is_straight(runs: list[Path], tmp_path: Path, monkeypatch: pyte
     assert (resumed / "ruler.csv").read_text() == (straight / "ruler.csv").read_text()
     # nothing is new: no model is loaded
     monkeypatch.setattr(answers_module, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
-    invoke(runs[0], "--tasks", "needle", "--lengths", 300, "--samples", 2, "--out", resumed)
+    invoke(runs[0], "--tasks", "needle", "--lengths", 450, "--samples", 2, "--out", resumed)
     with pytest.raises(UserError, match=r"hybrid\.jsonl was written with chat = false, now it is true"):
         invoke(runs[0], *TASKS, "--samples", 1, "--chat", "--out", resumed)
 
@@ -130,14 +130,14 @@ def test_resumed_is_straight(runs: list[Path], tmp_path: Path, monkeypatch: pyte
 def test_conversations(runs: list[Path], tokenizer: Path, tmp_path: Path) -> None:
     """The family's template where a checkpoint has none, counted in the length; the prefix begins the answer."""
     items = tmp_path / "items.jsonl"
-    invoke(runs[0], "--tasks", "needle", "--lengths", 400, "--samples", 2, "--chat", "--export", items)
+    invoke(runs[0], "--tasks", "needle", "--lengths", 900, "--samples", 2, "--chat", "--export", items)
     text = load_tokenizer(tokenizer)
     (model,) = answers_module.answerers(runs[:1], chat=True)
     for item in read_items(items):
         ids = model.ids(item.prompt, item.prefix)
         assert len(ids) == item.tokens > len(text.text_to_ids(item.input))
         asked = text.ids_to_text(ids)
-        assert asked.startswith("<SPECIAL_10>System")
+        assert asked.startswith("<SPECIAL_11>User")
         assert asked.endswith(f"Assistant\n{item.prefix}")
         assert item.prompt in asked
     invoke(runs[0], "--items", items, "--chat", "--out", tmp_path / "out")
