@@ -83,7 +83,7 @@ def rows_that_fit(model: GenerationModel, capacity: int) -> int:
         raise UserError(
             f"no room for a sequence of {capacity:,} tokens: it takes {gib(each)}, half of what is free is "
             f"{gib(_MEMORY * there)}",
-            hint="lower --max-tokens, free memory, or take a larger machine",
+            hint="ask for shorter ones, free memory, or take a larger machine",
         )
     return rows
 

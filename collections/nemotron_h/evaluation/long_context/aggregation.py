@@ -95,7 +95,7 @@ def common_words(request: Request) -> Draft:
     short = request.length < SHORT
     count, *counts = _SHORT_EXAMPLE if short else _EXAMPLE
     example, answers = _listed(request.rng, request.texts.words, count, counts)
-    before = f"{_COMMON.format(context=example)}{_COMMON_ONES} {_numbered(answers)}\n"
+    before = f"{_COMMON.format(context=example)}{_COMMON_ONES}{_numbered(answers)}\n"  # RULER has no space there
     context, common = _listed(request.rng, request.texts.words, request.units, _SHORT_COUNTS if short else _COUNTS)
     return Draft(before + _COMMON.format(context=context), _COMMON_ONES, common)
 

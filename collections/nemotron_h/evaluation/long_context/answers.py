@@ -31,7 +31,7 @@ ANSWER = "answer"
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """Text that a model wrote.
 
     Attributes:
         key: of the item.

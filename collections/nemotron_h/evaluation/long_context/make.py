@@ -16,7 +16,7 @@ from nemotron_h.evaluation.long_context.item import Draft, Item, Request
 from nemotron_h.evaluation.long_context.search import largest
 from nemotron_h.evaluation.long_context.tasks import TASKS, tasks_named
 from nemotron_h.evaluation.long_context.texts import Texts
-from nemotron_h.evaluation.problems.generate import write_lines
+from nemotron_h.evaluation.problems.generate import TRAIN, write_lines
 
 #: ours: items one after the other that do not fit with the smallest haystack, at which none is taken to
 _FRUITLESS = 200
@@ -31,15 +31,20 @@ class Maker:
         seed: with task, length and number, of all choices.
         texts: of haystacks.
         count: returns the tokens of `prompt` and `prefix`, so named.
+        practice: items are to train on: others at every seed, of the task's form for that.
     Errors:
         UserError: no item fits; names how many tokens one takes.
     """
 
-    def __init__(self, name: str, length: int, seed: int | str, texts: Texts, count: Callable[[str, str], int]) -> None:
-        self.name, self.length, self._seed, self._texts, self._count = name, length, seed, texts, count
+    def __init__(
+        self, name: str, length: int, seed: int, texts: Texts, count: Callable[[str, str], int], practice: bool = False
+    ) -> None:
+        self.name, self.length, self._texts, self._count = name, length, texts, count
+        self._seed = f"{TRAIN} {seed}" if practice else str(seed)
         self.task = TASKS[name]
         self._budget, self._step = length - self.task.max_tokens, self.task.step_at(length)
         self._least = max(self.task.least, self._step)
+        self._make = (practice and self.task.practice) or self.task.make
         self._units = self._largest()
 
     def items(self, count: int) -> Iterator[Item]:
@@ -68,7 +73,7 @@ class Maker:
         """Return the texts of an item with so large a haystack, whatever its length."""
         rng = random.Random(f"{self._seed} {self.name} {self.length} {number}")
         count = functools.partial(self._count, prefix="")
-        return self.task.make(Request(rng, units, number, self.length, self._texts, count))
+        return self._make(Request(rng, units, number, self.length, self._texts, count))
 
     def _fits(self, number: int, units: int) -> bool:
         return self._tokens(number, units) <= self._budget

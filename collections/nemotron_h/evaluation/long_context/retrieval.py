@@ -155,13 +155,29 @@ def phonebook(request: Request) -> Draft:
 
     2406.07887 3.3.3; its program and names are not public. Answered entries are spread evenly, as in a reproduction.
     """
+    return _book(request, lambda others: [others[(2 * n + 1) * len(others) // (2 * _SHOTS)] for n in range(_SHOTS)])
+
+
+def phonebook_practice(request: Request) -> Draft:
+    """Return a book as `phonebook` does, with more answered questions, about as many as names, some of them again: of
+    all that a document has, they are what can be learnt.
+    """
+    return _book(request, lambda others: request.rng.choices(others, k=request.rng.randint(_SHOTS, len(others) + 2)))
+
+
+def _book(request: Request, choose: Callable[[list[int]], list[int]]) -> Draft:
+    """Return a book with answered questions.
+
+    Args:
+        choose: returns the entries that they are to, of all but the one that is asked for.
+    """
     rng, size = request.rng, request.units
     names = _names(rng, size)
     numbers = [f"{rng.randint(200, 999)}-{rng.randint(200, 999)}-{rng.randint(1000, 9999)}" for _ in names]
     entries = [f"{name}: {number}\n" for name, number in zip(names, numbers, strict=True)]
     wanted = round(_depth(request.number) * (size - 1))
     others = [place for place in range(size) if place != wanted]
-    shots = [others[(2 * shot + 1) * len(others) // (2 * _SHOTS)] for shot in range(_SHOTS)]
+    shots = choose(others)
     rng.shuffle(shots)
     answered = [f"{_QUESTION.format(name=names[place])}{_ANSWER} {numbers[place]}\n\n" for place in shots]
     prompt = "".join([*entries, "\n", *answered, _QUESTION.format(name=names[wanted])])

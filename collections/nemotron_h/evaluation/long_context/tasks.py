@@ -21,6 +21,7 @@ from nemotron_h.evaluation.long_context.retrieval import (
     needles,
     noise,
     phonebook,
+    phonebook_practice,
 )
 from nemotron_h.evaluation.long_context.scores import ALL, LINE, PART
 from nemotron_h.evaluation.long_context.texts import Texts
@@ -38,6 +39,7 @@ class Task:
         least: units of the smallest haystack, or a step where that is more.
         most: units beyond which there is nothing to add.
         published: RULER has it.
+        practice: makes documents to train on, where they are of another form.
     """
 
     make: Callable[[Request], Draft]
@@ -48,6 +50,7 @@ class Task:
     least: int = 0
     most: Callable[[Texts], int | None] = lambda texts: None
     published: bool = True
+    practice: Callable[[Request], Draft] | None = None
 
     def step_at(self, length: int) -> int:
         """Return the units by which a haystack of a length grows."""
@@ -76,7 +79,7 @@ TASKS = {
     "qa_2": Task(documents.hotpotqa, 32, PART, 10, 1, most=lambda texts: len(texts.hotpotqa.documents)),
     # ours: room for a number and the end of its line
     "needle": Task(needle_at_depth, 24, ALL, 1, 1, least=1, published=False),
-    "phonebook": Task(phonebook, 24, LINE, 1, 1, least=4, published=False),
+    "phonebook": Task(phonebook, 24, LINE, 1, 1, least=4, published=False, practice=phonebook_practice),
 }
 #: stands for all of its tasks
 RULER = "ruler"

@@ -33,7 +33,7 @@ def documents(
     Errors:
         UserError: see `Maker`.
     """
-    maker = Maker(task, length, f"{TRAIN} {seed}", texts, lambda prompt, prefix: size_of(prompt + prefix))
+    maker = Maker(task, length, seed, texts, lambda prompt, prefix: size_of(prompt + prefix), practice=True)
     rng = random.Random(f"{TRAIN} {seed} {task} sizes")
     for number in itertools.count():
         if not count:
