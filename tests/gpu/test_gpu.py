@@ -190,7 +190,7 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from nemotron_h.model import layers
-    from nemotron_h.model.megatron_layers import ScaledDotProductAttention
+    from nemotron_h.model.core_attention import ScaledDotProductAttention
 
     assert te.HAVE_TE, "Transformer Engine does not import"
 
@@ -271,7 +271,7 @@ def test_adapters_on_transformer_engine_equal_plain_layers() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from nemotron_h.model import adapters, init, layers
-    from nemotron_h.model.megatron_layers import ScaledDotProductAttention
+    from nemotron_h.model.core_attention import ScaledDotProductAttention
     from nemotron_h.schema.recipe import AdapterSchema
 
     def plain() -> Any:
@@ -336,7 +336,7 @@ def test_fused_mixer_equals_separate_kernels() -> None:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     from nemotron_h.model import layers
-    from nemotron_h.model.megatron_layers import ScaledDotProductAttention
+    from nemotron_h.model.core_attention import ScaledDotProductAttention
 
     def plain() -> Any:
         parts = layers.Parts(ColumnParallelLinear, RowParallelLinear, ScaledDotProductAttention, norm=layers.RMSNorm)

@@ -2,6 +2,7 @@
 
 Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
 or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass;
+`cp2` splits sequences, `packed-cp2` those of several documents of which not every token counts;
 `preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters; `tp2optmuon` trains the
 layers' matrices with Muon.
 """
@@ -9,6 +10,7 @@ layers' matrices with Muon.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
 from pathlib import Path
@@ -36,15 +38,17 @@ from process_groups import leave_model_parallel  # noqa: E402
 from nemotron_h.architecture.rank import Layout  # noqa: E402
 from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
+from nemotron_h.model.context_parallel import own_tokens  # noqa: E402
 from nemotron_h.model.expert_layers import routers  # noqa: E402
-from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.model.module import NemotronHConfig, data_step, forward_step  # noqa: E402
+from nemotron_h.model.token_loss import TokenLoss  # noqa: E402
 from nemotron_h.planning.memory import stage_memory  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
 from nemotron_h.training import muon, muon_parts  # noqa: E402
 from nemotron_h.training.callbacks.expert_load import balance  # noqa: E402
 from nemotron_h.training.qk_clip import largest_logit, of_attentions  # noqa: E402
-from nemotron_h.training.stages.preference.loss import PreferenceLoss  # noqa: E402
+from nemotron_h.training.stages.preference.loss import BATCH_KEYS, PreferenceLoss  # noqa: E402
 
 #: the hybrid and the pure patterns; 5, 6 and 3 layers, so that two stages are uneven or part a pair
 FAMILIES = {
@@ -93,6 +97,7 @@ FAMILIES = {
         "share_embeddings_and_output_weights": True,
     },
     "preference": {"hybrid_override_pattern": "M-M*-"},
+    "packed": {"hybrid_override_pattern": "M-M*-"},
     # as Puzzle makes them: every kind has a layer with a width of its own
     "linear": {
         "hybrid_override_pattern": "M-ML*-L",
@@ -128,8 +133,8 @@ LIMIT = 4.0
 
 def layout(name: str) -> dict[str, int | bool]:
     """`tp2sp` -> tensor 2, sequence parallel; `opt` is the distributed optimizer."""
-    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp|ep)(\d)", name)}
-    counts = {key: sizes.get(key, 1) for key in ("tp", "pp", "ep")}
+    sizes = {key: int(value) for key, value in re.findall(r"(tp|pp|dp|ep|cp)(\d)", name)}
+    counts = {key: sizes.get(key, 1) for key in ("tp", "pp", "ep", "cp")}
     return {**counts, "sp": "sp" in name, "opt": "opt" in name}
 
 
@@ -148,6 +153,30 @@ def pairs(step: int) -> list[dict[str, torch.Tensor]]:
         both = [[(a, b.astype(np.float32)) for a, b in sides[n : n + 2]] for n in (0, 2)]
         made.append(pair_window(both, rng.normal(-40, 4, (2, 2)), rng.normal(size=2), LENGTH, 0))
     return [{key: value.unsqueeze(0) for key, value in window.items()} for window in made]
+
+
+def documents(step: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of a step, a row each: documents begin anywhere, within a convolution's window of each other too,
+    and at the edge of ranks; not every token counts, in the last quarter of a row none.
+    """
+    rng, made = torch.Generator().manual_seed(step), []
+    for ids, starts in zip(batches(step).split(1), ((7, 8, 10, 23), (20,), (3, 30, 39), (10, 20, 21, 33)), strict=True):
+        seq_idx = torch.zeros(1, LENGTH, dtype=torch.int32)
+        for start in starts:
+            seq_idx[:, start:] += 1
+        mask = (torch.rand(1, LENGTH, generator=rng) < 0.7).float()
+        mask[:, LENGTH * 3 // 4 :] = 0
+        made.append({"tokens": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask, "seq_idx": seq_idx})
+    return [{**batch, "position_ids": batch["tokens"]} for batch in made]
+
+
+def windows(step: int) -> list[dict[str, torch.Tensor]]:
+    """`batches` as micro-batches of the data module, one document a row."""
+    ones = torch.ones(1, LENGTH)
+    return [
+        {"tokens": ids[:, :-1], "position_ids": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": ones}
+        for ids in batches(step).split(1)
+    ]
 
 
 def assemble(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -196,25 +225,11 @@ def randomize_adapters(module: torch.nn.Module) -> None:
                 init.fill(adapter.magnitude, f"{key}.magnitude", init.uniform(1.0, 3.0), 7, **split)
 
 
-def loss_of(mask_free_loss: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Mean over tokens of a micro-batch."""
-    loss = mask_free_loss.mean()
-    return loss, {"loss": loss.detach().clone()}  # megatron divides the loss in place
-
-
-def forward(iterator, model):
-    """Megatron's forward step function."""
-    tokens = next(iterator)
-    if isinstance(tokens, dict):
-        batch, reduction = tokens, PreferenceLoss("rpo_bwd_kl", 0.2, 1.0)
-        reduction.setup(batch)
-
-        def mean(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            total, count, _ = reduction(losses)
-            return loss_of(total / count)
-
-        return model(input_ids=batch["tokens"], labels=batch["labels"], seq_idx=batch["seq_idx"]), mean
-    return model(input_ids=tokens[:, :-1], labels=tokens[:, 1:]), loss_of
+def forward(reduction, iterator, model):
+    """Megatron's forward step function, its loss that of a training stage."""
+    batch = data_step(iter([next(iterator)]), BATCH_KEYS)
+    reduction.setup(batch)
+    return forward_step(model, batch), reduction
 
 
 def moments(optimizer: MegatronOptimizer) -> list[int]:
@@ -265,6 +280,23 @@ def sums_over_ranks(module: torch.nn.Module) -> int:
     return len(calls)
 
 
+def reach(module: torch.nn.Module) -> list[list[float]]:
+    """Largest gradient of the loss of each document of a row, row by row: at its own embeddings, and at the others'."""
+    group, found, embedded = parallel_state.get_context_parallel_group(), [], []
+    with contextlib.ExitStack() as stack:
+        stack.callback(module.embedding.register_forward_hook(lambda *args: embedded.append(args[-1])).remove)
+        for batch in documents(0):
+            for document in batch["seq_idx"].unique():
+                losses = forward_step(module, data_step(iter([batch])))
+                own = own_tokens(batch["seq_idx"] == document, group, 1)  # [1, s]
+                (gradient,) = torch.autograd.grad((losses * own).sum(), embedded.pop())  # [s, 1, h]
+                size = gradient.abs().amax(-1).t()
+                largest = torch.stack([(size * own).max(), (size * ~own).max()])
+                torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+                found.append(largest.tolist())
+    return found
+
+
 def train(name: str) -> dict[str, object]:
     """Losses of every step, gradients of the first, and final weights."""
     family = name.partition("-")[0] if "-" in name else "nemotron_h"
@@ -273,7 +305,11 @@ def train(name: str) -> dict[str, object]:
     targets = {"experts": TARGETS_OF_EXPERTS, "linear": [*TARGETS, "linear"]}.get(family, TARGETS)
     shape = layout(name)
     parallel_state.initialize_model_parallel(
-        shape["tp"], shape["pp"], expert_model_parallel_size=shape["ep"], expert_tensor_parallel_size=1
+        shape["tp"],
+        shape["pp"],
+        context_parallel_size=shape["cp"],
+        expert_model_parallel_size=shape["ep"],
+        expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(1)
     config = NemotronHConfig(
@@ -297,7 +333,9 @@ def train(name: str) -> dict[str, object]:
         pipeline_dtype=torch.float32,
         tensor_model_parallel_size=shape["tp"],
         pipeline_model_parallel_size=shape["pp"],
+        context_parallel_size=shape["cp"],
         expert_model_parallel_size=shape["ep"],
+        calculate_per_token_loss="sum" in name or family == "preference",
         sequence_parallel=shape["sp"],
         adapter=AdapterSchema(kind, 4, 8.0, 0.0, targets) if kind != "none" else None,
         **(RECOMPUTE if name.endswith("again") else {}),
@@ -315,8 +353,11 @@ def train(name: str) -> dict[str, object]:
     config.finalize_model_grads_func = finalize_model_grads
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     losses, gradients, sizes, logits = [], {}, [], []
+    reduction = PreferenceLoss("rpo_bwd_kl", 0.2, 1.0)
+    if family != "preference":
+        reduction = TokenLoss(config.calculate_per_token_loss)
     for step in range(STEPS):
-        whole = pairs(step) if family == "preference" else batches(step).split(1)
+        whole = {"preference": pairs, "packed": documents}.get(family, windows)(step)
         mine = whole[rank * BATCH // size : (rank + 1) * BATCH // size]
         model.zero_grad_buffer()
         optimizer.zero_grad()
@@ -325,7 +366,7 @@ def train(name: str) -> dict[str, object]:
         if clip is not None:
             clip.forget()
         out = get_forward_backward_func()(
-            forward_step_func=forward,
+            forward_step_func=functools.partial(forward, reduction),
             data_iterator=iter(mine),
             model=[model],
             num_microbatches=len(mine),
@@ -333,10 +374,7 @@ def train(name: str) -> dict[str, object]:
             micro_batch_size=1,
             forward_only=False,
         )
-        loss = torch.tensor(float(torch.stack([m["loss"] for m in out]).mean()) if out else 0.0)
-        if size > 1:
-            torch.distributed.all_reduce(loss, group=parallel_state.get_data_parallel_group())
-            loss /= size
+        loss = torch.tensor(float(reduction.reduce(out)) if out else 0.0)
         torch.distributed.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
         losses.append(float(loss))
         if step == 0 and not shape["opt"]:
@@ -358,6 +396,8 @@ def train(name: str) -> dict[str, object]:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
     result |= {"sizes": sizes, "logits": logits, "states": moments(optimizer), "planned": planned_moments(config, name)}
+    if family == "packed" and not shape["sp"]:
+        result["reach"] = reach(module)
     leave_model_parallel()
     return result
 

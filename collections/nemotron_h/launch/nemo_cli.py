@@ -141,7 +141,8 @@ def _executor(cluster: Any, task: nemo_run.Partial) -> nemo_run.Executor:
     if not settings.is_of_a_recipe(task):
         raise UserError(f"executor={cluster.kind} takes this project's recipes; for others use run.executor=NAME")
     trainer = task.trainer
-    check_split(fdl.build(task.model.config).definition(), trainer.strategy, trainer.devices * trainer.num_nodes)
+    config, ranks = fdl.build(task.model.config), trainer.devices * trainer.num_nodes
+    check_split(config.definition(), trainer.strategy, ranks, seq_length=config.seq_length)
     return fdl.build(executor(cluster, task, Path(task.log.explicit_log_dir).name))
 
 

@@ -67,11 +67,11 @@ class Router(TopKRouter):
 
         Where Megatron divides a step's gradients by what its loss counts, a micro-batch's balance loss has the weight
         of its share. megatron-core takes its positions for that, of which few may teach, and pairs are fewer still.
+        Elsewhere it averages over context-parallel ranks, each of which has a part of the loss of whole rows.
         """
         self.losses.append(aux_loss.detach() / aux_loss_coeff)
-        if self.calculate_per_token_loss:
-            aux_loss = aux_loss * self.loss_count
-        return MoEAuxLossAutoScaler.apply(activation, aux_loss)
+        weight = self.loss_count if self.calculate_per_token_loss else self.cp_group.size()
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * weight)
 
     def forget(self) -> None:
         """Begin the counts of a step."""

@@ -19,15 +19,13 @@ from torch import Tensor, nn
 from nemotron_h.architecture.definition import pipeline_layers
 from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.model.blocks.running import InitialWeights, Parts, Running, Surroundings
+from nemotron_h.model.core_attention import Documents, ScaledDotProductAttention, engine_attention
 from nemotron_h.model.megatron_layers import (
     CpuColumnParallelLinear,
     CpuDuplicatedLinear,
     CpuMatmul,
     CpuRowParallelLinear,
-    Documents,
     RMSNorm,
-    ScaledDotProductAttention,
-    engine_attention,
     has_kernels,
 )
 from nemotron_h.schema.nemo_names import MODEL
@@ -123,8 +121,8 @@ class NemotronHStack(MambaStack):
         Args:
             hidden_states: the embeddings; ignored on later pipeline stages, which read `input_tensor`.
             attention_mask: None; derived from `seq_idx`.
-            seq_idx: int32 [batch, sequence], the document of each token, or None for one document per row.
-            rotary_pos_emb: angles [sequence, 1, 1, channels] for the attention layers, or None.
+            seq_idx: int32 [batch, sequence], the document of each token of whole rows, or None for one per row.
+            rotary_pos_emb: angles [sequence, 1, 1, channels] of this context-parallel rank's tokens, or None.
             loss_count: as `NemotronHMegatronModel.forward`.
         """
         if not self.pre_process:

@@ -1,14 +1,6 @@
 """Megatron's layers as our stack uses them, over the plain operations of `nemotron_h.ops` where there is no GPU.
 
-Core attention is Transformer Engine's on a GPU, torch's fused kernel elsewhere. Each document of a packed row attends
-within itself, and no path forms a mask [sequence, sequence]: at 524,288 tokens it would be 256 GiB, and Transformer
-Engine's flash and cuDNN kernels ignore the one that `causal` attention is given.
-
-Axes: s position in a row, b row, t = b * s position in the batch (rows one behind the other), n position in a
-document, h query head, g group of key-value heads, d channel of a head.
-
-Per head, with the keys and values of its group (Ainslie et al. 2023, arXiv 2305.13245), over the positions j up to i of
-i's document: out_i = sum_j softmax_j(q_i.k_j / sqrt(d)) v_j
+Axes: s position in a row, b row, h query head, g group of key-value heads, d channel of a head.
 """
 
 from __future__ import annotations
@@ -20,9 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.extensions import transformer_engine as te
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -38,7 +28,6 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -46,6 +35,7 @@ from torch import Tensor, nn
 
 from nemotron_h.architecture.multipliers import ONES
 from nemotron_h.model.blocks.running import Parts
+from nemotron_h.model.core_attention import Documents
 from nemotron_h.ops import linear
 from nemotron_h.ops.activation import swiglu
 from nemotron_h.ops.embedding import lookup
@@ -347,116 +337,3 @@ class AccumulatingEmbedding(VocabParallelEmbedding):
             rows = rows.transpose(0, 1).contiguous()
             return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
         return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of packed rows, the rows one behind the other.
-
-    Attributes:
-        lengths: tokens of each, on the host.
-        offsets: int32, the first token of each on the device, and the end until their number is a power of two and
-            one: kernels are chosen, and built, by it.
-    """
-
-    lengths: tuple[int, ...]
-    offsets: Tensor
-
-    @classmethod
-    def of(cls, seq_idx: Tensor) -> Documents:
-        """Find where `seq_idx` [b, s] changes; a row's start begins a document too. Waits for the device once."""
-        first = torch.ones_like(seq_idx, dtype=torch.bool)
-        first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-        starts = first.flatten().cpu().nonzero().flatten()
-        ends = F.pad(starts[1:], (0, 1), value=seq_idx.numel())
-        empty = (1 << (len(starts) - 1).bit_length()) - len(starts)
-        offsets = F.pad(starts, (0, 1 + empty), value=seq_idx.numel()).int()
-        return cls(tuple((ends - starts).tolist()), offsets.to(seq_idx.device, non_blocking=True))
-
-
-def _rows_fused(x: Tensor) -> Tensor:
-    """Return [s, b, h, d] as [t, h, d]: a view for one row, else a copy."""
-    return x.transpose(0, 1).flatten(0, 1)
-
-
-def _rows_split(x: Tensor, rows: int) -> Tensor:
-    """Return [t, channels] as [s, b, channels], contiguous."""
-    return x.unflatten(0, (rows, -1)).transpose(0, 1).contiguous()
-
-
-class ScaledDotProductAttention(MegatronModule):
-    """Causal grouped-query attention by torch's fused kernel, which never forms the [sequence, sequence] scores.
-
-    megatron-core's own `DotProductAttention` does form them; Transformer Engine's needs a GPU.
-    """
-
-    def __init__(self, config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType, **_: object) -> None:
-        super().__init__(config)
-        self.layer_number = layer_number
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Documents | None, **_: object
-    ) -> Tensor:
-        """Attend within each document.
-
-        Args:
-            query: [s, b, h, d].
-            key, value: [s, b, g, d].
-            attention_mask: the documents of the rows, or None where each row is one.
-        Returns:
-            [s, b, h * d].
-        """
-        if attention_mask is None:
-            out = self._attend(*(x.permute(1, 2, 0, 3) for x in (query, key, value)))  # [b, h, s, d]
-            return out.permute(2, 0, 1, 3).flatten(2)
-        # One split over all documents: the gradient of a slice would be as long as the batch for each of them
-        parts = (_rows_fused(x).split(attention_mask.lengths) for x in (query, key, value))
-        outs = [
-            self._attend(*(x.transpose(0, 1).unsqueeze(0) for x in qkv))  # [1, h, n, d]
-            for qkv in zip(*parts, strict=True)
-        ]
-        fused = torch.cat([out.squeeze(0).transpose(0, 1).flatten(1) for out in outs])  # [t, h * d]
-        return _rows_split(fused, query.shape[1])
-
-    @staticmethod
-    def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend causally: q [b, h, s, d], k and v [b, g, s, d] to [b, h, s, d]."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[-3] != k.shape[-3])
-
-
-@functools.cache
-def engine_attention() -> type:
-    """Return the core attention on Transformer Engine's class, which exists only where that package imports."""
-
-    class EngineAttention(te.TEDotProductAttention):
-        """Transformer Engine's causal attention; documents go to its kernels as packed sequences (`thd`)."""
-
-        def forward(
-            self,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Documents | None,
-            attn_mask_type: AttnMaskType,
-            **_: object,
-        ) -> Tensor:
-            """Attend within each document; shapes as `ScaledDotProductAttention.forward`.
-
-            Errors:
-                ValueError: Transformer Engine has no kernel that keeps documents apart for these shapes.
-            """
-            if attention_mask is None:
-                return super().forward(query, key, value, None, attn_mask_type)
-            longest = max(attention_mask.lengths)
-            packed = PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=attention_mask.offsets,
-                cu_seqlens_kv=attention_mask.offsets,
-                max_seqlen_q=longest,
-                max_seqlen_kv=longest,
-            )
-            qkv = (_rows_fused(x) for x in (query, key, value))
-            out = super().forward(*qkv, None, attn_mask_type, packed_seq_params=packed)  # [t, h * d]
-            return _rows_split(out, query.shape[1])
-
-    return EngineAttention

@@ -33,6 +33,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint,
 from torch import Tensor, nn
 
 from nemotron_h.model import init
+from nemotron_h.model.context_parallel import HeadShare, channels, heads_for_tokens, tokens_for_heads
 from nemotron_h.ops.activation import gated_silu
 from nemotron_h.ops.scale import scale_sections
 from nemotron_h.ops.select import select_ops
@@ -107,7 +108,7 @@ class NemotronHMixer(MegatronModule):
         submodules: the classes of the two projections.
         d_model: width of the residual stream.
         layer_number: counted from 1 over the whole model.
-        pg_collection: process groups; `tp` is used.
+        pg_collection: process groups; `tp` and `cp` are used.
     """
 
     #: kept in float32 whatever the parameters' dtype: the scan's decays are exponentials of them
@@ -137,6 +138,7 @@ class NemotronHMixer(MegatronModule):
         self.groups_local = config.mamba_num_groups // tp_size
         self.inner_local = self.heads_local * self.head_dim
         self.inner = config.mamba_num_heads * self.head_dim
+        self.share = HeadShare.of(pg_collection.cp, self.heads_local, self.groups_local)
         state_local = self.groups_local * self.state_dim
         self.in_proj_sections = [self.inner_local, self.inner_local, state_local, state_local, self.heads_local]
         self.conv_sections = [self.inner_local, state_local, state_local]
@@ -188,6 +190,8 @@ class NemotronHMixer(MegatronModule):
         self.ops = select_ops()
         if self.ops.fused_mixer is not None:
             obstacle = fused_obstacle(conv_channels, sum(self.in_proj_sections))
+            if self.share is not None:
+                obstacle = "with context parallelism convolution and scan see other tokens than the norm"
             self.fused = not obstacle
             which = f"one by one: {obstacle}" if obstacle else "in one memory-saving kernel"
             _say_once(f"Mamba-2 convolution, scan and norm run {which}")
@@ -232,8 +236,8 @@ class NemotronHMixer(MegatronModule):
         """Mix along the sequence.
 
         Args:
-            hidden_states: [l, b, h] (sequence-parallel shard where that is on).
-            seq_idx: int32 [b, l], the document of each token; states start anew where it changes.
+            hidden_states: [l, b, h] (sequence-parallel shard where that is on), of this context-parallel rank.
+            seq_idx: int32 [b, l], the document of each token of whole rows; states start anew where it changes.
         Returns:
             the output in the input's shape, and the output projection's bias (None).
         """
@@ -264,27 +268,60 @@ class NemotronHMixer(MegatronModule):
     def _mix(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
         """Run convolution, scan and gated norm on z, x, B, C and dt side by side; return [b, l, inner]."""
         z, xbc, dt = projected.split([self.inner_local, sum(self.conv_sections), self.heads_local], dim=-1)
-        xbc = self.ops.conv1d(xbc, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx=seq_idx)
-        x, b, c = xbc.split(self.conv_sections, dim=-1)
-        y = self.ops.ssd(
-            x.unflatten(-1, (self.heads_local, self.head_dim)),  # [b, l, n, p]
-            dt,
-            -torch.exp(self.A_log),
-            b.unflatten(-1, (self.groups_local, self.state_dim)),  # [b, l, g, s]
-            c.unflatten(-1, (self.groups_local, self.state_dim)),
-            D=self.D,
-            dt_bias=self.dt_bias,
-            seq_idx=seq_idx,
-        )
+        y = (self._scan if self.share is None else self._exchanged_scan)(xbc, dt, seq_idx)
         if self.norm is None:
-            return gated_silu(z, y.flatten(-2))
+            return gated_silu(z, y)
         return self.ops.gated_rms_norm(
-            y.flatten(-2),
+            y,
             z,
             self.norm.weight,
             group_size=self.inner_local // self.groups_local,
             eps=self.config.layernorm_epsilon,
         )
+
+    def _exchanged_scan(self, xbc: Tensor, dt: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """Run `_scan` over whole rows of this context-parallel rank's heads; [b, t, ...] to [b, t, inner]."""
+        share = self.share
+        x, b, c = xbc.transpose(0, 1).split(self.conv_sections, dim=-1)  # [t, b, ...]
+        states = (share.copied(each, self.state_dim) for each in (b, c))
+        whole = tokens_for_heads([x, *states, dt.transpose(0, 1)], share.group).transpose(0, 1)  # [b, l, ...]
+        xbc, dt = whole.split([whole.shape[-1] - len(share.heads), len(share.heads)], dim=-1)
+        y = self._scan(xbc, dt, seq_idx)  # [b, l, inner / c]
+        return heads_for_tokens(y.transpose(0, 1), share.group).transpose(0, 1)
+
+    def _scan(self, xbc: Tensor, dt: Tensor, seq_idx: Tensor | None) -> Tensor:
+        """Run convolution and scan of this rank's heads on x, B and C side by side, and dt; return [b, l, inner]."""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        exponents, skips, biases = self.A_log, self.D, self.dt_bias
+        if self.share is not None:
+            weight, bias = (self._own_channels(each) for each in (weight, bias))
+            own = channels(self.share.heads, 1)
+            exponents, skips, biases = (each[own] for each in (exponents, skips, biases))
+        xbc = self.ops.conv1d(xbc, weight, bias, seq_idx=seq_idx)
+        inner = len(exponents) * self.head_dim
+        states = (xbc.shape[-1] - inner) // 2
+        x, b, c = xbc.split([inner, states, states], dim=-1)
+        y = self.ops.ssd(
+            x.unflatten(-1, (-1, self.head_dim)),  # [b, l, n, p]
+            dt,
+            -torch.exp(exponents),
+            b.unflatten(-1, (-1, self.state_dim)),  # [b, l, g, s]
+            c.unflatten(-1, (-1, self.state_dim)),
+            D=skips,
+            dt_bias=biases,
+            seq_idx=seq_idx,
+        )
+        return y.flatten(-2)
+
+    def _own_channels(self, x: Tensor) -> Tensor:
+        """Return the rows of the convolution's weight or bias that this context-parallel rank's heads have."""
+        parts = zip(
+            x.split(self.conv_sections),
+            (self.share.heads, self.share.groups, self.share.groups),
+            (self.head_dim, self.state_dim, self.state_dim),
+            strict=True,
+        )
+        return torch.cat([part[channels(share, width)] for part, share, width in parts])
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

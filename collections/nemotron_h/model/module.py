@@ -11,7 +11,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
 from nemo.collections.llm import MambaModel, SSMConfig
-from nemo.collections.llm.gpt.model.base import get_batch_on_this_cp_rank
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
 
@@ -23,11 +22,13 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, init
 from nemotron_h.model.blocks.running import InitialWeights
+from nemotron_h.model.context_parallel import own_tokens
 from nemotron_h.model.frozen import freeze
 from nemotron_h.model.gpu_options import gpu_option
 from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear
 from nemotron_h.model.stored_names import ask_for, other_names
+from nemotron_h.model.token_loss import TokenLoss
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import mask_padding, vocabulary_cross_entropy
 from nemotron_h.ops.rotary import rotary_frequencies
@@ -37,10 +38,12 @@ from nemotron_h.schema.recipe import AdapterSchema
 
 #: key of Transformer Engine's state of a layer, or of one of many matrices of a layer
 _EXTRA = re.compile(r"_extra_state\d*$")
+#: of a batch, values of each token, [batch, sequence, ...]; documents stay whole (`model/context_parallel.py`)
+_OF_TOKENS = ("tokens", "position_ids", "labels", "loss_mask", "teacher_values", "teacher_ids")
 
 
 def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str, Any]:
-    """Take the next micro-batch and keep what this pipeline stage needs.
+    """Take the next micro-batch and keep what this pipeline stage and context-parallel rank need.
 
     Args:
         last_stage: keys that the loss of a training stage reads, beside labels and their mask.
@@ -57,7 +60,9 @@ def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str,
     moved["sample_ids"] = batch.get("sample_ids")  # for callbacks, on the CPU
     # on all stages, as a whole number, which no cast to bfloat16 rounds
     moved["loss_count"] = batch.get("pairs", batch["loss_mask"]).sum().long().cuda(non_blocking=True)
-    return get_batch_on_this_cp_rank(moved)
+    group = parallel_state.get_context_parallel_group()
+    own = {key: own_tokens(moved[key], group, 1) for key in _OF_TOKENS if moved.get(key) is not None}
+    return {**moved, **own}
 
 
 def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -158,12 +163,12 @@ class NemotronHMegatronModel(MegatronMambaModel):
         """Embed, run the stack, and score.
 
         Args:
-            input_ids: int [batch, sequence].
+            input_ids: int [batch, sequence], this context-parallel rank's tokens.
             position_ids: unused. Most of the family has no positions (paper 2.1); rotary ones count from the row's
                 start even where `seq_idx` starts a document, because scores see differences of positions alone.
             attention_mask: must be None; attention is causal, within documents where `seq_idx` is given.
             labels: int [batch, sequence], or None for logits.
-            seq_idx: int32 [batch, sequence], the document of each token, or None.
+            seq_idx: int32 [batch, sequence], the document of each token of whole rows, or None.
             loss_count: tokens or pairs of the batch that the loss counts, int64: they weigh the balance of experts.
         Returns:
             losses [batch, sequence] with labels, logits [batch, sequence, vocabulary shard] without, hidden states
@@ -211,11 +216,14 @@ class NemotronHMegatronModel(MegatronMambaModel):
         return scaled(hidden, self.scales.head) if self.post_process else hidden
 
     def _rotary_angles(self, embedded: Tensor | None) -> Tensor | None:
-        """Return angles [sequence, 1, 1, channels] of the whole sequence; sequence parallelism shows a part of it."""
+        """Return angles [sequence, 1, 1, channels] of this context-parallel rank's tokens; sequence parallelism shows a
+        part of these.
+        """
         if self.position_embedding_type != "rope":
             return None
         length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config)
-        return self.rotary_pos_emb(length)
+        # of the whole sequence; what megatron-core takes of it by itself is in another order
+        return own_tokens(self.rotary_pos_emb(length, packed_seq=True), self.pg_collection.cp, 0)
 
     def initialize(self, seed: int) -> None:
         """Initialize every weight from (seed, its global name): the same model whatever the parallel layout."""
@@ -479,6 +487,20 @@ class NemotronHModel(MambaModel):
         if config.num_experts:
             found |= {f"experts.{key}": getattr(config, key) for key in ("balance_loss", "bias_update")}
         return found
+
+    @property
+    def training_loss_reduction(self) -> TokenLoss:
+        """Return the loss of a step."""
+        if self._training_loss_reduction is None:
+            self._training_loss_reduction = TokenLoss(self.config.calculate_per_token_loss)
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> TokenLoss:
+        """Return the loss of a validation's batches."""
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = TokenLoss(self.config.calculate_per_token_loss, validation_step=True)
+        return self._validation_loss_reduction
 
     def forward(self, input_ids: Tensor, **batch: Tensor | None) -> Tensor:  # type: ignore[override]
         """Run the Megatron module, as `NemotronHMegatronModel.forward`."""

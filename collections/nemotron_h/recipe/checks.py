@@ -8,6 +8,7 @@ import importlib
 
 from omegaconf import OmegaConf
 
+from nemotron_h.architecture.context import check_context_parallel
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.frozen import check_frozen
 from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
@@ -409,8 +410,17 @@ def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str)
         )
     if parallel.sequence:
         _divides("data.seq_length", data.seq_length, "parallel.tensor (parallel.sequence)", parallel.tensor, origin)
-    ranks, model_ranks = parallel.nodes * parallel.devices, parallel.tensor * parallel.pipeline
-    _divides("parallel.nodes * parallel.devices", ranks, "parallel.tensor * parallel.pipeline", model_ranks, origin)
+    check_context_parallel(
+        definition,
+        parallel.context,
+        origin,
+        tensor=parallel.tensor,
+        sequence=parallel.sequence,
+        seq_length=data.seq_length,
+    )
+    ranks, model_ranks = parallel.nodes * parallel.devices, parallel.tensor * parallel.pipeline * parallel.context
+    by = "parallel.tensor * parallel.pipeline" + (" * parallel.context" if parallel.context > 1 else "")
+    _divides("parallel.nodes * parallel.devices", ranks, by, model_ranks, origin)
     replicas = ranks // model_ranks
     _divides(
         "data.global_batch_size",

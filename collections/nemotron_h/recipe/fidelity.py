@@ -92,7 +92,7 @@ def derived(recipe: RecipeConfig) -> dict[str, Any]:
         "derived.layers": ", ".join(f"{definition.count(kind.letter)} {kind.title}" for kind in definition.kinds),
         "derived.num_layers": definition.num_layers,
         "derived.ranks": ranks,
-        "derived.data_parallel": ranks // (parallel.tensor * parallel.pipeline),
+        "derived.data_parallel": ranks // (parallel.tensor * parallel.pipeline * parallel.context),
         "derived.steps": horizon.steps,
         "derived.warmup_steps": horizon.step_at(count_of(recipe.optim.warmup_tokens, "optim.warmup_tokens", origin)),
         "derived.phase_switches": ", ".join(str(span.end_step) for span in phase_spans(phases, horizon)[:-1]),

@@ -72,6 +72,7 @@ SAME = {
     "trainer.plugins.fp8_backend": "precision_options.fp8_backend",
     "trainer.plugins.gradients": "optim.gradients",
     "trainer.plugins.name": "precision",
+    "trainer.strategy.context_parallel_size": "parallel.context",
     "trainer.strategy.distributed_optimizer": "parallel.distributed_optimizer",
     "trainer.strategy.expert_model_parallel_size": "parallel.expert",
     "trainer.strategy.pipeline_model_parallel_size": "parallel.pipeline",

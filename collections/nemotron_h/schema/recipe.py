@@ -201,14 +201,18 @@ class ParallelSchema:
     """Split of the model and the batch over ranks. Data parallel is what remains of nodes * devices.
 
     Attributes:
-        expert: ranks that the routed experts of a layer are split over. They lie over the tensor- and data-parallel
-            ranks of a pipeline stage, and no expert is split (megatron-core's `expert_tensor_parallel_size` 1).
+        context: ranks that the tokens of a sequence are split over; where a layer mixes tokens, these ranks split its
+            heads instead.
+        expert: ranks that the routed experts of a layer are split over. They lie over the tensor-, context- and
+            data-parallel ranks of a pipeline stage, and no expert is split (megatron-core's
+            `expert_tensor_parallel_size` 1).
     """
 
     nodes: int = number(1, least=1, most=2**20)
     devices: int = number(1, least=1, most=2**20)
     tensor: int = number(1, least=1, most=2**20)
     pipeline: int = number(1, least=1, most=2**20)
+    context: int = number(1, least=1, most=2**20)
     expert: int = number(1, least=1, most=2**20)
     sequence: bool = False
     distributed_optimizer: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from nemo import lightning as nl
 from nemo.utils.app_state import AppState
 
 from nemotron_h.architecture.adapters import check_adapter, trained_parameters
+from nemotron_h.architecture.context import check_context_parallel
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.frozen import check_frozen, frozen_parameters
 from nemotron_h.core import locks
@@ -40,7 +42,8 @@ def check_layout(trainer: Any, model: Any) -> None:
             a value that fits.
     """
     definition, adapter = model.config.definition(), model.config.adapter
-    check_split(definition, trainer.strategy, trainer.num_devices * trainer.num_nodes)
+    ranks = trainer.num_devices * trainer.num_nodes
+    check_split(definition, trainer.strategy, ranks, seq_length=model.config.seq_length)
     parameters, frozen = definition.parameters, 0
     if adapter is not None:
         stages = trainer.strategy.pipeline_model_parallel_size
@@ -64,11 +67,14 @@ def checkpoint_bytes(config: Any) -> int:
     return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 
-def check_split(definition: ModelDefinition, strategy: Any, ranks: int, beside: bool = False) -> None:
+def check_split(
+    definition: ModelDefinition, strategy: Any, ranks: int, beside: bool = False, seq_length: int | None = None
+) -> None:
     """Check model and parallel layout; `strategy` is the object or its configuration, so a login node can ask too.
 
     Args:
         beside: it is no trained model but one beside it, whose layout it need not use: a dense teacher of experts.
+        seq_length: tokens of a sequence; None where they have been asked about.
     Errors:
         UserError: the pattern breaks the family's rules, a dimension does not split, or the ranks do not divide; names
             the key and a value that fits.
@@ -78,19 +84,19 @@ def check_split(definition: ModelDefinition, strategy: Any, ranks: int, beside: 
     tensor, pipeline = strategy.tensor_model_parallel_size, strategy.pipeline_model_parallel_size
     definition.validate_tensor_parallel(tensor, origin)
     definition.validate_pipeline_parallel(pipeline, origin)
-    if strategy.context_parallel_size != 1:
+    context, sequence = strategy.context_parallel_size, strategy.sequence_parallel
+    check_context_parallel(definition, context, origin, tensor=tensor, sequence=sequence, seq_length=seq_length)
+    keys, sizes = ["parallel.tensor", "parallel.pipeline"], [tensor, pipeline]
+    if context > 1:
+        keys, sizes = [*keys, "parallel.context"], [*sizes, context]
+    if ranks % (needed := math.prod(sizes)):
         raise UserError(
-            f"trainer.strategy.context_parallel_size={strategy.context_parallel_size}",
-            hint="context parallelism is not supported; use tensor or pipeline parallelism",
-        )
-    if ranks % (tensor * pipeline):
-        raise UserError(
-            f"parallel.nodes * parallel.devices = {ranks} is not a multiple of parallel.tensor * parallel.pipeline = "
-            f"{tensor} * {pipeline}",
-            hint=f"give a multiple of {tensor * pipeline} ranks",
+            f"parallel.nodes * parallel.devices = {ranks} is not a multiple of {' * '.join(keys)} = "
+            f"{' * '.join(map(str, sizes))}",
+            hint=f"give a multiple of {needed} ranks",
         )
     check_trainable(definition, origin)
-    expert, sequence = strategy.expert_model_parallel_size, strategy.sequence_parallel
+    expert = strategy.expert_model_parallel_size
     if beside and not definition.has_experts:
         expert = 1
     check_expert_layout(definition, origin, expert=expert, tensor=tensor, sequence=sequence, ranks=ranks // pipeline)

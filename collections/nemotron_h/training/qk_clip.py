@@ -11,7 +11,7 @@ decides for all. The logits are computed once more beside the attention kernels,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor, nn
 
 from nemotron_h.architecture.blocks.block import Matrix
+from nemotron_h.model.context_parallel import channels
+from nemotron_h.model.core_attention import Documents
 from nemotron_h.ops.attention_logits import largest_logits
 
 
@@ -31,7 +33,7 @@ class QkClip:
         limit: largest logit that a step leaves alone.
     Attributes:
         largest: of the current step, float32 [groups of this rank] for each of `attentions`; -inf before its first
-            micro-batch. Of all data-parallel ranks once `agree` was called.
+            micro-batch. Of all data- and context-parallel ranks once `agree` was called.
         matrices: `linear_qkv.weight` -> its number among `attentions`.
     """
 
@@ -40,7 +42,7 @@ class QkClip:
         self.largest: list[Tensor] = []
         self.matrices = {each.linear_qkv.weight: number for number, each in enumerate(attentions)}
         for number, attention in enumerate(attentions):
-            attention.core_attention.register_forward_pre_hook(self._watch(number), with_kwargs=True)
+            attention.core_attention.watch = self._watch(number)
         self.forget()
 
     def forget(self) -> None:
@@ -50,18 +52,22 @@ class QkClip:
             for each in self.attentions
         ]
 
-    def _watch(self, number: int) -> Any:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _watch(self, number: int) -> Callable[[Tensor, Tensor, Documents | None], None]:
+        attention = self.attentions[number]
+        share = attention.core_attention.share
+        own = slice(None) if share is None else channels(share.groups, 1)
+
+        def watch(query: Tensor, key: Tensor, documents: Documents | None) -> None:
             # without gradients it is a validation, or a forward pass that the backward pass computes again
-            if module.training and torch.is_grad_enabled():
-                query, key, _, documents = args
+            if attention.training and torch.is_grad_enabled():
                 of_pass = largest_logits(query, key, None if documents is None else documents.lengths)
-                self.largest[number] = self.largest[number].maximum(of_pass)
+                largest = self.largest[number][own]
+                torch.maximum(largest, of_pass, out=largest)
 
         return watch
 
     def agree(self) -> None:
-        """Take the largest of all data-parallel ranks; they all call it."""
+        """Take the largest of all data- and context-parallel ranks; they all call it."""
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         if dist.get_world_size(group) > 1:
             joined = torch.cat(self.largest)

@@ -97,9 +97,9 @@ class NemotronHStrategy(nl.MegatronStrategy):
 
     Args:
         distributed_optimizer: shard the optimizer's state over data-parallel ranks.
-        overlap_grad_reduce: reduce gradients while the backward pass goes on; None does where several data-parallel
-            ranks have GPUs. Parameters are not gathered likewise: Megatron waits for one when the module that holds it
-            is called, and the Mamba-2 mixer reads its convolution and norm without calling them.
+        overlap_grad_reduce: reduce gradients while the backward pass goes on; None does where several data- or
+            context-parallel ranks have GPUs. Parameters are not gathered likewise: Megatron waits for one when the
+            module that holds it is called, and the Mamba-2 mixer reads its convolution and norm without calling them.
         pipeline_dtype: dtype between pipeline stages; None takes the precision plugin's.
         collective_timeout: `HH:MM:SS` after which a rank gives up waiting for another: that one is stopped or hangs.
             Ours: torch's default for NCCL; gloo and megatron-core would wait for 30 minutes.
@@ -171,7 +171,7 @@ class NemotronHStrategy(nl.MegatronStrategy):
             self.store = local_store(meeting.main_port, meeting.local_rank())
         super().setup_environment()
         overlap = self.overlap_grad_reduce
-        several = AppState().data_parallel_size > 1
+        several = AppState().data_parallel_size * self.context_parallel_size > 1
         self.ddp_config.overlap_grad_reduce = several and torch.cuda.is_available() if overlap is None else overlap
 
     def setup_distributed(self) -> None:

@@ -41,6 +41,7 @@ class Attention(Block):
     widths: ClassVar[tuple[str, ...]] = ("num_attention_heads", "num_query_groups", "head_dim")
     divides: ClassVar[tuple[tuple[str, str], ...]] = (("num_attention_heads", "num_query_groups"),)
     sharded: ClassVar[tuple[str, ...]] = ("num_query_groups", "num_attention_heads")
+    exchanges: ClassVar[tuple[tuple[str, str], ...]] = (("num_attention_heads", "num_query_groups"),)
     attends: ClassVar[bool] = True
     switches: ClassVar[tuple[str, ...]] = ("qkv_bias", "qk_norm")
     llama_cpp: ClassVar[Mapping[str, str]] = {

@@ -221,6 +221,8 @@ class Block:
         divides: pairs of keys of which the first is a multiple of the second.
         at_most: pairs of keys of which the first is no larger than the second.
         sharded: keys that tensor-parallel ranks split, the one that says most first.
+        exchanges: pairs of keys, heads and the groups that these share, of what mixes tokens: context-parallel ranks
+            exchange tokens for them. A kind without them sees each token alone.
         distributed: keys that expert-parallel ranks split.
         attends: attention's positions and documents matter to it.
         switches: keys of the model, true or false, that it has a part for.
@@ -237,6 +239,7 @@ class Block:
     divides: ClassVar[tuple[tuple[str, str], ...]] = ()
     at_most: ClassVar[tuple[tuple[str, str], ...]] = ()
     sharded: ClassVar[tuple[str, ...]] = ()
+    exchanges: ClassVar[tuple[tuple[str, str], ...]] = ()
     distributed: ClassVar[tuple[str, ...]] = ()
     attends: ClassVar[bool] = False
     switches: ClassVar[tuple[str, ...]] = ()

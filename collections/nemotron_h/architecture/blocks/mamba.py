@@ -49,6 +49,7 @@ class Mamba(Block):
     )
     divides: ClassVar[tuple[tuple[str, str], ...]] = (("mamba_num_heads", "mamba_num_groups"),)
     sharded: ClassVar[tuple[str, ...]] = ("mamba_num_groups", "mamba_num_heads")
+    exchanges: ClassVar[tuple[tuple[str, str], ...]] = (("mamba_num_heads", "mamba_num_groups"),)
     switches: ClassVar[tuple[str, ...]] = ("mamba_norm",)
     llama_cpp: ClassVar[Mapping[str, str]] = {
         "norm.weight": "attn_norm.weight",

@@ -45,6 +45,7 @@ class Parallel(Block):
     widths: ClassVar[tuple[str, ...]] = (*Mamba.widths, *Attention.widths)
     divides: ClassVar[tuple[tuple[str, str], ...]] = (*Mamba.divides, *Attention.divides)
     sharded: ClassVar[tuple[str, ...]] = (*Mamba.sharded, *Attention.sharded)
+    exchanges: ClassVar[tuple[tuple[str, str], ...]] = (*Mamba.exchanges, *Attention.exchanges)
     attends: ClassVar[bool] = True
     switches: ClassVar[tuple[str, ...]] = Mamba.switches
     lacks: ClassVar[tuple[str, ...]] = Attention.switches

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from nemotron_h.model.blocks.cpu_step import Residual
-    from nemotron_h.model.megatron_layers import Documents
+    from nemotron_h.model.core_attention import Documents
 
 #: cosines and sines of rotary positions, [positions, 1, 1, channels]
 Rotary = tuple[Tensor, Tensor]
@@ -70,8 +70,8 @@ class Surroundings:
     """Positions, documents and weight of a pass, which a layer gets beside its input in training.
 
     Attributes:
-        documents: of each row, for attention; None is one document a row.
-        seq_idx: int32 [b, l], the document of each token, or None.
+        documents: of each whole row, for attention; None is one document a row.
+        seq_idx: int32 [b, l], the document of each token of whole rows, or None.
         rotary: angles [l, 1, 1, channels], or None.
         loss_count: tokens or pairs that the loss of this micro-batch counts, int64, or None.
     """

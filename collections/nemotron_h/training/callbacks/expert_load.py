@@ -107,12 +107,12 @@ def balance(of: Sequence[Router], rate: float, layers: int) -> Tensor:
         sums = torch.cat(parts)
         dist.all_reduce(sums, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
         split = iter(sums.split([len(part) for part in parts]))
-        # tensor-parallel ranks have parts of a pass each
-        tensor = parallel_state.get_tensor_model_parallel_world_size()
+        # tensor- and context-parallel ranks have parts of a pass each
+        ranks = parallel_state.get_tensor_and_context_parallel_world_size()
         for router, counts, (losses, passes) in zip(of, split, split, strict=True):
             mean = counts.mean()
             router.expert_bias += (mean - counts).sign() * rate
             number = router.layer_number - 1
-            measured[0, number], measured[1, number] = counts.max() / mean, losses * tensor / passes.clamp(min=1)
+            measured[0, number], measured[1, number] = counts.max() / mean, losses * ranks / passes.clamp(min=1)
     dist.all_reduce(measured, group=parallel_state.get_pipeline_model_parallel_group())
     return measured

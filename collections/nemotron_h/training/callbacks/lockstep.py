@@ -33,7 +33,7 @@ class StepSeed(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
         """Seed for this step."""
         base = self.seed + trainer.global_step * _STRIDE
-        data_rank = parallel_state.get_data_parallel_rank()
+        data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
         megatron_random.get_cuda_rng_tracker().reset()
         megatron_random.model_parallel_cuda_manual_seed(base + 7 * data_rank)
         torch.manual_seed(base + 7 * data_rank)

@@ -205,11 +205,12 @@ class ProgressLine(ProgressBar):
         tokens = step * data.global_batch_size * data.seq_length
         verb = f"resumed at step {step:,} ({tokens:,} tokens)" if step else "started"
         parallel = trainer.strategy
-        experts = f", expert {parallel.expert_model_parallel_size}" if parallel.expert_model_parallel_size > 1 else ""
+        sizes = {"context": parallel.context_parallel_size, "expert": parallel.expert_model_parallel_size}
+        others = "".join(f", {name} {size}" for name, size in sizes.items() if size > 1)
         return (
             f"[bold]{verb}[/bold]; {trainer.max_steps:,} steps of {data.global_batch_size * data.seq_length:,} tokens, "
             f"{trainer.world_size} rank{'s' * (trainer.world_size > 1)} (tensor {parallel.tensor_model_parallel_size}, "
-            f"pipeline {parallel.pipeline_model_parallel_size}{experts}), "
+            f"pipeline {parallel.pipeline_model_parallel_size}{others}), "
             f"{getattr(trainer.precision_plugin, 'recipe', trainer.precision)}"  # Lightning knows FP8 as bf16-mixed
         )
 

@@ -135,6 +135,7 @@ def assemble(recipe: RecipeConfig, entry: Callable, data_module: type, **data_ar
                 NemotronHStrategy,
                 tensor_model_parallel_size=parallel.tensor,
                 pipeline_model_parallel_size=parallel.pipeline,
+                context_parallel_size=parallel.context,
                 expert_model_parallel_size=parallel.expert,
                 sequence_parallel=parallel.sequence,
                 distributed_optimizer=parallel.distributed_optimizer,

@@ -70,6 +70,11 @@ class Writing:
                 f"parallel.pipeline = {recipe.parallel.pipeline}: a cache is written by whole teachers",
                 hint="split it over tensor-parallel ranks: parallel.pipeline=1 parallel.tensor=8",
             )
+        if recipe.parallel.context > 1:
+            raise UserError(
+                f"parallel.context = {recipe.parallel.context}: a cache is written by teachers of whole sequences",
+                hint="split the teacher over tensor-parallel ranks: parallel.context=1 parallel.tensor=8",
+            )
         self.folder = Path(recipe.distill.teacher_logits).expanduser()
         task = stage.build(recipe)
         task.model.config.teacher_logits = None

@@ -37,6 +37,7 @@ from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, find_checkpoint, r
 from nemotron_h.core.errors import UserError
 from nemotron_h.model import init
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
+from nemotron_h.model.token_loss import over_all_tokens
 from nemotron_h.ops.distillation_loss import (
     HiddenTeacher,
     Objective,
@@ -325,7 +326,7 @@ class DistillationReduction(MegatronLossReduction):
     def forward(self, batch: dict[str, Any], forward_out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return loss, tokens, and the sums for `reduce`, of a micro-batch."""
         sums = forward_out.detach().clone()  # Megatron divides the loss in place
-        return forward_out[0].clone(), sums[1].to(torch.int), {"sums": sums}
+        return *over_all_tokens(forward_out[0].clone(), sums[1].to(torch.int), batch, per_token=False), {"sums": sums}
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Tensor]]) -> Tensor:
         """Average over the tokens of all micro-batches and data-parallel ranks."""

@@ -20,9 +20,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor
 
+from nemotron_h.model.context_parallel import own_tokens
 from nemotron_h.schema.recipe import DPO_LOSSES
 
 #: of a batch, beside labels and their mask
@@ -48,24 +50,29 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def answer_logprobs(losses: Tensor, loss_mask: Tensor, seq_idx: Tensor, slots: int) -> Tensor:
-    """Sum the log-probabilities of both answers of every pair of a micro-batch of windows.
+    """Sum the log-probabilities of both answers of every pair of a micro-batch of windows, over the tokens of all
+    context-parallel ranks: each gets the sums, and the gradients of its own tokens.
 
     Args:
-        losses: cross entropies of the tokens, [w, s].
+        losses: cross entropies of this rank's tokens, [w, s].
         loss_mask: [w, s], 1 in answers.
-        seq_idx: [w, s], the conversation of each position, ascending; pair n is 2 n and 2 n + 1.
+        seq_idx: the conversation of each position of whole windows, ascending; pair n is 2 n and 2 n + 1.
         slots: pairs of a window at most.
     Returns:
         float64 [w, m, 2]; slots without a pair hold 0. A conversation's tokens are added in one order, so a
         repeated step gives the same bits.
     """
-    windows, length = losses.shape
+    group = parallel_state.get_context_parallel_group()
+    seq_idx = own_tokens(seq_idx, group, 1)  # [w, s]
+    windows, length = len(losses), losses.shape[1] * group.size()
     # conversations of a window are numbered below s + 1: each window has so many places in the sums
     row = torch.arange(windows, device=losses.device).unsqueeze(1) * (length + 1)  # [w, 1]
     counts = torch.bincount((seq_idx + row).flatten(), minlength=windows * (length + 1))
     values = -(losses * loss_mask).double().flatten()
     sums = torch.segment_reduce(values, "sum", lengths=counts, unsafe=True)  # [w * (s + 1)]
-    return sums.view(windows, length + 1)[:, : 2 * slots].unflatten(1, (slots, 2))
+    sums = sums.view(windows, length + 1)[:, : 2 * slots].unflatten(1, (slots, 2))
+    # forward the sum, backward each rank's own; megatron-core adds what is not contiguous up in a copy that it drops
+    return reduce_from_tensor_model_parallel_region(sums.contiguous(), group)
 
 
 class PreferenceLoss(MegatronLossReduction):
@@ -102,6 +109,8 @@ class PreferenceLoss(MegatronLossReduction):
         with torch.no_grad():
             sums = [total, pairs, policy_gap.sum(), (policy_gap > 0).sum(), *logprobs.sum(0)]
             report = torch.stack([value.double() for value in sums]).detach()
+        # each context-parallel rank counts the pairs, and has the gradients of its own tokens
+        total = total * parallel_state.get_context_parallel_world_size()
         return total.to(forward_out.dtype), pairs.to(torch.int), {"sums": report}
 
     def reduce(self, losses_reduced_per_micro_batch: Sequence[dict[str, Tensor]]) -> Tensor:
