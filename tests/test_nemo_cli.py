@@ -273,7 +273,8 @@ DIFFERENT = {
     "nemotron_h_tiny/pretrain": (
         *("init_seed=5", "data.workers=3", "checkpoint.every_steps=7", "checkpoint.keep=9", "recompute.mamba=layer"),
         *("recompute.ffn=activation", "recompute.attention=layer", "init.checkpoint=there", "parallel.nodes=3"),
-        *("parallel.devices=4", "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"),
+        *("parallel.devices=8", "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"),
+        "parallel.context=2",
         *("data.global_batch_size=48", "precision=bf16", "optim.gradients=bf16"),
     ),
     "nemotron_h_56b/pretrain": ("precision_options.bf16_edge_layers=3", "precision_options.fp8_backend=emulate"),

@@ -60,6 +60,7 @@ class Case:
     micro_batches: int = 1
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
     expert: int = 1
     sequence: bool = False
     distributed_optimizer: bool = True
@@ -108,6 +109,7 @@ def training_step(case: Case) -> Callable[[], None]:
         pipeline_model_parallel_size=case.pipeline,
         expert_model_parallel_size=case.expert,
         sequence_parallel=case.sequence,
+        context_parallel_size=case.context,
     )
     if case.teacher:
         config = distillation(config, case.teacher)
@@ -144,7 +146,8 @@ def training_step(case: Case) -> Callable[[], None]:
         return model(input_ids=tokens[:, :-1], labels=labels, seq_idx=documents), mean_loss
 
     def step() -> None:
-        tokens = torch.randint(config.vocab_size, (case.micro_batches, case.micro_batch, case.seq_length + 1))
+        length = case.seq_length // case.context
+        tokens = torch.randint(config.vocab_size, (case.micro_batches, case.micro_batch, length + 1))
         model.zero_grad_buffer()
         optimizer.zero_grad()
         get_forward_backward_func()(
@@ -164,7 +167,11 @@ def training_step(case: Case) -> Callable[[], None]:
 def measure(case: Case) -> dict[str, Any]:
     """Train the case; bytes of this rank."""
     parallel_state.initialize_model_parallel(
-        case.tensor, case.pipeline, expert_model_parallel_size=case.expert, expert_tensor_parallel_size=1
+        case.tensor,
+        case.pipeline,
+        context_parallel_size=case.context,
+        expert_model_parallel_size=case.expert,
+        expert_tensor_parallel_size=1,
     )
     model_parallel_cuda_manual_seed(1)
     with live_bytes() as live:

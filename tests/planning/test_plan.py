@@ -191,10 +191,8 @@ def test_sweep_marks_the_fastest_that_fits_and_trains() -> None:
     chosen = best(rows)
     assert chosen is not None
     assert chosen.fits
-    assert chosen.layout.context == 1
     assert all(not row.fits or row.refused or row.tokens_per_second <= chosen.tokens_per_second for row in rows)
-    assert any(row.layout.context > 1 for row in rows)
-    assert all("context" in row.refused for row in rows if row.layout.context > 1)
+    assert any(row.layout.context > 1 and not row.refused for row in rows)
     own = [row for row in rows if row.layout == plan.layout]
     assert len(own) == 1
     assert own[0].tokens_per_second == pytest.approx(plan.schedule.tokens_per_second)

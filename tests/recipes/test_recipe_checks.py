@@ -183,6 +183,26 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         # layouts
         ("falcon_h1_7b", ["parallel.tensor=2"], ("parallel.tensor = 2", "mamba_num_groups = 1", "nearest: 1")),
         (LARGE, ["parallel.tensor=16"], ("parallel.tensor = 16", "mamba_num_groups = 8", "nearest: 8")),
+        (
+            LARGE,
+            ["parallel.context=8"],
+            (
+                "parallel.context = 8 does not split the heads",
+                "num_attention_heads / parallel.tensor = 4 with num_query_groups / parallel.tensor = 1",
+                "the largest is 4; sizes that fit: 1, 2, 4",
+            ),
+        ),
+        (
+            "nemotron_h_4b",
+            ["parallel.tensor=1", "parallel.sequence=false", "parallel.context=32"],
+            ("the largest is 16",),
+        ),
+        (LARGE, ["parallel.context=4", "data.seq_length=8200"], ("parallel.context * parallel.tensor = 32", "is 8192")),
+        (
+            LARGE,
+            ["parallel.context=2", "parallel.nodes=1"],
+            ("parallel.tensor * parallel.pipeline * parallel.context = 16", "the nearest is 16"),
+        ),
         (LARGE, ["parallel.pipeline=64"], ("parallel.pipeline = 64", "the 52 layers", "nearest: 52")),
         (LARGE, ["parallel.nodes=1", "parallel.devices=4"], ("nodes * parallel.devices = 4", "the nearest is 8")),
         (LARGE, ["data.seq_length=8190"], ("data.seq_length = 8190", "the nearest is 8192")),

@@ -31,7 +31,7 @@ NO_SOURCE = (
 )
 #: what is there where nothing is written
 LEFT_OUT = (
-    *(("model.mamba_norm", True), ("model.multipliers.rule", "none"), ("parallel.expert", 1)),
+    *(("model.mamba_norm", True), ("model.multipliers.rule", "none"), ("parallel.expert", 1), ("parallel.context", 1)),
     *(("optim.name", "adamw"), ("optim.momentum", 0.95), ("optim.newton_schulz", "simple")),
     ("data.phase_order", "blend"),
 )

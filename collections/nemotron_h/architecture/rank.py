@@ -25,7 +25,7 @@ class Layout:
     Attributes:
         tensor, pipeline, data: ranks per axis.
         expert: ranks, of the tensor-, context- and data-parallel ones of a stage, that routed experts are split over.
-        context: context-parallel ranks; planned only, training refuses more than 1.
+        context: context-parallel ranks, over which the tokens of a sequence are split.
         sequence: sequence parallelism over the tensor-parallel ranks.
         distributed_optimizer: the optimizer's state is sharded over `data`.
         seq_length, micro_batch: tokens per sequence, sequences per forward pass of one rank.

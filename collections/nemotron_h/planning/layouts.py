@@ -13,7 +13,8 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nemotron_h.architecture.adapters import check_adapter
-from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
+from nemotron_h.architecture.context import check_context_parallel, context_sizes
+from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict, stage_blocks
 from nemotron_h.architecture.frozen import frozen_parameters
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.architecture.rank import Layout
@@ -24,14 +25,14 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.hub import is_hub
 from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
-from nemotron_h.planning.memory import largest_stage
+from nemotron_h.planning.memory import WEIGHT_BYTES, largest_stage
 from nemotron_h.schema.nemo_names import recompute_fields
 from nemotron_h.schema.recipe import RECOMPUTE, ModelSchema, RecipeConfig, RecomputeSchema
 
 #: ours: share of the time that each doubling of tensor parallelism within a node costs (its collectives, and matmuls
 #: that get smaller)
 TENSOR_COST = 0.04
-#: ours: the same for context parallelism
+#: ours: the same for context parallelism; not measured
 CONTEXT_COST = 0.05
 #: ours: the same for expert parallelism, whose exchanges of tokens go over the ranks of a stage; not measured
 EXPERT_COST = 0.03
@@ -61,7 +62,7 @@ def _recomputed(layout: Layout, settings: dict[str, str]) -> tuple[str, Layout]:
 def layout_of(recipe: RecipeConfig) -> Layout:
     """Return the layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.recipe.checks`)."""
     parallel, data = recipe.parallel, recipe.data
-    replicas = parallel.nodes * parallel.devices // (parallel.tensor * parallel.pipeline)
+    replicas = parallel.nodes * parallel.devices // (parallel.tensor * parallel.pipeline * parallel.context)
     return Layout(
         seq_length=data.seq_length,
         micro_batch=data.micro_batch_size,
@@ -69,6 +70,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         micro_batches=data.global_batch_size // (replicas * data.micro_batch_size),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
+        context=parallel.context,
         data=replicas,
         expert=parallel.expert,
         sequence=parallel.sequence,
@@ -137,6 +139,25 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     return pipeline * tensor * context * expert * recompute
 
 
+def exchanged_bytes(definition: ModelDefinition, layout: Layout) -> int:
+    """Return the bytes that a rank sends to context-parallel ranks in a step, of the pipeline stage that sends most:
+    forward and backward, forward once more of layers that are recomputed, and of a teacher forward alone.
+    """
+
+    def values(model: ModelDefinition, stage: int, trained: bool) -> int:
+        passes = {block: 2 + (layout.recompute(block.name) == "layer") if trained else 1 for block in model.blocks}
+        blocks = stage_blocks(model, layout.pipeline, stage)
+        return sum(block.exchanged(layout.tensor, layout.context) * passes[block] for block in blocks)
+
+    per_token = max(
+        values(definition, stage, True) + (values(layout.teacher, stage, False) if layout.teacher else 0)
+        for stage in range(layout.pipeline)
+    )
+    tokens = layout.seq_length // layout.context * layout.micro_batch * layout.micro_batches
+    size = WEIGHT_BYTES[layout.base_precision]
+    return tokens * per_token * size * (layout.context - 1) // layout.context
+
+
 @dataclass(frozen=True)
 class Remedy:
     """A change that makes a layout fit: settings as a command line takes them, and the peak with them, in bytes."""
@@ -145,20 +166,13 @@ class Remedy:
     peak: int
 
 
-def _with_tensor(layout: Layout, size: int) -> Layout | None:
-    ranks = layout.ranks
-    replicas = ranks // (size * layout.pipeline)
-    return _spread(replace(layout, tensor=size, sequence=size > 1), layout, replicas, ranks)
-
-
-def _with_pipeline(layout: Layout, size: int) -> Layout | None:
-    ranks = layout.ranks
-    return _spread(replace(layout, pipeline=size), layout, ranks // (layout.tensor * size), ranks)
-
-
-def _spread(changed: Layout, before: Layout, replicas: int, ranks: int) -> Layout | None:
-    """Spread the batch over the data-parallel ranks of the changed layout, or return None where that cannot be."""
+def _spread(changed: Layout, before: Layout, ranks: int | None = None) -> Layout | None:
+    """Spread the batch over the data-parallel ranks of the changed layout, or return None where that cannot be; `ranks`
+    in all, None is as many as before.
+    """
+    ranks = ranks or before.ranks
     batch = before.micro_batch * before.micro_batches * before.data
+    replicas = ranks // (changed.tensor * changed.pipeline * changed.context)
     if replicas < 1 or replicas * changed.tensor * changed.pipeline * changed.context != ranks:
         return None
     if batch % (replicas * changed.micro_batch) or (changed.tensor * changed.context * replicas) % changed.expert:
@@ -177,6 +191,11 @@ def tensor_sizes(definition: ModelDefinition, largest: int) -> list[int]:
         if size <= largest:
             sizes.append(size)
     return sizes
+
+
+def _doublings(sizes: list[int]) -> list[int]:
+    """Return the powers of two among sizes, up to 64 (ours: that of the longest published run, Nemotron 3 Super's)."""
+    return [size for size in sizes if size in (1, 2, 4, 8, 16, 32, 64)]
 
 
 def expert_sizes(definition: ModelDefinition, ranks: int) -> list[int]:
@@ -200,7 +219,7 @@ def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iter
     if layout.tensor > 1 and not layout.sequence:
         yield [("parallel.sequence=true", replace(layout, sequence=True))]
     yield [
-        (f"parallel.tensor={n} parallel.sequence=true", _with_tensor(layout, n))
+        (f"parallel.tensor={n} parallel.sequence=true", _spread(replace(layout, tensor=n, sequence=True), layout))
         for n in tensor_sizes(definition, per_node)
         if n > layout.tensor
     ]
@@ -210,7 +229,12 @@ def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iter
         if n > layout.expert
     ]
     yield [
-        (f"parallel.pipeline={n}", _with_pipeline(layout, n))
+        (f"parallel.context={n}", _spread(replace(layout, context=n), layout))
+        for n in _doublings(context_sizes(definition, layout.tensor))
+        if n > layout.context
+    ]
+    yield [
+        (f"parallel.pipeline={n}", _spread(replace(layout, pipeline=n), layout))
         for n in (2, 4, 8, 16)
         if layout.pipeline < n <= definition.num_layers
     ]
@@ -228,12 +252,15 @@ def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iter
 
 def refusal(definition: ModelDefinition, layout: Layout) -> str:
     """Return the reason why training does not take the layout; empty where it does."""
-    if layout.context > 1:
-        return "planned only: training refuses context parallel"
+    for model in (definition, *([] if layout.teacher is None else [layout.teacher])):
+        try:
+            check_context_parallel(model, layout.context, "", tensor=layout.tensor, sequence=False)
+        except UserError:
+            return f"{model.name}'s heads do not split over context parallel {layout.context}"
     if definition.has_experts and layout.tensor > 1 and not layout.sequence:
         return "experts take tensor parallel with sequence parallel alone"
-    if layout.sequence and layout.seq_length % layout.tensor:
-        return f"{layout.seq_length} tokens do not split over {layout.tensor} ranks"
+    if layout.seq_length % (parts := layout.context * (layout.tensor if layout.sequence else 1)):
+        return f"{layout.seq_length} tokens do not split over {parts} ranks"
     try:
         check_adapter(layout.adapter, definition, "adapter", pipeline=layout.pipeline)
     except UserError:
@@ -316,14 +343,14 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
     sizes = set.intersection(*(set(tensor_sizes(model, gpu.per_node)) for model in models))
     choices = recompute_choices(definition)
     for tensor in sorted(sizes):
+        contexts = {layout.context, *_doublings(context_sizes(definition, tensor))}
         for pipeline in (n for n in (1, 2, 4, 8) if n <= min(model.num_layers for model in models)):
-            for context in (1, 2):
-                replicas = layout.ranks // (tensor * pipeline * context)
+            for context in sorted(contexts):
                 shape = replace(
                     layout, tensor=tensor, pipeline=pipeline, context=context, sequence=tensor > 1, expert=1
                 )
-                spread = _spread(shape, layout, replicas, layout.ranks)
-                if spread is None or layout.seq_length % context:
+                spread = _spread(shape, layout)
+                if spread is None:
                     continue
                 plain = replace(spread, **recompute_fields(RecomputeSchema()))
                 experts = expert_sizes(definition, layout.ranks // pipeline)
@@ -351,11 +378,17 @@ def fewest_gpus(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> int | 
     for gpus in (2**power for power in range((batch * 8 * max(sizes)).bit_length())):
         if least > gpus * gpu.memory:
             continue
-        for tensor in sizes:  # the most of them needs the least memory
-            for pipeline in (n for n in (8, 4, 2, 1) if n <= min(model.num_layers for model in models)):
-                shape = replace(recomputed, tensor=tensor, pipeline=pipeline, sequence=tensor > 1, expert=1)
-                spread = _spread(shape, replace(layout, context=1), gpus // (tensor * pipeline), gpus)
-                if spread is None or refusal(definition, spread):
+        # the most of them needs the least memory
+        for tensor, pipeline in itertools.product(sizes, (8, 4, 2, 1)):
+            for context in reversed(_doublings(context_sizes(definition, tensor))):
+                axes = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                shape = replace(recomputed, **axes, sequence=tensor > 1, expert=1)
+                spread = _spread(shape, layout, gpus)
+                if (
+                    spread is None
+                    or pipeline > min(model.num_layers for model in models)
+                    or refusal(definition, spread)
+                ):
                     continue
                 spread = replace(spread, expert=max(expert_sizes(definition, gpus // pipeline)))
                 if largest_stage(definition, spread).peak <= gpu.memory:

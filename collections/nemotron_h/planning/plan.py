@@ -19,7 +19,7 @@ from nemotron_h.data.phases import Horizon
 from nemotron_h.planning.flops import FlopsByPart, flops_per_token
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
-from nemotron_h.planning.layouts import Remedy, Row, layout_of, remedies, step_flops, sweep
+from nemotron_h.planning.layouts import Remedy, Row, exchanged_bytes, layout_of, remedies, step_flops, sweep
 from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memory
 from nemotron_h.planning.muon import MuonCost, muon_cost
 from nemotron_h.planning.saves import SaveCost, save_cost
@@ -93,6 +93,11 @@ class Plan:
         """Return True if the largest stage fits the GPU."""
         return self.largest.peak <= self.gpu.memory
 
+    @property
+    def exchanged(self) -> int:
+        """Return the bytes that a rank sends to context-parallel ranks in a step."""
+        return exchanged_bytes(self.definition, self.layout)
+
     def layers(self) -> dict[str, dict[str, int]]:
         """Return layer type -> number of layers and their parameters together."""
         blocks = self.definition.blocks
@@ -135,6 +140,7 @@ class Plan:
             "teacher": self._teacher(),
             "muon": None if self.muon is None else asdict(self.muon),
             "layout": {**asdict(replace(self.layout, teacher=None)), "ranks": self.layout.ranks},
+            "exchanged_bytes": self.exchanged,
             "gpu": asdict(self.gpu),
             "memory": {
                 "stages": [{**asdict(stage), "peak": stage.peak} for stage in self.stages],

@@ -138,9 +138,10 @@ def _show_gemms(plan: Plan, console: Console) -> None:
 def _show_memory(plan: Plan, console: Console) -> None:
     layout, largest = plan.layout, plan.largest
     experts = f", experts over {layout.expert}" if plan.definition.has_experts else ""
+    context = f"context {layout.context} x " if layout.context > 1 else ""
     words = (
         f"tensor {layout.tensor}{' with sequence parallel' if layout.sequence else ''} x pipeline {layout.pipeline} x "
-        f"data {layout.data} = {layout.ranks:,} GPUs{experts}, micro-batch {layout.micro_batch}, "
+        f"{context}data {layout.data} = {layout.ranks:,} GPUs{experts}, micro-batch {layout.micro_batch}, "
         f"{layout.micro_batches} per step"
     )
     shown = plan.stages if len(plan.stages) <= 4 else [largest]
@@ -150,6 +151,8 @@ def _show_memory(plan: Plan, console: Console) -> None:
     table.add_row("peak", *(gib(stage.peak) for stage in shown))
     table.add_row("  reached in", *(stage.at for stage in shown))
     console.print(table)
+    if layout.context > 1:
+        console.print(f"context-parallel ranks exchange {gib(plan.exchanged)} per GPU and step, sent by each")
     limit = plan.gpu.memory
     if plan.fits:
         console.print(f"[green]fits[/green] {plan.gpu.name}: {gib(limit)}, {gib(limit - largest.peak)} left\n")

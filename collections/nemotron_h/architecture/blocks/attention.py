@@ -17,6 +17,7 @@ from nemotron_h.architecture.blocks.block import (
     Matrix,
     Operation,
     Tensors,
+    copies,
     input_norm,
     stays,
 )
@@ -122,6 +123,10 @@ class Attention(Block):
         yield Operation("attention_core", 4 * self.queries * (seq_length + 1) / 2, of_activations=True)
         yield projection
 
+    def exchanged(self, tensor: int, context: int) -> int:
+        """Return those of queries, keys and values, and of the attention's output."""
+        return 2 * (self.queries + self.keys * copies(self.num_query_groups, tensor, context)) // tensor
+
     def states(self, context: int) -> dict[str, int]:
         """Return keys and values."""
         return {"kv_cache": context * 2 * self.keys}
@@ -139,7 +144,12 @@ class Attention(Block):
         elif fp8:
             kept += rank.saved_input(projection, out, True)
         rows_copied = layout.documents and layout.micro_batch > 1
-        if rank.cpu and not rows_copied:
+        exchanged = layout.context > 1
+        if exchanged:
+            # of whole rows, keys and values of several ranks' heads too; the output in the order of tokens beside
+            kv = kv * copies(self.num_query_groups, t, layout.context)
+            kept += q + kv + (0 if layout.frozen else out)
+        elif rank.cpu and not rows_copied:
             # keys and values are views of the projection's output; queries are copied unless there is one group
             kept += q + kv + (q if self.num_query_groups // t > 1 or self.rotary_dim else 0)
             kept += kv // 2 if self.rotary_dim else 0
@@ -151,7 +161,7 @@ class Attention(Block):
             if not rank.cpu:
                 kept += q + kv // 2
             else:
-                kept += (q if self.num_query_groups // t > 1 else 0) + (q + kv if rows_copied else 0)
+                kept += (q if self.num_query_groups // t > 1 else 0) + (q + kv if rows_copied or exchanged else 0)
         if rows_copied or (rank.cpu and layout.documents):
             kept += out  # of all documents, beside what the kernel keeps: concatenated, or in the order of the rows
         project = rank.gathered + out + rank.weight(projection)

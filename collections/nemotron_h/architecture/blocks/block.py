@@ -303,6 +303,10 @@ class Block:
         for matrix in self.matrices():
             yield Operation(matrix.part, 2 * matrix.size, matrix)
 
+    def exchanged(self, tensor: int, context: int) -> int:
+        """Return the values of a token that a rank of `tensor` exchanges with `context` ranks in a forward pass."""
+        return 0
+
     def states(self, context: int) -> dict[str, int]:
         """Return the values that a sequence of `context` tokens keeps, by part of `planning.inference`."""
         return {}
@@ -379,6 +383,11 @@ class Block:
             hidden: channels of the residual stream that stay.
         """
         raise NotImplementedError
+
+
+def copies(groups: int, tensor: int, context: int) -> int:
+    """Return the context-parallel ranks that get the same of a tensor-parallel rank's groups."""
+    return max(context // (groups // tensor), 1)
 
 
 def stays(indices: Indices, size: int) -> Indices | None:

@@ -20,6 +20,7 @@ from nemotron_h.architecture.blocks.block import (
     Operation,
     Shape,
     Tensors,
+    copies,
     input_norm,
     stays,
 )
@@ -141,6 +142,17 @@ class Mamba(Block):
         yield Operation("ssd", self.scan_flops(min(chunk, seq_length)), of_activations=True)
         yield out_proj
 
+    def exchanged(self, tensor: int, context: int) -> int:
+        """Return those of x, B, C and dt, and of the scan's output."""
+        return (self._exchanged_inputs(tensor, context) + self.d_inner) // tensor
+
+    def _exchanged_inputs(self, tensor: int, context: int) -> int:
+        return self._scanned(tensor, context) + self.mamba_num_heads
+
+    def _scanned(self, tensor: int, context: int) -> int:
+        """Return the channels of x, B and C of all context-parallel ranks together, which may share groups."""
+        return self.d_inner + 2 * self.group_states * copies(self.mamba_num_groups, tensor, context)
+
     def states(self, context: int) -> dict[str, int]:
         """Return the scan's state and the last inputs of the convolution, whatever the context."""
         return {
@@ -151,7 +163,9 @@ class Mamba(Block):
     def memory(self, rank: Rank, fp8: bool) -> LayerMemory:
         """Return what training keeps and allocates."""
         in_proj, out_proj = self.matrices()
-        projected, conv, inner = rank.act(self.in_proj_size), rank.act(self.conv_channels), rank.act(self.d_inner)
+        split = rank.layout.tensor, rank.layout.context
+        projected, conv, inner = rank.act(self.in_proj_size), rank.act(self._scanned(*split)), rank.act(self.d_inner)
+        whole_rows = rank.act(self._exchanged_inputs(*split)) if rank.layout.context > 1 else 0
         rows = rank.tokens * self.mamba_num_groups // rank.layout.tensor * 4 if self.mamba_norm else 0
         out = rank.saved_input(out_proj, inner, fp8)
         out_weight = rank.gathered + inner + rank.weight(out_proj)
@@ -168,7 +182,7 @@ class Mamba(Block):
             # of the chunks and their gradients in float32 and bfloat16; C B^T and its gradient; step sizes, decays
             kernel = 2 * conv + projected + 2 * inner + 8 * states + 2 * gram + 6 * steps - out
         else:
-            kept = base + conv + (self._segment_starts(rank) if rank.cpu else 2 * rows)
+            kept = base + conv + whole_rows + (self._segment_starts(rank) if rank.cpu else 2 * rows)
             # the norm (gradients of its output, of y and of z), the scan (of z, y, x, B and C), the split of x, B, C
             scan = 2 * inner + conv + (self._scan_scratch(rank) if rank.cpu else 0)
             kernel = max(3 * inner - out, scan - out - inner, inner + 2 * conv - out - inner)
@@ -182,31 +196,32 @@ class Mamba(Block):
         return LayerMemory(kept, rank.residual + max(out_weight, kernel, fuse, project))
 
     def fused(self, rank: Rank) -> bool:
-        """Tell whether mamba-ssm's fused kernel takes this rank's widths (`nemotron_h.model.mixer.fused_obstacle`)."""
+        """Tell whether mamba-ssm's fused kernel runs: it takes this rank's widths (`nemotron_h.model.mixer`)."""
         t = rank.layout.tensor
-        return not rank.cpu and not (
+        return not (rank.cpu or rank.layout.context > 1) and not (
             self.conv_channels // t % FUSED_ALIGNMENT or self.in_proj_size // t % FUSED_ALIGNMENT
         )
 
     def _chunk_states(self, rank: Rank) -> int:
         """Return the elements of the states at the edges of a scan's chunks."""
         layout = rank.layout
-        chunks = layout.micro_batch * math.ceil(layout.seq_length // layout.context / KERNEL_CHUNK)
-        return chunks * self.d_inner // layout.tensor * self.mamba_state_dim
+        chunks = layout.micro_batch * math.ceil(layout.seq_length / KERNEL_CHUNK)
+        return chunks * self.d_inner // layout.tensor // layout.context * self.mamba_state_dim
 
     def _segment(self, rank: Rank) -> tuple[int, int]:
         """Return tokens of a segment of our scan, and of its chunks (ops/ssd.py)."""
         chunk = min(CPU_CHUNK, rank.layout.seq_length)
-        heads = self.mamba_num_heads // rank.layout.tensor
+        heads = self.mamba_num_heads // rank.layout.tensor // rank.layout.context
         tokens = max(CPU_SEGMENT_ELEMENTS // (heads * chunk), chunk)
         return max(tokens // chunk, 1) * chunk, chunk
 
     def _scan_scratch(self, rank: Rank) -> int:
         """Return bytes of the buffers of our scan's backward, which do not grow with the sequence (ops/ssd.py)."""
-        t = rank.layout.tensor
+        t, context = rank.layout.tensor, rank.layout.context
         step, chunk = self._segment(rank)
-        tokens = min(step, rank.tokens)
-        inner, heads, width = self.d_inner // t, self.mamba_num_heads // t, self.group_states // t
+        tokens = min(step, rank.tokens * context)
+        inner, heads = self.d_inner // t // context, self.mamba_num_heads // t // context
+        width = self.group_states * copies(self.mamba_num_groups, t, context) // t // context
         states = 2 * math.ceil(tokens / chunk + 1) * inner * self.mamba_state_dim
         return 4 * (tokens * (3 * heads * chunk + 9 * inner + 5 * width) + states)
 
@@ -215,7 +230,8 @@ class Mamba(Block):
         length = rank.layout.seq_length
         step, chunk = self._segment(rank)
         segments = math.ceil((length - length % chunk) / step) + (1 if length % chunk else 0)
-        return rank.layout.micro_batch * segments * self.d_inner // rank.layout.tensor * self.mamba_state_dim * 4
+        inner = self.d_inner // rank.layout.tensor // rank.layout.context
+        return rank.layout.micro_batch * segments * inner * self.mamba_state_dim * 4
 
     def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:
         """Yield norm, projection in, convolution, scan, gated norm, projection out."""

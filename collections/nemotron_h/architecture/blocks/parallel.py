@@ -104,6 +104,10 @@ class Parallel(Block):
         yield from self.mamba.operations(seq_length, chunk)
         yield from self.attention.operations(seq_length, chunk)
 
+    def exchanged(self, tensor: int, context: int) -> int:
+        """Return those of both branches."""
+        return self.mamba.exchanged(tensor, context) + self.attention.exchanged(tensor, context)
+
     def states(self, context: int) -> dict[str, int]:
         """Return the mixer's states, and keys and values."""
         return {**self.mamba.states(context), **self.attention.states(context)}
