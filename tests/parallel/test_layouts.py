@@ -29,8 +29,14 @@ LINEAR = ("linear-tp2spagain", "lineardora-tp2sp")
 SHARED_ADAPTERS = tuple(name for name in EXPERT_ADAPTERS if name.endswith("opt"))
 KINDS = ("mamba2", "preference", "lora", "dora", "expertslora", "expertsdora", "linear", "lineardora")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
+#: sequences that ranks split; with four, two of them share each group of Mamba-2, and keys and values
+CONTEXT = (
+    *("cp2again", "packed-cp2", "packed-cp2sum", "preference-cp2", "lora-cp2", "llama-cp2again", "falcon_h1-cp2"),
+    *("experts-cp2", "experts-cp2ep2opt"),
+)
+CONTEXT_OF_FOUR = ("packed-cp4", "packed-cp2tp2", "cp2tp2sp", "cp2pp2", "packed-dp2cp2sum")
 MUON = (
-    *(f"{layout}optmuon" for layout in ("dp2", "tp2sp", "pp2")),
+    *(f"{layout}optmuon" for layout in ("dp2", "tp2sp", "pp2", "cp2")),
     "experts-ep2optmuon",
     "experts-tp2spoptmuon",
     "falcon_h1-tp2optmuon",
@@ -59,14 +65,27 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
                     *(f"{family}-one" for family in (*KINDS, "falcon_h1", "falconlora", "llama", "experts")),
                 ),
                 *("oneoptmuon", "experts-oneoptmuon", "falcon_h1-oneoptmuon", "linear-oneoptmuon"),
+                *("packed-one", "packed-onesum"),
             ),
         ),
         **launch(
             2,
             folder / "two.pt",
-            (*TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *LLAMA, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR, *MUON),
+            (
+                *TWO_RANKS,
+                *PURE,
+                *PAIRS,
+                *ADAPTED,
+                *FALCON,
+                *LLAMA,
+                *EXPERTS,
+                *EXPERT_ADAPTERS,
+                *LINEAR,
+                *MUON,
+                *CONTEXT,
+            ),
         ),
-        **launch(4, folder / "four.pt", (*FOUR_RANKS, *MUON_OF_FOUR)),
+        **launch(4, folder / "four.pt", (*FOUR_RANKS, *MUON_OF_FOUR, *CONTEXT_OF_FOUR)),
     }
 
 
@@ -97,6 +116,31 @@ def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
             # branches are summed in another order than by one rank: Adam makes steps of gradients that round to about 0
             least = 1e-3 if (family, kind) == ("falcon_h1-", "weights") else 1e-4
             assert relative(other[kind][key], value) < least, f"{kind} {key}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CONTEXT, *CONTEXT_OF_FOUR])
+def test_ranks_that_split_sequences_equal_one(results: dict[str, dict], name: str) -> None:
+    family = name.partition("-")[0] + "-" if "-" in name else ""
+    one, other = results[f"{family}one{'sum' if name.endswith('sum') else ''}"], results[name]
+    assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert one["losses"][0] != one["losses"][2], "the model did not train"
+    if "opt" not in name:
+        assert other["gradients"].keys() == one["gradients"].keys()
+    for kind, least in (("gradients", 1e-5), ("weights", 1e-4)):
+        for key, value in other[kind].items():
+            assert not torch.isnan(value).any(), f"{kind} {key} has parts that no rank holds"
+            assert relative(value, one[kind][key]) < least, f"{kind} {key}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["packed-one", "packed-cp2", "packed-cp4", "packed-cp2tp2"])
+def test_no_document_of_a_row_reaches_another(results: dict[str, dict], name: str) -> None:
+    """Not by one bit, whether ranks split it, it begins where one does, or within a convolution's window."""
+    reach = results[name]["reach"]
+    assert len(reach) == 5 + 2 + 4 + 5
+    assert all(own > 0 for own, _ in reach)
+    assert all(others == 0 for _, others in reach)
 
 
 @pytest.mark.slow

@@ -396,7 +396,7 @@ def train(name: str) -> dict[str, object]:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
     result |= {"sizes": sizes, "logits": logits, "states": moments(optimizer), "planned": planned_moments(config, name)}
-    if family == "packed" and not shape["sp"]:
+    if family == "packed" and shape["pp"] == 1 and not shape["sp"]:
         result["reach"] = reach(module)
     leave_model_parallel()
     return result

@@ -62,12 +62,19 @@ def test_the_checkpoint_is_an_ordinary_one(distilled: Small) -> None:
     assert not [name for name in held if "teacher" in name]
 
 
-def test_tensor_parallel(distilled: Small) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=true"),
+        ("trainer.strategy.context_parallel_size=2",),
+    ],
+    ids=["tensor", "context"],
+)
+def test_ranks_that_split_both_models(distilled: Small, settings: tuple[str, ...], request) -> None:
     """bfloat16 sums in another order, so close and not equal; a teacher that is cut wrongly is far off."""
-    settings = ["trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=true"]
-    settings.append("trainer.devices=2")
-    distilled.train("kd_tensor", *settings, ranks=2, recipe=distill_recipe(distilled, "kd_tensor"))
-    for ours, single in zip(losses(distilled, "kd_tensor"), losses(distilled, "kd"), strict=True):
+    name = f"kd_{request.node.callspec.id}"
+    distilled.train(name, *settings, "trainer.devices=2", ranks=2, recipe=distill_recipe(distilled, name))
+    for ours, single in zip(losses(distilled, name), losses(distilled, "kd"), strict=True):
         assert ours == pytest.approx(single, rel=0.01)
 
 

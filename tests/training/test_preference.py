@@ -106,7 +106,7 @@ def test_dpo_of_mean_log_probs(paired: Small, dpo) -> None:
     assert record["metrics"]["reward_margin"] == float.fromhex(means[3]["margin"])
 
 
-def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Small, dpo) -> None:
+def test_ranks_are_one_and_a_damaged_cache_is_not_used(paired: Small, dpo) -> None:
     fp32 = "trainer.max_steps=3", "trainer.plugins.name=fp32", "trainer.limit_val_batches=1"
     before = set(cached(paired))
     out = paired.train("rpo", *fp32, recipe=preference_recipe(paired, "rpo", "rpo_bwd_kl"))
@@ -114,19 +114,20 @@ def test_two_pipeline_stages_are_one_and_a_damaged_cache_is_not_used(paired: Sma
     (file,) = set(cached(paired)) - before
     with np.load(file) as content:
         arrays = {name: content[name] for name in content.files}
-    np.savez(file, **{**arrays, "train/pairs": arrays["train/pairs"] + 1})
-    layout = "trainer.devices=2", "trainer.strategy.pipeline_model_parallel_size=2"
-    recipe = preference_recipe(paired, "rpo_pp2", "rpo_bwd_kl")
-    out = paired.train("rpo_pp2", *fp32, *layout, ranks=2, recipe=recipe)
-    assert "changed since it was written; computing them anew" in " ".join(out.stdout.split())
-    with np.load(file) as content:
-        for split in ("train/pairs", "validation/pairs"):
-            np.testing.assert_allclose(content[split], arrays[split], rtol=1e-5)
-    one, two = paired.steps("rpo"), paired.steps("rpo_pp2")
-    for step in (1, 2, 3):
-        for key in ("loss", "margin", "grad_norm"):
-            expected = pytest.approx(float.fromhex(one[step][key]), rel=1e-4, abs=1e-5)
-            assert float.fromhex(two[step][key]) == expected, (step, key)
+    one = paired.steps("rpo")
+    for axis in ("pipeline_model", "context"):
+        np.savez(file, **{**arrays, "train/pairs": arrays["train/pairs"] + 1})
+        name, layout = f"rpo_{axis}", ("trainer.devices=2", f"trainer.strategy.{axis}_parallel_size=2")
+        out = paired.train(name, *fp32, *layout, ranks=2, recipe=preference_recipe(paired, name, "rpo_bwd_kl"))
+        assert "changed since it was written; computing them anew" in " ".join(out.stdout.split())
+        with np.load(file) as content:
+            for split in ("train/pairs", "validation/pairs"):
+                np.testing.assert_allclose(content[split], arrays[split], rtol=1e-5)
+        two = paired.steps(name)
+        for step in (1, 2, 3):
+            for key in ("loss", "margin", "grad_norm"):
+                expected = pytest.approx(float.fromhex(one[step][key]), rel=1e-4, abs=1e-5)
+                assert float.fromhex(two[step][key]) == expected, (axis, step, key)
     assert float.fromhex(one[1]["margin"]) == 0
     assert float.fromhex(one[3]["margin"]) > 0.05
     assert float.fromhex(one[3]["loss"]) < float.fromhex(one[1]["loss"])

@@ -54,6 +54,23 @@ def test_straight_equals_killed_and_resumed(talk: Small) -> None:
     assert found >= 10
 
 
+def test_two_ranks_that_split_windows_are_one(talk: Small) -> None:
+    """Conversations lie across both ranks, and the ranks have different numbers of tokens to learn."""
+    fp32 = "trainer.plugins.name=fp32", "trainer.max_steps=3"
+    layout = "trainer.devices=2", "trainer.strategy.context_parallel_size=2"
+    talk.train("sft_one", *fp32, recipe=sft_recipe(talk, "sft_one"))
+    talk.train("sft_context", *fp32, *layout, ranks=2, recipe=sft_recipe(talk, "sft_context"))
+    one, two = talk.steps("sft_one"), talk.steps("sft_context")
+    assert [step["samples"] for step in two.values()] == [step["samples"] for step in one.values()]
+    for step in (1, 2, 3):
+        for key in ("loss", "grad_norm"):
+            assert float.fromhex(two[step][key]) == pytest.approx(float.fromhex(one[step][key]), rel=1e-4), (step, key)
+    record = json.loads((talk.run_dir("sft_context") / "run.json").read_text())
+    assert record["layout"]["context"] == 2
+    alone = json.loads((talk.run_dir("sft_one") / "run.json").read_text())
+    assert record["metrics"]["val_loss"] == pytest.approx(alone["metrics"]["val_loss"], rel=1e-4)
+
+
 def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
     """The tensors of a run's newest checkpoint, read without megatron-core."""
     from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint

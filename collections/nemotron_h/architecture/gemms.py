@@ -137,6 +137,7 @@ def check_gemms(
     micro_batch_size: int,
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
+    context_parallel: int = 1,
     bf16_edge_layers: int = 2,
     origin: str = "",
 ) -> None:
@@ -146,6 +147,7 @@ def check_gemms(
         definition, precision, tensor_parallel, bf16_edge_layers: as `gemm_table`.
         seq_length, micro_batch_size: of the data.
         sequence_parallel: the ranks of a tensor-parallel group share each sequence.
+        context_parallel: ranks that share it beyond.
         origin: the recipe or file to name in an error.
     Errors:
         UserError: names the key, and the nearest value that fits.
@@ -167,7 +169,8 @@ def check_gemms(
             f"{definition.num_layers} layers of {definition.name} to {precision}",
             hint=f"set it to {(definition.num_layers - 1) // 2} or less, or precision: bf16",
         )
-    _check_tokens(precision, seq_length, micro_batch_size, tensor_parallel if sequence_parallel else 1, where)
+    gathered = tensor_parallel if sequence_parallel else 1
+    _check_tokens(precision, seq_length, micro_batch_size, gathered, context_parallel, where)
     for gemm in rows:
         for width, key in zip((gemm.k, gemm.n), gemm.keys, strict=True):
             if width % MULTIPLE:
@@ -179,11 +182,18 @@ def check_gemms(
                 )
 
 
-def _check_tokens(precision: str, seq_length: int, micro_batch_size: int, shares: int, where: str) -> None:
-    """Check that one rank's tokens of a micro-batch are a multiple of what FP8 needs."""
-    multiple = MULTIPLE * shares
-    if shares > 1 and precision == "fp8_blockwise":
-        multiple = BLOCK * shares  # Transformer Engine gathers whole blocks only
+def _check_tokens(
+    precision: str, seq_length: int, micro_batch_size: int, gathered: int, context: int, where: str
+) -> None:
+    """Check that one rank's tokens of a micro-batch are a multiple of what FP8 needs.
+
+    Args:
+        gathered: ranks whose tokens are gathered for a matmul.
+        context: groups of them, which share a sequence.
+    """
+    shares = gathered * context
+    # Transformer Engine gathers whole blocks only
+    multiple = (BLOCK if gathered > 1 and precision == "fp8_blockwise" else MULTIPLE) * shares
     if (seq_length * micro_batch_size) % multiple:
         share = f" over {shares} ranks" if shares > 1 else ""
         fits = _nearest(seq_length, lambda length: (length * micro_batch_size) % multiple == 0)

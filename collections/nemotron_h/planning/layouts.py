@@ -274,6 +274,7 @@ def refusal(definition: ModelDefinition, layout: Layout) -> str:
                 micro_batch_size=layout.micro_batch,
                 tensor_parallel=layout.tensor,
                 sequence_parallel=layout.sequence,
+                context_parallel=layout.context,
                 bf16_edge_layers=layout.bf16_edge_layers,
             )
         except UserError:

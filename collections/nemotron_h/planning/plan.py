@@ -224,7 +224,7 @@ def make_plan(
         definition,
         recipe.precision,
         layout.tensor,
-        tokens=layout.seq_length * layout.micro_batch,
+        tokens=layout.seq_length // layout.context * layout.micro_batch,
         bf16_edge_layers=layout.bf16_edge_layers,
         sequence_parallel=layout.sequence,
         expert_parallel=layout.expert,

@@ -94,6 +94,7 @@ def check(recipe: RecipeConfig, origin: str, trains: bool = True) -> None:
             micro_batch_size=recipe.data.micro_batch_size,
             tensor_parallel=recipe.parallel.tensor,
             sequence_parallel=recipe.parallel.sequence,
+            context_parallel=recipe.parallel.context,
             bf16_edge_layers=recipe.precision_options.bf16_edge_layers,
             origin=origin,
         )

@@ -115,7 +115,7 @@ def gemms(run: Run, definition: ModelDefinition) -> Iterator[tuple[str, str, lis
         models[" of the teacher"] = read_definition(teacher, f"{run.folder}: teacher")
     for whose, model in models.items():
         micro_batch = run.record.get("settings", {}).get("data.micro_batch_size") or data.get("micro_batch_size", 1)
-        tokens = run.record["data"]["seq_length"] * micro_batch
+        tokens = run.record["data"]["seq_length"] // layout.get("context", 1) * micro_batch
         edges = options.get("bf16_edge_layers", 2)
         table = gemm_table(
             model,
@@ -177,6 +177,7 @@ def machine(run: Run) -> Iterator[tuple[str, Any]]:
             "ranks",
             (
                 f"{ranks:,}: tensor {layout.get('tensor')}, pipeline {layout.get('pipeline')}"
+                f"{', context ' + str(layout['context']) if 'context' in layout else ''}"
                 f"{', sequence parallel' if layout.get('sequence') else ''}"
             ),
         )

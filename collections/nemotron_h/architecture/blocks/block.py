@@ -387,7 +387,7 @@ class Block:
 
 def copies(groups: int, tensor: int, context: int) -> int:
     """Return the context-parallel ranks that get the same of a tensor-parallel rank's groups."""
-    return max(context // (groups // tensor), 1)
+    return max(context // max(groups // tensor, 1), 1)
 
 
 def stays(indices: Indices, size: int) -> Indices | None:

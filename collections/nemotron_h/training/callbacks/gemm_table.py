@@ -52,6 +52,7 @@ class GemmTable(pl.Callback):
                 micro_batch_size=data.micro_batch_size,
                 tensor_parallel=tensor,
                 sequence_parallel=strategy.sequence_parallel,
+                context_parallel=strategy.context_parallel_size,
                 bf16_edge_layers=edges,
             )
         if not plugin.emulated:
@@ -61,7 +62,7 @@ class GemmTable(pl.Callback):
                 torch.distributed.all_gather_object(names, torch.cuda.get_device_name())
             hardware.check_one_kind(names)
         if trainer.is_global_zero:
-            tokens = data.seq_length * data.micro_batch_size
+            tokens = data.seq_length // strategy.context_parallel_size * data.micro_batch_size
             # a row stays one line, in a log file too
             console = Console(width=max(Console().width, 140))
             for role, definition in definitions.items():
