@@ -61,7 +61,7 @@ def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str,
     # on all stages, as a whole number, which no cast to bfloat16 rounds
     moved["loss_count"] = batch.get("pairs", batch["loss_mask"]).sum().long().cuda(non_blocking=True)
     group = parallel_state.get_context_parallel_group()
-    own = {key: own_tokens(moved[key], group, 1) for key in _OF_TOKENS if moved.get(key) is not None}
+    own = {key: own_tokens(moved[key], group, 1).contiguous() for key in _OF_TOKENS if moved.get(key) is not None}
     return {**moved, **own}
 
 
