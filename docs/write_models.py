@@ -145,9 +145,10 @@ def stages(model: str) -> list[str]:
         gpus = recipe.parallel.nodes * recipe.parallel.devices
         peak, room = plan.largest.peak / GIB, plan.gpu.memory / GIB
         fit = "yes" if plan.fits else f"no: {'; '.join(remedy.settings for remedy in plan.remedies) or 'larger GPUs'}"
+        context = f" x context {layout.context}" if layout.context > 1 else ""
         rows.append(
             f"| `{name}` | {tokens(recipe)} | {recipe.data.global_batch_size} x {recipe.data.seq_length:,} "
-            f"| `{recipe.precision}` | {gpus:,}: {layout.tensor} x {gpus // layout.tensor // layout.pipeline:,} "
+            f"| `{recipe.precision}` | {gpus:,}: {layout.tensor} x {layout.data:,}{context} "
             f"| {peak:.1f} of {room:.1f} | {fit} | {gib(sum(plan.checkpoint.values()))} |"
         )
     return rows

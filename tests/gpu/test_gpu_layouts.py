@@ -24,9 +24,10 @@ except ImportError:
 
 #: sizes of layouts, by the name of Megatron's setting
 LAYOUTS = {
-    "tensor": {"tensor": 2},
+    "tensor": {"tensor_model": 2},
     "data": {},
-    "expert": {"expert": 2},
+    "expert": {"expert_model": 2},
+    "context": {"context": 2},
 }
 #: ours: of the first step's loss and gradient norm, and of any step's loss: BF16 rounds sums of two ranks otherwise
 BOUNDS = (1e-3, 5e-2, 2e-2)
@@ -43,11 +44,11 @@ def check(small: small_run.Small, kind: str) -> None:
     one = f"{kind}_one"
     small.train(one, recipe=recipe(small, one, kind=kind))
     for layout, sizes in LAYOUTS.items():
-        if "expert" in sizes and kind != "experts":
+        if layout == "expert" and kind != "experts":
             continue
         two = f"{kind}_{layout}"
-        options = [f"trainer.strategy.{name}_model_parallel_size={size}" for name, size in sizes.items()]
-        options.append(f"trainer.strategy.sequence_parallel={'tensor' in sizes}")
+        options = [f"trainer.strategy.{name}_parallel_size={size}" for name, size in sizes.items()]
+        options.append(f"trainer.strategy.sequence_parallel={layout == 'tensor'}")
         small.train(two, "trainer.devices=2", *options, ranks=2, recipe=recipe(small, two, kind=kind))
         pairs = [
             [abs(a - b) / abs(a) for a, b in zip(values(small, one, key), values(small, two, key), strict=True)]

@@ -270,6 +270,7 @@ def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monk
             definitions=lambda first=first, others=others: dict(enumerate([first, *others])),
             adapter=adapter,
             frozen=[],
+            seq_length=8192,
         )
         with pytest.raises(UserError, match=rf"model {first.name}: training takes at least {least} GiB"):
             preflight.check_layout(trainer, SimpleNamespace(config=config))
@@ -285,10 +286,20 @@ def test_a_model_far_larger_than_the_machine_is_an_error_before_it_is_built(monk
             "parallel.expert = 3 does not divide num_experts = 8",
         ),
         ("nemotron_h_moe_tiny", {"tensor_model_parallel_size": 2}, "parallel.tensor = 2 without parallel.sequence"),
+        (
+            "nemotron_h_8b",
+            {"tensor_model_parallel_size": 8, "context_parallel_size": 8},
+            "parallel.context = 8 does not split the heads of model nemotron_h_8b",
+        ),
+        (
+            "nemotron_h_8b",
+            {"tensor_model_parallel_size": 4, "context_parallel_size": 4},
+            "= 8 is not a multiple of parallel.tensor * parallel.pipeline * parallel.context = 4 * 1 * 4",
+        ),
         ("super_120b_a12b", {}, "model.expert_latent_size = 1024 of model super_120b_a12b: training does not have it"),
     ],
 )
-def test_layouts_of_experts_that_cannot_be(name: str, changes: dict[str, int], words: str) -> None:
+def test_layouts_that_cannot_be(name: str, changes: dict[str, int], words: str) -> None:
     """Set on the command line, behind the recipe's checks."""
     from nemotron_h.architecture.definition import definition_from_dict
     from nemotron_h.core.strict_yaml import read_config
