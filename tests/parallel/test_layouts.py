@@ -34,7 +34,7 @@ CONTEXT = (
     *("cp2again", "packed-cp2", "packed-cp2sum", "preference-cp2", "lora-cp2", "llama-cp2again", "falcon_h1-cp2"),
     *("experts-cp2", "experts-cp2ep2opt"),
 )
-CONTEXT_OF_FOUR = ("packed-cp4", "packed-cp2tp2", "cp2tp2sp", "cp2pp2", "packed-dp2cp2sum")
+CONTEXT_OF_FOUR = ("packed-cp4", "packed-cp2tp2", "cp2tp2sp", "cp2pp2", "packed-dp2cp2sum", "padded-cp4")
 MUON = (
     *(f"{layout}optmuon" for layout in ("dp2", "tp2sp", "pp2", "cp2")),
     "experts-ep2optmuon",
@@ -65,7 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
                     *(f"{family}-one" for family in (*KINDS, "falcon_h1", "falconlora", "llama", "experts")),
                 ),
                 *("oneoptmuon", "experts-oneoptmuon", "falcon_h1-oneoptmuon", "linear-oneoptmuon"),
-                *("packed-one", "packed-onesum"),
+                *("packed-one", "packed-onesum", "padded-one"),
             ),
         ),
         **launch(
@@ -131,6 +131,13 @@ def test_ranks_that_split_sequences_equal_one(results: dict[str, dict], name: st
         for key, value in other[kind].items():
             assert not torch.isnan(value).any(), f"{kind} {key} has parts that no rank holds"
             assert relative(value, one[kind][key]) < least, f"{kind} {key}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cp2again", "falcon_h1-cp2", "packed-cp4", "packed-cp2tp2", "padded-cp4"])
+def test_ranks_send_each_other_what_is_planned(results: dict[str, dict], name: str) -> None:
+    sent, planned = results[name]["sent"]
+    assert sent == planned > 0
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from nemotron_h.model.context_parallel import own_tokens  # noqa: E402
 from nemotron_h.model.expert_layers import routers  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig, data_step, forward_step  # noqa: E402
 from nemotron_h.model.token_loss import TokenLoss  # noqa: E402
+from nemotron_h.planning.layouts import exchanged_bytes  # noqa: E402
 from nemotron_h.planning.memory import stage_memory  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
@@ -98,6 +100,8 @@ FAMILIES = {
     },
     "preference": {"hybrid_override_pattern": "M-M*-"},
     "packed": {"hybrid_override_pattern": "M-M*-"},
+    # three queries of a group, which two ranks do not divide
+    "padded": {"hybrid_override_pattern": "M*-", "overrides": {1: {"num_attention_heads": 6}}},
     # as Puzzle makes them: every kind has a layer with a width of its own
     "linear": {
         "hybrid_override_pattern": "M-ML*-L",
@@ -280,6 +284,36 @@ def sums_over_ranks(module: torch.nn.Module) -> int:
     return len(calls)
 
 
+@contextlib.contextmanager
+def sent_tokens() -> Iterator[list[int]]:
+    """Bytes of each exchange between context-parallel ranks, those that stay left out."""
+    ours, sizes, exchange = parallel_state.get_context_parallel_group(), [], torch.distributed.all_to_all_single
+
+    def counted(output: torch.Tensor, input: torch.Tensor, *args: object, group: object = None, **options: object):
+        if group is ours:
+            sizes.append(input.nbytes * (ours.size() - 1) // ours.size())
+        return exchange(output, input, *args, group=group, **options)
+
+    torch.distributed.all_to_all_single = counted
+    try:
+        yield sizes
+    finally:
+        torch.distributed.all_to_all_single = exchange
+
+
+def planned_exchange(config: NemotronHConfig, micro_batches: int) -> int:
+    """Bytes that a rank sends in a step, by the plan."""
+    planned = Layout(
+        seq_length=LENGTH,
+        micro_batches=micro_batches,
+        tensor=config.tensor_model_parallel_size,
+        context=config.context_parallel_size,
+        precision="fp32",
+        **{key: getattr(config, key) for key in RECOMPUTE},
+    )
+    return exchanged_bytes(config.definition(), planned)
+
+
 def reach(module: torch.nn.Module) -> list[list[float]]:
     """Largest gradient of the loss of each document of a row, row by row: at its own embeddings, and at the others'."""
     group, found, embedded = parallel_state.get_context_parallel_group(), [], []
@@ -365,15 +399,16 @@ def train(name: str) -> dict[str, object]:
             router.forget()
         if clip is not None:
             clip.forget()
-        out = get_forward_backward_func()(
-            forward_step_func=functools.partial(forward, reduction),
-            data_iterator=iter(mine),
-            model=[model],
-            num_microbatches=len(mine),
-            seq_length=LENGTH,
-            micro_batch_size=1,
-            forward_only=False,
-        )
+        with sent_tokens() as sent:
+            out = get_forward_backward_func()(
+                forward_step_func=functools.partial(forward, reduction),
+                data_iterator=iter(mine),
+                model=[model],
+                num_microbatches=len(mine),
+                seq_length=LENGTH,
+                micro_batch_size=1,
+                forward_only=False,
+            )
         loss = torch.tensor(float(reduction.reduce(out)) if out else 0.0)
         torch.distributed.all_reduce(loss, group=parallel_state.get_pipeline_model_parallel_group())
         losses.append(float(loss))
@@ -396,6 +431,8 @@ def train(name: str) -> dict[str, object]:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
     result |= {"sizes": sizes, "logits": logits, "states": moments(optimizer), "planned": planned_moments(config, name)}
+    if shape["cp"] > 1:
+        result["sent"] = [sum(sent), planned_exchange(config, len(mine))]
     if family == "packed" and shape["pp"] == 1 and not shape["sp"]:
         result["reach"] = reach(module)
     leave_model_parallel()

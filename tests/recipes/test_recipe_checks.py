@@ -185,18 +185,19 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (LARGE, ["parallel.tensor=16"], ("parallel.tensor = 16", "mamba_num_groups = 8", "nearest: 8")),
         (
             LARGE,
-            ["parallel.context=8"],
+            ["parallel.context=32"],
             (
-                "parallel.context = 8 does not split the heads",
-                "num_attention_heads / parallel.tensor = 4 with num_query_groups / parallel.tensor = 1",
-                "the largest is 4; sizes that fit: 1, 2, 4",
+                "parallel.context = 32 does not split the heads",
+                "mamba_num_heads / parallel.tensor = 16 with mamba_num_groups / parallel.tensor = 1",
+                "the largest is 16; sizes that fit: 1, 2, 4, 8, 16",
             ),
         ),
         (
             "nemotron_h_4b",
-            ["parallel.tensor=1", "parallel.sequence=false", "parallel.context=32"],
-            ("the largest is 16",),
+            ["parallel.tensor=4", "parallel.context=8"],
+            ("the largest is 28; sizes that fit: 1, 2, 4,",),
         ),
+        ("nemotron_t_8b", ["parallel.tensor=8", "parallel.context=8"], ("of model nemotron_t_8b: it has too few",)),
         (LARGE, ["parallel.context=4", "data.seq_length=8200"], ("parallel.context * parallel.tensor = 32", "is 8192")),
         (
             LARGE,

@@ -1,46 +1,45 @@
 """Context parallelism: ranks that hold a part of every sequence each, and how many of them a model takes.
 
 Where a layer mixes tokens, the ranks exchange tokens for heads (`nemotron_h.model.context_parallel`): each has whole
-sequences of its share of a tensor-parallel rank's heads. A head is never split. The groups that heads share (B and C of
-Mamba-2, keys and values of attention) are split too, or, where they are fewer than the ranks, sent to several.
+sequences of its share of a tensor-parallel rank's heads. A head is never split; attention fills up heads that do not
+divide with empty ones. The groups that heads share (B and C of Mamba-2, keys and values of attention) are split too,
+or, where they are fewer than the ranks, sent to several.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 
 
-def _counts(definition: ModelDefinition, tensor: int) -> Iterator[tuple[str, int, str, int]]:
-    """Yield heads and groups of one of `tensor` ranks, each with its key, of every layer that mixes tokens."""
+def _counts(definition: ModelDefinition, tensor: int) -> Iterator[tuple[str, int, str, int, bool]]:
+    """Yield heads and groups of one of `tensor` ranks, each with its key, of what mixes tokens in every layer; and
+    whether heads are filled up.
+    """
     for index, block in enumerate(definition.blocks):
         own = definition.overrides.get(index, {})
         for keys in block.exchanges:
             heads, groups = (
-                (f"overrides.{index}.{key}" if key in own else key, _on_rank(block, key, tensor)) for key in keys
+                (f"overrides.{index}.{key}" if key in own else key, getattr(block, key) // tensor) for key in keys
             )
-            yield *heads, *groups
+            yield *heads, *groups, keys[0] in block.pads
 
 
-def _on_rank(block: Block, key: str, tensor: int) -> int:
-    return max(getattr(block, key) // tensor, 1)
-
-
-def _takes(size: int, heads: int, groups: int) -> bool:
+def _takes(size: int, heads: int, groups: int, filled_up: bool) -> bool:
     """Tell whether so many ranks can share heads and groups."""
-    return heads % size == 0 and (groups % size == 0 or size % groups == 0)
+    return (filled_up or heads % size == 0) and (groups % size == 0 or size % groups == 0)
 
 
 def context_sizes(definition: ModelDefinition, tensor: int) -> list[int]:
-    """Return the sizes that every layer takes on `tensor` tensor-parallel ranks, ascending; all up to the fewest heads
-    where no layer is in the way.
+    """Return the sizes that every layer takes on `tensor` tensor-parallel ranks, ascending: no more than the fewest
+    heads that are not filled up, or where all are, than the fewest heads.
     """
-    counts = {(heads, groups) for _, heads, _, groups in _counts(definition, tensor)}
-    fewest = min((heads for heads, _ in counts), default=1)
-    return [size for size in range(1, fewest + 1) if all(_takes(size, *each) for each in counts)]
+    counts = {(heads, groups, filled_up) for _, heads, _, groups, filled_up in _counts(definition, tensor)}
+    exact = [heads for heads, _, filled_up in counts if not filled_up]
+    most = min(exact or [heads for heads, *_ in counts], default=1)
+    return [size for size in range(1, most + 1) if all(_takes(size, *each) for each in counts)]
 
 
 def check_context_parallel(
@@ -62,11 +61,11 @@ def check_context_parallel(
     if size not in fits:
         bad = {
             f"{head} / parallel.tensor = {heads} with {group} / parallel.tensor = {groups}": None
-            for head, heads, group, groups in _counts(definition, tensor)
-            if not _takes(size, heads, groups)
+            for head, heads, group, groups, filled_up in _counts(definition, tensor)
+            if not _takes(size, heads, groups, filled_up)
         }
         raise UserError(
-            f"{where} does not split the heads of model {definition.name}: {', '.join(bad) or 'it has none'}",
+            f"{where} does not split the heads of model {definition.name}: {', '.join(bad) or 'it has too few'}",
             hint=f"the largest is {fits[-1]}; sizes that fit: {', '.join(map(str, fits))}",
         )
     parts, split = (size * tensor, "parallel.context * parallel.tensor") if sequence else (size, "parallel.context")

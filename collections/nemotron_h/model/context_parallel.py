@@ -19,6 +19,8 @@ from megatron.core.tensor_parallel import all_to_all
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from nemotron_h.architecture.blocks.block import copies, filled_up
+
 
 def own_tokens(x: Tensor, group: ProcessGroup, axis: int) -> Tensor:
     """Return this rank's tokens: its part of an axis of length l, a view."""
@@ -61,17 +63,17 @@ class HeadShare:
 
     @classmethod
     def of(cls, group: ProcessGroup, heads: int, groups: int) -> HeadShare | None:
-        """Return this rank's share of `heads` heads and `groups` groups; None where it runs all of them.
+        """Return this rank's share of `heads` heads, filled up, and `groups` groups; None where it runs all of them.
 
         The sizes divide: `nemotron_h.architecture.context`.
         """
         ranks, rank = group.size(), group.rank()
         if ranks == 1:
             return None
-        copies, each = max(ranks // groups, 1), max(groups // ranks, 1)
-        first = rank // copies * each
-        of_heads = heads // ranks
-        return cls(group, range(rank * of_heads, (rank + 1) * of_heads), range(first, first + each), copies)
+        shared, each = copies(groups, ranks), max(groups // ranks, 1)
+        first = rank // shared * each
+        of_heads = filled_up(heads, groups, ranks) // ranks
+        return cls(group, range(rank * of_heads, (rank + 1) * of_heads), range(first, first + each), shared)
 
     def copied(self, x: Tensor, width: int) -> Tensor:
         """Return [t, b, g * width] with each group as often as it is sent, consecutively."""

@@ -90,13 +90,20 @@ class WholeRows:
         share = self.share
         if share is not None:
             width, heads, groups = query.shape[-1], len(share.heads), len(share.groups)
+            query = query.unflatten(2, (key.shape[2], -1))  # [s, b, g, h / g, d]
+            per_group = query.shape[3]
+            missing = heads * share.group.size() // key.shape[2] - per_group
+            query = F.pad(query, (0, 0, 0, missing)).flatten(2)
             pair = (share.copied(each.flatten(2), width) for each in (key, value))
-            whole = tokens_for_heads([query.flatten(2), *pair], share.group).unflatten(-1, (-1, width))
+            whole = tokens_for_heads([query, *pair], share.group).unflatten(-1, (-1, width))
             query, key, value = whole.split([heads, groups, groups], dim=2)
         if self.watch is not None:
             self.watch(query, key, attention_mask)
         out = self.attend(query, key, value, attention_mask)
-        return out if share is None else heads_for_tokens(out, share.group)
+        if share is None:
+            return out
+        out = heads_for_tokens(out, share.group)
+        return out.unflatten(-1, (-1, per_group + missing, width))[..., :per_group, :].flatten(2)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """Return [l, b, h * d] of queries [l, b, h, d], keys and values [l, b, g, d] of whole rows."""

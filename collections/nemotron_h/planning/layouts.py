@@ -122,19 +122,26 @@ def step_flops(definition: ModelDefinition, layout: Layout) -> float:
     return own if layout.teacher is None else own + flops_per_token(layout.teacher, layout.seq_length, False).total
 
 
+def empty_flops(definition: ModelDefinition, layout: Layout) -> float:
+    """Return the operations of a step per token that heads take which are filled up for context-parallel ranks."""
+    split = layout.seq_length, layout.tensor, layout.context
+    return 3 * sum(block.empty_flops(*split) for block in definition.blocks)
+
+
 def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     """Return the useful work per time of a layout, relative to one without parallelism or recomputation.
 
     A simple model, ours: the pipeline idles (P - 1) of (m + P - 1) of its time, every doubling of tensor or context
-    parallelism costs `TENSOR_COST` or `CONTEXT_COST`, of expert parallelism `EXPERT_COST`, recomputed operations take
-    time as all others.
+    parallelism costs `TENSOR_COST` or `CONTEXT_COST`, of expert parallelism `EXPERT_COST`, recomputed operations and
+    those of empty heads take time as all others.
     """
     pipeline = layout.micro_batches / (layout.micro_batches + layout.pipeline - 1)
     tensor = 1 - TENSOR_COST * math.log2(layout.tensor)
     context = 1 - CONTEXT_COST * math.log2(layout.context)
     again = {name: layout.recompute(name) == "layer" for name in RECOMPUTE}
     model = step_flops(definition, layout)
-    recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again, layout.adapter))
+    empty = empty_flops(definition, layout)
+    recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again, layout.adapter) + empty)
     expert = 1 - EXPERT_COST * math.log2(layout.expert)
     return pipeline * tensor * context * expert * recompute
 

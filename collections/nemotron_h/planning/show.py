@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotron_h.core.units import brief, gib, rough
-from nemotron_h.planning.layouts import Row, best
+from nemotron_h.planning.layouts import Row, best, empty_flops
 from nemotron_h.planning.memory import largest_stage
 from nemotron_h.planning.muon import MuonCost
 from nemotron_h.planning.plan import Plan, parts_by_stage
@@ -152,7 +152,9 @@ def _show_memory(plan: Plan, console: Console) -> None:
     table.add_row("  reached in", *(stage.at for stage in shown))
     console.print(table)
     if layout.context > 1:
-        console.print(f"context-parallel ranks exchange {gib(plan.exchanged)} per GPU and step, sent by each")
+        empty = empty_flops(plan.definition, layout) / plan.flops.total
+        filled = f"; empty heads of attention add {empty:.1%} to the FLOPs" if empty else ""
+        console.print(f"context-parallel ranks exchange {gib(plan.exchanged)} per GPU and step, sent by each{filled}")
     limit = plan.gpu.memory
     if plan.fits:
         console.print(f"[green]fits[/green] {plan.gpu.name}: {gib(limit)}, {gib(limit - largest.peak)} left\n")

@@ -18,6 +18,7 @@ from nemotron_h.architecture.blocks.block import (
     Operation,
     Tensors,
     copies,
+    filled_up,
     input_norm,
     stays,
 )
@@ -43,6 +44,7 @@ class Attention(Block):
     divides: ClassVar[tuple[tuple[str, str], ...]] = (("num_attention_heads", "num_query_groups"),)
     sharded: ClassVar[tuple[str, ...]] = ("num_query_groups", "num_attention_heads")
     exchanges: ClassVar[tuple[tuple[str, str], ...]] = (("num_attention_heads", "num_query_groups"),)
+    pads: ClassVar[tuple[str, ...]] = ("num_attention_heads",)
     attends: ClassVar[bool] = True
     switches: ClassVar[tuple[str, ...]] = ("qkv_bias", "qk_norm")
     llama_cpp: ClassVar[Mapping[str, str]] = {
@@ -120,12 +122,25 @@ class Attention(Block):
         """Yield projections and core: scores and weighted values, the causal triangle with its diagonal."""
         qkv, projection = super().operations(seq_length, chunk)
         yield qkv
-        yield Operation("attention_core", 4 * self.queries * (seq_length + 1) / 2, of_activations=True)
+        yield Operation("attention_core", self._core_flops(seq_length), of_activations=True)
         yield projection
 
     def exchanged(self, tensor: int, context: int) -> int:
         """Return those of queries, keys and values, and of the attention's output."""
-        return 2 * (self.queries + self.keys * copies(self.num_query_groups, tensor, context)) // tensor
+        copied = self.keys // tensor * copies(self.num_query_groups // tensor, context)
+        return 2 * (self.filled_up(tensor, context) * self.head_dim + copied)
+
+    def empty_flops(self, seq_length: int, tensor: int, context: int) -> float:
+        """Return those of scores and sums."""
+        share = self.filled_up(tensor, context) * tensor / self.num_attention_heads - 1
+        return share * self._core_flops(seq_length)
+
+    def _core_flops(self, seq_length: int) -> float:
+        return 4 * self.queries * (seq_length + 1) / 2
+
+    def filled_up(self, tensor: int, context: int) -> int:
+        """Return the heads that context-parallel ranks attend with, in place of those of a tensor-parallel rank."""
+        return filled_up(self.num_attention_heads // tensor, self.num_query_groups // tensor, context)
 
     def states(self, context: int) -> dict[str, int]:
         """Return keys and values."""
@@ -146,9 +161,10 @@ class Attention(Block):
         rows_copied = layout.documents and layout.micro_batch > 1
         exchanged = layout.context > 1
         if exchanged:
-            # of whole rows, keys and values of several ranks' heads too; the output in the order of tokens beside
-            kv = kv * copies(self.num_query_groups, t, layout.context)
-            kept += q + kv + (0 if layout.frozen else out)
+            # of whole rows, some heads twice or filled up; the output in the order of tokens beside
+            kv = kv * copies(self.num_query_groups // t, layout.context)
+            more = q * self.filled_up(t, layout.context) * t // self.num_attention_heads - q
+            kept += q + 2 * more + kv + (0 if layout.frozen else out)
         elif rank.cpu and not rows_copied:
             # keys and values are views of the projection's output; queries are copied unless there is one group
             kept += q + kv + (q if self.num_query_groups // t > 1 or self.rotary_dim else 0)

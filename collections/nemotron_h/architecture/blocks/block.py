@@ -223,6 +223,7 @@ class Block:
         sharded: keys that tensor-parallel ranks split, the one that says most first.
         exchanges: pairs of keys, heads and the groups that these share, of what mixes tokens: context-parallel ranks
             exchange tokens for them. A kind without them sees each token alone.
+        pads: those heads of `exchanges` that are filled up where they do not divide.
         distributed: keys that expert-parallel ranks split.
         attends: attention's positions and documents matter to it.
         switches: keys of the model, true or false, that it has a part for.
@@ -240,6 +241,7 @@ class Block:
     at_most: ClassVar[tuple[tuple[str, str], ...]] = ()
     sharded: ClassVar[tuple[str, ...]] = ()
     exchanges: ClassVar[tuple[tuple[str, str], ...]] = ()
+    pads: ClassVar[tuple[str, ...]] = ()
     distributed: ClassVar[tuple[str, ...]] = ()
     attends: ClassVar[bool] = False
     switches: ClassVar[tuple[str, ...]] = ()
@@ -305,6 +307,10 @@ class Block:
 
     def exchanged(self, tensor: int, context: int) -> int:
         """Return the values of a token that a rank of `tensor` exchanges with `context` ranks in a forward pass."""
+        return 0
+
+    def empty_flops(self, seq_length: int, tensor: int, context: int) -> float:
+        """Return forward FLOPs per token of heads that are filled up."""
         return 0
 
     def states(self, context: int) -> dict[str, int]:
@@ -385,9 +391,15 @@ class Block:
         raise NotImplementedError
 
 
-def copies(groups: int, tensor: int, context: int) -> int:
+def copies(groups: int, context: int) -> int:
     """Return the context-parallel ranks that get the same of a tensor-parallel rank's groups."""
-    return max(context // max(groups // tensor, 1), 1)
+    return max(context // groups, 1)
+
+
+def filled_up(heads: int, groups: int, context: int) -> int:
+    """Return the heads of a tensor-parallel rank with those that let context-parallel ranks split every group's."""
+    units = groups * copies(groups, context)
+    return -(-heads // units) * units
 
 
 def stays(indices: Indices, size: int) -> Indices | None:

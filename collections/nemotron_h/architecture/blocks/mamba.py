@@ -151,7 +151,7 @@ class Mamba(Block):
 
     def _scanned(self, tensor: int, context: int) -> int:
         """Return the channels of x, B and C of all context-parallel ranks together, which may share groups."""
-        return self.d_inner + 2 * self.group_states * copies(self.mamba_num_groups, tensor, context)
+        return self.d_inner + 2 * self.group_states * copies(self.mamba_num_groups // tensor, context)
 
     def states(self, context: int) -> dict[str, int]:
         """Return the scan's state and the last inputs of the convolution, whatever the context."""
@@ -221,7 +221,7 @@ class Mamba(Block):
         step, chunk = self._segment(rank)
         tokens = min(step, rank.tokens * context)
         inner, heads = self.d_inner // t // context, self.mamba_num_heads // t // context
-        width = self.group_states * copies(self.mamba_num_groups, t, context) // t // context
+        width = self.group_states * copies(self.mamba_num_groups // t, context) // t // context
         states = 2 * math.ceil(tokens / chunk + 1) * inner * self.mamba_state_dim
         return 4 * (tokens * (3 * heads * chunk + 9 * inner + 5 * width) + states)
 

@@ -46,6 +46,7 @@ class Parallel(Block):
     divides: ClassVar[tuple[tuple[str, str], ...]] = (*Mamba.divides, *Attention.divides)
     sharded: ClassVar[tuple[str, ...]] = (*Mamba.sharded, *Attention.sharded)
     exchanges: ClassVar[tuple[tuple[str, str], ...]] = (*Mamba.exchanges, *Attention.exchanges)
+    pads: ClassVar[tuple[str, ...]] = Attention.pads
     attends: ClassVar[bool] = True
     switches: ClassVar[tuple[str, ...]] = Mamba.switches
     lacks: ClassVar[tuple[str, ...]] = Attention.switches
@@ -107,6 +108,10 @@ class Parallel(Block):
     def exchanged(self, tensor: int, context: int) -> int:
         """Return those of both branches."""
         return self.mamba.exchanged(tensor, context) + self.attention.exchanged(tensor, context)
+
+    def empty_flops(self, seq_length: int, tensor: int, context: int) -> float:
+        """Return the attention's."""
+        return self.attention.empty_flops(seq_length, tensor, context)
 
     def states(self, context: int) -> dict[str, int]:
         """Return the mixer's states, and keys and values."""
