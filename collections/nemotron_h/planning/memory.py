@@ -350,7 +350,7 @@ def _optimizer_step(definition: ModelDefinition, layout: Layout, states: StageMe
         matrices = (matrix for block in definition.blocks for matrix in block.matrices())
         sides = [max(matrix.on_rank(layout.tensor)) for matrix in matrices if layout.adapted(matrix.name)]
         largest = layout.adapter.rank * max(sides) * 4
-    shards = layout.data if layout.distributed_optimizer else 1
+    shards = layout.shards
     if layout.backend == "cpu" and layout.distributed_optimizer:
         return max(states.gradients, largest // shards)
     trained = states.gradients // GRADIENT_BYTES[layout.gradients]

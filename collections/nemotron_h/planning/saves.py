@@ -189,8 +189,8 @@ def pieces(definition: ModelDefinition, layout: Layout) -> int:
     for stage in range(layout.pipeline) if layout.distributed_optimizer else ():
         (others, exact), (experts, exact_experts) = rank_trained(definition, layout, stage)
         apart = layout.base_precision != "fp32"  # weights in float32 have a bucket of their own
-        buckets = _buckets(layout, stage, others, layout.data) + bool(exact and apart)
-        cuts += buckets * (layout.data - 1) * layout.tensor
+        buckets = _buckets(layout, stage, others, layout.shards) + bool(exact and apart)
+        cuts += buckets * (layout.shards - 1) * layout.tensor
         if experts:
             shards = layout.expert_shards
             buckets = _buckets(layout, stage, experts, shards) + bool(exact_experts and apart)
