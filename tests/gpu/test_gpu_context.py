@@ -42,7 +42,7 @@ def results(name: str, ranks: int, documents: bool) -> dict[str, torch.Tensor]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
     from process_groups import leave_model_parallel
 
-    from nemotron_h.model.module import data_step, forward_step
+    from nemotron_h.model.step import data_step, forward_step
 
     parallel_state.initialize_model_parallel(context_parallel_size=ranks)
     model_parallel_cuda_manual_seed(1)

@@ -76,7 +76,7 @@ def test_beside_a_sum_the_balance_loss_weighs_what_that_counts(recompute: str) -
     """Where Megatron divides a step's gradients by tokens or pairs, a micro-batch has its share: also where another
     micro-batch has passed in between, as in a pipeline.
     """
-    from nemotron_h.model.module import data_step, forward_step
+    from nemotron_h.model.step import data_step, forward_step
 
     def batch(rows: int, **count: torch.Tensor) -> dict[str, torch.Tensor]:
         mask = (torch.arange(40) < 5).float().expand(rows, 40)

@@ -41,8 +41,8 @@ from nemotron_h.data.feed.preference_module import pair_window  # noqa: E402
 from nemotron_h.model import adapters, init  # noqa: E402
 from nemotron_h.model.context_parallel import own_tokens  # noqa: E402
 from nemotron_h.model.expert_layers import routers  # noqa: E402
-from nemotron_h.model.module import NemotronHConfig, data_step, forward_step  # noqa: E402
-from nemotron_h.model.token_loss import TokenLoss  # noqa: E402
+from nemotron_h.model.module import NemotronHConfig  # noqa: E402
+from nemotron_h.model.step import TokenLoss, data_step, forward_step  # noqa: E402
 from nemotron_h.planning.layouts import exchanged_bytes  # noqa: E402
 from nemotron_h.planning.memory import stage_memory  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -27,8 +27,8 @@ from nemotron_h.model.frozen import freeze
 from nemotron_h.model.gpu_options import gpu_option
 from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear
+from nemotron_h.model.step import TokenLoss, data_step, forward_step
 from nemotron_h.model.stored_names import ask_for, other_names
-from nemotron_h.model.token_loss import TokenLoss
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import mask_padding, vocabulary_cross_entropy
 from nemotron_h.ops.rotary import rotary_frequencies
@@ -38,43 +38,6 @@ from nemotron_h.schema.recipe import AdapterSchema
 
 #: key of Transformer Engine's state of a layer, or of one of many matrices of a layer
 _EXTRA = re.compile(r"_extra_state\d*$")
-#: of a batch, values of each token, [batch, sequence, ...]; documents stay whole (`model/context_parallel.py`)
-_OF_TOKENS = ("tokens", "position_ids", "labels", "loss_mask", "teacher_values", "teacher_ids")
-
-
-def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str, Any]:
-    """Take the next micro-batch and keep what this pipeline stage and context-parallel rank need.
-
-    Args:
-        last_stage: keys that the loss of a training stage reads, beside labels and their mask.
-    """
-    batch = next(dataloader_iter)
-    if isinstance(batch, tuple) and len(batch) == 3:
-        batch = batch[0]
-    needed = {"seq_idx"}
-    if parallel_state.is_pipeline_first_stage():
-        needed |= {"tokens", "position_ids"}
-    if parallel_state.is_pipeline_last_stage():
-        needed |= {"labels", "loss_mask", *last_stage}
-    moved = {key: value.cuda(non_blocking=True) if key in needed else None for key, value in batch.items()}
-    moved["sample_ids"] = batch.get("sample_ids")  # for callbacks, on the CPU
-    # on all stages, as a whole number, which no cast to bfloat16 rounds
-    moved["loss_count"] = batch.get("pairs", batch["loss_mask"]).sum().long().cuda(non_blocking=True)
-    group = parallel_state.get_context_parallel_group()
-    own = {key: own_tokens(moved[key], group, 1).contiguous() for key in _OF_TOKENS if moved.get(key) is not None}
-    return {**moved, **own}
-
-
-def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Run one forward pass: per-token losses where labels are present, logits otherwise."""
-    return model(
-        input_ids=batch["tokens"],
-        position_ids=batch["position_ids"],
-        attention_mask=None,
-        labels=batch.get("labels"),
-        seq_idx=batch.get("seq_idx"),
-        loss_count=batch.get("loss_count"),
-    )
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:

@@ -37,7 +37,7 @@ from nemotron_h.checkpoint.reader import PROJECTION, WEIGHTS, find_checkpoint, r
 from nemotron_h.core.errors import UserError
 from nemotron_h.model import init
 from nemotron_h.model.module import NemotronHConfig, NemotronHMegatronModel, NemotronHModel
-from nemotron_h.model.token_loss import over_all_tokens
+from nemotron_h.model.step import over_all_tokens
 from nemotron_h.ops.distillation_loss import (
     HiddenTeacher,
     Objective,

@@ -33,7 +33,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256, whole_file
 from nemotron_h.core.units import duration
 from nemotron_h.data.feed.preference_module import PairDataset, PreferenceDataModule, Reference
-from nemotron_h.model.module import data_step, forward_step
+from nemotron_h.model.step import data_step, forward_step
 from nemotron_h.schema.recipe import DPO_LOSSES
 from nemotron_h.training.callbacks.run_record import plain, vars_of
 from nemotron_h.training.frozen_model import frozen_model
