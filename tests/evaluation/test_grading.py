@@ -176,7 +176,7 @@ def test_programs() -> None:
         "from __future__ import annotations\nimport os\nassert 'SECRET_TOKEN' not in os.environ": True,
         "def f(:": False,
     }
-    assert passed([*programs]) == [*programs.values()]
+    assert [*passed([*programs])] == [*programs.values()]
 
 
 def test_options() -> None:

@@ -152,6 +152,8 @@ def test_refused(tmp_path: Path) -> None:
         invoke("eval", tmp_path, "--suite", "papers")
     with pytest.raises(UserError, match="exclude each other"):
         invoke("eval", tmp_path, "--suite", "paper", "--tasks", "logiqa")
+    with pytest.raises(UserError, match="--shots is of --tasks"):
+        invoke("eval", tmp_path, "--suite", "paper", "--shots", 3)
     with pytest.raises(UserError, match="--tasks names none"):
         invoke("eval", tmp_path, "--tasks", " , ")
     with pytest.raises(UserError, match="neither a checkpoint nor a run"):

@@ -1,4 +1,4 @@
-"""`nemotron-h eval`: held-out loss by category, and tasks of lm-evaluation-harness."""
+"""`nemotron-h eval`: held-out loss by category, tasks of lm-evaluation-harness, and the paper's tables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import typer
 from rich.console import Console
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.strict import nearest
 from nemotron_h.evaluation.harness import Invocation, Settings
+from nemotron_h.evaluation.tables.task import tables
 from nemotron_h.evaluation.tasks import PERPLEXITY, load_suite, load_task, local_tasks, suites
 
 DTYPES = ("float32", "bfloat16")
 #: ours: half a minute a category for the tiny model on two cores
 TOKENS = 65_536
+#: ours: of the harness, on any machine
+BATCH_SIZE = 8
+PAPER = "paper"
 
 
 def evaluate(
@@ -28,7 +33,20 @@ def evaluate(
             show_default=PERPLEXITY,
         ),
     ] = None,
-    suite: Annotated[str | None, typer.Option(help=f"{', '.join(suites())}: its tasks and shots.")] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{', '.join(tables())}: a table of the paper by its own settings, on the files of --data; "
+            f"{', '.join(suites())}: the harness' tasks of those names, not comparable with the paper's."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A table's questions, FOLDER/TASK/SPLIT.jsonl with the hub's fields.", metavar="FOLDER"),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help=f"{PAPER}: print the paper's numbers of a table too.", metavar=PAPER)
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each task.", show_default="all")] = None,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples in the prompt of --tasks.", show_default="each task's")
@@ -36,7 +54,10 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=0, help=f"{PERPLEXITY}: tokens of a category; 0: all.")] = TOKENS,
     blend: Annotated[str | None, typer.Option(help=f"{PERPLEXITY}: blend.", show_default="the run's")] = None,
     root: Annotated[Path | None, typer.Option(help=f"{PERPLEXITY}: data root.", show_default="the run's")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are read at once.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts that are read at once.", show_default="8; of a table, as many as fit"),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where a GPU is visible")] = None,
     tokenizer: Annotated[
@@ -53,18 +74,35 @@ def evaluate(
         bool, typer.Option("--show-commands", help="Print what would be run, and run nothing.")
     ] = False,
 ) -> None:
-    """Evaluate a checkpoint. Results are printed and added to evaluations.json in the run's folder."""
+    """Evaluate a checkpoint. Results are printed and added to evaluations.json in the run's folder.
+
+    nemotron-h eval runs/nemotron_h_tiny
+
+    nemotron-h eval runs/nemotron_h_tiny --tasks perplexity,logiqa
+
+    nemotron-h eval runs/nemotron_h_8b --suite paper_table_5 --data FOLDER --compare paper
+    """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
     if tasks is not None and suite is not None:
         raise UserError("--tasks and --suite exclude each other")
+    if suite in tables():
+        others = {"--shots": shots, "--python": python, "--blend": blend, "--root": root}
+        _check_table(suite, data, compare, {**others, "--show-commands": show_commands or None})
+        settings = Settings(dtype, device or _device(), batch_size, limit)
+        _table(checkpoint, tokenizer, suite, data, settings, allow_code_execution, compare is not None)
+        return
+    if data is not None or compare is not None:
+        raise UserError("--data and --compare are of a table", hint=f"add --suite {' or --suite '.join(tables())}")
     listed = "" if suite is not None else PERPLEXITY if tasks is None else tasks
     names = [name.strip() for name in listed.split(",") if name.strip()]
     if suite is None and not names:
         raise UserError("--tasks names none", hint=f"Known: {', '.join([PERPLEXITY, *local_tasks()])}.")
+    if suite is not None and shots is not None:
+        raise UserError("--shots is of --tasks: a suite has each task's", hint="leave it out, or name tasks")
     runs = _invocations(names, suite, shots)
     _check_code(runs, allow_code_execution or show_commands)
-    settings = Settings(dtype, device or _device(), batch_size, limit)
+    settings = Settings(dtype, device or _device(), batch_size or BATCH_SIZE, limit)
     if show_commands:
         _show(checkpoint, runs, settings)
         return
@@ -84,10 +122,42 @@ def evaluate(
         measure_tasks(subject, runs, settings, interpreter, console)
 
 
+def _check_table(suite: str, data: Path | None, compare: str | None, others: dict[str, object]) -> None:
+    """Refuse options that a table does not take."""
+    if given := [option for option, value in others.items() if value is not None]:
+        raise UserError(f"{', '.join(given)}: --suite {suite} does not take that", hint="leave it out")
+    if data is None:
+        raise UserError(f"--suite {suite} needs --data FOLDER", hint="FOLDER/TASK/SPLIT.jsonl, as the hub's data sets")
+    if not data.is_dir():
+        raise UserError(f"--data {data} is no folder", hint="FOLDER/TASK/SPLIT.jsonl, as the hub's data sets")
+    if compare not in (None, PAPER):
+        raise UserError(f"--compare {compare} is unknown", hint=f"use --compare {PAPER}")
+
+
+def _table(
+    checkpoint: Path,
+    tokenizer: Path | None,
+    suite: str,
+    data: Path,
+    settings: Settings,
+    allow_code: bool,
+    compare: bool,
+) -> None:
+    from nemotron_h.evaluation.subject import Subject
+    from nemotron_h.evaluation.tables.measure import measure_table, prepared
+
+    subject = Subject.of(checkpoint, tokenizer)
+    tasks, left_out = prepared(suite, data, settings.limit, allow_code)
+    measure_table(subject, suite, tasks, left_out, settings, compare, Console(stderr=True, highlight=False))
+
+
 def _invocations(names: list[str], suite: str | None, shots: int | None) -> list[Invocation]:
     """Return the runs of the harness: tasks that share their number of examples run together."""
     found: list[Invocation] = []
     if suite is not None:
+        if suite not in suites():
+            known = [*tables(), *suites()]
+            raise UserError(f"there is no suite {suite}", hint=f"{nearest(suite, known)}Known: {', '.join(known)}.")
         for row in load_suite(suite):
             found.append(Invocation((row.task,), row.shots, row.code_execution, local=False))
         return found

@@ -45,18 +45,18 @@ class Invocation:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that all runs of the harness share.
+    """Settings that all runs of the harness, or all tasks of a table, share.
 
     Attributes:
         dtype: `float32` or `bfloat16`, of the model.
         device: `cpu` or `cuda`.
-        batch_size: prompts that are read at once.
+        batch_size: prompts that are read at once; None: as many as memory holds, in our own engine.
         limit: prompts of each task; None reads all.
     """
 
     dtype: str
     device: str
-    batch_size: int
+    batch_size: int | None
     limit: int | None
 
 

@@ -30,7 +30,7 @@ class Sequence:
     """Tokens that are read together, from empty states on.
 
     Attributes:
-        tokens: int64 [n + 1].
+        tokens: int64 or int32 [n + 1].
         counted: bool [n], whether the prediction of the token after each of the first n counts.
     """
 
@@ -168,22 +168,9 @@ def score(
     sums: list[float] = []
     counts: list[int] = []
     text_bytes = 0
-    for batch in _batches(texts):
-        longest = max(len(s.counted) for s in batch)
-        ids = torch.zeros(len(batch), longest + 1, dtype=torch.int64)
-        counted = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for row, s in enumerate(batch):  # what is filled in at the right is read by no token that counts
-            ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
-            counted[row, : len(s.counted)] = torch.from_numpy(s.counted)
-        hidden = model.extend(ids[:, :-1], model.new_states(len(batch), longest))
-        rows, targets = hidden[counted.to(hidden.device)], ids[:, 1:][counted]
-        losses = torch.cat(
-            [
-                F.cross_entropy(model.logits(part).float(), labels.to(part.device), reduction="none").double().cpu()
-                for part, labels in zip(rows.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
-            ]
-        )
-        numbers = counted.sum(dim=1).tolist()
+    for batch in batches(texts):
+        losses, targets = batch_losses(model, batch)
+        numbers = [int(s.counted.sum()) for s in batch]
         sums += [part.sum().item() for part in losses.split(numbers)]
         counts += numbers
         # whole batches: a character may be spread over two windows
@@ -195,7 +182,27 @@ def score(
     return Score(tokens, text_bytes, nats, _stderr(np.array(sums), np.array(counts)))
 
 
-def _batches(texts: Iterator[Sequence]) -> Iterator[list[Sequence]]:
+def batch_losses(model: GenerationModel, batch: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses of the predictions that count, float64 on the host, one sequence after another, and the tokens
+    that they are of.
+    """
+    longest = max(len(s.counted) for s in batch)
+    ids = torch.zeros(len(batch), longest + 1, dtype=torch.int64)
+    counted = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, s in enumerate(batch):  # what is filled in at the right is read by no token that counts
+        ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
+        counted[row, : len(s.counted)] = torch.from_numpy(s.counted)
+    hidden = model.extend(ids[:, :-1], model.new_states(len(batch), longest))
+    rows, targets = hidden[counted.to(hidden.device)], ids[:, 1:][counted]
+    losses = [
+        F.cross_entropy(model.logits(part).float(), labels.to(part.device), reduction="none").double().cpu()
+        for part, labels in zip(rows.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(losses), targets
+
+
+def batches(texts: Iterator[Sequence]) -> Iterator[list[Sequence]]:
+    """Yield sequences that are read at once, of a bounded number of tokens."""
     batch: list[Sequence] = []
     for text in texts:
         longest = max(len(s.tokens) for s in [*batch, text])

@@ -21,7 +21,7 @@ from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.evaluation import harness, heldout, record
 from nemotron_h.evaluation.harness import Invocation, Settings
 from nemotron_h.evaluation.subject import Subject
-from nemotron_h.evaluation.tasks import PERPLEXITY, load_task, local_tasks, write_task
+from nemotron_h.evaluation.tasks import PERPLEXITY, STOCK, load_task, local_tasks, write_task
 from nemotron_h.export import hf_writer
 from nemotron_h.export.tokenizer import check_exportable
 from nemotron_h.inference.model import load_model
@@ -151,17 +151,18 @@ def measure_tasks(subject: Subject, runs: list[Invocation], settings: Settings, 
             details = {
                 "dtype": settings.dtype,
                 "limit": settings.limit,
+                "remarks": [] if run.local else [STOCK],
                 "seconds": round(time.perf_counter() - started, 1),
                 "command": harness.shown(harness.command("python", "MODEL", run, settings, "TASKS", "RESULTS")),
             }
             # after every run, so that a suite that is stopped keeps what is done
             path = record.add(subject.checkpoint, [{**entry, **details} for entry in entries])
-            _print(entries)
+            _print(entries, "" if run.local else STOCK)
     typer.echo(f"added to {path}")
 
 
-def _print(entries: list[dict[str, Any]]) -> None:
-    table = Table("task", "shots", "samples", "metric", "value", "±", "chance")
+def _print(entries: list[dict[str, Any]], remark: str) -> None:
+    table = Table("task", "shots", "samples", "metric", "value", "±", "chance", caption=remark)
     for entry in entries:
         chance = load_task(entry["task"]).chance if entry["task"] in local_tasks() else None
         for metric, (value, error) in entry["metrics"].items():

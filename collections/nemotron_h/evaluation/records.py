@@ -62,7 +62,7 @@ class Records(Generic[T]):
             raise UserError(
                 f"{self.file} was written with {key} = {_short(self.settings.get(key))}, now it is "
                 f"{_short(settings[key])}",
-                hint=f"name another folder (--out), or remove {self.file} to have all written again",
+                hint=f"name another folder (--out) where that can be, or remove {self.file} to have all written again",
             )
 
     def __enter__(self) -> Records[T]:

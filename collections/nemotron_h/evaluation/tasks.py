@@ -24,6 +24,8 @@ from nemotron_h.data.prepare.inputs import open_input
 
 #: the one task that is no task of the harness: held-out loss by category
 PERPLEXITY = "perplexity"
+#: on every result of the harness' own tasks
+STOCK = "the harness' own task: not comparable with the paper's number"
 #: scores completions by running them; copied beside the files of tasks that do
 _RUN_TESTS = "run_tests.py"
 

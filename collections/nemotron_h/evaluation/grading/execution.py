@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,14 +29,14 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-def passed(programs: Sequence[str], processes: int | None = None) -> list[bool]:
-    """Return for each program whether it comes to its end.
+def passed(programs: Sequence[str], processes: int | None = None) -> Iterator[bool]:
+    """Yield for each program whether it comes to its end.
 
     Args:
         processes: that run at once; None: as many as there are cores.
     """
     with ThreadPoolExecutor(processes or os.cpu_count()) as pool:
-        return list(pool.map(_passes, programs))
+        yield from pool.map(_passes, programs)
 
 
 def _passes(program: str) -> bool:

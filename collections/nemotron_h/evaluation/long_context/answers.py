@@ -4,48 +4,26 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from nemotron_h.checkpoint.folders import INTEGRITY
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.files import check_unicode, file_sha256, parse_json, read_text
+from nemotron_h.core.files import check_unicode, parse_json, read_text
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation.asking import Conversation, check_gives_back
+from nemotron_h.evaluation.continuing import Answer, continuations, settings_of
 from nemotron_h.evaluation.long_context.item import KEY, Item
 from nemotron_h.evaluation.long_context.scores import LINE, clean
 from nemotron_h.evaluation.records import Records
 from nemotron_h.evaluation.subject import Subject, names_of
 from nemotron_h.inference.model import load_model
-from nemotron_h.inference.pool import END, Job, Pool, rows_that_fit
-from nemotron_h.inference.sampling import Sampling
 
 #: of a file of another engine
 ANSWER = "answer"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Text that a model wrote.
-
-    Attributes:
-        key: of the item.
-        answer: the text.
-        tokens: of it, with the one that ended it.
-        seconds: its share of the engine's time.
-        ended_by: see `inference.pool`.
-    """
-
-    key: str
-    answer: str
-    tokens: int
-    seconds: float
-    ended_by: str
 
 
 def answerers(runs: Sequence[Path], chat: bool) -> list[Answerer]:
@@ -113,16 +91,7 @@ def answered(
     """
     subject = model.subject
     records = Records(folder, model.name, Answer)
-    records.check(
-        {
-            "checkpoint": subject.checkpoint.name,
-            "weights": file_sha256(subject.checkpoint / INTEGRITY),
-            "tokenizer": model.way[0],
-            "chat": model.chat,
-            "dtype": dtype,
-            "device": device,
-        }
-    )
+    records.check({**settings_of(subject, dtype, device), "chat": model.chat})
     there = {record.key for record in records.records}
     groups: dict[tuple[str, int, int], list[Item]] = {}
     for item in {item.key: item for item in items if item.key not in there}.values():
@@ -135,25 +104,21 @@ def answered(
     total = sum(item.tokens + item.max_tokens for members in groups.values() for item in members)
     with StageProgress(console, model.name, total) as bar, records:
         for (task, length, max_tokens), members in groups.items():
-            # two bytes or four each: Python's lists of long prompts would take gigabytes
-            prompts = [array("i", model.ids(item.prompt, item.prefix)) for item in members]
             bar.advance(0, f"{model.name}: {task}, {length:,} tokens")
-            pool = Pool(
+            # two bytes or four each: Python's lists of long prompts would take gigabytes
+            prompts = [(item.key, array("i", model.ids(item.prompt, item.prefix))) for item in members]
+            answers = continuations(
                 engine,
+                subject.tokenizer,
                 prompts,
-                batch=min(len(members), batch or rows_that_fit(engine, max(map(len, prompts)) + max_tokens)),
+                batch=batch,
                 max_tokens=max_tokens,
-                sampling=Sampling(temperature=0),
                 stop_ids=model.stop_ids,
                 complete=line_watch(subject.tokenizer) if members[0].rule == LINE else lambda tokens: False,
             )
-            jobs = [Job(number, 0, 0) for number in range(len(members))][::-1]
-            for sample in pool.run(lambda free, jobs=jobs: [jobs.pop() for _ in range(min(free, len(jobs)))]):
-                item = members[sample.job.prompt]
-                tokens = sample.tokens[:-1] if sample.ended_by == END else sample.tokens
-                text = subject.tokenizer.ids_to_text(tokens)
-                records.add(Answer(item.key, text, len(sample.tokens), sample.seconds, sample.ended_by))
-                bar.advance(item.tokens + item.max_tokens)
+            for number, answer in answers:
+                records.add(answer)
+                bar.advance(members[number].tokens + max_tokens)
     return records
 
 
