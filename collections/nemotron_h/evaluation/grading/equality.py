@@ -39,7 +39,7 @@ def number(text: str) -> float | None:
         return float(text)
     if (match := _FRACTION.match(text)) and int(below := match[3] or match[5]):
         value = float(Fraction(int(match[2] or match[4]), int(below)))
-        return -value if match[1] == "-" else value
+        return -value if match[1].startswith("-") else value
     return None
 
 

@@ -91,7 +91,7 @@ class _Reader:
         value = self.signed()
         while True:
             if self.next() in ("*", "/"):
-                value = value * self.signed() if self.take() == "*" else value / self.signed()
+                value = value / self.signed() if self.take() == "/" else value * self.signed()
             elif self._begins():
                 value = value * self.power()
             else:
@@ -100,7 +100,7 @@ class _Reader:
     def signed(self) -> sympy.Expr:
         negative = False
         while self.next() in ("+", "-"):
-            negative ^= self.take() == "-"
+            negative ^= self.take() != "+"
         value = self.power()
         return -value if negative else value
 

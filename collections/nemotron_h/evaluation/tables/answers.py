@@ -1,4 +1,4 @@
-"""What a model writes to questions, or how likely it finds their options: kept by the questions' keys."""
+"""Answers that a model writes to questions, and likelihoods of their options: kept by the questions' keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Likelihoods:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model answered, by the questions' keys: texts, and nats of options."""
+    """Answers of a model by the questions' keys: texts, and nats of options."""
 
     texts: dict[str, str]
     nats: dict[str, list[float]]
