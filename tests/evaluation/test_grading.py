@@ -88,7 +88,7 @@ UNEQUAL = [
     ("x=5", "y=6"), ("x>5", "5"), (r"\frac{1}{0}", "1"), ("import os", "1"), ("10^{10^{10^{10}}}", "1"),
     ("500", "0.05"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), ("hours", "minutes"), ("2^{", "2"),
-    ("(" * 300 + "1", "1"), ("1.001", "1"),
+    ("(" * 300 + "1", "1"), ("9" * 900 + "/7", "1"), ("1.001", "1"),
 ]  # fmt: skip
 
 
@@ -96,6 +96,8 @@ def test_math_equal() -> None:
     """Percent either way, as the grader that is followed has it; brackets and order of lists count."""
     assert [pair for pair in EQUAL if not math_equal(*pair)] == []
     assert [pair for pair in UNEQUAL if math_equal(*pair)] == []
+    assert not math_equal("(1, 50)", "(1, 0.5)", percent=False)
+    assert math_equal("x = 1,234", "1234", percent=False)
 
 
 def test_symbols_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,8 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint. Results are printed and added to evaluations.json in the run's folder.
 
+    A table of the paper is answered in this project's engine, by its settings, and goes on after a stop. Examples:
+
     nemotron-h eval runs/nemotron_h_tiny
 
     nemotron-h eval runs/nemotron_h_tiny --tasks perplexity,logiqa

@@ -21,14 +21,14 @@ _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\en
 _NAMED = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?=")
 
 
-def math_equal(answer: str, reference: str) -> bool:
+def math_equal(answer: str, reference: str, percent: bool = True) -> bool:
     r"""Return whether an answer is the reference.
 
-    A number is right too where it is the reference divided or multiplied by 100, as NeMo-Skills' grader has it for
-    percent: 50 passes for 0.5. Intervals need the reference's brackets, lists its order. Symbols are compared within
+    With `percent` a number is right too where it is the reference divided or multiplied by 100, as NeMo-Skills' grader
+    has it: 50 passes for 0.5. Intervals need the reference's brackets, lists its order. Symbols are compared within
     ten seconds (`symbols`); what cannot be read is wrong unless its text is the reference's.
     """
-    return _equal(normalised(answer), normalised(reference))
+    return _equal(normalised(answer), normalised(reference), percent)
 
 
 def number(text: str) -> float | None:
@@ -38,42 +38,46 @@ def number(text: str) -> float | None:
     if _DECIMAL.match(text):
         return float(text)
     if (match := _FRACTION.match(text)) and int(below := match[3] or match[5]):
-        value = float(Fraction(int(match[2] or match[4]), int(below)))
+        try:
+            value = float(Fraction(int(match[2] or match[4]), int(below)))
+        except OverflowError:
+            return None
         return -value if match[1].startswith("-") else value
     return None
 
 
-def close(value: float, reference: float) -> bool:
+def close(value: float, reference: float, percent: bool) -> bool:
     """Return whether a number is the reference, or that in percent or of percent."""
-    return any(math.isclose(value, other, rel_tol=TOLERANCE) for other in (reference, reference / 100, reference * 100))
+    others = (reference, reference / 100, reference * 100) if percent else (reference,)
+    return any(math.isclose(value, other, rel_tol=TOLERANCE) for other in others)
 
 
-def _equal(answer: str, reference: str) -> bool:
+def _equal(answer: str, reference: str, percent: bool) -> bool:
     if answer.lower() == reference.lower():
         return bool(answer)
     if not answer or not reference:
         return False
     value, expected = number(answer), number(reference)
     if value is not None and expected is not None:
-        return close(value, expected)
+        return close(value, expected, percent)
     if ("=" in answer) != ("=" in reference):  # "x = 5" answers what "5" does
         first, second = (_NAMED.sub("", text, count=1) for text in (answer, reference))
-        return "=" not in first + second and _equal(first, second)
+        return "=" not in first + second and _equal(first, second, percent)
     for separator in (r"\cup", ",", "="):
         ours, theirs = parts(answer, separator), parts(reference, separator)
         if len(ours) > 1 or len(theirs) > 1:
-            return _pairwise(ours, theirs)
+            return _pairwise(ours, theirs, percent)
     if (left := _MATRIX.match(answer)) and (right := _MATRIX.match(reference)):
-        return _pairwise(_cells(left[2]), _cells(right[2]))
+        return _pairwise(_cells(left[2]), _cells(right[2]), percent)
     if (left := _ENCLOSED.match(answer)) and (right := _ENCLOSED.match(reference)):
         ours, theirs = parts(left[2], ","), parts(right[2], ",")
         if len(ours) > 1 or len(theirs) > 1:
-            return left.group(1, 3) == right.group(1, 3) and _pairwise(ours, theirs)
+            return left.group(1, 3) == right.group(1, 3) and _pairwise(ours, theirs, percent)
     return same_value(answer, reference)
 
 
-def _pairwise(ours: list[str], theirs: list[str]) -> bool:
-    return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
+def _pairwise(ours: list[str], theirs: list[str], percent: bool) -> bool:
+    return len(ours) == len(theirs) and all(_equal(*pair, percent) for pair in zip(ours, theirs, strict=True))
 
 
 def _cells(body: str) -> list[str]:

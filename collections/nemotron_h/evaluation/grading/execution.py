@@ -44,7 +44,8 @@ def _passes(program: str) -> bool:
         file, end = Path(folder) / "program.py", Path(folder) / "end"
         # a program that leaves early, by sys.exit(0) in the middle of its tests, does not write this
         mark = secrets.token_hex(16)
-        file.write_text(f"{program}\n\nwith open({str(end)!r}, 'w') as _end:\n    _end.write({mark!r})\n")
+        last = f"\n\nwith open({str(end)!r}, 'w') as _end:\n    _end.write({mark!r})\n"
+        file.write_text(program + last, encoding="utf-8", errors="replace")
         process = subprocess.Popen(
             [sys.executable, "-I", "-c", _BEGIN, str(file)],
             stdin=subprocess.DEVNULL,

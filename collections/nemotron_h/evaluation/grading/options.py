@@ -5,8 +5,6 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 
-import numpy as np
-
 LETTERS = string.ascii_uppercase
 
 
@@ -29,5 +27,6 @@ def likeliest(nats: Sequence[float], texts: Sequence[str] | None = None) -> int:
         texts: of the options: the log-likelihood is divided by their characters, as lm-evaluation-harness' acc_norm
             does; None leaves it whole (acc).
     """
-    scores = -np.asarray(nats, float)
-    return int(np.argmax(scores / [max(1, len(text)) for text in texts] if texts else scores))
+    lengths = [max(1, len(text)) for text in texts] if texts else [1] * len(nats)
+    scores = [loss / length for loss, length in zip(nats, lengths, strict=True)]
+    return scores.index(min(scores))

@@ -16,7 +16,17 @@ from nemotron_h.evaluation.grading.letters import first_letter, stated_letter
 from nemotron_h.evaluation.grading.options import likeliest
 from nemotron_h.evaluation.tables.answers import Answers, until
 from nemotron_h.evaluation.tables.questions import Examined, Question
-from nemotron_h.evaluation.tables.task import ACC_NORM, CODE, FIRST_LETTER, MATH, STATED_LETTER, Task, evaluate, render
+from nemotron_h.evaluation.tables.task import (
+    ACC_NORM,
+    CODE,
+    FIRST_LETTER,
+    MATH,
+    NUMBER,
+    STATED_LETTER,
+    Task,
+    evaluate,
+    render,
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,8 @@ def verdicts(examined: Examined, answers: Answers) -> Iterator[bool]:
 
 
 def _right(grader: str, text: str, reference: str) -> bool:
-    if grader == MATH:
-        return (answer := boxed(text)) is not None and math_equal(answer, reference)
+    if grader in (NUMBER, MATH):
+        return (answer := boxed(text)) is not None and math_equal(answer, reference, percent=grader == MATH)
     return {FIRST_LETTER: first_letter, STATED_LETTER: stated_letter}[grader](text) == reference
 
 

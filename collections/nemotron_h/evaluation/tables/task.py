@@ -26,7 +26,8 @@ from nemotron_h.evaluation.grading.options import LETTERS, option_of
 
 #: of examples: the first of their file, or at random as lm-evaluation-harness draws them
 FIRST, RANDOM = "first", "random"
-FIRST_LETTER, STATED_LETTER, MATH, CODE = "first_letter", "stated_letter", "math", "code"
+#: graders; `NUMBER` is `MATH` without percent
+FIRST_LETTER, STATED_LETTER, NUMBER, MATH, CODE = "first_letter", "stated_letter", "number", "math", "code"
 ACC, ACC_NORM = "acc", "acc_norm"
 
 
@@ -51,7 +52,7 @@ class Task:
         separator: after an example.
         max_tokens: of the answer; 0 where likelihoods are compared.
         stop: texts that end an answer.
-        grader: of answers, one of the four above.
+        grader: of answers, one of the five above.
         reference: template of the right answer.
         graded: template of the text whose code is run; `answer` is what the model wrote.
         entry_point: template of the function's name.
