@@ -1,7 +1,8 @@
 """What does merging key-value heads cost, and what does training bring back? `python demos/align_heads.py`.
 
 Reads the runs of `nemotron-h sweep demos/align_heads.yaml`, merges the heads of each in memory, trains the merged
-layers, by every method on the same text, and writes the table of held-out losses into `docs/head_alignment.md`.
+layers, by every method on the same text, and writes the table of held-out losses into
+`docs/results/head_alignment.md`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.platform.ranks import report_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs/head_alignment.md"
+PAGE = ROOT / "docs/results/head_alignment.md"
 BEGIN, END = "<!-- table: written by demos/align_heads.py -->\n", "<!-- end of table -->\n"
 RUNS = {"rotary positions": Path("runs/align_heads/rotary"), "no positions": Path("runs/align_heads/no_positions")}
 BLEND, SOURCE, LENGTH, SAMPLES = ROOT / "demos/width_transfer.yaml", "wiki_lead", 128, 128
