@@ -12,10 +12,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import typer
-from save_checkpoint import save
-from small_model import VOCABULARY, pure_config, small_config, small_model
-from typer.testing import CliRunner
+from small_model import VOCABULARY
+from two_runs import output_of, save_two
 
 from nemotron_h.cli.coverage import coverage as command
 from nemotron_h.core.errors import UserError
@@ -46,22 +44,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(megatron: None, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A hybrid and a Transformer of one vocabulary."""
-    folder = tmp_path_factory.mktemp("runs")
-    found = []
-    for name, config in (("hybrid", small_config()), ("transformer", pure_config("*-"))):
-        found.append(folder / name)
-        save(small_model(config), found[-1] / "checkpoints" / "step-000001", data={"tokenizer": str(tokenizer)})
-    return found
+    return save_two(tmp_path_factory.mktemp("runs"), tokenizer)
 
 
 def invoke(*arguments: object) -> str:
-    """Run the command; its errors are raised."""
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0
-    return result.output
+    return output_of(command, *arguments)
 
 
 def texts_of(out: Path, name: str) -> dict[tuple[int, int], tuple[str, int]]:

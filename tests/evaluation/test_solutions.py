@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 from rich.console import Console
 from save_checkpoint import save
 from small_model import VOCABULARY, small_config, small_model
-from typer.testing import CliRunner
+from two_runs import output_of
 
 from nemotron_h.cli.solutions import solutions as command
 from nemotron_h.core.errors import UserError
@@ -50,11 +49,7 @@ def run(megatron: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def invoke(*arguments: object) -> str:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0
-    return result.output
+    return output_of(command, *arguments)
 
 
 def lines(file: Path) -> list[dict]:

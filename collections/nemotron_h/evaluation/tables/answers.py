@@ -79,8 +79,9 @@ def answered(
     """
     name = f"{subject.checkpoint.name}-{dtype}-{device.replace(':', '')}"
     written, likely = Records(folder / "answers", name, Answer), Records(folder / "likelihoods", name, Likelihoods)
+    settings = settings_of(subject, dtype, device)
     for records in (written, likely):
-        records.check(settings_of(subject, dtype, device))
+        records.check(settings)
     there = {record.key for records in (written, likely) for record in records.records}
     tokenizer, work = subject.tokenizer, []
     for each in tasks:
