@@ -139,4 +139,4 @@ def test_both_recipes_train() -> None:
         last[recipe] = losses[-1]
         assert losses[-1] < losses[0] / 2, (recipe, losses)
     for recipe, loss in last.items():
-        assert loss == pytest.approx(last[None], rel=0.1), recipe
+        assert loss == pytest.approx(last[None], abs=0.01 * losses[0]), recipe  # of what there is to learn

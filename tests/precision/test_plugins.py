@@ -97,7 +97,7 @@ def start(precision: str, backend: str = "auto", seq_length: int = 64, rank: int
     )
     trainer = SimpleNamespace(
         precision_plugin=plugin(precision, fp8_backend=backend),
-        strategy=SimpleNamespace(tensor_model_parallel_size=1, sequence_parallel=False),
+        strategy=SimpleNamespace(tensor_model_parallel_size=1, context_parallel_size=1, sequence_parallel=False),
         datamodule=SimpleNamespace(seq_length=seq_length, micro_batch_size=1),
         world_size=1,
         is_global_zero=rank == 0,
