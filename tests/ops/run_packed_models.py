@@ -1,7 +1,7 @@
 """Losses of packed conversations through mamba-ssm's kernels in Triton's interpreter, beside the same ones alone.
 
 Usage: python run_packed_models.py DIRECTORY-OF-THE-PACKAGE, as run_mamba_ssm_kernels.py. A small model is trained
-whole, with LoRA and with DoRA, on one window of two pairs: answers alone (SFT), and the preference losses. Prints for
+whole and with LoRA, on one window of two pairs: answers alone (SFT), and the preference losses. Prints for
 every model the relative error of every loss and of the gradient of every trained parameter (SFT's and DPO's), against
 the conversations alone through the kernels (`alone`) and the same window through the plain operations (`plain`).
 """
@@ -39,14 +39,14 @@ SEQ, CHUNK, PROMPT = 32, 16, 3
 LENGTHS = [(13, 9), (6, 4)]
 KINDS = ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
 #: model -> whether the mixer runs as one kernel, as in training on a GPU, or operation by operation
-MODELS = {"whole": False, "whole, fused": True, "lora": True, "dora": True}
+MODELS = {"whole": False, "whole, fused": True, "lora": True}
 
 Values = dict[str, torch.Tensor]
 
 
 def build(name: str):
     """The small model with few heads (the interpreter takes long for each), and drawn adapters."""
-    kind = name if name in ("lora", "dora") else "none"
+    kind = "lora" if name == "lora" else "none"
     settings = {} if kind == "none" else {"adapter": adapter(kind)}
     model = small_model(small_config(1, pattern="M*-", mamba_num_heads=2, **settings))
     randomize_adapters(model)

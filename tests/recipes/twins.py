@@ -1,7 +1,8 @@
 """Train the shrunken twins of recipes, one after the other in this process: `twins.py FOLDER RECIPE...`.
 
 A twin is the recipe with small widths, the head of its pattern, a small vocabulary and one rank; its family, precision,
-schedule and optimizer stay. Each writes the losses of its three steps to `FOLDER/losses.jsonl`.
+schedule and optimizer stay. Each writes the losses of its three steps to `FOLDER/losses.jsonl`; recipes whose twins
+differ in rates and multipliers alone have one of them trained for all.
 """
 
 from __future__ import annotations
@@ -113,6 +114,14 @@ def shrunken(name: str) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+def kind_of(name: str) -> tuple[str, ...]:
+    """What a recipe's twin is, but for numbers."""
+    recipe = compose(name)
+    model, optim = recipe.model, recipe.optim
+    parts = (optim.name, optim.schedule, optim.moments, optim.gradients, recipe.precision)
+    return (model.family, head_of(model.family, model.pattern), model.position_embedding, *parts)
+
+
 def data_in(folder: Path) -> Path:
     """A prepared blend of a few hundred made-up documents; the blend's file."""
     rng = random.Random(1)
@@ -142,8 +151,10 @@ def train(name: str, blend: Path, folder: Path) -> Losses:
 def main(folder: Path, names: list[str]) -> None:
     """Prepare, then train every twin."""
     blend = data_in(folder)
+    trained: dict[tuple[str, ...], Losses] = {}
     for name in names:
-        seen = train(name, blend, folder)
+        kind = kind_of(name)
+        seen = trained[kind] = trained.get(kind) or train(name, blend, folder)
         record = {"recipe": name, "losses": seen.losses, "moved": seen.moved}
         with (folder / "losses.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -24,7 +24,7 @@ STEPS = 12
 
 @pytest.mark.slow
 def test_told_to_leave_and_started_again_equals_straight(small: Small, straight: dict[int, dict]) -> None:
-    told = small.train("told", "signal=6:0:SIGTERM", "data.workers=2", check=False)
+    told = small.train("told", "signal=6:0:SIGTERM", "data.workers=2", "report=drawn", check=False)
     assert told.returncode == 75, told.stderr[-2000:]
     assert "SIGTERM: checkpoint written at step 6 of 12" in told.stdout
     newest = folders.finished(small.run_dir("told"))[0]

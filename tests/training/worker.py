@@ -1,15 +1,15 @@
 """Run a recipe as `nemo llm` does and record what each step did, and the weights before the first (`start.pt`).
 
 `worker.py RECIPE [kill=STEP] [signal=STEP:RANK:NAME] [save=STEP:RANK:NAME] [write=STEP:RANK:NAME] [slow=SECONDS]
-[bug=STEP] [copy=FOLDER] [busy=CYCLES] [poison=STEP:PART[:RANK] ...] [key=value ...]`: overrides of the built recipe
-are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written is
-whole, so that a test knows where the next start continues, `signal` sends a signal to the process group of one rank
-during it, `save` while its checkpoint is copied, `write` while threads write it, which may be an error's name too,
-that the thread meets; `slow` are seconds that a thread takes for a megabyte, `bug` is an exception on every rank in
-that step, `copy` writes a checkpoint of what was loaded, before the first step, `busy` has a GPU wait before it makes
-the weights, and `poison` is of `poison.py`. Each step appends to `steps.jsonl` beside the run: the loss, gradient
-norm and learning rate as exact hexadecimal floats, AdamW's betas, epsilon and weight decay, and the numbers of the
-samples that this rank read.
+[bug=STEP] [copy=FOLDER] [busy=CYCLES] [report=drawn] [poison=STEP:PART[:RANK] ...] [key=value ...]`: overrides of the
+recipe are dotted; `kill` ends the process with SIGKILL right after that step, once the checkpoint that is being written
+is whole, so that a test knows where the next start continues, `signal` sends a signal to the process group of one rank
+during it, `save` while its checkpoint is copied, `write` while threads write it, which may be an error's name too, that
+the thread meets; `slow` are seconds that a thread takes for a megabyte, `bug` is an exception on every rank in that
+step, `copy` writes a checkpoint of what was loaded, before the first step, `busy` has a GPU wait before it makes the
+weights, `report` draws one, which is a sixth of a run's time, and `poison` is of `poison.py`. Each step appends to
+`steps.jsonl` beside the run: the loss, gradient norm and learning rate as exact hexadecimal floats, AdamW's betas,
+epsilon and weight decay, and the numbers of the samples that this rank read.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from nemotron_h.data.feed.sft_module import PackedDataset  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.platform import checkpoint_writer  # noqa: E402
 from nemotron_h.recipe.compose import compose  # noqa: E402
+from nemotron_h.report import page  # noqa: E402
 from nemotron_h.training.callbacks.run_record import change  # noqa: E402
 from nemotron_h.training.stages import pretrain, sft  # noqa: E402
 from nemotron_h.training.stages.distillation import stage as distill  # noqa: E402
@@ -186,7 +187,7 @@ def main(recipe: str, *options: str) -> None:
     }
     task = builders[composed.stage](composed)
     given, numbers = {}, {"kill": int, "slow": float, "bug": int}
-    changed, poison = [], []
+    changed, poison, draw = [], [], False
     for option in options:
         key, value = option.split("=", 1)
         if key in ("kill", "signal", "save", "write", "slow", "bug", "copy"):
@@ -195,10 +196,14 @@ def main(recipe: str, *options: str) -> None:
             poison.append(value)
         elif key == "busy":
             keep_busy(int(value))
+        elif key == "report":
+            draw = True
         else:
             changed.append(option)
     change(task, changed, "worker.py")
     task.trainer.callbacks.insert(0, run.Config(Recorder, **given))
+    if not draw:
+        page.write = lambda folder: None
     if poison:
         task.trainer.callbacks.append(run.Config(Poison, told=poison))
     try:

@@ -193,14 +193,15 @@ def typed(schema: type[T] | T, written: DictConfig | dict[str, Any], origin: str
     Args:
         schema: a dataclass, nested as deep as wanted; fields without a default are `MISSING`, those with the metadata
             `omegaconf_ignore` cannot be written. An instance gives the defaults.
-        written: the keys that were given.
+        written: the keys that were given, or what `merged` returned for the schema.
         origin: the file or recipe to name in an error.
     Errors:
         UserError: unknown key (with the nearest), wrong type, a number out of its range, or a missing value, naming
             key and origin.
     """
     with _explained(schema, written, origin):
-        value = OmegaConf.to_object(merged(schema, (written, origin)))
+        whole = OmegaConf.get_type(written) is schema  # it has been merged into the defaults already
+        value = OmegaConf.to_object(written if whole else merged(schema, (written, origin)))
     for key, entry, kind, allowed in entries(value):
         if kind in (int, float) or isinstance(entry, float):
             check_number(key, entry, allowed, f"{origin}: ")
