@@ -20,6 +20,11 @@ _MBPP = {
 }
 
 
+def _thought(answer: str) -> str:
+    solution = rf"It is $\boxed{{{answer}}}$."
+    return f"<|begin_of_thought|>\nHm.\n<|end_of_thought|>\n<|begin_of_solution|>\n{solution}\n<|end_of_solution|>"
+
+
 def _mmlu(number: int, subject: str) -> dict[str, Any]:
     choices = [str(number + 1), str(number + 2), str(number + 3), str(2 * number)]
     return {"question": f"How much is {number} and 1?", "subject": subject, "choices": choices, "answer": 0}
@@ -73,6 +78,22 @@ RECORDS: dict[str, dict[str, list[dict[str, Any]]]] = {
             {"problem": "Halve $x$.", "level": "Level 5", "solution": r"Thus $\boxed{\frac{x}{2}}$."},
         ],
         "exemplars": [{"problem": q, "level": "Level 1", "solution": rf"It is $\boxed{{{a}}}$."} for q, a in _SUMS[:4]],
+        "exemplars_r1": [{"problem": q, "level": "Level 1", "solution": _thought(a)} for q, a in _SUMS[:4]],
+    },
+    "math_500": {"test": [{"problem": "Halve $x$.", "solution": r"Thus $\boxed{\frac{x}{2}}$."}]},
+    "ifeval": {
+        "train": [
+            {
+                "prompt": "Name two fruits in quotes, without a comma.",
+                "instruction_id_list": ["startend:quotation", "punctuation:no_comma"],
+                "kwargs": [{"relation": None}, {"relation": None}],
+            },
+            {
+                "prompt": "Say pear twice.",
+                "instruction_id_list": ["keywords:frequency"],
+                "kwargs": [{"keyword": "pear", "relation": "at least", "frequency": 2}],
+            },
+        ]
     },
     "humaneval": {"test": [_DOUBLE]},
     "humaneval_plus": {"test": [_DOUBLE]},
@@ -95,6 +116,38 @@ RECORDS: dict[str, dict[str, list[dict[str, Any]]]] = {
         ]
     },
 }
+
+
+_SQUARE = {
+    "name": "square",
+    "description": "The square of a number.",
+    "parameters": {
+        "type": "dict",
+        "properties": {"x": {"type": "integer", "description": "The number."}},
+        "required": ["x"],
+    },
+}
+
+
+def _asked(number: int, category: str) -> dict[str, Any]:
+    turns = [{"role": "system", "content": "Be quick."}] if category.startswith("live") else []
+    turns.append({"role": "user", "content": f"{'Sing' if category == 'irrelevance' else 'Square'} {number}."})
+    return {"id": f"{category}_{number}", "question": [turns], "function": [_SQUARE]}
+
+
+#: of BFCL, by category
+CALLS = {name: [_asked(number, name) for number in range(2)] for name in ("simple", "live_simple", "irrelevance")}
+
+
+def write_calls(folder: Path) -> Path:
+    """Write files as BFCL's package has them and return their folder."""
+    (folder / "possible_answer").mkdir(parents=True)
+    for category, records in CALLS.items():
+        truth = [{"id": each["id"], "ground_truth": [{"square": {"x": [n]}}]} for n, each in enumerate(records)]
+        for place, lines in (("", records), ("possible_answer", truth)):
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / place / f"BFCL_v3_{category}.json").write_text(text)
+    return folder
 
 
 def write(folder: Path, names: tuple[str, ...] = tuple(RECORDS)) -> Path:

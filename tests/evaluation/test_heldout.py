@@ -205,10 +205,10 @@ def test_documents_start_anew(run: Path, manifest: Manifest) -> None:
 def test_standard_error() -> None:
     """Of equal sequences none; of independent ones that of their mean."""
     counts = np.full(100, 10)
-    assert heldout._stderr(np.full(100, 20.0), counts) == 0
+    assert heldout.ratio_stderr(np.full(100, 20.0), counts) == 0
     sums = np.random.default_rng(0).normal(20, 5, 100)
-    assert heldout._stderr(sums, counts) == pytest.approx((sums / 10).std(ddof=1) / 10)
-    assert math.isnan(heldout._stderr(sums[:1], counts[:1]))
+    assert heldout.ratio_stderr(sums, counts) == pytest.approx((sums / 10).std(ddof=1) / 10)
+    assert math.isnan(heldout.ratio_stderr(sums[:1], counts[:1]))
 
 
 def test_refused(run: Path, corpus: Corpus, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import nearest
 from nemotron_h.evaluation.harness import Invocation, Settings
-from nemotron_h.evaluation.tables.task import tables
+from nemotron_h.evaluation.tables.task import load_table, tables
 from nemotron_h.evaluation.tasks import PERPLEXITY, load_suite, load_task, local_tasks, suites
 
 DTYPES = ("float32", "bfloat16")
@@ -42,7 +42,10 @@ def evaluate(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="A table's questions, FOLDER/TASK/SPLIT.jsonl with the hub's fields.", metavar="FOLDER"),
+        typer.Option(
+            help="A table's questions, FOLDER/TASK/SPLIT.jsonl with the hub's fields; of table 10, texts of your own.",
+            metavar="FOLDER",
+        ),
     ] = None,
     compare: Annotated[
         str | None, typer.Option(help=f"{PAPER}: print the paper's numbers of a table too.", metavar=PAPER)
@@ -128,10 +131,12 @@ def _check_table(suite: str, data: Path | None, compare: str | None, others: dic
     """Refuse options that a table does not take."""
     if given := [option for option, value in others.items() if value is not None]:
         raise UserError(f"{', '.join(given)}: --suite {suite} does not take that", hint="leave it out")
-    if data is None:
+    of_lengths = load_table(suite).lengths
+    if data is None and not of_lengths:
         raise UserError(f"--suite {suite} needs --data FOLDER", hint="FOLDER/TASK/SPLIT.jsonl, as the hub's data sets")
-    if not data.is_dir():
-        raise UserError(f"--data {data} is no folder", hint="FOLDER/TASK/SPLIT.jsonl, as the hub's data sets")
+    if data is not None and not data.is_dir():
+        has = "texts of nemotron-h ruler --texts" if of_lengths else "FOLDER/TASK/SPLIT.jsonl, as the hub's data sets"
+        raise UserError(f"--data {data} is no folder", hint=has)
     if compare not in (None, PAPER):
         raise UserError(f"--compare {compare} is unknown", hint=f"use --compare {PAPER}")
 
@@ -140,17 +145,20 @@ def _table(
     checkpoint: Path,
     tokenizer: Path | None,
     suite: str,
-    data: Path,
+    data: Path | None,
     settings: Settings,
     allow_code: bool,
     compare: bool,
 ) -> None:
     from nemotron_h.evaluation.subject import Subject
-    from nemotron_h.evaluation.tables.measure import measure_table, prepared
+    from nemotron_h.evaluation.tables.measure import measure_lengths, measure_table, prepared
 
-    subject = Subject.of(checkpoint, tokenizer)
+    subject, console = Subject.of(checkpoint, tokenizer), Console(stderr=True, highlight=False)
+    if load_table(suite).lengths:
+        measure_lengths(subject, suite, data, settings, compare, console)
+        return
     tasks, left_out = prepared(suite, data, settings.limit, allow_code)
-    measure_table(subject, suite, tasks, left_out, settings, compare, Console(stderr=True, highlight=False))
+    measure_table(subject, suite, tasks, left_out, settings, compare, console)
 
 
 def _invocations(names: list[str], suite: str | None, shots: int | None) -> list[Invocation]:

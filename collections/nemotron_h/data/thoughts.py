@@ -36,6 +36,11 @@ def switched(thinking: str | None, template: str, system: str = "") -> tuple[str
     return template, "\n".join(part for part in (line, system.strip()) if part)
 
 
+def has_switch(template: str) -> bool:
+    """Return True if a template has a switch of its own for thoughts."""
+    return _VARIABLE in template or _WORD in template
+
+
 def with_thought(thought: str, answer: str) -> str:
     """Return an answer behind its thought; without one behind an empty thought, as Nano 2's are."""
     return f"{BEGIN}\n{thought}\n{END}\n{answer}" if thought else f"{BEGIN}{END}\n{answer}"

@@ -19,6 +19,7 @@ from nemotron_h.data.indexed import ArrayFile, TokenStream, read_lengths
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.inference.model import GenerationModel
+from nemotron_h.inference.states import States
 
 SPLIT = "validation"
 #: ours: tokens that are read at once, and rows of logits that exist at once
@@ -179,12 +180,17 @@ def score(
     if not counts:
         raise UserError("the held-out text has no token that counts")
     nats, tokens = math.fsum(sums), sum(counts)
-    return Score(tokens, text_bytes, nats, _stderr(np.array(sums), np.array(counts)))
+    return Score(tokens, text_bytes, nats, ratio_stderr(np.array(sums), np.array(counts)))
 
 
-def batch_losses(model: GenerationModel, batch: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_losses(
+    model: GenerationModel, batch: list[Sequence], states: States | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses of the predictions that count, float64 on the host, one sequence after another, and the tokens
     that they are of.
+
+    Args:
+        states: after the tokens that stand before all sequences, with room for these; None: there are none.
     """
     longest = max(len(s.counted) for s in batch)
     ids = torch.zeros(len(batch), longest + 1, dtype=torch.int64)
@@ -192,7 +198,7 @@ def batch_losses(model: GenerationModel, batch: list[Sequence]) -> tuple[torch.T
     for row, s in enumerate(batch):  # what is filled in at the right is read by no token that counts
         ids[row, : len(s.tokens)] = torch.from_numpy(s.tokens)
         counted[row, : len(s.counted)] = torch.from_numpy(s.counted)
-    hidden = model.extend(ids[:, :-1], model.new_states(len(batch), longest))
+    hidden = model.extend(ids[:, :-1], states or model.new_states(len(batch), longest))
     rows, targets = hidden[counted.to(hidden.device)], ids[:, 1:][counted]
     losses = [
         F.cross_entropy(model.logits(part).float(), labels.to(part.device), reduction="none").double().cpu()
@@ -214,7 +220,7 @@ def batches(texts: Iterator[Sequence]) -> Iterator[list[Sequence]]:
         yield batch
 
 
-def _stderr(sums: np.ndarray, counts: np.ndarray) -> float:
+def ratio_stderr(sums: np.ndarray, counts: np.ndarray) -> float:
     """Return the standard error of a ratio of two sums over sequences; nan for one sequence."""
     number = len(sums)
     if number < 2:

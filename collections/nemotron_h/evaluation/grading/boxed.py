@@ -1,4 +1,4 @@
-r"""Final answers of solutions: the last `\boxed{...}`, and the number after `####` of GSM8K's own solutions."""
+r"""Final answers of solutions: the last `\boxed{...}`, and the number after `####`, as in GSM8K's own solutions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _FINAL = re.compile(r"####\s*(.+)")
+_MARKED = re.compile(r"#### (-?[0-9.,]+)")
 
 
 def boxed(text: str) -> str | None:
@@ -36,3 +37,9 @@ def final_number(solution: str) -> str | None:
     """Return the number after the last `####`, without commas that group digits; None without one."""
     found = _FINAL.findall(solution)
     return found[-1].strip().replace(",", "") if found else None
+
+
+def marked_number(text: str) -> str:
+    """Return the number after the first `####`, without commas and a dot at its end; empty without one."""
+    found = _MARKED.search(text)
+    return found[1].replace(",", "").removesuffix(".") if found else ""

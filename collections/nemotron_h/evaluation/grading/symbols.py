@@ -1,11 +1,12 @@
-"""Compare expressions by SymPy, in a process of its own: simplification may take forever, and is ended then.
+"""Compare answers by SymPy and by Math-Verify, in a process of its own: it may take forever, and is ended then.
 
-Run as a module it is that process: a JSON list of two texts a line in, `true` or `false` a line out.
+Run as a module it is that process: a JSON list of a comparison and two texts a line in, `true` or `false` a line out.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import resource
 import select
@@ -26,11 +27,25 @@ _worker: subprocess.Popen | None = None
 
 def same_value(answer: str, reference: str) -> bool:
     """Return whether two texts are expressions of one value; False where one is none, or when the time is up."""
+    return _asked("compare", answer, reference)
+
+
+def verified(text: str, reference: str) -> bool:
+    """Return whether Math-Verify, which has to be installed, finds the reference's answer in a text; see `same_value`.
+
+    Args:
+        text: a whole answer.
+        reference: a solution, or an answer alone.
+    """
+    return _asked("verify", text, reference)
+
+
+def _asked(comparison: str, answer: str, reference: str) -> bool:
     global _worker
     if _worker is None or _worker.poll() is not None:
         _worker = _start()
     try:
-        _worker.stdin.write(json.dumps([answer, reference]).encode() + b"\n")
+        _worker.stdin.write(json.dumps([comparison, answer, reference]).encode() + b"\n")
         _worker.stdin.flush()
     except OSError:
         stop()
@@ -83,14 +98,25 @@ def compare(answer: str, reference: str) -> bool:
     return sympy.simplify(difference) == 0
 
 
+def verify(text: str, reference: str) -> bool:
+    """Return Math-Verify's verdict, without a limit of time but its own."""
+    from math_verify import parse, verify
+
+    return verify(parse(reference), parse(text))
+
+
 def _serve() -> None:
     import nemotron_h.evaluation.grading.latex  # noqa: F401  (the clock of a comparison begins after it)
 
+    with contextlib.suppress(ImportError):
+        import math_verify  # noqa: F401
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     print("ready", flush=True)
+    comparisons = {"compare": compare, "verify": verify}
     for line in sys.stdin:
         try:
-            same = compare(*json.loads(line))
+            comparison, *texts = json.loads(line)
+            same = comparisons[comparison](*texts)
         except Exception:  # SymPy raises errors of every kind at what it cannot do
             same = False
         print(json.dumps(bool(same)), flush=True)

@@ -14,7 +14,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import check_unicode, parse_json, read_text
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.tokenizer import Tokenizer
-from nemotron_h.evaluation.asking import Conversation, check_gives_back
+from nemotron_h.evaluation.asking import check_gives_back, without_thoughts
 from nemotron_h.evaluation.continuing import Answer, continuations, settings_of
 from nemotron_h.evaluation.long_context.item import KEY, Item
 from nemotron_h.evaluation.long_context.scores import LINE, clean
@@ -40,15 +40,15 @@ class Answerer:
     """A model with the way in which it is asked; its weights are not read.
 
     Args:
-        chat: prompts are turns of a conversation, in the template that came with the checkpoint; an item's prefix
-            begins the answer.
+        chat: prompts are turns of a conversation without thoughts, in the template that came with the checkpoint; an
+            item's prefix begins the answer.
     Attributes:
         way: equal of models that read items as the same tokens.
     """
 
     def __init__(self, name: str, subject: Subject, chat: bool) -> None:
         self.name, self.subject, self.chat = name, subject, chat
-        self._conversation = Conversation(subject) if chat else None
+        self._conversation = without_thoughts(subject) if chat else None
         self.way = (subject.tokenizer.ids_sha256(), self._conversation.source if self._conversation else "")
         eod = frozenset({subject.tokenizer.eod_id})
         self.stop_ids = self._conversation.stop_ids if self._conversation else eod

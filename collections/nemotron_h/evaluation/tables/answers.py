@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +14,18 @@ from rich.console import Console
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation import heldout
-from nemotron_h.evaluation.asking import check_gives_back
+from nemotron_h.evaluation.asking import Conversation, check_gives_back, without_thoughts
 from nemotron_h.evaluation.continuing import Answer, continuations, settings_of
 from nemotron_h.evaluation.records import Records
 from nemotron_h.evaluation.subject import Subject
-from nemotron_h.evaluation.tables.questions import Examined, Question
+from nemotron_h.evaluation.tables.questions import Examined, Question, key_of
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.prefill import extend_in_passes
 
 #: ours: tokens of special meaning that the end of a text may hold besides those of a stop text
 _SPARE_TOKENS = 4
+#: ours: tokens that options share on average from which on they are read once; fewer are read faster in large batches
+_SHARED = 128
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,10 @@ def check(subject: Subject, tasks: Sequence[Examined]) -> None:
     """Refuse tasks whose text the tokenizer does not give back.
 
     Errors:
-        UserError: names characters that it lacks.
+        UserError: names characters that it lacks, or the chat template cannot be used.
     """
     for task in tasks:
-        first = task.questions[0]
-        text = first.prompt or "".join(first.options[first.right])
+        text = task.questions[0].text
         check_gives_back(subject.tokenizer, subject.tokenizer.text_to_ids(text), text, f"a question of {task.name}")
 
 
@@ -84,45 +86,64 @@ def answered(
         records.check(settings)
     there = {record.key for records in (written, likely) for record in records.records}
     tokenizer, work = subject.tokenizer, []
+    conversation = without_thoughts(subject) if any(each.task.chat for each in tasks) else None
     for each in tasks:
-        questions = [*{question.key: question for question in each.questions if question.key not in there}.values()]
-        if questions and each.task.generates:
-            work.append((each, questions, [array("i", tokenizer.text_to_ids(q.prompt)) for q in questions]))
-        elif questions:
-            work.append((each, questions, [option_tokens(tokenizer, *o) for q in questions for o in q.options]))
+        left = {key: q for q in each.questions if (key := record_key(q, conversation)) not in there}
+        if left and each.task.generates:
+            work.append((each, left, [array("i", _prompt(tokenizer, conversation, q)) for q in left.values()]))
+        elif left:
+            work.append((each, left, [option_tokens(tokenizer, *o) for q in left.values() for o in q.options]))
+        there |= left.keys()
     if work:
         engine = load_model(subject.checkpoint, dtype=getattr(torch, dtype), device=device, tokens=tokenizer.vocab_size)
         with StageProgress(console, subject.checkpoint.name, sum(map(_cost, work))) as bar, written, likely:
-            for each, questions, tokens in work:
+            for each, left, tokens in work:
                 bar.advance(0, each.name)
                 if not each.task.generates:
-                    for record in likelihoods(engine, questions, tokens, bar.advance):
+                    for record in likelihoods(engine, [*left.values()], tokens, bar.advance):
                         likely.add(record)
                     continue
-                prompts = [(question.key, ids) for question, ids in zip(questions, tokens, strict=True)]
+                begun = conversation.opening if each.task.chat else ""
                 answers = continuations(
                     engine,
                     tokenizer,
-                    prompts,
+                    [*zip(left, tokens, strict=True)],
                     batch=batch,
                     max_tokens=each.task.max_tokens,
-                    stop_ids={tokenizer.eod_id},
+                    stop_ids=conversation.stop_ids if each.task.chat else {tokenizer.eod_id},
                     complete=stop_watch(tokenizer, each.task.stop),
                 )
                 for number, answer in answers:
-                    written.add(answer)
+                    written.add(replace(answer, answer=begun + answer.answer))
                     bar.advance(len(tokens[number]) + each.task.max_tokens)
+    texts = {record.key: record.answer for record in written.records}
+    asked = {q.key: record_key(q, conversation) for each in tasks if each.task.generates for q in each.questions}
     return Answers(
-        {record.key: record.answer for record in written.records},
+        {question: texts[key] for question, key in asked.items()},
         {record.key: record.nats for record in likely.records},
     )
 
 
-def _cost(work: tuple[Examined, list[Question], list]) -> int:
+def record_key(question: Question, conversation: Conversation | None) -> str:
+    """Return the key of the record of an answer: of a conversation's, it depends on the chat template too."""
+    if not question.turns:
+        return question.key
+    return key_of([question.key, conversation.source, conversation.system])
+
+
+def _prompt(tokenizer: Tokenizer, conversation: Conversation | None, question: Question) -> list[int]:
+    """Return the tokens before an answer."""
+    if not question.turns:
+        return tokenizer.text_to_ids(question.prompt)
+    opening = tokenizer.text_to_ids(question.opening) if question.opening else []
+    return conversation.tokens(question.turns) + opening
+
+
+def _cost(work: tuple[Examined, dict[str, Question], list]) -> int:
     """Return the tokens that are read and may be written."""
-    each, questions, tokens = work
+    each, left, tokens = work
     if each.task.generates:
-        return sum(map(len, tokens)) + len(questions) * each.task.max_tokens
+        return sum(map(len, tokens)) + len(left) * each.task.max_tokens
     return sum(len(sequence.tokens) for sequence in tokens)
 
 
@@ -147,17 +168,49 @@ def likelihoods(
         sequences: of all options, in order.
         advance: told the number of tokens that were read.
     """
+    waiting = iter(sequences)
+    options = [[next(waiting) for _ in question.options] for question in questions]
+    shared = [shared_tokens(each) for each in options]
+    if sum(shared) >= _SHARED * len(shared):
+        for question, each, length in zip(questions, options, shared, strict=True):
+            yield Likelihoods(question.key, _after_shared(engine, each, length))
+            advance(sum(len(sequence.tokens) for sequence in each))
+        return
     nats: list[float] = []
-    waiting = iter(questions)
-    question = next(waiting)
+    left = iter(questions)
+    question = next(left)
     for batch in heldout.batches(iter(sequences)):
         losses, _ = heldout.batch_losses(engine, batch)
-        nats += [part.sum().item() for part in losses.split([int(each.counted.sum()) for each in batch])]
+        nats += _sums(losses, batch)
         advance(sum(len(each.tokens) for each in batch))
         while question and len(nats) >= len(question.options):
             yield Likelihoods(question.key, nats[: len(question.options)])
             nats = nats[len(question.options) :]
-            question = next(waiting, None)
+            question = next(left, None)
+
+
+def shared_tokens(options: Sequence[heldout.Sequence]) -> int:
+    """Return the number of first tokens that all options of a question share, none of which predicts one that
+    counts.
+    """
+    before = min(int(np.argmax(each.counted)) for each in options)
+    tokens = np.stack([each.tokens[:before] for each in options])
+    different = (tokens != tokens[0]).any(0)
+    return int(np.argmax(different)) if different.any() else before
+
+
+def _after_shared(engine: GenerationModel, options: Sequence[heldout.Sequence], length: int) -> list[float]:
+    """Return the likelihoods of options whose first tokens are read once for all of them."""
+    states = engine.new_states(1, max(len(each.tokens) for each in options))
+    if length:
+        extend_in_passes(engine, torch.from_numpy(options[0].tokens[None, :length]), states)
+    ends = [heldout.Sequence(each.tokens[length:], each.counted[length:]) for each in options]
+    losses, _ = heldout.batch_losses(engine, ends, states.taken([0] * len(ends)))
+    return _sums(losses, ends)
+
+
+def _sums(losses: torch.Tensor, batch: Sequence[heldout.Sequence]) -> list[float]:
+    return [part.sum().item() for part in losses.split([int(each.counted.sum()) for each in batch])]
 
 
 def stop_watch(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[list[int]], bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import typer
 from rich import box
@@ -16,9 +17,10 @@ from nemotron_h.core.progress import StageProgress
 from nemotron_h.evaluation import record
 from nemotron_h.evaluation.harness import Settings
 from nemotron_h.evaluation.subject import Subject
+from nemotron_h.evaluation.tables import ruler
 from nemotron_h.evaluation.tables.answers import answered, check
 from nemotron_h.evaluation.tables.questions import Examined, examined, lacking
-from nemotron_h.evaluation.tables.results import Row, rows_of, verdicts
+from nemotron_h.evaluation.tables.results import Row, grader_of, rows_of, verdicts
 from nemotron_h.evaluation.tables.task import PaperTable, load, load_table
 
 #: beside `evaluations.json`
@@ -73,7 +75,7 @@ def measure_table(
     Errors:
         UserError: the tokenizer lacks characters, or memory has no room.
     """
-    for each, reasons in left_out.items():
+    for each, reasons in (left_out | {row: [why] for row, why in load_table(name).unmeasured.items()}).items():
         for reason in reasons:
             console.print(f"[bold]not measured:[/bold] {each}: ", end="")
             console.print(reason, markup=False, soft_wrap=True)
@@ -88,8 +90,7 @@ def measure_table(
         folder=folder,
         console=console,
     )
-    rows: list[Row] = []
-    entries = []
+    scored: list[Scored] = []
     with StageProgress(console, "grading", sum(len(each.questions) for each in tasks)) as bar:
         for each in tasks:
             bar.advance(0, each.name)
@@ -97,31 +98,66 @@ def measure_table(
             for verdict in verdicts(each, answers):
                 right.append(verdict)
                 bar.advance(1)
-            for row in rows_of(each, right):
-                rows.append(row)
-                fraction = [row.score / 100, None if row.error is None else row.error / 100]
-                entries.append(
-                    {
-                        "task": f"{name}/{row.name}",
-                        "metrics": {each.task.metric: fraction},
-                        "samples": row.questions,
-                        "shots": each.task.shots,
-                        "remarks": [*each.task.ours, *each.remarks],
-                    }
-                )
+            details = {"shots": each.task.shots, "remarks": [*each.task.ours, *each.remarks]}
+            if each.task.verified:
+                details["grader"] = grader_of(each.task)
+            scored += [Scored(row, each.task.metric, details) for row in rows_of(each, right)]
+    _write(subject, name, scored, settings, began)
+    _print(load_table(name), [each.row for each in scored], compare)
+    for each in tasks:
+        if each.remarks:
+            typer.echo(f"not comparable: {each.name}: {'; '.join(each.remarks)}")
+        if each.task.ours:
+            typer.echo(f"{each.name}: {'; '.join(each.task.ours)}")
+        if each.task.verified:
+            typer.echo(f"{each.name}: graded by {grader_of(each.task)}")
+
+
+def measure_lengths(
+    subject: Subject, name: str, texts: Path | None, settings: Settings, compare: bool, console: Console
+) -> None:
+    """Measure a table of RULER's means by length; see `measure_table` and `ruler.rows_of`.
+
+    Errors:
+        UserError: see `ruler.rows_of`.
+    """
+    began, folder = time.perf_counter(), record.path_of(subject.checkpoint).parent / FOLDER
+    paper = load_table(name)
+    rows, remarks = ruler.rows_of(subject, paper.lengths, texts, settings, folder, console)
+    scored = [Scored(row, "score", {"remarks": remarks}) for row in rows]
+    _write(subject, name, scored, settings, began)
+    _print(paper, rows, compare)
+    if remarks:
+        typer.echo(f"not comparable: {'; '.join(remarks)}")
+
+
+class Scored(NamedTuple):
+    """A row with the name of its score, and what the record has of it besides."""
+
+    row: Row
+    metric: str
+    details: dict[str, Any]
+
+
+def _write(subject: Subject, name: str, scored: Sequence[Scored], settings: Settings, began: float) -> None:
+    """Add rows to the record."""
     details = {
         "dtype": settings.dtype,
         "device": settings.device,
         "limit": settings.limit,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    path = record.add(subject.checkpoint, [{**entry, **details} for entry in entries])
-    _print(load_table(name), rows, tasks, compare)
-    typer.echo(f"added to {path}; answers are in {folder}")
+    entries = []
+    for row, metric, own in scored:
+        fraction = [row.score / 100, None if row.error is None else row.error / 100]
+        entry = {"task": f"{name}/{row.name}", "metrics": {metric: fraction}, "samples": row.questions}
+        entries.append({**entry, **own, **details})
+    path = record.add(subject.checkpoint, entries)
+    typer.echo(f"added to {path}; answers are in {path.parent / FOLDER}")
 
 
-def _print(paper: PaperTable, rows: Sequence[Row], tasks: Sequence[Examined], compare: bool) -> None:
-    """Print the rows of a table, those without a score too, and what keeps scores from being the paper's."""
+def _print(paper: PaperTable, rows: Sequence[Row], compare: bool) -> None:
+    """Print the rows of a table, those without a score too."""
     models = paper.models if compare else []
     table = Table("percent", "this", "questions", *models, box=box.SIMPLE_HEAD, title=paper.source if compare else "")
     table.columns[0].no_wrap = table.columns[1].no_wrap = True
@@ -133,11 +169,6 @@ def _print(paper: PaperTable, rows: Sequence[Row], tasks: Sequence[Examined], co
         ours = ["not measured", ""]
         if row:
             ours = [f"{row.score:.1f}" + ("" if row.error is None else f" ± {row.error:.1f}"), f"{row.questions:,}"]
-        numbers = ["" if value is None else f"{value:.1f}" for value in theirs] if compare else []
+        numbers = ["" if value is None else f"{value:g}" for value in theirs] if compare else []
         table.add_row(name, *ours, *numbers)
     Console().print(table)
-    for each in tasks:
-        if each.remarks:
-            typer.echo(f"not comparable: {each.name}: {'; '.join(each.remarks)}")
-        if each.task.ours:
-            typer.echo(f"{each.name}: {'; '.join(each.task.ours)}")

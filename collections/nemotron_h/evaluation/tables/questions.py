@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.evaluation.tables.task import RANDOM, Task, evaluate, render
+from nemotron_h.data.messages import ROLES, SYSTEM, USER, Turn
+from nemotron_h.evaluation.grading import packages
+from nemotron_h.evaluation.grading.instructions import check as check_instructions
+from nemotron_h.evaluation.tables import calls
+from nemotron_h.evaluation.tables.task import INSTRUCTIONS, RANDOM, Task, evaluate, render
 from nemotron_h.evaluation.tasks import read_records
 
 #: lm-evaluation-harness': of the examples that are taken at random
@@ -27,7 +31,9 @@ class Question:
     Attributes:
         record: of the data.
         key: a hash of all that the model's answer depends on.
-        prompt: that an answer follows; empty where likelihoods are compared.
+        prompt: that an answer follows; empty in a conversation and where likelihoods are compared.
+        turns: of a conversation, in which the model answers; none where it continues the prompt.
+        opening: text that begins the answer in a conversation.
         options: context and text of each option; none where the model writes an answer.
         reference: the right answer; empty without one.
         right: number of the right option; -1 without options.
@@ -36,9 +42,17 @@ class Question:
     record: dict[str, Any] = field(repr=False)
     key: str
     prompt: str = ""
+    turns: tuple[Turn, ...] = ()
+    opening: str = ""
     options: tuple[tuple[str, str], ...] = ()
     reference: str = ""
     right: int = -1
+
+    @property
+    def text(self) -> str:
+        """Return what the model reads, with the right option."""
+        spoken = "".join(turn.content for turn in self.turns) + self.opening
+        return self.prompt + spoken + "".join(self.options[self.right] if self.options else ())
 
 
 @dataclass(frozen=True)
@@ -59,26 +73,39 @@ class Examined:
 
 def lacking(name: str, task: Task, folder: Path) -> list[str]:
     """Return what a task's files lack, in sentences; none where all are there."""
-    sentences = []
-    test = folder / name / f"{task.test}.jsonl"
+    sentences = _packages_lacking(task)
+    if task.parts:
+        return [*sentences, *calls.lacking(folder / (task.data or name), task.parts)]
+    test = _file(name, task, folder, task.test)
     if not test.is_file():
         sentences.append(f"no {test}; to write it: {task.download(task.test, test)}")
     if task.shots and _examples_file(name, task, folder) is None:
         first, *others = task.examples
-        file = folder / name / f"{first}.jsonl"
-        if first == EXEMPLARS:
-            instead = folder / name / f"{others[0]}.jsonl"
-            sentences.append(
-                f"no {file} with the {task.shots} published examples, as records of {', '.join(task.fields)}; other "
-                f"examples, whose score is not comparable: {task.download(others[0], instead)}"
-            )
+        file = _file(name, task, folder, first)
+        if first.startswith(EXEMPLARS):
+            lacks = f"no {file} with the {task.shots} published examples, as records of {', '.join(task.fields)}"
+            if others:
+                instead = task.download(others[0], _file(name, task, folder, others[0]))
+                lacks += f"; other examples, whose score is not comparable: {instead}"
+            sentences.append(lacks)
         else:
             sentences.append(f"no {file}; to write it: {task.download(first, file)}")
     return sentences
 
 
+def _packages_lacking(task: Task) -> list[str]:
+    needed = packages.LANGUAGE if task.grader == INSTRUCTIONS else ()
+    missing = [name for name in needed if not packages.version(name)]
+    return [f"{', '.join(missing)} not installed: {packages.INSTALL}"] if missing else []
+
+
+def _file(name: str, task: Task, folder: Path, split: str) -> Path:
+    return folder / (task.data or name) / f"{split}.jsonl"
+
+
 def _examples_file(name: str, task: Task, folder: Path) -> Path | None:
-    return next((file for split in task.examples if (file := folder / name / f"{split}.jsonl").is_file()), None)
+    files = (_file(name, task, folder, split) for split in task.examples)
+    return next((file for file in files if file.is_file()), None)
 
 
 def examined(name: str, task: Task, folder: Path, limit: int | None) -> Examined:
@@ -89,22 +116,28 @@ def examined(name: str, task: Task, folder: Path, limit: int | None) -> Examined
     Errors:
         UserError: names the line and the field that is missing or not what the task needs.
     """
-    test = folder / name / f"{task.test}.jsonl"
-    records, remarks = _records(test, task), []
-    if limit is not None and limit < len(records):
+    source = folder / (task.data or name)
+    if task.parts:
+        records, remarks = calls.records(source, task.parts, limit)
+    else:
+        records, remarks = _records(_file(name, task, folder, task.test), task), []
+    if limit is not None and limit < len(records) and not task.parts:
         remarks.append(f"the first {limit:,} of {len(records):,} questions")
+        records = records[:limit]
+    if task.verified and not packages.version(packages.MATH_VERIFY):
+        remarks.append(f"Math-Verify, which the paper grades by, is not installed: {packages.INSTALL}")
     examples: dict[str, list[tuple[str, str]]] = {}
     if task.shots:
-        source = _examples_file(name, task, folder)
-        for origin, record in _records(source, task):
+        file = _examples_file(name, task, folder)
+        for origin, record in _records(file, task):
             with_group = _told(origin, lambda record=record: (render(task.group, record), _example(task, record)))
             examples.setdefault(with_group[0], []).append((origin, with_group[1]))
-        if source.stem != task.examples[0]:
-            remarks.append(f"examples of {source.name}, not the published ones")
+        if file.stem != task.examples[0]:
+            remarks.append(f"examples of {file.name}, not the published ones")
     rng, questions = random.Random(SEED), []
-    for origin, record in records[:limit]:
+    for origin, record in records:
         group = _told(origin, lambda record=record: render(task.group, record))
-        shots = _shots(task, examples.get(group, []), rng, f"{origin}: {test.parent} has", group)
+        shots = _shots(task, examples.get(group, []), rng, f"{origin}: {source} has", group)
         questions.append(_told(origin, lambda record=record, shots=shots: _question(task, record, shots)))
     return Examined(name, task, questions, remarks)
 
@@ -152,19 +185,41 @@ def _shots(task: Task, there: list[tuple[str, str]], rng: random.Random, place: 
 
 def _question(task: Task, record: dict[str, Any], shots: str) -> Question:
     before = render(task.description, record) + shots
+    if task.grader == INSTRUCTIONS:
+        check_instructions(record)
     if task.generates:
         prompt, reference = before + render(task.prompt, record), render(task.reference, record)
         if task.reference and reference in ("", "None"):
             raise ValueError("no right answer is in it")
-        return Question(record, _key([prompt, task.max_tokens, list(task.stop)]), prompt, reference=reference)
+        ends = [task.max_tokens, list(task.stop)]
+        if not task.chat:
+            return Question(record, key_of([prompt, *ends]), prompt, reference=reference)
+        turns, opening = _turns(task, record, prompt), render(task.opening, record)
+        key = key_of([[(turn.role, turn.content) for turn in turns], opening, *ends])
+        return Question(record, key, turns=turns, opening=opening, reference=reference)
     texts = evaluate(task.options, record)
     contexts = evaluate(task.contexts, record) if task.contexts else [render(task.prompt, record)] * len(texts)
     options = tuple((before + context, text) for context, text in zip(contexts, texts, strict=True))
     right = evaluate(task.right, record)
     if not 0 <= right < len(options):
         raise ValueError(f"option {right} of {len(options)} is the right one")
-    return Question(record, _key(options), options=options, right=right)
+    return Question(record, key_of(options), options=options, right=right)
 
 
-def _key(content: Any) -> str:
+def _turns(task: Task, record: dict[str, Any], prompt: str) -> tuple[Turn, ...]:
+    """Return the messages of a conversation; the task's system message begins that of the record."""
+    messages = [{"role": USER, "content": prompt}]
+    if task.messages:
+        messages = evaluate(task.messages, record)
+    turns = tuple(Turn(ROLES[message["role"]], message["content"]) for message in messages)
+    if not task.system:
+        return turns
+    system = render(task.system, record)
+    if turns[0].role == SYSTEM:
+        return (Turn(SYSTEM, f"{system}\n\n{turns[0].content}"), *turns[1:])
+    return (Turn(SYSTEM, system), *turns)
+
+
+def key_of(content: Any) -> str:
+    """Return a hash of what an answer depends on."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -26,8 +26,11 @@ from nemotron_h.evaluation.grading.options import LETTERS, option_of
 
 #: of examples: the first of their file, or at random as lm-evaluation-harness draws them
 FIRST, RANDOM = "first", "random"
-#: graders; `NUMBER` is `MATH` without percent
-FIRST_LETTER, STATED_LETTER, NUMBER, MATH, CODE = "first_letter", "stated_letter", "number", "math", "code"
+#: graders; `NUMBER` is `MATH` without percent, `MARKED` the text behind `####`
+FIRST_LETTER, STATED_LETTER, NUMBER, MATH, MARKED, CODE = (
+    "first_letter", "stated_letter", "number", "math", "marked_number", "code"
+)  # fmt: skip
+INSTRUCTIONS, CALLS = "instructions", "calls"
 ACC, ACC_NORM = "acc", "acc_norm"
 
 
@@ -42,18 +45,26 @@ class Task:
         configs: its configurations, one after another.
         test: split of the questions, which is the name of their file too.
         examples: splits of the examples, the first that is there; none where there are no examples.
+        data: folder of the files, where that is another task's.
+        parts: files of the questions, where they are several -> the records of each.
         fields: that records have.
         shots: examples in a prompt.
         order: `FIRST` or `RANDOM`.
         group: template of the group whose examples a question gets; empty where all have the same.
         description: template that begins a prompt.
         prompt: template of a question.
+        chat: questions are asked in the checkpoint's chat template.
+        system: template of a system message.
+        messages: expression of a conversation's messages, in place of the prompt.
+        opening: template of the text that begins an answer.
         target: template of what follows it in an example.
         separator: after an example.
         max_tokens: of the answer; 0 where likelihoods are compared.
         stop: texts that end an answer.
-        grader: of answers, one of the five above.
+        grader: of answers, one of those above.
         reference: template of the right answer.
+        verified: template of the right answer as Math-Verify reads it; none where it is not asked. Where it is
+            installed, `NUMBER` gives way to it, and `MATH` counts what either accepts.
         graded: template of the text whose code is run; `answer` is what the model wrote.
         entry_point: template of the function's name.
         program: template of what is run; `completion` is the code.
@@ -61,7 +72,8 @@ class Task:
         contexts: expression of what stands before each of them; empty where that is the prompt.
         right: expression of the right option's number, from 0.
         metric: name of the score; `ACC_NORM` divides log-likelihoods by the characters of an option.
-        rows: row of a table -> expression of the questions that it counts.
+        rows: row of a table -> expression of the questions that it counts; of `INSTRUCTIONS`, of the verdicts, and of
+            `CALLS`, of the scores (`calls.row`).
     """
 
     source: str = MISSING
@@ -70,18 +82,25 @@ class Task:
     configs: list[str] = MISSING
     test: str = MISSING
     examples: list[str] = field(default_factory=list)
+    data: str = ""
+    parts: dict[str, int] = field(default_factory=dict)
     fields: list[str] = MISSING
     shots: int = MISSING
     order: str = FIRST
     group: str = ""
     description: str = ""
-    prompt: str = MISSING
+    prompt: str = ""
+    chat: bool = False
+    system: str = ""
+    messages: str = ""
+    opening: str = ""
     target: str = ""
     separator: str = "\n\n"
     max_tokens: int = 0
     stop: list[str] = field(default_factory=list)
     grader: str = ""
     reference: str = ""
+    verified: str = ""
     graded: str = ""
     entry_point: str = ""
     program: str = ""
@@ -117,12 +136,16 @@ class PaperTable:
         tasks: of the table, in order.
         models: its columns.
         rows: row -> percent of each model; None where there is none.
+        unmeasured: row without a task -> why.
+        lengths: row of RULER -> tokens of its items.
     """
 
     source: str
     tasks: list[str]
     models: list[str]
     rows: dict[str, list[float | None]]
+    unmeasured: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, int] = field(default_factory=dict)
 
 
 def _folder() -> Path:
@@ -168,6 +191,21 @@ def boxed_solution(solution: str) -> str:
     return f"{re.sub(r'<<.*?>>', '', text).strip()} So the answer is \\boxed{{{number.strip()}}}."
 
 
+def long_thought(solution: str) -> str:
+    """Return a solution of DeepSeek-R1 in the form of the published examples.
+
+    Errors:
+        ValueError: it is in another form.
+    """
+    places = [solution.find(f"<|{mark}_of_{part}|>") for part in ("thought", "solution") for mark in ("begin", "end")]
+    if -1 in places or places != sorted(places) or boxed(solution) is None:
+        raise ValueError(
+            "the solution is not <|begin_of_thought|> ... <|end_of_thought|> <|begin_of_solution|> ... "
+            "<|end_of_solution|> with a box"
+        )
+    return solution
+
+
 def without_titles(text: str) -> str:
     """Return a text without the marks of WikiHow's titles and other brackets (lm-evaluation-harness' hellaswag)."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -181,6 +219,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         "boxed_solution": boxed_solution,
         "entry_point": entry_point_of,
         "final_number": final_number,
+        "long_thought": long_thought,
         "spaced": lambda text: f" {text}",
         "without_titles": without_titles,
     }
