@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -63,6 +64,28 @@ def test_scores(rule: str, text: str, references: list[str], value: float) -> No
 
 def test_clean_answers() -> None:
     assert clean(" \x00a\x1fb\x7f\r\n") == "a\nb\x7f"
+
+
+def test_scores_as_the_package(texts: Texts) -> None:
+    """Scores of 200 items whose answers have some of the references are those of RULER's own functions, one by one."""
+    package = "long_context_eval.eval.synthetic.constants"
+    theirs = pytest.importorskip(package, reason="nvidia-long-context-eval is not installed")
+    rng, seen = random.Random(0), set()
+    for name in PUBLISHED:
+        rule = theirs.TASKS["qa" if TASKS[name].rule == "part" else "niah"]
+        items = [*Maker(name, 900, 0, texts, words_of).items(16)]
+        answers = []
+        for item in items:
+            said = [each.swapcase() for each in item.references if rng.random() < 0.6]
+            answers.append(rng.choice(["\n", "\t, ", "\x00"]).join(["It is", *said, item.references[0][:-1], ""]))
+        published = [re.sub(r"[\x00-\x1f]", "\n", answer.strip()).strip() for answer in answers]
+        references = [item.references for item in items]
+        own = [score(item.rule, answer, item.references) for item, answer in zip(items, answers, strict=True)]
+        assert [100 * each for each in own] == rule["metric_fn_per_sample"](published, references)
+        assert round(100 * sum(own) / len(own), 2) == rule["metric_fn"](published, references)
+        seen |= {*own}
+    assert len(PUBLISHED) * 16 > 200
+    assert {0, 1} < seen
 
 
 def test_the_largest_that_fits() -> None:

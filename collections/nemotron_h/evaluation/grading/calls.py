@@ -21,6 +21,8 @@ _TYPES: dict[str, type] = {
     "any": str,
 }  # fmt: skip
 _NESTED = ("array", "tuple")
+#: in names of categories: of several calls, or of several functions to choose from
+_SEVERAL = ("parallel", "multiple")
 _NEGLIGIBLE = re.compile(r"[ ,./\-_*^]")
 _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -48,7 +50,7 @@ def right(text: str, record: Mapping[str, Any]) -> bool:
     functions, answers = record["function"], record["ground_truth"]
     if len(calls) != len(answers):
         return False
-    if "parallel" not in category and "multiple" not in category:
+    if not any(part in category for part in _SEVERAL):
         return _same(functions[0], calls[0], answers[0], language)
     left = list(calls)
     for answer in answers:

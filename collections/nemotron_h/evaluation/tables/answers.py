@@ -24,8 +24,9 @@ from nemotron_h.inference.prefill import extend_in_passes
 
 #: ours: tokens of special meaning that the end of a text may hold besides those of a stop text
 _SPARE_TOKENS = 4
-#: ours: tokens that options share on average from which on they are read once; fewer are read faster in large batches
-_SHARED = 128
+#: ours: tokens that a question's options need not read again, on average, from which on what they share is read once;
+#: fewer are read faster in large batches
+_SPARED = 512
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def likelihoods(
     waiting = iter(sequences)
     options = [[next(waiting) for _ in question.options] for question in questions]
     shared = [shared_tokens(each) for each in options]
-    if sum(shared) >= _SHARED * len(shared):
+    if sum(length * (len(each) - 1) for length, each in zip(shared, options, strict=True)) >= _SPARED * len(shared):
         for question, each, length in zip(questions, options, shared, strict=True):
             yield Likelihoods(question.key, _after_shared(engine, each, length))
             advance(sum(len(sequence.tokens) for sequence in each))
