@@ -435,6 +435,14 @@ def test_refused(run: Path, tmp_path: Path) -> None:
         test.write_text(json.dumps({**good, **change}) + "\n")
         with pytest.raises(UserError, match=message):
             prepared(TABLE, folder, None, allow_code=False)
+    write(tmp_path / "more", ("math",))
+    examples = tmp_path / "more" / "math" / "exemplars_r1.jsonl"
+    examples.write_text(examples.read_text().replace("<|end_of_thought|>", "", 1))
+    with pytest.raises(UserError, match=r"exemplars_r1\.jsonl, record 1 is not as the task needs it: .*end_of_thought"):
+        prepared("paper_table_4", tmp_path / "more", None, allow_code=False)
+    examples.unlink()
+    _, left_out = prepared("paper_table_4", tmp_path / "more", None, allow_code=False)
+    assert left_out["math_r1"][0].endswith("with the 4 published examples, as records of problem, level, solution")
     del good["choices"]
     test.write_text(json.dumps(good) + "\n")
     with pytest.raises(UserError, match=r"test\.jsonl, record 1 lacks choices"):

@@ -86,6 +86,8 @@ def evaluate(
     nemotron-h eval runs/nemotron_h_tiny --tasks perplexity,logiqa
 
     nemotron-h eval runs/nemotron_h_8b --suite paper_table_5 --data FOLDER --compare paper
+
+    nemotron-h eval runs/nemotron_h_8b_sft --suite paper_table_10 --limit 50 --compare paper
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")

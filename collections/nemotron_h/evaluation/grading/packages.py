@@ -8,7 +8,7 @@ from importlib import metadata
 MATH_VERIFY = "math-verify"
 #: of IFEval: the language of a text, and its sentences
 LANGUAGE = ("langdetect", "nltk")
-INSTALL = "pip install 'nemotron-h-recipes[tables]'"
+INSTALL = "pip install -e '.[tables]'"
 
 
 @functools.cache

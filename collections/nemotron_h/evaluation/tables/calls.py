@@ -77,7 +77,7 @@ def records(
     if missing:
         remarks.append(f"no files of {', '.join(missing)}: they count as 0")
     if executed := [name for name in parts if name in EXECUTED]:
-        remarks.append(f"{', '.join(executed)} are not run and count as 0, as the package has it without its keys")
+        remarks.append(f"{', '.join(executed)} are not asked and count as 0: their calls would have to be run")
     return found, remarks
 
 

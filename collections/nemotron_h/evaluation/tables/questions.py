@@ -121,9 +121,9 @@ def examined(name: str, task: Task, folder: Path, limit: int | None) -> Examined
         records, remarks = calls.records(source, task.parts, limit)
     else:
         records, remarks = _records(_file(name, task, folder, task.test), task), []
-    if limit is not None and limit < len(records) and not task.parts:
-        remarks.append(f"the first {limit:,} of {len(records):,} questions")
-        records = records[:limit]
+        if limit is not None and limit < len(records):
+            remarks.append(f"the first {limit:,} of {len(records):,} questions")
+            records = records[:limit]
     if task.verified and not packages.version(packages.MATH_VERIFY):
         remarks.append(f"Math-Verify, which the paper grades by, is not installed: {packages.INSTALL}")
     examples: dict[str, list[tuple[str, str]]] = {}
