@@ -12,7 +12,7 @@ import pytest
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.evaluation.grading import foreign_calls
-from nemotron_h.evaluation.grading.calls import right, stated
+from nemotron_h.evaluation.grading.calls import check, right, stated
 from nemotron_h.evaluation.tables import calls
 from nemotron_h.evaluation.tables.task import load
 
@@ -174,6 +174,18 @@ def test_several_calls() -> None:
             assert right(text, _record(category)) == calls_none
 
 
+def test_records_that_cannot_be_judged() -> None:
+    check(_record("simple", {}))
+    check({"category": "irrelevance", "function": [{"name": "any"}], "ground_truth": []})
+    for properties in ({"a": {"type": "text"}}, {"a": {"type": "array"}}, {"a": {}}):
+        function = {"name": "f", "parameters": {"properties": properties, "required": []}}
+        with pytest.raises(KeyError):
+            check(_record("simple", {}, functions=[function]))
+    for truth in ([{"f": {"a": 1}}], [{"f": {}, "g": {}}], ["f()"]):
+        with pytest.raises(ValueError, match=r"values for a|of one call"):
+            check({"category": "simple", "function": [FUNCTION], "ground_truth": truth})
+
+
 PARTS = load("bfcl_v2").parts
 
 
@@ -232,6 +244,9 @@ def test_files(tmp_path: Path) -> None:
         calls.records(tmp_path, PARTS, None)
     (tmp_path / "possible_answer" / "BFCL_v3_java.json").unlink()
     with pytest.raises(UserError, match="there is no "):
+        calls.records(tmp_path, PARTS, None)
+    _write(tmp_path, "java", [{**record, "function": [{"name": "f"}]}], [{"id": "java_0", "ground_truth": []}])
+    with pytest.raises(UserError, match="record 1: its functions are not described"):
         calls.records(tmp_path, PARTS, None)
     _write(tmp_path, "java", [{"id": "java_0"}], [])
     with pytest.raises(UserError, match="record 1 lacks question"):

@@ -62,6 +62,27 @@ def right(text: str, record: Mapping[str, Any]) -> bool:
     return True
 
 
+def check(record: Mapping[str, Any]) -> None:
+    """Refuse a record that no answer could be judged by, before a model answers.
+
+    Errors:
+        ValueError, KeyError, TypeError: a description or a right answer has another form.
+    """
+    language = foreign_calls.LANGUAGES.get(record["category"])
+    for answer in record["ground_truth"]:
+        if not isinstance(answer, Mapping) or len(answer) != 1:
+            raise ValueError("a right answer is not of one call")
+        ((name, possible),) = answer.items()
+        if lists := [key for key, values in possible.items() if not isinstance(values, list)]:
+            raise ValueError(f"{name} has no list of values for {lists[0]}")
+    for function in record["function"] if record["ground_truth"] else ():
+        schema = function["parameters"]
+        if function["name"] in (None, "") or not isinstance(schema["required"], list):
+            raise ValueError("a description has no name, or no list of required parameters")
+        for described in schema["properties"].values():
+            _types(described, language)
+
+
 def stated(text: str, language: str | None = None) -> list[Call]:
     """Return the calls that an answer states: `[name(argument=value, ...), ...]`, whose brackets may be left out.
 
@@ -140,30 +161,27 @@ def _same(function: Mapping[str, Any], call: Call, answer: Mapping[str, Any], la
     """Return whether a call is the right one: of the function's name, with all required parameters and no unknown one,
     each of a right type and value; parameters that are left out may be.
     """
-    name, given = call
+    name, arguments = call
     possible = next(iter(answer.values()))
     schema = function["parameters"]
-    if name != function["name"] or not {*schema["required"]} <= given.keys():
+    if name != function["name"] or not {*schema["required"]} <= arguments.keys():
         return False
-    if not given.keys() <= schema["properties"].keys() & possible.keys():
+    if not arguments.keys() <= schema["properties"].keys() & possible.keys():
         return False
-    if any(parameter not in given and "" not in values for parameter, values in possible.items()):
+    if any(parameter not in arguments and "" not in values for parameter, values in possible.items()):
         return False
-    return all(_fits(value, possible[key], schema["properties"][key], language) for key, value in given.items())
+    return all(_fits(value, possible[key], schema["properties"][key], language) for key, value in arguments.items())
 
 
 def _fits(value: Any, possible: Sequence[Any], described: Mapping[str, Any], language: str | None) -> bool:
     """Return whether an argument has a type and a value that are right."""
-    kind = described["type"]
+    expected, nested = _types(described, language)
     if language:
-        expected, nested = foreign_calls.types(described, language)
         value = foreign_calls.converted(value, described, language)
-    else:
-        expected, nested = _TYPES[kind], _TYPES[described["items"]["type"]] if kind in _NESTED else None
-        if kind == "tuple" and isinstance(value, tuple):
-            value = list(value)
-        elif kind == "float" and type(value) is int:
-            value = float(value)
+    elif described["type"] == "tuple" and isinstance(value, tuple):
+        value = list(value)
+    elif described["type"] == "float" and type(value) is int:
+        value = float(value)
     typical = _type_of(possible)
     variable = typical not in (None, expected)
     if type(value) is not expected:
@@ -183,6 +201,14 @@ def _fits(value: Any, possible: Sequence[Any], described: Mapping[str, Any], lan
     if expected is list:
         return [*map(_plain, value)] in [[*map(_plain, each)] for each in possible]
     return value in possible
+
+
+def _types(described: Mapping[str, Any], language: str | None) -> tuple[type, type | None]:
+    """Return the types of a parameter's value and of the elements of a list."""
+    if language:
+        return foreign_calls.types(described, language)
+    kind = described["type"]
+    return _TYPES[kind], _TYPES[described["items"]["type"]] if kind in _NESTED else None
 
 
 def _type_of(possible: Sequence[Any]) -> type | None:

@@ -54,7 +54,7 @@ def records(
         parts: categories, and how many records each has.
         limit: of each category; None takes all.
     Errors:
-        UserError: names the file that is missing, or the record and field.
+        UserError: names the file that is missing, or the record and what it lacks.
     """
     found, missing, remarks = [], [], []
     for category, count in parts.items():
@@ -71,7 +71,10 @@ def records(
             if "relevance" not in category and number not in answers:
                 raise UserError(f"{origin}: possible_answer/{file.name} has no {number}")
             more = {"category": category, "ground_truth": answers.get(number, [])}
-            found.append((origin, {**record, **more, "functions": described(record["function"], category)}))
+            try:
+                found.append((origin, {**record, **more, "functions": described(record["function"], category)}))
+            except (AttributeError, KeyError, TypeError) as error:
+                raise UserError(f"{origin}: its functions are not described as the package does: {error!r}") from error
         if (asked := len(own[:limit])) != count:
             remarks.append(f"{category}: {asked:,} of {count:,} questions")
     if missing:

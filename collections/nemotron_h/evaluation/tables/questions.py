@@ -12,10 +12,10 @@ from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.messages import ROLES, SYSTEM, USER, Turn
-from nemotron_h.evaluation.grading import packages
-from nemotron_h.evaluation.grading.instructions import check as check_instructions
+from nemotron_h.evaluation.grading import calls as grading_calls
+from nemotron_h.evaluation.grading import instructions, packages
 from nemotron_h.evaluation.tables import calls
-from nemotron_h.evaluation.tables.task import INSTRUCTIONS, RANDOM, Task, evaluate, render
+from nemotron_h.evaluation.tables.task import CALLS, INSTRUCTIONS, RANDOM, Task, evaluate, render
 from nemotron_h.evaluation.tasks import read_records
 
 #: lm-evaluation-harness': of the examples that are taken at random
@@ -185,8 +185,8 @@ def _shots(task: Task, there: list[tuple[str, str]], rng: random.Random, place: 
 
 def _question(task: Task, record: dict[str, Any], shots: str) -> Question:
     before = render(task.description, record) + shots
-    if task.grader == INSTRUCTIONS:
-        check_instructions(record)
+    if check := {INSTRUCTIONS: instructions.check, CALLS: grading_calls.check}.get(task.grader):
+        check(record)
     if task.generates:
         prompt, reference = before + render(task.prompt, record), render(task.reference, record)
         if task.reference and reference in ("", "None"):
