@@ -18,7 +18,7 @@ from nemotron_h.cli import eval as eval_module
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
-from nemotron_h.evaluation import record
+from nemotron_h.evaluation import continuing, record
 from nemotron_h.evaluation.asking import without_thoughts
 from nemotron_h.evaluation.grading import packages
 from nemotron_h.evaluation.long_context import answers as long_answers
@@ -297,6 +297,14 @@ def test_stop_texts(run: Path) -> None:
     assert until("no end", ["Q:"]) == "no end"
 
 
+def test_shared_tokens() -> None:
+    """Of which every prompt has more."""
+    assert continuing.shared_tokens([[1, 2, 3, 4], [1, 2, 9], [1, 2, 3]]) == 2
+    assert continuing.shared_tokens([[1, 2, 3], [1, 2], [1, 2, 4]]) == 1
+    assert continuing.shared_tokens([[5, 6]] * 3) == 1
+    assert continuing.shared_tokens([[1], [2]]) == 0
+
+
 def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are those of a prompt alone, likelihoods those of a sequence alone; kept, and taken up again."""
     folder = write(tmp_path / "data", FEW)
@@ -320,7 +328,7 @@ def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert left_out.keys() == {*load_table(TABLE).tasks} - {*FEW}
     for each in measured:
         for question in each.questions:
-            if each.name == "mmlu":
+            if each.name == "mmlu":  # of which two are of one subject, whose examples are read once
                 ids = tokenizer.text_to_ids(question.prompt)
                 greedy = Sampling(temperature=0)
                 (alone,) = generate(model, [ids], max_tokens=2, sampling=greedy, stop_ids=[tokenizer.eod_id])

@@ -46,11 +46,14 @@ def _jobs(samples: int) -> list[Job]:
     return [Job(prompt, sample, 100 * prompt + sample) for sample in range(samples) for prompt in range(5)]
 
 
-@pytest.mark.parametrize("batch", [1, 8, 64])
-def test_a_sequence_is_that_of_its_prompt_and_seed_alone(model: GenerationModel, batch: int) -> None:
-    """In batches that are filled again and that shrink, against sequences that are generated alone."""
-    prompts = _prompts()
-    pool = Pool(model, prompts, batch=batch, max_tokens=LONGEST, sampling=SAMPLING, stop_ids=STOPS)
+@pytest.mark.parametrize(("batch", "shared"), [(1, 0), (8, 0), (64, 0), (8, 37)])
+def test_a_sequence_is_that_of_its_prompt_and_seed_alone(model: GenerationModel, batch: int, shared: int) -> None:
+    """In batches that are filled again and that shrink, against sequences that are generated alone; what all prompts
+    begin with may be read once.
+    """
+    prompts = [[*range(30, 30 + shared), *prompt] for prompt in _prompts()]
+    options = {"max_tokens": LONGEST, "sampling": SAMPLING, "stop_ids": STOPS}
+    pool = Pool(model, prompts, batch=batch, shared=shared, **options)
     samples = {sample.job: sample for sample in pool.run(_queue(_jobs(5)))}
     assert samples.keys() == {*_jobs(5)}
     for job, sample in samples.items():

@@ -19,7 +19,7 @@ from nemotron_h.inference.clock import now
 from nemotron_h.inference.generate import check_prompts
 from nemotron_h.inference.graph import Stepper
 from nemotron_h.inference.model import GenerationModel
-from nemotron_h.inference.prefill import pass_tokens, prefill
+from nemotron_h.inference.prefill import extend_in_passes, pass_tokens, prefill
 from nemotron_h.inference.sampling import Sampling, choose
 from nemotron_h.inference.states import States
 from nemotron_h.inference.thought import Thought, ThoughtBudget, bounded
@@ -103,6 +103,7 @@ class Pool:
         complete: told the tokens of a sequence, whether they are all that it was to have.
         budget: ends thoughts; None lets them go on.
         graph: see `Stepper`.
+        shared: first tokens of all prompts alike, which are read once; each prompt has more.
 
     Attributes:
         seconds: of the engine so far.
@@ -122,8 +123,11 @@ class Pool:
         complete: Callable[[list[int]], bool] = lambda tokens: False,
         budget: ThoughtBudget | None = None,
         graph: bool | None = None,
+        shared: int = 0,
     ) -> None:
         check_prompts(model, prompts, max_tokens)
+        self.shared = shared
+        self._shared_states: States | None = None
         self.model, self.prompts, self.batch, self.max_tokens = model, prompts, batch, max_tokens
         self.sampling, self.stop_ids, self.complete, self.graph = sampling, frozenset(stop_ids), complete, graph
         self.budget, self.capacity = budget, max(map(len, prompts)) + max_tokens
@@ -178,8 +182,9 @@ class Pool:
             count = max(1, pass_tokens(self.model) // len(self.prompts[longest_first[0]]))
             numbers, longest_first = longest_first[:count], longest_first[count:]
             began = now(self.model)
-            read = self.model.new_states(len(numbers), self.capacity)
-            scores = self.model.logits(prefill(self.model, [self.prompts[number] for number in numbers], read))
+            read = self._states_before(len(numbers))
+            ends = [self.prompts[number][self.shared :] for number in numbers]
+            scores = self.model.logits(prefill(self.model, ends, read))
             rows = [row for number in numbers for row in rows_of[number]]
             origin = [place for place, number in enumerate(numbers) for _ in rows_of[number]]
             self._states.put(rows, read.taken(origin))
@@ -191,6 +196,16 @@ class Pool:
                 for row in rows_of[number]:
                     share = len(self.prompts[number]) / tokens / len(rows_of[number])
                     self._rows[row].seconds += seconds * share
+
+    def _states_before(self, rows: int) -> States:
+        """Return the states of rows that have read what all prompts share."""
+        if not self.shared:
+            return self.model.new_states(rows, self.capacity)
+        if self._shared_states is None:
+            self._shared_states = self.model.new_states(1, self.capacity)
+            tokens = torch.tensor([[*self.prompts[0][: self.shared]]])
+            extend_in_passes(self.model, tokens, self._shared_states)
+        return self._shared_states.taken([0] * rows)
 
     @torch.inference_mode()
     def _step(self) -> list[Sample]:

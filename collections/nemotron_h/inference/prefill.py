@@ -30,7 +30,7 @@ def prefill(
 
     Args:
         prompts: token ids, at least one each, the longest prompt first.
-        states: at position 0, or of a single sequence.
+        states: of sequences at one position.
         limit: most tokens of a pass; None is `pass_tokens(model)`.
     Returns:
         hidden states after each prompt's last token, [batch, hidden].

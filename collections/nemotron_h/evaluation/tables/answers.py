@@ -90,11 +90,15 @@ def answered(
     conversation = without_thoughts(subject) if any(each.task.chat for each in tasks) else None
     for each in tasks:
         left = {key: q for q in each.questions if (key := record_key(q, conversation)) not in there}
-        if left and each.task.generates:
-            work.append((each, left, [array("i", _prompt(tokenizer, conversation, q)) for q in left.values()]))
-        elif left:
-            work.append((each, left, [option_tokens(tokenizer, *o) for q in left.values() for o in q.options]))
         there |= left.keys()
+        if left and not each.task.generates:
+            work.append((each, left, [option_tokens(tokenizer, *o) for q in left.values() for o in q.options]))
+            continue
+        groups: dict[str, dict[str, Question]] = {}  # of prompts that begin alike, which is read once
+        for key, question in left.items():
+            groups.setdefault(question.begin, {})[key] = question
+        for group in groups.values():
+            work.append((each, group, [array("i", _prompt(tokenizer, conversation, q)) for q in group.values()]))
     if work:
         engine = load_model(subject.checkpoint, dtype=getattr(torch, dtype), device=device, tokens=tokenizer.vocab_size)
         with StageProgress(console, subject.checkpoint.name, sum(map(_cost, work))) as bar, written, likely:

@@ -34,6 +34,7 @@ class Question:
         prompt: that an answer follows; empty in a conversation and where likelihoods are compared.
         turns: of a conversation, in which the model answers; none where it continues the prompt.
         opening: text that begins the answer in a conversation.
+        begin: of the prompt: what a task says of itself, and the examples.
         options: context and text of each option; none where the model writes an answer.
         reference: the right answer; empty without one.
         right: number of the right option; -1 without options.
@@ -44,6 +45,7 @@ class Question:
     prompt: str = ""
     turns: tuple[Turn, ...] = ()
     opening: str = ""
+    begin: str = field(default="", repr=False)
     options: tuple[tuple[str, str], ...] = ()
     reference: str = ""
     right: int = -1
@@ -193,7 +195,7 @@ def _question(task: Task, record: dict[str, Any], shots: str) -> Question:
             raise ValueError("no right answer is in it")
         ends = [task.max_tokens, list(task.stop)]
         if not task.chat:
-            return Question(record, key_of([prompt, *ends]), prompt, reference=reference)
+            return Question(record, key_of([prompt, *ends]), prompt, begin=before, reference=reference)
         turns, opening = _turns(task, record, prompt), render(task.opening, record)
         key = key_of([[(turn.role, turn.content) for turn in turns], opening, *ends])
         return Question(record, key, turns=turns, opening=opening, reference=reference)
