@@ -18,8 +18,8 @@ from nemotron_h.cli import eval as eval_module
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
-from nemotron_h.evaluation import continuing, record
-from nemotron_h.evaluation.asking import without_thoughts
+from nemotron_h.evaluation import asking, continuing, record
+from nemotron_h.evaluation.asking import Conversation, without_thoughts
 from nemotron_h.evaluation.grading import packages
 from nemotron_h.evaluation.long_context import answers as long_answers
 from nemotron_h.evaluation.subject import Subject
@@ -118,7 +118,7 @@ def test_generated_prompts(of: dict[str, Examined]) -> None:
     assert prompt.count("<|begin_of_solution|>") == 4
 
 
-def test_conversations(of: dict[str, Examined], run: Path) -> None:
+def test_conversations(of: dict[str, Examined], run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is asked in a chat template, what an answer has begun with, and that keys depend on the template."""
     (turn,) = of["mmlu_instruct"].questions[0].turns
     assert turn.content.endswith("B, C or D)\n\nHow much is 7 and 1?\nA. 8\nB. 9\nC. 10\nD. 14\nAnswer:")
@@ -139,7 +139,11 @@ def test_conversations(of: dict[str, Examined], run: Path) -> None:
 
     subject = Subject.of(run, None)
     conversation = without_thoughts(subject)
-    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endfor %}assistant:"
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}assistant:{% generation %}{{ m['content'] + '\n' }}"
+        "{% endgeneration %}{% else %}{{ m['role'] + ':' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:SWITCH{% endif %}"
+    )
     assert conversation.system == ""  # the family's template has no switch
     tokenizer = subject.tokenizer
     begun = tokenizer.text_to_ids(question.opening)
@@ -156,6 +160,11 @@ def test_conversations(of: dict[str, Examined], run: Path) -> None:
     spoken = tokenizer.ids_to_text(other.tokens(live.turns))
     assert "System\n/no_think\nYou are an expert in composing functions." in spoken
     assert spoken.count("System\n") == 1
+    for switch, system in (("{% if enable_thinking %}<think>{% endif %}", ""), ("{# /no_think #}", "/no_think")):
+        monkeypatch.setattr(asking, "recorded_template", lambda *a, switch=switch: template.replace("SWITCH", switch))
+        off = without_thoughts(subject)
+        assert (off.system, off.opening) == (system, "")
+        assert Conversation(subject, "on").opening == ("<think>\n" if not system else "")
 
 
 def test_options(of: dict[str, Examined]) -> None:
