@@ -420,8 +420,8 @@ def test_data_that_changes_under_a_run_is_named_with_file_and_sample(prepared: P
     shutil.copytree(prepared, root)
     move_manifest(root / "three" / "manifest.json", prepared, root)
     windows = started(module(root)).windows("train")
-    number = next(n for n in range(99) if windows.sampler[n].source == "web" and windows.sampler[n].start > 40)
-    start = windows.sampler[number].start
+    number = next(n for n in range(99) if (w := windows.sampler.long[n]).source == "web" and w.start > 40)
+    start = windows.sampler.long[number].start
     whole = windows[number]["tokens"]
     file = root / "three/web/train.bin"
     content = np.fromfile(file, dtype=np.uint16)

@@ -145,7 +145,7 @@ def test_ranks_send_each_other_what_is_planned(results: dict[str, dict], name: s
 def test_no_document_of_a_row_reaches_another(results: dict[str, dict], name: str) -> None:
     """Not by one bit, whether ranks split it, it begins where one does, or within a convolution's window."""
     reach = results[name]["reach"]
-    assert len(reach) == 5 + 2 + 4 + 5
+    assert len(reach) == 5 + 2 + 4 + 4
     assert all(own > 0 for own, _ in reach)
     assert all(others == 0 for _, others in reach)
 

@@ -30,6 +30,7 @@ class Layout:
         distributed_optimizer: the optimizer's state is sharded over `data`.
         seq_length, micro_batch: tokens per sequence, sequences per forward pass of one rank.
         documents: rows hold several documents that attention keeps apart.
+        short: (tokens of a sequence, share of the run's tokens) of rows that are several shorter sequences.
         micro_batches: forward passes per step of one rank.
         precision: as the recipe's.
         bf16_edge_layers: with FP8, layers at each end that stay in BF16.
@@ -46,6 +47,7 @@ class Layout:
     seq_length: int
     micro_batch: int = 1
     documents: bool = False
+    short: tuple[tuple[int, float], ...] = ()
     micro_batches: int = 1
     tensor: int = 1
     pipeline: int = 1
@@ -72,6 +74,11 @@ class Layout:
     widened: bool = False
     copied: bool = False
     teacher: ModelDefinition | None = None
+
+    @property
+    def lengths(self) -> dict[int, float]:
+        """Return tokens of a sequence -> share of the run's tokens."""
+        return {self.seq_length: 1 - sum(share for _, share in self.short), **dict(self.short)}
 
     @property
     def ranks(self) -> int:

@@ -20,6 +20,7 @@ from nemotron_h.core.strict import is_name, merged, nearest, number, typed, with
 from nemotron_h.core.units import parse_count
 from nemotron_h.data.blend_files import find_blend, layers_of
 from nemotron_h.data.fetch_spec import HUB, Fetch, fetch_problems
+from nemotron_h.data.short_rows import ShortRows, normalised, short_problems, weight_problems
 from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY
 
 FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
@@ -29,8 +30,6 @@ PREFERENCE = "preference"  # pairs of answers, read by `data.pairs`
 CHAT_SHAPES = ("messages", "sharegpt", "alpaca", "prompt_response", PREFERENCE)  # the others are read by `data.chat`
 #: what a blend holds, as it is called in errors
 TEXTS, CONVERSATIONS, PAIRS = "texts", "conversations", "pairs of answers"
-SUM_TOLERANCE = 0.05
-"""A phase whose weights miss 100 by more than this (in percent points) must say `normalize: true`."""
 
 #: what preparation writes beside the folders of sources
 _RESERVED = ("tokenizer", "manifest.json", "chat_template.jinja")
@@ -186,21 +185,34 @@ class Phase:
         weights: category -> weight; any unit when `normalize`, else percent summing to 100.
         until: where the phase ends; absent for the last phase only.
         normalize: divide by the sum. Required when the weights do not sum to 100, so that it is never silent.
+        short: rows of it that are several short sequences; pretraining and distillation.
     """
 
     name: str = ""
     weights: dict[str, float] = field(default_factory=dict, metadata=within(least=0, most=1e12))
     until: Until | None = None
     normalize: bool = False
+    short: ShortRows | None = None
 
     def weight_sum(self) -> float:
         """Return the sum of the weights as written."""
         return math.fsum(self.weights.values())
 
+    def long_shares(self) -> dict[str, float]:
+        """Return category -> share of the tokens in long rows; shares sum to 1."""
+        return normalised(self.weights)
+
+    def short_shares(self) -> dict[str, float]:
+        """Return category -> share of the tokens in short rows; shares sum to 1. Empty without such rows."""
+        return {} if self.short is None else normalised(self.short.weights or self.weights)
+
     def category_shares(self) -> dict[str, float]:
-        """Return category -> share of the phase's tokens; shares sum to 1."""
-        total = self.weight_sum()
-        return {category: weight / total for category, weight in self.weights.items()}
+        """Return category -> share of the phase's tokens, in rows of both lengths; shares sum to 1."""
+        long, short = self.long_shares(), self.short_shares()
+        if self.short is None:
+            return long
+        share = self.short.share
+        return {name: (1 - share) * long.get(name, 0.0) + share * short.get(name, 0.0) for name in {**long, **short}}
 
 
 @dataclass
@@ -223,10 +235,13 @@ class Blend:
 
     def source_shares(self, phase: int) -> dict[str, float]:
         """Return source -> share of the tokens of phase number `phase` (from 0); 0 for an absent one, sums to 1."""
+        return self.of_sources(self.phases[phase].category_shares())
+
+    def of_sources(self, shares: dict[str, float]) -> dict[str, float]:
+        """Return source -> share, where those of categories are given; 0 for an absent one."""
         category_weight: dict[str, float] = {}
         for source in self.sources.values():
             category_weight[source.category] = category_weight.get(source.category, 0.0) + source.weight
-        shares = self.phases[phase].category_shares()
         return {
             name: shares.get(source.category, 0.0) * source.weight / category_weight[source.category]
             for name, source in self.sources.items()
@@ -270,7 +285,10 @@ class Blend:
         if not content["chat_template"]:
             del content["chat_template"]
         for phase in content["phases"]:
-            phase["weights"] = {k: float(v) for k, v in phase["weights"].items()}
+            if phase["short"] is None:
+                del phase["short"]
+            for part in (phase, phase.get("short", phase)):
+                part["weights"] = {k: float(v) for k, v in part["weights"].items()}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -348,6 +366,8 @@ def _chat_problems(blend: Blend) -> Iterator[str]:
         yield "chat_template: missing; nemotron_h is the family's, tokenizer is the tokenizer's own"
     if len(blend.phases) > 1:
         yield "phases: a blend of conversations has one phase"
+    if any(phase.short for phase in blend.phases):
+        yield f"phases[0].short: for texts: rows of {blend.holds()} are packed of whole ones, whatever their length"
     kinds = {source.chat == PREFERENCE for source in blend.sources.values()}
     if len(kinds) > 1:
         yield f"sources: either all have `chat: {PREFERENCE}` or none has"
@@ -421,16 +441,11 @@ def _phase_problems(blend: Blend) -> Iterator[str]:
             yield f"{key}.name: {phase.name!r} is missing or used twice"
         elif not phase.name.isprintable() or len(phase.name) > 100:
             yield f"{key}.name: {phase.name[:60]!r} cannot be shown on one line"
-        for category, weight in phase.weights.items():
-            if category not in categories:
-                yield f"{key}.weights.{category}: no source has this category. {nearest(category, categories)}"
-            elif weight > 0:
-                used.add(category)
-        total = phase.weight_sum()
-        if not total > 0:
-            yield f"{key}.weights: sum to {total}"
-        elif abs(total - 100) > SUM_TOLERANCE and not phase.normalize:
-            yield f"{key}.weights: sum to {total:.6g}, not 100: correct them or add `normalize: true`"
+        yield from weight_problems(f"{key}.weights", phase.weights, phase.normalize, categories)
+        if phase.short is not None:
+            yield from short_problems(f"{key}.short", phase.short, categories)
+        for weights in (phase.weights, phase.short.weights if phase.short else {}):
+            used |= {category for category, weight in weights.items() if weight > 0}
         yield from _until_problems(f"{key}.until", phase.until, last)
     for category in sorted(categories - used):
         yield f"sources: category {category!r} has no weight in any phase"

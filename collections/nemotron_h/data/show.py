@@ -18,6 +18,7 @@ from nemotron_h.core.units import short_count
 from nemotron_h.data.blend import Blend, Phase
 from nemotron_h.data.manifest import Manifest, check_manifest, data_root, load_manifest
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_end, phase_spans
+from nemotron_h.data.short_rows import ShortRows, normalised
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class PhaseShares:
         categories: category -> share of the phase's tokens, normalised.
         sources: source -> share of the phase's tokens, normalised.
         written_sum: of the weights as written.
+        short: its short rows; None without any.
     """
 
     name: str
@@ -40,6 +42,7 @@ class PhaseShares:
     categories: dict[str, float]
     sources: dict[str, float]
     written_sum: float
+    short: ShortRows | None = None
 
     @property
     def tokens(self) -> Fraction:
@@ -162,7 +165,14 @@ def _phases(blend: Blend, tokens: int | None, tokens_per_step: int | None) -> li
         spans = checked if tokens_per_step else spans
     return [
         PhaseShares(
-            p.name, bounds[n], bounds[n + 1], spans[n], p.category_shares(), blend.source_shares(n), p.weight_sum()
+            p.name,
+            bounds[n],
+            bounds[n + 1],
+            spans[n],
+            p.category_shares(),
+            blend.source_shares(n),
+            p.weight_sum(),
+            p.short,
         )
         for n, p in enumerate(blend.phases)
     ]
@@ -184,6 +194,13 @@ def show(view: Overview, console: Console) -> None:
         if phase.normalised:
             line = f"{phase.name}: the weights sum to {phase.written_sum:.10g} as written; normalised to 100 %."
             console.print(line, markup=False)
+    for phase in view.phases:
+        if phase.short:
+            line = (
+                f"{phase.name}: {phase.short.share:.10g} of the rows are sequences of {phase.short.seq_length:,} tokens"
+            )
+            weights = ", ".join(f"{name} {100 * share:.4g}" for name, share in normalised(phase.short.weights).items())
+            console.print(f"{line}{f', of which {weights} %' if weights else ''}.", markup=False, soft_wrap=True)
     console.print()
     console.print(_source_table(view), markup=False)
     console.print(f"Data {view.state}.", markup=False)

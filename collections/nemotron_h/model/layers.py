@@ -122,7 +122,7 @@ class NemotronHStack(MambaStack):
             hidden_states: the embeddings; ignored on later pipeline stages, which read `input_tensor`.
             attention_mask: None; derived from `seq_idx`.
             seq_idx: int32 [batch, sequence], the document of each token of whole rows, or None for one per row.
-            rotary_pos_emb: angles [sequence, 1, 1, channels] of this context-parallel rank's tokens, or None.
+            rotary_pos_emb: angles [sequence, batch or 1, 1, channels] of this context-parallel rank's tokens, or None.
             loss_count: as `NemotronHMegatronModel.forward`.
         """
         if not self.pre_process:

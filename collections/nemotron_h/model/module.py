@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
 from nemo.collections.llm import MambaModel, SSMConfig
@@ -38,6 +39,13 @@ from nemotron_h.schema.recipe import AdapterSchema
 
 #: key of Transformer Engine's state of a layer, or of one of many matrices of a layer
 _EXTRA = re.compile(r"_extra_state\d*$")
+
+
+def document_positions(seq_idx: Tensor) -> Tensor:
+    """Return the position of each token in its document, int64 [b, s], of `seq_idx` [b, s]."""
+    places = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return places - (places * begins).cummax(1).values
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -127,8 +135,9 @@ class NemotronHMegatronModel(MegatronMambaModel):
 
         Args:
             input_ids: int [batch, sequence], this context-parallel rank's tokens.
-            position_ids: unused. Most of the family has no positions (paper 2.1); rotary ones count from the row's
-                start even where `seq_idx` starts a document, because scores see differences of positions alone.
+            position_ids: unused. Most of the family has no positions (paper 2.1); rotary ones count from where
+                `seq_idx` starts a document: scores see differences of positions alone, but a row of 524,288 has
+                positions whose angles float32 rounds by 0.03.
             attention_mask: must be None; attention is causal, within documents where `seq_idx` is given.
             labels: int [batch, sequence], or None for logits.
             seq_idx: int32 [batch, sequence], the document of each token of whole rows, or None.
@@ -173,20 +182,23 @@ class NemotronHMegatronModel(MegatronMambaModel):
         if embedded is not None and not embedded.requires_grad and self.training and torch.is_grad_enabled():
             # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
             embedded.requires_grad_()
-        angles = self._rotary_angles(embedded)
+        angles = self._rotary_angles(embedded, seq_idx)
         hidden = self.decoder(embedded, seq_idx=seq_idx, rotary_pos_emb=angles, loss_count=loss_count)
         # in place of the logits: they are far larger
         return scaled(hidden, self.scales.head) if self.post_process else hidden
 
-    def _rotary_angles(self, embedded: Tensor | None) -> Tensor | None:
-        """Return angles [sequence, 1, 1, channels] of this context-parallel rank's tokens; sequence parallelism shows a
-        part of these.
+    def _rotary_angles(self, embedded: Tensor | None, seq_idx: Tensor | None) -> Tensor | None:
+        """Return angles [sequence, batch or 1, 1, channels] of this context-parallel rank's tokens; sequence
+        parallelism shows a part of these.
         """
         if self.position_embedding_type != "rope":
             return None
         length = self.rotary_pos_emb.get_rotary_seq_len(None, self.decoder, embedded, self.config)
         # of the whole sequence; what megatron-core takes of it by itself is in another order
-        return own_tokens(self.rotary_pos_emb(length, packed_seq=True), self.pg_collection.cp, 0)
+        angles = self.rotary_pos_emb(length, packed_seq=True)
+        if seq_idx is not None:
+            angles = angles[document_positions(seq_idx).t(), 0]
+        return own_tokens(angles, self.pg_collection.cp, 0)
 
     def initialize(self, seed: int) -> None:
         """Initialize every weight from (seed, its global name): the same model whatever the parallel layout."""

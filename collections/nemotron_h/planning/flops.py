@@ -15,8 +15,9 @@ attention core, it stays two. So it is of the parts that are frozen (`optim.froz
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from nemotron_h.architecture.blocks.block import Operation
 from nemotron_h.architecture.definition import ModelDefinition
@@ -122,13 +123,27 @@ def flops_per_token(
     return FlopsByPart(**parts)
 
 
+def mean_flops(definition: ModelDefinition, lengths: Mapping[int, float], **settings: Any) -> FlopsByPart:
+    """Return the operations per token of a run that has sequences of several lengths.
+
+    Args:
+        lengths: tokens of a sequence -> share of the tokens.
+        settings: as of `flops_per_token`.
+    """
+    parts = [(share, flops_per_token(definition, length, **settings)) for length, share in lengths.items()]
+    return FlopsByPart(**{f.name: sum(s * getattr(part, f.name) for s, part in parts) for f in fields(FlopsByPart)})
+
+
 def recomputed_per_token(
-    definition: ModelDefinition, seq_length: int, layers: dict[str, bool], adapter: AdapterSchema | None = None
+    definition: ModelDefinition,
+    seq_length: int,
+    layers: Mapping[str, bool],
+    adapter: AdapterSchema | None = None,
 ) -> float:
     """Return the operations per token that a backward pass does again.
 
     Args:
-        layers: name of a kind -> whether its layers keep their input only.
+        layers: name of a kind -> whether its layers keep their input only; of `logits` whether they are.
         adapter: as in `flops_per_token`; DoRA's norms are left out.
     """
     total = 0.0
@@ -137,4 +152,4 @@ def recomputed_per_token(
             total += count * step.forward
             if adapter and adapter.kind != "none" and step.matrix and step.matrix.name in adapter.targets:
                 total += count * 2 * adapter.rank * (step.matrix.outputs + step.matrix.inputs) * step.matrix.active
-    return total
+    return total + (2 * definition.hidden_size * definition.vocab_size if layers.get("logits") else 0)

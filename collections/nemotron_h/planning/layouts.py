@@ -23,7 +23,10 @@ from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.checkpoint.hub_cache import path_of
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.hub import is_hub
-from nemotron_h.planning.flops import flops_per_token, recomputed_per_token
+from nemotron_h.core.units import count_of
+from nemotron_h.data.blend import load_blend
+from nemotron_h.data.phases import Horizon, phase_spans
+from nemotron_h.planning.flops import mean_flops, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import WEIGHT_BYTES, largest_stage
 from nemotron_h.schema.nemo_names import recompute_fields
@@ -62,11 +65,13 @@ def _recomputed(layout: Layout, settings: dict[str, str]) -> tuple[str, Layout]:
 def layout_of(recipe: RecipeConfig) -> Layout:
     """Return the layout of a composed recipe on GPUs; its ranks and its batch divide (`nemotron_h.recipe.checks`)."""
     parallel, data = recipe.parallel, recipe.data
+    short = tuple(short_lengths(recipe).items())
     replicas = parallel.nodes * parallel.devices // (parallel.tensor * parallel.pipeline * parallel.context)
     return Layout(
         seq_length=data.seq_length,
         micro_batch=data.micro_batch_size,
-        documents=data.document_reset,
+        documents=data.document_reset or bool(short),
+        short=short,
         micro_batches=data.global_batch_size // (replicas * data.micro_batch_size),
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
@@ -85,6 +90,20 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         untrained=tuple(recipe.optim.frozen),
         teacher=teacher_of(recipe),
     )
+
+
+def short_lengths(recipe: RecipeConfig) -> dict[int, float]:
+    """Return tokens of a short sequence -> share of the run's tokens, over all phases of the recipe's blend."""
+    phases = load_blend(recipe.data.blend).phases
+    if not any(phase.short for phase in phases):
+        return {}
+    tokens = count_of(recipe.tokens, "tokens", f"recipe {recipe.name}")
+    horizon, lengths = Horizon(tokens, recipe.data.seq_length * recipe.data.global_batch_size), {}
+    for span in phase_spans(phases, horizon):
+        if (short := phases[span.index].short) is not None:
+            share = lengths.get(short.seq_length, 0.0) + short.share * span.steps / horizon.steps
+            lengths[short.seq_length] = share
+    return lengths
 
 
 def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
@@ -118,14 +137,18 @@ def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:
 def step_flops(definition: ModelDefinition, layout: Layout) -> float:
     """Return the operations of a step per token: forward and backward, and of a teacher the forward."""
     adapted = {"adapter": layout.adapter, "micro_batch": layout.micro_batch, "frozen": layout.untrained}
-    own = flops_per_token(definition, layout.seq_length, **adapted).total
-    return own if layout.teacher is None else own + flops_per_token(layout.teacher, layout.seq_length, False).total
+    own = mean_flops(definition, layout.lengths, **adapted).total
+    return own if layout.teacher is None else own + mean_flops(layout.teacher, layout.lengths, training=False).total
 
 
 def empty_flops(definition: ModelDefinition, layout: Layout) -> float:
     """Return the operations of a step per token that heads take which are filled up for context-parallel ranks."""
-    split = layout.seq_length, layout.tensor, layout.context
-    return 3 * sum(block.empty_flops(*split) for block in definition.blocks)
+    split = layout.tensor, layout.context
+    return 3 * sum(
+        share * block.empty_flops(length, *split)
+        for length, share in layout.lengths.items()
+        for block in definition.blocks
+    )
 
 
 def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
@@ -141,7 +164,11 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     again = {name: layout.recompute(name) == "layer" for name in RECOMPUTE}
     model = step_flops(definition, layout)
     empty = empty_flops(definition, layout)
-    recompute = model / (model + recomputed_per_token(definition, layout.seq_length, again, layout.adapter) + empty)
+    passes = sum(
+        share * recomputed_per_token(definition, length, again, layout.adapter)
+        for length, share in layout.lengths.items()
+    )
+    recompute = model / (model + passes + empty)
     expert = 1 - EXPERT_COST * math.log2(layout.expert)
     return pipeline * tensor * context * expert * recompute
 

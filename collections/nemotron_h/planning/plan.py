@@ -16,7 +16,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import BYTES, count_of
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.phases import Horizon
-from nemotron_h.planning.flops import FlopsByPart, flops_per_token
+from nemotron_h.planning.flops import FlopsByPart, flops_per_token, mean_flops
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, exchanged_bytes, layout_of, remedies, step_flops, sweep
@@ -40,7 +40,8 @@ class Plan:
         gpu: that it is planned for.
         mfu: model FLOPs utilisation assumed, of the peak of the recipe's precision.
         mfu_source: where that is from.
-        flops: per token, forward and backward.
+        flops: per token, forward and backward, on average over the run's sequences.
+        flops_of: tokens of a sequence -> operations per token there, forward and backward.
         teacher_flops: of a distillation's teacher per token, forward alone; None where none is loaded.
         teacher_logits: bytes of the cache of a teacher's logits that the recipe names; 0 where it names none.
         muon: cost of a step of Muon; None for AdamW.
@@ -63,6 +64,7 @@ class Plan:
     mfu: float
     mfu_source: str
     flops: FlopsByPart
+    flops_of: dict[int, float]
     teacher_flops: FlopsByPart | None
     teacher_logits: int
     muon: MuonCost | None
@@ -137,6 +139,7 @@ class Plan:
             "trained_parameters": self.trained,
             "layers": self.layers(),
             "flops_per_token": {**asdict(self.flops), "total": self.flops.total, "linear": self.flops.linear},
+            "flops_per_token_of_length": {str(length): flops for length, flops in self.flops_of.items()},
             "teacher": self._teacher(),
             "muon": None if self.muon is None else asdict(self.muon),
             "layout": {**asdict(replace(self.layout, teacher=None)), "ranks": self.layout.ranks},
@@ -210,13 +213,7 @@ def make_plan(
     if context < 1:
         raise UserError(f"--context = {context}", hint="give the tokens of a sequence, 1 or more")
     frozen = recipe.optim.frozen
-    flops = flops_per_token(
-        definition,
-        recipe.data.seq_length,
-        adapter=recipe.adapter,
-        micro_batch=recipe.data.micro_batch_size,
-        frozen=frozen,
-    )
+    trained = {"adapter": recipe.adapter, "micro_batch": recipe.data.micro_batch_size, "frozen": frozen}
     stages, teacher = plan_memory(definition, layout), layout.teacher
     fits = max(stage.peak for stage in stages) <= device.memory
     tokens_per_step = recipe.data.seq_length * recipe.data.global_batch_size
@@ -250,8 +247,9 @@ def make_plan(
         gpu=device,
         mfu=assumed,
         mfu_source=source,
-        flops=flops,
-        teacher_flops=None if teacher is None else flops_per_token(teacher, recipe.data.seq_length, training=False),
+        flops=mean_flops(definition, layout.lengths, **trained),
+        flops_of={length: flops_per_token(definition, length, **trained).total for length in layout.lengths},
+        teacher_flops=None if teacher is None else mean_flops(teacher, layout.lengths, training=False),
         teacher_logits=_cache_bytes(recipe, definition, layout, origin),
         muon=muon,
         stages=stages,

@@ -91,14 +91,22 @@ def _show_model(plan: Plan, console: Console) -> None:
     rest = d.parameters - sum(counted["parameters"] for counted in plan.layers().values())
     table.add_row("embedding, output, final norm", "", f"{rest:,}", f"{rest / d.parameters:.1%}")
     console.print(table, "")
-    seq = plan.layout.seq_length
-    table = _table(console, f"FLOPs per token, forward and backward, sequences of {seq:,}", "part", "GFLOP", "share")
+    lengths = plan.layout.lengths
+    sequences = " and ".join(
+        f"{length:,}" + f" ({share:.1%})" * (len(lengths) > 1) for length, share in lengths.items()
+    )
+    table = _table(
+        console, f"FLOPs per token, forward and backward, sequences of {sequences}", "part", "GFLOP", "share"
+    )
     for name, share in plan.flops.shares().items():
         if share:
             table.add_row(name.replace("_", " "), f"{getattr(plan.flops, name) / 1e9:,.3f}", f"{share:.1%}")
     table.add_row("all", f"{plan.flops.total / 1e9:,.3f}", "")
     table.add_row("  in the layers' linear projections", f"{plan.flops.linear / 1e9:,.3f}", "")
     console.print(table)
+    if len(lengths) > 1:
+        alone = ", ".join(f"{flops / 1e9:,.3f} in sequences of {length:,}" for length, flops in plan.flops_of.items())
+        console.print(f"a token takes {alone}", soft_wrap=True, highlight=False)
     teacher = plan.layout.teacher
     if teacher is not None:
         console.print(

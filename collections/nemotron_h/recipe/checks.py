@@ -20,6 +20,7 @@ from nemotron_h.core.strict import check_folder, check_name, check_one_of, leave
 from nemotron_h.core.units import count_of, parse_count, seconds_of
 from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
+from nemotron_h.data.short_rows import check_short_rows
 from nemotron_h.recipe.overrides import check_overrides
 from nemotron_h.schema.recipe import (
     BLEND_CHANGES,
@@ -469,7 +470,8 @@ def check_blend(recipe: RecipeConfig, origin: str) -> None:
     horizon = Horizon(count_of(recipe.tokens, "tokens", origin), data.seq_length * data.global_batch_size)
     try:
         blend = load_blend(data.blend)
-        phase_spans(blend.phases, horizon)
+        rows = [span.steps * data.global_batch_size for span in phase_spans(blend.phases, horizon)]
+        check_short_rows(blend.phases, rows, data.seq_length, data.phase_order)
     except UserError as error:
         raise UserError(f"{origin}: data.blend = {data.blend}: {error.message}", hint=error.hint) from error
     for name, source in blend.sources.items():

@@ -11,10 +11,11 @@ print the right number.)
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from nemo.lightning.megatron_parallel import MegatronStep
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -30,21 +31,23 @@ from nemotron_h.data.feed.prepared_module import (
     of_sample,
     say,
 )
+from nemotron_h.data.feed.rows import RowSampler
 from nemotron_h.data.feed.sampler import BlendSampler, ValidationText
 from nemotron_h.data.indexed import TokenStream, document_numbers
 from nemotron_h.data.phases import Horizon
 
 
 class WindowDataset(Dataset):
-    """Samples of a data order, by number.
+    """Samples of a data order, by number: rows of one window, or of several short ones, which the model keeps apart.
 
     Args:
-        sampler: says which window feeds a sample.
+        sampler: says which windows feed a sample.
         streams: source -> its tokens.
         seq_length: tokens of a sample.
         samples: how many there are.
         training: whether reading starts at the trainer's position; else always at sample 0.
-        document_reset: add `seq_idx`, which tells the model where documents begin.
+        document_reset: add `seq_idx`, which tells the model where documents begin. It has it in any case where some
+            rows are several sequences, and then tells where these begin.
 
     Each item has int64 `[seq_length]` `tokens`, `labels`, `position_ids`, float32 `[seq_length]` `loss_mask` (all
     ones), int32 `[seq_length]` `seq_idx` if asked for, and the int64 number of the sample, `sample_ids`: NeMo's data
@@ -53,7 +56,7 @@ class WindowDataset(Dataset):
 
     def __init__(
         self,
-        sampler: BlendSampler,
+        sampler: BlendSampler | RowSampler,
         streams: dict[str, TokenStream],
         seq_length: int,
         samples: int,
@@ -70,23 +73,31 @@ class WindowDataset(Dataset):
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.sampler[index]
-        stream = self._streams[sample.source]
+        windows = self.sampler.row(index)
+        length = self.seq_length // len(windows)
+        texts, starts = [], [np.arange(0, self.seq_length, length)]
         try:
-            text = torch.from_numpy(stream.read(sample.start, self.seq_length + 1))
-            starts = stream.document_starts(sample.start, self.seq_length) if self.document_reset else None
+            for place, window in zip(starts[0].tolist(), windows, strict=True):
+                stream = self._streams[window.source]
+                texts.append(stream.read(window.start, length + 1))
+                if self.document_reset:
+                    starts.append(place + stream.document_starts(window.start, length))
         except UserError as error:
             raise of_sample(index, error) from error
         item = {
-            "tokens": text[:-1],
-            "labels": text[1:],
+            "tokens": _joined([text[:-1] for text in texts]),
+            "labels": _joined([text[1:] for text in texts]),
             "loss_mask": self._loss_mask,
             "position_ids": self._position_ids,
             "sample_ids": torch.tensor(index),
         }
-        if starts is not None:
-            item["seq_idx"] = torch.from_numpy(document_numbers(starts, self.seq_length))
+        if self.document_reset or self.sampler.mixed:
+            item["seq_idx"] = torch.from_numpy(document_numbers(np.concatenate(starts), self.seq_length))
         return item
+
+
+def _joined(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 class MicroBatches(Sampler[list[int]]):
@@ -222,7 +233,7 @@ class BlendDataModule(PreparedDataModule):
     def windows(self, split: str) -> Dataset:
         """Return the samples of `train`, without end, or of `validation`, by number."""
         training = split == "train"
-        sampler, samples = (self.order.sampler, ENDLESS) if training else self._validation
+        sampler, samples = (self.order.rows, ENDLESS) if training else self._validation
         streams = {name: self.manifest.stream(name, split) for name in sampler.names}
         windows = WindowDataset(sampler, streams, self.seq_length, samples, training, self.document_reset)
         return windows if self.beside is None else self.beside(windows, split)
@@ -262,6 +273,10 @@ class BlendDataModule(PreparedDataModule):
 
     # the order
 
+    def lengths(self, step: int) -> dict[int, float]:
+        """Return tokens of a sequence -> share of the tokens, of the phase that a step belongs to."""
+        return self.order.phase_at(step).lengths(self.seq_length)
+
     def next_sample(self) -> int:
         """Return the sample that the trainer's next step begins with."""
         return self.order.sample_at(self.trainer.global_step)
@@ -295,12 +310,19 @@ class BlendDataModule(PreparedDataModule):
 
     def _described(self, step: int) -> str:
         phase = self.order.phase_at(step)
+        text = f"{phase.name} (to step {phase.end_step:,}): {self._categories(phase.shares)}"
+        if phase.short is None:
+            return text
+        short = f"{phase.short.share:g} of the rows are sequences of {phase.short.seq_length:,}"
+        return f"{text}; {short}: {self._categories(phase.short.shares)}"
+
+    def _categories(self, shares: Mapping[str, float]) -> str:
+        """Return the shares of sources as those of their categories, the largest first."""
         categories: dict[str, float] = {}
-        for name, share in phase.shares.items():
+        for name, share in shares.items():
             category = self.blend_spec.sources[name].category
             categories[category] = categories.get(category, 0.0) + share
-        shares = ", ".join(f"{c} {s:.1%}" for c, s in sorted(categories.items(), key=lambda item: -item[1]))
-        return f"{phase.name} (to step {phase.end_step:,}): {shares}"
+        return ", ".join(f"{c} {s:.1%}" for c, s in sorted(categories.items(), key=lambda item: -item[1]))
 
     def _horizon(self) -> Horizon:
         tokens_per_step = self.seq_length * self.global_batch_size

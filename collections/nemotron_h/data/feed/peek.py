@@ -40,16 +40,22 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class PeekedSample:
-    """A sample of a step.
+    """A sample of a step, or of a short row one of its sequences.
 
     Attributes:
-        sample: its number, source, epoch and window.
+        row: number of the sample in the run.
+        part: number of the sequence in it, from 0.
+        parts: how many it has.
+        sample: source, epoch and window.
         phase: name.
         windows: of an epoch of the source.
-        tokens: int64 `[seq_length]`, the model's input.
-        labels: int64 `[seq_length]`, the token after each.
+        tokens: int64 `[seq_length / parts]`, the model's input.
+        labels: int64 `[seq_length / parts]`, the token after each.
     """
 
+    row: int
+    part: int
+    parts: int
     sample: Sample
     phase: str
     windows: int
@@ -105,11 +111,13 @@ class Peek:
         if not 0 <= step < self.horizon.steps:
             raise UserError(f"--step {step:,}: the run has the steps 0 to {self.horizon.steps - 1:,}")
         for number in range(self.order.sample_at(step), self.order.sample_at(step + 1)):
-            sample = self.order.sampler[number]
-            stream = self.manifest.stream(sample.source, "train")
-            text = stream.read(sample.start, self.settings.seq_length + 1)
-            windows = self.order.sampler.windows(sample.source)
-            yield PeekedSample(sample, self.order.phase_at(step).name, windows, text[:-1], text[1:])
+            windows = self.order.rows.row(number)
+            length = self.settings.seq_length // len(windows)
+            sampler = self.order.rows.short[length] if len(windows) > 1 else self.order.rows.long
+            for part, sample in enumerate(windows):
+                text = self.manifest.stream(sample.source, "train").read(sample.start, length + 1)
+                of_phase = self.order.phase_at(step).name, sampler.windows(sample.source)
+                yield PeekedSample(number, part, len(windows), sample, *of_phase, text[:-1], text[1:])
 
 
 def show(peek: Peek, step: int, console: Console, limit: int | None = None, characters: int | None = None) -> None:
@@ -119,7 +127,7 @@ def show(peek: Peek, step: int, console: Console, limit: int | None = None, char
         peek: of the run.
         step: from 0.
         console: where the lines go.
-        limit: samples to print; None prints all.
+        limit: samples to print, the sequences of a short row one each; None prints all.
         characters: of each sample to print; None prints all.
     """
     path, expected = peek.manifest.tokenizer_path(), peek.manifest.tokenizer.sha256
@@ -130,16 +138,17 @@ def show(peek: Peek, step: int, console: Console, limit: int | None = None, char
     for place, item in enumerate(peek.samples(step)):
         if place == 0:
             console.print(
-                f"Step {step:,} of {peek.horizon.steps:,}, phase {item.phase}: samples {item.sample.index:,} to "
-                f"{item.sample.index + size - 1:,}, {peek.settings.seq_length:,} tokens each"
+                f"Step {step:,} of {peek.horizon.steps:,}, phase {item.phase}: samples {item.row:,} to "
+                f"{item.row + size - 1:,}, {peek.settings.seq_length:,} tokens each"
             )
         if place == limit:
-            console.print(f"... and {size - place:,} more samples (--limit 0 shows all)")
+            left = size - (item.row - peek.order.sample_at(step))
+            console.print(f"... and {left:,} more samples{' or parts of them' * (item.part > 0)} (--limit 0 shows all)")
             return
-        s = item.sample
+        s, several = item.sample, f", sequence {item.part + 1:,} of {item.parts:,}" if item.parts > 1 else ""
         console.rule(
-            f"sample {s.index:,}  source {s.source}  epoch {s.epoch}  window {s.window:,} of {item.windows:,}  "
-            f"from token {s.start:,}",
+            f"sample {item.row:,}{several}  source {s.source}  epoch {s.epoch}  "
+            f"window {s.window:,} of {item.windows:,}  from token {s.start:,}",
             align="left",
         )
         text = tokenizer.ids_to_text(item.tokens.tolist())

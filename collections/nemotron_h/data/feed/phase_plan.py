@@ -14,9 +14,11 @@ from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import Blend
-from nemotron_h.data.feed.sampler import BlendSampler, Segment
+from nemotron_h.data.feed.rows import Positions, RowSampler, RowSegment, ShortSegment
+from nemotron_h.data.feed.sampler import BlendSampler
 from nemotron_h.data.manifest import Manifest
 from nemotron_h.data.phases import Horizon, phase_spans
+from nemotron_h.data.short_rows import check_short_rows
 
 STATE_FORMAT = 1
 #: name of the one phase of a run with `data.phase_order=random`
@@ -40,13 +42,26 @@ class PlannedSource:
 @dataclass(frozen=True)
 class PlannedPhase:
     """Steps `first_step <= step < end_step` take tokens in these shares (they sum to 1; sources without a share are
-    left out).
+    left out); those of `short` are of its short rows, and `shares` then of the others.
     """
 
     name: str
     first_step: int
     end_step: int
     shares: dict[str, float]
+    short: ShortSegment | None = None
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> PlannedPhase:
+        """Return the phase of a dictionary, the inverse of `dataclasses.asdict`."""
+        short = content.get("short")
+        return cls(**{**content, "short": ShortSegment(**short) if short else None})
+
+    def lengths(self, seq_length: int) -> dict[int, float]:
+        """Return tokens of a sequence -> share of the phase's tokens, of rows of `seq_length` tokens."""
+        if self.short is None:
+            return {seq_length: 1.0}
+        return {seq_length: 1 - self.short.share, self.short.seq_length: self.short.share}
 
 
 @dataclass(frozen=True)
@@ -79,19 +94,24 @@ class DataPlan:
         share of the samples is no whole number.
 
         Errors:
-            UserError: a phase would be empty, or a source that has a share is too small for one window.
+            UserError: a phase would be empty, its short rows do not fit, or a source that has a share is too small for
+                one window.
         """
-        phases = [
-            PlannedPhase(
-                span.name,
-                span.first_step,
-                span.end_step,
-                {name: share for name, share in blend.source_shares(span.index).items() if share > 0},
+        spans = phase_spans(blend.phases, horizon)
+        check_short_rows(blend.phases, [span.steps * global_batch_size for span in spans], seq_length, phase_order)
+
+        def shares(of_categories: dict[str, float]) -> dict[str, float]:
+            return {name: share for name, share in blend.of_sources(of_categories).items() if share > 0}
+
+        phases = []
+        for span in spans:
+            phase = blend.phases[span.index]
+            short = phase.short and ShortSegment(
+                phase.short.seq_length, phase.short.share, shares(phase.short_shares())
             )
-            for span in phase_spans(blend.phases, horizon)
-        ]
+            phases.append(PlannedPhase(span.name, span.first_step, span.end_step, shares(phase.long_shares()), short))
         phases = [_mean(phases)] if phase_order == "random" else phases
-        used = sorted({name for phase in phases for name in phase.shares})
+        used = sorted({name for phase in phases for part in (phase, phase.short) if part for name in part.shares})
         splits = {name: manifest.sources[name].splits.get("train") for name in used}
         sources = {
             name: PlannedSource(s.tokens, s.sha256_bin) if s else PlannedSource(0, "") for name, s in splits.items()
@@ -102,12 +122,12 @@ class DataPlan:
     def from_dict(cls, content: Mapping[str, Any]) -> DataPlan:
         """Return the plan of a dictionary, the inverse of `dataclasses.asdict`."""
         sources = {name: PlannedSource(**source) for name, source in content["sources"].items()}
-        phases = [PlannedPhase(**phase) for phase in content["phases"]]
+        phases = [PlannedPhase.from_dict(phase) for phase in content["phases"]]
         return cls(**{**content, "sources": sources, "phases": phases})
 
-    def windows(self, source: str) -> int:
-        """Return the number of windows in an epoch of a source."""
-        return self.sources[source].tokens // self.seq_length
+    def windows(self, source: str, seq_length: int | None = None) -> int:
+        """Return the number of windows of `seq_length` tokens, by default the plan's, in an epoch of a source."""
+        return self.sources[source].tokens // (seq_length or self.seq_length)
 
 
 def _mean(phases: Sequence[PlannedPhase]) -> PlannedPhase:
@@ -128,11 +148,13 @@ class Origin:
         step: its first step.
         sample: its first sample.
         positions: windows that each source gave before.
+        short_positions: the same of short sequences, by their tokens (as text).
     """
 
     step: int = 0
     sample: int = 0
     positions: dict[str, int] = field(default_factory=dict)
+    short_positions: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def compare(old: DataPlan, new: DataPlan, step: int) -> tuple[list[str], list[str]]:
@@ -160,10 +182,20 @@ def compare(old: DataPlan, new: DataPlan, step: int) -> tuple[list[str], list[st
             a, b = before.shares.get(name, 0.0), now.shares.get(name, 0.0)
             if a != b:
                 differences.append(f"phase {now.name!r}, share of {name}: {a:.4%} -> {b:.4%}")
+        if before.short != now.short:
+            differences.append(f"phase {now.name!r}, short rows: {_of_short(before)} -> {_of_short(now)}")
         if before.first_step != now.first_step:
             line = f"phase {now.name!r} begins at step {before.first_step:,} -> {now.first_step:,}"
             (differences if min(before.first_step, now.first_step) < step else moved).append(line)
     return differences, moved
+
+
+def _of_short(phase: PlannedPhase) -> str:
+    """Return a phase's short rows on one line."""
+    if phase.short is None:
+        return "none"
+    shares = ", ".join(f"{name} {share:.4%}" for name, share in sorted(phase.short.shares.items()))
+    return f"{phase.short.share:g} of the rows, sequences of {phase.short.seq_length:,} ({shares})"
 
 
 def continued(old: DataPlan, new: DataPlan, step: int) -> DataPlan:
@@ -194,6 +226,9 @@ class DataOrder:
         origin: where it takes over.
         history: the records of the plans before it.
 
+    Attributes:
+        rows: the windows of each row.
+
     Errors:
         UserError: a source that has a share is too small for one window.
     """
@@ -204,40 +239,60 @@ class DataOrder:
         # A plan that takes over after its planned end goes on with its last phase.
         self._phases = [p for n, p in enumerate(plan.phases) if p.end_step > self.origin.step or n == last]
         segments = [
-            Segment(p.name, self.sample_at(max(p.first_step, self.origin.step)), self.sample_at(p.end_step), p.shares)
+            RowSegment(
+                p.name,
+                self.sample_at(max(p.first_step, self.origin.step)),
+                self.sample_at(p.end_step),
+                p.shares,
+                p.short,
+            )
             for p in self._phases
         ]
         tokens = {name: source.tokens for name, source in plan.sources.items()}
-        self.sampler = BlendSampler(segments, tokens, plan.seq_length, plan.seed, self.origin.positions)
+        given = Positions(self.origin.positions, self.origin.short_positions)
+        self.rows = RowSampler(segments, plan.global_batch_size, tokens, plan.seq_length, plan.seed, given)
+
+    @property
+    def sampler(self) -> BlendSampler:
+        """Return the windows of the long rows, by their number among these."""
+        return self.rows.long
 
     def sample_at(self, step: int) -> int:
         """Return the first sample of a step; that is also the number of samples consumed before it."""
         return self.origin.sample + max(step - self.origin.step, 0) * self.plan.global_batch_size
 
     def sources(self, sample: int) -> list[str]:
-        """Return the name of the source that a sample is of; a list, as of the orders whose samples have several."""
-        return [self.sampler[sample].source]
+        """Return the names of the sources that a row is of."""
+        return list(dict.fromkeys(window.source for window in self.rows.row(sample)))
 
     def phase_at(self, step: int) -> PlannedPhase:
         """Return the phase that a step belongs to."""
-        return self._phases[self.sampler.phase_of(self.sample_at(step))]
+        return self._phases[self.rows.phase_of(self.sample_at(step))]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return the state that a checkpoint after `step` steps keeps, in plain containers.
 
-        `consumed` lists, per phase of this plan, the samples that each source gave; `positions` the windows that each
-        source gave since the run's start; `history` the same for plans that a declared change replaced.
+        `consumed` lists, per phase of this plan, the windows that each source gave; `positions` those that each source
+        gave since the run's start, `short_positions` the same of short sequences; `history` the same for plans that a
+        declared change replaced.
         """
         samples = self.sample_at(step)
-        consumed = self.sampler.consumed(samples)
+        positions = self.rows.positions(samples)
+        short = {
+            length: {**self.origin.short_positions.get(length, {}), **positions.short.get(length, {})}
+            for length in {**self.origin.short_positions, **positions.short}
+        }
         return {
             "format": STATE_FORMAT,
             "step": step,
             "consumed_samples": samples,
             "plan": dataclasses.asdict(self.plan),
             "origin": dataclasses.asdict(self.origin),
-            "consumed": [{"phase": p.name, "sources": c} for p, c in zip(self._phases, consumed, strict=True)],
-            "positions": {**self.origin.positions, **self.sampler.positions(samples)},
+            "consumed": [
+                {"phase": p.name, **c} for p, c in zip(self._phases, self.rows.consumed(samples), strict=True)
+            ],
+            "positions": {**self.origin.positions, **positions.long},
+            **({"short_positions": short} if short else {}),
             "history": self.history,
         }
 
@@ -275,13 +330,18 @@ class DataOrder:
         record = {key: value for key, value in state.items() if key not in ("format", "history")}
         plans = [DataPlan.from_dict(entry["plan"]) for entry in [*history, record]]
         positions = {name: _carried(name, position, plans, plan) for name, position in state["positions"].items()}
-        return cls(plan, Origin(step, state["consumed_samples"], positions), [*history, record])
+        short = {
+            length: {name: _carried(name, position, plans, plan, int(length)) for name, position in given.items()}
+            for length, given in state.get("short_positions", {}).items()
+        }
+        return cls(plan, Origin(step, state["consumed_samples"], positions, short), [*history, record])
 
 
-def _carried(name: str, position: int, plans: Sequence[DataPlan], new: DataPlan) -> int:
-    """Return a source's position under a new plan."""
+def _carried(name: str, position: int, plans: Sequence[DataPlan], new: DataPlan, short: int | None = None) -> int:
+    """Return a source's position under a new plan, among the windows of long rows or of `short` tokens."""
     old = next(plan for plan in reversed(plans) if name in plan.sources)
-    same_windows = (old.seed, old.seq_length, old.sources[name]) == (new.seed, new.seq_length, new.sources.get(name))
+    lengths = [short or plan.seq_length for plan in (old, new)]
+    same_windows = (old.seed, lengths[0], old.sources[name]) == (new.seed, lengths[1], new.sources.get(name))
     if same_windows or name not in new.sources:
         return position
-    return -(-position // old.windows(name)) * new.windows(name)
+    return -(-position // old.windows(name, lengths[0])) * new.windows(name, lengths[1])

@@ -141,6 +141,10 @@ class PreparedDataModule(FieldsAsArguments, DataSchema, pl.LightningDataModule, 
     def next_sample(self) -> int:
         """Return the sample that the trainer's next step begins with."""
 
+    def lengths(self, step: int) -> dict[int, float]:
+        """Return tokens of a sequence -> share of a step's tokens that are in such sequences."""
+        return {self.seq_length: 1.0}
+
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run may change of its batches, by recipe key."""
         return {"data.micro_batch_size": self.micro_batch_size}

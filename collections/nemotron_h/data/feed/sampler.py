@@ -197,9 +197,14 @@ class BlendSampler:
         seed: of the order.
         positions: source -> windows it gave before the first segment (after a declared change of blend).
 
+    Attributes:
+        mixed: as of a `RowSampler`: all windows are of one length.
+
     Errors:
         UserError: a source with a share has fewer than `seq_length` tokens.
     """
+
+    mixed = False
 
     def __init__(
         self,
@@ -257,6 +262,10 @@ class BlendSampler:
         phase = self.phase_of(samples)
         counts = self._before[phase] + self._circles[phase].counts(samples - self.segments[phase].first)
         return {name: int(n) for name, n in zip(self.names, counts, strict=True)}
+
+    def row(self, index: int) -> tuple[Sample]:
+        """Return the window of row number `index`, as of a `RowSampler`: a sample is a row."""
+        return (self[index],)
 
     def __getitem__(self, index: int) -> Sample:
         """Return source, epoch and window of sample number `index`."""

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from nemotron_h.core.progress import STEPS, Step
 from nemotron_h.core.units import GIB, duration
-from nemotron_h.planning.flops import flops_per_token
+from nemotron_h.planning.flops import mean_flops
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.report.run import REPORT
 from nemotron_h.training import trackers
@@ -45,7 +45,8 @@ class Throughput(pl.Callback):
     """Measure each step from its batch to its end; validation and checkpoints are not counted.
 
     Operations are those of the model (`nemotron_h.planning.flops`): nothing for what a backward pass computes again,
-    and with adapters no gradients of frozen weights.
+    and with adapters no gradients of frozen weights. Where some rows are short sequences, they are the mean of the
+    step's phase; the run's record has those of the last step.
     MFU is given against the data-sheet peak of the GPU in the dtype of the matmuls (FP8 where the run uses it) and in
     BF16, where the GPU is known; a CPU has neither.
 
@@ -59,20 +60,20 @@ class Throughput(pl.Callback):
         self.seconds: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the work of a step, which is known from here on."""
+        """Note the tokens of a step, and the peak of the GPU."""
         data, config = trainer.datamodule, pl_module.config
         self.seconds = []
         self.tokens = data.global_batch_size * data.seq_length / trainer.world_size
-        trained, *frozen = config.definitions().values()
-        adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size, "frozen": config.frozen}
-        per_token = flops_per_token(trained, data.seq_length, training=True, **adapter).total
-        per_token += sum(flops_per_token(model, data.seq_length, training=False).total for model in frozen)
-        self.flops = per_token * self.tokens
         self.gemm_dtype = gemm_dtype(config)
         self.peaks = peaks_of_gpu()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
-        """Start the step's clock."""
+        """Note the operations of the step, which depend on the lengths of its sequences, and start its clock."""
+        data, config = trainer.datamodule, pl_module.config
+        lengths, (trained, *frozen) = data.lengths(trainer.global_step), config.definitions().values()
+        adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size, "frozen": config.frozen}
+        per_token = mean_flops(trained, lengths, **adapter).total
+        self.flops = self.tokens * (per_token + sum(mean_flops(m, lengths, training=False).total for m in frozen))
         self.started = time.perf_counter()
 
     def on_train_batch_end(
