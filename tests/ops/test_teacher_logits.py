@@ -6,7 +6,7 @@ import pytest
 import torch
 from thread_ranks import Ranks
 
-from nemotron_h.ops import distillation_loss as ops
+from nemotron_h.ops import output_matmul as ops
 from nemotron_h.ops.distillation_loss import HiddenTeacher, Objective, TeacherLogits, TopLogits, distillation_loss
 from nemotron_h.ops.teacher_logits import kept_logits
 

@@ -1,8 +1,8 @@
 """One rank of the layout tests: train a small model a few steps in each layout and save what rank 0 can assemble.
 
 Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layouts such as `tp2`, `tp2sp`, `pp2`, `dp2`,
-or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers again in the backward pass;
-`cp2` splits sequences, `packed-cp2` those of several documents of which not every token counts;
+or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers and logits again in the
+backward pass; `cp2` splits sequences, `packed-cp2` those of several documents of which not every token counts;
 `preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters; `tp2optmuon` trains the
 layers' matrices with Muon.
 """
@@ -43,6 +43,7 @@ from nemotron_h.model.context_parallel import own_tokens  # noqa: E402
 from nemotron_h.model.expert_layers import routers  # noqa: E402
 from nemotron_h.model.module import NemotronHConfig  # noqa: E402
 from nemotron_h.model.step import TokenLoss, data_step, forward_step  # noqa: E402
+from nemotron_h.ops import output_matmul  # noqa: E402
 from nemotron_h.planning.layouts import exchanged_bytes  # noqa: E402
 from nemotron_h.planning.memory import stage_memory  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
@@ -129,7 +130,7 @@ TARGETS_OF_EXPERTS = [
 ]
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation", "recompute_experts": "layer"}
-RECOMPUTE |= {"recompute_linear": "layer"}
+RECOMPUTE |= {"recompute_linear": "layer", "recompute_logits": "chunks"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 #: of attention logits with Muon: some groups of a step are over it
 LIMIT = 4.0
@@ -441,7 +442,8 @@ def train(name: str) -> dict[str, object]:
 
 
 def main(out: Path, names: list[str]) -> None:
-    """Train every layout in turn."""
+    """Train every layout in turn; logits in chunks are of a few tokens."""
+    output_matmul.CHUNK_ELEMENTS["cpu"] = 7 * VOCABULARY
     torch.distributed.init_process_group("gloo")
     torch.set_num_threads(1)
     results = {name: train(name) for name in names}

@@ -26,6 +26,9 @@ WORKER = Path(__file__).with_name("memory_worker.py")
 #: a small vocabulary moves the peak from the logits into the layers
 HYBRID = {**MODELS["hybrid"], "vocab_size": 512}
 TEACHER = {**MODELS["hybrid"], "hidden_size": 384, "hybrid_override_pattern": "M-M-M*-M-M-M-M-"}
+#: logits of 1,024 tokens are a chunk
+WORDS = {**MODELS["mamba"], "hybrid_override_pattern": "M", "hidden_size": 64, "vocab_size": 32768}
+WORDS |= {"recompute_logits": "chunks"}
 EVERYTHING = {"recompute_mamba": "layer", "recompute_ffn": "layer", "recompute_attention": "layer"}
 
 
@@ -77,6 +80,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {
     "no activations to speak of": {"model": MODELS["hybrid"], "seq_length": 32, "precision": "bf16"},
     "recompute ffn": {"model": {**HYBRID, "recompute_ffn": "layer"}, "seq_length": 1024, "precision": "bf16"},
     "recompute everything": {"model": {**HYBRID, **EVERYTHING}, "seq_length": 2048},
+    "logits in chunks, bf16": {"model": WORDS, "seq_length": 1536, "precision": "bf16"},
     "LoRA": {"model": HYBRID, "seq_length": 512, "adapter": adapter("lora")},
     "LoRA, two matrices, dropout": {
         "model": HYBRID,
@@ -102,6 +106,12 @@ ONE_RANK: dict[str, dict[str, Any]] = {
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "tensor 2": {"model": HYBRID, "seq_length": 512, "tensor": 2, "precision": "bf16"},
     "tensor 2, sequence": {"model": MODELS["hybrid"], "seq_length": 512, "tensor": 2, "sequence": True},
+    "logits in chunks, tensor 2": {
+        "model": {**WORDS, "vocab_size": 65536},
+        "seq_length": 1536,
+        "tensor": 2,
+        "sequence": True,
+    },
     "context 2": {"model": HYBRID, "seq_length": 2048, "context": 2},
     "context 2, documents, bf16": {
         "model": HYBRID,
@@ -220,7 +230,7 @@ def test_peak_is_as_planned(measured: dict[str, list[dict[str, Any]]], name: str
 @pytest.mark.slow
 def test_recomputation_saves_what_it_should(measured: dict[str, list[dict[str, Any]]]) -> None:
     """The measured peak is well below the plan of the same case without the setting."""
-    for name in ("recompute ffn", "recompute everything"):
+    for name in ("recompute ffn", "recompute everything", "logits in chunks, bf16"):
         kept = {key: value for key, value in ONE_RANK[name]["model"].items() if not key.startswith("recompute_")}
         without = largest_stage(*planned({**ONE_RANK[name], "model": kept}, 1)).peak
         assert measured[name][0]["peak"] < 0.96 * without
@@ -267,7 +277,7 @@ def test_the_fused_kernel_is_planned_where_the_mixer_takes_it() -> None:
 
 def test_constants_are_the_code_s() -> None:
     from nemotron_h.architecture import rank
-    from nemotron_h.ops import distillation_loss, linear, norm, select, ssd
+    from nemotron_h.ops import cross_entropy, distillation_loss, linear, norm, output_matmul, select, ssd
     from nemotron_h.planning import flops, memory
     from nemotron_h.platform import lean_adam
 
@@ -277,7 +287,8 @@ def test_constants_are_the_code_s() -> None:
     assert mamba.CPU_SEGMENT_ELEMENTS == ssd.SEGMENT_ELEMENTS
     assert rank.WIDE_BLOCK == linear.BLOCK_BYTES
     assert rank.NORM_BLOCK == norm.BLOCK_ELEMENTS
-    assert memory.LOSS_CHUNK == distillation_loss.CHUNK_ELEMENTS
+    assert memory.LOSS_CHUNK == output_matmul.CHUNK_ELEMENTS
+    assert memory.CROSS_ENTROPY_BLOCK == cross_entropy.BLOCK_ELEMENTS
     assert memory.LOSS_BLOCK == distillation_loss.BLOCK_ELEMENTS
 
 

@@ -68,6 +68,7 @@ class Layout:
     recompute_swiglu: str = "none"
     recompute_experts: str = "none"
     recompute_linear: str = "none"
+    recompute_logits: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     untrained: tuple[str, ...] = ()
     backend: str = "gpu"

@@ -56,6 +56,13 @@ class Documents:
         return cls(tuple((ends - starts).tolist()), offsets.to(seq_idx.device, non_blocking=True))
 
 
+def document_positions(seq_idx: Tensor) -> Tensor:
+    """Return the position of each token in its document, int64 [b, s], of `seq_idx` [b, s]."""
+    places = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
+    return places - (places * begins).cummax(1).values
+
+
 def _rows_fused(x: Tensor) -> Tensor:
     """Return [s, b, h, d] as [t, h, d]: a view for one row, else a copy."""
     return x.transpose(0, 1).flatten(0, 1)

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from nemo.collections.llm import MambaModel, SSMConfig
 from nemo.lightning import get_vocab_size
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ from nemotron_h.data.tokenizer_base import MAX_PADDING
 from nemotron_h.model import adapters, init
 from nemotron_h.model.blocks.running import InitialWeights
 from nemotron_h.model.context_parallel import own_tokens
+from nemotron_h.model.core_attention import document_positions
 from nemotron_h.model.frozen import freeze
 from nemotron_h.model.gpu_options import gpu_option
 from nemotron_h.model.layers import plain_stack_spec, stack_spec
@@ -31,7 +35,7 @@ from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnPar
 from nemotron_h.model.step import TokenLoss, data_step, forward_step
 from nemotron_h.model.stored_names import ask_for, other_names
 from nemotron_h.ops.activation import squared_relu
-from nemotron_h.ops.cross_entropy import mask_padding, vocabulary_cross_entropy
+from nemotron_h.ops.cross_entropy import chunked_cross_entropy, mask_padding, vocabulary_cross_entropy
 from nemotron_h.ops.rotary import rotary_frequencies
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
@@ -39,13 +43,6 @@ from nemotron_h.schema.recipe import AdapterSchema
 
 #: key of Transformer Engine's state of a layer, or of one of many matrices of a layer
 _EXTRA = re.compile(r"_extra_state\d*$")
-
-
-def document_positions(seq_idx: Tensor) -> Tensor:
-    """Return the position of each token in its document, int64 [b, s], of `seq_idx` [b, s]."""
-    places = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return places - (places * begins).cummax(1).values
 
 
 def scaled(x: Tensor, factor: float) -> Tensor:
@@ -151,6 +148,11 @@ class NemotronHMegatronModel(MegatronMambaModel):
         hidden = self.hidden_states(input_ids, position_ids, seq_idx, loss_count)
         if not self.post_process:
             return hidden
+        if labels is not None and self.config.recompute_logits == "chunks":
+            of_tokens = labels.transpose(0, 1)  # [s, b]
+            options = {"group": self.pg_collection.tp, "words": self.words}
+            losses = chunked_cross_entropy(self.whole(hidden), self.output_weight, of_tokens.reshape(-1), **options)
+            return losses.view(of_tokens.shape).transpose(0, 1).contiguous()
         logits, _ = self.output_layer(hidden, weight=self.output_weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
@@ -171,6 +173,17 @@ class NemotronHMegatronModel(MegatronMambaModel):
         """Return how many of this rank's rows of the output matrix are words: padding comes behind them."""
         rows, group = self.output_weight.shape[0], self.pg_collection.tp
         return min(max(self.config.vocab_size - group.rank() * rows, 0), rows)
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """Return states [s, b, h] as [t, h] of the whole sequence, as a loss takes them with the output matrix:
+        gradients are summed over the ranks that hold the vocabulary.
+        """
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        return hidden.flatten(0, 1)
 
     def hidden_states(
         self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None, loss_count: Tensor | None = None
@@ -240,6 +253,7 @@ class NemotronHConfig(SSMConfig):
             by its DistributedDataParallel); off for a model that is trained without that wrapper.
         recompute_mamba, recompute_attention, ...: what the backward pass computes again instead of keeping, by layer
             type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (its output is not kept).
+        recompute_logits: as the recipe's `recompute.logits`.
         adapter: what is trained in place of the weights, or None.
         frozen: parts that do not train (`nemotron_h.architecture.frozen`).
     """
@@ -274,6 +288,7 @@ class NemotronHConfig(SSMConfig):
     recompute_swiglu: str = "none"
     recompute_experts: str = "none"
     recompute_linear: str = "none"
+    recompute_logits: str = "none"
     adapter: AdapterSchema | None = None
     frozen: list[str] = field(default_factory=list)
 

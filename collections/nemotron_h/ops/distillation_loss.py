@@ -25,12 +25,10 @@ import torch.distributed
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron_h.ops import linear
 from nemotron_h.ops.cross_entropy import mask_padding
-from nemotron_h.ops.main_grad import handed_over
+from nemotron_h.ops.main_grad import passed_on
+from nemotron_h.ops.output_matmul import add_matmul, matmul, tokens_of_a_chunk, zeros_of
 
-#: ours: logits of one model in a chunk, by device: few enough to save memory, enough for the matmuls to be efficient
-CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}
 #: ours: logits whose float32 values are held at once. Smaller ones stay in a CPU's cache and are no faster where other
 #: processes keep a thread waiting at the end of each operation
 BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
@@ -165,11 +163,6 @@ def distillation_loss(
     return DistillationLoss(total, kl, lm)
 
 
-def tokens_of_a_chunk(weight: Tensor) -> int:
-    """Return the tokens whose logits exist at once, by the output layer's rows [vocabulary of this rank, width]."""
-    return max(1, CHUNK_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // weight.shape[0])
-
-
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -178,19 +171,19 @@ class _DistillationLoss(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         token_weights = token_weights.to(wide)
         dhidden = torch.empty_like(hidden) if differentiate and hidden.requires_grad else None
-        dweight = _zeros(hidden, weight, wide) if differentiate and weight.requires_grad else None
+        dweight = zeros_of(hidden, weight, wide) if differentiate and weight.requires_grad else None
         kl, lm = (torch.empty(hidden.shape[0], dtype=wide, device=hidden.device) for _ in range(2))
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = mask_padding(_matmul(hidden[rows], weight), words)  # [t, v]
+            logits = mask_padding(matmul(hidden[rows], weight), words)  # [t, v]
             theirs = logits_of(teacher, rows, objective, group, words)
             chunk = _Chunk(logits, theirs, labels[rows], objective, group)
             kl[rows], lm[rows] = chunk.measure()  # [t]
             dlogits = chunk.gradient(token_weights[rows]) if differentiate else None
             if dhidden is not None:
-                dhidden[rows] = _matmul(dlogits, weight.t())  # [t, h]
+                dhidden[rows] = matmul(dlogits, weight.t())  # [t, h]
             if dweight is not None:
-                _add_matmul(dweight, dlogits, hidden[rows])  # [v, h]
+                add_matmul(dweight, dlogits, hidden[rows])  # [v, h]
             del logits, theirs, chunk, dlogits  # before the next chunk's are made
         ctx.dhidden, ctx.dweight = dhidden, dweight
         ctx.weight = weight if dweight is not None else None
@@ -207,11 +200,7 @@ class _DistillationLoss(torch.autograd.Function):
             dhidden.mul_(dtotal)
         if dweight is not None:
             dweight.mul_(dtotal)
-            if hasattr(weight, "main_grad"):
-                weight.main_grad.add_(dweight)
-                dweight = handed_over(weight)
-            else:
-                dweight = dweight.to(weight.dtype)
+            dweight = passed_on(weight, dweight)
         return dhidden, dweight, *(None,) * 8
 
 
@@ -381,7 +370,7 @@ def logits_of(
     if isinstance(teacher, TeacherLogits):
         logits = teacher.logits[rows].clone()
     else:
-        logits = _matmul(teacher.hidden[rows], teacher.weight)
+        logits = matmul(teacher.hidden[rows], teacher.weight)
     mask_padding(logits, words)
     return logits if objective.top_k is None else top_logits(logits, objective.top_k, group)
 
@@ -407,32 +396,3 @@ def top_logits(logits: Tensor, k: int, group: torch.distributed.ProcessGroup | N
     values, ids = (part.transpose(0, 1).flatten(1) for part in (all_values, all_ids))  # [t, ranks * k]
     values, order = values.topk(min(k, values.shape[1]), dim=1)
     return TopLogits(values.to(logits.dtype), ids.gather(1, order))
-
-
-def _takes(a: Tensor, b: Tensor) -> bool:
-    """Return True for float32: with widened bfloat16 matmuls two ranks' distillation was not that of one."""
-    return a.dtype == torch.float32 and linear.takes(a, b)
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b.T, in oneDNN where that is faster."""
-    return linear.matmul(a.contiguous(), b) if _takes(a, b) else a @ b.t()
-
-
-def _zeros(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return zeros to sum the weight's gradient in, with the strides that `_add_matmul` adds at."""
-    if _takes(hidden, weight):
-        return torch.zeros(weight.shape[::-1], dtype=dtype, device=weight.device).t()
-    return torch.zeros_like(weight, dtype=dtype)
-
-
-def _add_matmul(total: Tensor, rows: Tensor, inputs: Tensor) -> None:
-    """Add rows.T @ inputs to `total`, which may be wider than the matmul's operands."""
-    if _takes(rows, inputs):
-        total += linear.matmul(inputs.t().contiguous(), rows.t()).t()
-    elif total.dtype == rows.dtype:
-        total.addmm_(rows.t(), inputs)
-    elif total.is_cuda:
-        torch.addmm(total, rows.t(), inputs, out_dtype=total.dtype, out=total)
-    else:
-        total += rows.t() @ inputs

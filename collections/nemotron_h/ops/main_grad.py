@@ -6,6 +6,18 @@ import torch
 from torch import Tensor
 
 
+def passed_on(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Add a weight's whole gradient to Megatron's buffer where there is one; what autograd is given in its place.
+
+    Args:
+        gradient: shaped as `weight`, of any dtype.
+    """
+    if not hasattr(weight, "main_grad"):
+        return gradient.to(weight.dtype)
+    weight.main_grad.add_(gradient)
+    return handed_over(weight)
+
+
 def handed_over(weight: Tensor) -> Tensor:
     """Tell Megatron's hook that the buffer has the gradient; what autograd is given in its place, shaped as `weight`.
 

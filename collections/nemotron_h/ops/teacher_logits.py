@@ -16,9 +16,9 @@ from nemotron_h.ops.distillation_loss import (
     Objective,
     all_reduce,
     logits_of,
-    tokens_of_a_chunk,
     top_logits,
 )
+from nemotron_h.ops.output_matmul import tokens_of_a_chunk
 
 
 class KeptLogits(NamedTuple):

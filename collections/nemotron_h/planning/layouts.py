@@ -43,7 +43,7 @@ EXPERT_COST = 0.03
 
 def recompute_choices(definition: ModelDefinition) -> dict[str, dict[str, str]]:
     """Return what a sweep tries, from the least recomputation to the most: name -> kind of layers -> setting."""
-    kinds = [kind for kind in RECOMPUTE if definition.layer_counts()[kind]]
+    kinds = [kind for kind, count in definition.layer_counts().items() if count and kind in RECOMPUTE]
     ffns = [kind for kind in kinds if "activation" in RECOMPUTE[kind]]
     experts = [kind.name for kind in definition.kinds if kind.distributed]
     choices = {
@@ -85,7 +85,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         optimizer=recipe.optim.name,
         moments=recipe.optim.moments,
         gradients=recipe.optim.gradients,
-        **recompute_fields(recipe.recompute),
+        **recompute_fields(replace(recipe.recompute, logits="chunks") if recipe.distill else recipe.recompute),
         adapter=recipe.adapter,
         untrained=tuple(recipe.optim.frozen),
         teacher=teacher_of(recipe),
@@ -161,7 +161,7 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
     pipeline = layout.micro_batches / (layout.micro_batches + layout.pipeline - 1)
     tensor = 1 - TENSOR_COST * math.log2(layout.tensor)
     context = 1 - CONTEXT_COST * math.log2(layout.context)
-    again = {name: layout.recompute(name) == "layer" for name in RECOMPUTE}
+    again = {name: layout.recompute(name) in ("layer", "chunks") for name in RECOMPUTE}
     model = step_flops(definition, layout)
     empty = empty_flops(definition, layout)
     passes = sum(
@@ -242,6 +242,8 @@ def expert_sizes(definition: ModelDefinition, ranks: int) -> list[int]:
 def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iterator[list[tuple[str, Layout | None]]]:
     """Yield kinds of change, each from the smallest step to the largest."""
     yield [_recomputed(layout, settings) for settings in recompute_choices(definition).values() if settings]
+    if layout.recompute_logits == "none":
+        yield [_recomputed(layout, {"logits": "chunks"})]
     smaller = [n for n in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % n == 0]
     yield [
         (
@@ -387,7 +389,7 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
                 spread = _spread(shape, layout)
                 if spread is None:
                     continue
-                plain = replace(spread, **recompute_fields(RecomputeSchema()))
+                plain = replace(spread, **recompute_fields(RecomputeSchema(logits=layout.recompute_logits)))
                 experts = expert_sizes(definition, layout.ranks // pipeline)
                 for (name, settings), expert in itertools.product(choices.items(), experts):
                     _, tried = _recomputed(replace(plain, expert=expert), settings)

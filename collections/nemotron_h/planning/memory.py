@@ -41,10 +41,12 @@ LEAN_OPTIMIZER_BYTES = {"fp32": 8, "bf16": 6}
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 #: elements whose moments the lean optimizer has in float32 at a time (platform/lean_adam.py: PIECE)
 LEAN_PIECE = 1 << 28
-#: logits of one model that the loss of a distillation holds at once, and those of them in float32
-#: (ops/distillation_loss.py: CHUNK_ELEMENTS, BLOCK_ELEMENTS)
+#: logits of one model that a loss in chunks holds at once (ops/output_matmul.py: CHUNK_ELEMENTS), and those of them
+#: that a distillation has in float32 (ops/distillation_loss.py: BLOCK_ELEMENTS)
 LOSS_CHUNK = {"cpu": 1 << 25, "cuda": 1 << 28}
 LOSS_BLOCK = {"cpu": 1 << 21, "cuda": 1 << 26}
+#: logits that a cross entropy has in float32 at once (ops/cross_entropy.py: BLOCK_ELEMENTS)
+CROSS_ENTROPY_BLOCK = 1 << 20
 #: ours: workspaces of cuBLAS that Transformer Engine and torch allocate once
 GPU_WORKSPACE = 96 * 2**20
 
@@ -185,6 +187,8 @@ class _TrainingRank(Rank):
 
     def head(self) -> LayerMemory:
         """Return the final norm, output matrix and loss."""
+        if self.layout.recompute_logits == "chunks":
+            return self.chunked_head()
         d = self.d
         rows = padded_vocabulary(d, self.layout.tensor)
         small = self.tokens * 32  # labels' positions, sums and losses
@@ -201,6 +205,26 @@ class _TrainingRank(Rank):
         # CPU torch's scatter copies 16-bit logits to float32.
         loss = 2 * self.logits if self.cpu and not self.float32 else 0
         return LayerMemory(entry + self.logits + small, max(product, loss))
+
+    def chunked_head(self) -> LayerMemory:
+        """Return `head` where output matmul and loss run over chunks of tokens: the backward holds one chunk's logits,
+        the gradients of all states and, in float32, of the output matrix (ops/cross_entropy.py).
+        """
+        d = self.d
+        rows, where = padded_vocabulary(d, self.layout.tensor) // self.layout.tensor, "cpu" if self.cpu else "cuda"
+        chunk, matrix = min(self.tokens, max(1, LOSS_CHUNK[where] // rows)), rows * d.hidden_size
+        logits = chunk * rows
+        block = 0 if self.float32 else 4 * min(max(CROSS_ENTROPY_BLOCK, rows), logits)
+        if self.cpu and not self.float32:
+            block = 4 * logits  # a copy of torch's scatter
+        states = chunk * d.hidden_size * self.e
+        trained = self.whole
+        if not self.layout.frozen:
+            trained += 4 * matrix
+            # on the CPU the gradient of the output matrix is summed through a copy
+            states = max(states, matrix * self.e + (states if self.float32 else 0)) if self.cpu else states
+        kept = 2 * self.residual + self.norm_rows + self.gathered + self.tokens * 32
+        return LayerMemory(kept, trained + logits * self.e + max(block, states))
 
     def distilling_head(self, teacher_states: int) -> LayerMemory:
         """Return `head` of a distillation: the loss takes its gradients in the forward, chunk by chunk of tokens, and
@@ -312,7 +336,7 @@ def _moments(
     if last and definition.mtp_steps:
         kept["mtp"] = _mtp_activations(definition, rank) * in_flight
     if last:
-        head = rank.head() if teacher is None else rank.distilling_head(teacher.whole)
+        head = rank.distilling_head(teacher.whole) if teacher else rank.head()
         yield replace(states, activations={**kept, "head": head.kept}, working=head.backward + received, at="head")
     for block in dict.fromkeys(blocks):
         lengths = rank.lengths(block.matrices())

@@ -282,7 +282,7 @@ def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:
 
 def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """Check that values are known, and for layer types that the model has."""
-    counts = definition.layer_counts()
+    counts = {**definition.layer_counts(), "logits": 1}
     for kind, allowed in RECOMPUTE.items():
         value = getattr(recipe.recompute, kind)
         check_one_of(f"recompute.{kind}", value, allowed, f"{origin}: ")

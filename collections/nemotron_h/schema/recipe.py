@@ -51,6 +51,7 @@ RECOMPUTE = {
     "swiglu": ("none", "activation", "layer"),
     "experts": ("none", "layer"),
     "linear": ("none", "layer"),
+    "logits": ("none", "chunks"),
 }
 BLEND_CHANGES = ("from_step",)
 #: how the phases of a blend order its windows
@@ -242,6 +243,8 @@ class RecomputeSchema:
     Attributes:
         mamba, attention, parallel, experts, linear: `none`, or `layer` (only the layer's input is kept).
         ffn, swiglu: `none`, `activation` (squared ReLU or SwiGLU is computed again), or `layer`.
+        logits: `none`, or `chunks`: output matmul and loss run over chunks of tokens, forward and backward, and the
+            logits of a chunk alone exist. A distillation does so in any case.
     """
 
     mamba: str = "none"
@@ -251,6 +254,7 @@ class RecomputeSchema:
     swiglu: str = "none"
     experts: str = "none"
     linear: str = "none"
+    logits: str = "none"
 
 
 @dataclass

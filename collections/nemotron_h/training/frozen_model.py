@@ -33,7 +33,7 @@ def frozen_model(
         adapter=None,
         perform_initialization=False,
         fuse_weight_gradients=False,
-        **recompute_fields(RecomputeSchema()),
+        **recompute_fields(RecomputeSchema(logits=trained.recompute_logits)),
     )
     model = config.megatron_model(NemotronHMegatronModel, pre_process, post_process)
     if config.bf16:

@@ -20,6 +20,12 @@ def check_objective(recipe: RecipeConfig, origin: str) -> None:
     chosen = recipe.distill
     if chosen is None:
         return
+    if recipe.recompute.logits != "none":
+        raise UserError(
+            f"{origin}: recompute.logits = {recipe.recompute.logits!r} is unused: the loss of a distillation is taken "
+            "in chunks in any case",
+            hint="leave recompute.logits out",
+        )
     if chosen.teacher_logits and chosen.hidden_weight:
         raise UserError(
             f"{origin}: distill.hidden_weight with distill.teacher_logits: the cache holds logits, no states",

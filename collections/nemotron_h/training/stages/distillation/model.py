@@ -22,10 +22,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from torch import Tensor, nn
 
@@ -253,11 +249,11 @@ class DistillingModel(NemotronHMegatronModel):
         if not self.post_process:
             return hidden if beside is None else torch.cat([hidden, beside.to(hidden.dtype)], dim=-1)
         weights = loss_mask.transpose(0, 1).reshape(-1).float()  # [t]
-        own = self._whole(hidden)  # [t, h]
+        own = self.whole(hidden)  # [t, h]
         if beside is None:
             theirs, teacher = None, self._stored_teacher(teacher_values, teacher_ids)
         else:
-            theirs = self._whole(beside)
+            theirs = self.whole(beside)
             teacher = HiddenTeacher(theirs, self.teacher.output_weight)
         found = distillation_loss(
             own,
@@ -282,7 +278,7 @@ class DistillingModel(NemotronHMegatronModel):
         if self.config.hidden_layers:
             taps = (self.decoder.taps, self.teacher.decoder.taps)
             pairs = [
-                [self._whole(tap[n]) for tap, n in zip(taps, pair, strict=True)] for pair in self.config.hidden_layers
+                [self.whole(tap[n]) for tap, n in zip(taps, pair, strict=True)] for pair in self.config.hidden_layers
             ]
             for tap in taps:
                 tap.update(dict.fromkeys(tap))  # lets go of the states
@@ -300,15 +296,6 @@ class DistillingModel(NemotronHMegatronModel):
         width = self.output_weight.shape[0]
         first = self.pg_collection.tp.rank() * width
         return TeacherLogits(values[:, first : first + width])
-
-    def _whole(self, hidden: Tensor) -> Tensor:
-        """Return [t, h or d] of the whole sequence; gradients are summed over the ranks that hold the vocabulary."""
-        group = self.pg_collection.tp
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
-        return hidden.flatten(0, 1)
 
 
 def _shared(value: Tensor, ranks: int) -> Tensor:
