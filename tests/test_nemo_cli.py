@@ -272,7 +272,13 @@ def test_a_value_has_the_name_of_its_recipe_key(app, tmp_path: Path) -> None:
 DIFFERENT = {
     "nemotron_h_tiny/pretrain": (
         *("init_seed=5", "data.workers=3", "checkpoint.every_steps=7", "checkpoint.keep=9", "recompute.mamba=layer"),
-        *("recompute.ffn=activation", "recompute.attention=layer", "init.checkpoint=there", "parallel.nodes=3"),
+        *(
+            "recompute.ffn=activation",
+            "recompute.attention=layer",
+            "recompute.logits=chunks",
+            "init.checkpoint=there",
+            "parallel.nodes=3",
+        ),
         *("parallel.devices=8", "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"),
         "parallel.context=2",
         *("data.global_batch_size=48", "precision=bf16", "optim.gradients=bf16"),

@@ -39,6 +39,42 @@ def run(*arguments: str) -> dict:
     return json.loads(result.output)
 
 
+# lengths
+
+
+def test_flops_are_the_mean_over_the_lengths_of_the_rows() -> None:
+    """Half of the tokens of the 8B's long phase in sequences of 4,096: attention's part by hand, all else the same."""
+    plan, name = run("nemotron_h_8b/pretrain_long"), "nemotron_h_8b"
+    flops, of_length = plan["flops_per_token"], plan["flops_per_token_of_length"]
+    long, short = (flops_per_token(definition(name), length) for length in (524_288, 4096))
+    assert of_length == {"524288": long.total, "4096": short.total}
+    heads = 4 * 3 * 4 * 32 * 128  # layers, passes, a multiply-add of scores and of values, their width
+    assert flops["attention_core"] == heads * ((524_288 + 1) / 2 + (4096 + 1) / 2) / 2
+    assert flops["total"] == pytest.approx((long.total + short.total) / 2)
+    assert flops["total"] - flops["attention_core"] == pytest.approx(short.total - short.attention_core)
+    alone = run("nemotron_h_8b/pretrain_long", "data.blend=nemotron_h_phase3")
+    assert alone["flops_per_token"]["total"] == pytest.approx(long.total)
+    speeds = [each["schedule"]["tokens_per_second"] for each in (plan, alone)]
+    assert speeds[0] / speeds[1] == pytest.approx(long.total / flops["total"])
+    shown = CliRunner().invoke(app, ["plan", "nemotron_h_8b/pretrain_long"]).output
+    assert "sequences of 524,288 (50.0%) and 4,096 (50.0%)" in shown
+    assert "97.391 in sequences of 524,288, 46.254 in sequences of 4,096" in shown
+
+
+def test_lengths_of_phases_count_by_their_steps(tmp_path: Path) -> None:
+    """Two phases of 60 and 40 %, with short rows of two lengths."""
+    (tmp_path / "blend.yaml").write_text(
+        "defaults: [nemotron_h_short, _self_]\nname: two\nphases:\n"
+        "  - {name: a, weights: {code: 100}, until: {fraction: 0.6}, short: {seq_length: 4096, share: 0.5}}\n"
+        "  - {name: b, weights: {web_crawl: 10, academic: 10, multilingual: 10, crawl_plus_plus: 20, math: 20, "
+        "wiki: 10, sft: 20}, short: {seq_length: 2048, share: 0.25}}\n"
+    )
+    recipe = compose("nemotron_h_8b", [f"data.blend={tmp_path / 'blend.yaml'}", "tokens=6_291_456_000"])
+    layout = layout_of(recipe)
+    assert layout.lengths == pytest.approx({8192: 0.6, 4096: 0.3, 2048: 0.1})
+    assert layout.documents
+
+
 # schedule
 
 

@@ -26,7 +26,8 @@ sources:
   high: {category: math, format: jsonl, path: high.jsonl, licence: ours, validation: 0.2}
 phases:
   - {name: first, weights: {web: 80, math: 20}, until: {fraction: 0.5}}
-  - {name: second, weights: {web: 30, math: 70}}
+  # a quarter of its rows are four short sequences
+  - {name: second, weights: {web: 30, math: 70}, short: {seq_length: 16, share: 0.25, weights: {web: 50, math: 50}}}
 """
 
 TUNING_STEPS = DISTILL_STEPS = PREFERENCE_STEPS = 6

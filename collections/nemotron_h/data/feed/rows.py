@@ -70,7 +70,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class _Count:
-    """How many long rows, and sequences of short ones, a part of the run has."""
+    """Count the long rows, and the sequences of short ones, of a part of the run."""
 
     long: int
     short: int
