@@ -69,7 +69,9 @@ def test_lengths_of_phases_count_by_their_steps(tmp_path: Path) -> None:
         "  - {name: b, weights: {web_crawl: 10, academic: 10, multilingual: 10, crawl_plus_plus: 20, math: 20, "
         "wiki: 10, sft: 20}, short: {seq_length: 2048, share: 0.25}}\n"
     )
-    recipe = compose("nemotron_h_8b", [f"data.blend={tmp_path / 'blend.yaml'}", "tokens=6_291_456_000"])
+    recipe = compose(
+        "nemotron_h_8b", [f"data.blend={tmp_path / 'blend.yaml'}", "tokens=6_291_456_000", "optim.warmup_tokens=1M"]
+    )
     layout = layout_of(recipe)
     assert layout.lengths == pytest.approx({8192: 0.6, 4096: 0.3, 2048: 0.1})
     assert layout.documents
