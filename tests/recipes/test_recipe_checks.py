@@ -85,6 +85,8 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["model.pattern=M-M*M-"], ("attention at layer 3",)),
         # keys of another stage
         (TINY, ["distill.temperature=2"], ("distill is unused: stage is pretrain",)),
+        (TINY, ["recompute.logits=layer"], ("recompute.logits = 'layer'", "Known: none, chunks")),
+        (DISTILL, ["recompute.logits=chunks"], ("recompute.logits = 'chunks' is unused", "in chunks in any case")),
         (DISTILL, ["distill.teacher=null"], ("distill.teacher is missing", "a run's folder")),
         (DISTILL, ["distill.temperature=0"], ("distill.temperature = 0.0 is not above 0",)),
         (DISTILL, ["distill.lm_weight=-1"], ("distill.lm_weight = -1.0 is below 0",)),
