@@ -42,7 +42,8 @@ def test_fp8_to_bf16_to_fp8(small: Small) -> None:
     again = small.train("changing", *FP8, "trainer.max_steps=14").stdout
     assert "resumed at step 12" in again
     assert "  precision: bf16 -> fp8_current_scaling\n" in again
-    assert losses(small, "changing", 13, 14) == pytest.approx([bf16[-1]] * 2, rel=5e-2)
+    # of other samples
+    assert losses(small, "changing", 13, 14) == pytest.approx([bf16[-1]] * 2, rel=1e-1)
     for name, step in (("fp8", 12), ("changing", 12), ("changing", 14)):
         kept = content(small.run_dir(name) / "checkpoints" / f"step-{step:06d}")
         assert any("linear_fc1.weight" in key for key in kept)
