@@ -19,17 +19,16 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import is_name, merged, nearest, number, typed, within
 from nemotron_h.core.units import parse_count
 from nemotron_h.data.blend_files import find_blend, layers_of
+from nemotron_h.data.chat_keys import CHAT_FORMATS, CHAT_SHAPES, PREFERENCE, image_problems
 from nemotron_h.data.fetch_spec import HUB, Fetch, fetch_problems
 from nemotron_h.data.short_rows import ShortRows, normalised, short_problems, weight_problems
 from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY
 
-FORMATS = ("jsonl", "json", "parquet", "text", "python", "docstrings", "html", "megatron")
+FORMATS = ("jsonl", "json", "parquet", "webdataset", "text", "python", "docstrings", "html", "megatron")
 TOKENIZER_KINDS = ("bpe", "huggingface", "tiktoken", "sentencepiece")
 HUB_FORMAT = "jsonl"  # records of the Hub are stored as such, whatever their files are
-PREFERENCE = "preference"  # pairs of answers, read by `data.pairs`
-CHAT_SHAPES = ("messages", "sharegpt", "alpaca", "prompt_response", PREFERENCE)  # the others are read by `data.chat`
 #: what a blend holds, as it is called in errors
-TEXTS, CONVERSATIONS, PAIRS = "texts", "conversations", "pairs of answers"
+TEXTS, CONVERSATIONS, PAIRS, IMAGES = "texts", "conversations", "pairs of answers", "conversations with images"
 
 #: what preparation writes beside the folders of sources
 _RESERVED = ("tokenizer", "manifest.json", "chat_template.jinja")
@@ -61,6 +60,7 @@ class Source:
     Args:
         category: the category of the phases that it fills.
         format: one of `FORMATS`. jsonl, json (an array or an object of records), parquet: records with `text_fields`;
+            webdataset: tar archives of images beside a `.json` or `.txt`;
             text: a file is a document, or is split at `split_on`; python: a `.py` file is a document; docstrings: the
             docstrings of a `.py` file are one document; html: the visible text of a page; megatron: a ready
             `.bin/.idx` prefix, used in place.
@@ -71,6 +71,9 @@ class Source:
             records, `a.0` takes a list's first item; a whole list becomes one text, a line for each item.
         chat: the records are conversations of this shape, one of `CHAT_SHAPES`, in place of `text_fields`. All sources
             of a blend have one, or none has; `preference` (pairs of answers) stands alone.
+        images: conversations only: they have images, in files below this folder; it starts at the folder of the
+            records' file (`.` is just that one). Empty: there are none, but in a webdataset, whose archives hold them.
+        prompts: `chat: caption` only: what the user asks, one of these by the image; empty: `records.PROMPTS`.
         extend: conversations only: join them to samples of this length.
         join: what is put between the text fields.
         split_on: text only: the separator between documents of one file; empty: the file is one document.
@@ -93,6 +96,8 @@ class Source:
     fetch: Fetch | None = None
     text_fields: list[str] = field(default_factory=lambda: ["text"])
     chat: str = ""
+    images: str = ""
+    prompts: list[str] = field(default_factory=list)
     extend: Extend | None = None
     join: str = "\n\n"
     split_on: str = ""
@@ -109,12 +114,15 @@ class Source:
         """Return `path` as a list."""
         return [str(path) for path in _list(self.path)] if self.path else []
 
+    def has_images(self) -> bool:
+        """Return True if its conversations have images."""
+        return bool(self.images) or self.format == "webdataset"
+
     def settings_hash(self) -> str:
         """Return the sha256 of the settings that decide a source's documents, without paths of files and weights."""
         keys = ("format", "text_fields", "join", "split_on", "validation", "deduplicate")
         content: dict[str, Any] = {key: getattr(self, key) for key in keys}
-        if self.chat:
-            content["chat"] = self.chat
+        content |= {key: getattr(self, key) for key in ("chat", "images", "prompts") if getattr(self, key)}
         if self.extend:
             content["extend"] = dataclasses.asdict(self.extend)
         content["fetch"] = self.fetch.decisive() if self.fetch else None
@@ -252,7 +260,9 @@ class Blend:
         return any(source.chat for source in self.sources.values())
 
     def holds(self) -> str:
-        """Return the kind of its sources: `TEXTS`, `CONVERSATIONS` or `PAIRS`."""
+        """Return the kind of its sources: `TEXTS`, `CONVERSATIONS`, `IMAGES` (of one source at least) or `PAIRS`."""
+        if any(source.has_images() for source in self.sources.values()):
+            return IMAGES
         if any(source.chat == PREFERENCE for source in self.sources.values()):
             return PAIRS
         return CONVERSATIONS if self.is_chat() else TEXTS
@@ -274,10 +284,9 @@ class Blend:
                 del source[key]
             if source["fetch"]:
                 source["fetch"] = self.sources[name].fetch.content()
-            if not source["extend"]:
-                del source["extend"]
-            if not source["chat"]:  # so that blends of text keep the hash they had before there was chat
-                del source["chat"]
+            for key in ("extend", "chat", "images", "prompts"):  # blends without keep the hash of before there were any
+                if not source[key]:
+                    del source[key]
         if self.tokenizer.fetch:
             content["tokenizer"]["fetch"] = self.tokenizer.fetch.content()
         if not content["tokenizer"]["blend"]:
@@ -374,8 +383,8 @@ def _chat_problems(blend: Blend) -> Iterator[str]:
     for name, source in blend.sources.items():
         if source.chat not in CHAT_SHAPES:
             yield f"sources.{name}.chat: {source.chat!r} is none of {', '.join(CHAT_SHAPES)}"
-        elif source.format not in ("jsonl", "json", "parquet"):
-            yield f"sources.{name}.format: conversations are records: jsonl, json or parquet"
+        elif source.format not in CHAT_FORMATS:
+            yield f"sources.{name}.format: conversations are records: jsonl, json, parquet or webdataset"
         elif source.text_fields != ["text"]:
             yield f"sources.{name}.text_fields: not read where `chat` is given"
 
@@ -428,6 +437,7 @@ def _source_problems(key: str, name: str, source: Source) -> Iterator[str]:
         lacks = {field.split(".")[0] for field in source.text_fields} - source.fetch.columns.keys()
         if lacks:
             yield f"{key}.text_fields: fetch.columns gives no field {', '.join(sorted(lacks))}"
+    yield from image_problems(key, source)
     yield from _extend_problems(key, source)
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_text
-from nemotron_h.data.messages import ASSISTANT, REASONING_FIELDS, USER, ChatError, Conversation, Refused, Turn
+from nemotron_h.data.messages import ASSISTANT, IMAGE, REASONING_FIELDS, USER, ChatError, Conversation, Refused, Turn
 from nemotron_h.data.tokenizer import CHAT_TOKENS, Tokenizer
 
 FAMILY_TEMPLATE = "nemotron_h"
@@ -64,11 +64,13 @@ class Encoded:
         loss: of each token, whether it is to be learnt: those of assistant turns with their end marker. A pair of
             conversations has `data.pairs.REJECTED` added in its second one.
         rewards: of a pair.
+        images: places of images among the tokens, which have the padding's id there.
     """
 
     ids: list[int]
     loss: list[int]
     rewards: tuple[float, float] | None = None
+    images: list[int] = field(default_factory=list)
 
 
 def template_source(name_or_path: str) -> str:
@@ -227,18 +229,13 @@ class ChatTemplate:
             raise UserError(f"chat_template: {error}", hint) from error
 
     def encode(self, turns: Conversation) -> Encoded:
-        """Return the tokens and the loss mask.
+        """Return the tokens, the loss mask, and the places of images.
 
         Errors:
-            ChatError: the template refuses the conversation, or does not tell its assistant turns apart.
+            ChatError: the template refuses the conversation, does not tell its assistant turns apart, or does not write
+                an image's place.
         """
-        ids: list[int] = []
-        loss: list[bool] = []
-        for text, trained in self.segments(turns):
-            part = self.tokens(text)
-            ids += part
-            loss += [trained] * len(part)
-        return Encoded(ids, loss)
+        return self._encoded(turns, self.segments(turns))
 
     def prompt(self, turns: Conversation) -> list[int]:
         """Return the tokens before the next answer: those that `encode` gives to the conversation up to there.
@@ -246,7 +243,28 @@ class ChatTemplate:
         Errors:
             ChatError: as `encode`.
         """
-        return [i for text, _ in self.segments(turns, add_generation_prompt=True) for i in self.tokens(text)]
+        return self.begun(turns).ids
+
+    def begun(self, turns: Conversation) -> Encoded:
+        """Return what `prompt` does, with the places of images.
+
+        Errors:
+            ChatError: as `encode`.
+        """
+        return self._encoded(turns, self.segments(turns, add_generation_prompt=True))
+
+    def _encoded(self, turns: Conversation, segments: list[tuple[str, bool]]) -> Encoded:
+        encoded, images = Encoded([], []), sum(len(turn.images) for turn in turns)
+        for text, trained in segments:
+            for number, part in enumerate(text.split(IMAGE) if images else [text]):
+                if number:
+                    encoded.images.append(len(encoded.ids))
+                    encoded.ids.append(self.tokenizer.pad_id)
+                encoded.ids.extend(self.tokens(part))
+            encoded.loss.extend([trained] * (len(encoded.ids) - len(encoded.loss)))
+        if len(encoded.images) != images:
+            raise ChatError(f"the template writes {len(encoded.images)} of {images} images")
+        return encoded
 
     def following(self, turns: Conversation) -> list[int]:
         """Return the tokens behind the last answer and its end marker, up to the next answer: the end of what `prompt`

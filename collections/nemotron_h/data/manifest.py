@@ -8,6 +8,9 @@ Layout under the data root (`--root`, else the environment's `NEMOTRON_H_DATA`, 
     EOD token <root>/<blend>/<source>/source.json                     the source's part of the manifest
     <root>/<blend>/<source>/{train,validation}.loss         conversations: a byte per token, 1 where it is to be learnt
     <root>/<blend>/<source>/{train,validation}.rewards      pairs: two float32 per document
+    <root>/<blend>/<source>/{train,validation}.images       conversations with images: their files, joined
+    <root>/<blend>/<source>/{train,validation}.places       their places: `PLACES` per image
+    <root>/<blend>/<source>/image_files.jsonl               the files that they came from, to tell when one changes
     <root>/<blend>/chat_template.jinja                      conversations: the template that wrote them
     <root>/<blend>/<source>/quarantine.jsonl                records that could not be read, with file and position
 """
@@ -23,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object, write_json
 from nemotron_h.core.strict import from_json
@@ -33,6 +38,19 @@ FORMAT_VERSION = 1
 ROOT_VARIABLE = "NEMOTRON_H_DATA"
 SPLITS = ("train", "validation")
 TEMPLATE = "chat_template.jinja"
+#: an image of a conversation: the conversation and the token where it stands, its bytes in the blob, its size in pixels
+#: (upright), and a digest of its bytes
+PLACES = np.dtype(
+    [
+        ("document", "<i8"),
+        ("token", "<i8"),
+        ("begin", "<i8"),
+        ("size", "<i8"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("digest", "V16"),
+    ]
+)
 _PROBE_BLOCKS, _PROBE_BYTES = 16, 4096
 
 
@@ -52,6 +70,9 @@ class SplitManifest:
         sha256_loss: conversations only: of the `.loss` file, a byte per token: 1 where it is to be learnt. A pair is
             one document, the chosen conversation and then the rejected one, where 2 is added.
         sha256_rewards: pairs only: of the `.rewards` file, float32 [documents, 2]; NaN where a record states none.
+        images: images of conversations, in all places.
+        image_bytes: of the `.images` file, which has each image once.
+        sha256_images, sha256_places: conversations with images only: of the `.images` and the `.places` file.
     """
 
     prefix: str
@@ -64,6 +85,20 @@ class SplitManifest:
     probe: str = ""
     sha256_loss: str = ""
     sha256_rewards: str = ""
+    images: int = 0
+    image_bytes: int = 0
+    sha256_images: str = ""
+    sha256_places: str = ""
+
+    def beside(self) -> dict[str, tuple[str, int]]:
+        """Return suffix -> sha256 and bytes of the files that it has beside `.bin` and `.idx`."""
+        files = {
+            ".loss": (self.sha256_loss, self.tokens),
+            ".rewards": (self.sha256_rewards, 8 * self.documents),
+            ".images": (self.sha256_images, self.image_bytes),
+            ".places": (self.sha256_places, self.images * PLACES.itemsize),
+        }
+        return {suffix: (sha256, size) for suffix, (sha256, size) in files.items() if sha256}
 
 
 @dataclass
@@ -253,13 +288,11 @@ def split_problem(manifest: Manifest, source: str, split: str) -> str:
         if size != expected:
             state = "truncated" if size < expected else "too long"
             return f"{prefix}{suffix} is {state}: {size:,} bytes, {expected:,} expected (source {source}, {split})"
-    loss = prefix + ".loss"
-    if entry.sha256_loss and not (os.path.isfile(loss) and os.path.getsize(loss) == entry.tokens):
-        return f"{loss} is missing or of another size than {entry.tokens:,} bytes (source {source}, {split})"
-    rewards = prefix + ".rewards"
-    if entry.sha256_rewards and not (os.path.isfile(rewards) and os.path.getsize(rewards) == 8 * entry.documents):
-        return f"{rewards} is missing or of another size than {8 * entry.documents:,} bytes (source {source}, {split})"
-    beside = tuple(s for s, sha in ((".loss", entry.sha256_loss), (".rewards", entry.sha256_rewards)) if sha)
+    beside = tuple(entry.beside())
+    for suffix, (_, size) in entry.beside().items():
+        file = prefix + suffix
+        if not (os.path.isfile(file) and os.path.getsize(file) == size):
+            return f"{file} is missing or of another size than {size:,} bytes (source {source}, {split})"
     # formerly a probe had the first two files alone
     if entry.probe and entry.probe not in {probe(prefix, suffixes) for suffixes in {beside, ()}}:
         names = "/".join((".bin", ".idx", *beside))

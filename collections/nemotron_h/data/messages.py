@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_h.core.strict import nearest
+
+if TYPE_CHECKING:
+    from nemotron_h.data.images.records import Picture
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 #: name in a message -> role; OpenAI's `developer` is its newer name of `system`
@@ -21,6 +24,8 @@ ROLES = {
 }
 #: where a message has the reasoning before its answer, and where templates look for it
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+#: stands in a turn's content where an image does: a character of Unicode's private area
+IMAGE = "\ue0fb"
 _CALLS = ("tool_calls", "function_call")
 _FIELDS = {"role", "from", "content", "value", "weight", "train", *REASONING_FIELDS, *_CALLS}
 
@@ -42,6 +47,7 @@ class Turn:
         content: its text.
         trained: assistant turns only: whether it is in the loss (`weight: 0` or `train: false` takes it out).
         reasoning: assistant turns only: what it thought before its answer.
+        images: in the order of their places in the content, each an `IMAGE`.
         unread: names of other fields that the message has.
     """
 
@@ -49,6 +55,7 @@ class Turn:
     content: str
     trained: bool = True
     reasoning: str = ""
+    images: tuple[Picture, ...] = ()
     unread: tuple[str, ...] = field(default=(), compare=False)
 
 

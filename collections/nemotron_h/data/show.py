@@ -16,6 +16,7 @@ from rich.text import Text
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import short_count
 from nemotron_h.data.blend import Blend, Phase
+from nemotron_h.data.images.store import SUFFIXES as IMAGE_SUFFIXES
 from nemotron_h.data.manifest import Manifest, check_manifest, data_root, load_manifest
 from nemotron_h.data.phases import Horizon, PhaseSpan, phase_end, phase_spans
 from nemotron_h.data.short_rows import ShortRows, normalised
@@ -63,7 +64,8 @@ class SourceUse:
         name, category, max_epochs: of the source.
         tokens: that the run takes from it; None when the length of the run is not given.
         prepared: tokens of its training text; None when it is not prepared.
-        disk: bytes of its `.bin` and `.idx` files, of all splits.
+        disk: bytes of its `.bin` and `.idx` files, and of its images, of all splits.
+        images: of its training conversations, which the prepared tokens do not count.
     """
 
     name: str
@@ -72,6 +74,7 @@ class SourceUse:
     tokens: float | None
     prepared: int | None
     disk: int
+    images: int = 0
 
     @property
     def epochs(self) -> float | None:
@@ -151,7 +154,8 @@ def overview(
         entry = manifest.sources.get(name) if manifest else None
         prepared = entry.splits["train"].tokens if entry and "train" in entry.splits else None
         disk = _disk(manifest, name) if entry else 0
-        uses.append(SourceUse(name, source.category, source.max_epochs, taken, prepared, disk))
+        images = entry.splits["train"].images if prepared is not None else 0
+        uses.append(SourceUse(name, source.category, source.max_epochs, taken, prepared, disk, images))
     return Overview(blend, tokens, phases, uses, state, problem)
 
 
@@ -180,7 +184,7 @@ def _phases(blend: Blend, tokens: int | None, tokens_per_step: int | None) -> li
 
 def _disk(manifest: Manifest, source: str) -> int:
     prefixes = [manifest.prefix(source, split) for split in manifest.sources[source].splits]
-    files = [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
+    files = [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx", *IMAGE_SUFFIXES)]
     return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
@@ -206,7 +210,11 @@ def show(view: Overview, console: Console) -> None:
     console.print(f"Data {view.state}.", markup=False)
     total = sum(s.disk for s in view.sources)
     if total:
-        console.print(f"Disk: {filesize.decimal(total)} ({total:,} bytes of .bin and .idx).")
+        images = sum(s.images for s in view.sources)
+        files = ".bin, .idx and images" if images else ".bin and .idx"
+        console.print(f"Disk: {filesize.decimal(total)} ({total:,} bytes of {files}).")
+        if images:
+            console.print(f"Images: {images:,} to train on. Their tokens depend on the model: none is counted above.")
     for line in [*view.warnings(), *([view.problem] if view.problem else [])]:
         console.print("[bold yellow]warning:[/bold yellow] ", end="")
         console.print(line, markup=False, soft_wrap=True)

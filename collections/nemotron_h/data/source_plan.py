@@ -19,6 +19,7 @@ from nemotron_h.data.prepare.inputs import Input, compression, find_inputs
 #: how much text a byte of such a file holds, for the space check. Ours
 _COMPRESSED = {".gz": 4, ".bz2": 5, ".xz": 5, ".zst": 5}
 _PARQUET = 3
+_ARCHIVE = 2  # images are copied: as much as so much text comes to as tokens
 
 
 @dataclass
@@ -34,16 +35,15 @@ class SourcePlan:
 
     def text_bytes(self) -> int:
         """Return about how many bytes of text the files hold."""
-        parquet = self.source.format == "parquet"
-        factors = [_PARQUET if parquet else _COMPRESSED.get(compression(i.path), 1) for i in self.inputs]
+        factor = {"parquet": _PARQUET, "webdataset": _ARCHIVE}.get(self.source.format)
+        factors = [factor or _COMPRESSED.get(compression(i.path), 1) for i in self.inputs]
         return sum(factor * s.size for factor, s in zip(factors, self.scans, strict=True))
 
     def text_key(self) -> dict[str, Any]:
         """Return what decides the documents of the source, before any tokenizer."""
         source = self.source
         settings = {k: getattr(source, k) for k in ("format", "text_fields", "join", "split_on")}
-        if source.chat:
-            settings["chat"] = source.chat
+        settings |= {k: getattr(source, k) for k in ("chat", "images", "prompts") if getattr(source, k)}
         return {"inputs": [(i.name, s.sha256) for i, s in zip(self.inputs, self.scans, strict=True)], **settings}
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.data.blend import PAIRS, Blend, load_blend
+from nemotron_h.data.blend import IMAGES, PAIRS, Blend, load_blend
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import load_tokenizer
 from nemotron_h.evaluation import harness, heldout, record
@@ -186,10 +186,10 @@ def _prepared(subject: Subject, blend_name: str | None, root: Path | None) -> tu
     if not (seq_length := data.get("seq_length") or written.get("seq_length")):
         raise UserError(f"{record_file} does not tell the run's sequence length")
     blend = load_blend(named)
-    if blend.holds() == PAIRS:
+    if (holds := blend.holds()) in (PAIRS, IMAGES):
         raise UserError(
-            f"blend {blend.name!r} holds {PAIRS}: held-out loss is of text or conversations",
-            hint="name such a blend: --blend NAME; how well pairs are told apart is in the run's own validations",
+            f"blend {blend.name!r} holds {holds}: held-out loss is of text or conversations",
+            hint="name such a blend: --blend NAME; the loss of others is in the run's own validations",
         )
     manifest = check_manifest(root or data.get("root") or written.get("root"), blend)
     prepared = load_tokenizer(manifest.tokenizer_path())

@@ -23,7 +23,7 @@ _AREA_SHARE = 0.6  # of the image's area: a grid that covers more of it is no be
 
 @dataclass(frozen=True)
 class Tiling:
-    """How images become tiles.
+    """Choose grids for images, and cut these into tiles.
 
     Args:
         size: side of a tile in pixels: the vision encoder's image size.

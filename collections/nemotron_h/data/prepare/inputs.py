@@ -25,6 +25,7 @@ _SUFFIXES = {
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "json": (".json",),
     "parquet": (".parquet", ".pq"),
+    "webdataset": (".tar",),
     "python": (".py",),
     "docstrings": (".py",),
     "html": (".html", ".htm", ".xhtml"),

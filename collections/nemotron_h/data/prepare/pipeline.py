@@ -30,10 +30,12 @@ from nemotron_h.core.progress import StageProgress
 from nemotron_h.core.strict import from_json
 from nemotron_h.core.units import parse_count
 from nemotron_h.core.worker_pool import worker_pool
-from nemotron_h.data.blend import PREFERENCE, Blend
+from nemotron_h.data.blend import Blend
 from nemotron_h.data.blend import Tokenizer as TokenizerSpec
 from nemotron_h.data.chat import FAMILY_TEMPLATE, TOKENIZER_TEMPLATE, ChatTemplate, template_source
 from nemotron_h.data.hf_tokenizer import template_of
+from nemotron_h.data.images.store import FILES as IMAGE_FILES
+from nemotron_h.data.images.store import files_changed
 from nemotron_h.data.indexed import token_dtype
 from nemotron_h.data.manifest import (
     FORMAT_VERSION,
@@ -208,7 +210,8 @@ class _Preparation:
         probe = Manifest(FORMAT_VERSION, "", "", None, {plan.name: entry}, folder=str(self.folder))
         if entry.hash_of_inputs != plan.key or any(split_problem(probe, plan.name, split) for split in entry.splits):
             return None
-        return entry
+        files = self.folder / plan.name / IMAGE_FILES
+        return None if plan.source.has_images() and not (files.is_file() and not files_changed(files)) else entry
 
     # ---- the tokenizer
 
@@ -320,8 +323,8 @@ class _Preparation:
                 prefixes = [job.prefix for job in jobs[name]]
                 _check_bad(plans[name], list(records[name].values()), prefixes)
                 source, dtype = plans[name].source, jobs[name][0].dtype
-                has = {"loss": bool(source.chat), "rewards": source.chat == PREFERENCE}
-                job = sharding.MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, **has)
+                beside = sharding.beside_tokens(source)
+                job = sharding.MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, beside)
                 pending[pool.submit(sharding.merge_shards, job)] = (name, None)
 
         total = sum(sizes[name] * len(jobs[name]) for name in plans)
@@ -357,15 +360,14 @@ class _Preparation:
         if "train" not in merged["splits"]:
             raise no_document(plan)
         (folder / "source.json").unlink(missing_ok=True)
-        suffixes = [".bin", ".idx", *[".loss"] * bool(plan.source.chat)]
-        suffixes += [".rewards"] * (plan.source.chat == PREFERENCE)
         for split in SPLITS:
-            for suffix in suffixes:
+            for suffix in (".bin", ".idx", *sharding.beside_tokens(plan.source)):
                 if split in merged["splits"]:
                     os.replace(folder / f".{split}.tmp{suffix}", folder / f"{split}{suffix}")
                 else:
                     (folder / f"{split}{suffix}").unlink(missing_ok=True)
-        os.replace(folder / ".quarantine.jsonl.tmp", folder / "quarantine.jsonl")
+        for path in folder.glob(".*.jsonl.tmp"):
+            os.replace(path, folder / path.name[1:].removesuffix(".tmp"))
         entry = SourceManifest(
             category=plan.source.category,
             licence=plan.source.licence,
@@ -448,6 +450,8 @@ def _check_bad(plan: SourcePlan, records: list[sharding.ShardRecord], prefixes: 
     hint = f"Check format and {'chat' if plan.source.chat else 'text_fields'}, or raise max_bad."
     if "the template" in first.reason:
         hint = "Name a chat_template that writes such conversations, or take them out of the files."
+    elif first.reason.startswith("image "):
+        hint = "Check `images`, the folder that their paths start at; or raise max_bad."
     raise UserError(
         f"sources.{plan.name}: {bad:,} of {total:,} records cannot be read (max_bad is {plan.source.max_bad:.2%})\n"
         f"  the first: {first.file}, {first.position}: {first.reason}",
@@ -491,5 +495,6 @@ def _summary(name: str, entry: SourceManifest) -> str:
         "duplicates dropped": entry.duplicates_dropped,
         "empty": entry.empty_dropped,
         "quarantined": entry.quarantined,
+        "images": sum(s.images for s in entry.splits.values()),
     }
     return f"{name}: " + ", ".join(parts + [f"{count:,} {what}" for what, count in counts.items() if count])

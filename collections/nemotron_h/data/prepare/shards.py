@@ -21,6 +21,10 @@ import numpy as np
 from nemotron_h.core.files import write_json
 from nemotron_h.data.blend import PREFERENCE, Source
 from nemotron_h.data.chat import ChatTemplate, Encoded
+from nemotron_h.data.images.read import ImageError
+from nemotron_h.data.images.store import FILES, Loaded, Loader, Writer, files_changed
+from nemotron_h.data.images.store import SUFFIXES as IMAGE_SUFFIXES
+from nemotron_h.data.images.store import join as join_images
 from nemotron_h.data.indexed import write_index
 from nemotron_h.data.manifest import SPLITS, probe
 from nemotron_h.data.messages import ChatError
@@ -32,6 +36,8 @@ from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
 _BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 1 << 20
 _COPY_BYTES = 1 << 22
 _HASH_BYTES = 16
+#: suffix of a shard's files that are joined for a source as they are -> the name of the joined file
+PER_SOURCE = {".bad": "quarantine.jsonl", ".files": FILES}
 
 _tokenizer: Tokenizer | None = None  # of this worker process
 _template: ChatTemplate | None = None
@@ -63,16 +69,14 @@ class MergeJob:
         folder: of the source; the joined files get names that begin with a dot.
         deduplicate: keep only the first of equal documents.
         dtype: numpy name of the token type.
-        loss: whether they have loss masks.
-        rewards: whether they have rewards.
+        beside: suffixes of the files beside the tokens: `beside_tokens`.
     """
 
     prefixes: list[str]
     folder: str
     deduplicate: bool
     dtype: str
-    loss: bool = False
-    rewards: bool = False
+    beside: tuple[str, ...] = ()
 
 
 @dataclass
@@ -93,6 +97,22 @@ class ShardRecord:
     sizes: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A document that goes into the shard: tokens and images are None and empty where it is a text."""
+
+    text: str
+    held_out: bool | None
+    tokens: Encoded | None = None
+    images: tuple[Loaded, ...] = ()
+
+
+def beside_tokens(source: Source) -> tuple[str, ...]:
+    """Return the suffixes of the files that a source has beside its tokens, in each split."""
+    suffixes = [".loss"] * bool(source.chat) + [".rewards"] * (source.chat == PREFERENCE)
+    return (*suffixes, *IMAGE_SUFFIXES) if source.has_images() else tuple(suffixes)
+
+
 def start_worker(tokenizer_path: str, chat_template: str = "") -> None:
     """Give a worker process one thread, and its own tokenizer and chat template."""
     global _tokenizer, _template
@@ -102,10 +122,13 @@ def start_worker(tokenizer_path: str, chat_template: str = "") -> None:
 
 
 def finished_shard(prefix: str) -> ShardRecord | None:
-    """Return the record of a shard when it is complete."""
+    """Return the record of a shard when it is complete, and its images are still those of its records."""
     try:
         record = ShardRecord(**json.loads(Path(prefix + ".json").read_text(encoding="utf-8")))
-        return record if all(os.path.getsize(prefix + s) == n for s, n in record.sizes.items()) else None
+        whole = all(os.path.getsize(prefix + s) == n for s, n in record.sizes.items())
+        if whole and ".files" in record.sizes:
+            whole = not files_changed(Path(prefix + ".files"))
+        return record if whole else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -123,18 +146,30 @@ def is_validation(hash_of_document: bytes, share: float) -> bool:
 def build_shard(job: ShardJob) -> ShardRecord:
     """Read, split and encode one shard; runs in a worker."""
     record = ShardRecord()
-    kinds = ["tokens", "lengths", "bytes", "hashes"]
-    kinds += ["loss"] * bool(job.source.chat) + ["rewards"] * (job.source.chat == PREFERENCE)
-    suffixes = [f".{split}.{kind}" for split in SPLITS for kind in kinds] + [".bad"]
+    kinds = [".tokens", ".lengths", ".bytes", ".hashes", *beside_tokens(job.source)]
+    suffixes = [f".{split}{kind}" for split in SPLITS for kind in kinds] + [".bad"]
+    suffixes += [".files"] * job.source.has_images()
     with contextlib.ExitStack() as stack:
         files = {s: stack.enter_context(open(job.prefix + s, "wb")) for s in suffixes}
-        for texts, hashes, conversations, held_out in _batches(job, record, files[".bad"]):
-            encoded = conversations or _plain(texts)
+        writers = {}
+        if job.source.has_images():
+            writers = {split: Writer(*(files[f".{split}{suffix}"] for suffix in IMAGE_SUFFIXES)) for split in SPLITS}
+        for batch in _batches(job, record, files):
+            texts = [item.text for item in batch]
+            hashes = [document_hash(text) for text in texts]
+            held_out = [
+                is_validation(h, job.source.validation) if item.held_out is None else item.held_out
+                for item, h in zip(batch, hashes, strict=True)
+            ]
+            encoded = [item.tokens for item in batch] if job.source.chat else _plain(texts)
             for split, wanted in zip(SPLITS, (False, True), strict=True):
                 chosen = [i for i, held in enumerate(held_out) if held is wanted]
                 if chosen:
                     _append(files, split, [encoded[i] for i in chosen], [texts[i] for i in chosen], job.dtype)
                     files[f".{split}.hashes"].write(b"".join(hashes[i] for i in chosen))
+                    for number, i in enumerate(chosen, record.documents[split]):
+                        if batch[i].images:
+                            writers[split].add(number, encoded[i].images, batch[i].images)
                     record.documents[split] += len(chosen)
     record.sizes = {s: os.path.getsize(job.prefix + s) for s in suffixes}
     write_json(Path(job.prefix + ".json"), asdict(record))
@@ -146,15 +181,24 @@ def _plain(texts: list[str]) -> list[Encoded]:
     return [Encoded([*ids, _tokenizer.eod_id], []) for ids in _tokenizer.encode_batch(texts)]
 
 
-def _applied(item: Document | Bad) -> tuple[Document | Bad, Encoded | None]:
-    """Return a conversation with its tokens; one that the template refuses is bad."""
+def _applied(item: Document | Bad, loader: Loader | None, validation: float) -> _Ready | Bad:
+    """Return a conversation with its tokens and images; one that the template refuses, or an image of which cannot be
+    used, is bad.
+
+    Conversations with equal texts about different images are not equal, and those about one image are on one side: a
+    conversation is held out by its first image.
+    """
     if isinstance(item, Bad) or (item.conversation is None and item.pair is None):
-        return item, None
+        return item if isinstance(item, Bad) else _Ready(item.text, item.held_out)
     try:
         encoded = encode_pair(_template, item.pair) if item.pair else _template.encode(item.conversation)
-        return item, encoded
-    except ChatError as error:
-        return Bad(item.file, item.position, str(error), item.text[:160]), None
+        images = tuple(loader.load(picture) for turn in item.turns() for picture in turn.images)
+    except (ChatError, ImageError) as error:
+        return Bad(item.file, item.position, str(error), item.text[:160])
+    if not images:
+        return _Ready(item.text, item.held_out, encoded)
+    text = json.dumps([item.text, *(image.digest.hex() for image in images)], ensure_ascii=False)
+    return _Ready(text, is_validation(images[0].digest, validation), encoded, images)
 
 
 def _documents(job: ShardJob, record: ShardRecord) -> Iterator[Document | Bad]:
@@ -177,38 +221,26 @@ def _counted(items: Iterator[Document | Bad], record: ShardRecord) -> Iterator[D
         yield item
 
 
-def _batches(
-    job: ShardJob, record: ShardRecord, quarantine: IO[bytes]
-) -> Iterator[tuple[list[str], list[bytes], list[Encoded], list[bool]]]:
-    """Yield documents in batches of bounded size: texts, their hashes, the tokens of conversations, and which are held
-    out; bad and empty records are counted on the way.
-    """
-    batch: list[tuple[Document, Encoded | None]] = []
-    characters = 0
-
-    def done() -> tuple[list[str], list[bytes], list[Encoded], list[bool]]:
-        texts = [item.text for item, _ in batch]
-        hashes = [document_hash(text) for text in texts]
-        held_out = [
-            is_validation(h, job.source.validation) if item.held_out is None else item.held_out
-            for (item, _), h in zip(batch, hashes, strict=True)
-        ]
-        return texts, hashes, [tokens for _, tokens in batch if tokens is not None], held_out
-
-    for item, tokens in map(_applied, _documents(job, record)):
+def _batches(job: ShardJob, record: ShardRecord, files: dict[str, IO[bytes]]) -> Iterator[list[_Ready]]:
+    """Yield documents in batches of bounded size; bad and empty records are counted on the way."""
+    batch: list[_Ready] = []
+    size = 0
+    loader = Loader(files[".files"]) if job.source.has_images() else None
+    for document in _documents(job, record):
+        item = _applied(document, loader, job.source.validation)
         if isinstance(item, Bad):
             record.bad += 1
-            quarantine.write(json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            files[".bad"].write(json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
         elif not item.text.strip():
             record.empty += 1
         else:
-            batch.append((item, tokens))
-            characters += len(item.text)
-            if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-                yield done()
-                batch, characters = [], 0
+            batch.append(item)
+            size += len(item.text) + sum(len(image.data) for image in item.images)
+            if len(batch) == _BATCH_DOCUMENTS or size >= _BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
     if batch:
-        yield done()
+        yield batch
 
 
 def _append(files: dict[str, IO[bytes]], split: str, encoded: list[Encoded], texts: list[str], dtype: str) -> None:
@@ -237,9 +269,11 @@ def merge_shards(job: MergeJob) -> dict[str, Any]:
         if any(r.documents[split] for r in records):
             result["splits"][split], duplicates = _merge_split(job, split)
             result["duplicates"] += duplicates
-    with open(os.path.join(job.folder, ".quarantine.jsonl.tmp"), "wb") as out:
-        for prefix in job.prefixes:
-            out.write(Path(prefix + ".bad").read_bytes())
+    for suffix, name in PER_SOURCE.items():
+        if os.path.exists(job.prefixes[0] + suffix):
+            with open(os.path.join(job.folder, f".{name}.tmp"), "wb") as out:
+                for prefix in job.prefixes:
+                    out.write(Path(prefix + suffix).read_bytes())
     return result
 
 
@@ -264,16 +298,15 @@ def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
         "sha256_bin": sha256,
         "sha256_idx": write_index(target + ".idx", final, dtype),
     }
-    beside = []
-    if job.loss:
+    if ".loss" in job.beside:
         parts = [(f"{p}.{split}.loss", *rest) for p, *rest in shards]
         content["sha256_loss"] = _join(target + ".loss", parts, np.dtype(np.uint8))
-        beside.append(".loss")
-    if job.rewards:  # two a document
+    if ".rewards" in job.beside:  # two a document
         parts = [(f"{p}.{split}.rewards", np.full(len(of_shard), 2), kept) for p, of_shard, kept in shards]
         content["sha256_rewards"] = _join(target + ".rewards", parts, np.dtype(np.float32))
-        beside.append(".rewards")
-    content["probe"] = probe(target, beside)
+    if {*IMAGE_SUFFIXES} <= {*job.beside}:
+        content |= join_images([(f"{p}.{split}", kept) for p, _, kept in shards], target)
+    content["probe"] = probe(target, job.beside)
     return content, int(len(keep) - len(final))
 
 

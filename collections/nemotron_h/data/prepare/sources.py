@@ -9,15 +9,18 @@ import ast
 import hashlib
 import html.parser
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import decode, parse_json
 from nemotron_h.core.units import parse_count
-from nemotron_h.data.blend import PREFERENCE, Source
-from nemotron_h.data.messages import ChatError, Conversation, Turn, read_conversation, text_of
+from nemotron_h.data.blend import Source
+from nemotron_h.data.chat_keys import CAPTION, PREFERENCE
+from nemotron_h.data.images.archives import samples
+from nemotron_h.data.images.records import Locate, Picture, among, beside, read_illustrated
+from nemotron_h.data.messages import IMAGE, ChatError, Conversation, Turn, read_conversation, text_of
 from nemotron_h.data.pairs import Pair, read_pair
 from nemotron_h.data.prepare.inputs import DAMAGE, Input, compression, open_input
 
@@ -77,7 +80,9 @@ class Document:
         """Return its text, or the texts of its turns."""
         if self.conversation is None and self.pair is None:
             return [self.text]
-        return [text for turn in self.turns() for text in (turn.reasoning, turn.content) if text]
+        texts = [text for turn in self.turns() for text in (turn.reasoning, turn.content) if text]
+        pictured = any(turn.images for turn in self.turns())
+        return [text.replace(IMAGE, "") for text in texts] if pictured else texts
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def _read_jsonl(source: Source, piece: Piece) -> Iterator[Document | Bad]:
             continue
         where = f"line {number}"
         record = _json(data, file, where)
-        yield record if isinstance(record, Bad) else _from_record(source, record, file, where)
+        yield record if isinstance(record, Bad) else _from_record(source, record, piece, where)
 
 
 def _read_json(source: Source, piece: Piece) -> Iterator[Document | Bad]:
@@ -221,7 +226,7 @@ def _read_json(source: Source, piece: Piece) -> Iterator[Document | Bad]:
         yield Bad(file, "whole file", "neither an array nor an object of records", _excerpt(content))
         return
     for key, record in records.items() if isinstance(records, dict) else enumerate(records):
-        yield _from_record(source, record, file, f"record {key!r}")
+        yield _from_record(source, record, piece, f"record {key!r}")
 
 
 def _read_parquet(source: Source, piece: Piece) -> Iterator[Document | Bad]:
@@ -240,10 +245,32 @@ def _read_parquet(source: Source, piece: Piece) -> Iterator[Document | Bad]:
         try:
             for batch in content.iter_batches(batch_size=256, row_groups=[group], columns=columns):
                 for record in batch.to_pylist():
-                    yield _from_record(source, record, piece.input.name, f"row group {group}, row {row}")
+                    yield _from_record(source, record, piece, f"row group {group}, row {row}")
                     row += 1
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{piece.input.path} is damaged in row group {group}, after row {row}: {error}") from error
+
+
+def _read_webdataset(source: Source, piece: Piece) -> Iterator[Document | Bad]:
+    file = piece.input.name
+    for sample in samples(piece.input.path):
+        where = f"sample {sample.key}"
+        record = {} if sample.json is None else _json(sample.json, file, where)
+        text = None if sample.txt is None else _text(sample.txt, file, where)
+        bad = next((part for part in (record, text) if isinstance(part, Bad)), None)
+        if bad is None and source.chat == CAPTION and text is not None and isinstance(record, dict):
+            record = {"caption": text.strip(), **record}
+        elif bad is None and sample.json is None:
+            wanted = ".json, and no .txt" if source.chat == CAPTION else ".json"
+            sample.problem = sample.problem or f"no {wanted}"
+        if bad is not None or sample.problem:
+            yield bad or Bad(file, where, sample.problem)
+            continue
+        found = _conversation(source, record, file, where, among(sample.images), tuple(sample.images.values()))
+        if sample.unread and isinstance(found, Document):
+            first, *rest = found.conversation
+            found = replace(found, conversation=(replace(first, unread=(*first.unread, *sample.unread)), *rest))
+        yield found
 
 
 def _read_text(source: Source, piece: Piece) -> Iterator[Document | Bad]:
@@ -325,6 +352,7 @@ _READERS: dict[str, Callable[[Source, Piece], Iterator[Document | Bad]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
     "parquet": _read_parquet,
+    "webdataset": _read_webdataset,
     "text": _read_text,
     "python": _read_text,
     "docstrings": _read_docstrings,
@@ -356,9 +384,11 @@ def _json(data: bytes | str, file: str, place: str) -> Any:
         return Bad(file, place, error.message.removeprefix(file).lstrip(" :").removeprefix("is "), _excerpt(data))
 
 
-def _from_record(source: Source, record: Any, file: str, where: str) -> Document | Bad:
+def _from_record(source: Source, record: Any, piece: Piece, where: str) -> Document | Bad:
+    file = piece.input.name
     if source.chat:
-        return _conversation(source, record, file, where)
+        locate = beside(piece.input.path, source.images) if source.has_images() else None
+        return _conversation(source, record, file, where, locate)
     parts = []
     for key in source.text_fields:
         try:
@@ -380,12 +410,22 @@ def _from_record(source: Source, record: Any, file: str, where: str) -> Document
     return Document(text)
 
 
-def _conversation(source: Source, record: Any, file: str, where: str) -> Document | Bad:
+def _conversation(
+    source: Source,
+    record: Any,
+    file: str,
+    where: str,
+    locate: Locate | None = None,
+    images: Sequence[Picture] = (),
+) -> Document | Bad:
     turns = pair = None
     try:
         if source.chat == PREFERENCE:
             pair = read_pair(record)
             text = pair.text()
+        elif locate is not None:
+            turns = read_illustrated(record, source.chat, locate, source.prompts, images)
+            text = text_of(turns)
         else:
             turns = read_conversation(record, source.chat)
             text = text_of(turns)

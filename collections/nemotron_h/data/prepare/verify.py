@@ -10,6 +10,7 @@ from rich.console import Console
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import file_sha256
 from nemotron_h.data.blend import Blend
+from nemotron_h.data.images.store import Images
 from nemotron_h.data.indexed import index_is_plain, read_index_header, read_lengths
 from nemotron_h.data.manifest import Manifest, check_manifest
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer
@@ -59,9 +60,11 @@ def verify(blend: Blend, root: str | Path | None = None, console: Console | None
 
 def _split_problems(manifest: Manifest, source: str, split: str, tokenizer: Tokenizer) -> list[str]:
     entry, prefix = manifest.sources[source].splits[split], manifest.prefix(source, split)
+    files = {".bin": entry.sha256_bin, ".idx": entry.sha256_idx}
+    files |= {suffix: sha256 for suffix, (sha256, _) in entry.beside().items()}
     problems = [
         f"the content of {Path(prefix).name}{suffix} changed since it was prepared"
-        for suffix, expected in ((".bin", entry.sha256_bin), (".idx", entry.sha256_idx))
+        for suffix, expected in files.items()
         if file_sha256(prefix + suffix) != expected
     ]
     if not index_is_plain(prefix + ".idx"):
@@ -76,16 +79,33 @@ def _split_problems(manifest: Manifest, source: str, split: str, tokenizer: Toke
     if int(tokens.max()) >= tokenizer.vocab_size:
         problems.append(f"token {int(tokens.max())} is outside the tokenizer's {tokenizer.vocab_size:,}")
     elif entry.sha256_loss:
-        if file_sha256(prefix + ".loss") != entry.sha256_loss:
-            problems.append(f"the content of {Path(prefix).name}.loss changed since it was prepared")
-        if entry.sha256_rewards and file_sha256(prefix + ".rewards") != entry.sha256_rewards:
-            problems.append(f"the content of {Path(prefix).name}.rewards changed since it was prepared")
+        if entry.sha256_places and not problems:
+            problems += _image_problems(prefix, tokens, ends - lengths, lengths, tokenizer)
     elif (tokens[ends - 1] != tokenizer.eod_id).any():
         problems.append("a document does not end with EOD")
     elif entry.bytes and manifest.tokenizer.lossless and not _samples_survive(tokens, ends, lengths, tokenizer):
         # not asked of ready-made pairs (bytes 0), which may hold what no text encodes to: special tokens
         problems.append("a decoded document does not encode to its tokens")
     return problems
+
+
+def _image_problems(
+    prefix: str, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, tokenizer: Tokenizer
+) -> list[str]:
+    """Return what is wrong with images: places that are none, and of evenly spaced ones those that cannot be read."""
+    images = Images(prefix)
+    documents, places = images.places["document"], images.places["token"]
+    order = documents * (int(lengths.max()) + 1) + places  # grows from place to place
+    if not ((documents < len(lengths)).all() and (places < lengths[documents]).all() and (np.diff(order) > 0).all()):
+        return ["the places of images are not in the order of conversations and their tokens"]
+    if (tokens[starts[documents] + places] != tokenizer.pad_id).any():
+        return ["a token stands where an image belongs"]
+    try:
+        for number in np.linspace(0, len(places) - 1, min(_SAMPLES, len(places))).astype(int).tolist():
+            images.read(number)
+    except UserError as error:
+        return [error.message]
+    return []
 
 
 def _tokens(prefix: str) -> np.ndarray:
