@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from nemo.lightning.io.mixin import IOMixin
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from nemotron_h.core.children import ready_loader_worker
 from nemotron_h.core.errors import UserError
@@ -81,6 +81,7 @@ class PreparedDataSampler(MegatronDataSampler):
             num_workers=dataloader.num_workers,
             pin_memory=dataloader.pin_memory,
             persistent_workers=dataloader.persistent_workers,
+            collate_fn=dataloader.collate_fn,
             worker_init_fn=ready_loader_worker,
         )
 
@@ -202,11 +203,16 @@ class PreparedDataModule(FieldsAsArguments, DataSchema, pl.LightningDataModule, 
             },
         }
 
-    def _loader(self, dataset: Dataset) -> DataLoader:
-        """Return a plain loader, which `PreparedDataSampler.transform_dataloader` splits over the ranks."""
+    def _loader(self, dataset: Dataset, collate: Callable[[list[Any]], Any] = default_collate) -> DataLoader:
+        """Return a plain loader, which `PreparedDataSampler.transform_dataloader` splits over the ranks.
+
+        Args:
+            collate: makes a micro-batch of samples.
+        """
         return DataLoader(
             dataset,
             num_workers=self.workers,
             pin_memory=torch.accelerator.is_available(),
             persistent_workers=self.persistent_workers and self.workers > 0,
+            collate_fn=collate,
         )

@@ -268,11 +268,10 @@ class ConversationDataModule(PreparedDataModule):
 
     def _conversations(self, split: str) -> dict[str, Conversations]:
         named = [name for name, share in self.blend_spec.source_shares(0).items() if share > 0]
-        return {
-            name: self.source_type(self.manifest.stream(name, split), self.seq_length, self.too_long)
-            for name in named
-            if self.manifest.prefix(name, split)
-        }
+        return {name: self._source(name, split) for name in named if self.manifest.prefix(name, split)}
+
+    def _source(self, name: str, split: str) -> Conversations:
+        return self.source_type(self.manifest.stream(name, split), self.seq_length, self.too_long)
 
     # Lightning
 
