@@ -116,16 +116,24 @@ def write_folder(
     return files
 
 
-def write_blend(file: Path, paths: Mapping[str, str], form: Mapping[str, Any], **more: Any) -> Path:
+def write_blend(
+    file: Path,
+    paths: Mapping[str, str],
+    form: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    **more: Any,
+) -> Path:
     """Write a blend of sources in equal shares, and return its file.
 
     Args:
         paths: source -> file of its records.
         form: keys of each source beside these.
+        own: source -> keys of that one alone.
         more: keys of the blend.
     """
     sources = {
         source: {"category": source, "format": "jsonl", "path": path, "licence": "generated", **form}
+        | dict((own or {}).get(source, {}))
         for source, path in paths.items()
     }
     phases = [{"name": "all", "weights": dict.fromkeys(paths, 1), "normalize": True}]
