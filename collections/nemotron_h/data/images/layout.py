@@ -34,7 +34,7 @@ class Expanded:
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """What an image comes to in a sequence.
+    """Make room for images in sequences of tokens.
 
     Args:
         tiling: how it becomes tiles.
