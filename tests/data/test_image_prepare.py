@@ -22,7 +22,7 @@ from rich.console import Console
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
-from nemotron_h.data.images.records import PLACE, PROMPTS, beside, read_illustrated
+from nemotron_h.data.images.records import PLACE, PROMPTS, Picture, among, beside, read_illustrated
 from nemotron_h.data.images.store import Images
 from nemotron_h.data.indexed import read_lengths
 from nemotron_h.data.manifest import PLACES, check_manifest
@@ -86,6 +86,17 @@ def test_records_of_every_shape_come_to_the_same_turns(tmp_path: Path) -> None:
     assert turns[0].images[0].path == str(tmp_path / "a.png")
     assert beside(str(tmp_path / "x/talk.jsonl"), "../train")("a/./b.png").path == str(tmp_path / "train/a/b.png")
     assert beside("x.jsonl", "/")("file:///a%20b.png").path == "/a b.png"
+    one, two = Picture("1.png", data=b"1"), Picture("2.png", data=b"2")
+    assert among({"a/1.png": one, "a/2.png": two})("elsewhere/2.png") is two
+    assert among({"a/1.png": one})("coco/7.jpg") is one
+    assert read_illustrated(llava(asked="<image>?"), "sharegpt", locate, own=[one])[0].images == (one,)
+    explicit = read_illustrated(ask({"type": "image", "image": "2.png"}), "messages", among({"2.png": two}), own=[two])
+    assert explicit[0].images == (two,)
+    for members in ({"a/1.png": one, "a/2.png": two}, {}):
+        with pytest.raises(ChatError, match=r"image 7\.jpg is none of the sample's"):
+            among(members)("7.jpg")
+    with pytest.raises(ChatError, match=r"image b\.jpg is none of the sample's"):
+        read_illustrated(llava("a.jpg", "b.jpg"), "sharegpt", among({"a/1.png": one}))
 
 
 @pytest.mark.parametrize(
@@ -325,6 +336,7 @@ def test_what_verify_and_readers_find(seen, tmp_path: Path) -> None:
         ("llava", {"chat": "preference"}, "sources.llava.images: only for conversations: chat is preference"),
         ("wds", {"chat": ""}, "sources.wds.images: only for conversations: chat is missing"),
         ("llava", {"extend": {"tokens": 100}}, "sources.llava.extend: not with images"),
+        ("rows", {"path": None, "fetch": {"package": "x==1", "sha256": "0" * 64, "members": ["*"]}}, "not with fetch"),
         ("llava", {"prompts": ["?"]}, "sources.llava.prompts: only for chat: caption"),
         ("llava", {"chat": "caption", "images": ""}, "sources.llava.images: missing"),
         ("llava", {"format": "webdatasets"}, "is none of jsonl, json, parquet, webdataset"),

@@ -11,7 +11,9 @@ from odd_images import IMAGES, plain, saved
 from PIL import Image
 
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import file_sha256
 from nemotron_h.data.images.read import MOST_BYTES, ImageError, read_bytes, read_image
+from nemotron_h.data.images.store import Images, Loaded, Writer, digest_of, join
 from nemotron_h.data.images.tags import tag_rows, tile_tags
 from nemotron_h.data.images.tiling import FEWER_TILES, Tiling, grids
 from nemotron_h.data.tokenizer import train_bpe
@@ -96,6 +98,29 @@ def test_tiles_are_the_image_row_by_row_and_the_thumbnail_last() -> None:
         Tiling(8, 13)
     with pytest.raises(UserError, match="tiling = 'nearest'"):
         Tiling(8, 12, "nearest")
+
+
+def test_shards_are_joined_with_each_image_once(tmp_path) -> None:
+    """Of documents that stay, in their order; what only a dropped one has is not copied."""
+    contents = [saved(plain(size=(8 + n, 8))) for n in range(4)]
+    loaded = [Loaded(data, digest_of(data), 8 + n, 8) for n, data in enumerate(contents)]
+    shards = ([(0, [3], [0]), (2, [1, 5], [1, 0])], [(0, [2], [3]), (1, [2, 4], [1, 2])])
+    stays = (np.array([True, True, True]), np.array([False, True]))
+    for number, documents in enumerate(shards):
+        with open(f"{tmp_path}/{number}.images", "wb") as blob, open(f"{tmp_path}/{number}.places", "wb") as index:
+            writer = Writer(blob, index)
+            for document, places, images in documents:
+                writer.add(document, places, [loaded[image] for image in images])
+    parts = [(f"{tmp_path}/{number}", kept) for number, kept in enumerate(stays)]
+    content = join(parts, f"{tmp_path}/all")
+    images = Images(f"{tmp_path}/all")
+    assert images.places["document"].tolist() == [0, 2, 2, 3, 3]
+    assert images.places["token"].tolist() == [3, 1, 5, 2, 4]
+    assert [images.read(n).size for n in range(5)] == [(8, 8), (9, 8), (8, 8), (9, 8), (10, 8)]
+    assert (tmp_path / "all.images").read_bytes() == b"".join(contents[:3])
+    assert (content["images"], content["image_bytes"]) == (5, sum(map(len, contents[:3])))
+    for suffix in ("images", "places"):
+        assert content[f"sha256_{suffix}"] == file_sha256(tmp_path / f"all.{suffix}")
 
 
 class Pieces:

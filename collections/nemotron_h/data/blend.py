@@ -60,10 +60,9 @@ class Source:
     Args:
         category: the category of the phases that it fills.
         format: one of `FORMATS`. jsonl, json (an array or an object of records), parquet: records with `text_fields`;
-            webdataset: tar archives of images beside a `.json` or `.txt`;
-            text: a file is a document, or is split at `split_on`; python: a `.py` file is a document; docstrings: the
-            docstrings of a `.py` file are one document; html: the visible text of a page; megatron: a ready
-            `.bin/.idx` prefix, used in place.
+            webdataset: tar archives of images beside a `.json` or `.txt`; text: a file is a document, or is split at
+            `split_on`; python: a `.py` file is a document; docstrings: the docstrings of a `.py` file are one document;
+            html: the visible text of a page; megatron: a ready `.bin/.idx` prefix, used in place.
         path: file, glob (`**` allowed), folder, or a list of them; `~` and `${oc.env:NAME}` work; relative paths
             start at the blend's file. Give `path` or `fetch`.
         fetch: a package, or a data set of the Hub, to download in place of `path`.

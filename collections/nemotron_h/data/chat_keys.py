@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from nemotron_h.data.fetch_spec import HUB
-
 if TYPE_CHECKING:
     from nemotron_h.data.blend import Source
 
@@ -31,5 +29,5 @@ def image_problems(key: str, source: Source) -> Iterator[str]:
         yield f"{key}.images: only for conversations: chat is {source.chat or 'missing'}"
     if source.extend:
         yield f"{key}.extend: not with images: how many positions one takes is the model's affair"
-    if source.fetch and source.fetch.kind == HUB:
-        yield f"{key}.images: not with fetch.kind hub: download the files and give their path"
+    if source.fetch and source.images:
+        yield f"{key}.images: not with fetch: download and unpack the files, and give their path"

@@ -84,12 +84,18 @@ def beside(file: str, folder: str) -> Locate:
 
 
 def among(members: dict[str, Picture]) -> Locate:
-    """Return how images are found that the record of an archive's sample names: among the sample's own, by name."""
+    """Return how images are found that the record of an archive's sample names: among the sample's own, by name; one
+    that is alone on both sides may have been renamed.
+    """
+    renamed: set[str] = set()
 
     def locate(name: str) -> Picture:
         fit = [picture for member, picture in members.items() if os.path.basename(member) == os.path.basename(name)]
-        if len(fit) == 1 or len(members) == 1:
-            return fit[0] if fit else next(iter(members.values()))
+        if len(fit) == 1:
+            return fit[0]
+        renamed.add(name)
+        if len(members) == len(renamed) == 1:
+            return next(iter(members.values()))
         raise ChatError(f"image {name[:80]} is none of the sample's: {', '.join(members) or 'it has none'}"[:300])
 
     return locate
