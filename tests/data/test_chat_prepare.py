@@ -127,7 +127,7 @@ def test_too_many_bad_conversations_stop_with_the_first(tmp_path: Path, talk: Pa
     write(tmp_path, [json.dumps(messages(1))] * 5)
     (tmp_path / "no.jinja").write_text("{{ raise_exception('not me') }}")
     blend.write_text(text.replace(template, "chat_template: no.jinja\n"))
-    with pytest.raises(UserError, match="line 1: the template: not me"):
+    with pytest.raises(UserError, match=r"(line 1|record 0): the template: not me"):
         prepare(load_blend(blend), talk / "data", workers=1, console=Console(quiet=True))
 
 

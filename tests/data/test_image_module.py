@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from inline_pool import without_workers
 from odd_images import saved
 from PIL import Image
 from rich.console import Console
@@ -63,8 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blend = {"name": "seen", "tokenizer": {"kind": "bpe", "vocab_size": 270}, "chat_template": "nemotron_h"}
     blend |= {"sources": sources, "phases": [{"name": "all", "weights": {"chat": 100}}]}
     (folder / "seen.yaml").write_text(yaml.safe_dump(blend))
-    with without_workers():
-        prepare(load_blend(folder / "seen.yaml"), folder / "data", workers=1, console=Console(quiet=True))
+    prepare(load_blend(folder / "seen.yaml"), folder / "data", workers=1, console=Console(quiet=True))
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import shutil
@@ -15,7 +14,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from inline_pool import without_workers
 from odd_images import IMAGES, plain, saved
 from rich.console import Console
 
@@ -178,11 +176,10 @@ def write_blend(folder: Path, content: dict[str, dict], name: str = "seen", **to
     return folder / f"{name}.yaml"
 
 
-def run(blend: Path, workers: int = 0) -> str:
-    """Prepare a blend and return what was said; 0 workers: in this process."""
+def run(blend: Path, workers: int = 1) -> str:
+    """Prepare a blend and return what was said."""
     said = io.StringIO()
-    with contextlib.nullcontext() if workers else without_workers():
-        prepare(load_blend(blend), blend.parent / "data", workers=1, console=Console(file=said, width=300))
+    prepare(load_blend(blend), blend.parent / "data", workers=workers, console=Console(file=said, width=300))
     return said.getvalue()
 
 
@@ -191,7 +188,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The blend's file, with all sources prepared under `data`, and what preparation said."""
     folder = tmp_path_factory.mktemp("seen")
     blend = write_blend(folder, sources(folder))
-    return blend, run(blend, workers=1)
+    return blend, run(blend, workers=2)
 
 
 def documents(prefix: str, images: Images) -> list[tuple[list[int], list[int], list[tuple[int, int]]]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from inline_pool import without_workers
+from inline_pool import one_worker_here
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -86,7 +86,7 @@ def test_a_folder_of_every_kind_is_prepared_and_holds_out_what_it_says(tmp_path:
     train_bpe(["What digit is this? Read the word."] * 9, 262, tokenizer)
     blend = load_blend(out / "pictures.yaml")
     assert blend.sources["digits"].licence.startswith("MNIST")
-    with without_workers():
+    with one_worker_here():
         manifest = prepare(blend, root, workers=1, console=QUIET)
     assert {n: sum(s.images for s in source.splits.values()) for n, source in manifest.sources.items()} == {
         kind: 60 for kind in KINDS
