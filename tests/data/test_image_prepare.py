@@ -263,6 +263,8 @@ def test_a_change_of_an_image_file_rebuilds_its_source_alone_and_sources_may_mov
     file.write_bytes(shade(3))
     assert "built talk" in run(blend)
     assert check_manifest(data, load_blend(blend)).sources["talk"].splits == first
+    (data / "two/llava/image_files.jsonl").write_text('["lost"')
+    assert "built llava; 1 up to date" in run(blend)
     for path in tmp_path.iterdir():
         if path not in (data, blend):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

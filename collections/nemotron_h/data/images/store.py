@@ -167,13 +167,18 @@ class Images:
 
 
 def files_changed(path: Path) -> bool:
-    """Return True if an image file is no longer what it was when a `Loader` noted it in this file of lines."""
+    """Return True if an image file is no longer what it was when a `Loader` noted it in this file of lines, or if the
+    notes are lost.
+    """
     seen: set[str] = set()
-    with path.open(encoding="utf-8") as lines:
-        for file, size, time, digest in map(json.loads, lines):
-            if file not in seen and not _unchanged(file, size, time, digest):
-                return True
-            seen.add(file)
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for file, size, time, digest in map(json.loads, lines):
+                if file not in seen and not _unchanged(file, size, time, digest):
+                    return True
+                seen.add(file)
+    except (OSError, ValueError, TypeError):
+        return True
     return False
 
 

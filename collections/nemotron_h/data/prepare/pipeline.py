@@ -210,8 +210,9 @@ class _Preparation:
         probe = Manifest(FORMAT_VERSION, "", "", None, {plan.name: entry}, folder=str(self.folder))
         if entry.hash_of_inputs != plan.key or any(split_problem(probe, plan.name, split) for split in entry.splits):
             return None
-        files = self.folder / plan.name / IMAGE_FILES
-        return None if plan.source.has_images() and not (files.is_file() and not files_changed(files)) else entry
+        if plan.source.has_images() and files_changed(self.folder / plan.name / IMAGE_FILES):
+            return None
+        return entry
 
     # ---- the tokenizer
 
@@ -322,9 +323,7 @@ class _Preparation:
             if len(records[name]) == len(jobs[name]):
                 prefixes = [job.prefix for job in jobs[name]]
                 _check_bad(plans[name], list(records[name].values()), prefixes)
-                source, dtype = plans[name].source, jobs[name][0].dtype
-                beside = sharding.beside_tokens(source)
-                job = sharding.MergeJob(prefixes, str(self.folder / name), source.deduplicate, dtype, beside)
+                job = sharding.MergeJob(plans[name].source, prefixes, str(self.folder / name), jobs[name][0].dtype)
                 pending[pool.submit(sharding.merge_shards, job)] = (name, None)
 
         total = sum(sizes[name] * len(jobs[name]) for name in plans)

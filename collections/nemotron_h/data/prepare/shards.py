@@ -65,18 +65,16 @@ class MergeJob:
     """Join a source's shards, in order.
 
     Args:
+        source: whose shards they are.
         prefixes: of the shards.
         folder: of the source; the joined files get names that begin with a dot.
-        deduplicate: keep only the first of equal documents.
         dtype: numpy name of the token type.
-        beside: suffixes of the files beside the tokens: `beside_tokens`.
     """
 
+    source: Source
     prefixes: list[str]
     folder: str
-    deduplicate: bool
     dtype: str
-    beside: tuple[str, ...] = ()
 
 
 @dataclass
@@ -280,7 +278,7 @@ def merge_shards(job: MergeJob) -> dict[str, Any]:
 def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
     dtype = np.dtype(job.dtype)
     lengths = [np.fromfile(f"{prefix}.{split}.lengths", dtype=np.int32) for prefix in job.prefixes]
-    keep = _first_occurrences(job, split) if job.deduplicate else np.ones(sum(map(len, lengths)), dtype=bool)
+    keep = _first_occurrences(job, split) if job.source.deduplicate else np.ones(sum(map(len, lengths)), dtype=bool)
     target = os.path.join(job.folder, f".{split}.tmp")
     ends = np.cumsum([len(of_shard) for of_shard in lengths])[:-1]
     shards = list(zip(job.prefixes, lengths, np.split(keep, ends), strict=True))
@@ -298,15 +296,16 @@ def _merge_split(job: MergeJob, split: str) -> tuple[dict[str, Any], int]:
         "sha256_bin": sha256,
         "sha256_idx": write_index(target + ".idx", final, dtype),
     }
-    if ".loss" in job.beside:
+    beside = beside_tokens(job.source)
+    if ".loss" in beside:
         parts = [(f"{p}.{split}.loss", *rest) for p, *rest in shards]
         content["sha256_loss"] = _join(target + ".loss", parts, np.dtype(np.uint8))
-    if ".rewards" in job.beside:  # two a document
+    if ".rewards" in beside:  # two a document
         parts = [(f"{p}.{split}.rewards", np.full(len(of_shard), 2), kept) for p, of_shard, kept in shards]
         content["sha256_rewards"] = _join(target + ".rewards", parts, np.dtype(np.float32))
-    if {*IMAGE_SUFFIXES} <= {*job.beside}:
+    if job.source.has_images():
         content |= join_images([(f"{p}.{split}", kept) for p, _, kept in shards], target)
-    content["probe"] = probe(target, job.beside)
+    content["probe"] = probe(target, beside)
     return content, int(len(keep) - len(final))
 
 
