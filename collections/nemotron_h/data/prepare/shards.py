@@ -97,10 +97,11 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A document that goes into the shard: tokens and images are None and empty where it is a text."""
+    """A document that goes into the shard: its text and `document_hash`, and a conversation's tokens and images."""
 
     text: str
-    held_out: bool | None
+    hash: bytes
+    held_out: bool
     tokens: Encoded | None = None
     images: tuple[Loaded, ...] = ()
 
@@ -153,18 +154,12 @@ def build_shard(job: ShardJob) -> ShardRecord:
         if job.source.has_images():
             writers = {split: Writer(*(files[f".{split}{suffix}"] for suffix in IMAGE_SUFFIXES)) for split in SPLITS}
         for batch in _batches(job, record, files):
-            texts = [item.text for item in batch]
-            hashes = [document_hash(text) for text in texts]
-            held_out = [
-                is_validation(h, job.source.validation) if item.held_out is None else item.held_out
-                for item, h in zip(batch, hashes, strict=True)
-            ]
-            encoded = [item.tokens for item in batch] if job.source.chat else _plain(texts)
+            encoded = [item.tokens for item in batch] if job.source.chat else _plain([item.text for item in batch])
             for split, wanted in zip(SPLITS, (False, True), strict=True):
-                chosen = [i for i, held in enumerate(held_out) if held is wanted]
+                chosen = [i for i, item in enumerate(batch) if item.held_out is wanted]
                 if chosen:
-                    _append(files, split, [encoded[i] for i in chosen], [texts[i] for i in chosen], job.dtype)
-                    files[f".{split}.hashes"].write(b"".join(hashes[i] for i in chosen))
+                    _append(files, split, [encoded[i] for i in chosen], [batch[i].text for i in chosen], job.dtype)
+                    files[f".{split}.hashes"].write(b"".join(batch[i].hash for i in chosen))
                     for number, i in enumerate(chosen, record.documents[split]):
                         if batch[i].images:
                             writers[split].add(number, encoded[i].images, batch[i].images)
@@ -180,23 +175,29 @@ def _plain(texts: list[str]) -> list[Encoded]:
 
 
 def _applied(item: Document | Bad, loader: Loader | None, validation: float) -> _Ready | Bad:
-    """Return a conversation with its tokens and images; one that the template refuses, or an image of which cannot be
-    used, is bad.
+    """Return a document, a conversation with its tokens and images; one that the template refuses, or an image of which
+    cannot be used, is bad.
 
     Conversations with equal texts about different images are not equal, and those about one image are on one side: a
     conversation is held out by its first image.
     """
-    if isinstance(item, Bad) or (item.conversation is None and item.pair is None):
-        return item if isinstance(item, Bad) else _Ready(item.text, item.held_out)
+    if isinstance(item, Bad):
+        return item
+    text, encoded, images = item.text, None, ()
     try:
-        encoded = encode_pair(_template, item.pair) if item.pair else _template.encode(item.conversation)
-        images = tuple(loader.load(picture) for turn in item.turns() for picture in turn.images)
+        if item.pair is not None:
+            encoded = encode_pair(_template, item.pair)
+        elif item.conversation is not None:
+            encoded = _template.encode(item.conversation)
+            images = tuple(loader.load(picture) for turn in item.conversation for picture in turn.images)
     except (ChatError, ImageError) as error:
         return Bad(item.file, item.position, str(error), item.text[:160])
-    if not images:
-        return _Ready(item.text, item.held_out, encoded)
-    text = json.dumps([item.text, *(image.digest.hex() for image in images)], ensure_ascii=False)
-    return _Ready(text, is_validation(images[0].digest, validation), encoded, images)
+    if images:
+        text = json.dumps([text, *(image.digest.hex() for image in images)], ensure_ascii=False)
+    digest, held_out = document_hash(text), item.held_out
+    if held_out is None:
+        held_out = is_validation(images[0].digest if images else digest, validation)
+    return _Ready(text, digest, held_out, encoded, images)
 
 
 def _documents(job: ShardJob, record: ShardRecord) -> Iterator[Document | Bad]:
