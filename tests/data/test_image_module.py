@@ -22,10 +22,11 @@ from nemotron_h.data.blend import load_blend
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.feed.image_module import ImageConversationDataModule, ImageConversations
 from nemotron_h.data.feed.sft_module import ConversationDataModule
-from nemotron_h.data.images.records import beside, read_illustrated
+from nemotron_h.data.images.records import asked, beside, read_illustrated
 from nemotron_h.data.images.store import Images
 from nemotron_h.data.images.tags import tag_rows, tile_tags
 from nemotron_h.data.images.tiling import FEWER_TILES, Tiling
+from nemotron_h.data.messages import Turn
 from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.tokenizer import load_tokenizer
 
@@ -148,6 +149,20 @@ def test_packed_conversations_are_those_alone_and_each_is_read_once(root: Path) 
         "tiles": talk.tiles,
         "fewer_tiles": talk.fewer,
     }
+
+
+def test_a_prompt_is_what_training_reads_before_the_answer(root: Path) -> None:
+    layout = module(root).layout
+    template = ChatTemplate(FAMILY_SOURCE, load_tokenizer(root / "data/seen/tokenizer"))
+    for number in (1, 2, 4):
+        files = [str(root / part["image"]) for part in record(number)["messages"][0]["content"] if "image" in part]
+        turn = asked(f"Which {number}?", files) if files else Turn("user", f"Which {number}?")
+        ids, places, tiles = layout.prompt(template, (turn,))
+        tokens, _, _, is_image, trained_tiles = alone(root, number)
+        assert ids.tolist() == list(tokens[: len(ids)])
+        assert places.tolist() == np.flatnonzero(is_image).tolist()
+        assert [tile.tobytes() for tile in tiles] == list(trained_tiles)
+        assert template.tokenizer.ids_to_text(list(tokens[len(ids) :])).startswith(f"It is {number}.")
 
 
 @pytest.mark.parametrize("too_long", ["cut", "drop"])

@@ -1,6 +1,6 @@
 """Positions that images take among the tokens of a conversation: before each tile its tag, then the tile's embeddings.
 
-Axes: m tokens as prepared, with one for each image; k tokens in all.
+Axes: m tokens as prepared, with one for each image; k tokens in all; n tiles of s by s pixels; t embeddings.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemotron_h.data.chat import ChatTemplate
+from nemotron_h.data.images.read import read_image
 from nemotron_h.data.images.tags import tag_rows, tile_tags
 from nemotron_h.data.images.tiling import Tiling
+from nemotron_h.data.messages import Conversation
 from nemotron_h.data.tokenizer_base import Tokenizer
 
 
@@ -61,6 +64,25 @@ class ImageLayout:
     def positions(self) -> int:
         """Return the positions of a tile with its tag."""
         return self.tags.shape[1] + self.tile_tokens
+
+    def prompt(self, template: ChatTemplate, turns: Conversation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what a model reads before the next answer, as in training on conversations that fit.
+
+        Args:
+            template: over the tokenizer that the tags are of.
+            turns: the last is the user's; `records.asked` makes one of a text and files.
+        Returns:
+            token ids, int64 [k]; the positions of embeddings, int64 [t]; tiles, uint8 [n, 3, s, s], in their order.
+        Errors:
+            ChatError: as `ChatTemplate.begun`.
+            ImageError: an image cannot be read.
+        """
+        begun, tiles = template.begun(turns), [np.zeros((0, 3, self.tiling.size, self.tiling.size), dtype=np.uint8)]
+        for picture in (picture for turn in turns for picture in turn.images):
+            tiles.append(self.tiling.cut(read_image(picture.read())))
+        ids = np.array(begun.ids, dtype=np.int64)
+        whole = self.expanded(ids, np.zeros(len(ids), dtype=np.float32), begun.images, [len(t) for t in tiles[1:]])
+        return whole.ids, np.flatnonzero(whole.is_image), np.concatenate(tiles)
 
     def expanded(self, ids: np.ndarray, learnt: np.ndarray, places: Sequence[int], tiles: Sequence[int]) -> Expanded:
         """Return a conversation with its images' tags and embeddings in their places.

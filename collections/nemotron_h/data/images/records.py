@@ -19,7 +19,16 @@ from urllib.parse import unquote
 from nemotron_h.data.chat_keys import CAPTION
 from nemotron_h.data.images.read import read_bytes
 from nemotron_h.data.images.tags import BEFORE, BEHIND
-from nemotron_h.data.messages import IMAGE, USER, ChatError, Conversation, read_conversation, refuse_tools, text_field
+from nemotron_h.data.messages import (
+    IMAGE,
+    USER,
+    ChatError,
+    Conversation,
+    Turn,
+    read_conversation,
+    refuse_tools,
+    text_field,
+)
 
 #: in texts of records whose images stand in a list of their own
 _MARK = "<image>"
@@ -65,6 +74,11 @@ class Picture:
 
 #: the picture that a text of a record names
 Locate = Callable[[str], Picture]
+
+
+def asked(text: str, files: Sequence[str]) -> Turn:
+    """Return what a user asks of images, which stand before the text, as in records that do not place them."""
+    return Turn(USER, _before(len(files), text), images=tuple(Picture(file, os.path.abspath(file)) for file in files))
 
 
 def beside(file: str, folder: str) -> Locate:
@@ -149,7 +163,7 @@ class _Reader:
         """Return turns in which all images have a place: those without any stand before the first user turn."""
         if self.rest and not self.pictures:
             first = next(number for number, turn in enumerate(turns) if turn.role == USER)
-            content = PLACE * len(self.rest) + "\n" + turns[first].content
+            content = _before(len(self.rest), turns[first].content)
             turns = (*turns[:first], replace(turns[first], content=content), *turns[first + 1 :])
             self.pictures, self.rest = self.rest, []
         if self.rest and not self.named:
@@ -195,6 +209,10 @@ class _Reader:
         else:
             raise ChatError(f"the record has {self.listed} images, and more places for them")
         return PLACE
+
+
+def _before(images: int, text: str) -> str:
+    return PLACE * images + "\n" + text
 
 
 def _caption(record: dict[str, Any], pictures: Sequence[Picture], prompts: Sequence[str]) -> dict[str, Any]:
