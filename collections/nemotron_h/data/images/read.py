@@ -8,6 +8,7 @@ unknown range, is far longer than wide, or would take more memory than an image 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import warnings
@@ -19,6 +20,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 #: ours: of a file; of a decoded image, which is 201 MB; and how many times as long as wide it may be
 MOST_BYTES, MOST_PIXELS, MOST_RATIO = 64 << 20, 1 << 26, 100
+#: what decoders log of damage says no file: the error that is raised here does
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 _ALPHA = ("RGBA", "LA", "PA", "RGBa")
 
 

@@ -266,11 +266,11 @@ def _read_webdataset(source: Source, piece: Piece) -> Iterator[Document | Bad]:
         if bad is not None or sample.problem:
             yield bad or Bad(file, where, sample.problem)
             continue
-        found = _conversation(source, record, file, where, among(sample.images), tuple(sample.images.values()))
-        if sample.unread and isinstance(found, Document):
-            first, *rest = found.conversation
-            found = replace(found, conversation=(replace(first, unread=(*first.unread, *sample.unread)), *rest))
-        yield found
+        document = _conversation(source, record, file, where, among(sample.images), tuple(sample.images.values()))
+        if sample.unread and isinstance(document, Document):
+            first, *rest = document.conversation
+            document = replace(document, conversation=(replace(first, unread=(*first.unread, *sample.unread)), *rest))
+        yield document
 
 
 def _read_text(source: Source, piece: Piece) -> Iterator[Document | Bad]:

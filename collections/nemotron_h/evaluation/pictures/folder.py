@@ -49,16 +49,16 @@ def write_folder(
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    made = {kind: KINDS[kind](count, test_count, size, seed, say) for kind in kinds}
+    pictures = {kind: KINDS[kind](count, test_count, size, seed, say) for kind in kinds}
     files = []
-    with StageProgress(console, "writing", sum(sets.size for sets in made.values())) as progress:
-        for kind, sets in made.items():
+    with StageProgress(console, "writing", sum(sets.size for sets in pictures.values())) as progress:
+        for kind, sets in pictures.items():
             say(f"{kind}: licence: {sets.licence}")
             files.append(_write(folder / TRAIN, kind, sets.train, progress))
             files += [_write(folder / TEST, name, items, progress) for name, items in sets.tests.items()]
     paths = {kind: f"{TRAIN}/{kind}.jsonl" for kind in kinds}
     form = {"chat": "messages", "images": ".", "validation": 0.02}
-    licences = {kind: {"licence": sets.licence} for kind, sets in made.items()}
+    licences = {kind: {"licence": sets.licence} for kind, sets in pictures.items()}
     blend = {"tokenizer": _TOKENIZER, "chat_template": FAMILY_TEMPLATE}
     return [*files, write_blend(folder / "pictures.yaml", paths, form, licences, **blend)]
 
