@@ -73,7 +73,7 @@ def coverage(adapter: AdapterSchema, definition: ModelDefinition) -> list[Covera
 def trained_parameters(adapter: AdapterSchema, definition: ModelDefinition) -> int:
     """Return the number of trained parameters: those of the adapters, or all of the model's without adapters."""
     if adapter.kind == "none":
-        return definition.parameters + definition.mtp_parameters
+        return definition.parameters + definition.mtp_parameters + definition.vision_parameters
     return sum(row.trained for row in coverage(adapter, definition))
 
 

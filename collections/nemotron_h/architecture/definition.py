@@ -16,16 +16,20 @@ from typing import Any
 from nemotron_h.architecture.blocks.block import Block
 from nemotron_h.architecture.blocks.families import FAMILIES, check_pattern
 from nemotron_h.architecture.blocks.registry import KINDS
-from nemotron_h.architecture.multipliers import NAMES, OF_ENDS, Multipliers, resolve
+from nemotron_h.architecture.multipliers import Multipliers, check_multipliers, resolve
 from nemotron_h.architecture.positions import POSITION_EMBEDDINGS, SCALING_KEYS, check_positions
+from nemotron_h.architecture.vision import Encoder, check_vision
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import check_number, check_one_of, nearest, ranges
-from nemotron_h.schema.multipliers import MULTIPLIER_RULES, MultipliersSchema
+from nemotron_h.core.strict import check_number, nearest, ranges
+from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.recipe import ModelSchema
+from nemotron_h.schema.vision import ProjectorSchema, VisionSchema
 
 _WHOLE = {each.name for each in fields(ModelSchema) if each.type == "int"}
 #: what a block is made of, beside multipliers: numbers of the model
 _BLOCK_KEYS = tuple(each.name for each in fields(ModelSchema) if each.type in ("int", "float", "bool"))
+#: keys with keys of their own
+_NESTED = {"multipliers": MultipliersSchema, "vision": VisionSchema, "projector": ProjectorSchema}
 #: what kinds of layers have parts for or not -> value of a model that says nothing
 SWITCHES: dict[str, bool] = {
     each.name: each.default
@@ -40,9 +44,10 @@ class Expect:
 
     Attributes:
         mamba, attention, ffn, parallel, swiglu, experts, linear: layers of each kind.
-        parameters: of the model, without `mtp`.
+        parameters: of the language model, without `mtp`.
         active: of these, what one token passes; 0 in a model without experts, where it passes all.
         mtp: parameters of the block that predicts further tokens.
+        vision: parameters of the image encoder.
     """
 
     mamba: int = 0
@@ -55,6 +60,7 @@ class Expect:
     linear: int = 0
     active: int = 0
     mtp: int = 0
+    vision: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ class ModelDefinition:
         norm_epsilon: of every RMSNorm.
         init_std: standard deviation of the initial weights.
         multipliers: factors of activations, stated or by a rule of the shape.
+        vision, projector: image encoder, and what maps its patches to image tokens; None reads text alone.
         overrides: layer -> widths of its own, such as `{18: {num_query_groups: 4}}`; a searched child's layers differ.
         expect: counts that must come out.
         sources: where the values come from (`paper 2.1`, `ours: ...`), by key.
@@ -141,6 +148,8 @@ class ModelDefinition:
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
+    vision: VisionSchema | None = None
+    projector: ProjectorSchema | None = None
     overrides: dict[int, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -148,8 +157,9 @@ class ModelDefinition:
         # Hydra and JSON have numbers of layers as text
         numbered = {int(n) if str(n).isdecimal() else n: dict(widths) for n, widths in self.overrides.items()}
         object.__setattr__(self, "overrides", numbered)
-        if isinstance(self.multipliers, Mapping):  # of a recipe or a record
-            object.__setattr__(self, "multipliers", MultipliersSchema(**self.multipliers))
+        for key, schema in _NESTED.items():
+            if isinstance(values := getattr(self, key), Mapping):  # of a recipe or a record
+                object.__setattr__(self, key, schema(**values))
 
     @property
     def num_layers(self) -> int:
@@ -181,6 +191,11 @@ class ModelDefinition:
         """Return the layers of the block that predicts further tokens."""
         return tuple(self.block(letter) for letter in self.mtp_pattern)
 
+    @cached_property
+    def encoder(self) -> Encoder | None:
+        """Return the image encoder and the projector; None of a model that reads text alone."""
+        return Encoder.of(self)
+
     @property
     def kinds(self) -> tuple[type[Block], ...]:
         """Return the kinds of the layers that there are, in the order of the registry."""
@@ -197,8 +212,13 @@ class ModelDefinition:
 
     @property
     def parameters(self) -> int:
-        """Return all parameters, without vocabulary padding."""
+        """Return all parameters of the language model, without vocabulary padding."""
         return sum(block.parameters for block in self.blocks) + self.other_parameters
+
+    @property
+    def vision_parameters(self) -> int:
+        """Return the parameters of image encoder and projector; none of them are in `parameters`."""
+        return self.encoder.parameters + self.encoder.projector.parameters if self.encoder else 0
 
     @property
     def has_experts(self) -> bool:
@@ -243,7 +263,8 @@ class ModelDefinition:
         names = {each.name for each in fields(Expect)}
         stated = {name: count for name, count in self.layer_counts().items() if name in names}
         active = self.active_parameters if self.has_experts else 0
-        return Expect(**stated, parameters=self.parameters, active=active, mtp=self.mtp_parameters)
+        vision = self.encoder.parameters if self.encoder else 0
+        return Expect(**stated, parameters=self.parameters, active=active, mtp=self.mtp_parameters, vision=vision)
 
     def counted(self) -> ModelDefinition:
         """Return the same model with `expect` filled in."""
@@ -293,10 +314,11 @@ class ModelDefinition:
                 raise UserError(f"{origin}: model.{key} = {value!r} is unknown", hint=hint)
         check_pattern(self.pattern, self.family, origin)
         self._validate_widths(origin)
-        self._validate_multipliers(origin)
+        check_multipliers(self, origin)
         self._validate_overrides(origin)
         check_positions(self, origin)
         self._validate_mtp(origin)
+        check_vision(self, origin)
         names = {f.name for f in fields(self)}
         unknown = sorted(key for key in self.sources if key.partition(".")[0] not in names)
         if unknown:
@@ -341,28 +363,6 @@ class ModelDefinition:
             if without := [kind for kind in self.kinds if key in kind.lacks]:
                 names = ", ".join(f"{kind.letter} ({kind.title})" for kind in without)
                 raise UserError(f"{stated}: layers {names} of the pattern have none", f"leave model.{key} out")
-
-    def _validate_multipliers(self, origin: str) -> None:
-        written = self.multipliers
-        check_one_of("model.multipliers.rule", written.rule, MULTIPLIER_RULES, f"{origin}: ")
-        applied = {name for kind in self.kinds for name in kind.multipliers}.union(OF_ENDS)
-        if written.rule != "none" and (without := [name for name in NAMES if name not in applied]):
-            raise UserError(
-                f"{origin}: model.multipliers.rule = {written.rule} computes {', '.join(without)}, which no layer of "
-                "the pattern applies",
-                hint="leave model.multipliers out, or take the layers of family falcon_h1: PS, over and over",
-            )
-        limits = ranges(MultipliersSchema)
-        for name in NAMES:
-            value = getattr(written, name)
-            if value is None:
-                continue
-            check_number(f"model.multipliers.{name}", value, limits[name], f"{origin}: ")
-            if name not in applied:
-                raise UserError(
-                    f"{origin}: model.multipliers.{name} = {value} has no use: no layer of the pattern applies it",
-                    hint=f"leave model.multipliers.{name} out",
-                )
 
     def _validate_overrides(self, origin: str) -> None:
         for index, widths in self.overrides.items():
@@ -449,6 +449,8 @@ class ModelDefinition:
                 + f" of model {self.name}",
                 hint=f"nearest: {min(fits, key=lambda n: abs(n - size))}; sizes that fit: {', '.join(map(str, fits))}",
             )
+        if self.encoder:
+            self.encoder.validate_tensor_parallel(size, origin)
 
     def validate_pipeline_parallel(self, size: int, origin: str) -> None:
         """Check that every pipeline stage gets a layer; arguments as of `validate_tensor_parallel`."""

@@ -1,7 +1,8 @@
 """Matmuls of a model's linear layers: the shape of each on one rank, and whether it runs in FP8. Imports no torch.
 
 The paper's recipe (2.3) has all linear layers in FP8, forward and backward, but those of the first and last layers. The
-embedding, output layer, norms, convolution, scan and attention core are not among them.
+embedding, output layer, norms, convolution, scan and attention core are not among them. Image encoder and projector stay
+in BF16, as in Nemotron Nano 2 VL (arXiv 2511.03929), whose language model is trained in FP8.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.vision import PROJECTOR, VISION
 from nemotron_h.core.errors import UserError
 
 #: precision of a recipe -> formats of weights and activations, and of gradients
@@ -99,6 +101,28 @@ def gemm_table(
     head, width = -(-definition.vocab_size // tensor_parallel), definition.hidden_size
     why, keys = "output layer" if formats else "", ("hidden_size", "vocab_size")
     table.append(Gemm(definition.num_layers, "output", OUTPUT_LAYER, tokens, head, width, plain, why, keys))
+    return table
+
+
+def encoder_gemms(definition: ModelDefinition, precision: str, tensor_parallel: int, tiles: int) -> list[Gemm]:
+    """Return the matmuls of image encoder and projector in a forward pass of so many tiles; none without them.
+
+    Layers are numbered as the encoder's; the other arguments are those of `gemm_table`.
+    """
+    encoder = definition.encoder
+    if encoder is None:
+        return []
+    dtype = "FP32" if precision == "fp32" else "BF16"
+    table = []
+    for part, blocks, rows in (
+        (VISION, encoder.blocks, encoder.positions),
+        (PROJECTOR, (encoder.projector,), encoder.tokens_per_tile),
+    ):
+        why = part if precision in FP8_FORMATS else ""
+        for layer, block in enumerate(blocks):
+            for matrix in block.matrices():
+                n, k = matrix.on_rank(tensor_parallel)
+                table.append(Gemm(layer, block.name, matrix.name, tiles * rows, n, k, dtype, why, matrix.keys))
     return table
 
 

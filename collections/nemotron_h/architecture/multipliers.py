@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.schema.multipliers import MultipliersSchema
+from nemotron_h.core.strict import check_number, check_one_of, ranges
+from nemotron_h.schema.multipliers import MULTIPLIER_RULES, MultipliersSchema
+
+if TYPE_CHECKING:
+    from nemotron_h.architecture.definition import ModelDefinition
 
 #: names of all multipliers
 NAMES = tuple(each.name for each in fields(MultipliersSchema) if each.name != "rule")
@@ -96,3 +100,31 @@ RULES: dict[str, Callable[[Mapping[str, Any]], Multipliers]] = {
     "none": lambda widths: ONES,
     "falcon_h1": falcon_h1,
 }
+
+
+def check_multipliers(model: ModelDefinition, origin: str) -> None:
+    """Check the keys of `model.multipliers`, and that a layer applies each.
+
+    Errors:
+        UserError: names the key.
+    """
+    written = model.multipliers
+    check_one_of("model.multipliers.rule", written.rule, MULTIPLIER_RULES, f"{origin}: ")
+    applied = {name for kind in model.kinds for name in kind.multipliers}.union(OF_ENDS)
+    if written.rule != "none" and (without := [name for name in NAMES if name not in applied]):
+        raise UserError(
+            f"{origin}: model.multipliers.rule = {written.rule} computes {', '.join(without)}, which no layer of "
+            "the pattern applies",
+            hint="leave model.multipliers out, or take the layers of family falcon_h1: PS, over and over",
+        )
+    limits = ranges(MultipliersSchema)
+    for name in NAMES:
+        value = getattr(written, name)
+        if value is None:
+            continue
+        check_number(f"model.multipliers.{name}", value, limits[name], f"{origin}: ")
+        if name not in applied:
+            raise UserError(
+                f"{origin}: model.multipliers.{name} = {value} has no use: no layer of the pattern applies it",
+                hint=f"leave model.multipliers.{name} out",
+            )

@@ -38,6 +38,7 @@ class Layout:
         moments, gradients: dtypes of Adam's moments and of gradient sums, as the recipe's `optim`.
         recompute_mamba, recompute_ffn, ...: as the recipe's `recompute`, by kind of layer.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
+        untrained: parts that do not train, of `architecture.frozen.frozen_parts`.
         backend: `gpu` or `cpu`.
         widened: on the CPU bfloat16 matmuls go through float32 (ops/linear.py: widens_bfloat16).
         copied: on the CPU torch's own matmuls write float32 results first (ops/linear.py: lacks_bfloat16_units).
@@ -69,6 +70,7 @@ class Layout:
     recompute_experts: str = "none"
     recompute_linear: str = "none"
     recompute_logits: str = "none"
+    recompute_vision: str = "none"
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     untrained: tuple[str, ...] = ()
     backend: str = "gpu"
@@ -127,9 +129,14 @@ def padded_vocabulary(definition: ModelDefinition, tensor: int) -> int:
 
 
 class Rank:
-    """Sizes of one rank's tensors for one micro-batch, in bytes."""
+    """Sizes of one rank's tensors for one micro-batch, in bytes.
 
-    def __init__(self, definition: ModelDefinition, layout: Layout) -> None:
+    Args:
+        definition: the model, or a layer of an encoder, which has a hidden size of its own.
+        layout: its tokens are those of the residual stream.
+    """
+
+    def __init__(self, definition: ModelDefinition | Block, layout: Layout) -> None:
         self.d, self.layout = definition, layout
         self.layers: dict[tuple[Block, bool], LayerMemory] = {}
         d, t = definition, layout.tensor
@@ -146,7 +153,11 @@ class Rank:
         self.own_tokens = self.tokens // (t if layout.sequence else 1)
         self.norm_rows = self.tokens // (t if layout.sequence else 1) * 4
         self.norm_blocks = 3 * 4 * min(NORM_BLOCK, self.own_tokens * d.hidden_size) if self.cpu else 0
-        self.logits = self.tokens * padded_vocabulary(d, t) // t * self.e
+
+    @property
+    def logits(self) -> int:
+        """Return the bytes of this rank's logits."""
+        return self.tokens * padded_vocabulary(self.d, self.layout.tensor) // self.layout.tensor * self.e
 
     def act(self, width: int) -> int:
         """Return the bytes of an activation [tokens, width / tensor]."""

@@ -21,7 +21,8 @@ from typing import Any
 
 from nemotron_h.architecture.blocks.block import Operation
 from nemotron_h.architecture.definition import ModelDefinition
-from nemotron_h.architecture.frozen import OUTPUT
+from nemotron_h.architecture.frozen import OUTPUT, frozen_parts
+from nemotron_h.architecture.vision import PROJECTOR, VISION
 from nemotron_h.schema.recipe import AdapterSchema
 
 #: tokens of a chunk of the scan on a GPU (`nemotron_h.ops.select.KERNEL_CHUNK`)
@@ -45,6 +46,7 @@ class FlopsByPart:
         mtp: all of the block that predicts further tokens, and the output matrix once more for each.
         head: the output matrix. The embedding is a lookup and costs nothing.
         adapters: LoRA's or DoRA's own matmuls.
+        vision, projector: of the image encoder, and of what follows it, spread over the tokens of a sequence.
     """
 
     mamba_projections: float = 0.0
@@ -59,6 +61,8 @@ class FlopsByPart:
     mtp: float = 0.0
     head: float = 0.0
     adapters: float = 0.0
+    vision: float = 0.0
+    projector: float = 0.0
 
     @property
     def total(self) -> float:
@@ -88,6 +92,7 @@ def flops_per_token(
     adapter: AdapterSchema | None = None,
     micro_batch: int = 1,
     frozen: Collection[str] = (),
+    tiles: float | None = None,
 ) -> FlopsByPart:
     """Return the operations per token of a sequence.
 
@@ -99,9 +104,10 @@ def flops_per_token(
         adapter: what is trained, of a run with frozen weights; None or of kind `none` trains all.
         micro_batch: sequences per forward pass, over which DoRA's norms of the matrices are spread.
         frozen: parts that do not train (`nemotron_h.architecture.frozen`).
+        tiles: of a sequence; None is as many as it holds.
     """
     adapter = adapter or AdapterSchema()
-    adapted = adapter.kind != "none"
+    adapted, frozen = adapter.kind != "none", frozen_parts(frozen, definition)
     d, parts = definition, dict.fromkeys((f.name for f in fields(FlopsByPart)), 0.0)
     steps = [
         (count, step, block.name in frozen)
@@ -120,6 +126,10 @@ def flops_per_token(
         layers = sum(step.forward for block in d.mtp_blocks for step in block.operations(seq_length, chunk))
         ends = 2 * d.hidden_size * (2 * d.hidden_size + d.vocab_size)
         parts["mtp"] = d.mtp_steps * (layers + ends) * (1 + 2 * training)
+    if d.encoder:
+        count = d.encoder.tiles(seq_length) if tiles is None else tiles
+        still = (VISION, PROJECTOR) if adapted else frozen
+        parts |= {part: n * count / seq_length for part, n in d.encoder.flops_per_tile(training, still).items()}
     return FlopsByPart(**parts)
 
 
@@ -152,4 +162,7 @@ def recomputed_per_token(
             total += count * step.forward
             if adapter and adapter.kind != "none" and step.matrix and step.matrix.name in adapter.targets:
                 total += count * 2 * adapter.rank * (step.matrix.outputs + step.matrix.inputs) * step.matrix.active
+    if definition.encoder and layers.get(VISION):
+        tiles = definition.encoder.tiles(seq_length) / seq_length
+        total += tiles * definition.encoder.flops_per_tile(training=False)[VISION]
     return total + (2 * definition.hidden_size * definition.vocab_size if layers.get("logits") else 0)

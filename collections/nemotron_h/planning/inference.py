@@ -58,7 +58,7 @@ def inference_memory(definition: ModelDefinition, serving: Serving) -> Inference
     """Return the memory of a model and its sequences."""
     parts = [layer_memory(block, serving) for block in definition.blocks]
     return InferenceMemory(
-        weights=definition.parameters * serving.weight_bytes,
+        weights=(definition.parameters + definition.vision_parameters) * serving.weight_bytes,
         **{key: sum(getattr(part, key) for part in parts) for key in ("kv_cache", "ssm_states", "conv_states")},
     )
 

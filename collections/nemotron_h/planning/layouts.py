@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.context import check_context_parallel, context_sizes
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict, stage_blocks
-from nemotron_h.architecture.frozen import frozen_parameters
+from nemotron_h.architecture.frozen import frozen_parameters, frozen_parts
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.architecture.rank import Layout
+from nemotron_h.architecture.vision import VISION
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.checkpoint.hub_cache import path_of
@@ -29,6 +30,7 @@ from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.planning.flops import mean_flops, recomputed_per_token
 from nemotron_h.planning.gpus import Gpu
 from nemotron_h.planning.memory import WEIGHT_BYTES, largest_stage
+from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.nemo_names import recompute_fields
 from nemotron_h.schema.recipe import RECOMPUTE, ModelSchema, RecipeConfig, RecomputeSchema
 
@@ -43,7 +45,8 @@ EXPERT_COST = 0.03
 
 def recompute_choices(definition: ModelDefinition) -> dict[str, dict[str, str]]:
     """Return what a sweep tries, from the least recomputation to the most: name -> kind of layers -> setting."""
-    kinds = [kind for kind, count in definition.layer_counts().items() if count and kind in RECOMPUTE]
+    counts = {**definition.layer_counts(), VISION: bool(definition.encoder)}
+    kinds = [kind for kind, count in counts.items() if count and kind in RECOMPUTE]
     ffns = [kind for kind in kinds if "activation" in RECOMPUTE[kind]]
     experts = [kind.name for kind in definition.kinds if kind.distributed]
     choices = {
@@ -87,7 +90,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         gradients=recipe.optim.gradients,
         **recompute_fields(replace(recipe.recompute, logits="chunks") if recipe.distill else recipe.recompute),
         adapter=recipe.adapter,
-        untrained=tuple(recipe.optim.frozen),
+        untrained=frozen_parts(recipe.optim.frozen, definition_of(recipe, f"recipe {recipe.name}")),
         teacher=teacher_of(recipe),
     )
 
@@ -411,7 +414,8 @@ def fewest_gpus(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> int | 
     _, recomputed = _everything(definition, layout)
     # bytes that every layout holds: the weights; where all are trained, twice float32 or more
     still = frozen_parameters(definition, layout.untrained)
-    least = definition.parameters * 2 if layout.frozen else definition.parameters * 8 - still * 6
+    parameters = definition.parameters + definition.vision_parameters
+    least = parameters * 2 if layout.frozen else parameters * 8 - still * 6
     for gpus in (2**power for power in range((batch * 8 * max(sizes)).bit_length())):
         if least > gpus * gpu.memory:
             continue

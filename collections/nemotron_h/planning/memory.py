@@ -23,9 +23,10 @@ from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.blocks.block import Block, LayerMemory
 from nemotron_h.architecture.definition import ModelDefinition, pipeline_layers, stage_blocks
 from nemotron_h.architecture.frozen import EMBEDDING, OUTPUT, frozen_parameters
-from nemotron_h.architecture.gemms import gemm_table
+from nemotron_h.architecture.gemms import encoder_gemms, gemm_table
 from nemotron_h.architecture.rank import Layout, Rank, padded_vocabulary
 from nemotron_h.planning.muon import MOMENT_BYTES, saved_bytes, working_bytes
+from nemotron_h.planning.vision import encoder_memory
 from nemotron_h.schema.nemo_names import recompute_fields
 from nemotron_h.schema.recipe import AdapterSchema, RecomputeSchema
 
@@ -62,8 +63,8 @@ class StageMemory:
         optimizer: main weights and moments of this rank's share.
         buffers: what is allocated once and stays: communication and GEMM workspaces.
         teacher: weights of a distillation's teacher, as `weights`.
-        activations: kept for the backward pass at the peak, by layer type and for the `head` (logits and loss), of all
-            micro-batches in flight.
+        activations: kept for the backward pass at the peak, by layer type, for `vision` and `projector`, and for the
+            `head` (logits and loss), of all micro-batches in flight.
         working: what the operation at the peak allocates.
         at: where the peak lies: `head`, a layer type, `teacher` (its forward), or `optimizer`.
     """
@@ -124,6 +125,8 @@ def rank_parameters(
         ends = d.hidden_size * (2 * d.hidden_size // t + 3) + matrix * (stage > 0)  # it embeds the tokens again
         total += ends + sum(_on_rank(block, layout) for block in d.mtp_blocks)
         in_float32 += sum(block.float32_parameters(t) for block in d.mtp_blocks)
+    if d.encoder and stage == 0:
+        total += d.encoder.rank_parameters(t, but)
     return total, in_float32
 
 
@@ -263,6 +266,8 @@ class _TrainingRank(Rank):
             return 2 * self.gathered + between  # the buffer, and gloo's copy
         table = gemm_table(self.d, self.layout.precision, self.layout.tensor, tokens=1)
         shapes = {(gemm.n, gemm.k) for gemm in table if gemm.layer in layers}
+        if stage == 0:
+            shapes |= {(gemm.n, gemm.k) for gemm in encoder_gemms(self.d, self.layout.precision, self.layout.tensor, 1)}
         last = stage == self.layout.pipeline - 1
         if self.layout.frozen:
             shapes = set()
@@ -320,6 +325,13 @@ def _moments(
     teacher = None if layout.teacher is None else _TrainingRank(layout.teacher, layout)
     sent = rank.residual + (0 if teacher is None else teacher.residual)
     kept: dict[str, int] = {}
+    encoder = encoder_memory(definition, layout) if stage == 0 else []
+    for part, layer in encoder:
+        kept[part] = kept.get(part, 0) + layer.kept * in_flight
+    held = {name: size // in_flight * (in_flight - 1) for name, size in kept.items()}
+    for part, layer in encoder:
+        if not layer.kept:  # without a backward, and before the language model's forward
+            yield replace(states, activations=held, working=layer.backward, at=part)
     blocks = [definition.blocks[index] for index in layers]
     passed = [(block.name, rank.layer(index)) for block, index in zip(blocks, layers, strict=True)]
     for name, layer in passed:
@@ -348,6 +360,9 @@ def _moments(
     for name, layer in reversed(passed):
         yield replace(states, activations=dict(kept), working=layer.backward + received + waits, at=name)
         kept[name] -= layer.kept
+    for part, layer in reversed(encoder):
+        yield replace(states, activations=dict(kept), working=layer.backward * (layer.kept > 0) + waits, at=part)
+        kept[part] -= layer.kept
     if waits:
         yield replace(states, working=3 * waits, at="head")  # both, and their sum
     step = max(_optimizer_step(definition, layout, states), working_bytes(definition, layout, stage))

@@ -10,7 +10,7 @@ from typing import Any
 from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.architecture.frozen import frozen_parameters
-from nemotron_h.architecture.gemms import GemmGroup, fold, gemm_table
+from nemotron_h.architecture.gemms import GemmGroup, encoder_gemms, fold, gemm_table
 from nemotron_h.architecture.rank import Layout, padded_vocabulary
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import BYTES, count_of
@@ -125,6 +125,19 @@ class Plan:
             return None
         return {"model": model.name, "parameters": model.parameters, "flops_per_token": self.teacher_flops.total}
 
+    def _vision(self) -> dict[str, Any] | None:
+        encoder = self.definition.encoder
+        if encoder is None:
+            return None
+        return {
+            "encoder": encoder.widths.name,
+            "parameters": encoder.parameters,
+            "projector_parameters": encoder.projector.parameters,
+            "tokens_per_tile": encoder.tokens_per_tile,
+            "tiles_per_sequence": encoder.tiles(self.layout.seq_length),
+            "flops_per_tile": encoder.flops_per_tile(frozen=self.layout.untrained),
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values; bytes, seconds and operations are numbers."""
         schedule = self.schedule
@@ -135,6 +148,7 @@ class Plan:
             "parameters": self.definition.parameters,
             "active_parameters": self.definition.active_parameters,
             "mtp_parameters": self.definition.mtp_parameters,
+            "vision": self._vision(),
             "planned_only": self.definition.planned_only(),
             "trained_parameters": self.trained,
             "layers": self.layers(),
@@ -226,6 +240,7 @@ def make_plan(
         sequence_parallel=layout.sequence,
         expert_parallel=layout.expert,
     )
+    tiles = definition.encoder.tiles(layout.seq_length) * layout.micro_batch if definition.encoder else 0
     schedule = plan_schedule(
         tokens=count_of(recipe.tokens, "tokens", origin),
         tokens_per_step=tokens_per_step,
@@ -261,7 +276,7 @@ def make_plan(
         context=context,
         inference=inference_memory(definition, Serving(context)),
         inference_fp4=inference_memory(definition, Serving(context, weight_bytes=BYTES["fp4"], kv_bytes=BYTES["fp4"])),
-        gemms=fold(table),
+        gemms=[*fold(encoder_gemms(definition, recipe.precision, layout.tensor, tiles)), *fold(table)],
     )
 
 

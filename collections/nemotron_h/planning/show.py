@@ -40,6 +40,13 @@ def show(plan: Plan, console: Console) -> None:
             f"{d.parameters + d.mtp_parameters:,} together",
             markup=False,
         )
+    if d.encoder:
+        console.print(
+            f"and {d.encoder.parameters:,} in the image encoder {d.encoder.widths.name}, "
+            f"{d.encoder.projector.parameters:,} in the projector: {d.parameters + d.vision_parameters:,} together",
+            soft_wrap=True,
+            highlight=False,
+        )
     for key, value in d.planned_only().items():
         console.print(f"[yellow]planned only[/yellow]: training does not have model.{key} = {value}", soft_wrap=True)
     adapter = plan.layout.adapter
@@ -107,6 +114,16 @@ def _show_model(plan: Plan, console: Console) -> None:
     if len(lengths) > 1:
         alone = ", ".join(f"{flops / 1e9:,.3f} in sequences of {length:,}" for length, flops in plan.flops_of.items())
         console.print(f"a token takes {alone}", soft_wrap=True, highlight=False)
+    if d.encoder:
+        tile, seq = d.encoder, plan.layout.seq_length
+        flops = sum(tile.flops_per_tile(frozen=plan.layout.untrained).values()) / 1e9
+        console.print(
+            f"a tile of {tile.widths.image_size} x {tile.widths.image_size} is {tile.tokens_per_tile:,} tokens and "
+            f"{flops:,.1f} GFLOP before the language model; planned with {tile.tiles(seq):,} tiles a sequence, the most "
+            "that it holds",
+            soft_wrap=True,
+            highlight=False,
+        )
     teacher = plan.layout.teacher
     if teacher is not None:
         console.print(

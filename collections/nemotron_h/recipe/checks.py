@@ -12,6 +12,7 @@ from nemotron_h.architecture.context import check_context_parallel
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.frozen import check_frozen
 from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
+from nemotron_h.architecture.vision import VISION
 from nemotron_h.checkpoint.definition import check_repairable
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.hub import is_hub, parse
@@ -282,7 +283,7 @@ def check_checkpoint(checkpoint: CheckpointSchema, origin: str) -> None:
 
 def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:
     """Check that values are known, and for layer types that the model has."""
-    counts = {**definition.layer_counts(), "logits": 1}
+    counts = {**definition.layer_counts(), "logits": 1, VISION: bool(definition.encoder)}
     for kind, allowed in RECOMPUTE.items():
         value = getattr(recipe.recompute, kind)
         check_one_of(f"recompute.{kind}", value, allowed, f"{origin}: ")

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemotron_h.architecture.definition import definition_from_dict
 from nemotron_h.checkpoint.definition import is_path, read_model
 from nemotron_h.core.errors import UserError
-from nemotron_h.core.strict import check_interpolations, culprit, leaves, nearest, typed
+from nemotron_h.core.strict import check_interpolations, check_one_of, culprit, leaves, nearest, typed
 from nemotron_h.core.strict_yaml import as_config, flat_lines, parse_settings, parse_yaml, read_bounded
 from nemotron_h.recipe.checks import check
 from nemotron_h.recipe.former_keys import FORMER, read_former, without_dropped
@@ -36,6 +36,8 @@ from nemotron_h.schema.recipe import ExpectSchema, RecipeConfig
 
 SCHEMA_DEFAULT = "schema default"
 OVERRIDE = "override"
+#: begins an override that may add a part to a recipe, which others may only exchange
+_ADDED = "vision="
 
 
 def recipes_dir() -> Path:
@@ -126,7 +128,7 @@ def compose(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = 
         name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`, or `nemotron_h_tiny` for its pretraining), or the
             path of a YAML file.
         overrides: `optim.peak_lr=3e-4` sets a value, `optim.peak_lr*=2` changes it, `model=nemotron_h_8b` exchanges a
-            part by name. A recipe or an override may also give `model` as a path (see `checkpoint.definition`): a
+            part by name, `vision=internvit_300m` adds one. A recipe or an override may also give `model` as a path (see `checkpoint.definition`): a
             pruned child's checkpoint, or a YAML file.
         trains: False takes models too that can be planned and not trained.
     Returns:
@@ -344,8 +346,11 @@ def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tup
         for folder in reversed(folders[1:]):  # each directly behind the recipe's own
             search.append("nemotron_h", f"recipe://{folder}", SearchPathQuery(provider="main"))
         Hydra.create_main_hydra2("recipe", search)
-        composed = hydra_compose(name, overrides=list(parts))
         loader = GlobalHydra.instance().config_loader()
+        defaults = loader.compute_defaults_list(name, [], RunMode.RUN).defaults
+        added = [part for part in parts if part.startswith(_ADDED) and not any(_is_of(each, part) for each in defaults)]
+        parts = [part for part in parts if part not in added]
+        composed = hydra_compose(name, overrides=list(parts))
         merged = loader.compute_defaults_list(name, list(parts), RunMode.RUN).defaults
         check_interpolations(composed, origin)
         OmegaConf.resolve(composed)
@@ -363,7 +368,28 @@ def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tup
         file = next((f for d in folders if (f := d / f"{part.config_path}.yaml").is_file()), None)
         if file is not None and not str(part.package or "").startswith("hydra"):
             layers.append(Layer(file, part.package or ""))
+    layers += [_add(composed, part, origin) for part in added]
     return composed, layers
+
+
+def _is_of(default: Any, part: str) -> bool:
+    """Tell whether a file of a defaults list is of the group that an override exchanges."""
+    return str(default.config_path).startswith(f"{part.partition('=')[0]}/")
+
+
+def _add(composed: DictConfig, part: str, origin: str) -> Layer:
+    """Add an encoder of `configs/vision` to a recipe whose defaults have none, IN PLACE; return its file.
+
+    Errors:
+        UserError: there is no such encoder.
+    """
+    name, folder = part.removeprefix(_ADDED), configs_dir() / "vision"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    check_one_of("vision", name, known, f"{origin}: ")
+    file = folder / f"{name}.yaml"
+    OmegaConf.set_struct(composed, False)
+    composed.model = OmegaConf.merge(composed.model, as_config(parse_yaml(read_bounded(file), str(file)), str(file)))
+    return Layer(file, "model")
 
 
 def _culprit(file: Path) -> str:

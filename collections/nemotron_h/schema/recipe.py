@@ -20,6 +20,7 @@ from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.puzzle import PuzzleSchema
 from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY, WIDTH
 from nemotron_h.schema.reason import ReasonSchema
+from nemotron_h.schema.vision import ProjectorSchema, VisionSchema
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
@@ -52,6 +53,7 @@ RECOMPUTE = {
     "experts": ("none", "layer"),
     "linear": ("none", "layer"),
     "logits": ("none", "chunks"),
+    "vision": ("none", "layer"),
 }
 BLEND_CHANGES = ("from_step",)
 #: how the phases of a blend order its windows
@@ -72,6 +74,7 @@ class ExpectSchema:
     linear: int = number(0, least=0, most=COUNT)
     active: int = number(0, least=0, most=10**18)
     mtp: int = number(0, least=0, most=10**18)
+    vision: int = number(0, least=0, most=10**18)
 
 
 @dataclass
@@ -114,6 +117,8 @@ class ModelSchema:
     norm_epsilon: float = number(1e-5, above=0, most=1)
     init_std: float = number(0.02, above=0, most=10)
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
+    vision: VisionSchema | None = None
+    projector: ProjectorSchema | None = None
     overrides: dict[str, dict[str, int]] = field(default_factory=dict, metadata=within(least=1, most=WIDTH))
     expect: ExpectSchema = field(default_factory=ExpectSchema)
     sources: dict[str, str] = field(default_factory=dict)
@@ -174,7 +179,8 @@ class OptimSchema:
         skip_spikes: do not apply a step whose loss or gradient norm is over six standard deviations above the mean of
             the last 128 steps; learning rate and data go on.
         frozen: parts that do not train: kinds of layers by name (`ffn`, `attention`, ...), `embedding`, and `output`
-            (the last norm and the output matrix).
+            (the last norm and the output matrix); of a model that reads images `vision` (the encoder), `projector`, and
+            `language` (all the rest).
     """
 
     name: str = "adamw"
@@ -242,6 +248,7 @@ class RecomputeSchema:
 
     Attributes:
         mamba, attention, parallel, experts, linear: `none`, or `layer` (only the layer's input is kept).
+        vision: the same of all layers of the image encoder.
         ffn, swiglu: `none`, `activation` (squared ReLU or SwiGLU is computed again), or `layer`.
         logits: `none`, or `chunks`: output matmul and loss run over chunks of tokens, forward and backward, and the
             logits of a chunk alone exist. A distillation does so in any case.
@@ -255,6 +262,7 @@ class RecomputeSchema:
     experts: str = "none"
     linear: str = "none"
     logits: str = "none"
+    vision: str = "none"
 
 
 @dataclass

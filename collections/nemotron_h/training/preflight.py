@@ -24,6 +24,7 @@ from nemotron_h.core.units import gib
 from nemotron_h.platform.memory import check_training_fits
 from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.recipe.checks import check_expert_layout, check_trainable
+from nemotron_h.schema.recipe import AdapterSchema
 from nemotron_h.training import trackers
 from nemotron_h.training.sections import LIMITS
 
@@ -44,7 +45,7 @@ def check_layout(trainer: Any, model: Any) -> None:
     definition, adapter = model.config.definition(), model.config.adapter
     ranks = trainer.num_devices * trainer.num_nodes
     check_split(definition, trainer.strategy, ranks, seq_length=model.config.seq_length)
-    parameters, frozen = definition.parameters, 0
+    parameters, frozen = definition.parameters + definition.vision_parameters, 0
     if adapter is not None:
         stages = trainer.strategy.pipeline_model_parallel_size
         check_adapter(adapter, definition, "adapter", pipeline=stages)
@@ -63,7 +64,7 @@ def check_layout(trainer: Any, model: Any) -> None:
 def checkpoint_bytes(config: Any) -> int:
     """Return what a checkpoint of a model's configuration takes at most."""
     definition, adapter = config.definition(), config.adapter
-    parameters = definition.parameters if adapter is None else trained_parameters(adapter, definition)
+    parameters = trained_parameters(adapter or AdapterSchema(), definition)
     return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 

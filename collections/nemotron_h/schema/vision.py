@@ -1,0 +1,63 @@
+"""The vision side of a model: the keys of `model.vision` and `model.projector`.
+
+Imports no torch, NeMo or Megatron.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from nemotron_h.core.strict import number
+from nemotron_h.schema.ranges import COUNT, WIDTH
+
+#: norms of an encoder's layers
+VISION_NORMS = ("layernorm", "rmsnorm")
+
+
+@dataclass
+class VisionSchema:
+    """An encoder of image tiles in the shape of InternViT (arXiv 2312.14238; 2404.16821 3.1): attention and FFN in
+    turn, each of a norm, what it computes, and a factor of each channel (LayerScale) before the residual stream.
+
+    Attributes:
+        name: of the file in `configs/vision`.
+        num_layers: pairs of attention and FFN.
+        hidden_size, ffn_hidden_size: widths of the residual stream and of each FFN.
+        num_attention_heads: heads, which share `hidden_size` and have a key and a value each.
+        image_size, patch_size: sides of a tile and of a patch, in pixels.
+        norm: `layernorm` or `rmsnorm`, before every layer.
+        qkv_bias: the projections of queries, keys and values have biases.
+        qk_norm: an RMSNorm over all heads of the queries, and one of the keys.
+        norm_epsilon: of every norm.
+        init_std: standard deviation of the initial weights.
+        layer_scale: initial factor of each layer's output.
+    """
+
+    name: str = MISSING
+    num_layers: int = number(least=1, most=COUNT)
+    hidden_size: int = number(least=1, most=WIDTH)
+    ffn_hidden_size: int = number(least=1, most=WIDTH)
+    num_attention_heads: int = number(least=1, most=WIDTH)
+    image_size: int = number(least=2, most=WIDTH)
+    patch_size: int = number(least=1, most=WIDTH)
+    norm: str = "layernorm"
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_epsilon: float = number(1e-6, above=0, most=1)
+    init_std: float = number(0.02, above=0, most=10)
+    layer_scale: float = number(0.1, above=0, most=1e3)
+
+
+@dataclass
+class ProjectorSchema:
+    """Two matrices from an encoder's channels to the language model's, with a squared ReLU between (paper 4).
+
+    Attributes:
+        ffn_hidden_size: inner width; 0 is the language model's.
+        norm_epsilon: of the RMSNorm before.
+    """
+
+    ffn_hidden_size: int = number(0, least=0, most=WIDTH)
+    norm_epsilon: float = number(1e-5, above=0, most=1)
