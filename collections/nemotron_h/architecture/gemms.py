@@ -1,8 +1,8 @@
 """Matmuls of a model's linear layers: the shape of each on one rank, and whether it runs in FP8. Imports no torch.
 
 The paper's recipe (2.3) has all linear layers in FP8, forward and backward, but those of the first and last layers. The
-embedding, output layer, norms, convolution, scan and attention core are not among them. Image encoder and projector stay
-in BF16, as in Nemotron Nano 2 VL (arXiv 2511.03929), whose language model is trained in FP8.
+embedding, output layer, norms, convolution, scan and attention core are not among them. Image encoder and projector
+stay in BF16, as in Nemotron Nano 2 VL (arXiv 2511.03929), whose language model is trained in FP8.
 """
 
 from __future__ import annotations

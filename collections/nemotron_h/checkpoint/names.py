@@ -101,7 +101,7 @@ def hf_names(definition: ModelDefinition) -> HfNames:
 
 
 def weights(definition: ModelDefinition) -> Iterator[Weight]:
-    """Yield all weights of a model, in the order in which the model applies them."""
+    """Yield all weights of a model, in the order in which it applies them; those of encoder and projector are last."""
     names = hf_names(definition)
     vocabulary = (definition.vocab_size, definition.hidden_size)
     embedding = f"{names.root}{names.embedding}.weight"
@@ -114,3 +114,5 @@ def weights(definition: ModelDefinition) -> Iterator[Weight]:
     yield Weight({"decoder.final_norm.weight": hidden}, {f"{names.root}{names.final_norm}.weight": hidden})
     if not definition.tied_embeddings:
         yield Weight({"output_layer.weight": vocabulary}, {HF_HEAD: vocabulary}, padded=True)
+    if definition.encoder:
+        yield from (Weight(**vars(row)) for row in definition.encoder.tensors())

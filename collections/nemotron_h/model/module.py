@@ -34,12 +34,14 @@ from nemotron_h.model.layers import plain_stack_spec, stack_spec
 from nemotron_h.model.megatron_layers import AccumulatingEmbedding, CpuColumnParallelLinear
 from nemotron_h.model.step import TokenLoss, data_step, forward_step
 from nemotron_h.model.stored_names import ask_for, other_names
+from nemotron_h.model.vision import Images
 from nemotron_h.ops.activation import squared_relu
 from nemotron_h.ops.cross_entropy import chunked_cross_entropy, mask_padding, vocabulary_cross_entropy
 from nemotron_h.ops.rotary import rotary_frequencies
 from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import MODEL, nemo_fields
 from nemotron_h.schema.recipe import AdapterSchema
+from nemotron_h.schema.vision import ProjectorSchema, VisionSchema
 
 #: key of Transformer Engine's state of a layer, or of one of many matrices of a layer
 _EXTRA = re.compile(r"_extra_state\d*$")
@@ -74,6 +76,10 @@ class NemotronHMegatronModel(MegatronMambaModel):
         if self.post_process and config.use_cpu_initialization:
             # megatron-core builds this layer itself; the class adds no state, only how it multiplies
             self.output_layer.__class__ = CpuColumnParallelLinear
+        self._images: Images | None = None
+        if self.pre_process and definition.encoder:
+            images = Images(self, kwargs["mamba_stack_spec"].submodules)
+            self.vision, self.projector, self._images = images.vision, images.projector, images
         if self.pre_process and config.gradient_accumulation_fusion:
             self.embedding.word_embeddings.__class__ = AccumulatingEmbedding
         self._register_load_state_dict_pre_hook(self._expect_no_extra_state)
@@ -126,6 +132,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
         labels: Tensor | None = None,
         seq_idx: Tensor | None = None,
         loss_count: Tensor | None = None,
+        tiles: Tensor | None = None,
+        image_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """Embed, run the stack, and score.
@@ -139,13 +147,15 @@ class NemotronHMegatronModel(MegatronMambaModel):
             labels: int [batch, sequence], or None for logits.
             seq_idx: int32 [batch, sequence], the document of each token of whole rows, or None.
             loss_count: tokens or pairs of the batch that the loss counts, int64: they weigh the balance of experts.
+            tiles: uint8 [tiles, 3, pixels, pixels] of all rows' images, in the order of their places; None is none.
+            image_mask: bool [batch, sequence], the places of image tokens in whole rows; None is none.
         Returns:
             losses [batch, sequence] with labels, logits [batch, sequence, vocabulary shard] without, hidden states
             [sequence, batch, hidden] on a pipeline stage that is not the last.
         """
         if attention_mask is not None:
             raise ValueError("Nemotron-H derives its attention mask from seq_idx; pass attention_mask=None")
-        hidden = self.hidden_states(input_ids, position_ids, seq_idx, loss_count)
+        hidden = self.hidden_states(input_ids, position_ids, seq_idx, loss_count, tiles, image_mask)
         if not self.post_process:
             return hidden
         if labels is not None and self.config.recompute_logits == "chunks":
@@ -186,12 +196,20 @@ class NemotronHMegatronModel(MegatronMambaModel):
         return hidden.flatten(0, 1)
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None, loss_count: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        loss_count: Tensor | None = None,
+        tiles: Tensor | None = None,
+        image_mask: Tensor | None = None,
     ) -> Tensor:
         """Return [sequence, batch, hidden] after this stage's layers, on the last stage what the output layer takes."""
         embedded = None
         if self.pre_process:
             embedded = scaled(self.embedding(input_ids=input_ids, position_ids=position_ids), self.scales.embedding)
+            if self._images:
+                embedded = self._images.place(embedded, tiles, image_mask)
         if embedded is not None and not embedded.requires_grad and self.training and torch.is_grad_enabled():
             # with a frozen embedding nothing else asks for the gradient of a recomputed layer, or of a first stage
             embedded.requires_grad_()
@@ -230,6 +248,8 @@ class NemotronHMegatronModel(MegatronMambaModel):
             name = "embedding" if config.share_embeddings_and_output_weights else "output_layer"
             init.fill(self.output_layer.weight, name, weight, axis=0, **shard)
         self.decoder.initialize(InitialWeights(weight, residual, shard))
+        if self._images:
+            self._images.initialize(std, shard)
 
 
 @dataclass
@@ -246,6 +266,7 @@ class NemotronHConfig(SSMConfig):
         balance_loss, bias_update: as the recipe's `experts`.
         mamba_norm: an RMSNorm follows the gate of each mixer.
         multipliers: factors of activations, stated or by a rule.
+        vision, projector: as in `ModelDefinition`.
         rope_scaling_factor, ..., rope_original_length: as in `ModelDefinition`.
         init_seed: seed of the initial weights.
         fp8_emulation: the FP8 recipe that the layers emulate (`nemotron_h.precision.emulation`), or None.
@@ -275,6 +296,8 @@ class NemotronHConfig(SSMConfig):
     bias_update: float = 1e-3
     mamba_norm: bool = True
     multipliers: MultipliersSchema = field(default_factory=MultipliersSchema)
+    vision: VisionSchema | None = None
+    projector: ProjectorSchema | None = None
     rope_scaling_factor: float = 0.0
     rope_low_freq_factor: float = 0.0
     rope_high_freq_factor: float = 0.0
@@ -289,6 +312,7 @@ class NemotronHConfig(SSMConfig):
     recompute_experts: str = "none"
     recompute_linear: str = "none"
     recompute_logits: str = "none"
+    recompute_vision: str = "none"
     adapter: AdapterSchema | None = None
     frozen: list[str] = field(default_factory=list)
 

@@ -18,6 +18,8 @@ _OF_TOKENS = ("tokens", "position_ids", "labels", "loss_mask", "teacher_values",
 def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str, Any]:
     """Take the next micro-batch and keep what this pipeline stage and context-parallel rank need.
 
+    Tiles of images and the mask of their places stay whole.
+
     Args:
         last_stage: keys that the loss of a training stage reads, beside labels and their mask.
     """
@@ -26,7 +28,7 @@ def data_step(dataloader_iter: Any, last_stage: Iterable[str] = ()) -> dict[str,
         batch = batch[0]
     needed = {"seq_idx"}
     if parallel_state.is_pipeline_first_stage():
-        needed |= {"tokens", "position_ids"}
+        needed |= {"tokens", "position_ids", "tiles", "image_mask"}
     if parallel_state.is_pipeline_last_stage():
         needed |= {"labels", "loss_mask", *last_stage}
     moved = {key: value.cuda(non_blocking=True) if key in needed else None for key, value in batch.items()}
@@ -47,6 +49,8 @@ def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         labels=batch.get("labels"),
         seq_idx=batch.get("seq_idx"),
         loss_count=batch.get("loss_count"),
+        tiles=batch.get("tiles"),
+        image_mask=batch.get("image_mask"),
     )
 
 

@@ -119,8 +119,8 @@ def _show_model(plan: Plan, console: Console) -> None:
         flops = sum(tile.flops_per_tile(frozen=plan.layout.untrained).values()) / 1e9
         console.print(
             f"a tile of {tile.widths.image_size} x {tile.widths.image_size} is {tile.tokens_per_tile:,} tokens and "
-            f"{flops:,.1f} GFLOP before the language model; planned with {tile.tiles(seq):,} tiles a sequence, the most "
-            "that it holds",
+            f"{flops:,.1f} GFLOP before the language model; planned with {tile.tiles(seq):,} tiles a sequence, the "
+            "most that it holds",
             soft_wrap=True,
             highlight=False,
         )

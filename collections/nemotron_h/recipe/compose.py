@@ -128,8 +128,8 @@ def compose(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = 
         name_or_path: a shipped recipe (`nemotron_h_tiny/pretrain`, or `nemotron_h_tiny` for its pretraining), or the
             path of a YAML file.
         overrides: `optim.peak_lr=3e-4` sets a value, `optim.peak_lr*=2` changes it, `model=nemotron_h_8b` exchanges a
-            part by name, `vision=internvit_300m` adds one. A recipe or an override may also give `model` as a path (see `checkpoint.definition`): a
-            pruned child's checkpoint, or a YAML file.
+            part by name, `vision=internvit_300m` adds one. A recipe or an override may also give `model` as a path (see
+            `checkpoint.definition`): a pruned child's checkpoint, or a YAML file.
         trains: False takes models too that can be planned and not trained.
     Returns:
         the recipe with every value set, checked by `check`. Its `sources` are those of the values that stand, its

@@ -14,6 +14,7 @@ from nemotron_h.schema.recipe import (
     PairLossSchema,
     RecomputeSchema,
 )
+from nemotron_h.schema.vision import ProjectorSchema, VisionSchema
 
 _RENAMED = {
     "name": "definition_name",
@@ -58,6 +59,8 @@ SAME = {
     **{f"model.config.{each.name}": f"experts.{each.name}" for each in fields(ExpertsSchema)},
     **{f"model.config.recompute_{each.name}": f"recompute.{each.name}" for each in fields(RecomputeSchema)},
     **{f"model.config.multipliers.{each.name}": f"model.multipliers.{each.name}" for each in fields(MultipliersSchema)},
+    **{f"model.config.vision.{each.name}": f"model.vision.{each.name}" for each in fields(VisionSchema)},
+    **{f"model.config.projector.{each.name}": f"model.projector.{each.name}" for each in fields(ProjectorSchema)},
     **{f"model.config.adapter.{each.name}": f"adapter.{each.name}" for each in fields(AdapterSchema)},
     **{f"model.config.{each.name}": f"distill.{each.name}" for each in fields(DistillSchema)},
     **{f"model.config.{each.name}": f"preference.{each.name}" for each in fields(PairLossSchema)},

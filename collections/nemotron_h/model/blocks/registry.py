@@ -11,6 +11,8 @@ from nemotron_h.model.blocks.mamba import RunningMamba
 from nemotron_h.model.blocks.parallel import RunningParallel
 from nemotron_h.model.blocks.running import Running
 from nemotron_h.model.blocks.swiglu import RunningSwiGLU
+from nemotron_h.model.blocks.vision_attention import RunningVisionAttention
+from nemotron_h.model.blocks.vision_ffn import RunningVisionFFN
 
 #: letter in a pattern -> how it runs
 RUNNING: dict[str, type[Running]] = {
@@ -24,6 +26,10 @@ RUNNING: dict[str, type[Running]] = {
         RunningExperts,
         RunningLinear,
     )
+}
+#: the same of an image encoder's layers
+VISION_RUNNING: dict[str, type[Running]] = {
+    running.kind.letter: running for running in (RunningVisionAttention, RunningVisionFFN)
 }
 
 

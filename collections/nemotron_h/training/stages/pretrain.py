@@ -15,7 +15,6 @@ from nemotron_h.data.feed.datamodule import BlendDataModule
 from nemotron_h.data.phases import Horizon
 from nemotron_h.model.module import NemotronHConfig, NemotronHModel
 from nemotron_h.precision.plugins import plugin
-from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.nemo_names import nemo_fields, recompute_fields
 from nemotron_h.schema.recipe import EXPONENTIAL, ExpertsSchema, ModelSchema, RecipeConfig, RecomputeSchema
 from nemotron_h.training import settings
@@ -52,7 +51,7 @@ def model_config(
     """
     return run.Config(
         NemotronHConfig,
-        **{**nemo_fields(model), "multipliers": run.Config(MultipliersSchema, **dataclasses.asdict(model.multipliers))},
+        **{**nemo_fields(model), **_nested(model)},
         num_layers=len(model.pattern),
         seq_length=seq_length,
         init_seed=init_seed,
@@ -60,6 +59,12 @@ def model_config(
         **recompute_fields(recompute or RecomputeSchema()),
         **dataclasses.asdict(experts or ExpertsSchema()),
     )
+
+
+def _nested(model: ModelSchema) -> dict[str, Any]:
+    """Return the keys of a model that have keys of their own, as parts of the graph."""
+    parts = {key: getattr(model, key) for key in ("multipliers", "vision", "projector")}
+    return {key: part and run.Config(type(part), **dataclasses.asdict(part)) for key, part in parts.items()}
 
 
 def build(recipe: RecipeConfig) -> run.Partial:
