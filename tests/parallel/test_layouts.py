@@ -24,15 +24,16 @@ EXPERTS = tuple(f"experts-{layout}" for layout in ("ep2", "dp2", "tp2sp", "pp2",
 EXPERT_ADAPTERS = tuple(
     f"experts{layout}" for layout in ("lora-ep2", "lora-dp2opt", "lora-tp2spep2again", "dora-ep2opt", "dora-tp2sp")
 )
+VISION = ("vision-tp2", "vision-tp2spagain", "vision-pp2")
 LINEAR = ("linear-tp2spagain", "lineardora-tp2sp")
 #: of these, those whose states are sharded
 SHARED_ADAPTERS = tuple(name for name in EXPERT_ADAPTERS if name.endswith("opt"))
-KINDS = ("mamba2", "preference", "lora", "dora", "expertslora", "expertsdora", "linear", "lineardora")
+KINDS = ("mamba2", "preference", "lora", "dora", "expertslora", "expertsdora", "linear", "lineardora", "vision")
 FOUR_RANKS = ("tp2pp2", "tp2dp2opt")
 #: sequences that ranks split; with four, two of them share each group of Mamba-2, and keys and values
 CONTEXT = (
     *("cp2again", "packed-cp2", "packed-cp2sum", "preference-cp2", "lora-cp2", "llama-cp2again", "falcon_h1-cp2"),
-    *("experts-cp2", "experts-cp2ep2opt"),
+    *("experts-cp2", "experts-cp2ep2opt", "vision-cp2again"),
 )
 CONTEXT_OF_FOUR = ("packed-cp4", "packed-cp2tp2", "cp2tp2sp", "cp2pp2", "packed-dp2cp2sum", "padded-cp4")
 MUON = (
@@ -81,6 +82,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
                 *EXPERTS,
                 *EXPERT_ADAPTERS,
                 *LINEAR,
+                *VISION,
                 *MUON,
                 *CONTEXT,
             ),
@@ -98,14 +100,15 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "name",
     [
-        *("oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *LLAMA, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR),
+        *("oneopt", *TWO_RANKS, *PURE, *PAIRS, *ADAPTED, *FALCON, *LLAMA, *EXPERTS, *EXPERT_ADAPTERS, *LINEAR, *VISION),
         *FOUR_RANKS,
     ],
 )
 def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
     family = name.partition("-")[0] + "-" if "-" in name else ""
     one, other = results[f"{family}one"], results[name]
-    assert torch.tensor(other["losses"]) == pytest.approx(torch.tensor(one["losses"]), rel=1e-4)
+    close = 1e-5 if name in VISION else 1e-4
+    assert torch.tensor(other["losses"]) == pytest.approx(torch.tensor(one["losses"]), rel=close)
     assert one["losses"][0] != one["losses"][2], "the model did not train"
     for kind in ("gradients", "weights"):
         if not other[kind]:  # the distributed optimizer keeps each rank's share of the gradients only
@@ -114,7 +117,7 @@ def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
         for key, value in one[kind].items():
             assert not torch.isnan(other[kind][key]).any(), f"{kind} {key} has parts that no rank holds"
             # branches are summed in another order than by one rank: Adam makes steps of gradients that round to about 0
-            least = 1e-3 if (family, kind) == ("falcon_h1-", "weights") else 1e-4
+            least = 1e-3 if (family, kind) == ("falcon_h1-", "weights") else close
             assert relative(other[kind][key], value) < least, f"{kind} {key}"
 
 

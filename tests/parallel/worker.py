@@ -4,7 +4,7 @@ Run by `test_layouts.py` through torchrun: `worker.py OUT LAYOUT...` with layout
 or `mamba2-tp2` and `transformer-pp2` for the pure patterns; `tp2spagain` computes layers and logits again in the
 backward pass; `cp2` splits sequences, `packed-cp2` those of several documents of which not every token counts;
 `preference-tp2` learns from packed pairs of answers, `lora-tp2` and `dora-tp2` train adapters; `tp2optmuon` trains the
-layers' matrices with Muon.
+layers' matrices with Muon; `vision-tp2` reads images.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from nemotron_h.planning.layouts import exchanged_bytes  # noqa: E402
 from nemotron_h.planning.memory import stage_memory  # noqa: E402
 from nemotron_h.schema.multipliers import MultipliersSchema  # noqa: E402
 from nemotron_h.schema.recipe import AdapterSchema  # noqa: E402
+from nemotron_h.schema.vision import ProjectorSchema, VisionSchema  # noqa: E402
 from nemotron_h.training import muon, muon_parts  # noqa: E402
 from nemotron_h.training.callbacks.expert_load import balance  # noqa: E402
 from nemotron_h.training.qk_clip import largest_logit, of_attentions  # noqa: E402
@@ -108,6 +109,11 @@ FAMILIES = {
         "hybrid_override_pattern": "M-ML*-L",
         "overrides": {1: {"ffn_hidden_size": 48}, 2: {"mamba_num_heads": 4}, 4: {"num_attention_heads": 8}},
     },
+    "vision": {
+        "hybrid_override_pattern": "M-M*-",
+        "vision": VisionSchema("small", 2, 24, 40, 4, 16, 4, qkv_bias=True, qk_norm=True, init_std=0.2),
+        "projector": ProjectorSchema(),
+    },
     # two stages: one without experts
     "experts": {
         "hybrid_override_pattern": "M*EE",
@@ -131,6 +137,7 @@ TARGETS_OF_EXPERTS = [
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation", "recompute_experts": "layer"}
 RECOMPUTE |= {"recompute_linear": "layer", "recompute_logits": "chunks"}
+RECOMPUTE |= {"recompute_linear": "layer", "recompute_vision": "layer"}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 #: of attention logits with Muon: some groups of a step are over it
 LIMIT = 4.0
@@ -183,6 +190,18 @@ def windows(step: int) -> list[dict[str, torch.Tensor]]:
         {"tokens": ids[:, :-1], "position_ids": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": ones}
         for ids in batches(step).split(1)
     ]
+
+
+def images(step: int) -> list[dict[str, torch.Tensor]]:
+    """`windows` with tiles of four tokens: at the ends of a row, over the edge of ranks; and a row of text."""
+    rng, made = torch.Generator().manual_seed(step), windows(step)
+    for batch, starts in zip(made, ((3, 18), (), (0, 4, 36), (30,)), strict=True):
+        places = torch.zeros(1, LENGTH, dtype=torch.bool)
+        for start in starts:
+            places[:, start : start + 4] = True
+        batch["image_mask"] = places
+        batch["tiles"] = torch.randint(256, (len(starts), 3, 16, 16), generator=rng).byte()
+    return made
 
 
 def assemble(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -393,7 +412,7 @@ def train(name: str) -> dict[str, object]:
     if family != "preference":
         reduction = TokenLoss(config.calculate_per_token_loss)
     for step in range(STEPS):
-        whole = {"preference": pairs, "packed": documents}.get(family, windows)(step)
+        whole = {"preference": pairs, "packed": documents, "vision": images}.get(family, windows)(step)
         mine = whole[rank * BATCH // size : (rank + 1) * BATCH // size]
         model.zero_grad_buffer()
         optimizer.zero_grad()
