@@ -14,6 +14,7 @@ from nemotron_h.core.progress import StageProgress
 
 if TYPE_CHECKING:
     from nemotron_h.data.tokenizer import Tokenizer
+    from nemotron_h.schema.vision import VisionSchema
 
 export_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 import_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -205,6 +206,79 @@ def import_hf(
         typer.echo(f"outlying embedding rows, {then}: {outliers.described(token_of(source.tokenizer))}", err=True)
     parameters = f"{source.definition.parameters:,} parameters"
     typer.echo(f"{out}: {source.definition.name}, {parameters} in {str(source.dtype).removeprefix('torch.')}")
+
+
+@import_app.command("vision")
+def import_vision(
+    checkpoint: CheckpointArgument,
+    vision: Annotated[
+        str,
+        typer.Argument(
+            metavar="VISION",
+            help="Folder of an InternViT, hub:organisation/name@revision to download one, or an encoder of "
+            "configs/vision that begins anew: internvit_tiny.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The checkpoint folder to write; must not exist.")],
+    projector: Annotated[
+        int | None, typer.Option(help="Inner width of the projector.", show_default="the language model's FFN")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model definition.", show_default="the language model's, and _vlm")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the weights that begin anew: the projector's.")] = 1234,
+) -> None:
+    """Put an image encoder in front of a language model: a checkpoint that training with images begins from.
+
+    nemotron-h import vision runs/nemotron_h_8b_sft hub:OpenGVLab/InternViT-300M-448px-V2_5@main vlm_8b
+    """
+    from nemotron_h.checkpoint.reader import find_checkpoint
+    from nemotron_h.core import hub
+    from nemotron_h.export import vision_import
+    from nemotron_h.export.folder import check_new
+    from nemotron_h.schema.vision import ProjectorSchema
+
+    check_new(out)
+    checkpoint = find_checkpoint(checkpoint)
+    origin = None
+    if hub.is_hub(vision):
+        from nemotron_h.export.hub_import import download
+
+        repository = hub.parse(vision, "import vision")
+        found, commit = download(repository, typer.echo)
+        origin = f"{repository.name}@{commit}"
+    else:
+        found = _encoder(vision)
+    part = ProjectorSchema(projector or 0)
+    composition = vision_import.plan(checkpoint, found, part, name, origin)
+    with progress("composing", composition.size) as bar:
+        vision_import.write(composition, out, seed, bar.advance)
+    d = composition.definition
+    typer.echo(
+        f"{out}: {d.name}, {d.parameters:,} parameters of {checkpoint}, {d.encoder.parameters:,} of the encoder "
+        f"{d.vision.name}{'' if composition.vision else ' (new)'}, {d.encoder.projector.parameters:,} of a new "
+        "projector"
+    )
+
+
+def _encoder(vision: str) -> Path | VisionSchema:
+    """Return an encoder's folder, or the widths of a shipped one.
+
+    Errors:
+        UserError: it is neither.
+    """
+    from nemotron_h.core.strict import nearest
+    from nemotron_h.recipe.compose import known_encoders, read_encoder
+
+    if Path(vision).is_dir():
+        return Path(vision)
+    known = known_encoders()
+    if vision not in known:
+        raise UserError(
+            f"there is no folder {vision}, and no encoder of that name",
+            hint=f"{nearest(vision, known)}Known: {', '.join(known)}.",
+        )
+    return read_encoder(vision)
 
 
 def merge_adapter(

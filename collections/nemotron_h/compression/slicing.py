@@ -6,7 +6,6 @@ with the dropped layers and channels masked (`forward`).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -20,14 +19,14 @@ from nemotron_h.architecture.blocks.block import Cut, stays
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.checkpoint.names import Weight, weights
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
-from nemotron_h.checkpoint.writer import TOKENIZER, Advance, finish, size, write_weights
+from nemotron_h.checkpoint.writer import Advance, finish, size, write_weights
 from nemotron_h.compression.child import Child, child_definition
 from nemotron_h.compression.forward import Forward
 from nemotron_h.core.errors import UserError
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
-from nemotron_h.inference import trained_tokenizer
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.trained_tokenizer import inherit_data
 
 #: ours: largest difference of logits between masked parent and child in float32, of the largest logit; 118 layers round
 #: to 1e-5, and a wrong slice is off by the logits themselves
@@ -154,21 +153,6 @@ def write_child(
         )
         check_child(checkpoint, child, folder)
     return definition
-
-
-def inherit_data(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what a child's record tells of its data: its parent's tokenizer, which is copied where the parent holds
-    it, and sequence length.
-
-    Args:
-        checkpoint, record: the parent's.
-        folder: the child's.
-    """
-    data = dict(record.get("data") or {})
-    tokenizer = data.get("tokenizer")
-    if tokenizer and not Path(tokenizer).is_absolute():  # an imported checkpoint holds its own
-        shutil.copytree(checkpoint / tokenizer, folder / TOKENIZER)
-    return {key: data.get(key) for key in (*trained_tokenizer.KEYS, "seq_length")}
 
 
 def child_size(checkpoint: Path, child: Child) -> int:

@@ -13,6 +13,7 @@ from gguf import ExpertGatingFuncType
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.vision import check_text_only
 from nemotron_h.checkpoint.names import Weight, hf_names
 from nemotron_h.core.errors import UserError
 from nemotron_h.export import dense_config, falcon_config
@@ -44,6 +45,7 @@ def values(definition: ModelDefinition, *, seq_length: int, file_type: TensorTyp
     Errors:
         UserError: llama.cpp has no such model: FFNs without attention, or other positions.
     """
+    check_text_only(definition, "GGUF")
     if definition.family == dense_config.FAMILY:
         raise UserError(
             f"model {definition.name} is of family {dense_config.FAMILY}, which is not written as GGUF",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.frozen import LANGUAGE
+from nemotron_h.architecture.vision import PROJECTOR, VISION
 from nemotron_h.checkpoint.definition import check_repairable
 from nemotron_h.checkpoint.embedding_rows import (
     EMBEDDING,
@@ -27,10 +30,12 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.core.files import read_json_object
 from nemotron_h.data.tokenizer import HuggingFaceTokenizer
 from nemotron_h.export import tokenizer as tokenizers
+from nemotron_h.export import vision_config
 from nemotron_h.export.config import definition_name, max_positions_of
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.hf_types import from_config
 from nemotron_h.export.hf_writer import INDEX
+from nemotron_h.export.vision_config import WHOLE_TYPE
 from nemotron_h.inference.trained_tokenizer import identity
 
 SINGLE = "model.safetensors"
@@ -39,7 +44,20 @@ _DTYPES = ("F32", "BF16", "F16")
 _NAMED = 5  # tensors that an error lists
 
 
-class TensorFolder:
+class _Open:
+    """Base of what is open in a `with` block."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+class TensorFolder(_Open):
     """The tensors of a Hugging Face folder, over all of its files.
 
     Args:
@@ -49,8 +67,8 @@ class TensorFolder:
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
-        self._stack = ExitStack()
         self._files: dict[str, Any] = {}
         names = self._file_names()
         missing = [name for name in names if not (folder / name).is_file()]
@@ -91,11 +109,30 @@ class TensorFolder:
         """Return one tensor."""
         return self._files[name].get_tensor(name)
 
-    def __enter__(self) -> TensorFolder:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+class WholeFolder(_Open):
+    """The tensors of a model that reads images, of a folder for each part, under the names of the table of weights.
+
+    Args:
+        folder: as `hf_writer` writes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        parts = {"": LANGUAGE, **{f"{part}.": part for part in (VISION, PROJECTOR)}}
+        opened = {prefix: self._stack.enter_context(TensorFolder(folder / part)) for prefix, part in parts.items()}
+        self._places = {prefix + name: (part, name) for prefix, part in opened.items() for name in part.shapes}
+        self.shapes = {name: part.shapes[own] for name, (part, own) in self._places.items()}
+        self.dtypes = {name: part.dtypes[own] for name, (part, own) in self._places.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+        part, own = self._places[name]
+        return part.read(own)
+
+
+def _opened(folder: Path, definition: ModelDefinition) -> TensorFolder | WholeFolder:
+    return WholeFolder(folder) if definition.encoder else TensorFolder(folder)
 
 
 @dataclass(frozen=True)
@@ -135,18 +172,24 @@ def examine(folder: Path, name: str | None = None) -> Source:
         raise UserError(f"there is no folder {folder}")
     path = folder / "config.json"
     config = read_json_object(path)
-    definition = from_config(config, name or definition_name(folder.absolute().name), str(path))
+    name = name or definition_name(folder.absolute().name)
+    language = folder
+    if config.get("model_type") == WHOLE_TYPE:
+        language = folder / LANGUAGE
+        definition, config = _whole(folder, config, name)
+    else:
+        definition = from_config(config, name, str(path))
     max_positions = max_positions_of(config, str(path))
-    with TensorFolder(folder) as tensors:
+    with _opened(folder, definition) as tensors:
         rows = list(weights(definition))
         expected = {their: shape for row in rows for their, shape in row.theirs.items()}
         if definition.tied_embeddings and HF_HEAD in tensors.shapes:
             embedding = next(iter(rows[0].theirs))
             _compare_ends(folder, tensors, embedding)
             expected[HF_HEAD] = expected[embedding]
-        _compare(folder, tensors, expected)
+        compare(folder, tensors, expected)
         dtype = _dtype(folder, tensors, rows)
-    tokenizer = tokenizers.find(folder)
+    tokenizer = tokenizers.find(language)
     if tokenizer is not None and tokenizer.vocab_size > definition.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} tokens, the model a vocabulary of "
@@ -156,7 +199,28 @@ def examine(folder: Path, name: str | None = None) -> Source:
     return Source(folder, definition, dtype, max_positions, size(definition, dtype), tokenizer)
 
 
-def _compare(folder: Path, tensors: TensorFolder, expected: dict[str, tuple[int, ...]]) -> None:
+def _whole(folder: Path, config: Mapping[str, Any], name: str) -> tuple[ModelDefinition, dict[str, Any]]:
+    """Return the definition of a folder of parts, and the configuration of its language model."""
+    paths = {part: folder / part / "config.json" for part in (LANGUAGE, VISION, PROJECTOR)}
+    configs = {part: read_json_object(path) for part, path in paths.items()}
+    encoder = config.get("encoder") if isinstance(config.get("encoder"), str) else VISION
+    definition = from_config(configs[LANGUAGE], name, str(paths[LANGUAGE]))
+    projector = vision_config.projector_from_config(configs[PROJECTOR], str(paths[PROJECTOR]))
+    if projector.ffn_hidden_size == definition.ffn_hidden_size:
+        projector = replace(projector, ffn_hidden_size=0)  # as a recipe says it
+    vision = vision_config.from_config(configs[VISION], encoder, str(paths[VISION]))
+    definition = replace(definition, vision=vision, projector=projector)
+    definition.validate_structure(str(folder / "config.json"))
+    return definition.counted(), configs[LANGUAGE]
+
+
+def compare(folder: Path, tensors: TensorFolder | WholeFolder, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the tensors of a folder with those of the model that its configuration describes.
+
+    Errors:
+        UserError: some are missing, too many, or of a wrong shape.
+    """
+
     def listed(names: list[str]) -> str:
         return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
 
@@ -176,7 +240,7 @@ def _compare(folder: Path, tensors: TensorFolder, expected: dict[str, tuple[int,
         raise UserError(f"{folder}: {len(wrong)} tensors have a wrong shape: {listed(wrong)}")
 
 
-def _compare_ends(folder: Path, tensors: TensorFolder, embedding: str) -> None:
+def _compare_ends(folder: Path, tensors: TensorFolder | WholeFolder, embedding: str) -> None:
     """Refuse an output matrix beside tied embeddings, unless it is the embedding once more."""
     if not torch.equal(tensors.read(HF_HEAD), tensors.read(embedding)):
         raise UserError(
@@ -185,7 +249,7 @@ def _compare_ends(folder: Path, tensors: TensorFolder, embedding: str) -> None:
         )
 
 
-def _dtype(folder: Path, tensors: TensorFolder, rows: list[Weight]) -> torch.dtype:
+def _dtype(folder: Path, tensors: TensorFolder | WholeFolder, rows: list[Weight]) -> torch.dtype:
     """Return the dtype that holds all weights exactly: bfloat16 where all are, else float32."""
     if unknown := sorted(set(tensors.dtypes.values()) - set(_DTYPES)):
         raise UserError(
@@ -212,7 +276,7 @@ def write(source: Source, out: Path, advance: Advance = lambda _: None, repair_e
     """
     check_repairable(repair_embeddings and source.definition.tied_embeddings, "--repair-embeddings")
     theirs_of = {next(iter(row.ours)): next(iter(row.theirs)) for row in weights(source.definition)}
-    with new_folder(out, source.size) as folder, TensorFolder(source.folder) as tensors:
+    with new_folder(out, source.size) as folder, _opened(source.folder, source.definition) as tensors:
         outliers = Outliers({}, 0.0)
 
         def read(row: Weight) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.export import config as nemotron_h
 from nemotron_h.export import dense_config as dense
 from nemotron_h.export import falcon_config as falcon_h1
+from nemotron_h.export import vision_config
 
 #: `model_type` of config.json -> to_config, from_config, check_expressible
 TYPES: dict[str, ModuleType] = {
@@ -47,6 +48,11 @@ def from_config(config: Mapping[str, Any], name: str, origin: str) -> ModelDefin
         UserError: of no type that is read, or as the type's.
     """
     found = config.get("model_type")
+    if found in vision_config.TYPES:
+        raise UserError(
+            f"{origin}: it is an image encoder ({found}), which is no model alone",
+            hint="put it in front of a language model: nemotron-h import vision CHECKPOINT DIR OUT",
+        )
     if found not in TYPES:
         *others, last = TYPES
         raise UserError(

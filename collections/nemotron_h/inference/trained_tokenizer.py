@@ -7,10 +7,13 @@ tokenizer, and between a tokenizer and its copy with another chat template; what
 from __future__ import annotations
 
 import contextlib
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_h.checkpoint.reader import read_record
+from nemotron_h.checkpoint.writer import TOKENIZER
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import MAX_PADDING, Tokenizer, fingerprint, load_tokenizer
 
@@ -25,6 +28,21 @@ KEYS = ("tokenizer", _FILES, _IDS)
 def identity(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the hashes by which a record tells a tokenizer: of its files, and of its tokens in the order of ids."""
     return {_FILES: tokenizer.fingerprint(), _IDS: tokenizer.ids_sha256()}
+
+
+def inherit_data(checkpoint: Path, record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what a child's record tells of its data: its parent's tokenizer, which is copied where the parent holds
+    it, and sequence length.
+
+    Args:
+        checkpoint, record: the parent's.
+        folder: the child's.
+    """
+    data = dict(record.get("data") or {})
+    tokenizer = data.get("tokenizer")
+    if tokenizer and not Path(tokenizer).is_absolute():  # an imported checkpoint holds its own
+        shutil.copytree(checkpoint / tokenizer, folder / TOKENIZER)
+    return {key: data.get(key) for key in (*KEYS, "seq_length")}
 
 
 def tokenizer_for(record: dict[str, Any], checkpoint: Path, named: Path | None, vocab_size: int) -> Tokenizer:

@@ -249,7 +249,7 @@ class NemotronHMegatronModel(MegatronMambaModel):
             init.fill(self.output_layer.weight, name, weight, axis=0, **shard)
         self.decoder.initialize(InitialWeights(weight, residual, shard))
         if self._images:
-            self._images.initialize(std, shard)
+            self._images.initialize(config.definition(), shard)
 
 
 @dataclass

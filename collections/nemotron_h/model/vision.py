@@ -9,9 +9,10 @@ rank, b rows, w positions of whole rows, h hidden size of the language model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -19,11 +20,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
-from nemotron_h.architecture.vision import CHANNELS, Encoder
+from nemotron_h.architecture.definition import ModelDefinition
+from nemotron_h.architecture.vision import CHANNELS, PROJECTOR, VISION, Encoder
 from nemotron_h.model import init
 from nemotron_h.model.blocks.registry import VISION_RUNNING
-from nemotron_h.model.blocks.running import InitialWeights, Parts, Surroundings
+from nemotron_h.model.blocks.running import Parts, Surroundings
 from nemotron_h.model.context_parallel import own_tokens
+from nemotron_h.model.vision_init import AXES, distribution
 from nemotron_h.model.vision_layers import ProjectorLayer, encoder_config, parameter
 from nemotron_h.ops.tiles import patches, pixel_shuffle
 
@@ -53,18 +56,6 @@ class VisionEncoder(MegatronModule):
             )
             for number, running in enumerate(self.running)
         )
-
-    def initialize(self, shard: dict[str, int]) -> None:
-        """Set the initial weights; `shard` as of `InitialWeights`."""
-        widths = self.encoder.widths
-        weight = init.normal(widths.init_std)
-        weights = InitialWeights(weight, init.normal(widths.init_std / len(self.layers) ** 0.5), shard)
-        for name in ("patch_embedding.weight", "class_token", "position_embedding"):
-            init.fill(self.get_parameter(name), f"vision.{name}", weight, shard["seed"])
-        self.patch_embedding.bias.data.zero_()
-        for number, (layer, running) in enumerate(zip(self.layers, self.running, strict=True)):
-            layer.layer_scale.data.fill_(widths.layer_scale)
-            running.initialize(layer, f"vision.layers.{number}", weights)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Return the patches of tiles, uint8 [n, 3, pixels, pixels], as [n, image tokens of a tile, 4 c]."""
@@ -110,7 +101,7 @@ def embedded_patches(
         class_token, position_embedding: [1, 1, c] and [1, l, c].
     """
     pixels = patches(tiles, weight.shape[-1], weight.dtype)  # [n, l - 1, 3 p p]
-    embedded = torch.nn.functional.linear(pixels, weight.flatten(1), bias)
+    embedded = F.linear(pixels, weight.flatten(1), bias)
     return torch.cat([class_token.expand(len(tiles), -1, -1), embedded], dim=1) + position_embedding
 
 
@@ -136,12 +127,13 @@ class Images:
         for part in (self.vision, self.projector):
             yield from (each for each in part.parameters() if each.requires_grad)
 
-    def initialize(self, std: float, shard: dict[str, int]) -> None:
-        """Set the initial weights; `std` is the language model's, of the projector."""
-        self.vision.initialize(shard)
-        up, down = self.projector.linear_fc1.weight, self.projector.linear_fc2.weight
-        init.fill(up, "projector.linear_fc1", init.normal(std), axis=0, **shard)
-        init.fill(down, "projector.linear_fc2", init.normal(std), axis=1, **shard)
+    def initialize(self, definition: ModelDefinition, shard: Mapping[str, int]) -> None:
+        """Set the initial weights; `shard` as of `InitialWeights`."""
+        for part, module in ((VISION, self.vision), (PROJECTOR, self.projector)):
+            for inside, each in module.named_parameters():
+                axis = next((axis for end, axis in AXES.items() if inside.endswith(end)), None)
+                own = {**shard, "axis": axis} if axis is not None else {"seed": shard["seed"]}
+                init.fill(each, f"{part}.{inside}", distribution(f"{part}.{inside}", definition), **own)
 
     def tokens(self, tiles: Tensor) -> Tensor:
         """Return the image tokens [t, h] of tiles, uint8 [n, 3, pixels, pixels], one tile's behind the other's."""

@@ -33,6 +33,7 @@ from nemotron_h.recipe.checks import check
 from nemotron_h.recipe.former_keys import FORMER, read_former, without_dropped
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
 from nemotron_h.schema.recipe import ExpectSchema, RecipeConfig
+from nemotron_h.schema.vision import VisionSchema
 
 SCHEMA_DEFAULT = "schema default"
 OVERRIDE = "override"
@@ -61,6 +62,21 @@ def known_recipes(stage: str = "*") -> list[str]:
     return sorted(
         name for name in names if not name.startswith(("base/", "sweeps/")) and stage in ("*", stage_of(name))
     )
+
+
+def known_encoders() -> list[str]:
+    """Return the image encoders of `configs/vision`."""
+    return sorted(file.stem for file in (configs_dir() / "vision").glob("*.yaml"))
+
+
+def _encoder_file(name: str) -> Path:
+    return configs_dir() / "vision" / f"{name}.yaml"
+
+
+def read_encoder(name: str) -> VisionSchema:
+    """Return an image encoder of `known_encoders`."""
+    file = _encoder_file(name)
+    return typed(VisionSchema, as_config(parse_yaml(read_bounded(file), str(file)), str(file)).vision, str(file))
 
 
 def stage_of(recipe: str) -> str:
@@ -383,10 +399,9 @@ def _add(composed: DictConfig, part: str, origin: str) -> Layer:
     Errors:
         UserError: there is no such encoder.
     """
-    name, folder = part.removeprefix(_ADDED), configs_dir() / "vision"
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
-    check_one_of("vision", name, known, f"{origin}: ")
-    file = folder / f"{name}.yaml"
+    name = part.removeprefix(_ADDED)
+    check_one_of("vision", name, known_encoders(), f"{origin}: ")
+    file = _encoder_file(name)
     OmegaConf.set_struct(composed, False)
     composed.model = OmegaConf.merge(composed.model, as_config(parse_yaml(read_bounded(file), str(file)), str(file)))
     return Layer(file, "model")

@@ -24,10 +24,11 @@ from nemotron_h.compression.heads.alignment import aligned_definition
 from nemotron_h.compression.heads.fusion import Alignments, PooledLayers
 from nemotron_h.compression.heads.training import TrainedLayer
 from nemotron_h.compression.puzzle.local import Piece, Replaced, own_layer
-from nemotron_h.compression.slicing import Masked, check_written, inherit_data, rounded
+from nemotron_h.compression.slicing import Masked, check_written, rounded
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
 from nemotron_h.inference.model import load_model
+from nemotron_h.inference.trained_tokenizer import inherit_data
 
 
 def write_aligned(

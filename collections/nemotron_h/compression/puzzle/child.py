@@ -20,10 +20,11 @@ from nemotron_h.checkpoint.writer import finish, size, write_weights
 from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.puzzle.context import Context, Picks, Refined
 from nemotron_h.compression.puzzle.local import Replaced
-from nemotron_h.compression.slicing import check_written, inherit_data, rounded
+from nemotron_h.compression.slicing import check_written, rounded
 from nemotron_h.export.folder import new_folder
 from nemotron_h.export.source import ModelSource
 from nemotron_h.inference.model import load_model
+from nemotron_h.inference.trained_tokenizer import inherit_data
 
 
 def write_child(

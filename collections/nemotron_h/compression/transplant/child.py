@@ -20,10 +20,11 @@ from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.checkpoint.writer import Advance, Read, finish, size, write_weights
 from nemotron_h.compression.forward import Forward
 from nemotron_h.compression.puzzle.local import Replaced, own_layer
-from nemotron_h.compression.slicing import check_written, inherit_data, rounded
+from nemotron_h.compression.slicing import check_written, rounded
 from nemotron_h.compression.transplant.mixers import Error, Mixers
 from nemotron_h.export.folder import new_folder
 from nemotron_h.inference.model import load_model
+from nemotron_h.inference.trained_tokenizer import inherit_data
 
 #: where weights come from that are no attention's
 SAMPLED = "sampled"

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemotron_h.architecture.blocks.vision_attention import VisionAttention
-from nemotron_h.model import init
-from nemotron_h.model.blocks.running import InitialWeights, Masks, Parts, Rotary, Running, Surroundings, Watch
+from nemotron_h.model.blocks.running import Masks, Parts, Rotary, Running, Surroundings, Watch
 from nemotron_h.ops.select import Ops
 
 if TYPE_CHECKING:
@@ -35,11 +34,6 @@ class RunningVisionAttention(Running):
         return ModuleSpec(
             module=VisionAttentionLayer, submodules=parts, params={"block": self.block, "epsilon": self.epsilon}
         )
-
-    def initialize(self, layer: Any, name: str, weights: InitialWeights) -> None:
-        """Set both matrices; biases begin at 0, norms at 1."""
-        init.fill(layer.linear_qkv.weight, f"{name}.linear_qkv", weights.weight, axis=0, **weights.shard)
-        init.fill(layer.linear_proj.weight, f"{name}.linear_proj", weights.residual, axis=1, **weights.shard)
 
     def forward(self, layer: Any, hidden: Tensor, around: Surroundings) -> Tensor:
         """Return the layer's output [l, n, c]."""
