@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused(run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError) as error:
             invoke("import", "vision", run, folder, tmp_path / "out")
         assert words in str(error.value)
-    with pytest.raises(UserError, match=r"it is an image encoder .*nemotron-h import vision CHECKPOINT DIR OUT"):
+    with pytest.raises(UserError, match=r"(?s)it is an image encoder .*nemotron-h import vision CHECKPOINT DIR OUT"):
         invoke("import", "hf", folder, tmp_path / "out")
     with pytest.raises(UserError, match=r"(?s)no encoder of that name.*Did you mean internvit_tiny"):
         invoke("import", "vision", run, "internvit_tin", tmp_path / "out")

@@ -11,6 +11,7 @@ from nemotron_h.inference.prefill import prefill
 from nemotron_h.inference.sampling import Sampling
 from nemotron_h.inference.speculative import SpeculativeWriter
 from nemotron_h.inference.thought import ThoughtBudget
+from nemotron_h.inference.vision import Placed, check_places
 from nemotron_h.inference.writer import Writer
 
 
@@ -27,6 +28,7 @@ class Generation:
         draft: writes several tokens per pass where it drafts them right, by the same distribution; None writes one.
         budget: ends thoughts; None lets them go on.
         graph: see `Recorded`.
+        images: of each prompt, or None; None is none at all.
 
     Attributes:
         stopped_by: by row, the stop token that ended it, or None.
@@ -48,11 +50,14 @@ class Generation:
         draft: Draft | None = None,
         budget: ThoughtBudget | None = None,
         graph: bool | None = None,
+        images: Sequence[Placed | None] | None = None,
     ) -> None:
         check_prompts(model, prompts, max_tokens)
         if draft is not None:
             draft.check_vocabulary(model)
         self.model, self.prompts, self.max_tokens, self.graph = model, prompts, max_tokens, graph
+        self.images = images or [None] * len(prompts)
+        check_places(prompts, self.images)
         self.sampling, self.stop_ids = sampling or Sampling(), frozenset(stop_ids)
         self.stopped_by: list[int | None] = [None] * len(prompts)
         self.draft, self.acceptance = draft, Acceptance()
@@ -92,7 +97,7 @@ class Generation:
         prompts, generators = [prompts[i] for i in order], [generators[i] for i in order]
         capacity = len(prompts[0]) + self.max_tokens + (self.draft.tokens + 1 if self.draft else 0)
         states = self.model.new_states(len(prompts), capacity)
-        hidden = prefill(self.model, prompts, states)
+        hidden = prefill(self.model, prompts, states, images=[self.images[i] for i in order])
         chosen = self.model, states, hidden, self.sampling, generators
         options = {"thoughts": [self.thoughts[i] for i in order] if self.thoughts else (), "graph": self.graph}
         if self.draft is None:
@@ -112,11 +117,12 @@ def generate(
     draft: Draft | None = None,
     budget: ThoughtBudget | None = None,
     graph: bool | None = None,
+    images: Sequence[Placed | None] | None = None,
 ) -> list[list[int]]:
     """Return the whole continuation of each prompt; see `Generation`."""
     found: list[list[int]] = [[] for _ in prompts]
     options = {"max_tokens": max_tokens, "sampling": sampling, "stop_ids": stop_ids, "draft": draft, "graph": graph}
-    options["budget"] = budget
+    options |= {"budget": budget, "images": images}
     for items in Generation(model, prompts, **options):
         for continuation, tokens in zip(found, items, strict=True):
             continuation += tokens

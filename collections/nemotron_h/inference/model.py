@@ -97,20 +97,25 @@ class GenerationModel:
         """Return the states before the first token; see `States.empty`."""
         return States.empty(self.running, batch, capacity, self.dtype, self.device)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings [..., hidden] of tokens, int64 [...]."""
+        return F.embedding(tokens.to(self.device), self.embedding)
+
     @torch.inference_mode()
-    def extend(self, tokens: Tensor, states: States, last_only: bool = False) -> Tensor:
+    def extend(self, tokens: Tensor, states: States, last_only: bool = False, embedded: Tensor | None = None) -> Tensor:
         """Read several tokens of every sequence; all sequences must be at one position. Updates `states`.
 
         Args:
             tokens: int64 [batch, length].
             last_only: compute what follows the last state for the last token alone.
+            embedded: [batch, length, hidden] in place of the tokens' embeddings, and overwritten.
         Returns:
             hidden states [batch, length, hidden], for `logits`; [batch, 1, hidden] with `last_only`.
         """
         start = int(states.lengths[0])
         if (states.lengths != start).any():
             raise ValueError("extend: the sequences are at different positions")
-        x = F.embedding(tokens.to(self.device), self.embedding)  # [b, l, h]
+        x = self.embed(tokens) if embedded is None else embedded  # [b, l, h]
         rotary = self.rotary(torch.arange(start, start + tokens.shape[1], device=self.device))
         last_state = max((i for i, state in enumerate(states.layers) if state is not None), default=-1)
         layers = zip(self.running, self.layers, states.layers, strict=True)
@@ -136,7 +141,7 @@ class GenerationModel:
         ragged = bool((states.lengths != longest - 1).any())
         positions = states.positions
         at = Step(positions, positions + 1, longest, ragged, self.rotary(positions))
-        x = F.embedding(tokens.to(self.device), self.embedding)  # [b, h]
+        x = self.embed(tokens)  # [b, h]
         layers = zip(self.running, self.layers, states.layers, strict=True)
         if self.device.type == "cpu" and self.dtype in CPU_STEP_DTYPES:
             if self._cpu_buffers is None or self._cpu_buffers.batch != len(tokens):
@@ -175,7 +180,7 @@ class GenerationModel:
             rotary = cos.unflatten(0, each.shape), sin.unflatten(0, each.shape)  # [b, l, 1, 1, f]
         longest = int(states.lengths.max()) + slot + length
         at = Trial(positions, positions + 1, longest, slot, rotary)
-        x = F.embedding(tokens.to(self.device), self.embedding)  # [b, l, h]
+        x = self.embed(tokens)  # [b, l, h]
         layers = zip(self.running, self.layers, states.layers, window, strict=True)
         for running, weights, state, part in layers:
             x += running.try_tokens(self.ops, weights, self.norm(x, weights.norm), state, part, at)

@@ -8,6 +8,7 @@ import torch
 
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.states import States
+from nemotron_h.inference.vision import Placed
 
 #: ours: tokens of a prefill pass, of all its sequences together. It bounds the memory of activations, and is long
 #: enough for full-speed matmuls
@@ -21,7 +22,11 @@ def pass_tokens(model: GenerationModel) -> int:
 
 
 def prefill(
-    model: GenerationModel, prompts: Sequence[Sequence[int]], states: States, limit: int | None = None
+    model: GenerationModel,
+    prompts: Sequence[Sequence[int]],
+    states: States,
+    limit: int | None = None,
+    images: Sequence[Placed | None] = (),
 ) -> torch.Tensor:
     """Read prompts of any lengths into `states` without padding, in passes of a bounded number of tokens.
 
@@ -32,6 +37,7 @@ def prefill(
         prompts: token ids, at least one each, the longest prompt first.
         states: of sequences at one position.
         limit: most tokens of a pass; None is `pass_tokens(model)`.
+        images: of each prompt, or None; empty is none at all.
     Returns:
         hidden states after each prompt's last token, [batch, hidden].
     """
@@ -44,7 +50,8 @@ def prefill(
     while begin < len(prompts):
         rows = max(1, limit // lengths[begin])
         end = min(begin + rows, len(prompts))
-        _prefill_together(model, prompts[begin:end], states.rows(begin, end), limit // rows, last[begin:end])
+        part = states.rows(begin, end), limit // rows, last[begin:end], images[begin:end]
+        _prefill_together(model, prompts[begin:end], *part)
         begin = end
     return last
 
@@ -67,7 +74,12 @@ def extend_in_passes(
 
 
 def _prefill_together(
-    model: GenerationModel, prompts: Sequence[Sequence[int]], states: States, chunk: int, last: torch.Tensor
+    model: GenerationModel,
+    prompts: Sequence[Sequence[int]],
+    states: States,
+    chunk: int,
+    last: torch.Tensor,
+    images: Sequence[Placed | None],
 ) -> None:
     """Run rows side by side, at most `chunk` tokens of each per pass."""
     lengths = [len(prompt) for prompt in prompts]
@@ -75,7 +87,13 @@ def _prefill_together(
     while rows:
         count = min(chunk, lengths[rows - 1] - done)
         tokens = torch.tensor([list(prompt[done : done + count]) for prompt in prompts[:rows]])  # [rows, count]
-        hidden = model.extend(tokens, states.rows(0, rows), last_only=True)  # [rows, 1, hidden]
+        embedded = None
+        if any(images[:rows]):
+            embedded = model.embed(tokens)
+            for row, placed in zip(embedded, images, strict=False):
+                if placed is not None:
+                    placed.put(row, done)
+        hidden = model.extend(tokens, states.rows(0, rows), last_only=True, embedded=embedded)  # [rows, 1, hidden]
         done += count
         while rows and lengths[rows - 1] == done:
             rows -= 1

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -28,7 +27,7 @@ from nemotron_h.model.blocks.running import Parts, Surroundings
 from nemotron_h.model.context_parallel import own_tokens
 from nemotron_h.model.vision_init import AXES, distribution
 from nemotron_h.model.vision_layers import ProjectorLayer, encoder_config, parameter
-from nemotron_h.ops.tiles import patches, pixel_shuffle
+from nemotron_h.ops.tiles import embedded_patches, pixel_shuffle
 
 
 class VisionEncoder(MegatronModule):
@@ -89,20 +88,6 @@ class VisionEncoder(MegatronModule):
         for number, layer in enumerate(layers):
             state |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
         return state
-
-
-def embedded_patches(
-    tiles: Tensor, weight: Tensor, bias: Tensor, class_token: Tensor, position_embedding: Tensor
-) -> Tensor:
-    """Return class token and patches with their positions, [n, l, c], of tiles, uint8 [n, 3, pixels, pixels].
-
-    Args:
-        weight, bias: of the patch embedding, [c, 3, p, p] and [c].
-        class_token, position_embedding: [1, 1, c] and [1, l, c].
-    """
-    pixels = patches(tiles, weight.shape[-1], weight.dtype)  # [n, l - 1, 3 p p]
-    embedded = F.linear(pixels, weight.flatten(1), bias)
-    return torch.cat([class_token.expand(len(tiles), -1, -1), embedded], dim=1) + position_embedding
 
 
 class Images:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from nemotron_h.architecture.blocks.block import Block, Matrix
 from nemotron_h.model.blocks.running import Parts
 from nemotron_h.ops.activation import squared_relu
+from nemotron_h.ops.norm import plain_norm
 
 
 def encoder_config(config: TransformerConfig) -> TransformerConfig:
@@ -53,14 +54,7 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., size]; same shape and dtype."""
-        return normalised(x, self.weight, self.bias, self.epsilon)
-
-
-def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """Return the LayerNorm of `x` over its last axis, or the RMSNorm where there is no bias."""
-    if bias is None:
-        return F.rms_norm(x, weight.shape, weight, epsilon)
-    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+        return plain_norm(x, self.weight, self.bias, self.epsilon)
 
 
 class HeadsNorm(nn.Module):

@@ -140,3 +140,15 @@ def _check(name: str, y: Tensor, weight: Tensor, group_size: int) -> None:
         raise ValueError(f"{name}: weight must have shape {tuple(y.shape[-1:])}, got {tuple(weight.shape)}")
     if group_size < 1 or y.shape[-1] % group_size:
         raise ValueError(f"{name}: {y.shape[-1]} channels do not divide into groups of {group_size}")
+
+
+def plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Return the LayerNorm of `x` over its last axis, or the RMSNorm where there is no bias, by PyTorch's own kernels.
+
+    Args:
+        x: [..., channels].
+        weight, bias: [channels].
+    """
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.layer_norm(x, weight.shape, weight, bias, eps)

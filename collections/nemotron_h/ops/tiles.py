@@ -1,11 +1,12 @@
 """Image tiles as an encoder takes them, and the patches that become one image token.
 
-Axes: n tiles, p pixels of a patch's side, g patches of a tile's side, c channels.
+Axes: n tiles, p pixels of a patch's side, g patches of a tile's side, l class token and patches, c channels.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: mean and standard deviation of ImageNet's red, green and blue, of values in [0, 1], which InternViT was trained with
@@ -25,6 +26,20 @@ def patches(tiles: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     pixels = ((tiles.to(wide) / 255 - mean) / std).to(dtype)
     grid = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [n, 3, g, p, g, p]
     return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def embedded_patches(
+    tiles: Tensor, weight: Tensor, bias: Tensor, class_token: Tensor, position_embedding: Tensor
+) -> Tensor:
+    """Return class token and patches with their positions, [n, l, c], of tiles, uint8 [n, 3, pixels, pixels].
+
+    Args:
+        weight, bias: of the patch embedding, [c, 3, p, p] and [c].
+        class_token, position_embedding: [1, 1, c] and [1, l, c].
+    """
+    pixels = patches(tiles, weight.shape[-1], weight.dtype)  # [n, l - 1, 3 p p]
+    embedded = F.linear(pixels, weight.flatten(1), bias)
+    return torch.cat([class_token.expand(len(tiles), -1, -1), embedded], dim=1) + position_embedding
 
 
 def pixel_shuffle(x: Tensor) -> Tensor:

@@ -274,8 +274,12 @@ def to_yaml(recipe: Mapping[str, Any]) -> str:
 
 
 def names_model(setting: str) -> bool:
-    """Tell whether a setting exchanges a recipe's model: `model=NAME` of `configs/model`, or a path."""
+    """Tell whether a setting exchanges a recipe's model, `model=NAME` of `configs/model` or a path, or its encoder,
+    `vision=NAME` of `configs/vision`.
+    """
     key, _, value = setting.partition("=")
+    if key == "vision":
+        return value in known_encoders()
     return key == "model" and (is_path(value) or (configs_dir() / "model" / f"{value}.yaml").is_file())
 
 
