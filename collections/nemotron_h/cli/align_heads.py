@@ -83,6 +83,7 @@ def align_heads(
     of_text = {"--seq-length": seq_length, "--seed": seed, "--root": root, "--blend": blend}
     of_training = {"--batch": batch, "--lr": lr}
     _check_options(method, align_only, tokens, multipliers, {"--samples": samples}, of_text, of_training)
+    from nemotron_h.architecture.vision import check_text_only
     from nemotron_h.checkpoint.definition import read_definition
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.compression.heads.alignment import aligned_definition, attention_layers, plain_mean
@@ -96,6 +97,7 @@ def align_heads(
     check_new(out)
     checkpoint = find_checkpoint(checkpoint)
     parent = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    check_text_only(parent, f"checkpoint {checkpoint}")
     layers = attention_layers(parent, kv_heads, f"checkpoint {checkpoint}")
     merged, name = None if align_only else kv_heads, name or definition_name(out.absolute().name)
     aligned_definition(parent, merged, name)

@@ -236,6 +236,7 @@ def import_vision(
     from nemotron_h.core import hub
     from nemotron_h.export import vision_import
     from nemotron_h.export.folder import check_new
+    from nemotron_h.recipe.compose import known_encoders, read_encoder
     from nemotron_h.schema.vision import ProjectorSchema
 
     check_new(out)
@@ -250,7 +251,8 @@ def import_vision(
     else:
         found = _encoder(vision)
     part = ProjectorSchema(projector or 0)
-    composition = vision_import.plan(checkpoint, found, part, name, origin)
+    shipped = map(read_encoder, known_encoders())
+    composition = vision_import.plan(checkpoint, found, part, name, origin, shipped)
     with progress("composing", composition.size) as bar:
         vision_import.write(composition, out, seed, bar.advance)
     d = composition.definition

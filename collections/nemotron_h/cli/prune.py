@@ -45,6 +45,8 @@ def importance(
         raise UserError("--layer-samples and --neuron-samples are 1 or more")
     import torch
 
+    from nemotron_h.architecture.vision import check_text_only
+    from nemotron_h.checkpoint.definition import read_definition
     from nemotron_h.checkpoint.folders import INTEGRITY
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.compression.importance import measure_text
@@ -56,7 +58,9 @@ def importance(
     from nemotron_h.inference.model import load_model
 
     checkpoint = find_checkpoint(checkpoint)
-    length = seq_length or (read_record(checkpoint).get("data") or {}).get("seq_length")
+    record = read_record(checkpoint)
+    check_text_only(read_definition(record, f"checkpoint {checkpoint}"), f"checkpoint {checkpoint}")
+    length = seq_length or (record.get("data") or {}).get("seq_length")
     if not length:
         raise UserError(f"{checkpoint} does not tell its sequence length", hint="give --seq-length")
     text = load_blend(blend)
@@ -114,6 +118,7 @@ def prune(
     exported as any other. It is written only if it computes what the parent computes without what was pruned.
     """
     from nemotron_h.architecture.pruned_widths import check_width
+    from nemotron_h.architecture.vision import check_text_only
     from nemotron_h.checkpoint.definition import read_definition
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.compression import slicing
@@ -126,6 +131,7 @@ def prune(
 
     checkpoint = find_checkpoint(checkpoint)
     parent = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    check_text_only(parent, f"checkpoint {checkpoint}")
     found = Importance.load(importance, parent)
     given = {
         "attention": attention,

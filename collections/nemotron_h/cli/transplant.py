@@ -166,6 +166,7 @@ def _mixers(checkpoint: Path, ways: tuple[str | None, int | None, int | None], g
         ways: layers, every and count of the command, of which one is given.
     """
     from nemotron_h.architecture.blocks.transplant import transplants
+    from nemotron_h.architecture.vision import check_text_only
     from nemotron_h.checkpoint.adapters import check_whole
     from nemotron_h.checkpoint.reader import find_checkpoint
     from nemotron_h.compression.transplant.layers import all_but_every, check_count, listed
@@ -175,6 +176,7 @@ def _mixers(checkpoint: Path, ways: tuple[str | None, int | None, int | None], g
     checkpoint = find_checkpoint(checkpoint)
     check_whole(checkpoint)
     source, origin, (layers, every, count) = ModelSource(checkpoint), f"checkpoint {checkpoint}", ways
+    check_text_only(source.definition, origin)
     if layers is not None:
         chosen = listed(source.definition, layers, origin)
     elif every is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +55,7 @@ def plan(
     projector: ProjectorSchema,
     name: str | None = None,
     origin: str | None = None,
+    shipped: Iterable[VisionSchema] = (),
 ) -> Composition:
     """Look at a language model and an encoder; reads no weights.
 
@@ -64,6 +65,7 @@ def plan(
         projector: its widths.
         name: of the model definition; None is the language model's, and `_vlm`.
         origin: of the encoder, for the record; None is its folder or name.
+        shipped: encoders of which the folder's takes the name, and what it begins from, where it is one of them.
     Errors:
         UserError: the checkpoint is damaged; the folder is no encoder, or its tensors are not those of its
             configuration; widths that cannot be.
@@ -75,6 +77,9 @@ def plan(
         path = folder / "config.json"
         config = read_json_object(path)
         vision = from_config(config, definition_name(folder.absolute().name), str(path))
+        begun = ("name", "init_std", "layer_scale")
+        same = (each for each in shipped if replace(vision, **{key: getattr(each, key) for key in begun}) == each)
+        vision = next(same, vision)
     language = text_only(source.definition)
     own = name or f"{language.name.removesuffix('_vlm')}_vlm"
     definition = replace(language, name=own, vision=vision, projector=projector)

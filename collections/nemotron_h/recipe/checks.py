@@ -12,7 +12,7 @@ from nemotron_h.architecture.context import check_context_parallel
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict
 from nemotron_h.architecture.frozen import check_frozen
 from nemotron_h.architecture.gemms import FP8_FORMATS, check_gemms
-from nemotron_h.architecture.vision import VISION
+from nemotron_h.architecture.vision import VISION, check_text_only
 from nemotron_h.checkpoint.definition import check_repairable
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.hub import is_hub, parse
@@ -130,6 +130,8 @@ def check_stage(recipe: RecipeConfig, definition: ModelDefinition, origin: str) 
                 f"{origin}: {key} is unused: stage is {recipe.stage}",
                 hint=f"leave it out: it is for {' and '.join(stages)}",
             )
+    if recipe.stage in ("distill", *PIPELINES):
+        check_text_only(definition, f"{origin}: stage {recipe.stage}")
     if recipe.stage in OWN_KEYS:
         importlib.import_module(f"nemotron_h.recipe.stages.{recipe.stage}").check(recipe, definition, origin)
 

@@ -281,6 +281,10 @@ class ResumeRun(nl.AutoResume):
         recorded = read_definition(record, f"checkpoint {path}")
         unnamed = ("name",) if "hub" in (record.get("imported") or {}) else ()  # there it is the repository's
         changed = recorded.differences(model.config.definition(), "in the checkpoint", "now", but=unnamed)
+        if recorded.encoder is None and model.config.vision is not None:
+            hint = (
+                f"put an encoder in front of it first: nemotron-h import vision {path} {model.config.vision.name} OUT"
+            )
         if changed:
             raise UserError(f"checkpoint {path} is of another model: {'; '.join(changed)}", hint=hint)
 

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nemotron_h.architecture.gemms import FP8_FORMATS, GemmGroup, check_gemms, fold, gemm_table
+from nemotron_h.architecture.gemms import FP8_FORMATS, GemmGroup, check_gemms, encoder_gemms, fold, gemm_table
 from nemotron_h.platform import hardware
 from nemotron_h.precision.plugins import PrecisionPlugin
 
@@ -74,7 +74,9 @@ class GemmTable(pl.Callback):
                     bf16_edge_layers=edges,
                     sequence_parallel=strategy.sequence_parallel,
                 )
-                console.print(as_table(fold(table), "" if role == "model" else f" of the {role}"), highlight=False)
+                images = definition.encoder.tiles(data.seq_length) * data.micro_batch_size if definition.encoder else 0
+                table = [*fold(encoder_gemms(definition, plugin.recipe, tensor, images)), *fold(table)]
+                console.print(as_table(table, "" if role == "model" else f" of the {role}"), highlight=False)
             if plugin.emulated:
                 where = "a GPU, as asked" if torch.cuda.is_available() else "the CPU"
                 logger.info(f"{plugin.recipe} is emulated on {where}: float8 casts, products in float32; slow")
