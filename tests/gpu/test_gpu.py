@@ -150,6 +150,23 @@ LLAMA = {
 }
 
 
+#: an image encoder and a projector in front of the hybrid; tiles of 64 pixels are 4 image tokens
+VISION = {
+    "vision": {
+        "name": "gpu",
+        "num_layers": 2,
+        "hidden_size": 128,
+        "ffn_hidden_size": 256,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+        "qkv_bias": True,
+        "qk_norm": True,
+        "init_std": 0.06,
+    },
+}
+
+
 def model(spec: Any, dtype: torch.dtype, **changes: Any) -> torch.nn.Module:
     """A small model; equal seeds give equal weights whatever the layers' classes."""
     from megatron.core.transformer.module import Float16Module
@@ -199,15 +216,23 @@ def test_transformer_engine_layers_equal_plain_layers() -> None:
         return layers.ModuleSpec(module=layers.NemotronHStack, submodules=parts)
 
     tokens = torch.randint(512, (2, 257), device="cuda", generator=torch.Generator("cuda").manual_seed(3))
-    for changes in ({}, FALCON, EXPERTS, LLAMA):
+    places = torch.zeros(2, 256, dtype=torch.bool, device="cuda")
+    places[0, 3:7] = places[1, 100:104] = True
+    tiles = torch.randint(256, (2, 3, 64, 64), device="cuda", generator=torch.Generator("cuda").manual_seed(4)).byte()
+    for changes in ({}, FALCON, EXPERTS, LLAMA, VISION):
         losses = {}
+        images = {"tiles": tiles, "image_mask": places} if "vision" in changes else {}
         for dtype in (torch.float32, torch.bfloat16):
             for name, spec in (("engine", layers.stack_spec), ("plain", plain)):
                 if name == "engine" and dtype == torch.float32:
                     continue  # its attention has no float32 kernel
                 built = model(spec, dtype, **changes)
                 loss = built(
-                    input_ids=tokens[:, :-1], position_ids=None, attention_mask=None, labels=tokens[:, 1:].contiguous()
+                    input_ids=tokens[:, :-1],
+                    position_ids=None,
+                    attention_mask=None,
+                    labels=tokens[:, 1:].contiguous(),
+                    **images,
                 ).mean()
                 loss.backward()
                 square = sum(float(p.grad.float().square().sum()) for p in built.parameters())

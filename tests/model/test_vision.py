@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from small_model import relative_error
-from vision_model import ENCODERS, TILE, batch, tiles, vision_config, vision_model
+from vision_model import ENCODERS, TILE, batch, tiles, vision_config, vision_model, vision_schema
 
+from nemotron_h.architecture.rank import Layout, Rank
 from nemotron_h.architecture.vision import text_only
 from nemotron_h.checkpoint.names import weights
 from nemotron_h.ops.tiles import MEAN, STD, pixel_shuffle
@@ -159,3 +160,42 @@ def test_parts_that_are_frozen_get_no_gradients() -> None:
         model = vision_model(vision_config(frozen=frozen)).train()
         model(**inputs).square().sum().backward()
         assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == trained
+
+
+def test_adapters_train_the_language_model_alone() -> None:
+    from nemotron_h.schema.recipe import AdapterSchema
+
+    model = vision_config(adapter=AdapterSchema("lora", 2, 4.0, 0.0, ["linear_fc1"])).configure_model(None).train()
+    model(**batch(1, 12, [(0, 2)])).square().sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained
+    assert all(name.startswith("decoder.layers.") and ".linear_fc1.adapter." in name for name in trained)
+
+
+@pytest.mark.parametrize("like", ENCODERS)
+def test_memory_is_what_a_backward_keeps(like: str) -> None:
+    """Bytes of the tensors that autograd saves, beside the weights, are those of the plan within a tenth."""
+    wide = {"hidden_size": 64, "ffn_hidden_size": 256, "num_layers": 1}
+    config = vision_config(vision=vision_schema(like, **wide), hidden_size=64)
+    model, definition = config.configure_model(None).train(), config.definition()
+    count, encoder = 5, definition.encoder
+    for part, layer, block, rows in (
+        *(("vision", *pair, encoder.positions) for pair in zip(model.vision.layers, encoder.blocks, strict=True)),
+        ("projector", model.projector, encoder.projector, encoder.tokens_per_tile),
+    ):
+        weights = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+        saved: dict[int, int] = {}
+
+        def keep(x: torch.Tensor, weights: set[int] = weights, saved: dict[int, int] = saved) -> torch.Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        hidden = torch.randn(rows, count, block.hidden_size, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = layer(hidden)
+        own = Layout(seq_length=rows, micro_batch=count, precision="fp32", backend="cpu")
+        planned = block.memory(Rank(block, own), False).kept
+        assert sum(saved.values()) == pytest.approx(planned, rel=0.1), (part, block.name)
+        assert out.requires_grad

@@ -143,12 +143,13 @@ def _check(name: str, y: Tensor, weight: Tensor, group_size: int) -> None:
 
 
 def plain_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """Return the LayerNorm of `x` over its last axis, or the RMSNorm where there is no bias, by PyTorch's own kernels.
+    """Return the LayerNorm of `x` over its last axis, or the RMSNorm where there is no bias; on a GPU by
+    PyTorch's own kernels.
 
     Args:
         x: [..., channels].
         weight, bias: [channels].
     """
     if bias is None:
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, weight.shape, weight, eps) if x.is_cuda else rms_norm(x, weight, eps=eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)

@@ -43,7 +43,7 @@ class Projector(Block):
         """Return what training keeps and allocates."""
         up, down = self.matrices()
         inner = rank.act(self.ffn_hidden_size)
-        kept = rank.input(up, False) + 2 * inner + rank.saved_input(down, inner, False)
+        kept = rank.input(up, False) + inner + rank.saved_input(down, inner, False)
         return LayerMemory(kept, rank.residual + 2 * inner + rank.weight(down))
 
     def tensors(self, ours: str, theirs: str) -> Iterator[Tensors]:

@@ -71,7 +71,10 @@ class VisionAttention(Block):
         inner = rank.act(self.hidden_size)
         # queries, keys, values and the output; the kernel keeps a log-sum-exp of each row, a norm its inputs
         kept = 4 * inner + rank.tokens * self.num_attention_heads // rank.layout.tensor * 4
-        kept += (2 * inner + 2 * rank.tokens * 4) if self.qk_norm else 0
+        if self.qk_norm:
+            # queries and keys before and behind the norm's weights; in BF16 also wide, from which it is computed
+            wide = 0 if rank.float32 else 2 * inner // rank.e * 4
+            kept += 4 * inner + wide + 2 * rank.tokens * 4
         # the output before LayerScale
         kept += rank.input(qkv, False) + rank.residual
         backward = max(2 * rank.residual + rank.weight(projection), 4 * inner + rank.weight(qkv))
