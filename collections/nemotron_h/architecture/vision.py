@@ -188,7 +188,7 @@ def check_vision(model: ModelDefinition, origin: str) -> None:
         )
     if not model.encoder.projector.ffn_hidden_size:
         raise UserError(
-            f"{where}model.projector.ffn_hidden_size is missing: the language model has no FFN to take it from",
+            f"{where}model.projector.ffn_hidden_size is missing: the language model has no such width to take",
             hint=f"give it, such as {4 * model.hidden_size}",
         )
 

@@ -221,7 +221,8 @@ def import_vision(
     ],
     out: Annotated[Path, typer.Argument(help="The checkpoint folder to write; must not exist.")],
     projector: Annotated[
-        int | None, typer.Option(help="Inner width of the projector.", show_default="the language model's FFN")
+        int | None,
+        typer.Option(help="Inner width of the projector.", show_default="the language model's ffn_hidden_size"),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Of the model definition.", show_default="the language model's, and _vlm")

@@ -157,7 +157,7 @@ class VisionFFNLayer(VisionLayer):
         self.linear_fc1, self.linear_fc2 = (self.linear(matrix, True) for matrix in self.block.matrices())
 
     def compute(self, h: Tensor) -> Tensor:
-        """Return the FFN's output [l, n, c]."""
+        """Return the layer's output [l, n, c] before LayerScale."""
         return self.linear_fc2(F.gelu(self.linear_fc1(h)[0]))[0]
 
 

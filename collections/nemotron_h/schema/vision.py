@@ -18,13 +18,14 @@ VISION_NORMS = ("layernorm", "rmsnorm")
 
 @dataclass
 class VisionSchema:
-    """An encoder of image tiles in the shape of InternViT (arXiv 2312.14238; 2404.16821 3.1): attention and FFN in
-    turn, each of a norm, what it computes, and a factor of each channel (LayerScale) before the residual stream.
+    """An encoder of image tiles in InternViT's shape (arXiv 2312.14238; 2404.16821 3.1): attention and feed-forward
+    layers in turn, each a norm, what it computes, and a factor of each channel (LayerScale) before the residual
+    stream.
 
     Attributes:
         name: of the file in `configs/vision`.
-        num_layers: pairs of attention and FFN.
-        hidden_size, ffn_hidden_size: widths of the residual stream and of each FFN.
+        num_layers: pairs of an attention and a feed-forward layer.
+        hidden_size, ffn_hidden_size: widths of the residual stream, and inside of each feed-forward layer.
         num_attention_heads: heads, which share `hidden_size` and have a key and a value each.
         image_size, patch_size: sides of a tile and of a patch, in pixels.
         norm: `layernorm` or `rmsnorm`, before every layer.
