@@ -24,7 +24,7 @@ EXPERTS = tuple(f"experts-{layout}" for layout in ("ep2", "dp2", "tp2sp", "pp2",
 EXPERT_ADAPTERS = tuple(
     f"experts{layout}" for layout in ("lora-ep2", "lora-dp2opt", "lora-tp2spep2again", "dora-ep2opt", "dora-tp2sp")
 )
-VISION = ("vision-tp2", "vision-tp2spagain", "vision-pp2")
+VISION = ("vision-tp2spagain", "vision-pp2")
 LINEAR = ("linear-tp2spagain", "lineardora-tp2sp")
 #: of these, those whose states are sharded
 SHARED_ADAPTERS = tuple(name for name in EXPERT_ADAPTERS if name.endswith("opt"))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from typer.testing import CliRunner
 
+from nemotron_h.architecture.adapters import trained_parameters
 from nemotron_h.architecture.frozen import frozen_parameters
-from nemotron_h.architecture.gemms import encoder_gemms
+from nemotron_h.architecture.gemms import encoder_gemms, fold
 from nemotron_h.cli.main import app
 from nemotron_h.core.errors import UserError
 from nemotron_h.planning.flops import flops_per_token
+from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.checks import definition_of
 from nemotron_h.recipe.compose import Composed, changed, compose, read_encoder, trace
@@ -31,16 +31,25 @@ def text() -> RecipeConfig:
     return compose(TINY[0])
 
 
-def test_the_paper_s_projectors_and_tokens() -> None:
+def test_the_paper_s_projectors_and_tokens_and_the_precision_of_its_matmuls() -> None:
     """Of both models, whose encoder is one (paper 4): as wide as the language model's FFN, 256 tokens of a tile."""
     for name, inner, hidden in (("nemotron_h_8b", 21504, 4096), ("nemotron_h_56b", 32768, 8192)):
-        plan = make_plan(compose(f"{name}/pretrain", ["vision=internvit_300m"]), gpu_name="h100")
-        encoder = plan.definition.encoder
+        recipe = compose(f"{name}/pretrain", ["vision=internvit_300m", "precision=fp8_current_scaling"])
+        definition = definition_of(recipe, name)
+        encoder = definition.encoder
         assert encoder.tokens_per_tile == 256
         assert encoder.parameters == 304_012_288
         assert encoder.projector.parameters == 4096 + inner * (4096 + hidden)
-        assert plan.trained == plan.definition.parameters + plan.definition.vision_parameters
-        assert plan.inference.weights == 2 * plan.trained
+        assert trained_parameters(recipe.adapter, definition) == definition.parameters + definition.vision_parameters
+        memory = inference_memory(definition, Serving(1))
+        assert memory.weights == 2 * (definition.parameters + definition.vision_parameters)
+        groups = fold(encoder_gemms(definition, recipe.precision, 2, tiles=3))
+        assert [(g.gemm.name, g.gemm.dtype, g.gemm.why, len(g.layers)) for g in groups] == [
+            *((name, "BF16", "vision", 24) for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")),
+            *((name, "BF16", "projector", 1) for name in ("linear_fc1", "linear_fc2")),
+        ]
+        up = groups[-2].gemm
+        assert (up.m, up.n, up.k) == (256 * 3, inner // 2, 4096)
 
 
 def test_a_tile_s_operations(composed: Composed, text: RecipeConfig) -> None:
@@ -85,24 +94,14 @@ def test_what_does_not_train_needs_less(composed: Composed, text: RecipeConfig) 
     assert states.weights - make_plan(text).stages[0].weights == 2 * (vision + projector)
 
 
-def test_precision_of_its_matmuls() -> None:
-    plan = make_plan(compose("nemotron_h_8b/pretrain", ["vision=internvit_300m", "precision=fp8_current_scaling"]))
-    groups = [group for group in plan.gemms if group.gemm.why in ("vision", "projector")]
-    assert [(g.gemm.name, g.gemm.dtype, len(g.layers)) for g in groups] == [
-        *(("linear_qkv", "BF16", 24), ("linear_proj", "BF16", 24), ("linear_fc1", "BF16", 24)),
-        *(("linear_fc2", "BF16", 24), ("linear_fc1", "BF16", 1), ("linear_fc2", "BF16", 1)),
-    ]
-    tiles, tensor = plan.layout.seq_length // 256 * plan.layout.micro_batch, plan.layout.tensor
-    up = next(gemm for gemm in encoder_gemms(plan.definition, "bf16", tensor, tiles) if gemm.kind == "projector")
-    assert (up.m, up.n, up.k) == (256 * tiles, 21504 // tensor, 4096)
-
-
-def test_the_command_tells_it() -> None:
+def test_the_command_tells_it(composed: Composed) -> None:
     words = ["plan", *TINY]
     told = CliRunner().invoke(app, words, catch_exceptions=False).stdout
     assert "808,832 in the image encoder internvit_tiny, 1,032,704 in the projector: 13,168,288 together" in told
     assert "a tile of 32 x 32 is 16 tokens and" in told
-    vision = json.loads(CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False).stdout)["vision"]
+    plan = make_plan(composed.recipe)
+    assert plan.gemms[0].gemm.kind == "vision_attention"
+    vision = plan.as_dict()["vision"]
     assert vision.pop("flops_per_tile").keys() == {"vision", "projector"}
     assert vision == {
         "encoder": "internvit_tiny",

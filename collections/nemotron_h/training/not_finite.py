@@ -172,7 +172,12 @@ def _named_parts(model: nn.Module) -> dict[str, nn.Module]:
     parts: dict[str, nn.Module] = {}
     if getattr(model, "pre_process", True):
         parts["the embedding"] = model.embedding
-    blocks = model.config.definition().blocks
+    definition = model.config.definition()
+    if definition.encoder and model.pre_process:
+        named = enumerate(zip(definition.encoder.blocks, model.vision.layers, strict=True))
+        parts |= {f"layer {number} of the encoder ({block.name})": layer for number, (block, layer) in named}
+        parts["the projector"] = model.projector
+    blocks = definition.blocks
     for layer in model.decoder.layers:
         number = layer.layer_number - 1
         parts[f"layer {number} ({blocks[number].name})"] = layer
