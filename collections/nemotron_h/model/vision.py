@@ -30,6 +30,17 @@ from nemotron_h.model.vision_layers import ProjectorLayer, encoder_config, param
 from nemotron_h.ops.tiles import embedded_patches, pixel_shuffle
 
 
+class _Layers(nn.ModuleList):
+    """Layers, each under its number in a checkpoint."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return Megatron's distributed-checkpoint layout."""
+        state = {}
+        for number, layer in enumerate(self):
+            state |= layer.sharded_state_dict(f"{prefix}{number}.", sharded_offsets, metadata)
+        return state
+
+
 class VisionEncoder(MegatronModule):
     """Patch embedding, class token, learned positions, and the encoder's layers.
 
@@ -49,7 +60,7 @@ class VisionEncoder(MegatronModule):
         self.class_token = parameter(config, 1, 1, widths.hidden_size)
         self.position_embedding = parameter(config, 1, encoder.positions, widths.hidden_size)
         self.running = [VISION_RUNNING[block.letter](block, widths.norm_epsilon) for block in encoder.blocks]
-        self.layers = nn.ModuleList(
+        self.layers = _Layers(
             build_module(
                 running.layer_spec(parts), config=self.config, layer_number=number + 1, pg_collection=pg_collection
             )
@@ -77,17 +88,6 @@ class VisionEncoder(MegatronModule):
 
             hidden = checkpoint(run, False, hidden) if recomputed else run(hidden)
         return pixel_shuffle(hidden[1:].transpose(0, 1))  # the class token is dropped
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Return Megatron's distributed-checkpoint layout, each layer under its number."""
-        layers = self._modules.pop("layers")  # Megatron would take a list of layers for one tensor after the other
-        try:
-            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            self._modules["layers"] = layers
-        for number, layer in enumerate(layers):
-            state |= layer.sharded_state_dict(f"{prefix}layers.{number}.", sharded_offsets, metadata)
-        return state
 
 
 class Images:

@@ -29,7 +29,7 @@ from nemotron_h.ops.norm import plain_norm
 
 
 def encoder_config(config: TransformerConfig) -> TransformerConfig:
-    """Return the configuration of an encoder's layers: the model's, without sequence parallelism, and in BF16."""
+    """Return the configuration of an encoder's layers: the model's, without sequence parallelism."""
     own = copy.copy(config)
     own.sequence_parallel, own.tp_comm_overlap = False, False
     own.gradient_accumulation_fusion = config.fuse_weight_gradients
@@ -85,9 +85,11 @@ class HeadsNorm(nn.Module):
 class _Layer(MegatronModule):
     """Base of the layers here, which build their linear layers of the block's matrices.
 
-    Attributes:
-        epsilon: of norms.
+    Args:
+        submodules: `Parts` of our stack, of which the linear layers are taken.
         layer_number: from 1.
+        block: the layer's widths.
+        epsilon: of norms.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class _Layer(MegatronModule):
         epsilon: float,
     ) -> None:
         super().__init__(config)
-        self.block, self.layer_number = block, layer_number
+        self.block, self.layer_number, self.epsilon = block, layer_number, epsilon
         self._parts, self._group = submodules.unfused(), pg_collection.tp
 
     def linear(self, matrix: Matrix, bias: bool) -> nn.Module:
@@ -115,10 +117,10 @@ class _Layer(MegatronModule):
 class VisionLayer(_Layer):
     """A norm, what a kind computes, a factor of each channel (LayerScale), and the residual stream."""
 
-    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.norm = Norm(config, self.block.hidden_size, kwargs["epsilon"], self.block.norm_bias)
-        self.layer_scale = parameter(config, self.block.hidden_size)
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = Norm(self.config, self.block.hidden_size, self.epsilon, self.block.norm_bias)
+        self.layer_scale = parameter(self.config, self.block.hidden_size)
 
     def compute(self, h: Tensor) -> Tensor:
         """Return what is scaled and added, [l, n, c] of the same normalised."""
@@ -138,7 +140,7 @@ class VisionAttentionLayer(VisionLayer):
         self.linear_qkv, self.linear_proj = self.linear(qkv, self.block.qkv_bias), self.linear(projection, True)
         if self.block.qk_norm:
             for name in ("q_norm", "k_norm"):
-                setattr(self, name, HeadsNorm(self.config, self.block.hidden_size, kwargs["epsilon"]))
+                setattr(self, name, HeadsNorm(self.config, self.block.hidden_size, self.epsilon))
 
     def compute(self, h: Tensor) -> Tensor:
         """Return the attention's output [l, n, c]."""
@@ -164,9 +166,9 @@ class VisionFFNLayer(VisionLayer):
 class ProjectorLayer(_Layer):
     """RMSNorm, and a squared ReLU between two matrices."""
 
-    def __init__(self, config: TransformerConfig, *args: object, **kwargs: object) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.norm = Norm(config, self.block.hidden_size, kwargs["epsilon"], bias=False)
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.norm = Norm(self.config, self.block.hidden_size, self.epsilon, bias=False)
         self.linear_fc1, self.linear_fc2 = (self.linear(matrix, False) for matrix in self.block.matrices())
 
     def forward(self, hidden: Tensor) -> Tensor:
