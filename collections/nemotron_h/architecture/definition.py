@@ -191,7 +191,7 @@ class ModelDefinition:
         """Return the layers of the block that predicts further tokens."""
         return tuple(self.block(letter) for letter in self.mtp_pattern)
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder | None:
         """Return the image encoder and the projector; None of a model that reads text alone."""
         return Encoder.of(self)
