@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from nemotron_h.architecture.adapters import check_adapter
 from nemotron_h.architecture.context import check_context_parallel, context_sizes
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict, stage_blocks
-from nemotron_h.architecture.frozen import frozen_parameters, frozen_parts
+from nemotron_h.architecture.frozen import LANGUAGE, frozen_parameters, frozen_parts
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.architecture.rank import Layout
 from nemotron_h.architecture.vision import VISION
@@ -90,7 +90,7 @@ def layout_of(recipe: RecipeConfig) -> Layout:
         gradients=recipe.optim.gradients,
         **recompute_fields(replace(recipe.recompute, logits="chunks") if recipe.distill else recipe.recompute),
         adapter=recipe.adapter,
-        untrained=frozen_parts(recipe.optim.frozen, definition_of(recipe, f"recipe {recipe.name}")),
+        untrained=_untrained(recipe),
         teacher=teacher_of(recipe),
     )
 
@@ -107,6 +107,13 @@ def short_lengths(recipe: RecipeConfig) -> dict[int, float]:
             share = lengths.get(short.seq_length, 0.0) + short.share * span.steps / horizon.steps
             lengths[short.seq_length] = share
     return lengths
+
+
+def _untrained(recipe: RecipeConfig) -> tuple[str, ...]:
+    frozen = recipe.optim.frozen
+    if LANGUAGE not in frozen:  # a plan builds its definition once
+        return tuple(frozen)
+    return frozen_parts(frozen, definition_of(recipe, f"recipe {recipe.name}"))
 
 
 def teacher_of(recipe: RecipeConfig) -> ModelDefinition | None:

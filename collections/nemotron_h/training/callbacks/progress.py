@@ -64,12 +64,6 @@ class Throughput(pl.Callback):
         data, config = trainer.datamodule, pl_module.config
         self.seconds = []
         self.tokens = data.global_batch_size * data.seq_length / trainer.world_size
-        trained, *frozen = config.definitions().values()
-        adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size, "frozen": config.frozen}
-        adapter["tiles"] = 0  # a batch has any number of images: their work is left out
-        per_token = flops_per_token(trained, data.seq_length, training=True, **adapter).total
-        per_token += sum(flops_per_token(model, data.seq_length, training=False).total for model in frozen)
-        self.flops = per_token * self.tokens
         self.gemm_dtype = gemm_dtype(config)
         self.peaks = peaks_of_gpu()
 
@@ -78,6 +72,7 @@ class Throughput(pl.Callback):
         data, config = trainer.datamodule, pl_module.config
         lengths, (trained, *frozen) = data.lengths(trainer.global_step), config.definitions().values()
         adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size, "frozen": config.frozen}
+        adapter["tiles"] = 0  # a batch has any number of images: their work is left out
         per_token = mean_flops(trained, lengths, **adapter).total
         self.flops = self.tokens * (per_token + sum(mean_flops(m, lengths, training=False).total for m in frozen))
         self.started = time.perf_counter()
