@@ -107,8 +107,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
     family = name.partition("-")[0] + "-" if "-" in name else ""
     one, other = results[f"{family}one"], results[name]
-    close = 1e-5 if name in VISION else 1e-4
-    assert torch.tensor(other["losses"]) == pytest.approx(torch.tensor(one["losses"]), rel=close)
+    rel = 1e-5 if name in VISION else 1e-4
+    assert torch.tensor(other["losses"]) == pytest.approx(torch.tensor(one["losses"]), rel=rel)
     assert one["losses"][0] != one["losses"][2], "the model did not train"
     for kind in ("gradients", "weights"):
         if not other[kind]:  # the distributed optimizer keeps each rank's share of the gradients only
@@ -117,7 +117,9 @@ def test_layout_equals_one_rank(results: dict[str, dict], name: str) -> None:
         for key, value in one[kind].items():
             assert not torch.isnan(other[kind][key]).any(), f"{kind} {key} has parts that no rank holds"
             # branches are summed in another order than by one rank: Adam makes steps of gradients that round to about 0
-            least = 1e-3 if (family, kind) == ("falcon_h1-", "weights") else close
+            least = 1e-3 if (family, kind) == ("falcon_h1-", "weights") else 1e-4
+            if kind == "gradients" and key.startswith(("vision.", "projector.")):
+                least = 1e-5
             assert relative(other[kind][key], value) < least, f"{kind} {key}"
 
 

@@ -194,7 +194,7 @@ class ModelDefinition:
     @property
     def encoder(self) -> Encoder | None:
         """Return the image encoder and the projector; None of a model that reads text alone."""
-        return Encoder.of(self)
+        return None if self.vision is None else Encoder.of(self)
 
     @property
     def kinds(self) -> tuple[type[Block], ...]:
@@ -318,7 +318,8 @@ class ModelDefinition:
         self._validate_overrides(origin)
         check_positions(self, origin)
         self._validate_mtp(origin)
-        check_vision(self, origin)
+        if self.vision or self.projector:
+            check_vision(self, origin)
         names = {f.name for f in fields(self)}
         unknown = sorted(key for key in self.sources if key.partition(".")[0] not in names)
         if unknown:

@@ -45,10 +45,8 @@ class Encoder:
     projector_epsilon: float
 
     @classmethod
-    def of(cls, model: ModelDefinition) -> Encoder | None:
-        """Return those of a model; None where it reads text alone."""
-        if model.vision is None:
-            return None
+    def of(cls, model: ModelDefinition) -> Encoder:
+        """Return those of a model that reads images."""
         projector = model.projector or ProjectorSchema()
         inner = projector.ffn_hidden_size or model.ffn_hidden_size
         inputs = SHUFFLE**2 * model.vision.hidden_size
@@ -151,19 +149,17 @@ class Encoder:
 
 
 def check_vision(model: ModelDefinition, origin: str) -> None:
-    """Check the keys of `model.vision` and `model.projector`.
+    """Check the keys of `model.vision` and `model.projector`, of which a model has one.
 
     Errors:
         UserError: names the key, and what would fit.
     """
     vision = model.vision
     if vision is None:
-        if model.projector is not None:
-            raise UserError(
-                f"{origin}: model.projector has no use: the model has no model.vision",
-                hint="leave it out, or name an encoder of configs/vision in the recipe's defaults",
-            )
-        return
+        raise UserError(
+            f"{origin}: model.projector has no use: the model has no model.vision",
+            hint="leave it out, or name an encoder of configs/vision in the recipe's defaults",
+        )
     where = f"{origin}: "
     for part, values in ((VISION, vision), (PROJECTOR, model.projector)):
         for key, allowed in ranges(type(values)).items() if values is not None else ():

@@ -69,7 +69,8 @@ class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
             self.vision, self.projector, self._images = images.vision, images.projector, images
         if self.pre_process and config.gradient_accumulation_fusion:
             self.embedding.word_embeddings.__class__ = AccumulatingEmbedding
-        self.expect_parts()
+        self._register_load_state_dict_pre_hook(self._expect_no_extra_state)
+        self._register_load_state_dict_pre_hook(self._expect_a_part)
 
     def forward(  # type: ignore[override]
         self,

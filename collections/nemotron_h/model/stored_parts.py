@@ -17,7 +17,7 @@ _EXTRA = re.compile(r"_extra_state\d*$")
 
 
 class StoredParts:
-    """Mixin of a Megatron model.
+    """Mixin of a Megatron model, which registers `_expect_no_extra_state` and `_expect_a_part` as hooks of loading.
 
     Attributes:
         state_part: which weights `sharded_state_dict` holds, one of `adapters.PARTS`: checkpoints of adapters hold no
@@ -27,11 +27,6 @@ class StoredParts:
 
     state_part = "all"
     stored: Collection[str] = ()
-
-    def expect_parts(self) -> None:
-        """Have `load_state_dict` take what checkpoints hold."""
-        self._register_load_state_dict_pre_hook(self._expect_no_extra_state)
-        self._register_load_state_dict_pre_hook(self._expect_a_part)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return megatron-core's sharded state of `state_part`, without Transformer Engine's `_extra_state`.

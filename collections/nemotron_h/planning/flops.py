@@ -107,7 +107,7 @@ def flops_per_token(
         tiles: of a sequence; None is as many as it holds.
     """
     adapter = adapter or AdapterSchema()
-    adapted, frozen = adapter.kind != "none", frozen_parts(frozen, definition)
+    adapted, frozen = adapter.kind != "none", frozen_parts(frozen, definition) if frozen else ()
     d, parts = definition, dict.fromkeys((f.name for f in fields(FlopsByPart)), 0.0)
     steps = [
         (count, step, block.name in frozen)

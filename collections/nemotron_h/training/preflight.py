@@ -24,7 +24,6 @@ from nemotron_h.core.units import gib
 from nemotron_h.platform.memory import check_training_fits
 from nemotron_h.platform.trackers import check_trackers
 from nemotron_h.recipe.checks import check_expert_layout, check_trainable
-from nemotron_h.schema.recipe import AdapterSchema
 from nemotron_h.training import trackers
 from nemotron_h.training.sections import LIMITS
 
@@ -64,7 +63,8 @@ def check_layout(trainer: Any, model: Any) -> None:
 def checkpoint_bytes(config: Any) -> int:
     """Return what a checkpoint of a model's configuration takes at most."""
     definition, adapter = config.definition(), config.adapter
-    parameters = trained_parameters(adapter or AdapterSchema(), definition)
+    whole = definition.parameters + definition.vision_parameters
+    parameters = whole if adapter is None else trained_parameters(adapter, definition)
     return parameters * CHECKPOINT_BYTES_PER_PARAMETER
 
 
