@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
@@ -14,7 +16,7 @@ from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.checks import definition_of
-from nemotron_h.recipe.compose import Composed, changed, compose, read_encoder, trace
+from nemotron_h.recipe.compose import Composed, changed, compose, configs_dir, read_encoder, trace
 from nemotron_h.schema.recipe import RecipeConfig
 
 TINY = ("nemotron_h_tiny/sft", "vision=internvit_tiny")
@@ -159,3 +161,11 @@ def test_refused_by_the_parts_of_a_recipe(text: RecipeConfig) -> None:
         compose(TINY[0], [TINY[1], "model.vision.num_layers=5"])
     with pytest.raises(UserError, match=r"(?s)vision = 'internvit_tin'.*Did you mean internvit_tiny"):
         compose(TINY[0], ["vision=internvit_tin"])
+
+
+def test_an_encoder_is_added_to_a_model_of_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text((configs_dir() / "model" / "nemotron_h_tiny.yaml").read_text().replace("nemotron_h_tiny", "mine"))
+    for changes in ([f"model={file}", TINY[1]], [TINY[1], f"model={file}"]):
+        model = compose(TINY[0], changes).model
+        assert (model.name, model.vision, model.expect.vision) == ("mine", read_encoder("internvit_tiny"), 808_832)

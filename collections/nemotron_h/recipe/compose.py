@@ -166,7 +166,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = Tr
     overrides = [override for override in overrides if override not in model]
     parts = [override for override in overrides if override.split("=")[0] in groups]
     values = [override for override in overrides if override not in parts]
-    composed, layers = _merge(directory, name, parts, origin)
+    composed, layers, added = _merge(directory, name, parts, origin)
     if not stored and isinstance(composed.get("model"), str):
         stored = [composed.model]
     from_record: list[str] = []
@@ -178,6 +178,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = Tr
             layers.append(Layer(path, "model"))
         else:
             from_record = [f"model.{key}" for key, _ in leaves(OmegaConf.to_container(composed.model))]
+    layers += [_add(composed, part, origin) for part in added]
     recipe, settled = _settled(_typed(RecipeConfig, composed, origin), origin)
     overridden: list[str] = []
     if values:
@@ -355,8 +356,10 @@ def _check_defaults(defaults: Any, file: Path) -> None:
             )
 
 
-def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tuple[DictConfig, list[Layer]]:
-    """Merge a recipe with what its defaults list names, and return the files that took part, in order."""
+def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tuple[DictConfig, list[Layer], list[str]]:
+    """Merge a recipe with what its defaults list names; return the files that took part, in order, and those of `parts`
+    that are still to be added.
+    """
     SourcesRegistry.instance().register(_RecipeFiles)
     folders = [directory, recipes_dir(), configs_dir()]
     GlobalHydra.instance().clear()
@@ -388,8 +391,7 @@ def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tup
         file = next((f for d in folders if (f := d / f"{part.config_path}.yaml").is_file()), None)
         if file is not None and not str(part.package or "").startswith("hydra"):
             layers.append(Layer(file, part.package or ""))
-    layers += [_add(composed, part, origin) for part in added]
-    return composed, layers
+    return composed, layers, added
 
 
 def _is_of(default: Any, part: str) -> bool:
