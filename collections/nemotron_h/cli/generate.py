@@ -6,9 +6,9 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -19,10 +19,13 @@ from nemotron_h.core.files import check_unicode, decode, parse_json
 from nemotron_h.inference.opening import open_checkpoint
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from nemotron_h.inference.drafts import Draft
     from nemotron_h.inference.opening import Opened
     from nemotron_h.inference.sampling import Sampling
     from nemotron_h.inference.thought import Thought, ThoughtBudget
+    from nemotron_h.inference.vision import Placed
 
 CheckpointArgument = Annotated[
     Path, typer.Argument(help="A checkpoint (runs/NAME/checkpoints/step-000100), or a run: its newest checkpoint.")
@@ -85,6 +88,13 @@ def warn(word: str, text: str) -> None:
 def generate(
     checkpoint: CheckpointArgument,
     prompt: Annotated[list[str] | None, typer.Argument(help="Texts to continue; several go as one batch.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Ask each prompt, in the chat template of the run, about this image; may be given several times.",
+        ),
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +128,8 @@ def generate(
 
     nemotron-h generate runs/large "Once" --draft runs/small --draft-tokens 3
 
+    nemotron-h generate runs/nemotron_h_tiny_vlm "Which digit is it?" --image digit.png --temperature 0
+
     nemotron-h generate runs/reasoning "Question: What is 3 * 4?" --thought-budget 200 --max-tokens 400
     """
     texts = [check_unicode(text, f"prompt {number}") for number, text in enumerate(prompt or [], 1)]
@@ -130,8 +142,10 @@ def generate(
     from nemotron_h.inference.sampling import Sampling
     from nemotron_h.inference.thought import ThoughtBudget
 
+    seen = _opened_images(image or [])
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
+    read = _read_texts(opened) if not seen else _read_questions(opened, seen)
     streaming = len(texts) == 1 and not as_json
     total = _Speed(opened.draft)
     thoughts = None if thought_budget is None else ThoughtBudget(opened.tokenizer, thought_budget)
@@ -140,6 +154,7 @@ def generate(
         rows = _continue(
             opened,
             part,
+            read(part),
             dataclasses.replace(sampling, seed=seed + begin),
             max_tokens,
             stops,
@@ -151,10 +166,51 @@ def generate(
             if as_json:
                 typer.echo(json.dumps(row, ensure_ascii=False))
             elif not streaming:
-                typer.echo(f"[{number}] {row['prompt']}{row['text']}\n")
+                typer.echo(f"[{number}] {row['prompt']}{' ' * bool(seen)}{row['text']}\n")
             else:
                 total.ended_by = f", ended by {row['ended_by']}"
     note(f"{total}; {opened}")
+
+
+class _Read(NamedTuple):
+    """Prompts as a model reads them: their tokens, image tokens of each, and what ends a continuation."""
+
+    ids: list[list[int]]
+    images: list[Placed | None]
+    stop_ids: list[int]
+
+
+def _read_texts(opened: Opened) -> Callable[[Sequence[str]], _Read]:
+    """Return how texts to continue are read."""
+    eod = opened.tokenizer.eod_id
+
+    def read(texts: Sequence[str]) -> _Read:
+        # nothing to continue: begin a document, as the token that ends the one before it does
+        return _Read([ids or [eod] for ids in opened.tokenizer.encode_batch(list(texts))], [None] * len(texts), [eod])
+
+    return read
+
+
+def _opened_images(files: Sequence[Path]) -> list[Image]:
+    """Return image files, read before any weight is."""
+    if not files:
+        return []
+    from nemotron_h.inference.looking import open_image
+
+    return [open_image(file) for file in files]
+
+
+def _read_questions(opened: Opened, images: Sequence[Image]) -> Callable[[Sequence[str]], _Read]:
+    """Return how questions about images are read."""
+    from nemotron_h.inference.looking import Looking
+
+    looking = Looking(opened)
+
+    def read(texts: Sequence[str]) -> _Read:
+        asked = [looking.ask(text, images) for text in texts]
+        return _Read([each.ids for each in asked], [each.placed for each in asked], looking.stop_ids)
+
+    return read
 
 
 class _Speed:
@@ -184,6 +240,7 @@ class _Speed:
 def _continue(
     opened: Opened,
     texts: Sequence[str],
+    read: _Read,
     sampling: Sampling,
     max_tokens: int,
     stops: Sequence[str],
@@ -195,11 +252,9 @@ def _continue(
     from nemotron_h.inference.generate import Generation
     from nemotron_h.inference.text import StoppingText
 
-    eod = opened.tokenizer.eod_id
-    # nothing to continue: begin a document, as the token that ends the one before it does
-    ids = [found or [eod] for found in opened.tokenizer.encode_batch(list(texts))]
-    options = {"max_tokens": max_tokens, "sampling": sampling, "stop_ids": [eod], "draft": opened.draft}
-    options["budget"] = budget
+    ids, eod = read.ids, opened.tokenizer.eod_id
+    options = {"max_tokens": max_tokens, "sampling": sampling, "stop_ids": read.stop_ids, "draft": opened.draft}
+    options |= {"budget": budget, "images": read.images}
     generation = Generation(opened.model, ids, **options)
     shown = [StoppingText(opened.tokenizer.ids_to_text, stops) for _ in texts]
     written: list[list[int]] = [[] for _ in texts]
@@ -210,7 +265,8 @@ def _continue(
         if shown[row].stopped_by is not None:
             reason = f"--stop {shown[row].stopped_by!r}"
         else:
-            reason = "--max-tokens" if generation.stopped_by[row] is None else "end of document"
+            ends = {None: "--max-tokens", eod: "end of document"}
+            reason = ends.get(generation.stopped_by[row], "end of the answer")
         pieces[row].append(shown[row].finish())
         if streaming:
             typer.echo(pieces[row][-1])

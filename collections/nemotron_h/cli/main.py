@@ -36,6 +36,7 @@ from nemotron_h.cli.ruler import ruler
 from nemotron_h.cli.shapes import shapes
 from nemotron_h.cli.sweep import sweep
 from nemotron_h.cli.transplant import transplant
+from nemotron_h.cli.vqa import vqa
 from nemotron_h.core.errors import report, user_error
 
 app = typer.Typer(
@@ -69,6 +70,7 @@ app.command()(merge_adapter)
 app.command("eval")(evaluate)
 app.command()(coverage)
 app.command()(ruler)
+app.command()(vqa)
 app.command("report")(draw_report)
 app.command("incidents")(show_incidents)
 app.command()(completion)

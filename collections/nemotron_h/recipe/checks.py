@@ -19,7 +19,7 @@ from nemotron_h.core.hub import is_hub, parse
 from nemotron_h.core.spikes import LEAST
 from nemotron_h.core.strict import check_folder, check_name, check_one_of, leaves, nearest
 from nemotron_h.core.units import count_of, parse_count, seconds_of
-from nemotron_h.data.blend import CONVERSATIONS, PAIRS, TEXTS, load_blend
+from nemotron_h.data.blend import CONVERSATIONS, IMAGES, PAIRS, TEXTS, load_blend
 from nemotron_h.data.phases import Horizon, phase_spans
 from nemotron_h.data.short_rows import check_short_rows
 from nemotron_h.recipe.overrides import check_overrides
@@ -51,7 +51,7 @@ from nemotron_h.schema.recipe import (
 READS = {"sft": CONVERSATIONS, "preference": PAIRS, "reason": PAIRS}
 #: stage -> the keys that it reads and not every stage does; `recipe/stages` checks them, in a file per stage
 OWN_KEYS = {
-    "sft": ("adapter", "data.too_long"),
+    "sft": ("adapter", "data.max_tiles", "data.tiling", "data.too_long"),
     "preference": ("adapter", "data.too_long", "preference"),
     "distill": ("distill",),
     "minipuzzle": ("distill", "minipuzzle"),
@@ -485,8 +485,11 @@ def check_blend(recipe: RecipeConfig, origin: str) -> None:
                 hint="raise data.seq_length, or lower extend.tokens in the blend",
             )
     reads = READS.get(recipe.stage, TEXTS)
+    if recipe.stage == "sft" and recipe.model.vision is not None:
+        reads = IMAGES
     if blend.holds() != reads:
         raise UserError(
             f"{origin}: data.blend = {data.blend} holds {blend.holds()}, and stage {recipe.stage} reads {reads}",
-            hint="name another blend; docs/sft.md shows one of conversations, docs/preference.md one of pairs",
+            hint="name another blend; docs/sft.md shows one of conversations, docs/images.md one with images (for a "
+            "model with an encoder), docs/preference.md one of pairs",
         )

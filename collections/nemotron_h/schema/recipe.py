@@ -20,7 +20,7 @@ from nemotron_h.schema.multipliers import MultipliersSchema
 from nemotron_h.schema.puzzle import PuzzleSchema
 from nemotron_h.schema.ranges import COUNT, SEED, VOCABULARY, WIDTH
 from nemotron_h.schema.reason import ReasonSchema
-from nemotron_h.schema.vision import ProjectorSchema, VisionSchema
+from nemotron_h.schema.vision import CLOSEST, MOST_TILES, ProjectorSchema, VisionSchema
 
 PRECISIONS = ("fp32", "bf16", "fp8_current_scaling", "fp8_blockwise")
 FP8_BACKENDS = ("auto", "te", "emulate")
@@ -140,6 +140,9 @@ class DataSchema:
         document_reset: whether states and attention start anew at document boundaries; packed conversations always do.
         too_long: sft and preference: what becomes of conversations (or pairs of them) longer than `seq_length`: `cut`
             at its end, or `drop` them.
+        max_tiles: sft of a model that reads images: most tiles of an image, its thumbnail not counted.
+        tiling: of the same: `closest` takes the grid of tiles whose ratio is closest to the image's, `area` weighs this
+            with the share of the image's pixels that it holds.
         workers: processes that load data, per rank.
     """
 
@@ -152,6 +155,8 @@ class DataSchema:
     phase_order: str = "blend"
     document_reset: bool = False
     too_long: str | None = None
+    max_tiles: int = number(MOST_TILES, least=1, most=MOST_TILES)
+    tiling: str = CLOSEST
     workers: int = number(0, least=0, most=1024)
 
 

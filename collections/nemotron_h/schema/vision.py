@@ -12,6 +12,9 @@ from omegaconf import MISSING
 from nemotron_h.core.strict import number
 from nemotron_h.schema.ranges import COUNT, WIDTH
 
+#: how the grid of an image's tiles is chosen, and most tiles of one (paper 4)
+CLOSEST, AREA = TILINGS = ("closest", "area")
+MOST_TILES = 12
 #: norms of an encoder's layers
 VISION_NORMS = ("layernorm", "rmsnorm")
 

@@ -31,7 +31,7 @@ from nemotron_h.data.feed.sft_module import (
 )
 from nemotron_h.data.images.layout import Expanded, ImageLayout
 from nemotron_h.data.images.store import Images
-from nemotron_h.data.images.tiling import CLOSEST, MOST_TILES, Tiling
+from nemotron_h.data.images.tiling import Tiling
 from nemotron_h.data.indexed import ArrayFile, TokenStream, read_lengths
 from nemotron_h.schema.ranges import COUNT
 
@@ -175,16 +175,12 @@ class ImageConversationDataModule(ConversationDataModule):
     Args:
         tile_size: side of a tile in pixels: the vision encoder's image size.
         tile_tokens: embeddings that the model makes of a tile.
-        max_tiles: of an image, its thumbnail not counted.
-        tiling: how a grid of tiles is chosen; see `Tiling`.
 
     The others, and errors, are those of `PreparedDataModule`.
     """
 
     tile_size: int = number(448, least=1, most=4096)
     tile_tokens: int = number(256, least=1, most=COUNT)
-    max_tiles: int = number(MOST_TILES, least=1, most=MOST_TILES)
-    tiling: str = CLOSEST
 
     holds, reader = IMAGES, "fine-tuning with images"
     example = "one of whose sources has `images`"

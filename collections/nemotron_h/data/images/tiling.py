@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from nemotron_h.core.strict import Range, check_number, check_one_of
+from nemotron_h.schema.vision import AREA, CLOSEST, MOST_TILES, TILINGS
 
-CLOSEST, AREA = TILINGS = ("closest", "area")
-MOST_TILES = 12  # paper 4
 #: most tiles of each image where a conversation is longer than its window, step by step (Megatron-LM's multimodal
 #: examples)
 FEWER_TILES = (8, 6, 4, 2, 1)

@@ -7,7 +7,9 @@ import dataclasses
 import nemo_run as run
 from nemo.collections import llm
 
+from nemotron_h.data.feed.image_module import ImageConversationDataModule
 from nemotron_h.data.feed.sft_module import ConversationDataModule
+from nemotron_h.recipe.checks import definition_of
 from nemotron_h.schema.recipe import AdapterSchema, RecipeConfig
 from nemotron_h.training.callbacks.adapter_table import AdapterTable
 from nemotron_h.training.stages.pretrain import assemble, with_overrides
@@ -19,7 +21,12 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    task = assemble(recipe, llm.finetune, ConversationDataModule)
+    encoder = definition_of(recipe, f"recipe {recipe.name}").encoder
+    if encoder is None:
+        task = assemble(recipe, llm.finetune, ConversationDataModule)
+    else:
+        tiles = {"tile_size": encoder.widths.image_size, "tile_tokens": encoder.tokens_per_tile}
+        task = assemble(recipe, llm.finetune, ImageConversationDataModule, **tiles)
     task.tokenizer = "data"
     # windows differ in how many tokens they teach: a mean over all of a step's, not of micro-batches' means
     task.model.config.calculate_per_token_loss = True
