@@ -19,8 +19,6 @@ from nemotron_h.core.files import check_unicode, decode, parse_json
 from nemotron_h.inference.opening import open_checkpoint
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from nemotron_h.inference.drafts import Draft
     from nemotron_h.inference.opening import Opened
     from nemotron_h.inference.sampling import Sampling
@@ -142,10 +140,11 @@ def generate(
     from nemotron_h.inference.sampling import Sampling
     from nemotron_h.inference.thought import ThoughtBudget
 
-    seen = _opened_images(image or [])
+    if image:
+        _check_images(image)
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
-    read = _read_texts(opened) if not seen else _read_questions(opened, seen)
+    read = _read_questions(opened, image) if image else _read_texts(opened)
     streaming = len(texts) == 1 and not as_json
     total = _Speed(opened.draft)
     thoughts = None if thought_budget is None else ThoughtBudget(opened.tokenizer, thought_budget)
@@ -166,7 +165,7 @@ def generate(
             if as_json:
                 typer.echo(json.dumps(row, ensure_ascii=False))
             elif not streaming:
-                typer.echo(f"[{number}] {row['prompt']}{' ' * bool(seen)}{row['text']}\n")
+                typer.echo(f"[{number}] {row['prompt']}{' ' * bool(image)}{row['text']}\n")
             else:
                 total.ended_by = f", ended by {row['ended_by']}"
     note(f"{total}; {opened}")
@@ -191,24 +190,27 @@ def _read_texts(opened: Opened) -> Callable[[Sequence[str]], _Read]:
     return read
 
 
-def _opened_images(files: Sequence[Path]) -> list[Image]:
-    """Return image files, read before any weight is."""
-    if not files:
-        return []
-    from nemotron_h.inference.looking import open_image
+def _check_images(files: Sequence[Path]) -> None:
+    """Refuse image files that cannot be read, before any weight is."""
+    from nemotron_h.data.images.read import ImageError, read_bytes, read_image
 
-    return [open_image(file) for file in files]
+    for file in files:
+        try:
+            read_image(read_bytes(str(file)))
+        except ImageError as error:
+            raise UserError(f"--image {file}: {error}", hint="docs/images.md tells what can be read") from error
 
 
-def _read_questions(opened: Opened, images: Sequence[Image]) -> Callable[[Sequence[str]], _Read]:
+def _read_questions(opened: Opened, images: Sequence[Path]) -> Callable[[Sequence[str]], _Read]:
     """Return how questions about images are read."""
+    from nemotron_h.data.images.records import asked
     from nemotron_h.inference.looking import Looking
 
-    looking = Looking(opened)
+    looking, files = Looking(opened), [str(file) for file in images]
 
     def read(texts: Sequence[str]) -> _Read:
-        asked = [looking.ask(text, images) for text in texts]
-        return _Read([each.ids for each in asked], [each.placed for each in asked], looking.stop_ids)
+        questions = [looking.read((asked(text, files),)) for text in texts]
+        return _Read([each.ids for each in questions], [each.placed for each in questions], looking.stop_ids)
 
     return read
 

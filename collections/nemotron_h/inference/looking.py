@@ -1,23 +1,18 @@
-"""Questions about images: from files and a question to a prompt with image tokens in their places."""
+"""Questions about images: from a conversation to a prompt with image tokens in their places."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
 from nemotron_h.data.images.layout import ImageLayout
-from nemotron_h.data.images.read import ImageError, read_bytes, read_image
-from nemotron_h.data.images.records import PLACE, Picture
+from nemotron_h.data.images.read import ImageError
 from nemotron_h.data.images.tiling import Tiling
-from nemotron_h.data.messages import USER, ChatError, Conversation, Turn
+from nemotron_h.data.messages import ChatError, Conversation
 from nemotron_h.inference.opening import Opened, recorded_template
 from nemotron_h.inference.vision import ImageModel, Placed, load_images
 from nemotron_h.schema.recipe import DataSchema
@@ -61,42 +56,21 @@ class Looking:
         end = [token for token in self.template.tokens(self.template.answer_end()) if token in special]
         self.stop_ids = [tokenizer.eod_id, *end[:1]]
 
-    def ask(self, question: str, images: Sequence[Image.Image]) -> Asked:
-        """Return a question behind images; errors are those of `read`."""
-        text = PLACE * len(images) + "\n" * bool(images) + question
-        return self.read((Turn(USER, text, images=(Picture("given"),) * len(images)),), images)
-
-    def read(self, turns: Conversation, images: Sequence[Image.Image]) -> Asked:
+    def read(self, turns: Conversation) -> Asked:
         """Return a conversation before its next answer.
 
-        Args:
-            images: of its turns, in their order.
         Errors:
-            UserError: the chat template refuses it.
+            UserError: the chat template refuses it, or an image cannot be read.
         """
         try:
-            begun = self.template.begun(turns)
-        except ChatError as error:
-            raise UserError(f"the chat template refuses the question: {error}", hint="ask in other words") from error
-        if not images:
-            return Asked(begun.ids, None)
-        tiles = [self.layout.tiling.cut(image) for image in images]
-        ids = np.array(begun.ids, dtype=np.int64)
-        whole = self.layout.expanded(ids, np.zeros(len(ids), dtype=np.float32), begun.images, [*map(len, tiles)])
-        embeddings = self.images.tokens(torch.from_numpy(np.concatenate(tiles)))
-        return Asked(whole.ids.tolist(), Placed(torch.from_numpy(np.flatnonzero(whole.is_image)), embeddings))
-
-
-def open_image(path: Path) -> Image.Image:
-    """Return an image file as 8-bit RGB, upright.
-
-    Errors:
-        UserError: it cannot be read; says why.
-    """
-    try:
-        return read_image(read_bytes(str(path.expanduser())))
-    except ImageError as error:
-        raise UserError(f"--image {path}: {error}", hint="name a file that docs/images.md lists as readable") from error
+            ids, places, tiles = self.layout.prompt(self.template, turns)
+        except (ChatError, ImageError) as error:
+            raise UserError(
+                f"the question cannot be asked: {error}", hint="docs/images.md tells what can be"
+            ) from error
+        if not len(tiles):
+            return Asked(ids.tolist(), None)
+        return Asked(ids.tolist(), Placed(torch.from_numpy(places), self.images.tokens(torch.from_numpy(tiles))))
 
 
 def _recorded(record: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from rich.console import Console
 from torchmetrics.functional.text import edit_distance
 
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.data.images.read import read_image
 from nemotron_h.evaluation.continuing import Answer, settings_of
 from nemotron_h.evaluation.pictures.questions import CONTROLS, Question, controlled, digest
 from nemotron_h.evaluation.records import Records
@@ -98,7 +97,7 @@ def ask(
 def _answers(
     opened: Opened, looking: Looking, questions: Sequence[tuple[str, Question]], max_tokens: int
 ) -> Iterable[Answer]:
-    read = [looking.read(q.turns, [read_image(p.read()) for p in q.pictures]) for _, q in questions]
+    read = [looking.read(question.turns) for _, question in questions]
     written = generate(
         opened.model,
         [each.ids for each in read],
