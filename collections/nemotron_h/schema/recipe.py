@@ -44,17 +44,10 @@ ADAPTERS = ("none", "lora", "dora")
 EXPONENTIAL = "wsd_exponential"
 SCHEDULES = ("cosine", "wsd", EXPONENTIAL)
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-RECOMPUTE = {
-    "mamba": ("none", "layer"),
-    "ffn": ("none", "activation", "layer"),
-    "attention": ("none", "layer"),
-    "parallel": ("none", "layer"),
-    "swiglu": ("none", "activation", "layer"),
-    "experts": ("none", "layer"),
-    "linear": ("none", "layer"),
-    "logits": ("none", "chunks"),
-    "vision": ("none", "layer"),
-}
+_RECOMPUTED = ("mamba", "ffn", "attention", "parallel", "swiglu", "experts", "linear", "logits", "vision")
+_ACTIVATION = ("none", "activation", "layer")
+RECOMPUTE = dict.fromkeys(_RECOMPUTED, ("none", "layer"))
+RECOMPUTE |= {"ffn": _ACTIVATION, "swiglu": _ACTIVATION, "logits": ("none", "chunks")}
 BLEND_CHANGES = ("from_step",)
 #: how the phases of a blend order its windows
 PHASE_ORDERS = ("blend", "random")
@@ -140,9 +133,7 @@ class DataSchema:
         document_reset: whether states and attention start anew at document boundaries; packed conversations always do.
         too_long: sft and preference: what becomes of conversations (or pairs of them) longer than `seq_length`: `cut`
             at its end, or `drop` them.
-        max_tiles: sft of a model that reads images: most tiles of an image, its thumbnail not counted.
-        tiling: of the same: `closest` takes the grid of tiles whose ratio is closest to the image's, `area` weighs this
-            with the share of the image's pixels that it holds.
+        max_tiles, tiling: sft with images: most tiles of one without its thumbnail; `closest` or `area` (images.md).
         workers: processes that load data, per rank.
     """
 
