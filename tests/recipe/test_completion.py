@@ -22,7 +22,7 @@ TYPED = {
     "nemotron-h recipe show --p": ["--plain"],
     "nemotron-h recipe show nemotron_h_56": [name for name in known_recipes() if name.startswith("nemotron_h_56")],
     "nemotron-h recipe diff nemotron_h_8b mi": ["mine.yaml"],
-    "nemotron-h data prepare --blend sample_s": ["sample_small"],
+    "nemotron-h data prepare --blend sample_s": ["sample_small", "sample_small_long"],
     "nemotron-h plan nemotron_h_8b --gpu h": ["h100", "h200"],
     "nemotron-h generate ru": ["runs"],
     "nemotron-h recipe new nemotron_h_56": [],  # a name of one's own

@@ -33,7 +33,7 @@ NO_SOURCE = (
 LEFT_OUT = (
     *(("model.mamba_norm", True), ("model.multipliers.rule", "none"), ("parallel.expert", 1), ("parallel.context", 1)),
     *(("optim.name", "adamw"), ("optim.momentum", 0.95), ("optim.newton_schulz", "simple")),
-    ("data.phase_order", "blend"),
+    *(("data.phase_order", "blend"), ("data.max_tiles", 12), ("data.tiling", "closest")),
 )
 FAMILY = {
     *("nemotron_h_4b", "nemotron_h_8b", "nemotron_h_47b", "nemotron_h_47b_paper", "nemotron_h_56b", "nemotron_t_8b"),

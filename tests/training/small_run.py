@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nemotron_h.checkpoint import folders as checkpoints
 from nemotron_h.core.strict import leaves
+from nemotron_h.report import page
 
 WORKER, COMPARE = (Path(__file__).with_name(name) for name in ("worker.py", "same_tensors.py"))
 
@@ -164,6 +165,11 @@ class Small:
         """`nemotron-h data prepare` of a blend of this folder."""
         file, root = str(self.folder / blend), str(self.folder / "data")
         self.command(f"prepare_{blend}", "data", "prepare", "--blend", file, "--root", root)
+
+
+def drawn(run: Path) -> str:
+    """The page of a run's report, which `worker.py` leaves undrawn."""
+    return page.write(run).page.read_text()
 
 
 def prepared(folder: Path, kind: type[Small] = Small) -> Small:

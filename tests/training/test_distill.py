@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import FORKS, Small, assert_same, changes_at_resume, distill_recipe, layout_of_strategy, losses
+from small_run import FORKS, Small, assert_same, changes_at_resume, distill_recipe, drawn, layout_of_strategy, losses
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.report.run import REPORT, read_run
+from nemotron_h.report.run import read_run
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def test_the_checkpoint_is_an_ordinary_one(distilled: Small) -> None:
     run = read_run(distilled.run_dir("kd"))
     assert run.values("kl") == pytest.approx(run.values(lambda step: step.loss), rel=1e-5)
     assert run.validated("val_kl")[1][-1] == pytest.approx(record["metrics"]["val_kl"])
-    page = (run.folder / REPORT).read_text()
+    page = drawn(run.folder)
     assert [title in page for title in ("KL to the teacher", "Terms of the loss", "Matmuls of the teacher")] == [
         True
     ] * 3

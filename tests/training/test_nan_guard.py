@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_run import Small
+from small_run import Small, drawn
 
 from nemotron_h.checkpoint import folders
 from nemotron_h.report.incidents import processes, summary
-from nemotron_h.report.run import REPORT
 
 
 def stopped(small: Small, name: str, *poison: str) -> str:
@@ -39,7 +38,7 @@ def test_names_step_samples_and_layer_and_keeps_the_checkpoint(small: Small) -> 
     found = folders.finished(small.run_dir("poisoned"))
     assert [folders.step_of(path) for path in found] == [4]
     assert str(found[0]) in said
-    page = (small.run_dir("poisoned") / REPORT).read_text()
+    page = drawn(small.run_dir("poisoned"))
     assert "stopped at step 5 of" in page
     assert "<p>the loss of step 6 is not finite (" in page
     record = json.loads((found[0] / folders.RECORD).read_text())
@@ -59,10 +58,7 @@ def test_names_step_samples_and_weight_of_a_gradient(small: Small) -> None:
     assert process.end.message.startswith("a gradient of step 6 is not finite")
     where = "(micro-batch 1 of 4 on rank 0, samples 40 (low), 41 (low))"
     assert f"a gradient of step 6 is not finite, though its loss is {where}. Of 1 of " in said
-    assert (
-        "<p>a gradient of step 6 is not finite, though its loss is ("
-        in (small.run_dir("overflown") / REPORT).read_text()
-    )
+    assert "<p>a gradient of step 6 is not finite, though its loss is (" in drawn(small.run_dir("overflown"))
     assert "first in the backward pass: decoder.layers.3.self_attention.linear_proj.weight." in said
     found = folders.finished(small.run_dir("overflown"))
     assert [folders.step_of(path) for path in found] == [4]

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import PREFERENCE_STEPS, Small, assert_same, changes_at_resume, preference_recipe, write_pairs
+from small_run import PREFERENCE_STEPS, Small, assert_same, changes_at_resume, drawn, preference_recipe, write_pairs
 
-from nemotron_h.report.run import REPORT, read_run
+from nemotron_h.report.run import read_run
 
 pytestmark = pytest.mark.slow
 STEPS = PREFERENCE_STEPS
@@ -53,7 +53,7 @@ def test_it_starts_at_log_2_and_raises_the_margin(paired: Small, dpo: subprocess
     run = read_run(paired.run_dir("dpo"))
     assert run.values("reward_margin").tolist() == margins
     assert len(run.validated("val_reward_accuracy")[1]) == 2
-    page = (run.folder / REPORT).read_text()
+    page = drawn(run.folder)
     assert all(title in page for title in ("Reward accuracy", "Reward margin", "loss per pair, nats"))
 
 

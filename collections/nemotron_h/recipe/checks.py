@@ -484,12 +484,14 @@ def check_blend(recipe: RecipeConfig, origin: str) -> None:
                 f"are extended to {parse_count(source.extend.tokens):,} tokens",
                 hint="raise data.seq_length, or lower extend.tokens in the blend",
             )
-    reads = READS.get(recipe.stage, TEXTS)
-    if recipe.stage == "sft" and recipe.model.vision is not None:
-        reads = IMAGES
-    if blend.holds() != reads:
+    reads, holds = READS.get(recipe.stage, TEXTS), blend.holds()
+    if holds == IMAGES and recipe.stage == "sft" and recipe.model.vision is None:
         raise UserError(
-            f"{origin}: data.blend = {data.blend} holds {blend.holds()}, and stage {recipe.stage} reads {reads}",
-            hint="name another blend; docs/sft.md shows one of conversations, docs/images.md one with images (for a "
-            "model with an encoder), docs/preference.md one of pairs",
+            f"{origin}: data.blend = {data.blend} holds {holds}, and {recipe.model.name} reads text alone",
+            hint="give the model an encoder, vision=internvit_300m (docs/vision.md), or name another blend",
+        )
+    if holds != reads and (holds, recipe.stage) != (IMAGES, "sft"):
+        raise UserError(
+            f"{origin}: data.blend = {data.blend} holds {holds}, and stage {recipe.stage} reads {reads}",
+            hint="name another blend; docs/sft.md shows one of conversations, docs/preference.md one of pairs",
         )

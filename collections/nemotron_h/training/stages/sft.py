@@ -7,6 +7,7 @@ import dataclasses
 import nemo_run as run
 from nemo.collections import llm
 
+from nemotron_h.data.blend import IMAGES, load_blend
 from nemotron_h.data.feed.image_module import ImageConversationDataModule
 from nemotron_h.data.feed.sft_module import ConversationDataModule
 from nemotron_h.recipe.checks import definition_of
@@ -21,10 +22,10 @@ def build(recipe: RecipeConfig) -> run.Partial:
     Errors:
         UserError: one of the recipe's `overrides` names an unknown key, or has a value of another type.
     """
-    encoder = definition_of(recipe, f"recipe {recipe.name}").encoder
-    if encoder is None:
+    if load_blend(recipe.data.blend).holds() != IMAGES:
         task = assemble(recipe, llm.finetune, ConversationDataModule)
     else:
+        encoder = definition_of(recipe, f"recipe {recipe.name}").encoder
         tiles = {"tile_size": encoder.widths.image_size, "tile_tokens": encoder.tokens_per_tile}
         task = assemble(recipe, llm.finetune, ImageConversationDataModule, **tiles)
     task.tokenizer = "data"
