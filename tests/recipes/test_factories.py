@@ -58,6 +58,8 @@ def test_a_factory_resolves_and_overrides(parsed, name: str) -> None:
 def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
     from nemo.collections import llm
 
+    from nemotron_h.data.blend import IMAGES, load_blend
+    from nemotron_h.data.feed.image_module import ImageConversationDataModule
     from nemotron_h.data.feed.sft_module import ConversationDataModule
     from nemotron_h.training.callbacks.adapter_table import AdapterTable
 
@@ -65,7 +67,9 @@ def test_a_fine_tuning_factory_is_of_the_same_model(parsed, name: str) -> None:
     model = name.split("/")[0]
     pretrained = f"{model}/pretrain" in known_recipes()  # a model that is imported is not
     base = parsed(model if pretrained else "llama_tiny")
-    assert (tuned.__fn_or_cls__, tuned.data.__fn_or_cls__) == (llm.finetune, ConversationDataModule)
+    seen = load_blend(tuned.data.blend).holds() == IMAGES
+    reader = ImageConversationDataModule if seen else ConversationDataModule
+    assert (tuned.__fn_or_cls__, tuned.data.__fn_or_cls__) == (llm.finetune, reader)
     assert (tuned.resume.init_checkpoint, tuned.data.too_long, tuned.tokenizer) == ("there", "drop", "data")
     assert tuned.model.config.calculate_per_token_loss is True
     if pretrained:
