@@ -32,7 +32,7 @@ from nemotron_h.core.strict_yaml import as_config, flat_lines, parse_settings, p
 from nemotron_h.recipe.checks import check
 from nemotron_h.recipe.former_keys import FORMER, read_former, without_dropped
 from nemotron_h.recipe.overrides import assigned, check_overrides, split, superseded
-from nemotron_h.schema.recipe import ExpectSchema, RecipeConfig
+from nemotron_h.schema.recipe import PIPELINES, ExpectSchema, RecipeConfig
 from nemotron_h.schema.vision import VisionSchema
 
 SCHEMA_DEFAULT = "schema default"
@@ -188,6 +188,7 @@ def trace(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = Tr
         exchanged = [part.split("=")[0] for part in (*parts, *model)]
         recipe.overrides = superseded(recipe.overrides, [*overridden, *exchanged])
     if values:
+        _check_parts(recipe, overridden)
         recipe = _typed(recipe, given, "override")
     check(recipe, origin, trains)
     found = origins(layers, [*from_record, *settled, *overridden])
@@ -195,6 +196,19 @@ def trace(name_or_path: str, overrides: Sequence[str] = (), *, trains: bool = Tr
     recipe.sources = {key: text for key, text in sources.items() if not key.startswith("model.")}
     recipe.model.sources = {key[len("model.") :]: text for key, text in sources.items() if key.startswith("model.")}
     return Composed(recipe, layers, found, sources)
+
+
+def _check_parts(recipe: RecipeConfig, overridden: Sequence[str]) -> None:
+    """Refuse keys of a pipeline that the recipe is none of: such a part would lack values that it needs.
+
+    Errors:
+        UserError: names the key.
+    """
+    for key in overridden if "stage" not in overridden else ():
+        if (part := key.split(".")[0]) in PIPELINES and getattr(recipe, part) is None:
+            raise UserError(
+                f"override: {key} is unused: stage is {recipe.stage}", hint=f"leave it out: it is for {part}"
+            )
 
 
 def changed(recipe: RecipeConfig, values: Mapping[str, Any], origin: str) -> RecipeConfig:
