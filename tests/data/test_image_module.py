@@ -16,6 +16,7 @@ import yaml
 from odd_images import saved
 from PIL import Image
 from rich.console import Console
+from test_sft_module import batches
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
@@ -73,12 +74,6 @@ def module(root: Path, step: int = 0, **settings) -> ImageConversationDataModule
     data.trainer = SimpleNamespace(global_step=step, max_steps=10, limit_val_batches=1.0)
     data.setup()
     return data
-
-
-def batches(data: ImageConversationDataModule, rank: int = 0, size: int = 1, validation: bool = False):
-    data.data_sampler.data_parallel = lambda: (rank, size)
-    loader = data.val_dataloader() if validation else data.train_dataloader()
-    return iter(data.data_sampler.transform_dataloader(loader))
 
 
 def alone(root: Path, number: int, seq_length: int = SEQ) -> tuple | None:

@@ -11,7 +11,7 @@ import torch
 from export_command import invoke
 from safetensors.torch import load_file, save_file
 from small_model import relative_error
-from vision_model import ENCODERS, TILE, tiles, vision_config, vision_model, vision_schema
+from vision_model import ENCODERS, TILE, internvit, tiles, vision_config, vision_model, vision_schema
 
 from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.reader import WeightFile, find_checkpoint, read_record
@@ -45,23 +45,9 @@ def read(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module", params=ENCODERS)
 def encoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder as transformers saves it, beside the same as it is released."""
-    from transformers import InternVLVisionConfig, InternVLVisionModel
-
     widths = vision_schema(request.param)
     torch.manual_seed(0)
-    model = InternVLVisionModel(
-        InternVLVisionConfig(
-            hidden_size=widths.hidden_size,
-            num_hidden_layers=widths.num_layers,
-            num_attention_heads=widths.num_attention_heads,
-            intermediate_size=widths.ffn_hidden_size,
-            attention_bias=widths.qkv_bias,
-            use_qk_norm=widths.qk_norm,
-            norm_type={"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[widths.norm],
-            image_size=TILE,
-            patch_size=widths.patch_size,
-        )
-    )
+    model = internvit(widths)
     for parameter in model.parameters():
         parameter.data.normal_()
     root = tmp_path_factory.mktemp(request.param)

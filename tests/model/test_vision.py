@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_model import relative_error
-from vision_model import ENCODERS, TILE, batch, tiles, vision_config, vision_model, vision_schema
+from vision_model import ENCODERS, TILE, batch, internvit, tiles, vision_config, vision_model, vision_schema
 
 from nemotron_h.architecture.rank import Layout, Rank
 from nemotron_h.architecture.vision import text_only
@@ -24,26 +24,12 @@ def theirs(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("like", ENCODERS)
 def test_the_encoder_is_internvit(like: str) -> None:
-    from transformers import InternVLVisionConfig, InternVLVisionModel
     from transformers.models.internvl.modeling_internvl import InternVLModel
 
     config = vision_config(like)
     vision = config.vision
     model = vision_model(config)
-    oracle = InternVLVisionModel(
-        InternVLVisionConfig(
-            hidden_size=vision.hidden_size,
-            num_hidden_layers=vision.num_layers,
-            num_attention_heads=vision.num_attention_heads,
-            intermediate_size=vision.ffn_hidden_size,
-            attention_bias=vision.qkv_bias,
-            use_qk_norm=vision.qk_norm,
-            norm_type={"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[vision.norm],
-            image_size=TILE,
-            patch_size=vision.patch_size,
-            attn_implementation="eager",
-        )
-    ).double()
+    oracle = internvit(vision, attn_implementation="eager").double()
     parts = theirs(model)
     state = {k.removeprefix("vision."): v.double() for k, v in parts.items() if k.startswith("vision.")}
     assert not any(oracle.load_state_dict(state, strict=True))

@@ -22,6 +22,26 @@ def vision_schema(like: str = "internvit_300m", **changes) -> VisionSchema:
     return VisionSchema("small", **{**widths, "image_size": TILE, "patch_size": 4, **ENCODERS[like], **changes})
 
 
+def internvit(vision: VisionSchema, **options):
+    """The encoder as transformers has it, its weights as they are drawn there."""
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    return InternVLVisionModel(
+        InternVLVisionConfig(
+            hidden_size=vision.hidden_size,
+            num_hidden_layers=vision.num_layers,
+            num_attention_heads=vision.num_attention_heads,
+            intermediate_size=vision.ffn_hidden_size,
+            attention_bias=vision.qkv_bias,
+            use_qk_norm=vision.qk_norm,
+            norm_type={"layernorm": "layer_norm", "rmsnorm": "rms_norm"}[vision.norm],
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            **options,
+        )
+    )
+
+
 def vision_config(like: str = "internvit_300m", **changes):
     """`small_config` with an encoder."""
     return small_config(**{"vision": vision_schema(like), "projector": ProjectorSchema(), **changes})

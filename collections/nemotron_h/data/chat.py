@@ -285,6 +285,15 @@ class ChatTemplate:
         answer = next(text for text, trained in self.segments(example) if trained)
         return answer.partition(_EXAMPLE)[2]
 
+    def end_marker(self) -> int | None:
+        """Return the token that ends an answer; None where the tokenizer has the template's markers as text.
+
+        Errors:
+            ChatError: as `encode`.
+        """
+        special = set(self.tokenizer.special_tokens.values())
+        return next((token for token in self.tokens(self.answer_end()) if token in special), None)
+
     def answer_begin(self, turns: Conversation) -> str:
         """Return the text that the template writes between the last message and the answer to it.
 

@@ -41,10 +41,9 @@ class Conversation:
         self._checkpoint = subject.checkpoint
         with self._telling():
             self._template = ChatTemplate(self.source, subject.tokenizer)
-            end = self._template.tokens(self._template.answer_end())
+            end = self._template.end_marker()
             begun = in_thought(self._template.answer_begin(self._turns((Turn(USER, "question"),))))
-        special = {*subject.tokenizer.special_tokens.values()}
-        self.stop_ids = frozenset({subject.tokenizer.eod_id, *[token for token in end if token in special][:1]})
+        self.stop_ids = frozenset({subject.tokenizer.eod_id, end} - {None})
         self.opening = f"{BEGIN}\n" if begun else ""
 
     def prompt(self, question: str) -> list[int]:

@@ -62,12 +62,10 @@ class ChatSession:
         self.sampling = sampling or Sampling()
         self._system = (Turn(SYSTEM, system),) if system.strip() else ()
         self._end = template.answer_end()
-        end = template.tokens(self._end)
-        special = set(template.tokenizer.special_tokens.values())
-        self._marker = next((token for token in end if token in special), None)
+        self._marker = template.end_marker()
         #: a tokenizer without the template's markers gets them as text
         self._stops = [self._end.strip()] if self._marker is None and self._end.strip() else []
-        self._end_ids = end
+        self._end_ids = template.tokens(self._end)
         self.reset()
 
     def reset(self) -> None:

@@ -52,9 +52,8 @@ class Looking:
         encoder, chosen = self.images.encoder, _recorded(opened.record)
         tiling = Tiling(encoder.widths.image_size, chosen["max_tiles"], chosen["tiling"])
         self.layout = ImageLayout.of(tokenizer, tiling, encoder.tokens_per_tile)
-        special = {*tokenizer.special_tokens.values()}
-        end = [token for token in self.template.tokens(self.template.answer_end()) if token in special]
-        self.stop_ids = [tokenizer.eod_id, *end[:1]]
+        end = self.template.end_marker()
+        self.stop_ids = [tokenizer.eod_id] if end is None else [tokenizer.eod_id, end]
 
     def read(self, turns: Conversation) -> Asked:
         """Return a conversation before its next answer.
