@@ -5,6 +5,7 @@
     python tests/benchmarks/whole_8b.py --out OUT --part scaling        # equal work on 1, 2, 4 ... GPUs
     python tests/benchmarks/whole_8b.py --out OUT --part checkpoint     # stall; killed, resumed, in another layout too
     python tests/benchmarks/whole_8b.py --out OUT --part generate       # with the weights of the last part
+    python tests/benchmarks/whole_8b.py --out OUT --part vision         # 13 layers behind the paper's image encoder
     python tests/benchmarks/whole_8b.py --out OUT --part all --small    # a dry run: the tiny model on two CPU ranks
 
 OUT has room for two checkpoints of 106 GiB; files in memory (/dev/shm) are fine. Results are printed as lines of JSON
@@ -30,7 +31,7 @@ from nemotron_h.core.units import GIB
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.compose import compose
 
-PARTS = ("layouts", "scaling", "checkpoint", "generate")
+PARTS = ("layouts", "scaling", "checkpoint", "generate", "vision")
 PRECISIONS = ("bf16", "fp8_current_scaling")
 #: the 8B's widths at a depth that one GPU trains, as in the verification cards
 CUT = ("model.pattern=M-M-M-M*-M-M-", "model.expect={mamba: 6, attention: 1, ffn: 6, parameters: 2_830_522_624}")
@@ -66,9 +67,11 @@ class Bench:
             *more,
         ]
 
-    def start(self, folder: str, settings: list[str]) -> subprocess.Popen[bytes]:
-        """Start `nemo llm pretrain` with its output in FOLDER.log."""
-        module = [sys.executable, "-m", "nemotron_h.launch.command", "llm", "pretrain", "--factory", self.name, "--yes"]
+    def start(self, folder: str, settings: list[str], stage: str = "pretrain") -> subprocess.Popen[bytes]:
+        """Start `nemo llm pretrain`, or `finetune` for another stage, with its output in FOLDER.log."""
+        verb = "pretrain" if stage == "pretrain" else "finetune"
+        factory = self.name if stage in ("pretrain", "sft") else f"{self.name}_{stage}"
+        module = [sys.executable, "-m", "nemotron_h.launch.command", "llm", verb, "--factory", factory, "--yes"]
         with (self.out / f"{folder}.log").open("ab") as log:
             return subprocess.Popen(
                 [*module, *settings, f"log.explicit_log_dir={self.out / folder}"],
@@ -78,10 +81,12 @@ class Bench:
                 start_new_session=True,
             )
 
-    def train(self, title: str, folder: str, settings: list[str], keep: bool = False) -> dict[int, float]:
+    def train(
+        self, title: str, folder: str, settings: list[str], keep: bool = False, stage: str = "pretrain"
+    ) -> dict[int, float]:
         """Train to the end, add what was measured, and return the losses by step."""
         began = time.monotonic()
-        code = self.start(folder, settings).wait()
+        code = self.start(folder, settings, stage).wait()
         seconds = time.monotonic() - began
         run = self.out / folder
         if code:
@@ -91,12 +96,12 @@ class Bench:
             return {}
         record = json.loads((run / "run.json").read_text())
         losses = {step.step: step.loss for step in read_steps(run / STEPS)[0]}
-        plan = make_plan(compose(self.name, settings), self.args.gpu)
+        plan = make_plan(compose(f"{self.name}/{stage}", settings), self.args.gpu)
         self.add(
             title,
             seconds=round(seconds, 1),
             losses={step: round(loss, 4) for step, loss in losses.items() if step in (1, 10, max(losses))},
-            planned_gib=round(max(stage.peak for stage in plan.stages) / GIB, 2),
+            planned_gib=round(max(part.peak for part in plan.stages) / GIB, 2),
             throughput={k: v for k, v in (record["throughput"] or {}).items() if isinstance(v, int | float | str)},
             save=record["save"],
         )
@@ -155,6 +160,25 @@ class Bench:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
         said = (done.stdout + done.stderr).splitlines()[-8:]
         self.add("generate", seconds=round(time.monotonic() - began, 1), code=done.returncode, output=said)
+
+    def vision(self) -> None:
+        """Train the cut behind an encoder that begins anew, on pictures of charts: the projector alone, then all."""
+        small, pictures = self.args.small, self.out / "pictures"
+        program = [sys.executable, "-c", "from nemotron_h.cli.main import main; main()", "data"]
+        count, size = (400, 32) if small else (1500, 448)
+        making = ["pictures", "--kinds", "charts", "--count", str(count), "--size", str(size), "--out", str(pictures)]
+        for command in (making, ["prepare", "--blend", str(pictures / "pictures.yaml")]):
+            subprocess.run([*program, *command], env=self.environment, check=True, stdout=subprocess.DEVNULL)
+        self.sequence = 256 if small else 4096
+        changes = ("vision=internvit_tiny", "data.seq_length=256") if small else CUT
+        changes = ("init.checkpoint=null", "data.micro_batch_size=2", *changes)
+        for title, stage, frozen in (
+            ("vision, the projector alone", "sft_vlm_projector", "[vision, language]"),
+            ("vision, all parts", "sft_vlm", "[]"),
+        ):
+            settings = self.settings(1, 1, "bf16", 2, f"optim.frozen={frozen}", *changes)
+            settings[0] = f"data.blend={pictures / 'pictures.yaml'}"
+            self.train(title, stage, settings, stage="sft" if small else stage)
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 `python tests/gpu/memory.py` takes the 8B's definition with a pattern cut to fit one GPU of 80 GB (the 8B's ratio of
 layers), trains each setting three steps in BF16 as a run does (Megatron's DDP and distributed optimizer, NeMo's
 trainer left out) and prints, per setting, what torch's allocator held at most in the third step, what was planned, and
-both by part. `--small` runs the same on small widths, on the CPU too, where only the plan and the program are of use.
-pytest runs it on a GPU and wants the peak within 10 %.
+both by part, and the TFLOP/s of the shortest step. Settings that need more than 80 GB, and the model that reads images,
+run where there is room (`LARGE`); `--only` takes those with a word in their names. `--small` runs the same on small
+widths, on the CPU too, where only the plan and the program are of use. pytest runs it on a GPU and wants the peak
+within 10 %.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +40,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8192, documents": {"seq_length": 8192, "documents": True},
     "2 x 4096, documents": {"seq_length": 4096, "micro_batch": 2, "documents": True},
 }
+CHUNKS = {**LAYERS, "recompute_logits": "chunks"}
+#: on a GPU of 141 GB
+LARGE: dict[str, dict[str, Any]] = {
+    "32768, all layers recomputed, logits in chunks": {"seq_length": 32768, **CHUNKS},
+    "65536, FFNs recomputed, logits in chunks": {
+        "seq_length": 65536,
+        "recompute_ffn": "layer",
+        "recompute_logits": "chunks",
+    },
+    "131072, all layers recomputed": {"seq_length": 131072, **LAYERS},
+    "131072, all layers recomputed, logits in chunks": {"seq_length": 131072, **CHUNKS},
+    "images, 4096": {"seq_length": 4096},
+    "images, 2 x 4096": {"seq_length": 4096, "micro_batch": 2},
+    "images, 2 x 4096, encoder recomputed": {"seq_length": 4096, "micro_batch": 2, "recompute_vision": "layer"},
+}
 WIDTHS = (
     "hidden_size",
     "ffn_hidden_size",
@@ -51,14 +69,14 @@ WIDTHS = (
 )
 
 
-def definition(small: bool) -> Any:
-    """The 8B with fewer layers, or small widths."""
-    from nemotron_h.architecture.definition import Expect, ModelDefinition
+def definition(small: bool, images: bool = False) -> Any:
+    """The 8B with fewer layers, or small widths; with an image encoder in front."""
+    from nemotron_h.architecture.definition import definition_from_dict
     from nemotron_h.recipe.compose import compose
 
-    values = dataclasses.asdict(compose("nemotron_h_tiny" if small else "nemotron_h_8b").model)
-    counts = Expect(PATTERN.count("M"), PATTERN.count("*"), PATTERN.count("-"), 0)
-    return ModelDefinition(**{**values, "pattern": PATTERN, "expect": counts})
+    encoder = [f"vision=internvit_{'tiny' if small else '300m'}"] if images else []
+    values = dataclasses.asdict(compose(f"nemotron_h_{'tiny' if small else '8b'}/sft", encoder).model)
+    return definition_from_dict({**values, "pattern": PATTERN}, "memory", count=True)
 
 
 def start() -> None:
@@ -99,6 +117,8 @@ def training_step(model: Any, setting: dict[str, Any]) -> Callable[[], float]:
         hybrid_override_pattern=model.pattern,
         kv_channels=model.head_dim,
         **{name: getattr(model, name) for name in WIDTHS},
+        vision=model.vision,
+        projector=model.projector,
         **{key: value for key, value in setting.items() if key.startswith("recompute_")},
         seq_length=length,
         params_dtype=torch.bfloat16,
@@ -134,7 +154,13 @@ def training_step(model: Any, setting: dict[str, Any]) -> Callable[[], float]:
         documents = None
         if setting.get("documents"):  # of 700 tokens and the rest
             documents = (torch.arange(length, device=device) // 700).int().repeat(batch, 1)
-        return net(input_ids=tokens[:, :-1], labels=tokens[:, 1:].contiguous(), seq_idx=documents), mean
+        images = {}
+        if model.encoder:  # as many as there is place for
+            side, count = model.vision.image_size, model.encoder.tiles(length)
+            places = torch.arange(length, device=device) < count * model.encoder.tokens_per_tile
+            images["image_mask"] = places.repeat(batch, 1)
+            images["tiles"] = torch.randint(256, (count * batch, 3, side, side), device=device, dtype=torch.uint8)
+        return net(input_ids=tokens[:, :-1], labels=tokens[:, 1:].contiguous(), seq_idx=documents, **images), mean
 
     def step() -> float:
         parallel.zero_grad_buffer()
@@ -157,6 +183,7 @@ def training_step(model: Any, setting: dict[str, Any]) -> Callable[[], float]:
 def measure(model: Any, setting: dict[str, Any]) -> dict[str, Any]:
     """Bytes of a setting: planned by part, and on a GPU measured between steps and at the peak of the third."""
     from nemotron_h.architecture.rank import Layout
+    from nemotron_h.planning.flops import flops_per_token
     from nemotron_h.planning.memory import largest_stage
 
     gpu = torch.cuda.is_available()
@@ -167,12 +194,19 @@ def measure(model: Any, setting: dict[str, Any]) -> dict[str, Any]:
     }
     base = torch.cuda.memory_allocated() if gpu else 0  # workspaces of the settings before stay
     step = training_step(model, setting)
-    losses = [step(), step()]
-    if gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        between = torch.cuda.memory_allocated()
-    losses.append(step())
+    losses, seconds = [step()], []
+    for _ in range(2):  # a loss is read: the step has ended
+        if gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            between = torch.cuda.memory_allocated()
+        began = time.perf_counter()
+        losses.append(step())
+        if gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    tokens, flops = layout.seq_length * layout.micro_batch, flops_per_token(model, layout.seq_length).total
+    result["tokens/s"], result["TFLOP/s"] = tokens / min(seconds), tokens / min(seconds) * flops / 1e12
     if gpu:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
@@ -197,8 +231,8 @@ def measure(model: Any, setting: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def run(small: bool) -> dict[str, Any]:
-    """All settings; one that fails (out of memory, say) reports its error and the others go on."""
+def run(small: bool, only: str = "") -> dict[str, Any]:
+    """Settings with a word in their names; one that fails (out of memory, say) reports its error, the others go on."""
     start()
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -213,7 +247,11 @@ def run(small: bool) -> dict[str, Any]:
         "parameters": model.parameters,
         "settings": {},
     }
-    for name, setting in SETTINGS.items():
+    large = {} if torch.cuda.is_available() and torch.cuda.mem_get_info()[1] < 120e9 else LARGE
+    for name, setting in (SETTINGS | large).items():
+        if only not in name:
+            continue
+        model = definition(small, "images" in name)
         shrunk = {**setting, "seq_length": setting["seq_length"] // 16} if small else setting
         try:
             report["settings"][name] = measure(model, shrunk)
@@ -233,4 +271,6 @@ def test_planned_peak_within_ten_percent() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="small widths and sequences, to try the program")
-    print(json.dumps(run(parser.parse_args().small), indent=1))
+    parser.add_argument("--only", default="", metavar="WORD", help="settings with this in their names")
+    args = parser.parse_args()
+    print(json.dumps(run(args.small, args.only), indent=1))

@@ -100,8 +100,13 @@ ONE_RANK: dict[str, dict[str, Any]] = {
         "precision": "bf16",
     },
     "teacher, many logits": {"model": MODELS["hybrid"], "seq_length": 512, "micro_batch": 2, "teacher": TEACHER},
-    "teacher, chunks": {"model": MODELS["hybrid"], "seq_length": 6144, "teacher": TEACHER, "precision": "bf16"},
-    "100M": {"model": proxy_100m(), "seq_length": 512},
+    "teacher, chunks": {
+        "model": {**MODELS["hybrid"], "vocab_size": 32768},
+        "seq_length": 1536,
+        "teacher": {**TEACHER, "vocab_size": 32768},
+        "precision": "bf16",
+    },
+    "100M": {"model": proxy_100m(), "seq_length": 128},
 }
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "tensor 2": {"model": HYBRID, "seq_length": 512, "tensor": 2, "precision": "bf16"},

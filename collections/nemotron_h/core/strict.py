@@ -219,13 +219,19 @@ def merged(schema: Any, *layers: tuple[DictConfig | dict[str, Any], str]) -> Dic
     Errors:
         UserError: unknown key or wrong type, naming key and origin.
     """
-    content = OmegaConf.structured(schema)
+    content = _defaults(schema) if isinstance(schema, type) else OmegaConf.structured(schema)
     for written, origin in layers:
         with _explained(schema, written, origin):
             layer = written if isinstance(written, DictConfig) else OmegaConf.create(written)
             check_interpolations(layer, origin)
             content = OmegaConf.merge(content, layer)
     return content
+
+
+@functools.cache
+def _defaults(schema: type) -> DictConfig:
+    """Return a schema's defaults, which `OmegaConf.merge` copies."""
+    return OmegaConf.structured(schema)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ stays.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -126,8 +127,12 @@ def parse_yaml(text: str, origin: str) -> Any:
         loader.dispose()
 
 
+@functools.lru_cache(maxsize=256)  # composing a recipe asks for each of its files several times
 def parse_node(text: str, origin: str) -> yaml.Node | None:
-    """Return a document's root with the line of every value, or None where there is none; errors as of `parse_yaml`."""
+    """Return a document's root with the line of every value, or None where there is none; errors as of `parse_yaml`.
+
+    The nodes are shared between calls: nothing may change them but `flatten_mapping`, which does so once.
+    """
     check_unicode(text, origin)
     try:
         if len(text) > MAX_BYTES:

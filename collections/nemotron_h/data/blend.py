@@ -6,14 +6,19 @@ sources in proportion to `Source.weight`. This module imports neither torch nor 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.strict import is_name, merged, nearest, number, typed, within
@@ -320,7 +325,15 @@ def load_blend(name_or_path: str | Path) -> Blend:
             contradict each other.
     """
     path = find_blend(name_or_path)
-    blend = typed(Blend, merged(Blend, *layers_of(path)), str(path))
+    layers = [(OmegaConf.to_container(content), origin) for content, origin in layers_of(path)]
+    # a recipe's checks, its plan and its run load the same blend
+    return copy.deepcopy(_loaded(path, json.dumps(layers), frozenset(os.environ.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _loaded(path: Path, layers: str, environment: frozenset[tuple[str, str]]) -> Blend:
+    """Return a blend of the JSON of its `layers_of`; `${oc.env:...}` in them reads the environment."""
+    blend = typed(Blend, merged(Blend, *json.loads(layers)), str(path))
     for source in blend.sources.values():
         if source.fetch and source.fetch.kind == HUB:
             source.format = source.format or HUB_FORMAT

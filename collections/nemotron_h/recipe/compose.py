@@ -384,8 +384,10 @@ def _merge(directory: Path, name: str, parts: Sequence[str], origin: str) -> tup
             search.append("nemotron_h", f"recipe://{folder}", SearchPathQuery(provider="main"))
         Hydra.create_main_hydra2("recipe", search)
         loader = GlobalHydra.instance().config_loader()
-        defaults = loader.compute_defaults_list(name, [], RunMode.RUN).defaults
-        added = [part for part in parts if part.startswith(_ADDED) and not any(_is_of(each, part) for each in defaults)]
+        added = [part for part in parts if part.startswith(_ADDED)]
+        if added:
+            defaults = loader.compute_defaults_list(name, [], RunMode.RUN).defaults
+            added = [part for part in added if not any(_is_of(each, part) for each in defaults)]
         parts = [part for part in parts if part not in added]
         composed = hydra_compose(name, overrides=list(parts))
         merged = loader.compute_defaults_list(name, list(parts), RunMode.RUN).defaults
