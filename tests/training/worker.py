@@ -68,6 +68,10 @@ record_reads(PackedDataset)
 record_reads(PairDataset)
 
 
+#: 127.0.0.1 and ::1 as the kernel writes them
+LOOPBACK = ("0100007F:", "00000000000000000000000001000000:")
+
+
 def open_ports() -> list[str]:
     """Addresses other than loopback on which this process listens."""
     links = (str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
@@ -76,7 +80,7 @@ def open_ports() -> list[str]:
         line.split() for family in ("tcp", "tcp6") for line in Path(f"/proc/net/{family}").read_text().splitlines()
     ]
     listening = [fields[1] for fields in lines if fields[3] == "0A" and fields[9] in sockets]
-    return [address for address in listening if not address.startswith("0100007F")]
+    return [address for address in listening if not address.startswith(LOOPBACK)]
 
 
 class Recorder(pl.Callback):
@@ -129,7 +133,7 @@ class Recorder(pl.Callback):
         if self.slow or self.told["write"]:
             self.watch_threads(trainer.global_rank)
         if not torch.cuda.is_available():  # NCCL's ranks meet on the network's interface
-            assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports()
+            assert "TORCHELASTIC_RUN_ID" in os.environ or not open_ports(), open_ports()
         if self.copy:
             trainer.save_checkpoint(self.copy)
             trainer.strategy.checkpoint_io.maybe_finalize_save_checkpoint(blocking=True)
