@@ -200,6 +200,11 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
             ("the largest is 28; sizes that fit: 1, 2, 4,",),
         ),
         ("nemotron_t_8b", ["parallel.tensor=8", "parallel.context=8"], ("of model nemotron_t_8b: it has too few",)),
+        (
+            LARGE,
+            ["parallel.tensor=1", "parallel.sequence=false", "data.seq_length=131072"],
+            ("131,072 tokens of 18,560 values are more than 2^31 on a rank", "parallel.context=2"),
+        ),
         (LARGE, ["parallel.context=4", "data.seq_length=8200"], ("parallel.context * parallel.tensor = 32", "is 8192")),
         (
             LARGE,

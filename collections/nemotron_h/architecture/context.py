@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from nemotron_h.architecture.definition import ModelDefinition
 from nemotron_h.core.errors import UserError
 
+#: mamba-ssm 2.3's kernels multiply token and stride in 32 bits: 131,072 tokens of the 8B on one H200 ended in an
+#: illegal memory access
+ADDRESSED = 2**31
+
 
 def _counts(definition: ModelDefinition, tensor: int) -> Iterator[tuple[str, int, str, int, bool]]:
     """Yield heads and groups of one of `tensor` ranks, each with its key, of what mixes tokens in every layer; and
@@ -43,17 +47,28 @@ def context_sizes(definition: ModelDefinition, tensor: int) -> list[int]:
 
 
 def check_context_parallel(
-    definition: ModelDefinition, size: int, origin: str, *, tensor: int, sequence: bool, seq_length: int | None = None
+    definition: ModelDefinition,
+    size: int,
+    origin: str,
+    *,
+    tensor: int,
+    sequence: bool,
+    seq_length: int | None = None,
+    micro_batch: int = 1,
 ) -> None:
-    """Check that the layers, and the tokens of a sequence, split over `size` context-parallel ranks.
+    """Check that the layers, and the tokens of a sequence, split over `size` context-parallel ranks, each of which gets
+    no more of them than kernels can address.
 
     Args:
         origin: the file or recipe to name in an error.
         tensor, sequence: as `ParallelSchema`; with sequence parallelism each rank's tokens are split once more.
         seq_length: tokens of a sequence; None where the model alone is asked about.
+        micro_batch: sequences of a forward pass.
     Errors:
-        UserError: names the key, and the largest size that the model takes.
+        UserError: names the key, and the largest size that the model takes, or the smallest that the tokens need.
     """
+    if seq_length is not None:
+        check_addressed(definition, micro_batch * seq_length, origin, tensor=tensor, context=size)
     if size == 1:
         return
     where = f"{origin}: parallel.context = {size}"
@@ -75,3 +90,22 @@ def check_context_parallel(
             f"{origin}: data.seq_length = {seq_length} is not a multiple of {split} = {parts}",
             hint=f"the nearest is {nearest}",
         )
+
+
+def check_addressed(definition: ModelDefinition, tokens: int, origin: str, *, tensor: int, context: int) -> None:
+    """Check that kernels can address the tokens of a rank's forward pass.
+
+    Args:
+        tokens: of all context-parallel ranks together.
+    Errors:
+        UserError: names the keys, and the smallest size that is enough.
+    """
+    widest = max(block.addressed for block in definition.blocks) // tensor
+    if tokens * widest // context < ADDRESSED:
+        return
+    enough = next((size for size in context_sizes(definition, tensor) if tokens * widest // size < ADDRESSED), None)
+    raise UserError(
+        f"{origin}: data.micro_batch_size * data.seq_length = {tokens:,} tokens of {widest:,} values are more than "
+        "2^31 on a rank, and mamba-ssm's kernels address them in 32 bits",
+        hint=f"split them: parallel.context={enough}" if enough else "split them over a larger parallel.tensor",
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nemotron_h.architecture.adapters import check_adapter
-from nemotron_h.architecture.context import check_context_parallel, context_sizes
+from nemotron_h.architecture.context import check_addressed, check_context_parallel, context_sizes
 from nemotron_h.architecture.definition import ModelDefinition, definition_from_dict, stage_blocks
 from nemotron_h.architecture.frozen import LANGUAGE, frozen_parameters, frozen_parts
 from nemotron_h.architecture.gemms import check_gemms
@@ -303,6 +303,11 @@ def refusal(definition: ModelDefinition, layout: Layout) -> str:
             check_context_parallel(model, layout.context, "", tensor=layout.tensor, sequence=False)
         except UserError:
             return f"{model.name}'s heads do not split over context parallel {layout.context}"
+        try:
+            tokens = layout.micro_batch * layout.seq_length
+            check_addressed(model, tokens, "", tensor=layout.tensor, context=layout.context)
+        except UserError:
+            return f"{tokens:,} tokens on a rank are more than mamba-ssm's kernels address"
     if definition.has_experts and layout.tensor > 1 and not layout.sequence:
         return "experts take tensor parallel with sequence parallel alone"
     if layout.seq_length % (parts := layout.context * (layout.tensor if layout.sequence else 1)):

@@ -422,6 +422,7 @@ def check_layout(recipe: RecipeConfig, definition: ModelDefinition, origin: str)
         tensor=parallel.tensor,
         sequence=parallel.sequence,
         seq_length=data.seq_length,
+        micro_batch=data.micro_batch_size,
     )
     ranks, model_ranks = parallel.nodes * parallel.devices, parallel.tensor * parallel.pipeline * parallel.context
     by = "parallel.tensor * parallel.pipeline" + (" * parallel.context" if parallel.context > 1 else "")

@@ -309,6 +309,11 @@ class Block:
         """Return the values of a token that a rank of `tensor` exchanges with `context` ranks in a forward pass."""
         return 0
 
+    @property
+    def addressed(self) -> int:
+        """Return the values of a token in the widest tensor that kernels address in 32 bits; 0 is none."""
+        return 0
+
     def empty_flops(self, seq_length: int, tensor: int, context: int) -> float:
         """Return forward FLOPs per token of heads that are filled up."""
         return 0

@@ -142,6 +142,11 @@ class Mamba(Block):
         yield Operation("ssd", self.scan_flops(min(chunk, seq_length)), of_activations=True)
         yield out_proj
 
+    @property
+    def addressed(self) -> int:
+        """Return those of the input projection's output, of which mamba-ssm 2.3's kernels read z, x, B, C and dt."""
+        return self.in_proj_size
+
     def exchanged(self, tensor: int, context: int) -> int:
         """Return those of x, B, C and dt, and of the scan's output."""
         return (self._exchanged_inputs(tensor, context) + self.d_inner) // tensor

@@ -105,6 +105,11 @@ class Parallel(Block):
         yield from self.mamba.operations(seq_length, chunk)
         yield from self.attention.operations(seq_length, chunk)
 
+    @property
+    def addressed(self) -> int:
+        """Return those of the scan's branch."""
+        return self.mamba.addressed
+
     def exchanged(self, tensor: int, context: int) -> int:
         """Return those of both branches."""
         return self.mamba.exchanged(tensor, context) + self.attention.exchanged(tensor, context)
