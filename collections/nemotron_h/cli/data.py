@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from nemotron_h.cli.long_questions import long_questions
 from nemotron_h.cli.pictures import pictures
 from nemotron_h.cli.retrieval import retrieval
 from nemotron_h.cli.solutions import solutions
@@ -88,6 +89,7 @@ def problems(
 app.command()(solutions)
 app.command()(retrieval)
 app.command()(pictures)
+app.command("questions")(long_questions)
 
 
 @app.command()
