@@ -14,6 +14,7 @@ from two_runs import output_of, save_two
 from nemotron_h.cli.ruler import ruler as command
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
+from nemotron_h.evaluation import continuing
 from nemotron_h.evaluation.long_context import answers as answers_module
 from nemotron_h.evaluation.long_context.answers import line_watch
 from nemotron_h.evaluation.long_context.item import read_items
@@ -108,7 +109,7 @@ def test_resumed_is_straight(runs: list[Path], tmp_path: Path, monkeypatch: pyte
     assert file.read_text().startswith(first)
     assert (resumed / "ruler.csv").read_text() == (straight / "ruler.csv").read_text()
     # nothing is new: no model is loaded
-    monkeypatch.setattr(answers_module, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(continuing, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     invoke(runs[0], "--tasks", "needle", "--lengths", 450, "--samples", 2, "--out", resumed)
     with pytest.raises(UserError, match=r"hybrid\.jsonl was written with chat = false, now it is true"):
         invoke(runs[0], *TASKS, "--samples", 1, "--chat", "--out", resumed)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeAlias
+
+import torch
 
 from nemotron_h.checkpoint.folders import INTEGRITY
 from nemotron_h.core.files import file_sha256
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation.subject import Subject
-from nemotron_h.inference.model import GenerationModel
+from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.pool import END, Job, Pool, rows_that_fit
 from nemotron_h.inference.sampling import Sampling
 
 #: ours: a pass over fewer tokens takes no less time
 _SHARED = 64
+#: tells of the tokens of an answer whether all that is looked at is there
+Watch: TypeAlias = Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,95 @@ class Answer:
     ended_by: str
 
 
-def settings_of(subject: Subject, dtype: str, device: str) -> dict[str, Any]:
-    """Return what all answers of a model depend on, for `Records.check`."""
-    return {
-        "checkpoint": subject.checkpoint.name,
-        "weights": file_sha256(subject.checkpoint / INTEGRITY),
-        "tokenizer": subject.tokenizer.ids_sha256(),
-        "dtype": dtype,
-        "device": device,
-    }
+class Ask(Protocol):
+    """Function that yields the greedy continuations of prompts as they end, with the numbers of the prompts."""
+
+    def __call__(
+        self,
+        prompts: Sequence[tuple[str, Sequence[int]]],
+        *,
+        max_tokens: int,
+        stop_ids: Collection[int],
+        watch: Watch | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[tuple[int, Answer]]:
+        """Continue prompts.
+
+        Args:
+            prompts: key and token ids of each.
+            max_tokens: of an answer.
+            stop_ids: tokens that end one.
+            watch: an answer may end where it is true; what is looked at is there.
+            stop: texts of which the first ends one; what follows is not looked at.
+        """
+
+
+class Engine(Protocol):
+    """Place where a subject's model answers."""
+
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        """Return what all answers depend on, for `Records.check`."""
+
+    def open(self, subject: Subject) -> Ask:
+        """Return what asks the model."""
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """The engine of this project, with a checkpoint's model.
+
+    Attributes:
+        batch: rows; None takes what half of the free memory holds.
+        dtype, device: see `dtype_and_device`.
+    """
+
+    batch: int | None
+    dtype: str
+    device: str
+
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        """Return what all answers of a model depend on."""
+        return {
+            "checkpoint": subject.checkpoint.name,
+            "weights": file_sha256(subject.checkpoint / INTEGRITY),
+            "tokenizer": subject.tokenizer.ids_sha256(),
+            "dtype": self.dtype,
+            "device": self.device,
+        }
+
+    def load(self, subject: Subject) -> GenerationModel:
+        """Return the model.
+
+        Errors:
+            UserError: see `load_model`.
+        """
+        dtype, words = getattr(torch, self.dtype), subject.tokenizer.vocab_size
+        return load_model(subject.checkpoint, dtype=dtype, device=self.device, tokens=words)
+
+    def open(self, subject: Subject) -> Ask:
+        """Return what asks the model, which is read now."""
+        model = self.load(subject)
+
+        def ask(
+            prompts: Sequence[tuple[str, Sequence[int]]],
+            *,
+            max_tokens: int,
+            stop_ids: Collection[int],
+            watch: Watch | None = None,
+            stop: Sequence[str] = (),
+        ) -> Iterator[tuple[int, Answer]]:
+            complete = watch or (lambda tokens: False)
+            return continuations(
+                model,
+                subject.tokenizer,
+                prompts,
+                batch=self.batch,
+                max_tokens=max_tokens,
+                stop_ids=stop_ids,
+                complete=complete,
+            )
+
+        return ask
 
 
 def continuations(

@@ -12,7 +12,7 @@ from nemotron_h.checkpoint.definition import read_definition
 from nemotron_h.checkpoint.folders import step_of
 from nemotron_h.checkpoint.reader import find_checkpoint, read_record
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.tokenizer import Tokenizer
+from nemotron_h.data.tokenizer import META_FILE, Tokenizer, load_tokenizer
 from nemotron_h.inference.trained_tokenizer import tokenizer_for
 
 
@@ -22,13 +22,13 @@ class Subject:
 
     Attributes:
         checkpoint: its folder.
-        definition: its model.
+        definition: its model; None where only the tokenizer is here.
         tokenizer: of its run, or the one that was named.
         record: run.json beside its weights.
     """
 
     checkpoint: Path
-    definition: ModelDefinition
+    definition: ModelDefinition | None
     tokenizer: Tokenizer
     record: dict[str, Any]
 
@@ -54,6 +54,16 @@ class Subject:
         definition = read_definition(record, f"checkpoint {checkpoint}")
         text = tokenizer_for(record, checkpoint, tokenizer, definition.vocab_size)
         return cls(checkpoint, definition, text, record)
+
+    @classmethod
+    def served(cls, tokenizer: Path) -> Subject:
+        """Return a model that is elsewhere, by the folder of its tokenizer, Hugging Face's too.
+
+        Errors:
+            UserError: there is none.
+        """
+        kind = None if (tokenizer / META_FILE).exists() else "huggingface"
+        return cls(tokenizer, None, load_tokenizer(tokenizer, kind), {})
 
 
 def names_of(subjects: Sequence[Subject]) -> list[str]:

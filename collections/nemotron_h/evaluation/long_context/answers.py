@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from nemotron_h.core.errors import UserError
@@ -15,12 +14,11 @@ from nemotron_h.core.files import check_unicode, parse_json, read_text
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation.asking import check_gives_back, without_thoughts
-from nemotron_h.evaluation.continuing import Answer, continuations, settings_of
+from nemotron_h.evaluation.continuing import Answer, Engine
 from nemotron_h.evaluation.long_context.item import KEY, Item
 from nemotron_h.evaluation.long_context.scores import LINE, clean
 from nemotron_h.evaluation.records import Records
 from nemotron_h.evaluation.subject import Subject, names_of
-from nemotron_h.inference.model import load_model
 
 #: of a file of another engine
 ANSWER = "answer"
@@ -76,47 +74,35 @@ class Answerer:
             check_gives_back(tokenizer, tokenizer.text_to_ids(text), text, f"an item of {item.task}")
 
 
-def answered(
-    model: Answerer, items: Sequence[Item], batch: int | None, dtype: str, device: str, folder: Path, console: Console
-) -> Records[Answer]:
+def answered(model: Answerer, items: Sequence[Item], engine: Engine, folder: Path, console: Console) -> Records[Answer]:
     """Have a model answer the items that it has not answered yet, greedily.
 
     Args:
-        batch: rows; None takes what half of the free memory holds.
-        dtype, device: see `dtype_and_device`.
+        engine: where it answers.
         folder: of answers.
         console: for the progress.
     Errors:
-        UserError: answers of another checkpoint or with other settings are there, or memory has no room.
+        UserError: answers of another checkpoint or with other settings are there, memory has no room, or an endpoint
+            fails.
     """
     subject = model.subject
     records = Records(folder, model.name, Answer)
-    records.check({**settings_of(subject, dtype, device), "chat": model.chat})
+    records.check({**engine.settings(subject), "chat": model.chat})
     there = {record.key for record in records.records}
     groups: dict[tuple[str, int, int], list[Item]] = {}
     for item in {item.key: item for item in items if item.key not in there}.values():
         groups.setdefault((item.task, item.length, item.max_tokens), []).append(item)
     if not groups:
         return records
-    engine = load_model(
-        subject.checkpoint, dtype=getattr(torch, dtype), device=device, tokens=subject.tokenizer.vocab_size
-    )
+    ask = engine.open(subject)
     total = sum(item.tokens + item.max_tokens for members in groups.values() for item in members)
     with StageProgress(console, model.name, total) as bar, records:
         for (task, length, max_tokens), members in groups.items():
             bar.advance(0, f"{model.name}: {task}, {length:,} tokens")
             # two bytes or four each: Python's lists of long prompts would take gigabytes
             prompts = [(item.key, array("i", model.ids(item.prompt, item.prefix))) for item in members]
-            answers = continuations(
-                engine,
-                subject.tokenizer,
-                prompts,
-                batch=batch,
-                max_tokens=max_tokens,
-                stop_ids=model.stop_ids,
-                complete=line_watch(subject.tokenizer) if members[0].rule == LINE else lambda tokens: False,
-            )
-            for number, answer in answers:
+            watch = line_watch(subject.tokenizer) if members[0].rule == LINE else None
+            for number, answer in ask(prompts, max_tokens=max_tokens, stop_ids=model.stop_ids, watch=watch):
                 records.add(answer)
                 bar.advance(members[number].tokens + max_tokens)
     return records

@@ -12,7 +12,7 @@ from rich.console import Console
 from torchmetrics.functional.text import edit_distance
 
 from nemotron_h.core.progress import StageProgress
-from nemotron_h.evaluation.continuing import Answer, settings_of
+from nemotron_h.evaluation.continuing import Answer, LocalEngine
 from nemotron_h.evaluation.pictures.questions import CONTROLS, Question, controlled, digest
 from nemotron_h.evaluation.records import Records
 from nemotron_h.evaluation.subject import Subject
@@ -76,7 +76,7 @@ def ask(
     looking = Looking(opened)
     subject = Subject(opened.checkpoint, opened.model.definition, opened.tokenizer, opened.record)
     records = Records(folder, name, Answer)
-    settings = settings_of(subject, opened.dtype, str(opened.model.device))
+    settings = LocalEngine(None, opened.dtype, str(opened.model.device)).settings(subject)
     tiling = looking.layout.tiling
     settings |= {"max_tokens": max_tokens, "max_tiles": tiling.max_tiles, "tiling": tiling.by}
     records.check(settings | {"template": looking.template.source})

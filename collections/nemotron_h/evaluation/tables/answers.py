@@ -15,11 +15,11 @@ from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation import heldout
 from nemotron_h.evaluation.asking import Conversation, check_gives_back, without_thoughts
-from nemotron_h.evaluation.continuing import Answer, continuations, settings_of
+from nemotron_h.evaluation.continuing import Answer, LocalEngine, continuations
 from nemotron_h.evaluation.records import Records
 from nemotron_h.evaluation.subject import Subject
 from nemotron_h.evaluation.tables.questions import Examined, Question, key_of
-from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.prefill import extend_in_passes
 
 #: ours: tokens of special meaning that the end of a text may hold besides those of a stop text
@@ -82,7 +82,8 @@ def answered(
     """
     name = f"{subject.checkpoint.name}-{dtype}-{device.replace(':', '')}"
     written, likely = Records(folder / "answers", name, Answer), Records(folder / "likelihoods", name, Likelihoods)
-    settings = settings_of(subject, dtype, device)
+    local = LocalEngine(batch, dtype, device)
+    settings = local.settings(subject)
     for records in (written, likely):
         records.check(settings)
     there = {record.key for records in (written, likely) for record in records.records}
@@ -100,7 +101,7 @@ def answered(
         for group in groups.values():
             work.append((each, group, [array("i", _prompt(tokenizer, conversation, q)) for q in group.values()]))
     if work:
-        engine = load_model(subject.checkpoint, dtype=getattr(torch, dtype), device=device, tokens=tokenizer.vocab_size)
+        engine = local.load(subject)
         with StageProgress(console, subject.checkpoint.name, sum(map(_cost, work))) as bar, written, likely:
             for each, left, tokens in work:
                 bar.advance(0, each.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nemotron_h.evaluation.continuing import LocalEngine
 from nemotron_h.evaluation.harness import Settings
 from nemotron_h.evaluation.long_context.answers import Answerer, answered
 from nemotron_h.evaluation.long_context.make import ItemSettings
@@ -45,7 +46,8 @@ def rows_of(
     samples = settings.limit or PUBLISHED_SAMPLES
     items = ItemSettings([*PUBLISHED], sorted(lengths.values()), samples, SEED, texts).items(model.count, console)
     model.check(items)
-    records = answered(model, items, settings.batch_size, settings.dtype, settings.device, folder / "ruler", console)
+    engine = LocalEngine(settings.batch_size, settings.dtype, settings.device)
+    records = answered(model, items, engine, folder / "ruler", console)
     results = results_of({model.name: Answered(items, {each.key: each.answer for each in records.records})})
     means = {row["length"]: row for row in results.rows if row["task"] == MEAN}
     rows = [
