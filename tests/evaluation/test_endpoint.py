@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from paper_questions import write
 from small_model import VOCABULARY
 from two_runs import output_of, save_two
 
+from nemotron_h.cli.eval import evaluate
 from nemotron_h.cli.ruler import ruler as command
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
@@ -163,6 +165,28 @@ def test_resumed_is_straight(server: Server, run: Path, tmp_path: Path) -> None:
     assert answers_of(file) == answers_of(tmp_path / "straight/answers/org_small.jsonl")
     with pytest.raises(UserError, match="was written with chat = false, now it is true"):
         ask(server, run, "--chat", "--out", tmp_path / "straight")
+
+
+def test_a_table_of_the_paper(server: Server, run: Path, tmp_path: Path) -> None:
+    """Its written answers are those of the engine here; options are left out, whose likelihoods nobody tells."""
+    data = write(tmp_path / "data")
+    options = ["--suite", "paper_table_5", "--data", data, "--limit", 2]
+    here = output_of(evaluate, run, *options)
+    there = output_of(evaluate, run, *options, "--endpoint", server.url, "--model", "org/small")
+    assert "mmlu: it compares likelihoods" not in here
+    scores = [
+        {line.split()[0]: line.split()[1:] for line in text.splitlines() if "±" in line} for text in (here, there)
+    ]
+    assert 0 < len(scores[1]) < len(scores[0])
+    assert scores[1].items() <= scores[0].items()
+    files = [run / f"evaluations/answers/step-000001-{name}.jsonl" for name in ("float32-cpu", "org_small")]
+    first, second = map(answers_of, files)
+    assert first.keys() == second.keys()
+    assert all(text.startswith(second[key]) for key, text in first.items())  # up to the text that ends it
+    with pytest.raises(UserError, match="--endpoint and --model go together"):
+        output_of(evaluate, run, *options, "--model", "org/small")
+    with pytest.raises(UserError, match="--endpoint is of a table"):
+        output_of(evaluate, run, "--endpoint", server.url, "--model", "org/small")
 
 
 LONG = "This model's maximum context length is 256 tokens. However, you requested 450 tokens"

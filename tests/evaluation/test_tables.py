@@ -21,7 +21,6 @@ from nemotron_h.data.tokenizer import load_tokenizer, train_bpe
 from nemotron_h.evaluation import asking, continuing, record
 from nemotron_h.evaluation.asking import Conversation, without_thoughts
 from nemotron_h.evaluation.grading import packages
-from nemotron_h.evaluation.long_context import answers as long_answers
 from nemotron_h.evaluation.subject import Subject
 from nemotron_h.evaluation.tables import answers as answers_module
 from nemotron_h.evaluation.tables import measure, ruler
@@ -354,7 +353,7 @@ def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 options = [option_tokens(tokenizer, *option) for option in question.options]
                 assert shared_tokens(options) == len(tokenizer.text_to_ids(question.options[0][0])) - 1 > 512
     # what is there is not answered again
-    monkeypatch.setattr(answers_module, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(continuing, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     invoke("eval", run, "--suite", TABLE, "--data", folder, "--device", "cpu", "--limit", 2)
     limited = record.read(checkpoint)[-4:]
     assert [entry["samples"] for entry in limited[-3:]] == [2, 2, 2]
@@ -418,7 +417,7 @@ def test_a_table_of_lengths(run: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert [(entry["task"].split()[-1], entry["samples"]) for entry in entries] == [
         ("16,384", 2), ("32,768", 2), ("65,536", 2), ("131,072", 2)
     ]  # fmt: skip
-    monkeypatch.setattr(long_answers, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(continuing, "load_model", lambda *a, **k: pytest.fail("the model was loaded"))
     invoke(*arguments)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,9 @@ from nemotron_h.core.strict import nearest
 from nemotron_h.evaluation.harness import Invocation, Settings
 from nemotron_h.evaluation.tables.task import load_table, tables
 from nemotron_h.evaluation.tasks import PERPLEXITY, load_suite, load_task, local_tasks, suites
+
+if TYPE_CHECKING:
+    from nemotron_h.evaluation.continuing import Engine
 
 DTYPES = ("float32", "bfloat16")
 #: ours: half a minute a category for the tiny model on two cores
@@ -66,6 +69,15 @@ def evaluate(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
     ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a table: address of an OpenAI-compatible server of the model, http://HOST:PORT/v1, that answers.",
+            metavar="URL",
+        ),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Its name there.", metavar="NAME")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="Requests to it at a time.")] = 8,
     allow_code_execution: Annotated[
         bool, typer.Option("--allow-code-execution", help="Run code that the model wrote, on this machine.")
     ] = False,
@@ -88,6 +100,8 @@ def evaluate(
     nemotron-h eval runs/nemotron_h_8b --suite paper_table_5 --data FOLDER --compare paper
 
     nemotron-h eval runs/nemotron_h_8b_sft --suite paper_table_10 --limit 50 --compare paper
+
+    nemotron-h eval runs/nemotron_h_8b_sft --suite paper_table_10 --endpoint http://localhost:8000/v1 --model NAME
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
@@ -96,9 +110,14 @@ def evaluate(
     if suite in tables():
         others = {"--shots": shots, "--python": python, "--blend": blend, "--root": root}
         _check_table(suite, data, compare, {**others, "--show-commands": show_commands or None})
-        settings = Settings(dtype, device or _device(), batch_size, limit)
-        _table(checkpoint, tokenizer, suite, data, settings, allow_code_execution, compare is not None)
+        engine = _engine((endpoint, model, at_once), batch_size, dtype, device or _device())
+        _table(checkpoint, tokenizer, suite, data, engine, limit, allow_code_execution, compare is not None)
         return
+    if endpoint is not None or model is not None:
+        raise UserError(
+            "--endpoint is of a table, whose questions the model answers in words",
+            hint=f"add --suite {' or --suite '.join(tables())}",
+        )
     if data is not None or compare is not None:
         raise UserError("--data and --compare are of a table", hint=f"add --suite {' or --suite '.join(tables())}")
     listed = "" if suite is not None else PERPLEXITY if tasks is None else tasks
@@ -129,6 +148,24 @@ def evaluate(
         measure_tasks(subject, runs, settings, interpreter, console)
 
 
+def _engine(served: tuple[str | None, str | None, int], batch: int | None, dtype: str, device: str) -> Engine:
+    """Return where a table's questions are answered: an endpoint that has the model, where one is named.
+
+    Args:
+        served: address, name and requests at a time.
+    """
+    from nemotron_h.evaluation.continuing import LocalEngine
+    from nemotron_h.evaluation.endpoint import Endpoint
+
+    if (served[0] is None) != (served[1] is None):
+        raise UserError("--endpoint and --model go together", hint="URL/models lists what the server has")
+    if served[0] is None:
+        return LocalEngine(batch, dtype, device)
+    engine = Endpoint(*served)
+    engine.check()
+    return engine
+
+
 def _check_table(suite: str, data: Path | None, compare: str | None, others: dict[str, object]) -> None:
     """Refuse options that a table does not take."""
     if given := [option for option, value in others.items() if value is not None]:
@@ -148,7 +185,8 @@ def _table(
     tokenizer: Path | None,
     suite: str,
     data: Path | None,
-    settings: Settings,
+    engine: Engine,
+    limit: int | None,
     allow_code: bool,
     compare: bool,
 ) -> None:
@@ -157,10 +195,10 @@ def _table(
 
     subject, console = Subject.of(checkpoint, tokenizer), Console(stderr=True, highlight=False)
     if load_table(suite).lengths:
-        measure_lengths(subject, suite, data, settings, compare, console)
+        measure_lengths(subject, suite, data, engine, limit, compare, console)
         return
-    tasks, left_out = prepared(suite, data, settings.limit, allow_code)
-    measure_table(subject, suite, tasks, left_out, settings, compare, console)
+    tasks, left_out = prepared(suite, data, limit, allow_code, likelihoods="endpoint" not in engine.told)
+    measure_table(subject, suite, tasks, left_out, engine, limit, compare, console)
 
 
 def _invocations(names: list[str], suite: str | None, shots: int | None) -> list[Invocation]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -193,10 +192,9 @@ def _ask(
     engine = Endpoint(*served)
     engine.check()
     subject = Subject.of(run, None) if tokenizer is None else Subject.served(tokenizer)
-    model = Answerer(re.sub(r"[^\w.-]+", "_", engine.model), subject, chat)
-    settings = {"endpoint": engine.url, "model": engine.model, "chat": chat}
     with locked(out, "written", "--out"):
-        _answer(source, [model], engine, settings, f"greedy; {engine.model} of {engine.url}", out)
+        words = f"greedy; {engine.model} of {engine.url}"
+        _answer(source, [Answerer(engine.name, subject, chat)], engine, words, out)
 
 
 def _measure(
@@ -217,15 +215,13 @@ def _measure(
     dtype, device = dtype_and_device(dtype, device)
     models, engine = answerers(runs, chat), LocalEngine(batch, dtype, device)
     with locked(out, "written", "--out"):
-        settings = {"dtype": dtype, "device": device, "chat": chat}
-        _answer(source, models, engine, settings, f"greedy; {dtype} on {device}", out)
+        _answer(source, models, engine, f"greedy; {dtype} on {device}", out)
 
 
 def _answer(
     source: list[Item] | ItemSettings,
     models: list[Answerer],
     engine: Engine,
-    settings: dict[str, Any],
     words: str,
     out: Path,
 ) -> None:
@@ -244,8 +240,8 @@ def _answer(
     for model in models:
         kept = answered(model, asked[model.way], engine, out / "answers", _console())
         found[model.name] = Answered(asked[model.way], {each.key: each.answer for each in kept.records})
-    way = "chat template" if settings["chat"] else "plain text"
-    _report(found, settings, f"{way}, {words}", out)
+    way = "chat template" if models[0].chat else "plain text"
+    _report(found, {**engine.told, "chat": models[0].chat}, f"{way}, {words}", out)
 
 
 def _report(answered: dict[str, Answered], settings: dict[str, Any], words: str, out: Path) -> None:

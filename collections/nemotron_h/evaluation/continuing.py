@@ -65,7 +65,15 @@ class Ask(Protocol):
 
 
 class Engine(Protocol):
-    """Place where a subject's model answers."""
+    """Place where a subject's model answers.
+
+    Attributes:
+        name: of its answers' files.
+        told: what a record of scores says of it.
+    """
+
+    name: str
+    told: dict[str, Any]
 
     def settings(self, subject: Subject) -> dict[str, Any]:
         """Return what all answers depend on, for `Records.check`."""
@@ -87,49 +95,61 @@ class LocalEngine:
     dtype: str
     device: str
 
+    @property
+    def name(self) -> str:
+        """Return dtype and device, which answers depend on."""
+        return f"{self.dtype}-{self.device.replace(':', '')}"
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Return dtype and device."""
+        return {"dtype": self.dtype, "device": self.device}
+
     def settings(self, subject: Subject) -> dict[str, Any]:
         """Return what all answers of a model depend on."""
         return {
             "checkpoint": subject.checkpoint.name,
             "weights": file_sha256(subject.checkpoint / INTEGRITY),
             "tokenizer": subject.tokenizer.ids_sha256(),
-            "dtype": self.dtype,
-            "device": self.device,
+            **self.told,
         }
 
-    def load(self, subject: Subject) -> GenerationModel:
-        """Return the model.
+    def open(self, subject: Subject) -> LocalModel:
+        """Return the model, read from its checkpoint.
 
         Errors:
             UserError: see `load_model`.
         """
         dtype, words = getattr(torch, self.dtype), subject.tokenizer.vocab_size
-        return load_model(subject.checkpoint, dtype=dtype, device=self.device, tokens=words)
+        model = load_model(subject.checkpoint, dtype=dtype, device=self.device, tokens=words)
+        return LocalModel(model, subject.tokenizer, self.batch)
 
-    def open(self, subject: Subject) -> Ask:
-        """Return what asks the model, which is read now."""
-        model = self.load(subject)
 
-        def ask(
-            prompts: Sequence[tuple[str, Sequence[int]]],
-            *,
-            max_tokens: int,
-            stop_ids: Collection[int],
-            watch: Watch | None = None,
-            stop: Sequence[str] = (),
-        ) -> Iterator[tuple[int, Answer]]:
-            complete = watch or (lambda tokens: False)
-            return continuations(
-                model,
-                subject.tokenizer,
-                prompts,
-                batch=self.batch,
-                max_tokens=max_tokens,
-                stop_ids=stop_ids,
-                complete=complete,
-            )
+@dataclass(frozen=True)
+class LocalModel:
+    """Model that is asked in this process, as `Ask` says."""
 
-        return ask
+    model: GenerationModel
+    tokenizer: Tokenizer
+    batch: int | None
+
+    def __call__(
+        self,
+        prompts: Sequence[tuple[str, Sequence[int]]],
+        *,
+        max_tokens: int,
+        stop_ids: Collection[int],
+        watch: Watch | None = None,
+        stop: Sequence[str] = (),
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield the continuations; where an answer may end `watch` alone tells.
+
+        Errors:
+            UserError: memory has no room.
+        """
+        limits = {"batch": self.batch, "max_tokens": max_tokens, "stop_ids": stop_ids}
+        complete = watch or (lambda tokens: False)
+        return continuations(self.model, self.tokenizer, prompts, **limits, complete=complete)
 
 
 def continuations(

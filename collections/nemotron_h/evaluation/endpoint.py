@@ -66,6 +66,16 @@ class Endpoint:
             headers={"Authorization": f"Bearer {key}"} if key else {},
         )
 
+    @property
+    def name(self) -> str:
+        """Return the model's name, as a file may have it."""
+        return re.sub(r"[^\w.-]+", "_", self.model)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Return address and model."""
+        return {"endpoint": self.url, "model": self.model}
+
     def settings(self, subject: Subject) -> dict[str, Any]:
         """Return what all answers depend on, for `Records.check`."""
         return {"endpoint_model": self.model, "tokenizer": subject.tokenizer.ids_sha256()}

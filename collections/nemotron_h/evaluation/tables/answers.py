@@ -15,7 +15,7 @@ from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation import heldout
 from nemotron_h.evaluation.asking import Conversation, check_gives_back, without_thoughts
-from nemotron_h.evaluation.continuing import Answer, LocalEngine, continuations
+from nemotron_h.evaluation.continuing import Answer, Engine
 from nemotron_h.evaluation.records import Records
 from nemotron_h.evaluation.subject import Subject
 from nemotron_h.evaluation.tables.questions import Examined, Question, key_of
@@ -61,29 +61,19 @@ def check(subject: Subject, tasks: Sequence[Examined]) -> None:
         check_gives_back(subject.tokenizer, subject.tokenizer.text_to_ids(text), text, f"a question of {task.name}")
 
 
-def answered(
-    subject: Subject,
-    tasks: Sequence[Examined],
-    *,
-    batch: int | None,
-    dtype: str,
-    device: str,
-    folder: Path,
-    console: Console,
-) -> Answers:
+def answered(subject: Subject, tasks: Sequence[Examined], *, engine: Engine, folder: Path, console: Console) -> Answers:
     """Have a model answer the questions that it has not answered yet, greedily.
 
     Args:
-        batch: rows; None takes what half of the free memory holds.
+        engine: where it answers; likelihoods are told by the one here alone.
         folder: of what is answered.
         console: for the progress.
     Errors:
-        UserError: answers of other weights are there, or memory has no room.
+        UserError: answers of other weights are there, memory has no room, or an endpoint fails.
     """
-    name = f"{subject.checkpoint.name}-{dtype}-{device.replace(':', '')}"
+    name = f"{subject.checkpoint.name}-{engine.name}"
     written, likely = Records(folder / "answers", name, Answer), Records(folder / "likelihoods", name, Likelihoods)
-    local = LocalEngine(batch, dtype, device)
-    settings = local.settings(subject)
+    settings = engine.settings(subject)
     for records in (written, likely):
         records.check(settings)
     there = {record.key for records in (written, likely) for record in records.records}
@@ -101,23 +91,21 @@ def answered(
         for group in groups.values():
             work.append((each, group, [array("i", _prompt(tokenizer, conversation, q)) for q in group.values()]))
     if work:
-        engine = local.load(subject)
+        ask = engine.open(subject)
         with StageProgress(console, subject.checkpoint.name, sum(map(_cost, work))) as bar, written, likely:
             for each, left, tokens in work:
                 bar.advance(0, each.name)
                 if not each.task.generates:
-                    for record in likelihoods(engine, [*left.values()], tokens, bar.advance):
+                    for record in likelihoods(ask.model, [*left.values()], tokens, bar.advance):
                         likely.add(record)
                     continue
                 begun = conversation.opening if each.task.chat else ""
-                answers = continuations(
-                    engine,
-                    tokenizer,
+                answers = ask(
                     [*zip(left, tokens, strict=True)],
-                    batch=batch,
                     max_tokens=each.task.max_tokens,
                     stop_ids=conversation.stop_ids if each.task.chat else {tokenizer.eod_id},
-                    complete=stop_watch(tokenizer, each.task.stop),
+                    watch=stop_watch(tokenizer, each.task.stop),
+                    stop=each.task.stop,
                 )
                 for number, answer in answers:
                     written.add(replace(answer, answer=begun + answer.answer))

@@ -15,7 +15,7 @@ from rich.table import Table
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.evaluation import record
-from nemotron_h.evaluation.harness import Settings
+from nemotron_h.evaluation.continuing import Engine
 from nemotron_h.evaluation.subject import Subject
 from nemotron_h.evaluation.tables import ruler
 from nemotron_h.evaluation.tables.answers import answered, check
@@ -27,7 +27,9 @@ from nemotron_h.evaluation.tables.task import PaperTable, load, load_table
 FOLDER = "evaluations"
 
 
-def prepared(name: str, data: Path, limit: int | None, allow_code: bool) -> tuple[list[Examined], dict[str, list[str]]]:
+def prepared(
+    name: str, data: Path, limit: int | None, allow_code: bool, likelihoods: bool = True
+) -> tuple[list[Examined], dict[str, list[str]]]:
     """Return a table's tasks with their questions, and what keeps the others from being measured.
 
     Args:
@@ -35,6 +37,7 @@ def prepared(name: str, data: Path, limit: int | None, allow_code: bool) -> tupl
         data: folder of the user's files.
         limit: questions of each task; None takes all.
         allow_code: what the model writes may be run.
+        likelihoods: the engine tells those of options.
     Errors:
         UserError: a record is not as its task needs it, or no task can be measured.
     """
@@ -44,6 +47,8 @@ def prepared(name: str, data: Path, limit: int | None, allow_code: bool) -> tupl
         reasons = lacking(each, task, data)
         if task.runs_code and not allow_code:
             reasons.append("it runs code that the model wrote, as your user: --allow-code-execution")
+        if not (task.generates or likelihoods):
+            reasons.append("it compares likelihoods of options, which an endpoint does not tell")
         if reasons:
             left_out[each] = reasons
         else:
@@ -59,7 +64,8 @@ def measure_table(
     name: str,
     tasks: Sequence[Examined],
     left_out: dict[str, list[str]],
-    settings: Settings,
+    engine: Engine,
+    limit: int | None,
     compare: bool,
     console: Console,
 ) -> None:
@@ -69,7 +75,8 @@ def measure_table(
         subject: the checkpoint.
         name: of the table.
         tasks, left_out: see `prepared`.
-        settings: how.
+        engine: where the model answers.
+        limit: questions of each task, for the record.
         compare: print the paper's numbers too.
         console: for the progress.
     Errors:
@@ -81,15 +88,7 @@ def measure_table(
             console.print(reason, markup=False, soft_wrap=True)
     check(subject, tasks)
     began, folder = time.perf_counter(), record.path_of(subject.checkpoint).parent / FOLDER
-    answers = answered(
-        subject,
-        tasks,
-        batch=settings.batch_size,
-        dtype=settings.dtype,
-        device=settings.device,
-        folder=folder,
-        console=console,
-    )
+    answers = answered(subject, tasks, engine=engine, folder=folder, console=console)
     scored: list[Scored] = []
     with StageProgress(console, "grading", sum(len(each.questions) for each in tasks)) as bar:
         for each in tasks:
@@ -102,7 +101,7 @@ def measure_table(
             if each.task.verified:
                 details["grader"] = grader_of(each.task)
             scored += [Scored(row, each.task.metric, details) for row in rows_of(each, right)]
-    _write(subject, name, scored, settings, began)
+    _write(subject, name, scored, {**engine.told, "limit": limit}, began)
     _print(load_table(name), [each.row for each in scored], compare)
     for each in tasks:
         if each.remarks:
@@ -114,7 +113,13 @@ def measure_table(
 
 
 def measure_lengths(
-    subject: Subject, name: str, texts: Path | None, settings: Settings, compare: bool, console: Console
+    subject: Subject,
+    name: str,
+    texts: Path | None,
+    engine: Engine,
+    limit: int | None,
+    compare: bool,
+    console: Console,
 ) -> None:
     """Measure a table of RULER's means by length; see `measure_table` and `ruler.rows_of`.
 
@@ -123,9 +128,9 @@ def measure_lengths(
     """
     began, folder = time.perf_counter(), record.path_of(subject.checkpoint).parent / FOLDER
     paper = load_table(name)
-    rows, remarks = ruler.rows_of(subject, paper.lengths, texts, settings, folder, console)
+    rows, remarks = ruler.rows_of(subject, paper.lengths, texts, engine, limit, folder, console)
     scored = [Scored(row, "score", {"remarks": remarks}) for row in rows]
-    _write(subject, name, scored, settings, began)
+    _write(subject, name, scored, {**engine.told, "limit": limit}, began)
     _print(paper, rows, compare)
     if remarks:
         typer.echo(f"not comparable: {'; '.join(remarks)}")
@@ -139,14 +144,9 @@ class Scored(NamedTuple):
     details: dict[str, Any]
 
 
-def _write(subject: Subject, name: str, scored: Sequence[Scored], settings: Settings, began: float) -> None:
+def _write(subject: Subject, name: str, scored: Sequence[Scored], told: dict[str, Any], began: float) -> None:
     """Add rows to the record."""
-    details = {
-        "dtype": settings.dtype,
-        "device": settings.device,
-        "limit": settings.limit,
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+    details = {**told, "seconds": round(time.perf_counter() - began, 1)}
     entries = []
     for row, metric, own in scored:
         fraction = [row.score / 100, None if row.error is None else row.error / 100]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemotron_h.evaluation.continuing import LocalEngine
-from nemotron_h.evaluation.harness import Settings
+from nemotron_h.evaluation.continuing import Engine
 from nemotron_h.evaluation.long_context.answers import Answerer, answered
 from nemotron_h.evaluation.long_context.make import ItemSettings
 from nemotron_h.evaluation.long_context.results import MEAN, PUBLISHED_SAMPLES, Answered, results_of
@@ -24,7 +23,8 @@ def rows_of(
     subject: Subject,
     lengths: Mapping[str, int],
     texts: Path | None,
-    settings: Settings,
+    engine: Engine,
+    limit: int | None,
     folder: Path,
     console: Console,
 ) -> tuple[list[Row], list[str]]:
@@ -34,19 +34,17 @@ def rows_of(
     Args:
         lengths: row -> tokens of its items.
         texts: folder of a user's own; None reads those of packages.
-        settings: `limit` is of the items of a task and length; None takes RULER's 500.
+        engine: where the model answers.
+        limit: items of a task and length; None takes RULER's 500.
         folder: of what is answered.
         console: for the progress.
     Errors:
         UserError: texts are not there, the tokenizer lacks characters, or memory has no room.
     """
-    model = Answerer(
-        f"{subject.checkpoint.name}-{settings.dtype}-{settings.device.replace(':', '')}", subject, chat=True
-    )
-    samples = settings.limit or PUBLISHED_SAMPLES
+    model = Answerer(f"{subject.checkpoint.name}-{engine.name}", subject, chat=True)
+    samples = limit or PUBLISHED_SAMPLES
     items = ItemSettings([*PUBLISHED], sorted(lengths.values()), samples, SEED, texts).items(model.count, console)
     model.check(items)
-    engine = LocalEngine(settings.batch_size, settings.dtype, settings.device)
     records = answered(model, items, engine, folder / "ruler", console)
     results = results_of({model.name: Answered(items, {each.key: each.answer for each in records.records})})
     means = {row["length"]: row for row in results.rows if row["task"] == MEAN}
