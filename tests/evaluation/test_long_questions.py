@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from rich.console import Console
@@ -53,10 +55,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = [json.dumps({"text": text}) + "\n" for text in [*texts[:200], texts[0], "too short"]]
     (folder / "web.jsonl").write_text("".join(records) + BAD)
     (folder / "books").mkdir()
+    pq.write_table(pa.table({"text": texts[:3]}), folder / "again.parquet")
     for number in range(200, 260, 20):  # longer than a context
         (folder / "books" / f"{number}.txt").write_text("\n\n".join(texts[number : number + 20]))
     sources = {
         "web": {"category": "web", "format": "jsonl", "path": "web.jsonl", "licence": "ours"},
+        "again": {"category": "web", "format": "parquet", "path": "again.parquet", "licence": "ours"},
         "books": {"category": "web", "format": "text", "path": "books", "licence": "theirs"},
     }
     blend = {"name": "texts", "tokenizer": {"kind": "bpe", "vocab_size": 500}, "sources": sources}
@@ -165,7 +169,7 @@ def test_lengths_shares_and_what_is_left_out(folder: Path, printed: str) -> None
     assert min(small) > 512
     assert sum(size > 1700 for size in sizes) > 0.9 * (len(sizes) - len(small))
     assert "left out: 1: documents shorter than" in printed
-    assert "left out: 1: documents of the same text" in printed
+    assert "left out: 4: documents of the same text" in printed
     assert "left out: 1: records that cannot be read" in printed
 
 

@@ -93,11 +93,7 @@ def write_folder(folder: Path, blend: Blend, tokenizer: Tokenizer, plan: Plan, c
     prepared = (Path(tokenizer.path) / META_FILE).exists()
     spec = spec_of(tokenizer) if prepared else {"kind": tokenizer.kind, "path": str(Path(tokenizer.path).resolve())}
     template = ChatTemplate(FAMILY_SOURCE, tokenizer)
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    corpus = read_corpus(blend, plan.validation, say)
+    corpus = read_corpus(blend, plan.validation, console)
     maker = Maker(corpus, template, plan)
     summary = Summary(skipped=corpus.skipped, files=[folder / CONVERSATIONS, folder / ITEMS, folder / BLEND])
     sizes = [sum(map(len, part)) for part in corpus.documents]
