@@ -12,7 +12,7 @@ from nemotron_h.core.errors import UserError
 
 def pictures(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    kinds: Annotated[str, typer.Option(help="digits, numbers, words, charts, joined by commas.")] = "digits,words",
+    kinds: Annotated[str, typer.Option(help="digits, numbers, words, signs, charts, joined by commas.")] = "digits,words",
     count: Annotated[int, typer.Option(min=1, help="Pictures of each kind to train on.")] = 4_000,
     test_count: Annotated[int, typer.Option(min=1, help="Pictures of each test.")] = 200,
     size: Annotated[

@@ -36,19 +36,16 @@ Labelled = tuple[np.ndarray, np.ndarray]  # uint8 [images, side, side], 255 is i
 
 
 def digits(count: int, test_count: int, size: int, seed: int, say: Callable[[str], None]) -> Sets:
-    """Return single digits, white on black; the other collection is the test `digits_others`.
+    """Return single digits, white on black; the other collection is the test `digits_others`. Those to train on come
+    again where more are asked for than there are, each time turned, resized and moved a little.
 
     Errors:
-        UserError: there are fewer, or their files cannot be had.
+        UserError: there are fewer to test on, or their files cannot be had.
     """
     train, test = mnist(say)
     others = other_digits()
-    for name, wanted, there in (("--count", count, train), ("--test-count", test_count, test)):
-        if wanted > len(there[0]):
-            raise UserError(
-                f"{name} {wanted:,}: there are {len(there[0]):,} such digits",
-                f"Ask for {len(there[0]):,}; `numbers` are as many as you like.",
-            )
+    if test_count > len(test[0]):
+        raise UserError(f"--test-count {test_count:,}: {len(test[0]):,} digits are held out", "Ask for as many.")
     tests = {"digits": _single(test, test_count, size, seed + 1), "digits_others": _single(others, test_count, size, 2)}
     return Sets(_single(train, count, size, seed), tests, count + 2 * test_count, LICENCE + _OTHERS_LICENCE)
 
@@ -99,8 +96,11 @@ def _read(path: Path, side: int) -> Labelled:
 def _single(labelled: Labelled, count: int, size: int, seed: int) -> Iterator[Item]:
     images, labels = labelled
     rng = np.random.default_rng(seed)
-    for index in rng.permutation(len(labels))[:count].tolist():
-        yield Item(_square(images[index], size), str(rng.choice(_QUESTIONS)), str(labels[index]))
+    for number in range(count):
+        again, place = divmod(number, len(labels))
+        order = rng.permutation(len(labels)) if not place else order
+        square, index = _square(images[order[place]], size), order[place]
+        yield Item(_changed(square, rng) if again else square, str(rng.choice(_QUESTIONS)), str(labels[index]))
 
 
 def _joined(labelled: Labelled, count: int, size: int, seed: Sequence[int]) -> Iterator[Item]:
@@ -111,6 +111,18 @@ def _joined(labelled: Labelled, count: int, size: int, seed: Sequence[int]) -> I
         row = np.concatenate([np.asarray(_square(images[index], size)) for index in chosen], axis=1)
         answer = "".join(str(labels[index]) for index in chosen)
         yield Item(Image.fromarray(row), str(rng.choice(_NUMBER_QUESTIONS)), answer)
+
+
+def _changed(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Return a digit turned by up to 12 degrees, up to 12 % larger or smaller, and moved by up to 2 pixels of 28: ours,
+    as much as leaves it the same digit.
+    """
+    turn, scale = rng.uniform(-12, 12) * np.pi / 180, rng.uniform(0.88, 1.12)
+    move = rng.uniform(-2, 2, 2) * image.width / 28
+    cosine, sine, middle = np.cos(turn) / scale, np.sin(turn) / scale, image.width / 2
+    rows = [(cosine, sine), (-sine, cosine)]  # of the place in `image` that a pixel is taken from
+    inverse = [(*row, middle - sum(row) * middle + shift) for row, shift in zip(rows, move, strict=True)]
+    return image.transform(image.size, Image.Transform.AFFINE, [*inverse[0], *inverse[1]], Image.Resampling.BILINEAR)
 
 
 def _square(pixels: np.ndarray, size: int) -> Image.Image:

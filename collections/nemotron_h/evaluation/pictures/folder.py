@@ -14,7 +14,7 @@ from nemotron_h.data.chat import FAMILY_TEMPLATE
 from nemotron_h.evaluation.pictures.charts import charts
 from nemotron_h.evaluation.pictures.digits import digits, numbers
 from nemotron_h.evaluation.pictures.item import Item, Sets
-from nemotron_h.evaluation.pictures.words import words
+from nemotron_h.evaluation.pictures.words import signs, words
 from nemotron_h.evaluation.problems.generate import TEST, TRAIN, write_blend, write_lines
 
 #: kind -> what makes its sets: of counts to train on and of each test, the side of a square, a seed, and where it is
@@ -23,6 +23,7 @@ KINDS: dict[str, Callable[[int, int, int, int, Callable[[str], None]], Sets]] = 
     "digits": digits,
     "numbers": numbers,
     "words": words,
+    "signs": signs,
     "charts": charts,
 }
 #: ours: the language model's, which learns from the pictures; edit it in the blend

@@ -27,6 +27,7 @@ TEST_FONTS = ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", 
 LICENCE = "generated; fonts of matplotlib: DejaVu (Bitstream Vera), Computer Modern (BaKoMa), STIX"
 _LETTERS = ("bcdfghjklmnprstvwz", "aeiou")
 _LENGTHS = (3, 7)  # ours: letters of a word, the second excluded
+_SIGN_LENGTHS, _SIGN_TEST_LENGTHS = (1, 5), (3, 5)  # ours: of a sign to train on, and of a test's
 _QUESTIONS = ("What word is this?", "Which word does the image show?", "Read the word.")
 
 
@@ -41,10 +42,21 @@ def words(count: int, test_count: int, size: int, seed: int, say: Callable[[str]
     return Sets(_drawn(count, TRAIN, TRAIN_FONTS, size, [seed, 0]), tests, count + 2 * test_count, LICENCE)
 
 
-def word(rng: np.random.Generator, part: str) -> str:
+def signs(count: int, test_count: int, size: int, seed: int, say: Callable[[str], None]) -> Sets:
+    """Return short words in capitals, each within one square; tests have held-out words of three letters and more, in
+    the fonts of training, and in held-out ones (`signs_fonts`).
+    """
+    tests = {
+        "signs": _signs(test_count, TEST, TRAIN_FONTS, size, [seed, 3]),
+        "signs_fonts": _signs(test_count, TEST, TEST_FONTS, size, [seed, 4]),
+    }
+    return Sets(_signs(count, TRAIN, TRAIN_FONTS, size, [seed, 5]), tests, count + 2 * test_count, LICENCE)
+
+
+def word(rng: np.random.Generator, part: str, lengths: tuple[int, int] = _LENGTHS) -> str:
     """Return a word of a part: consonants and vowels by turns."""
     while True:
-        first, length = int(rng.integers(2)), int(rng.integers(*_LENGTHS))
+        first, length = int(rng.integers(2)), int(rng.integers(*lengths))
         text = "".join(rng.choice(list(_LETTERS[(first + n) % 2])) for n in range(length))
         if part_of(text) == part:
             return text
@@ -58,15 +70,33 @@ def _drawn(count: int, part: str, fonts: Sequence[str], size: int, seed: Sequenc
         yield Item(_image(text, font, size, rng), str(rng.choice(_QUESTIONS)), text)
 
 
-def _image(text: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random.Generator) -> Image.Image:
-    """Return a word on paper of `size` by as many squares as it needs, at a random place of it."""
+def _signs(count: int, part: str, fonts: Sequence[str], size: int, seed: Sequence[int]) -> Iterator[Item]:
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        text = word(rng, part, _SIGN_LENGTHS if part == TRAIN else _SIGN_TEST_LENGTHS).upper()
+        name, points = str(rng.choice(fonts)), int(rng.integers(size // 2, size * 7 // 10 + 1))
+        left, _, right, _ = _font(name, points).getbbox(text)
+        font = _font(name, min(points, points * (size - 2) // (right - left)))
+        yield Item(_image(text, font, size, rng, size // 4), str(rng.choice(_QUESTIONS)), text)
+
+
+def _image(
+    text: str, font: ImageFont.FreeTypeFont, size: int, rng: np.random.Generator, slack: int | None = None
+) -> Image.Image:
+    """Return a word on paper of `size` by as many squares as it needs, at a random place of it.
+
+    Args:
+        slack: pixels by which its height differs at most, in the middle of the paper; None is as many as there are.
+    """
     left, top, right, bottom = font.getbbox(text)
     width = -(-(right - left + 2) // size) * size
     paper, ink = int(rng.integers(170, 256)), int(rng.integers(0, 86))
     if rng.random() < 0.3:
         paper, ink = ink, paper
     image = Image.new("L", (width, size), paper)
-    place = [int(rng.integers(0, max(room, 0) + 1)) for room in (width - (right - left), size - (bottom - top))]
+    rooms = (width - (right - left), max(size - (bottom - top), 0))
+    free = (rooms[0], rooms[1] if slack is None else min(rooms[1], slack))
+    place = [(room - own) // 2 + int(rng.integers(0, own + 1)) for room, own in zip(rooms, free, strict=True)]
     ImageDraw.Draw(image).text((place[0] - left, place[1] - top), text, fill=ink, font=font)
     return image
 
