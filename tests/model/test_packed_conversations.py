@@ -29,7 +29,7 @@ def conversations(seed: int = 0) -> list[list[tuple[np.ndarray, np.ndarray]]]:
 
 def masked_losses(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Of every token of a batch; 0 for those that are not learnt."""
-    logits = model(input_ids=batch["tokens"], seq_idx=batch.get("seq_idx"))
+    logits = model(input_ids=batch["tokens"], seq_idx=batch.get("seq_idx"))[..., :VOCABULARY]
     losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
     return losses * batch["loss_mask"].flatten()
 
@@ -75,6 +75,25 @@ def test_packed_is_unpacked(make, tolerance: float) -> None:
     assert batch["loss_mask"].sum() == sum(learnt[1:].sum() for w in windows for _, learnt in w)
     errors = {name: relative_error(packed_gradients[name], g) for name, g in gradients(model).items()}
     assert max(errors.values()) < tolerance, sorted(errors.items(), key=lambda e: -e[1])[:5]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.9], ids=["none", "few", "most"])
+def test_tokens_outside_the_loss_need_no_logits(share: float) -> None:
+    """Against the cross entropy of all logits; with few tokens in the loss the model has no others'."""
+    model = small_model(small_config(2, dtype=torch.float64))
+    rng = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCABULARY, (2, 49), generator=rng)
+    mask = (torch.rand(2, 48, generator=rng) < share).double()
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].contiguous(), "loss_mask": mask}
+    expected = masked_losses(model, batch)
+    (expected * torch.arange(len(expected))).sum().backward()
+    theirs = gradients(model)
+    losses = model(input_ids=batch["tokens"], labels=batch["labels"], loss_mask=mask).flatten()
+    assert torch.allclose(losses * mask.flatten(), expected, rtol=1e-9, atol=1e-9)
+    assert bool((losses[mask.flatten() == 0] == 0).all()) == (share < 0.5)
+    (losses * mask.flatten() * torch.arange(len(losses))).sum().backward()
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, theirs[name], rtol=1e-8, atol=1e-9), name
 
 
 def test_it_can_fail() -> None:

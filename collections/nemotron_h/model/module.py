@@ -48,6 +48,11 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
 
 
+def _counts_few(mask: Tensor | None) -> bool:
+    """Return True where a mask leaves out so many tokens that their logits cost more than the others' once more."""
+    return mask is not None and 2 * int(mask.count_nonzero()) <= mask.numel()
+
+
 class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
     """megatron-core's Mamba model with layout-independent initial weights, document boundaries and adapters."""
 
@@ -82,6 +87,7 @@ class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
         loss_count: Tensor | None = None,
         tiles: Tensor | None = None,
         image_mask: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         """Embed, run the stack, and score.
@@ -97,6 +103,7 @@ class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
             loss_count: tokens or pairs of the batch that the loss counts, int64: they weigh the balance of experts.
             tiles: uint8 [tiles, 3, pixels, pixels] of all rows' images, in the order of their places; None is none.
             image_mask: bool [batch, sequence], the places of image tokens in whole rows; None is none.
+            loss_mask: [batch, sequence], 0 where no loss is asked for: it may be 0 there; None asks for all.
         Returns:
             losses [batch, sequence] with labels, logits [batch, sequence, vocabulary shard] without, hidden states
             [sequence, batch, hidden] on a pipeline stage that is not the last.
@@ -106,10 +113,14 @@ class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
         hidden = self.hidden_states(input_ids, position_ids, seq_idx, loss_count, tiles, image_mask)
         if not self.post_process:
             return hidden
-        if labels is not None and self.config.recompute_logits == "chunks":
-            of_tokens = labels.transpose(0, 1)  # [s, b]
+        # where most tokens are not in the loss their logits are left out; a GPU would have to wait for their number
+        few = labels is not None and labels.device.type == "cpu" and _counts_few(loss_mask)
+        if labels is not None and (few or self.config.recompute_logits == "chunks"):
+            of_tokens, whole = labels.transpose(0, 1), self.whole(hidden)  # [s, b], [s b, h]
+            asked = loss_mask.t().reshape(-1).nonzero().squeeze(1) if few else slice(None)  # [t]
             options = {"group": self.pg_collection.tp, "words": self.words}
-            losses = chunked_cross_entropy(self.whole(hidden), self.output_weight, of_tokens.reshape(-1), **options)
+            of_asked = chunked_cross_entropy(whole[asked], self.output_weight, of_tokens.reshape(-1)[asked], **options)
+            losses = of_asked.new_zeros(len(whole)).index_copy(0, asked, of_asked) if few else of_asked
             return losses.view(of_tokens.shape).transpose(0, 1).contiguous()
         logits, _ = self.output_layer(hidden, weight=self.output_weight)
         if labels is None:

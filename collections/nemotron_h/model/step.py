@@ -51,6 +51,7 @@ def forward_step(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         loss_count=batch.get("loss_count"),
         tiles=batch.get("tiles"),
         image_mask=batch.get("image_mask"),
+        loss_mask=batch.get("loss_mask"),
     )
 
 
