@@ -137,6 +137,7 @@ def test_packed_conversations_are_those_alone_and_each_is_read_once(root: Path) 
     assert sum(talk.fewer.values()) > 3
     assert {*talk.fewer} <= {*FEWER_TILES}
     assert f"an image, so with fewer (conversations): 8: {talk.fewer[8]:,}" in data._described()
+    assert data.tiles_per_window == pytest.approx(talk.tiles / windows)  # a round reads each conversation once
     data.trainer.global_step = 0
     assert data.record()["conversations"]["talk"] == {
         **dict.fromkeys(("cut", "dropped", "tokens_lost"), 0),

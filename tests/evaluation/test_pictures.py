@@ -50,7 +50,8 @@ def test_a_folder_of_every_kind_is_prepared_and_holds_out_what_it_says(tmp_path:
     files = write_folder(out, list(KINDS), 60, 10, 28, 1, QUIET)
     assert [f"{file.parent.name}/{file.stem}" for file in files[:-1]] == [
         *("train/digits", "test/digits", "test/digits_others", "train/numbers", "test/numbers"),
-        *("train/words", "test/words", "test/words_fonts", "train/charts", "test/charts"),
+        *("train/words", "test/words", "test/words_fonts", "train/signs", "test/signs", "test/signs_fonts"),
+        *("train/charts", "test/charts"),
     ]
     train = {kind: read(out / "train", kind) for kind in KINDS}
     test = {file.stem: read(out / "test", file.stem) for file in files if file.parent.name == "test"}
@@ -73,6 +74,15 @@ def test_a_folder_of_every_kind_is_prepared_and_holds_out_what_it_says(tmp_path:
         assert image.height == 28
         assert image.width % 28 == 0
         assert np.ptp(np.asarray(image)) > 60, word
+    signs = test["signs"] + test["signs_fonts"]
+    assert not {word for _, _, word in train["signs"]} & {word for _, _, word in signs}
+    assert {len(word) for _, _, word in signs} == {3, 4} < {len(word) for _, _, word in train["signs"]}
+    for image, _, word in train["signs"] + signs:
+        assert image.size == (28, 28)
+        assert word.isupper()
+        assert np.ptp(np.asarray(image)) > 60, word
+        ink = np.abs(np.asarray(image).astype(int) - int(np.median(np.asarray(image)))) > 30
+        assert not ink[:2].any(), "in the middle of the paper"
     for image, question, answer in train["charts"] + test["charts"]:
         assert answer == looked_up(np.asarray(image), question)
     (out / "train/digits/none.png").touch()
@@ -120,12 +130,22 @@ def test_digits_of_others_and_mistakes(tmp_path: Path, monkeypatch: pytest.Monke
     for arguments, reason in {
         ("--kinds", "digits,digits"): "names none, or one twice",
         ("--kinds", "digit"): r"--kinds = 'digit'",
-        ("--count", "181"): "--count 181: there are 180 such digits",
+        ("--test-count", "21"): "--test-count 21: 20 digits are held out",
     }.items():
         result = run.invoke(app, ["pictures", *arguments, "--out", str(tmp_path / "x")])
         assert isinstance(result.exception, UserError)
         assert reason in str(result.exception)
     assert not (tmp_path / "x").exists()
+    items = list(digits.digits(400, 1, 28, 0, print).train)
+    labels = {pixels.tobytes(): str(label) for pixels, label in zip(*digits.mnist(print)[0], strict=True)}
+    seen = [labels.get(item.image.tobytes()) for item in items]
+    assert seen[:180] == [item.answer for item in items[:180]]
+    assert set(seen[180:]) == {None}, "further ones are changed"
+    assert {item.image.size for item in items} == {(28, 28)}
+    assert [sum(item.answer == str(digit) for item in items[180:360]) for digit in range(10)] == [18] * 10
+    upright = Image.fromarray(np.pad(np.full((14, 8), 255, np.uint8), ((7, 7), (10, 10))))
+    changed = np.asarray(digits._changed(upright, np.random.default_rng(1))).astype(int)
+    assert 0.5 < (changed * np.asarray(upright)).sum() / (255 * changed.sum()) < 1  # the most of it in its place
     monkeypatch.setattr(digits, "_OTHERS_SHA256", "0" * 64)
     with pytest.raises(UserError, match="is not the file that is expected"):
         digits.other_digits()

@@ -15,6 +15,7 @@ from small_run import Small, assert_same
 from test_frozen import weights
 
 from nemotron_h.checkpoint.index import read_index
+from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.compose import compose
 
@@ -108,6 +109,12 @@ def test_a_fine_tuning_reads_pictures(small: Small, straight: dict[int, dict]) -
     assert small.same_tensors("tuned", "tuned_killed", 4)
     record = json.loads((small.run_dir("tuned") / "run.json").read_text())
     assert record["data"]["conversations"]["pictures"]["tiles"] > 45  # wide ones have four
+
+    rates = json.loads((small.run_dir("tuned") / "progress.jsonl").read_text().splitlines()[0])["metrics"]
+    per_token = rates["tflops_per_rank"] * 1e12 / rates["tokens_per_second_per_rank"]
+    model = make_plan(compose(str(recipes["tuned"]))).definition
+    none, one = (flops_per_token(model, 192, tiles=tiles).total for tiles in (0, 1))
+    assert 1 < (per_token - none) / (one - none) < 192 / model.encoder.tokens_per_tile  # tiles of a window
 
     half = ("trainer.plugins.name=fp32", "trainer.max_steps=2")
     small.train("tuned_one", *half, recipe=small.variant("tuned_one", *TUNING, tokens))

@@ -141,7 +141,7 @@ def generate(
     from nemotron_h.inference.thought import ThoughtBudget
 
     if image:
-        _check_images(image)
+        _check_images(image, checkpoint)
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
     read = _read_questions(opened, image) if image else _read_texts(opened)
@@ -190,10 +190,15 @@ def _read_texts(opened: Opened) -> Callable[[Sequence[str]], _Read]:
     return read
 
 
-def _check_images(files: Sequence[Path]) -> None:
-    """Refuse image files that cannot be read, before any weight is."""
+def _check_images(files: Sequence[Path], checkpoint: Path) -> None:
+    """Refuse image files that cannot be read, and a checkpoint of a model that reads text alone, before any weight is
+    read.
+    """
+    from nemotron_h.checkpoint.reader import find_checkpoint
     from nemotron_h.data.images.read import ImageError, read_bytes, read_image
+    from nemotron_h.inference.vision import image_definition
 
+    image_definition(find_checkpoint(checkpoint))
     for file in files:
         try:
             read_image(read_bytes(str(file)))

@@ -35,21 +35,29 @@ def vqa(
 
     nemotron-h vqa runs/vlm_projector runs/vlm --test mine.jsonl --count 200 --out runs/compared
     """
+    import torch
     from rich.console import Console
 
     from nemotron_h.evaluation.pictures.measure import ask, scores
     from nemotron_h.evaluation.pictures.questions import read_questions
     from nemotron_h.evaluation.pictures.report import table, write
     from nemotron_h.evaluation.subject import Subject, names_of
-    from nemotron_h.inference.opening import open_checkpoint
+    from nemotron_h.inference.model import load_model
+    from nemotron_h.inference.opening import Opened, dtype_and_device
+    from nemotron_h.inference.vision import image_definition
 
     if len({test.stem for test in tests}) < len(tests):
         raise UserError("--test: two files have one name", hint="rename one: tests are told apart by it")
     questions = [read_questions(test, count) for test in tests]
-    names = names_of([Subject.of(run, None) for run in runs])
+    dtype, device = dtype_and_device(dtype, device)
+    subjects = [Subject.of(run, None) for run in runs]
+    for subject in subjects:
+        image_definition(subject.checkpoint)
     console, judged = Console(stderr=True, highlight=False), []
-    for name, run in zip(names, runs, strict=True):
-        opened = open_checkpoint(run, None, dtype, device)
+    for name, subject in zip(names_of(subjects), subjects, strict=True):
+        options = {"dtype": getattr(torch, dtype), "device": device, "tokens": subject.tokenizer.vocab_size}
+        model = load_model(subject.checkpoint, **options)
+        opened = Opened(subject.checkpoint, subject.record, subject.tokenizer, model, dtype)
         judged += ask(name, opened, questions, batch, max_tokens, out / "answers", console)
     rows = scores(judged)
     files = write(rows, judged, out)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
@@ -52,11 +54,12 @@ class Looking:
         encoder, chosen = self.images.encoder, _recorded(opened.record)
         tiling = Tiling(encoder.widths.image_size, chosen["max_tiles"], chosen["tiling"])
         self.layout = ImageLayout.of(tokenizer, tiling, encoder.tokens_per_tile)
+        self._newest: tuple[np.ndarray, Tensor] | None = None
         end = self.template.end_marker()
         self.stop_ids = [tokenizer.eod_id] if end is None else [tokenizer.eod_id, end]
 
     def read(self, turns: Conversation) -> Asked:
-        """Return a conversation before its next answer.
+        """Return a conversation before its next answer. Images of the one before are not encoded again.
 
         Errors:
             UserError: the chat template refuses it, or an image cannot be read.
@@ -69,7 +72,9 @@ class Looking:
             ) from error
         if not len(tiles):
             return Asked(ids.tolist(), None)
-        return Asked(ids.tolist(), Placed(torch.from_numpy(places), self.images.tokens(torch.from_numpy(tiles))))
+        if self._newest is None or not np.array_equal(self._newest[0], tiles):
+            self._newest = tiles, self.images.tokens(torch.from_numpy(tiles))
+        return Asked(ids.tolist(), Placed(torch.from_numpy(places), self._newest[1]))
 
 
 def _recorded(record: dict[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,21 @@ class ImageModel:
         return F.linear(inner, w[f"{PROJECTOR}.linear_fc2.weight"])
 
 
+def image_definition(checkpoint: Path) -> ModelDefinition:
+    """Return the definition of a checkpoint's model; its weights are not read.
+
+    Errors:
+        UserError: no checkpoint, a damaged one, or one of a model that reads text alone.
+    """
+    definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
+    if definition.encoder is None:
+        raise UserError(
+            f"{checkpoint} is of {definition.name}, which reads text alone",
+            hint="name the checkpoint of a model with an image encoder, or leave the image out",
+        )
+    return definition
+
+
 def load_images(checkpoint: Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> ImageModel:
     """Load encoder and projector of a training checkpoint.
 
@@ -83,15 +98,10 @@ def load_images(checkpoint: Path, *, dtype: torch.dtype = torch.float32, device:
         checkpoint: a checkpoint or run folder.
         dtype: of weights and activations.
     Errors:
-        UserError: no checkpoint, a damaged one, or one of a model that reads text alone.
+        UserError: as `image_definition`.
     """
     checkpoint = find_checkpoint(Path(checkpoint))
-    definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
-    if definition.encoder is None:
-        raise UserError(
-            f"{checkpoint} is of {definition.name}, which reads text alone",
-            hint="name the checkpoint of a model with an image encoder, or leave the image out",
-        )
+    definition = image_definition(checkpoint)
     shapes = {name: shape for row in definition.encoder.tensors() for name, shape in row.ours.items()}
     weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     open_weights(checkpoint).read(weights)

@@ -194,6 +194,14 @@ class ImageConversationDataModule(ConversationDataModule):
         """Return the layout of images with the blend's tokenizer."""
         return ImageLayout.of(self.tokenizer, self._grid, self.tile_tokens)
 
+    @cached_property
+    def tiles_per_window(self) -> float:
+        """Return the mean number of tiles of a window, by those of a source's conversations."""
+        windows = self.order.round(0)
+        read = Counter(item.source for window in windows for item in window)
+        sources = [(count, self.training[name]) for name, count in read.items()]
+        return sum(count * source.tiles / len(source.lengths) for count, source in sources) / len(windows)
+
     def _source(self, name: str, split: str) -> ImageConversations:
         stream = self.manifest.stream(name, split)
         images = Images(stream.prefix) if self.manifest.sources[name].splits[split].images else None

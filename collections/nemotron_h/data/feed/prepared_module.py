@@ -114,6 +114,7 @@ class PreparedDataModule(FieldsAsArguments, DataSchema, pl.LightningDataModule, 
 
     persistent_workers: bool = False
     sampler_type: ClassVar[type[PreparedDataSampler]]
+    tiles_per_window: ClassVar[float] = 0.0  # of images: none
 
     def __post_init__(self) -> None:
         pl.LightningDataModule.__init__(self)

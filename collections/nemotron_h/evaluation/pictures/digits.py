@@ -98,8 +98,10 @@ def _single(labelled: Labelled, count: int, size: int, seed: int) -> Iterator[It
     rng = np.random.default_rng(seed)
     for number in range(count):
         again, place = divmod(number, len(labels))
-        order = rng.permutation(len(labels)) if not place else order
-        square, index = _square(images[order[place]], size), order[place]
+        if place == 0:
+            order = rng.permutation(len(labels))
+        index = order[place]
+        square = _square(images[index], size)
         yield Item(_changed(square, rng) if again else square, str(rng.choice(_QUESTIONS)), str(labels[index]))
 
 

@@ -72,7 +72,7 @@ class Throughput(pl.Callback):
         data, config = trainer.datamodule, pl_module.config
         lengths, (trained, *frozen) = data.lengths(trainer.global_step), config.definitions().values()
         adapter = {"adapter": config.adapter, "micro_batch": data.micro_batch_size, "frozen": config.frozen}
-        adapter["tiles"] = 0  # a batch has any number of images: their work is left out
+        adapter["tiles"] = data.tiles_per_window
         per_token = mean_flops(trained, lengths, **adapter).total
         self.flops = self.tokens * (per_token + sum(mean_flops(m, lengths, training=False).total for m in frozen))
         self.started = time.perf_counter()
