@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from odd_conversations import CONVERSATIONS
 from odd_images import IMAGES, plain, saved
 from rich.console import Console
 
@@ -97,34 +99,17 @@ def test_records_of_every_shape_come_to_the_same_turns(tmp_path: Path) -> None:
         read_illustrated(llava("a.jpg", "b.jpg"), "sharegpt", among({"a/1.png": one}))
 
 
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        (llava("a.png", "b.png"), "the record has 2 images, and 1 places for them"),
-        (llava("a.png", asked="<image><image>"), "1 images, and more places"),
-        (llava("../a.png"), "not below"),
-        (llava("/etc/passwd"), "not below"),
-        (llava("https://example.org/a.png"), "no file: download it"),
-        (llava("data:text/html,x"), "not data:image"),
-        (llava("data:image/png;base64,%%%"), "no base64"),
-        ({"image": 7, "conversations": []}, "an image is int"),
-        ({"image": {"url": None}, "conversations": []}, "an image is NoneType"),
-        (llava("a.png", asked=f"<image> {IMAGE}"), r"U\+E0FB, which is reserved"),
-        (llava("a.png", asked="<image>\nWhat?", answer=""), "is empty"),
-        ({"image": "a.png"}, "no field 'conversations'"),
-        ({"image": "a.png", "conversations": "x"}, "is str, not a list"),
-        ([1], "the record is list"),
-    ],
-)
-def test_records_that_cannot_be_used_say_why(record, reason: str) -> None:
-    with pytest.raises(ChatError, match=reason):
-        read_illustrated(record, "sharegpt", beside("/data/talk.jsonl", "."))
-    with pytest.raises(ChatError, match="a caption without an image"):
-        read_illustrated({"text": "A cat."}, "caption", beside("/data/talk.jsonl", "."))
-    answered = ask(text("?"))
-    answered["messages"][1]["content"] = [{"type": "image", "image": "a.png"}]
-    with pytest.raises(ChatError, match="a turn that is not the user's"):
-        read_illustrated(answered, "messages", beside("/data/talk.jsonl", "."))
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_an_odd_conversation_has_one_clear_outcome(name: str) -> None:
+    shape, record, outcome = CONVERSATIONS[name]
+    locate = beside("/data/talk.jsonl", ".")
+    if isinstance(outcome, str):
+        with pytest.raises(ChatError, match=outcome):
+            read_illustrated(record, shape, locate)
+        return
+    turn = read_illustrated(record, shape, locate)[0]
+    assert (turn.content, [picture.name for picture in turn.images]) == outcome
+    assert len(CONVERSATIONS) >= 40
 
 
 def sources(folder: Path) -> dict[str, dict]:
@@ -280,7 +265,18 @@ def test_odd_images_are_converted_or_quarantined_with_file_and_line(tmp_path: Pa
     form = {"category": "chat", "format": "jsonl", "chat": "sharegpt", "images": ".", "validation": 0, "max_bad": 1}
     shutil.copytree(seen[0].parent / "data/seen/tokenizer", tmp_path / "tokenizer")
     content = {"odd": {**form, "path": "odd.jsonl"}}
+    (tmp_path / "a.png").write_bytes(shade(1))
+    talk = [(record, said) for shape, record, said in CONVERSATIONS.values() if shape == "messages"]
+    talk.append((ask({"type": "image", "image": "gone.png"}, text("?")), "image gone.png: there is no such file"))
+    (tmp_path / "talk.jsonl").write_text("\n".join(json.dumps(record) for record, _ in talk))
+    content["talk"] = {**form, "chat": "messages", "path": "talk.jsonl"}
     run(write_blend(tmp_path, content, "odd", path="tokenizer/tokenizer.json"))
+    told = map(json.loads, (tmp_path / "data/odd/talk/quarantine.jsonl").read_text().splitlines())
+    reasons = {int(record["position"].split()[1]) - 1: record["reason"] for record in told}
+    images = {number for number, (_, said) in enumerate(talk) if isinstance(said, tuple) and "b.png" in said[1]}
+    assert reasons.keys() - images == {number for number, (_, said) in enumerate(talk) if isinstance(said, str)}
+    assert all(re.search(talk[number][1], reasons[number]) for number in reasons.keys() - images)
+    assert all("b.png: there is no such file" in reasons[number] for number in images)
     quarantine = (tmp_path / "data/odd/odd/quarantine.jsonl").read_text().splitlines()
     refused = {number for number, name in enumerate(names) if isinstance(IMAGES[name][1], str)} | {len(names)}
     bad = {int(record["position"].split()[1]) - 1: record for record in map(json.loads, quarantine)}
