@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONWARNINGS := ignore
 
-.PHONY: help install demo demo-sft demo-compress demo-puzzle demo-hybrid test faults chaos test-hf test-gguf test-eval test-other-readers bench card docs lint clean
+.PHONY: help install demo demo-sft demo-compress demo-puzzle demo-hybrid demo-vlm test faults chaos test-hf test-gguf test-eval test-other-readers bench card docs lint clean
 
 help: ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -51,6 +51,20 @@ demo-hybrid: $(STAMP) ## train a small Transformer on checkable problems on two 
 	@OMP_NUM_THREADS=1 $(BIN)/nemotron-h coverage runs/problems_parent $(foreach n,1 2 3,runs/problems_hybrid/distil-$n/problems_hybrid_$n) \
 		--tasks runs/problems/test.jsonl --count 100 --samples 32 --seconds 0.02,0.04,0.08,0.16,0.32 --max-tokens 160 --out runs/problems_coverage
 	@echo "reports: runs/problems_hybrid/report/report.html, runs/problems_coverage/report.html"
+
+demo-vlm: export CUDA_VISIBLE_DEVICES :=
+demo-vlm: $(STAMP) ## on two cores teach the model of `make demo` to read pictures of digits and words, ask it about held-out ones
+	@test -d runs/nemotron_h_tiny || { echo "run make demo first: runs/nemotron_h_tiny is what learns to see"; exit 2; }
+	@$(BIN)/nemotron-h data pictures --kinds digits,signs --count 16000 --test-count 300 --size 32 --out runs/pictures
+	@$(BIN)/nemotron-h data prepare --blend runs/pictures/pictures.yaml
+	@test -d runs/vlm_encoder || $(BIN)/python demos/vlm_encoder.py runs/pictures/train/digits.jsonl runs/pictures/train/signs.jsonl --out runs/vlm_encoder
+	@test -d runs/vlm_start || $(BIN)/nemotron-h import vision runs/nemotron_h_tiny runs/vlm_encoder runs/vlm_start
+	@$(BIN)/nemo llm finetune --factory "nemotron_h_recipe(path=demos/vlm_projector.yaml)" --yes
+	@$(BIN)/nemo llm finetune --factory "nemotron_h_recipe(path=demos/vlm.yaml)" --yes
+	@for run in vlm_projector vlm; do $(BIN)/nemotron-h eval runs/$$run --blend sample_small --tokens 8192; done # of text, before stage 2 and after
+	@$(BIN)/nemotron-h vqa runs/vlm_projector runs/vlm --test runs/pictures/test/digits.jsonl --test runs/pictures/test/digits_others.jsonl \
+		--test runs/pictures/test/signs.jsonl --test runs/pictures/test/signs_fonts.jsonl --max-tokens 8 --out runs/vlm_answers
+	@echo "pictures, questions and answers: runs/vlm_answers/report.html"
 
 demo-sft: $(STAMP) ## fine-tune the model of `make demo` on real instructions, talk with it before and after, check its export
 	@$(BIN)/python demos/sft.py

@@ -27,7 +27,7 @@ TEST_FONTS = ("STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", 
 LICENCE = "generated; fonts of matplotlib: DejaVu (Bitstream Vera), Computer Modern (BaKoMa), STIX"
 _LETTERS = ("bcdfghjklmnprstvwz", "aeiou")
 _LENGTHS = (3, 7)  # ours: letters of a word, the second excluded
-_SIGN_LENGTHS, _SIGN_TEST_LENGTHS = (1, 5), (3, 5)  # ours: of a sign to train on, and of a test's
+_SIGN_LENGTHS = (3, 5)  # ours: of a sign
 _QUESTIONS = ("What word is this?", "Which word does the image show?", "Read the word.")
 
 
@@ -43,8 +43,8 @@ def words(count: int, test_count: int, size: int, seed: int, say: Callable[[str]
 
 
 def signs(count: int, test_count: int, size: int, seed: int, say: Callable[[str], None]) -> Sets:
-    """Return short words in capitals, each within one square; tests have held-out words of three letters and more, in
-    the fonts of training, and in held-out ones (`signs_fonts`).
+    """Return short words in capitals, each within one square; tests have held-out words in the fonts of training, and
+    in held-out ones (`signs_fonts`).
     """
     tests = {
         "signs": _signs(test_count, TEST, TRAIN_FONTS, size, [seed, 3]),
@@ -73,11 +73,16 @@ def _drawn(count: int, part: str, fonts: Sequence[str], size: int, seed: Sequenc
 def _signs(count: int, part: str, fonts: Sequence[str], size: int, seed: Sequence[int]) -> Iterator[Item]:
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        text = word(rng, part, _SIGN_LENGTHS if part == TRAIN else _SIGN_TEST_LENGTHS).upper()
+        text = word(rng, part, _SIGN_LENGTHS).upper()
         name, points = str(rng.choice(fonts)), int(rng.integers(size // 2, size * 7 // 10 + 1))
-        left, _, right, _ = _font(name, points).getbbox(text)
-        font = _font(name, min(points, points * (size - 2) // (right - left)))
-        yield Item(_image(text, font, size, rng, size // 4), str(rng.choice(_QUESTIONS)), text)
+        while _width(text, _font(name, points)) > size - 2:
+            points -= 1
+        yield Item(_image(text, _font(name, points), size, rng, size // 4), str(rng.choice(_QUESTIONS)), text)
+
+
+def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
+    left, _, right, _ = font.getbbox(text)
+    return right - left
 
 
 def _image(
