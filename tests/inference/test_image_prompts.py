@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from save_checkpoint import save
@@ -12,6 +14,7 @@ from vision_model import ENCODERS, batch, tiles, vision_config, vision_model
 
 from nemotron_h.core.errors import UserError
 from nemotron_h.inference.generate import generate
+from nemotron_h.inference.looking import Looking
 from nemotron_h.inference.model import load_model
 from nemotron_h.inference.prefill import prefill
 from nemotron_h.inference.sampling import Sampling
@@ -53,6 +56,14 @@ def test_what_cannot_be_is_refused(megatron: None, tmp_path: Path) -> None:
     for places, words in (([1, 2], "2 places for 4 image tokens"), ([2, 3, 4, 5], "beyond its 5 tokens")):
         with pytest.raises(UserError, match=words):
             generate(model, [[1] * 5], max_tokens=1, images=[Placed(torch.tensor(places), found)])
+    seen, pictures = [], {"one": tiles(2), "other": tiles(1)}
+    looking = object.__new__(Looking)
+    looking.template, looking._newest = None, None
+    looking.layout = SimpleNamespace(prompt=lambda _, turns: (np.arange(9), np.arange(4), pictures[turns].numpy()))
+    looking.images = SimpleNamespace(tokens=lambda each: seen.append(len(each)) or images.tokens(each))
+    read = [looking.read(turns).placed.embeddings for turns in ("one", "one", "other", "one")]
+    assert seen == [2, 1, 2], "prompts about one image encode it once"
+    assert torch.equal(read[1], images.tokens(pictures["one"]))
     text = save(small_model(small_config()), tmp_path / "text")
     with pytest.raises(UserError, match="reads text alone"):
         load_images(text)
