@@ -53,7 +53,7 @@ demo-hybrid: $(STAMP) ## train a small Transformer on checkable problems on two 
 	@echo "reports: runs/problems_hybrid/report/report.html, runs/problems_coverage/report.html"
 
 demo-vlm: export CUDA_VISIBLE_DEVICES :=
-demo-vlm: $(STAMP) ## on two cores teach the model of `make demo` to read pictures of digits and words, ask it about held-out ones
+demo-vlm: $(STAMP) ## on two cores teach the model of `make demo` to read pictures, ask it about held-out digits and words
 	@test -d runs/nemotron_h_tiny || { echo "run make demo first: runs/nemotron_h_tiny is what learns to see"; exit 2; }
 	@$(BIN)/nemotron-h data pictures --kinds digits,signs --count 40000 --test-count 300 --size 32 --out runs/pictures
 	@$(BIN)/nemotron-h data prepare --blend runs/pictures/pictures.yaml
