@@ -48,11 +48,6 @@ def scaled(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else x * factor
 
 
-def _counts_few(mask: Tensor | None) -> bool:
-    """Return True where a mask leaves out so many tokens that their logits cost more than the others' once more."""
-    return mask is not None and 2 * int(mask.count_nonzero()) <= mask.numel()
-
-
 class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
     """megatron-core's Mamba model with layout-independent initial weights, document boundaries and adapters."""
 
@@ -113,15 +108,18 @@ class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
         hidden = self.hidden_states(input_ids, position_ids, seq_idx, loss_count, tiles, image_mask)
         if not self.post_process:
             return hidden
-        # where most tokens are not in the loss their logits are left out; a GPU would have to wait for their number
-        few = labels is not None and labels.device.type == "cpu" and _counts_few(loss_mask)
-        if labels is not None and (few or self.config.recompute_logits == "chunks"):
-            of_tokens, whole = labels.transpose(0, 1), self.whole(hidden)  # [s, b], [s b, h]
-            asked = loss_mask.t().reshape(-1).nonzero().squeeze(1) if few else slice(None)  # [t]
+        if labels is not None and self.config.recompute_logits == "chunks":
+            of_tokens = labels.transpose(0, 1)  # [s, b]
             options = {"group": self.pg_collection.tp, "words": self.words}
-            of_asked = chunked_cross_entropy(whole[asked], self.output_weight, of_tokens.reshape(-1)[asked], **options)
-            losses = of_asked.new_zeros(len(whole)).index_copy(0, asked, of_asked) if few else of_asked
+            losses = chunked_cross_entropy(self.whole(hidden), self.output_weight, of_tokens.reshape(-1), **options)
             return losses.view(of_tokens.shape).transpose(0, 1).contiguous()
+        asked = self._asked(labels, loss_mask)
+        if asked is not None:
+            logits, _ = self.output_layer(hidden.flatten(0, 1)[asked, None], weight=self.output_weight)  # [t, 1, v]
+            of_asked = labels.t().reshape(-1)[asked, None]
+            losses = vocabulary_cross_entropy(mask_padding(logits, self.words), of_asked, self.pg_collection.tp)
+            whole = losses.new_zeros(labels.numel()).index_copy(0, asked, losses.squeeze(1))
+            return whole.view(labels.t().shape).t().contiguous()
         logits, _ = self.output_layer(hidden, weight=self.output_weight)
         if labels is None:
             return logits.transpose(0, 1).contiguous()
@@ -130,6 +128,16 @@ class NemotronHMegatronModel(StoredParts, MegatronMambaModel):
             losses = vocabulary_cross_entropy(logits, labels.transpose(0, 1), self.pg_collection.tp)
             return losses.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels, logits)
+
+    def _asked(self, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Return the numbers [t] of the tokens that a loss is asked for, in the order of [s, b], where they are so few
+        that the logits of the others are worth leaving out; else None. A GPU would have to wait for their number, and
+        with sequence parallelism a rank has other tokens than it has labels.
+        """
+        if labels is None or mask is None or labels.device.type != "cpu" or self.config.sequence_parallel:
+            return None
+        asked = mask.t().reshape(-1).nonzero().squeeze(1)
+        return asked if 0 < 2 * len(asked) <= mask.numel() else None
 
     @property
     def output_weight(self) -> Tensor:
