@@ -375,7 +375,7 @@ def test_items_for_another_engine_and_its_answers(tmp_path: Path) -> None:
         (["run", "--lengths", "512", "--items", "x"], "--lengths is for new items"),
         (["--lengths", "512", "--export", "x"], "--export counts the tokens of one tokenizer"),
         (["a", "b", "--lengths", "512", "--export", "x"], "--export counts the tokens of one tokenizer"),
-        (["a", "--lengths", "512", "--tokenizer", "x"], "--tokenizer is for an --export without a run"),
+        (["a", "--lengths", "512", "--tokenizer", "x"], "--tokenizer is for an --export or --endpoint without a run"),
         (["--answers", "x"], "--answers needs --items"),
         (["a", "--answers", "x", "--items", "y"], "--answers needs --items, and no run"),
         (["a", "--lengths", "512", "--tasks", "niah"], "--tasks = 'niah'"),

@@ -340,8 +340,9 @@ def reach(module: torch.nn.Module) -> list[list[float]]:
     with contextlib.ExitStack() as stack:
         stack.callback(module.embedding.register_forward_hook(lambda *args: embedded.append(args[-1])).remove)
         for batch in documents(0):
+            every = {**batch, "loss_mask": torch.ones_like(batch["loss_mask"])}  # that of a document has no loss at all
             for document in batch["seq_idx"].unique():
-                losses = forward_step(module, data_step(iter([batch])))
+                losses = forward_step(module, data_step(iter([every])))
                 own = own_tokens(batch["seq_idx"] == document, group, 1)  # [1, s]
                 (gradient,) = torch.autograd.grad((losses * own).sum(), embedded.pop())  # [s, 1, h]
                 size = gradient.abs().amax(-1).t()

@@ -213,8 +213,9 @@ def planned(case: dict[str, Any], ranks: int) -> tuple[ModelDefinition, Layout]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*ONE_RANK, *TWO_RANKS])
 def test_peak_is_as_planned(measured: dict[str, list[dict[str, Any]]], name: str) -> None:
-    """Every rank within 3 %; a pipeline's within 5 %, as what a stage has sent may still be there (once 3.7 %); with
-    experts over ranks within 10 %, as their tokens are not equally many, and those sent may still be there too.
+    """Every rank within 3 %; a pipeline's within 5 %, as what a stage has sent may still be there (once 3.7 %);
+    context-parallel ranks within 6 %, as rows that they exchanged may be there (once 4.8 %); with experts over ranks
+    within 10 %, as their tokens are not equally many, and those sent may still be there too.
     """
     case, ranks = (ONE_RANK[name], 1) if name in ONE_RANK else (TWO_RANKS[name], 2)
     stages = plan_memory(*planned(case, ranks))
@@ -229,7 +230,8 @@ def test_peak_is_as_planned(measured: dict[str, list[dict[str, Any]]], name: str
             assert plan.states == pytest.approx(rank["states"], rel=0.03), said
         # what gloo still sends to the other rank may be there
         sends = "pipeline" in name or case.get("sequence")
-        assert plan.peak == pytest.approx(rank["peak"], rel=0.1 if exchanged else 0.05 if sends else 0.03), said
+        bound = 0.1 if exchanged else 0.06 if copies else 0.05 if sends else 0.03
+        assert plan.peak == pytest.approx(rank["peak"], rel=bound), said
 
 
 @pytest.mark.slow
