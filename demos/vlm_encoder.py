@@ -113,7 +113,7 @@ def main() -> None:
     """Read the command line, train, and write the encoder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, help="conversations about a picture each, JSONL")
-    parser.add_argument("--steps", type=int, default=900, help="of 64 pictures (900)")
+    parser.add_argument("--steps", type=int, default=2000, help="of 64 pictures (2000)")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args()
     check_new(arguments.out)
