@@ -40,17 +40,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "8192, documents": {"seq_length": 8192, "documents": True},
     "2 x 4096, documents": {"seq_length": 4096, "micro_batch": 2, "documents": True},
 }
-CHUNKS = {**LAYERS, "recompute_logits": "chunks"}
-#: on a GPU of 141 GB
+#: on a GPU of 141 GB; more tokens a rank are refused (`architecture.context.ADDRESSED`)
 LARGE: dict[str, dict[str, Any]] = {
-    "32768, all layers recomputed, logits in chunks": {"seq_length": 32768, **CHUNKS},
+    "32768, all layers recomputed, logits in chunks": {"seq_length": 32768, **LAYERS, "recompute_logits": "chunks"},
     "65536, FFNs recomputed, logits in chunks": {
         "seq_length": 65536,
         "recompute_ffn": "layer",
         "recompute_logits": "chunks",
     },
-    "131072, all layers recomputed": {"seq_length": 131072, **LAYERS},
-    "131072, all layers recomputed, logits in chunks": {"seq_length": 131072, **CHUNKS},
     "images, 4096": {"seq_length": 4096},
     "images, 2 x 4096": {"seq_length": 4096, "micro_batch": 2},
     "images, 2 x 4096, encoder recomputed": {"seq_length": 4096, "micro_batch": 2, "recompute_vision": "layer"},

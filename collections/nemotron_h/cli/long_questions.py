@@ -62,10 +62,11 @@ def long_questions(
     from nemotron_h.core.locks import locked
     from nemotron_h.data.blend import load_blend
     from nemotron_h.data.manifest import load_manifest
-    from nemotron_h.data.tokenizer import META_FILE, load_tokenizer
+    from nemotron_h.data.tokenizer import load_tokenizer
     from nemotron_h.evaluation.long_questions.folder import lengths_of, write_folder
     from nemotron_h.evaluation.long_questions.kinds import kinds_named
     from nemotron_h.evaluation.long_questions.making import Plan
+    from nemotron_h.evaluation.subject import Subject
 
     try:
         most = None if tokens is None else parse_count(tokens)
@@ -76,7 +77,7 @@ def long_questions(
     if tokenizer is None:
         known = load_tokenizer(load_manifest(root, texts.name).tokenizer_path())
     else:
-        known = load_tokenizer(tokenizer, None if (tokenizer / META_FILE).exists() else "huggingface")
+        known = Subject.served(tokenizer).tokenizer
     with naming("--out"), locked(out, "written", "--out"):
         summary = write_folder(out, texts, known, plan, Console(stderr=True))
     show(summary, Console(highlight=False))

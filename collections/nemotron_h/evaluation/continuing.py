@@ -142,57 +142,28 @@ class LocalModel:
         watch: Watch | None = None,
         stop: Sequence[str] = (),
     ) -> Iterator[tuple[int, Answer]]:
-        """Yield the continuations; where an answer may end `watch` alone tells.
+        """Yield the continuations; what all prompts begin with is read once, and where an answer may end `watch` alone
+        tells.
 
         Errors:
             UserError: memory has no room.
         """
-        limits = {"batch": self.batch, "max_tokens": max_tokens, "stop_ids": stop_ids}
-        complete = watch or (lambda tokens: False)
-        return continuations(self.model, self.tokenizer, prompts, **limits, complete=complete)
-
-
-def continuations(
-    engine: GenerationModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[tuple[str, Sequence[int]]],
-    *,
-    batch: int | None,
-    max_tokens: int,
-    stop_ids: Collection[int],
-    complete: Callable[[list[int]], bool] = lambda tokens: False,
-) -> Iterator[tuple[int, Answer]]:
-    """Yield the greedy continuations of prompts as they end, with the numbers of the prompts; what all prompts begin
-    with is read once.
-
-    Args:
-        prompts: key and token ids of each.
-        batch: rows; None takes what half of the free memory holds.
-        max_tokens, stop_ids, complete: see `Pool`.
-    Errors:
-        UserError: memory has no room.
-    """
-    ids = [tokens for _, tokens in prompts]
-    pool = Pool(
-        engine,
-        ids,
-        batch=min(len(ids), batch or rows_that_fit(engine, max(map(len, ids)) + max_tokens)),
-        max_tokens=max_tokens,
-        sampling=Sampling(temperature=0),
-        stop_ids=stop_ids,
-        complete=complete,
-        shared=length if (length := shared_tokens(ids)) >= _SHARED else 0,
-    )
-    jobs = [Job(number, 0, 0) for number in range(len(ids))][::-1]
-    for sample in pool.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]):
-        tokens = sample.tokens[:-1] if sample.ended_by == END else sample.tokens
-        number = sample.job.prompt
-        yield (
-            number,
-            Answer(
-                prompts[number][0], tokenizer.ids_to_text(tokens), len(sample.tokens), sample.seconds, sample.ended_by
-            ),
+        ids = [tokens for _, tokens in prompts]
+        pool = Pool(
+            self.model,
+            ids,
+            batch=min(len(ids), self.batch or rows_that_fit(self.model, max(map(len, ids)) + max_tokens)),
+            max_tokens=max_tokens,
+            sampling=Sampling(temperature=0),
+            stop_ids=stop_ids,
+            complete=watch or (lambda tokens: False),
+            shared=length if (length := shared_tokens(ids)) >= _SHARED else 0,
         )
+        jobs = [Job(number, 0, 0) for number in range(len(ids))][::-1]
+        for sample in pool.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]):
+            tokens = sample.tokens[:-1] if sample.ended_by == END else sample.tokens
+            number, text = sample.job.prompt, self.tokenizer.ids_to_text(tokens)
+            yield number, Answer(prompts[number][0], text, len(sample.tokens), sample.seconds, sample.ended_by)
 
 
 def shared_tokens(prompts: Sequence[Sequence[int]]) -> int:
