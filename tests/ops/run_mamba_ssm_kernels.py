@@ -12,6 +12,7 @@ import contextlib
 import json
 import sys
 import types
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def moved(function, name: str, inputs: dict[str, torch.Tensor], end: int, **opti
 
 
 def cases(kernels):
-    from nemotron_h.ops import select
+    from nemotron_h.ops import scan_kernel, select
     from nemotron_h.ops.conv1d import causal_conv1d
     from nemotron_h.ops.norm import gated_rms_norm
     from nemotron_h.ops.ssd import ssd_chunk_scan, ssd_step
@@ -105,6 +106,8 @@ def cases(kernels):
         return select._kernel_ssd(kernels, **values)
 
     yield "scan", differences(ssd_chunk_scan, kernel_scan, scan, chunk_size=chunk)
+    with unittest.mock.patch.object(scan_kernel, "WIDEST", 8):
+        yield "scan of heads too wide for ours", differences(ssd_chunk_scan, kernel_scan, scan, chunk_size=chunk)
     # documents: cuts at and around a chunk edge and of one token; numbered from 3
     seq_idx = torch.full((batch, length), 3, dtype=torch.int32)
     for i, cut in enumerate((5, chunk, chunk + 1, 36)):

@@ -1,4 +1,4 @@
-"""Our ops against the kernels that train Nemotron-H on GPUs: mamba-ssm's own, under Triton's interpreter, in float32.
+"""Our ops against the kernels that train on GPUs, mamba-ssm's with our scan, under Triton's interpreter, in float32.
 
 The package's source comes from the configured registry through pip once (3 s; nothing is built or installed) into
 ``~/.cache/nemotron_h``; the kernels run in a process of their own.
@@ -19,6 +19,7 @@ import pytest
 VERSION = "2.3.2.post1"
 CASES = [
     "scan",
+    "scan of heads too wide for ours",
     "scan with documents and states",
     "step with 0 options",
     "step with 2 options",

@@ -1,8 +1,8 @@
 """Select the implementation of the ops: the mamba-ssm and causal-conv1d kernels on a GPU (and ours in Triton, for the
 attention of generation and for windows of a few tokens), plain PyTorch elsewhere.
 
-All come behind the signatures of ``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm``, ``.attention`` and ``.ssd_window``, so
-the model holds one code path.
+mamba-ssm's scan is replaced by ours (`nemotron_h.ops.mamba_ssm_scan`). All come behind the signatures of
+``nemotron_h.ops.ssd``, ``.conv1d``, ``.norm``, ``.attention`` and ``.ssd_window``, so the model holds one code path.
 
 Axes: b batch, l length, h heads, p channels of a head, n state (as in `nemotron_h.ops.ssd`), c channels of the
 convolution.
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "NEMOTRON_H_OPS"
 CHOICES = ("torch", "mamba_ssm")
-# ours: megatron-core's MambaMixer runs the kernels with 128
+# megatron-core's MambaMixer runs mamba-ssm's scan with 128; ours has a chunk of its own
 KERNEL_CHUNK = 128
 
 
@@ -105,7 +105,7 @@ def _build(forced: str | None) -> Ops:
         "ssd_step": functools.partial(_kernel_ssd_step, kernels),
         "gated_rms_norm": functools.partial(_kernel_gated_rms_norm, kernels),
     }
-    origin = f"mamba-ssm {_version('mamba-ssm')}"
+    origin = f"mamba-ssm {_version('mamba-ssm')} with our scan"
     if triton_kernels is None:
         origin += f", attention of single tokens and windows in torch ({no_triton})"
     else:
@@ -142,9 +142,10 @@ def _mamba_ssm_kernels() -> SimpleNamespace:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 
-    from nemotron_h.ops import mamba_ssm_fixes
+    from nemotron_h.ops import mamba_ssm_fixes, mamba_ssm_scan
 
     mamba_ssm_fixes.install()
+    mamba_ssm_scan.install()
     return SimpleNamespace(
         scan=mamba_chunk_scan_combined,
         split_scan=mamba_split_conv1d_scan_combined,

@@ -1,4 +1,4 @@
-"""Our Triton kernels of generation, under Triton's interpreter in float32 (on a GPU: tests/gpu)."""
+"""Our Triton kernels, under Triton's interpreter in float32 (on a GPU: tests/gpu)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 
-def test_kernels_equal_pytorch() -> None:
+@pytest.mark.parametrize(("script", "cases"), [("run_generation_kernels.py", 12), ("run_scan_kernel.py", 9)])
+def test_kernels_equal_pytorch(script: str, cases: int) -> None:
     pytest.importorskip("triton", reason="triton is installed on Linux only")
-    worker = Path(__file__).with_name("run_generation_kernels.py")
+    worker = Path(__file__).with_name(script)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(worker)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(found) == 12
+    assert len(found) == cases
     assert max(found.values()) < 1e-5, found
