@@ -167,8 +167,13 @@ class Bench:
         program = [sys.executable, "-c", "from nemotron_h.cli.main import main; main()", "data"]
         count, size = (400, 32) if small else (1500, 448)
         making = ["pictures", "--kinds", "charts", "--count", str(count), "--size", str(size), "--out", str(pictures)]
-        for command in (making, ["prepare", "--blend", str(pictures / "pictures.yaml")]):
-            subprocess.run([*program, *command], env=self.environment, check=True, stdout=subprocess.DEVNULL)
+        blend = pictures / "pictures.yaml"
+        subprocess.run([*program, *making], env=self.environment, check=True, stdout=subprocess.DEVNULL)
+        if not small:  # the family's vocabulary
+            text = blend.read_text().replace("kind: bpe", "kind: tiktoken")
+            blend.write_text(text.replace("blend: sample_small", "blend: sample"))
+        preparing = ["prepare", "--blend", str(blend)]
+        subprocess.run([*program, *preparing], env=self.environment, check=True, stdout=subprocess.DEVNULL)
         self.sequence = 256 if small else 4096
         changes = ("vision=internvit_tiny", "data.seq_length=256") if small else CUT
         changes = ("init.checkpoint=null", "data.micro_batch_size=2", *changes)
@@ -177,7 +182,7 @@ class Bench:
             ("vision, all parts", "sft_vlm", "[]"),
         ):
             settings = self.settings(1, 1, "bf16", 2, f"optim.frozen={frozen}", *changes)
-            settings[0] = f"data.blend={pictures / 'pictures.yaml'}"
+            settings[0] = f"data.blend={blend}"
             self.train(title, stage, settings, stage="sft" if small else stage)
 
 

@@ -14,6 +14,7 @@ from nemotron_h.inference.generate import Generation, generate
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.prefill import prefill
 from nemotron_h.inference.sampling import Sampling
+from nemotron_h.ops.float8_matrix import Float8Matrix
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -152,3 +153,36 @@ def test_bfloat16_keeps_the_recurrence_in_float32(pair, tmp_path: Path) -> None:
     assert states.layers[0].ssm.dtype == low.layers[0].A.dtype == torch.float32
     scores = low.logits(low.extend(ids, states))
     assert relative_error(scores, exact.logits(exact.extend(ids, exact.new_states(1, 40)))) < 0.1
+
+
+@pytest.mark.parametrize("kind", [2, "*-", "PS", "*S", "E", "L"])
+def test_matrices_in_float8_are_their_rounded_values(pair, kind: int | str) -> None:
+    """In every kind of layer: few rows, so that the inputs are exact, and steps in bfloat16, as a GPU has them."""
+    exact = pair(kind)[1]
+    model, rounded = exact.in_float8(), exact.to(torch.float32)
+    matrices = 0
+    for mine, theirs in zip(model.layers, rounded.layers, strict=True):
+        for name, value in vars(mine).items():
+            if isinstance(value, Float8Matrix):
+                matrices += 1
+                setattr(theirs, name, value.widened(torch.float32))
+            else:
+                assert torch.equal(value, getattr(theirs, name))
+    assert matrices
+    ids = tokens(2, 15)
+    scores, expected = (each.logits(each.extend(ids, each.new_states(2, 15))) for each in (model, rounded))
+    assert relative_error(scores, expected) < 1e-5
+    assert relative_error(expected, exact.logits(exact.extend(ids, exact.new_states(2, 15)))) > 1e-3
+
+
+def test_a_checkpoint_in_float8(pair, tmp_path: Path) -> None:
+    """All but the layers' matrices is as in bfloat16; one layer after the other is read and rounded."""
+    folder = save(pair()[0], tmp_path / "step-000001")
+    model, low = load_model(folder, dtype=torch.float8_e4m3fn), load_model(folder, dtype=torch.bfloat16)
+    ids = [[5, 7, 9] * 20, [11] * 3]
+    assert generate(model, ids, max_tokens=5, sampling=GREEDY) == generate(
+        low.in_float8(), ids, max_tokens=5, sampling=GREEDY
+    )
+    assert model.dtype == torch.bfloat16
+    assert model.layers[0].A.dtype == torch.float32
+    assert isinstance(model.layers[0].out_proj, Float8Matrix)

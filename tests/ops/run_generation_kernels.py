@@ -15,7 +15,15 @@ import torch
 PROCESSORS = 4
 torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=PROCESSORS)
 
-from nemotron_h.ops import attention, attention_kernel, conv1d, ssd_window, window_kernel  # noqa: E402
+from nemotron_h.ops import (  # noqa: E402
+    attention,
+    attention_kernel,
+    conv1d,
+    float8_kernel,
+    float8_matrix,
+    ssd_window,
+    window_kernel,
+)
 
 
 def difference(lengths: list[int], groups: int, heads: int, dim: int, capacity: int, tokens: int = 1) -> float:
@@ -92,6 +100,18 @@ def scan(heads: int, groups: int, head_dim: int, size: int, length: int) -> floa
     return max(relative(actual, expected), relative(states[1], states[0]))
 
 
+def float8(rows: int, outputs: int, inputs: int, programs: int) -> float:
+    """max |a - b| / max |b| of a few rows times a matrix in FP8, with inputs that float16 holds."""
+    rng = torch.Generator().manual_seed(0)
+    float8_kernel.OUTPUTS = float8_kernel.INPUTS = float8_kernel.LEAST_INPUTS = 32
+    float8_kernel.PROGRAMS = programs
+    matrix = float8_matrix.Float8Matrix.round(torch.randn(outputs, inputs, generator=rng))
+    x = torch.randn(rows, inputs, generator=rng).half().float()
+    expected = x.double() @ matrix.widened(torch.float64).T
+    y = float8_kernel.few_rows(x, matrix.values, matrix.scales)
+    return ((y - expected).abs().max() / expected.abs().max()).item()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     found = {
@@ -108,6 +128,8 @@ def main() -> None:
         "scan": scan(4, 2, 32, 16, 5),
         "scan of the last tokens": scan(4, 4, 16, 8, 2),
         "scan of odd sizes": scan(3, 1, 20, 5, 1),
+        "a row in FP8": float8(1, 48, 64, 1),
+        "rows in FP8, inputs in parts": float8(3, 80, 208, 8),
     }
     json.dump(found, sys.stdout)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("script", "cases"), [("run_generation_kernels.py", 12), ("run_scan_kernel.py", 9)])
+@pytest.mark.parametrize(("script", "cases"), [("run_generation_kernels.py", 14), ("run_scan_kernel.py", 9)])
 def test_kernels_equal_pytorch(script: str, cases: int) -> None:
     pytest.importorskip("triton", reason="triton is installed on Linux only")
     worker = Path(__file__).with_name(script)
@@ -21,3 +21,11 @@ def test_kernels_equal_pytorch(script: str, cases: int) -> None:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert len(found) == cases
     assert max(found.values()) < 1e-5, found
+
+
+def test_the_plan_knows_our_scan_s_chunk() -> None:
+    pytest.importorskip("triton", reason="triton is installed on Linux only")
+    from nemotron_h.architecture.blocks.mamba import KERNEL_CHUNK
+    from nemotron_h.ops.scan_kernel import CHUNK
+
+    assert 2 * CHUNK == KERNEL_CHUNK

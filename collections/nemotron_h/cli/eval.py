@@ -17,7 +17,6 @@ from nemotron_h.evaluation.tasks import PERPLEXITY, load_suite, load_task, local
 if TYPE_CHECKING:
     from nemotron_h.evaluation.continuing import Engine
 
-DTYPES = ("float32", "bfloat16")
 #: ours: half a minute a category for the tiny model on two cores
 TOKENS = 65_536
 #: ours: of the harness, on any machine
@@ -64,7 +63,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Prompts that are read at once.", show_default="8; of a table, as many as fit"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and activations.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="As of generate; tasks of --tasks and suites run in no float8.")
+    ] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where a GPU is visible")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one that the run was trained with")
@@ -103,14 +104,14 @@ def evaluate(
 
     nemotron-h eval runs/nemotron_h_8b_sft --suite paper_table_10 --endpoint http://localhost:8000/v1 --model NAME
     """
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is unknown", hint=f"use one of {', '.join(DTYPES)}")
+    from nemotron_h.inference.opening import FLOAT8, dtype_and_device
+
     if tasks is not None and suite is not None:
         raise UserError("--tasks and --suite exclude each other")
     if suite in tables():
         others = {"--shots": shots, "--python": python, "--blend": blend, "--root": root}
         _check_table(suite, data, compare, {**others, "--show-commands": show_commands or None})
-        engine = _engine((endpoint, model, at_once), batch_size, dtype, device or _device())
+        engine = _engine((endpoint, model, at_once), batch_size, *dtype_and_device(dtype, device))
         _table(checkpoint, tokenizer, suite, data, engine, limit, allow_code_execution, compare is not None)
         return
     if endpoint is not None or model is not None:
@@ -128,7 +129,12 @@ def evaluate(
         raise UserError("--shots is of --tasks: a suite has each task's", hint="leave it out, or name tasks")
     runs = _invocations(names, suite, shots)
     _check_code(runs, allow_code_execution or show_commands)
-    settings = Settings(dtype, device or _device(), batch_size or BATCH_SIZE, limit)
+    if runs and dtype == FLOAT8:
+        raise UserError(
+            f"--dtype {FLOAT8}: lm-evaluation-harness gets the model as an export, which has no such weights",
+            hint=f"measure {PERPLEXITY} or a table of the paper in it, or take bfloat16",
+        )
+    settings = Settings(*dtype_and_device(dtype, device), batch_size or BATCH_SIZE, limit)
     if show_commands:
         _show(checkpoint, runs, settings)
         return
@@ -226,12 +232,6 @@ def _check_code(runs: list[Invocation], allowed: bool) -> None:
             f"{', '.join(names)} run code that the model wrote, on this machine and as your user",
             hint="add --allow-code-execution where that may happen (a container without network), or leave them out",
         )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _show(checkpoint: Path, runs: list[Invocation], settings: Settings) -> None:

@@ -37,7 +37,9 @@ TokenizerOption = Annotated[
 DtypeOption = Annotated[
     str | None,
     typer.Option(
-        help="float32 or bfloat16, of weights and activations.", show_default="bfloat16 on a GPU, else float32"
+        help="float32 or bfloat16, of weights and activations; float8: the layers' matrices in FP8, all else in "
+        "bfloat16, on the CPU emulated.",
+        show_default="bfloat16 on a GPU, else float32",
     ),
 ]
 DraftOption = Annotated[

@@ -35,7 +35,6 @@ def vqa(
 
     nemotron-h vqa runs/vlm_projector runs/vlm --test mine.jsonl --count 200 --out runs/compared
     """
-    import torch
     from rich.console import Console
 
     from nemotron_h.evaluation.pictures.measure import ask, scores
@@ -43,7 +42,7 @@ def vqa(
     from nemotron_h.evaluation.pictures.report import table, write
     from nemotron_h.evaluation.subject import Subject, names_of
     from nemotron_h.inference.model import load_model
-    from nemotron_h.inference.opening import Opened, dtype_and_device
+    from nemotron_h.inference.opening import Opened, dtype_and_device, torch_dtype
     from nemotron_h.inference.vision import image_definition
 
     if len({test.stem for test in tests}) < len(tests):
@@ -55,7 +54,7 @@ def vqa(
         image_definition(subject.checkpoint)
     console, judged = Console(stderr=True, highlight=False), []
     for name, subject in zip(names_of(subjects), subjects, strict=True):
-        options = {"dtype": getattr(torch, dtype), "device": device, "tokens": subject.tokenizer.vocab_size}
+        options = {"dtype": torch_dtype(dtype), "device": device, "tokens": subject.tokenizer.vocab_size}
         model = load_model(subject.checkpoint, **options)
         opened = Opened(subject.checkpoint, subject.record, subject.tokenizer, model, dtype)
         judged += ask(name, opened, questions, batch, max_tokens, out / "answers", console)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-import torch
-
 from nemotron_h.checkpoint.folders import INTEGRITY
 from nemotron_h.core.files import file_sha256
 from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation.subject import Subject
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.opening import torch_dtype
 from nemotron_h.inference.pool import END, Job, Pool, rows_that_fit
 from nemotron_h.inference.sampling import Sampling
 
@@ -120,7 +119,7 @@ class LocalEngine:
         Errors:
             UserError: see `load_model`.
         """
-        dtype, words = getattr(torch, self.dtype), subject.tokenizer.vocab_size
+        dtype, words = torch_dtype(self.dtype), subject.tokenizer.vocab_size
         model = load_model(subject.checkpoint, dtype=dtype, device=self.device, tokens=words)
         return LocalModel(model, subject.tokenizer, self.batch)
 

@@ -25,6 +25,7 @@ from nemotron_h.evaluation.tasks import PERPLEXITY, STOCK, load_task, local_task
 from nemotron_h.export import hf_writer
 from nemotron_h.export.tokenizer import check_exportable
 from nemotron_h.inference.model import load_model
+from nemotron_h.inference.opening import torch_dtype
 
 
 def measure_blend(
@@ -49,7 +50,7 @@ def measure_blend(
     """
     blend, manifest, seq_length = _prepared(subject, blend_name, root)
     text_of = heldout.HeldOut.of(blend, manifest, seq_length)
-    model = load_model(subject.checkpoint, dtype=getattr(torch, settings.dtype), device=settings.device)
+    model = load_model(subject.checkpoint, dtype=torch_dtype(settings.dtype), device=settings.device)
     started, scores = time.perf_counter(), {}
     sizes = {name: _wanted(manifest, sources, tokens) for name, sources in text_of.sources.items()}
     with StageProgress(console, "held-out text", sum(sum(wanted.values()) for wanted in sizes.values())) as bar:

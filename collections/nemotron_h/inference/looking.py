@@ -48,7 +48,7 @@ class Looking:
     def __init__(self, opened: Opened) -> None:
         tokenizer = opened.tokenizer
         self.images: ImageModel = load_images(
-            opened.checkpoint, dtype=getattr(torch, opened.dtype), device=str(opened.model.device)
+            opened.checkpoint, dtype=opened.model.dtype, device=str(opened.model.device)
         )
         self.template = ChatTemplate(recorded_template(tokenizer, opened.record) or FAMILY_SOURCE, tokenizer)
         encoder, chosen = self.images.encoder, _recorded(opened.record)

@@ -27,6 +27,7 @@ from nemotron_h.inference.states import States
 from nemotron_h.model.blocks.cpu_step import Residual
 from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.model.blocks.running import Rotary, Running, State, Step, Trial
+from nemotron_h.ops.float8_matrix import Float8Matrix, takes
 from nemotron_h.ops.norm import rms_norm_inference
 from nemotron_h.ops.rotary import rotary_frequencies
 from nemotron_h.ops.select import select_ops
@@ -86,6 +87,11 @@ class GenerationModel:
         embedding, final_norm, output = ends
         layers = [cast(w, running.exact) for w, running in zip(self.layers, self.running, strict=True)]
         return GenerationModel(self.definition, embedding, layers, final_norm, output)
+
+    def in_float8(self) -> GenerationModel:
+        """Return a copy whose layers' matrices are in FP8; embedding, head and all that is no matrix stay."""
+        layers = [round_matrices(w, running) for w, running in zip(self.layers, self.running, strict=True)]
+        return GenerationModel(self.definition, self.embedding, layers, self.final_norm, self.output)
 
     def first_layers(self, count: int) -> GenerationModel:
         """Return a model of the first layers between this one's embedding and head; weights are shared."""
@@ -256,7 +262,8 @@ def load_model(
 
     Args:
         checkpoint: a checkpoint or run folder.
-        dtype: of weights and activations; Mamba's A, D and dt_bias stay in float32 at least.
+        dtype: of weights and activations; Mamba's A, D and dt_bias stay in float32 at least. float8_e4m3fn is that of
+            the layers' matrices alone (`nemotron_h.ops.float8_matrix`), with bfloat16 for all else.
         lazy: read a layer each time that it is used, and keep none.
         tokens: a tokenizer's number of tokens; rows of the vocabulary beyond are padding, and get no scores.
     Errors:
@@ -266,6 +273,7 @@ def load_model(
     definition = read_definition(read_record(checkpoint), f"checkpoint {checkpoint}")
     if not lazy:
         check_weights_fit(definition, dtype.itemsize, device)
+    float8, dtype = dtype == torch.float8_e4m3fn, torch.bfloat16 if dtype == torch.float8_e4m3fn else dtype
     reader = _Reader(open_weights(checkpoint), definition, dtype, device)
     ends = [
         reader.vocabulary("embedding.word_embeddings.weight"),
@@ -276,6 +284,8 @@ def load_model(
     layers: Sequence[Any] = _LazyLayers(reader)
     if lazy:
         reader.read()
+    elif float8:  # one after the other, so that no more than one is wide
+        layers = [round_matrices(reader.layers([n])[0], reader.running[n]) for n in range(definition.num_layers)]
     else:
         layers = reader.layers(range(definition.num_layers))
         for weights in layers:
@@ -288,6 +298,13 @@ def load_model(
     if scales.embedding != 1:
         embedding = embedding * scales.embedding
     return GenerationModel(definition, embedding, layers, final_norm, output if lazy else column_major(output))
+
+
+def round_matrices(weights: Any, running: Running) -> Any:
+    """Return a layer's weights with its matrices in FP8, of sizes that FP8 takes, but those that are exact."""
+    return type(weights)(
+        **{k: Float8Matrix.round(v) if takes(v) and k not in running.exact else v for k, v in vars(weights).items()}
+    )
 
 
 def lay_out(weights: Any) -> None:

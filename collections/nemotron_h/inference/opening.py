@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 from nemotron_h.core.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from nemotron_h.architecture.definition import ModelDefinition
     from nemotron_h.data.tokenizer import Tokenizer
     from nemotron_h.inference.drafts import Draft
     from nemotron_h.inference.model import GenerationModel
 
-DTYPES = ("float32", "bfloat16")
+#: float8: the layers' matrices, and bfloat16 for all else; the CPU emulates it
+FLOAT8 = "float8"
+DTYPES = ("float32", "bfloat16", FLOAT8)
 DEVICES = ("cpu", "cuda")
 #: drafts that are no checkpoint: copies from the text, and the model's own first layers before its head
 LOOKUP, LAYERS = "lookup", "layers:"
@@ -43,7 +47,8 @@ class Opened:
 
     def __str__(self) -> str:
         drafted = f", {self.draft.tokens} tokens drafted by {self.draft.name}" if self.draft else ""
-        return f"{self.checkpoint.name}, {self.dtype} on {self.model.device}{drafted}"
+        emulated = " emulated" * (self.dtype == FLOAT8 and self.model.device.type == "cpu")
+        return f"{self.checkpoint.name}, {self.dtype}{emulated} on {self.model.device}{drafted}"
 
 
 def dtype_and_device(dtype: str | None, device: str | None) -> tuple[str, str]:
@@ -61,7 +66,22 @@ def dtype_and_device(dtype: str | None, device: str | None) -> tuple[str, str]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch sees no GPU", hint="leave it out to run on the CPU")
+    if dtype == FLOAT8 and device != "cpu":
+        from nemotron_h.ops.float8_matrix import CAPABILITY
+
+        if torch.cuda.get_device_capability(device) < CAPABILITY:
+            raise UserError(
+                f"--dtype {FLOAT8}: {device} has no units for it",
+                hint="take a GPU of compute capability 8.9 or above (Ada, Hopper), or bfloat16",
+            )
     return dtype or ("float32" if device == "cpu" else "bfloat16"), device
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return one of `DTYPES` as `load_model` takes it."""
+    import torch
+
+    return torch.float8_e4m3fn if name == FLOAT8 else getattr(torch, name)
 
 
 def open_checkpoint(
@@ -86,8 +106,6 @@ def open_checkpoint(
     """
     _check_draft(draft, draft_tokens)
     dtype, device = dtype_and_device(dtype, device)
-    import torch
-
     from nemotron_h.checkpoint.definition import read_definition
     from nemotron_h.checkpoint.reader import find_checkpoint, read_record
     from nemotron_h.inference.model import load_model
@@ -97,7 +115,7 @@ def open_checkpoint(
     record = read_record(checkpoint)
     definition = read_definition(record, f"checkpoint {checkpoint}")
     text = tokenizer_for(record, checkpoint, tokenizer, definition.vocab_size)
-    options = {"dtype": getattr(torch, dtype), "device": device, "tokens": text.vocab_size}
+    options = {"dtype": torch_dtype(dtype), "device": device, "tokens": text.vocab_size}
     if draft is None:
         return Opened(checkpoint, record, text, load_model(checkpoint, **options), dtype)
 

@@ -181,11 +181,10 @@ class Mamba(Block):
         if fused:
             kept = base
             states = self._chunk_states(rank)
-            gram = rank.tokens * KERNEL_CHUNK * self.mamba_num_groups // rank.layout.tensor * 4
             steps = rank.tokens * self.mamba_num_heads // rank.layout.tensor * 4
             # convolution again, gradients of the projection and of x, B, C, of the norm's output and input; the states
-            # of the chunks and their gradients in float32 and bfloat16; C B^T and its gradient; step sizes, decays
-            kernel = 2 * conv + projected + 2 * inner + 8 * states + 2 * gram + 6 * steps - out
+            # of our chunks, half of `KERNEL_CHUNK`, and their gradients in bfloat16; step sizes and sums of decays
+            kernel = 2 * conv + projected + 2 * inner + 8 * states + 2 * steps - out
         else:
             kept = base + conv + whole_rows + (self._segment_starts(rank) if rank.cpu else 2 * rows)
             # the norm (gradients of its output, of y and of z), the scan (of z, y, x, B and C), the split of x, B, C

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from nemotron_h.checkpoint.folders import INTEGRITY
@@ -17,7 +16,7 @@ from nemotron_h.evaluation.coverage.contestant import Contestant, answer_watch
 from nemotron_h.evaluation.coverage.samples import Demand, Samples, Solution
 from nemotron_h.inference.layer_costs import this_machine
 from nemotron_h.inference.model import load_model
-from nemotron_h.inference.opening import dtype_and_device
+from nemotron_h.inference.opening import dtype_and_device, torch_dtype
 from nemotron_h.inference.pool import END, Pool, Sample, rows_that_fit
 from nemotron_h.inference.sampling import Sampling
 from nemotron_h.inference.thought import ThoughtBudget
@@ -86,7 +85,7 @@ def draw(contestant: Contestant, settings: Settings, folder: Path, console: Cons
     demand.check_budget(contestant.name, settings.budgets[0])
     if demand.is_met():
         return samples
-    subject, dtype = contestant.subject, getattr(torch, settings.dtype)
+    subject, dtype = contestant.subject, torch_dtype(settings.dtype)
     tokenizer, budget = subject.tokenizer, settings.thought_budget
     model = load_model(subject.checkpoint, dtype=dtype, device=settings.device, tokens=tokenizer.vocab_size)
     batch = batch or rows_that_fit(model, max(map(len, contestant.prompts)) + settings.max_tokens)
