@@ -100,9 +100,9 @@ def test_equal_prompts_are_read_once(model: GenerationModel, monkeypatch: pytest
     prompts, read = _prompts(), Counter()
     prefill = pools.prefill
 
-    def counting(model: GenerationModel, given: list[list[int]], states: object) -> torch.Tensor:
-        read.update(map(tuple, given))
-        return prefill(model, given, states)
+    def counting(model: GenerationModel, ids: list[list[int]], states: object, **options: object) -> torch.Tensor:
+        read.update(map(tuple, ids))
+        return prefill(model, ids, states, **options)
 
     monkeypatch.setattr(pools, "prefill", counting)
     pool = Pool(model, prompts, batch=40, max_tokens=3, sampling=SAMPLING)
@@ -112,7 +112,7 @@ def test_equal_prompts_are_read_once(model: GenerationModel, monkeypatch: pytest
 
 def test_ends_where_it_is_complete_and_warms_up_without_a_clock(model: GenerationModel) -> None:
     prompts = _prompts()
-    options = {"max_tokens": 20, "sampling": SAMPLING, "complete": lambda tokens: len(tokens) == 4}
+    options = {"max_tokens": 20, "sampling": SAMPLING, "complete": lambda sample: len(sample.tokens) == 4}
     pool = Pool(model, prompts, batch=3, **options)
     pool.warm_up()
     assert pool.seconds == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from nemotron_h.inference.drafts import Draft
     from nemotron_h.inference.opening import Opened
     from nemotron_h.inference.sampling import Sampling
+    from nemotron_h.inference.text import StoppingText
     from nemotron_h.inference.thought import Thought, ThoughtBudget
     from nemotron_h.inference.vision import Placed
 
@@ -112,7 +114,9 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON per prompt: prompt, text, tokens, ended_by.")
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Most prompts at a time.")] = 64,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Most prompts at a time; those that wait take the places of those that end.")
+    ] = 64,
     thought_budget: ThoughtBudgetOption = None,
     draft: DraftOption = None,
     draft_tokens: DraftTokensOption = None,
@@ -150,26 +154,32 @@ def generate(
     streaming = len(texts) == 1 and not as_json
     total = _Speed(opened.draft)
     thoughts = None if thought_budget is None else ThoughtBudget(opened.tokenizer, thought_budget)
-    for begin in range(0, len(texts), batch):
-        part = texts[begin : begin + batch]
-        rows = _continue(
-            opened,
-            part,
-            read(part),
-            dataclasses.replace(sampling, seed=seed + begin),
-            max_tokens,
-            stops,
-            thoughts,
-            streaming,
-            total,
+    read = read(texts)
+    if streaming or draft:
+        parts = (slice(begin, begin + batch) for begin in range(0, len(texts), batch))
+        rows = itertools.chain.from_iterable(
+            _continue(
+                opened,
+                texts[part],
+                _Read(read.ids[part], read.images[part], read.stop_ids),
+                dataclasses.replace(sampling, seed=seed + part.start),
+                max_tokens,
+                stops,
+                thoughts,
+                streaming,
+                total,
+            )
+            for part in parts
         )
-        for number, row in enumerate(rows, begin + 1):
-            if as_json:
-                typer.echo(json.dumps(row, ensure_ascii=False))
-            elif not streaming:
-                typer.echo(f"[{number}] {row['prompt']}{' ' * bool(image)}{row['text']}\n")
-            else:
-                total.ended_by = f", ended by {row['ended_by']}"
+    else:
+        rows = _continue_all(opened, texts, read, sampling, max_tokens, stops, thoughts, batch, total)
+    for number, row in enumerate(rows, 1):
+        if as_json:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        elif not streaming:
+            typer.echo(f"[{number}] {row['prompt']}{' ' * bool(image)}{row['text']}\n")
+        else:
+            total.ended_by = f", ended by {row['ended_by']}"
     note(f"{total}; {opened}")
 
 
@@ -271,11 +281,7 @@ def _continue(
     done = 0
 
     def complete(row: int) -> dict[str, Any]:
-        if shown[row].stopped_by is not None:
-            reason = f"--stop {shown[row].stopped_by!r}"
-        else:
-            ends = {None: "--max-tokens", eod: "end of document"}
-            reason = ends.get(generation.stopped_by[row], "end of the answer")
+        reason = _reason(shown[row], generation.stopped_by[row], eod)
         pieces[row].append(shown[row].finish())
         if streaming:
             typer.echo(pieces[row][-1])
@@ -307,6 +313,60 @@ def _continue(
         total.step_seconds += finished - first
     for row in range(done, len(texts)):
         yield complete(row)
+
+
+def _reason(shown: StoppingText, token: int | None, eod: int) -> str:
+    """Return what ended a continuation: a text, a token, or its length."""
+    if shown.stopped_by is not None:
+        return f"--stop {shown.stopped_by!r}"
+    return {None: "--max-tokens", eod: "end of document"}.get(token, "end of the answer")
+
+
+def _continue_all(
+    opened: Opened,
+    texts: Sequence[str],
+    read: _Read,
+    sampling: Sampling,
+    max_tokens: int,
+    stops: Sequence[str],
+    budget: ThoughtBudget | None,
+    batch: int,
+    total: _Speed,
+) -> Iterator[dict[str, Any]]:
+    """Yield rows in the order of the prompts, each as soon as it and those before it are complete; prompts that wait
+    take the places of those that have ended.
+    """
+    from nemotron_h.inference.pool import END, Job, Pool, Sample
+    from nemotron_h.inference.text import StoppingText
+
+    shown = [StoppingText(opened.tokenizer.ids_to_text, stops) for _ in texts]
+    pieces: list[list[str]] = [[] for _ in texts]
+
+    def complete(sample: Sample) -> bool:
+        row = sample.job.prompt
+        pieces[row].append(shown[row].add(sample.tokens[-1]))
+        return shown[row].stopped_by is not None
+
+    options = {"batch": min(batch, len(texts)), "max_tokens": max_tokens, "sampling": sampling, "complete": complete}
+    pool = Pool(opened.model, read.ids, **options, stop_ids=read.stop_ids, budget=budget, images=read.images)
+    jobs = [Job(row, 0, sampling.seed + row) for row in range(len(texts))][::-1]
+    ended: dict[int, dict[str, Any]] = {}
+    done = 0
+    for sample in pool.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]):
+        row, last = sample.job.prompt, sample.tokens[-1] if sample.ended_by == END else None
+        tokens = sample.tokens if last is None else sample.tokens[:-1]
+        pieces[row].append(shown[row].finish())
+        reason = _reason(shown[row], last, opened.tokenizer.eod_id)
+        ended[row] = {"prompt": texts[row], "text": "".join(pieces[row]), "tokens": tokens, "ended_by": reason}
+        total.written += len(tokens)
+        total.stepped += max(len(tokens) - 1, 0)
+        while done in ended:
+            yield ended.pop(done)
+            done += 1
+    total.read += sum(map(len, read.ids))
+    total.read_seconds += pool.read_seconds
+    total.step_seconds += pool.seconds - pool.read_seconds
+    total.thoughts += [thought for thought in pool.thoughts if thought.begun]
 
 
 def read_prompts(file: str) -> list[str]:

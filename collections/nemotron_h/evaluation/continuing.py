@@ -155,7 +155,7 @@ class LocalModel:
             max_tokens=max_tokens,
             sampling=Sampling(temperature=0),
             stop_ids=stop_ids,
-            complete=watch or (lambda tokens: False),
+            complete=lambda sample: watch is not None and watch(sample.tokens),
             shared=length if (length := shared_tokens(ids)) >= _SHARED else 0,
         )
         jobs = [Job(number, 0, 0) for number in range(len(ids))][::-1]

@@ -23,6 +23,7 @@ from nemotron_h.inference.prefill import extend_in_passes, pass_tokens, prefill
 from nemotron_h.inference.sampling import Sampling, choose
 from nemotron_h.inference.states import States
 from nemotron_h.inference.thought import Thought, ThoughtBudget, bounded
+from nemotron_h.inference.vision import Placed, check_places
 from nemotron_h.platform.memory import available
 
 #: ours: rows beyond which a step takes about as long for each of them
@@ -100,13 +101,15 @@ class Pool:
         max_tokens: longest continuation.
         sampling: how tokens are chosen; its seed is not used.
         stop_ids: a sequence ends with any of these tokens.
-        complete: told the tokens of a sequence, whether they are all that it was to have.
+        complete: asked after each token of a sequence whether it has all that it was to have.
         budget: ends thoughts; None lets them go on.
         graph: see `Stepper`.
         shared: first tokens of all prompts alike, which are read once; each prompt has more.
+        images: of each prompt, or None; None is none at all. Prompts with images share nothing.
 
     Attributes:
-        seconds: of the engine so far.
+        seconds, read_seconds: of the engine so far, and of these in prompts.
+        thoughts: of the sequences so far, where there is a budget.
     Errors:
         UserError: see `check_prompts`.
     """
@@ -120,18 +123,21 @@ class Pool:
         max_tokens: int,
         sampling: Sampling,
         stop_ids: Collection[int] = (),
-        complete: Callable[[list[int]], bool] = lambda tokens: False,
+        complete: Callable[[Sample], bool] = lambda sample: False,
         budget: ThoughtBudget | None = None,
         graph: bool | None = None,
         shared: int = 0,
+        images: Sequence[Placed | None] | None = None,
     ) -> None:
         check_prompts(model, prompts, max_tokens)
-        self.shared = shared
+        self.shared, self.images = shared, images or [None] * len(prompts)
+        check_places(prompts, self.images)
         self._shared_states: States | None = None
         self.model, self.prompts, self.batch, self.max_tokens = model, prompts, batch, max_tokens
         self.sampling, self.stop_ids, self.complete, self.graph = sampling, frozenset(stop_ids), complete, graph
         self.budget, self.capacity = budget, max(map(len, prompts)) + max_tokens
-        self.seconds = 0.0
+        self.seconds = self.read_seconds = 0.0
+        self.thoughts: list[Thought] = []
         self._rows: list[Sample | None] = []
 
     def run(self, jobs: Callable[[int], Sequence[Job]]) -> Iterator[Sample]:
@@ -157,7 +163,7 @@ class Pool:
         jobs = [Job(row % len(self.prompts), row, 0) for row in range(self.batch)]
         most, self.max_tokens = self.max_tokens, min(_WARM_TOKENS, self.max_tokens)
         list(self.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]))
-        self.max_tokens, self.seconds = most, 0.0
+        self.max_tokens, self.seconds, self.read_seconds, self.thoughts = most, 0.0, 0.0, []
 
     def _begin(self, rows: int) -> None:
         self._rows = [None] * rows
@@ -175,7 +181,9 @@ class Pool:
         for row, job in zip(free, jobs, strict=False):
             self._rows[row] = Sample(job)
             self._generators[row] = torch.Generator().manual_seed(job.seed)
-            self._thoughts[row] = self.budget.start(self.prompts[job.prompt]) if self.budget else None
+            if self.budget:
+                self._thoughts[row] = self.budget.start(self.prompts[job.prompt])
+                self.thoughts.append(self._thoughts[row])
             rows_of.setdefault(job.prompt, []).append(row)
         longest_first = sorted(rows_of, key=lambda number: -len(self.prompts[number]))
         while longest_first:
@@ -184,13 +192,15 @@ class Pool:
             began = now(self.model)
             read = self._states_before(len(numbers))
             ends = [self.prompts[number][self.shared :] for number in numbers]
-            scores = self.model.logits(prefill(self.model, ends, read))
+            images = [self.images[number] for number in numbers]
+            scores = self.model.logits(prefill(self.model, ends, read, images=images))
             rows = [row for number in numbers for row in rows_of[number]]
             origin = [place for place, number in enumerate(numbers) for _ in rows_of[number]]
             self._states.put(rows, read.taken(origin))
             self._scores[rows] = scores[origin]
             seconds = now(self.model) - began
             self.seconds += seconds
+            self.read_seconds += seconds
             tokens = sum(len(self.prompts[number]) for number in numbers)
             for number in numbers:
                 for row in rows_of[number]:
@@ -220,7 +230,7 @@ class Pool:
         for row, sample in running:
             sample.tokens.append(tokens[row])
             sample.log_probability += values[row]
-            sample.ended_by = self._end(sample.tokens)
+            sample.ended_by = self._end(sample)
         ended = [row for row, sample in running if sample.ended_by]
         if len(ended) < len(running):
             self._scores = self._stepper.step(chosen)
@@ -235,12 +245,12 @@ class Pool:
             sample.seconds += seconds / len(running)
         return [sample for _, sample in running if sample.ended_by]
 
-    def _end(self, tokens: list[int]) -> str:
-        if tokens[-1] in self.stop_ids:
+    def _end(self, sample: Sample) -> str:
+        if sample.tokens[-1] in self.stop_ids:
             return END
-        if self.complete(tokens):
+        if self.complete(sample):
             return ANSWER
-        return LENGTH if len(tokens) == self.max_tokens else ""
+        return LENGTH if len(sample.tokens) == self.max_tokens else ""
 
     @torch.inference_mode()
     def _shrink(self) -> None:

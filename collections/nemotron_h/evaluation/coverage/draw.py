@@ -90,6 +90,7 @@ def draw(contestant: Contestant, settings: Settings, folder: Path, console: Cons
     model = load_model(subject.checkpoint, dtype=dtype, device=settings.device, tokens=tokenizer.vocab_size)
     batch = batch or rows_that_fit(model, max(map(len, contestant.prompts)) + settings.max_tokens)
     samples.check({**fixed, "batch": batch})
+    is_answered = answer_watch(tokenizer, contestant.opening)
     pool = Pool(
         model,
         contestant.prompts,
@@ -97,7 +98,7 @@ def draw(contestant: Contestant, settings: Settings, folder: Path, console: Cons
         max_tokens=settings.max_tokens,
         sampling=settings.sampling,
         stop_ids=contestant.stop_ids,
-        complete=answer_watch(tokenizer, contestant.opening),
+        complete=lambda sample: is_answered(sample.tokens),
         budget=None if budget is None else ThoughtBudget(tokenizer, budget),
     )
     pool.warm_up()
