@@ -276,6 +276,7 @@ DIFFERENT = {
             "recompute.ffn=activation",
             "recompute.attention=layer",
             "recompute.logits=chunks",
+            "recompute.offload=true",
             "init.checkpoint=there",
             "parallel.nodes=3",
         ),

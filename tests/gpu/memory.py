@@ -48,6 +48,13 @@ LARGE: dict[str, dict[str, Any]] = {
         "recompute_ffn": "layer",
         "recompute_logits": "chunks",
     },
+    "65536, all layers recomputed, logits in chunks": {"seq_length": 65536, **LAYERS, "recompute_logits": "chunks"},
+    "65536, all layers recomputed, inputs offloaded, logits in chunks": {
+        "seq_length": 65536,
+        **LAYERS,
+        "recompute_logits": "chunks",
+        "recompute_offload": True,
+    },
     "images, 4096": {"seq_length": 4096},
     "images, 2 x 4096": {"seq_length": 4096, "micro_batch": 2},
     "images, 2 x 4096, encoder recomputed": {"seq_length": 4096, "micro_batch": 2, "recompute_vision": "layer"},

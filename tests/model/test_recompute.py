@@ -13,6 +13,13 @@ SETTINGS = {
     "ffn": {"recompute_ffn": "layer"},
     "activation": {"recompute_ffn": "activation"},
     "all": {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "layer"},
+    "all, offloaded": {
+        "recompute_mamba": "layer",
+        "recompute_attention": "layer",
+        "recompute_ffn": "layer",
+        "recompute_offload": True,
+    },
+    "ffn, offloaded": {"recompute_ffn": "layer", "recompute_offload": True},
     "parallel": {"recompute_parallel": "layer"},
     "swiglu": {"recompute_swiglu": "layer"},
     "experts": {"recompute_experts": "layer"},

@@ -14,7 +14,7 @@ from forks import FORKS
 #: of attention logits, as the worker has it
 LIMIT = 4.0
 WORKER = Path(__file__).with_name("worker.py")
-TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2", "dp2", "dp2opt", "tp2spopt")
+TWO_RANKS = ("tp2", "tp2sp", "tp2spagain", "pp2again", "dp2", "dp2opt", "tp2spopt")
 PURE = ("mamba2-tp2sp", "mamba2-pp2")
 PAIRS = ("preference-tp2sp", "preference-pp2", "preference-dp2")
 ADAPTED = ("lora-tp2", "lora-pp2", "dora-tp2sp", "dora-tp2spopt")

@@ -137,6 +137,7 @@ TARGETS_OF_EXPERTS = [
 RECOMPUTE = {"recompute_mamba": "layer", "recompute_attention": "layer", "recompute_ffn": "activation"}
 RECOMPUTE |= {"recompute_parallel": "layer", "recompute_swiglu": "activation", "recompute_experts": "layer"}
 RECOMPUTE |= {"recompute_linear": "layer", "recompute_logits": "chunks", "recompute_vision": "layer"}
+RECOMPUTE |= {"recompute_offload": True}
 STEPS, BATCH, LENGTH, VOCABULARY = 4, 4, 40, 256
 #: of attention logits with Muon: some groups of a step are over it
 LIMIT = 4.0

@@ -7,7 +7,7 @@ import os
 import resource
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -37,6 +37,34 @@ def run(*arguments: str) -> dict:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return json.loads(result.output)
+
+
+# host memory
+
+
+def test_offloaded_inputs_move_from_the_gpu_to_the_node() -> None:
+    """By hand, of the 8B at 524,288 tokens over 8 x 2 ranks, 48 layers recomputed: an input is 65,536 x 4,096 x 2 / 2
+    bytes over tensor parallel 8. The peak is the last Mamba-2 layer's, when the FFN behind it is through: of the 47 of
+    before, its own and the one that is fetched stay.
+    """
+    name, size = "nemotron_h_8b/sft_512k", 524_288 // 2 * 4096 * 2 // 8
+    kept, moved = run(name), run(name, "recompute.offload=true")
+    assert moved["memory"]["host_inputs"] == {"size": size, "count": 48}
+    assert kept["memory"]["host_inputs"] is None
+    peaks = [each["memory"]["peak"] for each in (kept, moved)]
+    assert peaks[0] - peaks[1] == (47 - 2) * size
+    assert moved["memory"]["node_host_bytes"] == 8 * 48 * size + moved["saves"]["node_bytes"]
+    staged = run(name, "recompute.offload=true", "parallel.pipeline=2", "parallel.context=1")["memory"]
+    assert staged["host_inputs"] == {"size": 2 * size, "count": 2 * 24}  # two micro-batches in flight
+
+
+def test_a_node_without_room_for_inputs_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(gpu("h100"), node_memory_gb=100)
+    monkeypatch.setattr("nemotron_h.planning.plan.gpu", lambda name: small)
+    shown = CliRunner().invoke(app, ["plan", "nemotron_h_8b/sft_512k", "recompute.offload=true"]).output
+    assert "does not fit the memory of a node: leave recompute.offload out" in shown
+    assert "host memory keeps 48 layers' inputs, 12.00 GiB per GPU" in shown
+    assert "fits h100" in CliRunner().invoke(app, ["plan", "nemotron_h_8b/sft_512k"]).output
 
 
 # lengths

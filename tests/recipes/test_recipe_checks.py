@@ -76,6 +76,7 @@ DPO, RPO = "nemotron_h_tiny/preference", "nemotron_h_8b/preference"
         (TINY, ["optim.peak_lrr=1"], ("unknown key optim.peak_lrr", "Did you mean peak_lr?")),
         (TINY, ["recompute.mlp=layer"], ("unknown key recompute.mlp", "Known keys there: mamba, ffn, attention")),
         (TINY, ["optim.decay_tokens=8192"], ("optim.decay_tokens is unused", "optim.schedule: wsd")),
+        (TINY, ["recompute.offload=true"], ("recompute.offload = true is unused", "add recompute.mamba=layer")),
         (MAMBA, ["recompute.attention=layer"], ("recompute.attention = 'layer' is unused", "has no attention layers")),
         (TINY, ["parallel.sequence=true"], ("parallel.sequence is unused", "parallel.tensor to 2")),
         (TINY, ["precision_options.bf16_edge_layers=4"], ("precision_options.bf16_edge_layers is unused",)),

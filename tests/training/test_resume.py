@@ -69,10 +69,10 @@ def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, di
     [
         (2, ("trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=True")),
         (2, ("trainer.strategy.pipeline_model_parallel_size=2",)),
-        (2, ()),
+        (2, ("recompute.ffn=layer", "recompute.offload=true")),
         (2, ("trainer.strategy.context_parallel_size=2",)),
     ],
-    ids=["tensor and sequence", "pipeline", "data", "context"],
+    ids=["tensor and sequence", "pipeline", "data, offloaded", "context"],
 )
 def test_a_checkpoint_continues_in_another_layout_and_there_exactly(
     small: Small, straight: dict[int, dict], ranks: int, options: tuple[str, ...]

@@ -37,6 +37,7 @@ class Layout:
         optimizer: `adamw` or `muon`.
         moments, gradients: dtypes of Adam's moments and of gradient sums, as the recipe's `optim`.
         recompute_mamba, recompute_ffn, ...: as the recipe's `recompute`, by kind of layer.
+        recompute_offload: inputs of recomputed layers are in host memory.
         adapter: what is trained in place of the weights; of kind `none`, the weights.
         untrained: parts that do not train, of `architecture.frozen.frozen_parts`.
         backend: `gpu` or `cpu`.
@@ -71,6 +72,7 @@ class Layout:
     recompute_linear: str = "none"
     recompute_logits: str = "none"
     recompute_vision: str = "none"
+    recompute_offload: bool = False
     adapter: AdapterSchema = field(default_factory=AdapterSchema)
     untrained: tuple[str, ...] = ()
     backend: str = "gpu"
@@ -153,6 +155,11 @@ class Rank:
         self.own_tokens = self.tokens // (t if layout.sequence else 1)
         self.norm_rows = self.tokens // (t if layout.sequence else 1) * 4
         self.norm_blocks = 3 * 4 * min(NORM_BLOCK, self.own_tokens * d.hidden_size) if self.cpu else 0
+
+    @property
+    def offloaded(self) -> bool:
+        """Tell whether inputs of recomputed layers are in host memory. On the CPU they are in any case."""
+        return self.layout.recompute_offload and not self.cpu
 
     @property
     def logits(self) -> int:
@@ -242,6 +249,9 @@ class Rank:
             memory = block.memory(self, fp8)
             if self.layout.recompute(block.name) == "layer":
                 # The input alone is kept; the backward runs the forward again, its output included, before its own.
-                memory = LayerMemory(self.residual, memory.kept + memory.backward, memory.between)
+                again = memory.kept + memory.backward
+                memory = LayerMemory(self.residual, again, memory.between)
+                if self.offloaded:  # beside the input, that of the layer before is fetched
+                    memory = LayerMemory(0, again + 2 * self.residual, memory.between)
             self.layers[block, fp8] = memory
         return self.layers[block, fp8]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import torch
@@ -20,6 +21,7 @@ from nemotron_h.architecture.definition import pipeline_layers
 from nemotron_h.model.blocks.registry import running_layers
 from nemotron_h.model.blocks.running import InitialWeights, Parts, Running, Surroundings
 from nemotron_h.model.core_attention import Documents, ScaledDotProductAttention, engine_attention
+from nemotron_h.model.host_inputs import HostInputs
 from nemotron_h.model.megatron_layers import (
     CpuColumnParallelLinear,
     CpuDuplicatedLinear,
@@ -40,6 +42,7 @@ class NemotronHStack(MambaStack):
     Attributes:
         running: how each of the layers runs.
         taps: number of a layer -> its output [sequence, batch, hidden] of the last pass, of layers that are in it.
+        host_inputs: inputs of recomputed layers, in host memory; None where they stay on the device.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class NemotronHStack(MambaStack):
         self.pre_process, self.post_process, self.post_layer_norm = pre_process, post_process, True
         self.pp_group, self.input_tensor = pg_collection.pp, None
         self.taps: dict[int, Tensor | None] = {}
+        self.host_inputs = HostInputs() if config.recompute_offload else None
         stage = pipeline_layers(config.num_layers, self.pp_group.size())[self.pp_group.rank()]
         self.running: list[Running] = running_layers(config.definition())[stage.start : stage.stop]
         # Only the stack's layers: emulated FP8 has no such matmul, the output layer, built after it, is never FP8
@@ -104,7 +108,8 @@ class NemotronHStack(MambaStack):
 
         recomputed = getattr(self.config, f"recompute_{running.kind.name}", "none") == "layer"
         if self.training and torch.is_grad_enabled() and recomputed:
-            return checkpoint(run, False, hidden_states)
+            with contextlib.nullcontext() if self.host_inputs is None else self.host_inputs.saving():
+                return checkpoint(run, False, hidden_states)
         return run(hidden_states)
 
     def forward(  # type: ignore[override]
@@ -129,6 +134,8 @@ class NemotronHStack(MambaStack):
             hidden_states = self.input_tensor
         documents = None if seq_idx is None else Documents.of(seq_idx)
         around = Surroundings(documents, seq_idx, rotary_pos_emb, loss_count)
+        if self.host_inputs is not None:
+            self.host_inputs.begin_pass()
         for layer, running in zip(self.layers, self.running, strict=True):
             hidden_states = self._run_layer(layer, running, hidden_states, around)
             if layer.layer_number - 1 in self.taps:

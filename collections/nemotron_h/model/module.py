@@ -241,7 +241,7 @@ class NemotronHConfig(SSMConfig):
             by its DistributedDataParallel); off for a model that is trained without that wrapper.
         recompute_mamba, recompute_attention, ...: what the backward pass computes again instead of keeping, by layer
             type: `none`, `layer` (only the layer's input is kept), and for FFNs `activation` (its output is not kept).
-        recompute_logits: as the recipe's `recompute.logits`.
+        recompute_logits, recompute_offload: as the recipe's `recompute.logits` and `recompute.offload`.
         adapter: what is trained in place of the weights, or None.
         frozen: parts that do not train (`nemotron_h.architecture.frozen`).
     """
@@ -280,6 +280,7 @@ class NemotronHConfig(SSMConfig):
     recompute_linear: str = "none"
     recompute_logits: str = "none"
     recompute_vision: str = "none"
+    recompute_offload: bool = False
     adapter: AdapterSchema | None = None
     frozen: list[str] = field(default_factory=list)
 

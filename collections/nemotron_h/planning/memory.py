@@ -336,6 +336,7 @@ def _moments(
     passed = [(block.name, rank.layer(index)) for block, index in zip(blocks, layers, strict=True)]
     for name, layer in passed:
         kept[name] = kept.get(name, 0) + layer.kept * in_flight
+    newest = rank.residual if rank.offloaded else 0  # leaves the device when the next layer runs
     if not last and rank.cpu:  # on a GPU its memory is freed once it is sent (model/module.py)
         kept["stage output"] = sent * in_flight
     # between stages the next input is received before it is needed
@@ -349,10 +350,11 @@ def _moments(
         kept["mtp"] = _mtp_activations(definition, rank) * in_flight
     if last:
         head = rank.distilling_head(teacher.whole) if teacher else rank.head()
-        yield replace(states, activations={**kept, "head": head.kept}, working=head.backward + received, at="head")
+        working = head.backward + received + newest
+        yield replace(states, activations={**kept, "head": head.kept}, working=working, at="head")
     for block in dict.fromkeys(blocks):
         lengths = rank.lengths(block.matrices())
-        yield replace(states, activations=dict(kept), working=lengths + received, at=block.name)
+        yield replace(states, activations=dict(kept), working=lengths + received + newest, at=block.name)
     # the gradient of an output matrix that is the embedding waits for that of the embedding
     waits = 0
     if definition.tied_embeddings and layout.pipeline == 1 and not layout.frozen:
@@ -367,6 +369,37 @@ def _moments(
         yield replace(states, working=3 * waits, at="head")  # both, and their sum
     step = max(_optimizer_step(definition, layout, states), working_bytes(definition, layout, stage))
     yield replace(states, working=step, at="optimizer")
+
+
+@dataclass(frozen=True)
+class HostInputs:
+    """Inputs of recomputed layers that one rank has in host memory, of the stage that has most.
+
+    Attributes:
+        size: bytes of each.
+        count: how many, of all micro-batches in flight.
+    """
+
+    size: int
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all."""
+        return self.size * self.count
+
+
+def host_inputs(definition: ModelDefinition, layout: Layout) -> HostInputs | None:
+    """Return the inputs that `recompute.offload` keeps in host memory; None where it does not."""
+    rank = _TrainingRank(definition, layout)
+    if not rank.offloaded:
+        return None
+    recomputed = [layout.recompute(block.name) == "layer" for block in definition.blocks]
+    counts = (
+        sum(recomputed[layers.start : layers.stop]) * min(layout.micro_batches, layout.pipeline - stage)
+        for stage, layers in enumerate(pipeline_layers(definition.num_layers, layout.pipeline))
+    )
+    return HostInputs(rank.residual, max(counts))
 
 
 def _mtp_activations(definition: ModelDefinition, rank: _TrainingRank) -> int:

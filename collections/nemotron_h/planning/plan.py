@@ -20,7 +20,7 @@ from nemotron_h.planning.flops import FlopsByPart, flops_per_token, mean_flops
 from nemotron_h.planning.gpus import Gpu, gpu
 from nemotron_h.planning.inference import InferenceMemory, Serving, inference_memory
 from nemotron_h.planning.layouts import Remedy, Row, exchanged_bytes, layout_of, remedies, step_flops, sweep
-from nemotron_h.planning.memory import StageMemory, checkpoint_bytes, plan_memory
+from nemotron_h.planning.memory import HostInputs, StageMemory, checkpoint_bytes, host_inputs, plan_memory
 from nemotron_h.planning.muon import MuonCost, muon_cost
 from nemotron_h.planning.saves import SaveCost, save_cost
 from nemotron_h.planning.schedule import Schedule, default_mfu, plan_schedule
@@ -46,6 +46,7 @@ class Plan:
         teacher_logits: bytes of the cache of a teacher's logits that the recipe names; 0 where it names none.
         muon: cost of a step of Muon; None for AdamW.
         stages: memory of one rank of every pipeline stage.
+        host_inputs: layers' inputs of one rank in host memory; None where they stay on the GPU.
         remedies: settings that make it fit; empty where it does, or nothing tried helps.
         schedule: steps, phases, time.
         checkpoint: bytes on disk of one checkpoint.
@@ -69,6 +70,7 @@ class Plan:
     teacher_logits: int
     muon: MuonCost | None
     stages: list[StageMemory]
+    host_inputs: HostInputs | None
     remedies: list[Remedy]
     schedule: Schedule
     checkpoint: dict[str, int]
@@ -92,8 +94,16 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Return True if the largest stage fits the GPU."""
-        return self.largest.peak <= self.gpu.memory
+        """Return True if the largest stage fits the GPU, and what a node keeps for its GPUs its own memory."""
+        memory = self.saves.node_memory
+        return self.largest.peak <= self.gpu.memory and (memory is None or self.node_host_bytes <= memory)
+
+    @property
+    def node_host_bytes(self) -> int:
+        """Return the host memory of a node for layers' inputs and, beside them, for its shards in a save."""
+        if self.host_inputs is None:
+            return 0
+        return self.host_inputs.bytes * min(self.gpu.per_node, self.layout.ranks) + self.saves.node_bytes
 
     @property
     def exchanged(self) -> int:
@@ -164,6 +174,8 @@ class Plan:
                 "peak": self.largest.peak,
                 "limit": self.gpu.memory,
                 "fits": self.fits,
+                "host_inputs": None if self.host_inputs is None else asdict(self.host_inputs),
+                "node_host_bytes": self.node_host_bytes,
                 "remedies": [asdict(remedy) for remedy in self.remedies],
             },
             "schedule": {
@@ -268,6 +280,7 @@ def make_plan(
         teacher_logits=_cache_bytes(recipe, definition, layout, origin),
         muon=muon,
         stages=stages,
+        host_inputs=host_inputs(definition, layout),
         remedies=[] if fits else remedies(definition, layout, device),
         schedule=schedule,
         checkpoint=checkpoint,

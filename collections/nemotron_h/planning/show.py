@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from nemotron_h.core.units import brief, gib, rough
 from nemotron_h.planning.layouts import Row, best, empty_flops
-from nemotron_h.planning.memory import largest_stage
+from nemotron_h.planning.memory import HostInputs, largest_stage
 from nemotron_h.planning.muon import MuonCost
 from nemotron_h.planning.plan import Plan, parts_by_stage
 from nemotron_h.planning.saves import AGREEMENT_S, FAILURES, SHARE
@@ -180,9 +181,14 @@ def _show_memory(plan: Plan, console: Console) -> None:
         empty = empty_flops(plan.definition, layout) / plan.flops.total
         filled = f"; empty heads of attention add {empty:.1%} to the FLOPs" if empty else ""
         console.print(f"context-parallel ranks exchange {gib(plan.exchanged)} per GPU and step, sent by each{filled}")
+    if plan.host_inputs:
+        _show_host_inputs(plan, plan.host_inputs, console)
     limit = plan.gpu.memory
     if plan.fits:
         console.print(f"[green]fits[/green] {plan.gpu.name}: {gib(limit)}, {gib(limit - largest.peak)} left\n")
+        return
+    if largest.peak <= limit:
+        console.print("[red]does not fit[/red] the memory of a node: leave recompute.offload out, or take more GPUs\n")
         return
     console.print(f"[red]does not fit[/red] {plan.gpu.name}: {gib(limit)}, {gib(largest.peak - limit)} too much")
     for remedy in plan.remedies:
@@ -190,6 +196,20 @@ def _show_memory(plan: Plan, console: Console) -> None:
     if not plan.remedies:
         console.print("  nothing tried makes it fit: take more GPUs (--sweep), or a smaller data.seq_length")
     console.print()
+
+
+def _show_host_inputs(plan: Plan, inputs: HostInputs, console: Console) -> None:
+    memory, layout = plan.saves.node_memory, plan.layout
+    there = "not known" if memory is None else gib(memory)
+    layers = math.ceil(plan.definition.num_layers / layout.pipeline) * layout.micro_batches
+    layer = plan.schedule.step_seconds / layers / 4  # a forward, once more, and a backward of twice that
+    console.print(
+        f"host memory keeps {inputs.count} layers' inputs, {gib(inputs.bytes)} per GPU; with the copies of a save "
+        f"{gib(plan.node_host_bytes)} per node, which has {there}\n"
+        f"copying an input takes {1e3 * inputs.size / plan.gpu.to_host_gb_s / 1e9:,.3g} ms at "
+        f"{plan.gpu.to_host_gb_s:g} GB/s, beside a layer's forward of {1e3 * layer:,.3g} ms",
+        soft_wrap=True,
+    )
 
 
 def _show_schedule(plan: Plan, console: Console) -> None:

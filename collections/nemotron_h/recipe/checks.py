@@ -287,13 +287,15 @@ def check_recompute(recipe: RecipeConfig, definition: ModelDefinition, origin: s
     """Check that values are known, and for layer types that the model has."""
     counts = {**definition.layer_counts(), "logits": 1, VISION: bool(definition.encoder)}
     for kind, allowed in RECOMPUTE.items():
-        value = getattr(recipe.recompute, kind)
-        check_one_of(f"recompute.{kind}", value, allowed, f"{origin}: ")
+        key, value = f"recompute.{kind}", getattr(recipe.recompute, kind)
+        check_one_of(key, value, allowed, f"{origin}: ")
         if value != "none" and not counts[kind]:
-            raise UserError(
-                f"{origin}: recompute.{kind} = {value!r} is unused: {definition.name} has no {kind} layers",
-                hint=f"leave recompute.{kind} out",
-            )
+            unused = f"{origin}: {key} = {value!r} is unused: {definition.name} has no {kind} layers"
+            raise UserError(unused, hint=f"leave {key} out")
+    kinds = [kind.name for kind in definition.kinds]
+    if recipe.recompute.offload and "layer" not in {getattr(recipe.recompute, kind) for kind in kinds}:
+        layers = " ".join(f"recompute.{kind}=layer" for kind in kinds)
+        raise UserError(f"{origin}: recompute.offload = true is unused: no layer is recomputed", hint=f"add {layers}")
 
 
 def check_experts(recipe: RecipeConfig, definition: ModelDefinition, origin: str) -> None:

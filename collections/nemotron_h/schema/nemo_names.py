@@ -42,7 +42,7 @@ def nemo_fields(model: Any) -> dict[str, Any]:
     return {name: getattr(model, key) for key, name in MODEL.items()}
 
 
-def recompute_fields(recompute: RecomputeSchema) -> dict[str, str]:
+def recompute_fields(recompute: RecomputeSchema) -> dict[str, str | bool]:
     """Return the settings as fields of `NemotronHConfig` and of a `Layout`."""
     return {f"recompute_{kind}": value for kind, value in asdict(recompute).items()}
 

@@ -248,6 +248,7 @@ class RecomputeSchema:
         ffn, swiglu: `none`, `activation` (squared ReLU or SwiGLU is computed again), or `layer`.
         logits: `none`, or `chunks`: output matmul and loss run over chunks of tokens, forward and backward, and the
             logits of a chunk alone exist. A distillation does so in any case.
+        offload: the inputs of layers that are `layer` are kept in host memory until their backward; not the encoder's.
     """
 
     mamba: str = "none"
@@ -259,6 +260,7 @@ class RecomputeSchema:
     linear: str = "none"
     logits: str = "none"
     vision: str = "none"
+    offload: bool = False
 
 
 @dataclass
