@@ -69,7 +69,7 @@ def test_straight_equals_killed_and_resumed(small: Small, straight: dict[int, di
     [
         (2, ("trainer.strategy.tensor_model_parallel_size=2", "trainer.strategy.sequence_parallel=True")),
         (2, ("trainer.strategy.pipeline_model_parallel_size=2",)),
-        (2, ("recompute.ffn=layer", "recompute.offload=true")),
+        (2, ("model.config.recompute_ffn=layer", "model.config.recompute_offload=True")),
         (2, ("trainer.strategy.context_parallel_size=2",)),
     ],
     ids=["tensor and sequence", "pipeline", "data, offloaded", "context"],
