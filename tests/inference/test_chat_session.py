@@ -9,23 +9,31 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 from save_checkpoint import finish, save
 from small_model import VOCABULARY, relative_error, small_config, small_model
 from typer.testing import CliRunner
+from vision_model import TILE, vision_config, vision_model
 
 from nemotron_h.checkpoint import folders
+from nemotron_h.checkpoint.reader import read_record
 from nemotron_h.cli.chat import chat as command
 from nemotron_h.core.errors import UserError
 from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.images.read import ImageError
+from nemotron_h.data.images.records import asked
 from nemotron_h.data.messages import ChatError, Turn
 from nemotron_h.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from nemotron_h.inference import prefill as prefilling
 from nemotron_h.inference.chat import ChatSession
 from nemotron_h.inference.drafts import Draft
+from nemotron_h.inference.looking import Looking
 from nemotron_h.inference.model import GenerationModel, load_model
+from nemotron_h.inference.opening import Opened
 from nemotron_h.inference.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -64,8 +72,8 @@ def model(run: Path) -> GenerationModel:
     return load_model(run)
 
 
-def say(session: ChatSession, text: str) -> str:
-    return "".join(session.answer(text))
+def say(session: ChatSession, text: str, images: Sequence[str] = ()) -> str:
+    return "".join(session.answer(text, images))
 
 
 def watch(session: ChatSession, change: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple[int, torch.Tensor]]:
@@ -127,6 +135,57 @@ def test_turns_are_the_whole_conversation(
         expected = trained(input_ids=torch.tensor([session.ids]))[0, :, :VOCABULARY]
     for position, scores in seen:
         assert relative_error(scores, expected[position]) < 1e-4, position
+
+
+@pytest.fixture(scope="module")
+def seeing(megatron: None, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> tuple[object, Path]:
+    """A model that reads images, and its checkpoint with a picture of one tile and one of several beside it."""
+    folder = tmp_path_factory.mktemp("seeing")
+    for name, width in (("one", TILE), ("wide", 3 * TILE)):
+        pixels = np.random.default_rng(width).integers(0, 256, (TILE, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    model = vision_model(vision_config()).eval()
+    return model, save(model, folder / "checkpoint", data={"tokenizer": tokenizer.path})
+
+
+@pytest.mark.parametrize("limit", [7, 10_000])
+def test_images_of_several_turns(seeing, tokenizer: Tokenizer, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are those of training, and scores those of the uncached forward over all turns with all their images."""
+    monkeypatch.setattr(prefilling, "PASS_TOKENS", limit)
+    trained, checkpoint = seeing
+    opened = Opened(checkpoint, read_record(checkpoint), tokenizer, load_model(checkpoint), "float32")
+    template = ChatTemplate(FAMILY_SOURCE, tokenizer)
+    session = ChatSession(opened.model, template, looking=Looking(opened, template))
+    encoded = []
+    tokens = session.looking.images.tokens
+    session.looking.images.tokens = lambda tiles: encoded.append(len(tiles)) or tokens(tiles)
+    turns: tuple[Turn, ...] = ()
+    said = (("größe?", ["one"], "abcd"), ("und 日本?", [], "x"), ("beide?", ["wide", "one"], "y"))
+    for question, names, answer in said:
+        files = [str(checkpoint.parent / f"{name}.png") for name in names]
+        turns = (*turns, asked(question, files) if files else Turn("user", question))
+        script = iter(template.tokens(answer + template.answer_end()))
+
+        def change(scores: torch.Tensor, script=script) -> torch.Tensor:
+            scores[:, next(script)] = 1e9
+            return scores
+
+        seen = watch(session, change)
+        assert "".join(session.answer(question, files)).strip() == answer
+        ids, places, tiles = session.looking.layout.prompt(template, turns)
+        assert session.ids[: -session.written] == ids.tolist()
+        mask = torch.zeros(1, len(ids), dtype=torch.bool)
+        mask[0, places] = True
+        with torch.no_grad():
+            inputs = {"input_ids": torch.from_numpy(ids)[None], "image_mask": mask, "tiles": torch.from_numpy(tiles)}
+            expected = trained(**inputs)[0, -1, :VOCABULARY]
+        assert relative_error(seen[0][1], expected) < 1e-4
+        turns = (*turns, Turn("assistant", answer))
+        assert session.turns == turns
+    assert encoded == [1, 5], "each image once: the wide one has three tiles and a thumbnail"
+    with pytest.raises(ImageError, match="no such file"):
+        say(session, "wort", ["absent.png"])
+    assert session.turns == turns
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -257,6 +316,24 @@ def test_command_reads_turns_by_line(run: Path, tokenizer: Tokenizer) -> None:
     assert result.stderr.count("tokens read in") == 3
     assert "there is no command /what" in result.stderr
     assert "forgotten" in result.stderr
+
+
+def test_command_shows_images(run: Path, seeing: tuple[object, Path]) -> None:
+    checkpoint = seeing[1]
+    picture = checkpoint.parent / "wide.png"
+    options = ["--max-tokens", 4, "--temperature", 0]
+    result = invoke(checkpoint, *options, said=f"/image absent.png\n/image\n/image {picture}\nwort\nwort\n")
+    assert "not shown: absent.png: there is no such file" in result.stderr
+    assert "there is no command" not in result.stderr
+    assert f"{picture}, 48 x 16 pixels, goes with the next turn" in result.stderr
+    read = [int(number) for number in re.findall(r"([\d,]+) tokens read", result.stderr)]
+    assert read[0] > 16 + read[1], "one turn has the tiles"
+    forgotten = invoke(checkpoint, *options, said=f"/image {picture}\n/reset\nwort\n")
+    assert int(re.search(r"([\d,]+) tokens read", forgotten.stderr)[1]) < read[0] - 16
+    refused = invoke(run, *options, said=f"/image {picture}\nwort\n")
+    assert "not shown: " in refused.stderr
+    assert "reads text alone" in refused.stderr
+    assert refused.stderr.count("tokens read in") == 1
 
 
 def test_command_drafts(run: Path) -> None:

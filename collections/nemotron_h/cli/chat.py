@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from nemotron_h.inference.opening import Opened
 
 COMMANDS = {
+    "/image FILE": "show an image with the next turn, before its text; may be given several times",
     "/reset": "forget the conversation, but for the system message",
     "/quit": "leave (as the end of the input does)",
     "/help": "show this list",
@@ -65,12 +67,15 @@ def chat(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Talk with a checkpoint. /reset starts anew, /quit leaves, Ctrl-C ends an answer.
+    """Talk with a checkpoint. /image FILE shows an image, /reset starts anew, /quit leaves, Ctrl-C ends an answer.
 
-    The state is kept: a turn reads its own tokens alone, however long the conversation is. Where the standard input is
-    no terminal, each line is a turn; answers go to the standard output and all else to the standard error.
+    The state is kept: a turn reads its own tokens alone, however long the conversation is, and an image is encoded
+    once. Where the standard input is no terminal, each line is a turn; answers go to the standard output and all else
+    to the standard error.
 
     nemotron-h chat runs/nemotron_h_tiny_sft --system "Answer in one sentence."
+
+    (echo /image digit.png; echo Which digit is it?; echo And the next one?) | nemotron-h chat runs/vlm
 
     nemotron-h chat runs/large_sft --draft runs/small_sft
 
@@ -92,6 +97,7 @@ def chat(
     chosen = ChatTemplate(source, opened.tokenizer)
     for warning in warnings_of(opened, chosen):
         warn("warning", warning)
+    from nemotron_h.data.images.read import ImageError
     from nemotron_h.data.messages import ChatError
     from nemotron_h.inference.chat import ChatSession
 
@@ -107,16 +113,19 @@ def chat(
     interactive = sys.stdin.isatty()
     if interactive:
         note(f"{opened}. /help lists commands.")
+    images: list[str] = []
     for text in _turns(interactive):
         if text.startswith("/"):
             if text == "/quit":
                 break
-            _command(text, session)
+            _command(text, session, images, opened)
             continue
         try:
-            _answer(session, text)
-        except ChatError as error:
+            _answer(session, text, images)
+        except (ChatError, ImageError) as error:
             warn("not sent", str(error))
+        else:
+            images.clear()
 
 
 def warnings_of(opened: Opened, template: ChatTemplate) -> Iterator[str]:
@@ -154,21 +163,45 @@ def _turns(interactive: bool) -> Iterator[str]:
             yield text.strip()
 
 
-def _command(text: str, session: ChatSession) -> None:
+def _command(text: str, session: ChatSession, images: list[str], opened: Opened) -> None:
+    """Do what a command says; `images` are those of the next turn."""
+    name, _, file = text.partition(" ")
+    if name == "/image" and file.strip():
+        _show(file.strip(), session, images, opened)
+        return
     if text == "/reset":
         session.reset()
+        images.clear()
         note("The conversation is forgotten.")
         return
-    if text != "/help":
-        notes.print(Text(f"there is no command {text.split()[0]}", style="yellow"))
-    for name, meaning in COMMANDS.items():
-        note(f"{name:7} {meaning}")
+    if text not in ("/help", "/image"):
+        notes.print(Text(f"there is no command {name}", style="yellow"))
+    for command, meaning in COMMANDS.items():
+        note(f"{command:11} {meaning}")
 
 
-def _answer(session: ChatSession, text: str) -> None:
+def _show(file: str, session: ChatSession, images: list[str], opened: Opened) -> None:
+    """Add an image to the next turn; one that cannot be read, or is shown to a model of text, is told of at once."""
+    from nemotron_h.data.images.read import ImageError, read_bytes, read_image
+    from nemotron_h.inference.looking import Looking
+    from nemotron_h.inference.vision import image_definition
+
+    file = os.path.expanduser(file)
+    try:
+        image_definition(opened.checkpoint)
+        image = read_image(read_bytes(file))
+        session.looking = session.looking or Looking(opened, session.template)
+    except (ImageError, UserError) as error:
+        warn("not shown", f"{file}: {error}" if isinstance(error, ImageError) else error.message)
+        return
+    images.append(file)
+    note(f"{file}, {image.width} x {image.height} pixels, goes with the next turn")
+
+
+def _answer(session: ChatSession, text: str, images: Sequence[str] = ()) -> None:
     """Write an answer as it comes; white space at its end is left out."""
     held = ""
-    pieces = session.answer(text)
+    pieces = session.answer(text, images)
     with _interruptible() as interrupted:
         for piece in pieces:
             held += piece

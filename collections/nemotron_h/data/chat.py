@@ -266,14 +266,14 @@ class ChatTemplate:
             raise ChatError(f"the template writes {len(encoded.images)} of {images} images")
         return encoded
 
-    def following(self, turns: Conversation) -> list[int]:
-        """Return the tokens behind the last answer and its end marker, up to the next answer: the end of what `prompt`
+    def following(self, turns: Conversation) -> Encoded:
+        """Return what stands behind the last answer and its end marker, up to the next answer: the end of what `begun`
         gives.
 
         Errors:
             ChatError: as `encode`.
         """
-        return self.tokens(self.segments(turns, add_generation_prompt=True)[-1][0])
+        return self._encoded(turns[-1:], self.segments(turns, add_generation_prompt=True)[-1:])
 
     def answer_end(self) -> str:
         """Return the text that the template writes behind an answer: its end marker and what stands around it.

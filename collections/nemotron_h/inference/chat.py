@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from nemotron_h.data.chat import ChatTemplate
-from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, Conversation, Turn
+from nemotron_h.data.images.records import asked
+from nemotron_h.data.messages import ASSISTANT, SYSTEM, USER, ChatError, Conversation, Turn
 from nemotron_h.inference.drafts import Acceptance, Draft, Drafter
+from nemotron_h.inference.looking import Asked, Looking
 from nemotron_h.inference.model import GenerationModel
 from nemotron_h.inference.prefill import extend_in_passes
 from nemotron_h.inference.sampling import Sampling
 from nemotron_h.inference.speculative import SpeculativeWriter
 from nemotron_h.inference.text import StoppingText
 from nemotron_h.inference.thought import ThoughtBudget
+from nemotron_h.inference.vision import Placed
 from nemotron_h.inference.writer import Writer
 
 #: ours: room for keys and values at first; it doubles
@@ -34,6 +38,7 @@ class ChatSession:
         sampling: how tokens are chosen; the generator goes on from turn to turn.
         max_tokens: longest answer.
         draft, budget: see `Generation`.
+        looking: reads images in this template; None where the model reads text alone.
 
     Attributes:
         turns: what was said.
@@ -54,10 +59,11 @@ class ChatSession:
         max_tokens: int = 512,
         draft: Draft | None = None,
         budget: ThoughtBudget | None = None,
+        looking: Looking | None = None,
     ) -> None:
         if draft is not None:
             draft.check_vocabulary(model)
-        self.draft, self.budget = draft, budget
+        self.draft, self.budget, self.looking = draft, budget, looking
         self.model, self.template, self.max_tokens = model, template, max_tokens
         self.sampling = sampling or Sampling()
         self._system = (Turn(SYSTEM, system),) if system.strip() else ()
@@ -81,23 +87,28 @@ class ChatSession:
         self.read_seconds = self.write_seconds = 0.0
         self.ended_by = ""
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str, images: Sequence[str] = ()) -> Iterator[str]:
         """Read a user's turn and write the answer; closing the iterator ends the answer where it is.
 
+        Args:
+            images: files, which stand before the text.
         Yields:
             one piece of text per token; empty where a token completes no character.
         Errors:
-            ChatError: the template refuses the text; nothing has changed then.
+            ChatError: the template refuses the text, or the model reads text alone; nothing has changed then.
+            ImageError: an image cannot be read; neither.
         """
-        turns = (*self.turns, Turn(USER, text))
-        if self.ids:
-            self.ids += [*self._unwritten, *self.template.following(turns)]
-        else:
-            self.ids = self.template.prompt(turns)
+        if images and self.looking is None:
+            raise ChatError(f"{self.model.definition.name} reads text alone")
+        turns = (*self.turns, asked(text, images) if images else Turn(USER, text))
+        begun = self.template.following(turns) if self.ids else self.template.begun(turns)
+        read = self.looking.continued(begun, turns[-1].images) if images else Asked(begun.ids, None)
+        self.ids += [*self._unwritten, *read.ids]
         began = time.perf_counter()
         done = int(self.states.lengths[0])
         self.read, self.written = len(self.ids) - done, 0
-        writer = self._writer(done, turns)
+        placed = read.placed and replace(read.placed, places=read.placed.places + len(self.ids) - len(read.ids) - done)
+        writer = self._writer(done, turns, placed)
         shown = StoppingText(self.template.tokenizer.ids_to_text, self._stops)
         pieces: list[str] = []
         self._unwritten, self.ended_by = self._end_ids, "interrupt"
@@ -132,11 +143,11 @@ class ChatSession:
             self.write_seconds = time.perf_counter() - started
             self.turns = (*turns, Turn(ASSISTANT, "".join(pieces).strip()))
 
-    def _writer(self, done: int, turns: Conversation) -> Writer:
-        """Read the tokens from `done` on and return what writes after them."""
+    def _writer(self, done: int, turns: Conversation, placed: Placed | None) -> Writer:
+        """Read the tokens from `done` on, with the image tokens among them, and return what writes after them."""
         capacity = len(self.ids) + self.max_tokens + (self.draft.tokens + 1 if self.draft else 0)
         self.states.reserve(capacity)
-        hidden = extend_in_passes(self.model, torch.tensor([self.ids[done:]]), self.states)
+        hidden = extend_in_passes(self.model, torch.tensor([self.ids[done:]]), self.states, placed=placed)
         chosen = self.model, self.states, hidden, self.sampling, self._generators
         thoughts = []
         if self.budget is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from nemotron_h.core.errors import UserError
-from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate
+from nemotron_h.data.chat import FAMILY_SOURCE, ChatTemplate, Encoded
 from nemotron_h.data.images.layout import ImageLayout
 from nemotron_h.data.images.read import ImageError
+from nemotron_h.data.images.records import Picture
 from nemotron_h.data.images.tiling import Tiling
 from nemotron_h.data.messages import ChatError, Conversation
 from nemotron_h.inference.opening import Opened, recorded_template
@@ -38,19 +40,21 @@ class Looking:
 
     Args:
         opened: a checkpoint whose model reads images.
+        template: of the conversations; None is that of the checkpoint's training.
     Attributes:
-        template: of the conversations.
+        template: that.
         stop_ids: tokens that end an answer.
     Errors:
         UserError: its model reads text alone; the chat template cannot be used.
     """
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: Opened, template: ChatTemplate | None = None) -> None:
         tokenizer = opened.tokenizer
         self.images: ImageModel = load_images(
             opened.checkpoint, dtype=opened.model.dtype, device=str(opened.model.device)
         )
-        self.template = ChatTemplate(recorded_template(tokenizer, opened.record) or FAMILY_SOURCE, tokenizer)
+        recorded = recorded_template(tokenizer, opened.record) or FAMILY_SOURCE
+        self.template = template or ChatTemplate(recorded, tokenizer)
         encoder, chosen = self.images.encoder, _recorded(opened.record)
         tiling = Tiling(encoder.widths.image_size, chosen["max_tiles"], chosen["tiling"])
         self.layout = ImageLayout.of(tokenizer, tiling, encoder.tokens_per_tile)
@@ -65,11 +69,21 @@ class Looking:
             UserError: the chat template refuses it, or an image cannot be read.
         """
         try:
-            ids, places, tiles = self.layout.prompt(self.template, turns)
+            return self._asked(*self.layout.prompt(self.template, turns))
         except (ChatError, ImageError) as error:
             raise UserError(
                 f"the question cannot be asked: {error}", hint="docs/images.md tells what can be"
             ) from error
+
+    def continued(self, begun: Encoded, pictures: Iterable[Picture]) -> Asked:
+        """Return a part of a conversation whose tokens have the places of these images.
+
+        Errors:
+            ImageError: an image cannot be read.
+        """
+        return self._asked(*self.layout.with_images(begun, pictures))
+
+    def _asked(self, ids: np.ndarray, places: np.ndarray, tiles: np.ndarray) -> Asked:
         if not len(tiles):
             return Asked(ids.tolist(), None)
         if self._newest is None or not np.array_equal(self._newest[0], tiles):

@@ -57,19 +57,28 @@ def prefill(
 
 
 def extend_in_passes(
-    model: GenerationModel, tokens: torch.Tensor, states: States, limit: int | None = None
+    model: GenerationModel,
+    tokens: torch.Tensor,
+    states: States,
+    limit: int | None = None,
+    placed: Placed | None = None,
 ) -> torch.Tensor:
     """Read more tokens of sequences at one position, in passes of a bounded number.
 
     Args:
         tokens: int64 [batch, length].
         limit: most tokens of a pass; None is `pass_tokens(model)`.
+        placed: image tokens of the one sequence that there is then.
     Returns:
         hidden states after the last token, [batch, hidden].
     """
     chunk = max(1, (limit or pass_tokens(model)) // len(tokens))
-    for part in tokens.split(chunk, dim=1):
-        hidden = model.extend(part, states, last_only=True)  # [batch, 1, hidden]
+    for number, part in enumerate(tokens.split(chunk, dim=1)):
+        embedded = None
+        if placed is not None:
+            embedded = model.embed(part)
+            placed.put(embedded[0], number * chunk)
+        hidden = model.extend(part, states, last_only=True, embedded=embedded)  # [batch, 1, hidden]
     return hidden[:, -1]
 
 

@@ -5,17 +5,21 @@ Axes: m tokens as prepared, with one for each image; k tokens in all; n tiles of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nemotron_h.data.chat import ChatTemplate
+from nemotron_h.data.chat import ChatTemplate, Encoded
 from nemotron_h.data.images.read import read_image
 from nemotron_h.data.images.tags import tag_rows, tile_tags
 from nemotron_h.data.images.tiling import Tiling
 from nemotron_h.data.messages import Conversation
 from nemotron_h.data.tokenizer_base import Tokenizer
+
+if TYPE_CHECKING:
+    from nemotron_h.data.images.records import Picture
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,16 @@ class ImageLayout:
             ChatError: as `ChatTemplate.begun`.
             ImageError: an image cannot be read.
         """
-        begun, tiles = template.begun(turns), [np.zeros((0, 3, self.tiling.size, self.tiling.size), dtype=np.uint8)]
-        for picture in (picture for turn in turns for picture in turn.images):
+        return self.with_images(template.begun(turns), [picture for turn in turns for picture in turn.images])
+
+    def with_images(self, begun: Encoded, pictures: Iterable[Picture]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return what `prompt` does of tokens and the images whose places they have.
+
+        Errors:
+            ImageError: an image cannot be read.
+        """
+        tiles = [np.zeros((0, 3, self.tiling.size, self.tiling.size), dtype=np.uint8)]
+        for picture in pictures:
             tiles.append(self.tiling.cut(read_image(picture.read())))
         ids = np.array(begun.ids, dtype=np.int64)
         whole = self.expanded(ids, np.zeros(len(ids), dtype=np.float32), begun.images, [len(t) for t in tiles[1:]])
