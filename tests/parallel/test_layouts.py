@@ -139,6 +139,13 @@ def test_ranks_that_split_sequences_equal_one(results: dict[str, dict], name: st
 
 
 @pytest.mark.slow
+def test_context_parallel_ranks_share_the_tiles(results: dict[str, dict]) -> None:
+    whole, share = (results[name]["tiles"] for name in ("vision-one", "vision-cp2again"))
+    assert share == [-(-tiles // 2) for tiles in whole]
+    assert set(share) < set(whole)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cp2again", "falcon_h1-cp2", "packed-cp4", "packed-cp2tp2", "padded-cp4"])
 def test_ranks_send_each_other_what_is_planned(results: dict[str, dict], name: str) -> None:
     sent, planned = results[name]["sent"]

@@ -397,6 +397,9 @@ def train(name: str) -> dict[str, object]:
         **(RECOMPUTE if name.endswith("again") else {}),
     )
     module = config.configure_model(None)
+    encoded: list[int] = []
+    if hasattr(module, "vision"):
+        module.vision.register_forward_pre_hook(lambda _, arguments: encoded.append(len(arguments[0])))
     randomize_adapters(module)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=shape["opt"], grad_reduce_in_fp32=True)
     model = DistributedDataParallel(config, ddp, module)
@@ -453,6 +456,7 @@ def train(name: str) -> dict[str, object]:
             losses += balance(routers(module), BIAS_UPDATE, config.num_layers).flatten().tolist()
     result = {"losses": losses, "gradients": gradients, "weights": assemble(module), "sums": sums_over_ranks(module)}
     result |= {"sizes": sizes, "logits": logits, "states": moments(optimizer), "planned": planned_moments(config, name)}
+    result["tiles"] = encoded
     if shape["cp"] > 1:
         result["sent"] = [sum(sent), planned_exchange(config, len(mine))]
     if family == "packed" and shape["pp"] == 1 and not shape["sp"]:

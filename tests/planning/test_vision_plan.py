@@ -96,6 +96,21 @@ def test_what_does_not_train_needs_less(composed: Composed, text: RecipeConfig) 
     assert states.weights - make_plan(text).stages[0].weights == 2 * (vision + projector)
 
 
+def test_context_parallel_ranks_share_the_tiles(composed: Composed, text: RecipeConfig) -> None:
+    """Each keeps what the backward of its tiles takes; their tokens go to the other rank, and gradients come back."""
+    split = {"parallel.context": 2, "parallel.devices": 2, "data.micro_batch_size": 1}
+    one = make_plan(changed(composed.recipe, {"data.micro_batch_size": 1}, ""))
+    two, plain = (make_plan(changed(recipe, split, "")) for recipe in (composed.recipe, text))
+    tiles = one.definition.encoder.tiles(composed.recipe.data.seq_length)
+    share = -(-tiles // 2)
+    kept = [plan.stages[0].activations for plan in (one, two)]
+    for part in ("vision", "projector"):
+        assert kept[1][part] * tiles == kept[0][part] * share
+    tokens = share * one.definition.encoder.tokens_per_tile
+    sent = 2 * tokens * one.definition.hidden_size * 2  # there and back, in bfloat16
+    assert two.exchanged - plain.exchanged == sent * two.layout.micro_batches
+
+
 def test_the_command_tells_it(composed: Composed) -> None:
     words = ["plan", *TINY]
     told = CliRunner().invoke(app, words, catch_exceptions=False).stdout

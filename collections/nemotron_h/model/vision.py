@@ -13,7 +13,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import checkpoint, copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    checkpoint,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -121,11 +125,23 @@ class Images:
                 init.fill(each, f"{part}.{inside}", distribution(f"{part}.{inside}", definition), **own)
 
     def tokens(self, tiles: Tensor) -> Tensor:
-        """Return the image tokens [t, h] of tiles, uint8 [n, 3, pixels, pixels], one tile's behind the other's."""
+        """Return the image tokens [t, h] of tiles, uint8 [n, 3, pixels, pixels], one tile's behind the other's.
+
+        Context-parallel ranks have the same tiles: each encodes a share, and all get the tokens of all. Where the
+        shares are unequal, the last tile fills them up: nothing reads its copies.
+        """
+        count, context = len(tiles), self.groups.cp
+        if context.size() > 1:
+            share = -(-count // context.size())
+            own = torch.arange(share, device=tiles.device) + share * context.rank()
+            tiles = tiles[own.clamp(max=count - 1)]
         trains = any(each.requires_grad for each in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             shuffled = self.vision(tiles)
-        return self.projector(shuffled).flatten(0, 1)
+        tokens = self.projector(shuffled).flatten(0, 1)
+        if context.size() > 1:  # its backward sums, for each rank's share, the gradients of all ranks' places
+            tokens = gather_from_sequence_parallel_region(tokens, tensor_parallel_output_grad=True, group=context)
+        return tokens[: count * self.tokens_per_tile]
 
     def place(self, embedded: Tensor, tiles: Tensor | None, mask: Tensor | None) -> Tensor:
         """Return embeddings with the image tokens in their places, [s, b, h].

@@ -18,7 +18,7 @@ from nemotron_h.architecture.definition import ModelDefinition, definition_from_
 from nemotron_h.architecture.frozen import LANGUAGE, frozen_parameters, frozen_parts
 from nemotron_h.architecture.gemms import check_gemms
 from nemotron_h.architecture.rank import Layout
-from nemotron_h.architecture.vision import VISION
+from nemotron_h.architecture.vision import PROJECTOR, VISION
 from nemotron_h.checkpoint import folders
 from nemotron_h.checkpoint.definition import read_model
 from nemotron_h.checkpoint.hub_cache import path_of
@@ -185,21 +185,30 @@ def relative_speed(definition: ModelDefinition, layout: Layout) -> float:
 
 def exchanged_bytes(definition: ModelDefinition, layout: Layout) -> int:
     """Return the bytes that a rank sends to context-parallel ranks in a step, of the pipeline stage that sends most:
-    forward and backward, forward once more of layers that are recomputed, and of a teacher forward alone.
+    forward and backward, forward once more of layers that are recomputed, and of a teacher forward alone; on the first
+    stage the image tokens of its share of tiles, and their gradients.
     """
+    encoder, tokens = definition.encoder, layout.seq_length // layout.context * layout.micro_batch
 
     def values(model: ModelDefinition, stage: int, trained: bool) -> int:
         passes = {block: 2 + (layout.recompute(block.name) == "layer") if trained else 1 for block in model.blocks}
         blocks = stage_blocks(model, layout.pipeline, stage)
         return sum(block.exchanged(layout.tensor, layout.context) * passes[block] for block in blocks)
 
-    per_token = max(
-        values(definition, stage, True) + (values(layout.teacher, stage, False) if layout.teacher else 0)
+    def images(stage: int) -> int:
+        if stage or not encoder:
+            return 0
+        share = math.ceil(encoder.tiles(layout.seq_length) * layout.micro_batch / layout.context)
+        trained = not layout.frozen and not {VISION, PROJECTOR} <= {*layout.untrained}
+        return share * encoder.tokens_per_tile * definition.hidden_size * (1 + trained) * layout.context
+
+    sent = max(
+        tokens * (values(definition, stage, True) + (values(layout.teacher, stage, False) if layout.teacher else 0))
+        + images(stage)
         for stage in range(layout.pipeline)
     )
-    tokens = layout.seq_length // layout.context * layout.micro_batch * layout.micro_batches
-    size = WEIGHT_BYTES[layout.base_precision]
-    return tokens * per_token * size * (layout.context - 1) // layout.context
+    size = WEIGHT_BYTES[layout.base_precision] * layout.micro_batches
+    return sent * size * (layout.context - 1) // layout.context
 
 
 @dataclass(frozen=True)

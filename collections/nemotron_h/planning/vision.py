@@ -5,6 +5,7 @@ A micro-batch is planned with as many tiles as its sequences hold, which is the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ def encoder_memory(definition: ModelDefinition, layout: Layout) -> list[tuple[st
     encoder = definition.encoder
     if encoder is None or not (tiles := encoder.tiles(layout.seq_length) * layout.micro_batch):
         return []
+    tiles = math.ceil(tiles / layout.context)
     parts: list[tuple[str, Sequence[Block], int]] = [
         (VISION, encoder.blocks, encoder.positions),
         (PROJECTOR, [encoder.projector], encoder.tokens_per_tile),
@@ -30,7 +32,7 @@ def encoder_memory(definition: ModelDefinition, layout: Layout) -> list[tuple[st
     trained = [part for part in (VISION, PROJECTOR) if not layout.frozen and part not in layout.untrained]
     memory = []
     for part, blocks, rows in parts:
-        # every tensor- and context-parallel rank has all positions of all tiles
+        # every tensor-parallel rank has all positions of its context-parallel rank's tiles
         own = replace(layout, seq_length=rows, micro_batch=tiles, context=1, sequence=False, documents=False)
         rank = Rank(blocks[0], own)
         backward = part in trained or (part == PROJECTOR and VISION in trained)
