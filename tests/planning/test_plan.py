@@ -22,6 +22,7 @@ from nemotron_h.planning.flops import flops_per_token
 from nemotron_h.planning.gpus import gpu
 from nemotron_h.planning.inference import Serving, inference_memory
 from nemotron_h.planning.layouts import best, layout_of, relative_speed
+from nemotron_h.planning.memory import HostInputs
 from nemotron_h.planning.plan import make_plan
 from nemotron_h.recipe.compose import compose, known_recipes
 
@@ -54,6 +55,7 @@ def test_offloaded_inputs_move_from_the_gpu_to_the_node() -> None:
     peaks = [each["memory"]["peak"] for each in (kept, moved)]
     assert peaks[0] - peaks[1] == (47 - 2) * size
     assert moved["memory"]["node_host_bytes"] == 8 * 48 * size + moved["saves"]["node_bytes"]
+    assert HostInputs(3 << 20, 2).bytes == 8 << 20
     staged = run(name, "recompute.offload=true", "parallel.pipeline=2", "parallel.context=1")["memory"]
     assert staged["host_inputs"] == {"size": 2 * size, "count": 2 * 24}  # two micro-batches in flight
 

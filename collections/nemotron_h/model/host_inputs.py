@@ -17,7 +17,6 @@ from torch import Tensor
 from nemotron_h.core.errors import UserError
 from nemotron_h.core.units import gib
 from nemotron_h.platform.memory import available
-from nemotron_h.platform.staging import host_memory
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,8 @@ def _block(size: int) -> Tensor:
             hint="leave recompute.offload out, split the tokens further (parallel.context, parallel.tensor), or free "
             "memory; nemotron-h plan says what a node needs",
         )
-    return torch.frombuffer(host_memory(size), dtype=torch.uint8, count=size)
+    # PyTorch's own pinned memory: it outlives copies that still run, and is unregistered before its pages are freed
+    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 class HostInputs:

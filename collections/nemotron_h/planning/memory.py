@@ -385,8 +385,8 @@ class HostInputs:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of all."""
-        return self.size * self.count
+        """Return the bytes of all: PyTorch pins powers of two."""
+        return (1 << (self.size - 1).bit_length()) * self.count
 
 
 def host_inputs(definition: ModelDefinition, layout: Layout) -> HostInputs | None:

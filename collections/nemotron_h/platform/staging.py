@@ -49,7 +49,7 @@ class Staging:
         if needed > self.size:
             began = time.monotonic()
             self._free()
-            self._memory, self.size = host_memory(needed), needed
+            self._memory, self.size = _pinned(needed) if torch.cuda.is_available() else _plain(needed), needed
             self.seconds = time.monotonic() - began
         if torch.cuda.is_available():
             self._stream = self._stream or torch.cuda.Stream()
@@ -102,11 +102,6 @@ def _plain(size: int) -> mmap.mmap:
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
-
-
-def host_memory(size: int) -> Any:
-    """Return a buffer of so many bytes, pinned where there is a GPU."""
-    return _pinned(size) if torch.cuda.is_available() else _plain(size)
 
 
 def _pinned(size: int) -> Any:
