@@ -56,6 +56,10 @@ def test_offloaded_inputs_move_from_the_gpu_to_the_node() -> None:
     assert peaks[0] - peaks[1] == (47 - 2) * size
     assert moved["memory"]["node_host_bytes"] == 8 * 48 * size + moved["saves"]["node_bytes"]
     assert HostInputs(3 << 20, 2).bytes == 8 << 20
+    one_node = ("parallel.nodes=1", "parallel.context=1", "recompute.attention=layer", "--gpu", "l40s")
+    remedies = {each["settings"]: each["peak"] for each in run(name, *one_node)["memory"]["remedies"]}
+    offloaded = run(name, *one_node, "recompute.offload=true")["memory"]
+    assert remedies["recompute.offload=true"] == offloaded["peak"] <= offloaded["limit"]
     staged = run(name, "recompute.offload=true", "parallel.pipeline=2", "parallel.context=1")["memory"]
     assert staged["host_inputs"] == {"size": 2 * size, "count": 2 * 24}  # two micro-batches in flight
 

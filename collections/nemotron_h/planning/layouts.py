@@ -263,6 +263,8 @@ def _changes(definition: ModelDefinition, layout: Layout, per_node: int) -> Iter
     yield [_recomputed(layout, settings) for settings in recompute_choices(definition).values() if settings]
     if layout.recompute_logits == "none":
         yield [_recomputed(layout, {"logits": "chunks"})]
+    if not layout.recompute_offload and any(layout.recompute(kind.name) == "layer" for kind in definition.kinds):
+        yield [("recompute.offload=true", replace(layout, recompute_offload=True))]
     smaller = [n for n in range(layout.micro_batch - 1, 0, -1) if layout.micro_batch % n == 0]
     yield [
         (
@@ -345,8 +347,8 @@ def refusal(definition: ModelDefinition, layout: Layout) -> str:
 def remedies(definition: ModelDefinition, layout: Layout, gpu: Gpu) -> list[Remedy]:
     """Return changes to settings, each of which makes the layout fit the GPU; empty where none of those tried does.
 
-    The smallest step of every kind (recompute, micro-batch, sequence, tensor and pipeline parallel, more GPUs) that
-    suffices; with all layers recomputed on top where no single kind does.
+    The smallest step of every kind (recompute, offload, micro-batch, sequence, tensor and pipeline parallel, more GPUs)
+    that suffices; with all layers recomputed on top where no single kind does.
     """
     for prefix, base in (("", layout), _everything(definition, layout)):
         found = []
@@ -413,7 +415,8 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
                 spread = _spread(shape, layout)
                 if spread is None:
                     continue
-                plain = replace(spread, **recompute_fields(RecomputeSchema(logits=layout.recompute_logits)))
+                kept = RecomputeSchema(logits=layout.recompute_logits, offload=layout.recompute_offload)
+                plain = replace(spread, **recompute_fields(kept))
                 experts = expert_sizes(definition, layout.ranks // pipeline)
                 for (name, settings), expert in itertools.product(choices.items(), experts):
                     _, tried = _recomputed(replace(plain, expert=expert), settings)
