@@ -158,7 +158,7 @@ def accuracies(net: torch.nn.Module, seed: int) -> dict[str, dict[int, float]]:
     """Return the share of numbers that are the likeliest token, by task and lines of the book."""
     import torch
 
-    found: dict[str, dict[int, float]] = {task: {} for task in TASKS}
+    shares: dict[str, dict[int, float]] = {task: {} for task in TASKS}
     device = next(net.parameters()).device
     net.eval()
     with torch.no_grad():
@@ -168,9 +168,9 @@ def accuracies(net: torch.nn.Module, seed: int) -> dict[str, dict[int, float]]:
                 tokens, answers = rows(task, TEST_BATCH, lines, rng)
                 likeliest = net(input_ids=tokens[:, :-1])[..., : OTHERS + NAMES + NUMBERS].argmax(-1)  # [b, s - 1]
                 right.append((likeliest == tokens[:, 1:])[answers[:, 1:]].float().mean().item())
-            found[task][lines] = sum(right) / len(right)
+            shares[task][lines] = sum(right) / len(right)
     net.train()
-    return found
+    return shares
 
 
 def train(name: str, seed: int, file: Path, steps: int) -> None:

@@ -74,20 +74,20 @@ class HostInputs:
         self._before = None
 
     def saving(self) -> contextlib.AbstractContextManager[None]:
-        """Have what autograd saves within the block kept in host memory: the input of one checkpointed layer."""
+        """Have what autograd saves within the block stay in host memory: the input of one checkpointed layer."""
         return torch.autograd.graph.saved_tensors_hooks(self._keep, self._return)
 
     def _keep(self, tensor: Tensor) -> _Input:
         self._leave_device()
         unused = self._unused.setdefault(tensor.nbytes, [])
         block = unused.pop() if unused else _block(tensor.nbytes)
-        kept = _Input(tensor, block.view(tensor.dtype).view(tensor.shape), self._before)
+        entry = _Input(tensor, block.view(tensor.dtype).view(tensor.shape), self._before)
         # graphs of abandoned passes return their blocks too; a copy that still reads or writes one is on the stream
         # before any that the next owner asks for
-        weakref.finalize(kept, unused.append, block).atexit = False
-        self._copy(kept, kept.host, tensor)
-        self._newest = self._before = kept
-        return kept
+        weakref.finalize(entry, unused.append, block).atexit = False
+        self._copy(entry, entry.host, tensor)
+        self._newest = self._before = entry
+        return entry
 
     def _leave_device(self) -> None:
         """Free the newest input, whose layer has been run: the device waits for the end of its copy."""
@@ -96,32 +96,32 @@ class HostInputs:
             self._wait(newest)
             newest.tensor = None
 
-    def _return(self, kept: _Input) -> Tensor:
+    def _return(self, entry: _Input) -> Tensor:
         """Return an input for the backward of its layer, and begin to fetch the one that is needed next."""
-        if kept is self._newest:
+        if entry is self._newest:
             self._newest = None
-        tensor = self._fetch(kept)
-        self._wait(kept)
-        kept.tensor = None  # autograd has it until the layer's backward ends
-        if kept.before is not None:
-            self._fetch(kept.before)
+        tensor = self._fetch(entry)
+        self._wait(entry)
+        entry.tensor = None  # autograd has it until the layer's backward ends
+        if entry.before is not None:
+            self._fetch(entry.before)
         return tensor
 
-    def _fetch(self, kept: _Input) -> Tensor:
-        if kept.tensor is None:
-            kept.tensor = torch.empty_like(kept.host, device=kept.device)
-            self._copy(kept, kept.tensor, kept.host)
-        return kept.tensor
+    def _fetch(self, entry: _Input) -> Tensor:
+        if entry.tensor is None:
+            entry.tensor = torch.empty_like(entry.host, device=entry.device)
+            self._copy(entry, entry.tensor, entry.host)
+        return entry.tensor
 
-    def _copy(self, kept: _Input, into: Tensor, tensor: Tensor) -> None:
+    def _copy(self, entry: _Input, into: Tensor, tensor: Tensor) -> None:
         if self._stream is None:
             into.copy_(tensor)
             return
         self._stream.wait_stream(torch.cuda.current_stream())  # it has computed the tensor, and used the memory before
         with torch.cuda.stream(self._stream):
             into.copy_(tensor, non_blocking=True)
-            kept.copied = self._stream.record_event()
+            entry.copied = self._stream.record_event()
 
-    def _wait(self, kept: _Input) -> None:
-        if kept.copied is not None:
-            torch.cuda.current_stream().wait_event(kept.copied)
+    def _wait(self, entry: _Input) -> None:
+        if entry.copied is not None:
+            torch.cuda.current_stream().wait_event(entry.copied)

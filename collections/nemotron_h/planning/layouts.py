@@ -415,8 +415,8 @@ def sweep(definition: ModelDefinition, layout: Layout, gpu: Gpu, tokens_per_seco
                 spread = _spread(shape, layout)
                 if spread is None:
                     continue
-                kept = RecomputeSchema(logits=layout.recompute_logits, offload=layout.recompute_offload)
-                plain = replace(spread, **recompute_fields(kept))
+                base = RecomputeSchema(logits=layout.recompute_logits, offload=layout.recompute_offload)
+                plain = replace(spread, **recompute_fields(base))
                 experts = expert_sizes(definition, layout.ranks // pipeline)
                 for (name, settings), expert in itertools.product(choices.items(), experts):
                     _, tried = _recomputed(replace(plain, expert=expert), settings)
