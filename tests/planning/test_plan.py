@@ -175,6 +175,8 @@ def test_a_plan_of_frozen_parts_counts_what_is_trained() -> None:
     bytes_of = [plan["memory"]["stages"][0] for plan in (whole, frozen)]
     assert bytes_of[0]["weights"] == bytes_of[1]["weights"]
     assert bytes_of[0]["gradients"] > bytes_of[1]["gradients"]
+    assert bytes_of[0]["activations"]["mamba"] == bytes_of[1]["activations"]["mamba"]
+    assert bytes_of[0]["activations"]["ffn"] > 1.7 * bytes_of[1]["activations"]["ffn"]  # inputs of matmuls
     said = CliRunner().invoke(app, ["plan", "nemotron_h_8b", "optim.frozen=[ffn,embedding]"]).output
     assert "frozen: ffn, embedding; " in said
 

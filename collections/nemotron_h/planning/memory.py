@@ -333,7 +333,14 @@ def _moments(
         if not layer.kept:  # without a backward, and before the language model's forward
             yield replace(states, activations=held, working=layer.backward, at=part)
     blocks = [definition.blocks[index] for index in layers]
-    passed = [(block.name, rank.layer(index)) for block, index in zip(blocks, layers, strict=True)]
+    still = rank
+    if layout.untrained and not layout.frozen:  # parts that do not train keep what weights beside adapters do
+        still = _TrainingRank(definition, replace(layout, adapter=AdapterSchema(kind="lora")))
+
+    def of(part: str) -> _TrainingRank:
+        return still if part in layout.untrained else rank
+
+    passed = [(block.name, of(block.name).layer(index)) for block, index in zip(blocks, layers, strict=True)]
     for name, layer in passed:
         kept[name] = kept.get(name, 0) + layer.kept * in_flight
     newest = rank.residual if rank.offloaded else 0  # leaves the device when the next layer runs
@@ -349,7 +356,7 @@ def _moments(
     if last and definition.mtp_steps:
         kept["mtp"] = _mtp_activations(definition, rank) * in_flight
     if last:
-        head = rank.distilling_head(teacher.whole) if teacher else rank.head()
+        head = of(OUTPUT).distilling_head(teacher.whole) if teacher else of(OUTPUT).head()
         working = head.backward + received + newest
         yield replace(states, activations={**kept, "head": head.kept}, working=working, at="head")
     for block in dict.fromkeys(blocks):
