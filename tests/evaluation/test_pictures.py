@@ -21,6 +21,8 @@ from nemotron_h.data.tokenizer import train_bpe
 from nemotron_h.evaluation.pictures import digits, words
 from nemotron_h.evaluation.pictures.charts import COLOURS
 from nemotron_h.evaluation.pictures.folder import KINDS, write_folder
+from nemotron_h.evaluation.pictures.measure import Judged
+from nemotron_h.evaluation.pictures.questions import OWN, Question
 
 QUIET = Console(quiet=True)
 
@@ -76,10 +78,10 @@ def test_a_folder_of_every_kind_is_prepared_and_holds_out_what_it_says(tmp_path:
         assert np.ptp(np.asarray(image)) > 60, word
     signs = test["signs"] + test["signs_fonts"]
     assert not {word for _, _, word in train["signs"]} & {word for _, _, word in signs}
-    assert {len(word) for _, _, word in signs} == {3, 4}
+    assert {len(word.split()) for _, _, word in signs} == {3, 4}
     for image, _, word in train["signs"] + signs:
         assert image.size == (28, 28)
-        assert word.isupper()
+        assert all(len(letter) == 1 and letter.isupper() for letter in word.split())
         assert np.ptp(np.asarray(image)) > 60, word
         ink = np.abs(np.asarray(image).astype(int) - int(np.median(np.asarray(image)))) > 30
         assert not ink[:2].any(), "in the middle of the paper"
@@ -119,6 +121,21 @@ def looked_up(pixels: np.ndarray, question: str) -> str:
         height = heights[question.split()[4]]
         return str(round((height - 1) / ((len(pixels) - 2) / 9.5)))
     return (max if "highest" in question else min)(heights, key=heights.get)
+
+
+def test_spaces_of_a_spelled_answer_are_no_characters_that_are_right() -> None:
+    for answer, right, exact, similarity in (
+        ("H A S U", "H A S U", 1, 1),
+        ("HASU", "H A S U", 1, 1),
+        ("H A S O", "H A S U", 0, 3 / 4),
+        ("H A D O", "H A S U", 0, 1 / 2),
+        ("T A D O", "H A S U", 0, 0),  # with its spaces 5 of 7 characters would be right
+        ("a  Cat", "A cat", 1, 1),
+        ("acat", "A cat", 0, 4 / 5),  # a space of words counts
+        ("7", "7", 1, 1),
+    ):
+        judged = Judged("run", OWN, Question("test", 0, (), right), answer)
+        assert (judged.exact, judged.similarity) == (exact, pytest.approx(similarity)), answer
 
 
 def test_digits_of_others_and_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,20 +44,25 @@ class Judged:
     @property
     def exact(self) -> float:
         """Return 1 if both are the same but for case and spaces around them."""
-        return float(_plain(self.answer) == _plain(self.question.answer))
+        ours, right = self._compared()
+        return float(ours == right)
 
     @property
     def similarity(self) -> float:
         """Return 1 - edit distance over the longer one's characters, or 0 where that is below one half: its mean is
         ANLS (arXiv 1905.13648).
         """
-        ours, right = _plain(self.answer), _plain(self.question.answer)
+        ours, right = self._compared()
         share = 1 - float(edit_distance([ours], [right], reduction="sum")) / max(len(ours), len(right), 1)
         return share if share >= _ANLS_LEAST else 0.0
 
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+    def _compared(self) -> tuple[str, str]:
+        """Return both without case and needless spaces, and without any where the right one is spelled, `H A S U`:
+        spaces would count as characters that are right.
+        """
+        right = self.question.answer.casefold().split()
+        between = "" if len(right) > 1 and all(len(each) == 1 for each in right) else " "
+        return between.join(self.answer.casefold().split()), between.join(right)
 
 
 def ask(

@@ -29,6 +29,7 @@ _LETTERS = ("bcdfghjklmnprstvwz", "aeiou")
 _LENGTHS = (3, 7)  # ours: letters of a word, the second excluded
 _SIGN_LENGTHS = (3, 5)  # ours: of a sign
 _QUESTIONS = ("What word is this?", "Which word does the image show?", "Read the word.")
+_SPELLING = ("Spell the word.", "Spell this word.", "Which letters are these?")
 
 
 def words(count: int, test_count: int, size: int, seed: int, say: Callable[[str], None]) -> Sets:
@@ -43,8 +44,9 @@ def words(count: int, test_count: int, size: int, seed: int, say: Callable[[str]
 
 
 def signs(count: int, test_count: int, size: int, seed: int, say: Callable[[str], None]) -> Sets:
-    """Return short words in capitals, each within one square; tests have held-out words in the fonts of training, and
-    in held-out ones (`signs_fonts`).
+    """Return short words in capitals, each within one square, and spelled in the answer: a letter is a token of any
+    tokenizer then, where it would else be part of some pair or not, by its neighbours. Tests have held-out words in
+    the fonts of training, and in held-out ones (`signs_fonts`).
     """
     tests = {
         "signs": _signs(test_count, TEST, TRAIN_FONTS, size, [seed, 3]),
@@ -77,7 +79,7 @@ def _signs(count: int, part: str, fonts: Sequence[str], size: int, seed: Sequenc
         name, points = str(rng.choice(fonts)), int(rng.integers(size // 2, size * 7 // 10 + 1))
         while _width(text, _font(name, points)) > size - 2:
             points -= 1
-        yield Item(_image(text, _font(name, points), size, rng, size // 4), str(rng.choice(_QUESTIONS)), text)
+        yield Item(_image(text, _font(name, points), size, rng, size // 4), str(rng.choice(_SPELLING)), " ".join(text))
 
 
 def _width(text: str, font: ImageFont.FreeTypeFont) -> int:
