@@ -32,6 +32,7 @@ from nemotron_h.data.images.tiling import Tiling
 from nemotron_h.evaluation.pictures.questions import read_questions
 from nemotron_h.export.folder import check_new
 from nemotron_h.export.vision_config import to_config
+from nemotron_h.ops.newton_schulz import orthogonalize, scale
 from nemotron_h.ops.tiles import MEAN, STD, pixel_shuffle
 from nemotron_h.platform.ranks import report_mistakes
 from nemotron_h.recipe.checks import definition_of
@@ -39,7 +40,7 @@ from nemotron_h.recipe.compose import compose
 
 RECIPE = "demos/vlm.yaml"
 BATCH, WARMUP = 64, 50  # ours: pictures of a step, steps
-PEAK, DECAY, BETAS, CLIP = 1e-3, 0.05, (0.9, 0.98), 1.0  # ours: usual values of a small ViT
+PEAK, DECAY, BETAS, MOMENTUM, CLIP = 3e-3, 0.05, (0.9, 0.98), 0.95, 1.0  # ours: usual values of a small ViT
 
 
 def labelled(files: list[Path], side: int) -> tuple[Tensor, Tensor, str]:
@@ -51,10 +52,11 @@ def labelled(files: list[Path], side: int) -> tuple[Tensor, Tensor, str]:
         raise UserError(f"{wrong.test}, question {wrong.number}: it has {len(wrong.pictures)} images, one is read here")
     cut = Tiling(side, 1).cut
     tiles = torch.from_numpy(np.concatenate([cut(read_image(q.pictures[0].read())) for q in questions]))
-    characters = "".join(sorted({character for q in questions for character in q.answer}))
-    labels = torch.full((len(questions), max(len(q.answer) for q in questions)), len(characters))
-    for row, question in zip(labels, questions, strict=True):
-        row[: len(question.answer)] = torch.tensor([characters.index(each) for each in question.answer])
+    answers = [question.answer.replace(" ", "") for question in questions]  # a word is spelled
+    characters = "".join(sorted(set().union(*answers)))
+    labels = torch.full((len(answers), max(map(len, answers))), len(characters))
+    for row, answer in zip(labels, answers, strict=True):
+        row[: len(answer)] = torch.tensor([characters.index(each) for each in answer])
     return tiles, labels, characters
 
 
@@ -74,7 +76,7 @@ class Reader(nn.Module):
         self.of_tokens = nn.Linear(
             config.hidden_size * (encoder.positions - 1) // encoder.tokens_per_tile, length * classes
         )
-        self.length = length
+        self.length, self.classes = length, classes
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Return logits [n, 1 + t, k, classes] of tiles, uint8 [n, 3, side, side]: off all patches, and off each."""
@@ -85,27 +87,51 @@ class Reader(nn.Module):
         return torch.cat(read, dim=1).unflatten(2, (self.length, -1))
 
 
+def moved(tiles: Tensor) -> Tensor:
+    """Return tiles moved by up to a pixel either way, each by itself; their edges are continued."""
+    side = torch.arange(tiles.shape[-1])
+    places = (side + torch.randint(-1, 2, (2, len(tiles), 1))).clamp(0, len(side) - 1)  # [2, n, side]
+    rows, columns = places[0][:, None, :, None], places[1][:, None, None, :]
+    return tiles[torch.arange(len(tiles))[:, None, None, None], torch.arange(3)[:, None, None], rows, columns]
+
+
+def orthogonal_gradients(matrices: list[nn.Parameter], momenta: list[Tensor]) -> None:
+    """Put Muon's update of each matrix in the place of its gradient (docs/muon.md), and add that to its momentum."""
+    for matrix, momentum in zip(matrices, momenta, strict=True):
+        momentum.mul_(MOMENTUM).add_(matrix.grad)
+        matrix.grad = scale(*matrix.shape) * orthogonalize(matrix.grad + MOMENTUM * momentum).float()
+
+
 def train(reader: Reader, tiles: Tensor, labels: Tensor, steps: int, console: Console) -> None:
-    """Train by cross entropy, in passes over all pictures; the rate falls by a cosine."""
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=PEAK, betas=BETAS, weight_decay=DECAY)
+    """Train by cross entropy; the rate falls by a cosine. Muon updates the layers' matrices, AdamW all else. A picture
+    is drawn as often as its answer has characters: a word of four teaches four times what a digit does.
+    """
+    matrices = [p for p in reader.encoder.encoder.parameters() if p.ndim == 2]
+    rest = [p for p in reader.parameters() if all(p is not matrix for matrix in matrices)]
+    momenta = [torch.zeros_like(matrix) for matrix in matrices]
+    optimizers = [
+        torch.optim.AdamW(rest, lr=PEAK, betas=BETAS, weight_decay=DECAY),
+        torch.optim.SGD(matrices, lr=PEAK, weight_decay=DECAY),  # of gradients that are Muon's updates already
+    ]
 
     def factor(step: int) -> float:
         return min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    rounds = -(-steps * BATCH // len(tiles))
-    order = torch.cat([torch.randperm(len(tiles)) for _ in range(rounds)])[: steps * BATCH]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    lengths = (labels < reader.classes - 1).sum(1).double()
+    order = torch.multinomial(lengths, steps * BATCH, replacement=True)
     with StageProgress(console, "encoder", steps, "steps") as bar:
         for rows in order.split(BATCH):
-            logits = reader(tiles[rows])  # [n, 1 + t, k, classes]
+            logits = reader(moved(tiles[rows]))  # [n, 1 + t, k, classes]
             right = labels[rows][:, None].expand(logits.shape[:-1])
             losses = F.cross_entropy(logits.flatten(0, 2), right.flatten(), reduction="none").view(right.shape)
             loss = losses[:, 0].mean() + losses[:, 1:].mean()
-            optimizer.zero_grad()
+            reader.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(reader.parameters(), CLIP)
-            optimizer.step()
-            schedule.step()
+            orthogonal_gradients(matrices, momenta)
+            for each in (*optimizers, *schedules):
+                each.step()
             bar.advance(title=f"encoder, loss {loss.item():.2f}")
 
 

@@ -98,6 +98,8 @@ def test_a_folder_of_every_kind_is_prepared_and_holds_out_what_it_says(tmp_path:
     train_bpe(["What digit is this? Read the word."] * 9, 262, tokenizer)
     blend = load_blend(out / "pictures.yaml")
     assert blend.sources["digits"].licence.startswith("MNIST")
+    weights = blend.phases[0].weights
+    assert weights["signs"] == pytest.approx(2 * weights["digits"])
     with one_worker_here():
         manifest = prepare(blend, root, workers=1, console=QUIET)
     assert {n: sum(s.images for s in source.splits.values()) for n, source in manifest.sources.items()} == {

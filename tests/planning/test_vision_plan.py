@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,10 @@ def test_a_tile_s_operations(composed: Composed, text: RecipeConfig) -> None:
     """Of the tiny encoder by hand: 64 patches and a class token of width 128, 16 image tokens."""
     definition = definition_of(composed.recipe, "")
     assert definition.vision == read_encoder("internvit_tiny")
+    begun = replace(definition, vision=replace(definition.vision, name="another", init_std=0.5, layer_scale=0.5))
+    assert not definition.differences(begun, "in the checkpoint", "now")
+    cut = replace(definition, vision=replace(definition.vision, patch_size=8))
+    assert definition.differences(cut, "in the checkpoint", "now")
     layer = 2 * (4 * 128 * 128 + 2 * 128 * 512) + 4 * 128 * 65  # a position's matrices, and all pairs of positions
     forward = {"vision": 4 * 65 * layer + 64 * 2 * 48 * 128, "projector": 16 * 2 * 1344 * (512 + 256)}
     assert definition.encoder.flops_per_tile(training=False) == forward

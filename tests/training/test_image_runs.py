@@ -117,7 +117,8 @@ def test_a_fine_tuning_reads_pictures(small: Small, straight: dict[int, dict]) -
     assert 1 < (per_token - none) / (one - none) < 192 / model.encoder.tokens_per_tile  # tiles of a window
 
     half = ("trainer.plugins.name=fp32", "trainer.max_steps=2")
-    small.train("tuned_one", *half, recipe=small.variant("tuned_one", *TUNING, tokens))
+    named = (TUNING[2][1], f"{TUNING[2][1]}\n  vision: {{name: another, init_std: 0.5}}")  # no weight of the checkpoint's
+    small.train("tuned_one", *half, recipe=small.variant("tuned_one", *TUNING, named, tokens))
     two = ("trainer.devices=2", "trainer.strategy.tensor_model_parallel_size=2")
     small.train("tuned_two", *half, *two, recipe=recipes["tuned_two"], ranks=2)
     one, two = ([float.fromhex(s["loss"]) for s in small.steps(name).values()] for name in ("tuned_one", "tuned_two"))
@@ -133,6 +134,7 @@ def test_a_fine_tuning_reads_pictures(small: Small, straight: dict[int, dict]) -
     assert [row["asked with"] for row in rows] == ["own images", "others' images", "no images"]
     assert {row["questions"] for row in rows} == {"6"}
     assert "report.html" in said.stdout
+    assert (small.folder / "answers/questions.svg").read_text().count("<image") == 6
     assert (small.folder / "answers/report.html").read_text().count("<img") == 6
     asked = small.command("look", "generate", run, "dark or light", "--image", str(small.folder / "1.png"), "--json")
     assert json.loads(asked.stdout.splitlines()[-1])["prompt"] == "dark or light"

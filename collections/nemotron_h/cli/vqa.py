@@ -29,7 +29,8 @@ def vqa(
     """Ask questions about images, greedily, and score the answers: exact match and ANLS.
 
     Two controls tell what is seen from what is guessed: the same questions about other questions' images, and without
-    any. --out gets vqa.csv, vqa.json, the answers, and report.html, a page of pictures, questions and answers.
+    any. --out gets vqa.csv, vqa.json, the answers, report.html, a page of pictures, questions and answers, and
+    questions.svg, a dozen of them.
 
     nemotron-h vqa runs/vlm --test runs/pictures/test/digits.jsonl --out runs/vlm_answers
 
@@ -60,5 +61,5 @@ def vqa(
         judged += ask(name, opened, questions, batch, max_tokens, out / "answers", console)
     rows = scores(judged)
     files = write(rows, judged, out)
-    Console(highlight=False).print(table(rows))
+    Console(highlight=False, width=max(Console().width, 100)).print(table(rows))  # a file's is 80: too narrow
     typer.echo("\n".join(map(str, files)))

@@ -5,11 +5,11 @@ Imports no torch, NeMo or Megatron.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from nemotron_h.core.strict import number
+from nemotron_h.core.strict import number, within
 from nemotron_h.schema.ranges import COUNT, WIDTH
 
 #: how the grid of an image's tiles is chosen, and most tiles of one (paper 4)
@@ -37,9 +37,11 @@ class VisionSchema:
         norm_epsilon: of every norm.
         init_std: standard deviation of the initial weights.
         layer_scale: initial factor of each layer's output.
+
+    Encoders that differ in `name`, `init_std` and `layer_scale` are equal: no weight tells them.
     """
 
-    name: str = MISSING
+    name: str = field(default=MISSING, compare=False)
     num_layers: int = number(least=1, most=COUNT)
     hidden_size: int = number(least=1, most=WIDTH)
     ffn_hidden_size: int = number(least=1, most=WIDTH)
@@ -50,8 +52,8 @@ class VisionSchema:
     qkv_bias: bool = False
     qk_norm: bool = False
     norm_epsilon: float = number(1e-6, above=0, most=1)
-    init_std: float = number(0.02, above=0, most=10)
-    layer_scale: float = number(0.1, above=0, most=1e3)
+    init_std: float = field(default=0.02, compare=False, metadata=within(above=0, most=10))
+    layer_scale: float = field(default=0.1, compare=False, metadata=within(above=0, most=1e3))
 
 
 @dataclass

@@ -60,8 +60,9 @@ def write_folder(
     paths = {kind: f"{TRAIN}/{kind}.jsonl" for kind in kinds}
     form = {"chat": "messages", "images": ".", "validation": 0.02}
     licences = {kind: {"licence": sets.licence} for kind, sets in pictures.items()}
+    shares = {kind: sets.share for kind, sets in pictures.items()}
     blend = {"tokenizer": _TOKENIZER, "chat_template": FAMILY_TEMPLATE}
-    return [*files, write_blend(folder / "pictures.yaml", paths, form, licences, **blend)]
+    return [*files, write_blend(folder / "pictures.yaml", paths, form, licences, shares, **blend)]
 
 
 def _write(folder: Path, name: str, items: Iterable[Item], progress: StageProgress) -> Path:

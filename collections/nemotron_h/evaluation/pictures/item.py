@@ -26,9 +26,11 @@ class Sets:
         tests: name -> pictures of which none is in `train`; the first has the kind's own name.
         size: of all of them.
         licence: of what they are made of.
+        share: their part of a blend's tokens, beside those of other kinds.
     """
 
     train: Iterable[Item]
     tests: Mapping[str, Iterable[Item]]
     size: int
     licence: str
+    share: int = 1

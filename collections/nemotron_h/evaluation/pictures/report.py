@@ -1,21 +1,27 @@
-"""Write what questions about images came to: CSV, JSON, a page of pictures, and the table of a terminal."""
+"""Write what questions about images came to: CSV, JSON, a page, a figure, and the table of a terminal."""
 
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.table import Table
 
+from nemotron_h.core import plot
 from nemotron_h.core.files import whole_file, write_csv, write_json
 from nemotron_h.core.page import render
+from nemotron_h.data.images.read import read_image
 from nemotron_h.evaluation.pictures.measure import Judged
 from nemotron_h.evaluation.pictures.questions import OWN
 
 #: ours: pictures of each test on the page
 _SHOWN = 24
+#: ours: pictures of the figure, which are the first of its tests, and those of a row
+_FIGURE, _ROW = 12, 6
 _HEADINGS = ("run", "test", "asked with", "questions", "exact match, %", "ANLS, %")
 _PAGE = """{% extends "page" %}{% from "parts" import table %}
 {% block title %}images: {{ runs | join(", ") }}{% endblock %}
@@ -54,13 +60,37 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def write(rows: Sequence[dict[str, Any]], judged: Sequence[Judged], folder: Path) -> list[Path]:
-    """Write `vqa.csv`, `vqa.json` and `report.html`."""
-    files = [folder / name for name in ("vqa.csv", "vqa.json", "report.html")]
+    """Write `vqa.csv`, `vqa.json`, `report.html` and `questions.svg`."""
+    files = [folder / name for name in ("vqa.csv", "vqa.json", "report.html", "questions.svg")]
     write_csv(rows, files[0])
     write_json(files[1], list(rows))
     with whole_file(files[2]) as temporary:
         temporary.write_text(_html(rows, judged), encoding="utf-8")
+    shown, words = _figure(judged)
+    plot.save(shown, files[3], words)
     return files
+
+
+def _figure(judged: Sequence[Judged]) -> tuple[Figure, str]:
+    """Return the first questions of every test, as many of each, with the last run's answers; and that as text."""
+    tests: dict[str, list[Judged]] = {}
+    for each in judged:
+        if each.run == judged[-1].run and each.control == OWN:
+            tests.setdefault(each.question.test, []).append(each)
+    first = [each for test in tests.values() for each in test[: max(_FIGURE // len(tests), 1)]]
+    rows = -(-len(first) // _ROW)
+    figure, axes = plot.canvas(120 * _ROW, 160 * rows, rows, _ROW, squeeze=False)
+    for each, at in itertools.zip_longest(first, axes.flat):
+        at.axis("off")
+        if each is None:
+            continue
+        at.imshow(read_image(each.question.pictures[0].read()), interpolation="nearest")
+        at.set_title(each.question.test, fontsize=9, color=plot.MUTED, fontweight="normal", loc="center")
+        colour = plot.SERIES[2] if each.exact else plot.SERIES[1]
+        text = each.answer if each.exact else f"{each.answer or '(nothing)'}, not {each.question.answer}"
+        at.text(0.5, -0.06, text, transform=at.transAxes, ha="center", va="top", fontsize=9, color=colour)
+    said = "; ".join(f"{each.question.test}: {each.answer}, right is {each.question.answer}" for each in first)
+    return figure, f"Questions about images and the answers of {judged[-1].run}. {said}"
 
 
 def _html(rows: Sequence[dict[str, Any]], judged: Sequence[Judged]) -> str:

@@ -28,8 +28,9 @@ LICENCE = "generated; fonts of matplotlib: DejaVu (Bitstream Vera), Computer Mod
 _LETTERS = ("bcdfghjklmnprstvwz", "aeiou")
 _LENGTHS = (3, 7)  # ours: letters of a word, the second excluded
 _SIGN_LENGTHS = (3, 5)  # ours: of a sign
+_SIGN_SHARE = 2  # ours: a letter has 23 values at each of four places, a digit ten at one
 _QUESTIONS = ("What word is this?", "Which word does the image show?", "Read the word.")
-_SPELLING = ("Spell the word.", "Spell this word.", "Which letters are these?")
+_SPELLING = ("Spell it.", "Spell the word.", "Which letters?")
 
 
 def words(count: int, test_count: int, size: int, seed: int, say: Callable[[str], None]) -> Sets:
@@ -52,7 +53,8 @@ def signs(count: int, test_count: int, size: int, seed: int, say: Callable[[str]
         "signs": _signs(test_count, TEST, TRAIN_FONTS, size, [seed, 3]),
         "signs_fonts": _signs(test_count, TEST, TEST_FONTS, size, [seed, 4]),
     }
-    return Sets(_signs(count, TRAIN, TRAIN_FONTS, size, [seed, 5]), tests, count + 2 * test_count, LICENCE)
+    train = _signs(count, TRAIN, TRAIN_FONTS, size, [seed, 5])
+    return Sets(train, tests, count + 2 * test_count, LICENCE, _SIGN_SHARE)
 
 
 def word(rng: np.random.Generator, part: str, lengths: tuple[int, int] = _LENGTHS) -> str:

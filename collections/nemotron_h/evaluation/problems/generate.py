@@ -121,14 +121,16 @@ def write_blend(
     paths: Mapping[str, str],
     form: Mapping[str, Any],
     own: Mapping[str, Mapping[str, Any]] | None = None,
+    shares: Mapping[str, int] | None = None,
     **more: Any,
 ) -> Path:
-    """Write a blend of sources in equal shares, and return its file.
+    """Write a blend of sources, in equal shares by default, and return its file.
 
     Args:
         paths: source -> file of its records.
         form: keys of each source beside these.
         own: source -> keys of that one alone.
+        shares: source -> its part of the tokens; 1 where it is not named.
         more: keys of the blend.
     """
     sources = {
@@ -136,7 +138,7 @@ def write_blend(
         | dict((own or {}).get(source, {}))
         for source, path in paths.items()
     }
-    phases = [{"name": "all", "weights": dict.fromkeys(paths, 1), "normalize": True}]
+    phases = [{"name": "all", "weights": dict.fromkeys(paths, 1) | dict(shares or {}), "normalize": True}]
     content = {"name": file.stem, **more, "sources": sources, "phases": phases}
     with whole_file(file) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
