@@ -117,7 +117,7 @@ def test_a_fine_tuning_reads_pictures(small: Small, straight: dict[int, dict]) -
     assert 1 < (per_token - none) / (one - none) < 192 / model.encoder.tokens_per_tile  # tiles of a window
 
     half = ("trainer.plugins.name=fp32", "trainer.max_steps=2")
-    named = (TUNING[2][1], f"{TUNING[2][1]}\n  vision: {{name: another, init_std: 0.5}}")  # no weight of the checkpoint's
+    named = (TUNING[2][1], f"{TUNING[2][1]}\n  vision: {{name: another, init_std: 0.5}}")  # not in weights
     small.train("tuned_one", *half, recipe=small.variant("tuned_one", *TUNING, named, tokens))
     two = ("trainer.devices=2", "trainer.strategy.tensor_model_parallel_size=2")
     small.train("tuned_two", *half, *two, recipe=recipes["tuned_two"], ranks=2)
