@@ -57,7 +57,7 @@ demo-vlm: $(STAMP) ## on two cores teach the model of `make demo` to read pictur
 	@test -d runs/nemotron_h_tiny || { echo "run make demo first: runs/nemotron_h_tiny is what learns to see"; exit 2; }
 	@$(BIN)/nemotron-h data pictures --kinds digits,signs --count 40000 --test-count 300 --size 32 --out runs/pictures
 	@$(BIN)/nemotron-h data prepare --blend runs/pictures/pictures.yaml
-	@test -d runs/vlm_encoder || OMP_NUM_THREADS=1 $(BIN)/python demos/vlm_encoder.py runs/pictures/train/digits.jsonl runs/pictures/train/signs.jsonl --out runs/vlm_encoder
+	@test -d runs/vlm_encoder || $(BIN)/python demos/vlm_encoder.py runs/pictures/train/digits.jsonl runs/pictures/train/signs.jsonl --out runs/vlm_encoder
 	@test -d runs/vlm_start || $(BIN)/nemotron-h import vision runs/nemotron_h_tiny runs/vlm_encoder runs/vlm_start
 	@$(BIN)/nemo llm finetune --factory "nemotron_h_recipe(path=demos/vlm_projector.yaml)" --yes
 	@$(BIN)/nemo llm finetune --factory "nemotron_h_recipe(path=demos/vlm.yaml)" --yes

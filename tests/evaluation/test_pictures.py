@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from inline_pool import one_worker_here
@@ -18,7 +20,7 @@ from nemotron_h.core.errors import UserError
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.prepare.pipeline import prepare
 from nemotron_h.data.tokenizer import train_bpe
-from nemotron_h.evaluation.pictures import digits, words
+from nemotron_h.evaluation.pictures import digits, emoji, words
 from nemotron_h.evaluation.pictures.charts import COLOURS
 from nemotron_h.evaluation.pictures.folder import KINDS, write_folder
 from nemotron_h.evaluation.pictures.measure import Judged
@@ -28,8 +30,11 @@ QUIET = Console(quiet=True)
 
 
 @pytest.fixture(autouse=True)
-def mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file like MNIST's, of 20 images of each digit, in the place of the download."""
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file like MNIST's, of 20 images of each digit, and fonts of matplotlib, in the place of the downloads."""
+    fonts = Path(matplotlib.get_data_path()) / "fonts/ttf"
+    of = {emoji._NOTO.package: fonts / "DejaVuSans.ttf", emoji._SYMBOLA.package: fonts / "DejaVuSans-Bold.ttf"}
+    monkeypatch.setattr(emoji, "fetch", lambda spec, say: [("a font", of[spec.package])])
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(0, 256, 784), digit] for digit in range(10) for _ in range(20)]
     np.savetxt(tmp_path / "mnist.csv.gz", rows, fmt="%d", delimiter=",")
@@ -53,7 +58,7 @@ def test_a_folder_of_every_kind_is_prepared_and_holds_out_what_it_says(tmp_path:
     assert [f"{file.parent.name}/{file.stem}" for file in files[:-1]] == [
         *("train/digits", "test/digits", "test/digits_others", "train/numbers", "test/numbers"),
         *("train/words", "test/words", "test/words_fonts", "train/signs", "test/signs", "test/signs_fonts"),
-        *("train/charts", "test/charts"),
+        *("train/charts", "test/charts", "train/emoji", "test/emoji", "test/emoji_style"),
     ]
     train = {kind: read(out / "train", kind) for kind in KINDS}
     test = {file.stem: read(out / "test", file.stem) for file in files if file.parent.name == "test"}
@@ -87,6 +92,11 @@ def test_a_folder_of_every_kind_is_prepared_and_holds_out_what_it_says(tmp_path:
         assert not ink[:2].any(), "in the middle of the paper"
     for image, question, answer in train["charts"] + test["charts"]:
         assert answer == looked_up(np.asarray(image), question)
+    names = {name for _, _, name in train["emoji"] + test["emoji"] + test["emoji_style"]}
+    assert {unicodedata.category(unicodedata.lookup(name)) for name in names} == {"So"}
+    for image, _, name in train["emoji"] + test["emoji"] + test["emoji_style"]:
+        assert image.size == (28, 28)
+        assert np.ptp(np.asarray(image.convert("L"))) > 60, name
     (out / "train/digits/none.png").touch()
     before = digest(out)
     write_folder(out, list(KINDS), 60, 10, 28, 1, QUIET)

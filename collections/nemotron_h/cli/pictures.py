@@ -13,7 +13,7 @@ from nemotron_h.core.errors import UserError
 def pictures(
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     kinds: Annotated[
-        str, typer.Option(help="digits, numbers, words, signs, charts, joined by commas.")
+        str, typer.Option(help="digits, numbers, words, signs, charts, emoji, joined by commas.")
     ] = "digits,words",
     count: Annotated[int, typer.Option(min=1, help="Pictures of each kind to train on.")] = 4_000,
     test_count: Annotated[int, typer.Option(min=1, help="Pictures of each test.")] = 200,
@@ -27,7 +27,8 @@ def pictures(
     digits and numbers are of MNIST, which is downloaded once with your own pip, checked and not installed; the test
     digits_others is of another collection. Of more digits than there are the further ones are turned, resized and
     moved a little. words and signs, short ones in capitals, are made up; their tests hold out words, and words and
-    fonts. Then `nemotron-h data prepare --blend OUT/pictures.yaml`. Examples:
+    fonts. emoji, with their names, are drawn by fonts of Debian, which need apt-get; the test emoji_style has another
+    drawing style. Then `nemotron-h data prepare --blend OUT/pictures.yaml`. Examples:
 
     nemotron-h data pictures --kinds digits,words --out runs/pictures
 

@@ -13,6 +13,7 @@ from nemotron_h.core.strict import check_one_of
 from nemotron_h.data.chat import FAMILY_TEMPLATE
 from nemotron_h.evaluation.pictures.charts import charts
 from nemotron_h.evaluation.pictures.digits import digits, numbers
+from nemotron_h.evaluation.pictures.emoji import emoji
 from nemotron_h.evaluation.pictures.item import Item, Sets
 from nemotron_h.evaluation.pictures.words import signs, words
 from nemotron_h.evaluation.problems.generate import TEST, TRAIN, write_blend, write_lines
@@ -25,6 +26,7 @@ KINDS: dict[str, Callable[[int, int, int, int, Callable[[str], None]], Sets]] = 
     "words": words,
     "signs": signs,
     "charts": charts,
+    "emoji": emoji,
 }
 #: ours: the language model's, which learns from the pictures; edit it in the blend
 _TOKENIZER = {"kind": "bpe", "blend": "sample_small"}
