@@ -134,7 +134,9 @@ def evaluate(
             f"--dtype {FLOAT8}: lm-evaluation-harness gets the model as an export, which has no such weights",
             hint=f"measure {PERPLEXITY} or a table of the paper in it, or take bfloat16",
         )
-    settings = Settings(*dtype_and_device(dtype, device), batch_size or BATCH_SIZE, limit)
+    # commands that are shown are for another machine, maybe
+    dtype, there = dtype_and_device(dtype, None if show_commands else device)
+    settings = Settings(dtype, device or there, batch_size or BATCH_SIZE, limit)
     if show_commands:
         _show(checkpoint, runs, settings)
         return
