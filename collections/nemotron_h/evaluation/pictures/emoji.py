@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -36,7 +37,8 @@ def emoji(count: int, test_count: int, size: int, seed: int, say: Callable[[str]
         UserError: as `fetch`; it needs `apt-get`.
     """
     [(_, bitmaps)], [(_, outlines)] = fetch(_NOTO, say), fetch(_SYMBOLA, say)
-    characters = [each for each in _characters(bitmaps) if each in {*_characters(outlines)}]
+    outlined = {*_characters(outlines)}
+    characters = [each for each in _characters(bitmaps) if each in outlined]
     colour = _drawn(ImageFont.truetype(bitmaps, _BITMAP))
     plain = _drawn(ImageFont.truetype(outlines, _BITMAP))
     tests = {
@@ -46,7 +48,7 @@ def emoji(count: int, test_count: int, size: int, seed: int, say: Callable[[str]
     return Sets(_placed(characters, colour, count, size, [seed, 0]), tests, count + 2 * test_count, LICENCE)
 
 
-def _characters(font: object) -> list[str]:
+def _characters(font: Path) -> list[str]:
     """Return the emoji that a font draws, each of one code point, in the order of Unicode."""
     from fontTools.ttLib import TTFont
 
