@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -150,11 +150,10 @@ def generate(
         _check_images(image, checkpoint)
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_checkpoint(checkpoint, tokenizer, dtype, device, draft, draft_tokens)
-    read = _read_questions(opened, image) if image else _read_texts(opened)
+    read = _read_questions(opened, texts, image) if image else _read_texts(opened, texts)
     streaming = len(texts) == 1 and not as_json
     total = _Speed(opened.draft)
     thoughts = None if thought_budget is None else ThoughtBudget(opened.tokenizer, thought_budget)
-    read = read(texts)
     if streaming or draft:
         parts = (slice(begin, begin + batch) for begin in range(0, len(texts), batch))
         rows = itertools.chain.from_iterable(
@@ -191,15 +190,11 @@ class _Read(NamedTuple):
     stop_ids: list[int]
 
 
-def _read_texts(opened: Opened) -> Callable[[Sequence[str]], _Read]:
-    """Return how texts to continue are read."""
+def _read_texts(opened: Opened, texts: Sequence[str]) -> _Read:
+    """Return texts to continue."""
     eod = opened.tokenizer.eod_id
-
-    def read(texts: Sequence[str]) -> _Read:
-        # nothing to continue: begin a document, as the token that ends the one before it does
-        return _Read([ids or [eod] for ids in opened.tokenizer.encode_batch(list(texts))], [None] * len(texts), [eod])
-
-    return read
+    # nothing to continue: begin a document, as the token that ends the one before it does
+    return _Read([ids or [eod] for ids in opened.tokenizer.encode_batch(list(texts))], [None] * len(texts), [eod])
 
 
 def _check_images(files: Sequence[Path], checkpoint: Path) -> None:
@@ -218,18 +213,14 @@ def _check_images(files: Sequence[Path], checkpoint: Path) -> None:
             raise UserError(f"--image {file}: {error}", hint="docs/images.md tells what can be read") from error
 
 
-def _read_questions(opened: Opened, images: Sequence[Path]) -> Callable[[Sequence[str]], _Read]:
-    """Return how questions about images are read."""
+def _read_questions(opened: Opened, texts: Sequence[str], images: Sequence[Path]) -> _Read:
+    """Return questions about images."""
     from nemotron_h.data.images.records import asked
     from nemotron_h.inference.looking import Looking
 
     looking, files = Looking(opened), [str(file) for file in images]
-
-    def read(texts: Sequence[str]) -> _Read:
-        questions = [looking.read((asked(text, files),)) for text in texts]
-        return _Read([each.ids for each in questions], [each.placed for each in questions], looking.stop_ids)
-
-    return read
+    questions = [looking.read((asked(text, files),)) for text in texts]
+    return _Read([each.ids for each in questions], [each.placed for each in questions], looking.stop_ids)
 
 
 class _Speed:
@@ -349,17 +340,15 @@ def _continue_all(
 
     options = {"batch": min(batch, len(texts)), "max_tokens": max_tokens, "sampling": sampling, "complete": complete}
     pool = Pool(opened.model, read.ids, **options, stop_ids=read.stop_ids, budget=budget, images=read.images)
-    jobs = [Job(row, 0, sampling.seed + row) for row in range(len(texts))][::-1]
     ended: dict[int, dict[str, Any]] = {}
     done = 0
-    for sample in pool.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]):
+    for sample in pool.run_each([Job(row, 0, sampling.seed + row) for row in range(len(texts))]):
         row, last = sample.job.prompt, sample.tokens[-1] if sample.ended_by == END else None
-        tokens = sample.tokens if last is None else sample.tokens[:-1]
         pieces[row].append(shown[row].finish())
         reason = _reason(shown[row], last, opened.tokenizer.eod_id)
-        ended[row] = {"prompt": texts[row], "text": "".join(pieces[row]), "tokens": tokens, "ended_by": reason}
-        total.written += len(tokens)
-        total.stepped += max(len(tokens) - 1, 0)
+        ended[row] = {"prompt": texts[row], "text": "".join(pieces[row]), "tokens": sample.written, "ended_by": reason}
+        total.written += len(sample.written)
+        total.stepped += max(len(sample.written) - 1, 0)
         while done in ended:
             yield ended.pop(done)
             done += 1

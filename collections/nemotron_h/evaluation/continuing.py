@@ -12,7 +12,7 @@ from nemotron_h.data.tokenizer import Tokenizer
 from nemotron_h.evaluation.subject import Subject
 from nemotron_h.inference.model import GenerationModel, load_model
 from nemotron_h.inference.opening import torch_dtype
-from nemotron_h.inference.pool import END, Job, Pool, rows_that_fit
+from nemotron_h.inference.pool import Job, Pool, rows_that_fit
 from nemotron_h.inference.sampling import Sampling
 
 #: ours: a pass over fewer tokens takes no less time
@@ -158,10 +158,8 @@ class LocalModel:
             complete=lambda sample: watch is not None and watch(sample.tokens),
             shared=length if (length := shared_tokens(ids)) >= _SHARED else 0,
         )
-        jobs = [Job(number, 0, 0) for number in range(len(ids))][::-1]
-        for sample in pool.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]):
-            tokens = sample.tokens[:-1] if sample.ended_by == END else sample.tokens
-            number, text = sample.job.prompt, self.tokenizer.ids_to_text(tokens)
+        for sample in pool.run_each([Job(number, 0, 0) for number in range(len(ids))]):
+            number, text = sample.job.prompt, self.tokenizer.ids_to_text(sample.written)
             yield number, Answer(prompts[number][0], text, len(sample.tokens), sample.seconds, sample.ended_by)
 
 

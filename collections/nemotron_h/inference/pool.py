@@ -6,6 +6,7 @@ Axes: b rows of the batch, v tokens that get scores.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -65,6 +66,11 @@ class Sample:
     log_probability: float = 0.0
     seconds: float = 0.0
     ended_by: str = ""
+
+    @property
+    def written(self) -> list[int]:
+        """Return the tokens without a stop token that ended them."""
+        return self.tokens[:-1] if self.ended_by == END else self.tokens
 
 
 def rows_that_fit(model: GenerationModel, capacity: int) -> int:
@@ -158,11 +164,16 @@ class Pool:
                     elif 2 * free >= len(self._rows):
                         self._shrink()
 
+    def run_each(self, jobs: Sequence[Job]) -> Iterator[Sample]:
+        """Yield the samples of these jobs as they end; the first ones begin first."""
+        waiting = iter(jobs)
+        return self.run(lambda free: list(itertools.islice(waiting, free)))
+
     def warm_up(self) -> None:
         """Run a batch for a few tokens that no clock counts: kernels are compiled and caches warm then."""
         jobs = [Job(row % len(self.prompts), row, 0) for row in range(self.batch)]
         most, self.max_tokens = self.max_tokens, min(_WARM_TOKENS, self.max_tokens)
-        list(self.run(lambda free: [jobs.pop() for _ in range(min(free, len(jobs)))]))
+        list(self.run_each(jobs))
         self.max_tokens, self.seconds, self.read_seconds, self.thoughts = most, 0.0, 0.0, []
 
     def _begin(self, rows: int) -> None:

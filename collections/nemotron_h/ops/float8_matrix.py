@@ -66,22 +66,22 @@ class Float8Matrix:
         The CPU computes the same in float32, of widened numbers: that saves neither time nor memory.
         """
         rows = x.reshape(-1, x.shape[-1])
-        many = len(rows) > FEW
-        if not x.is_cuda:
-            rows = Float8Matrix.round(rows).widened(torch.float32) if many else rows.float()
-            y = F.linear(rows, self.widened(torch.float32)).to(x.dtype)
-        elif many:
-            from nemotron_h.ops.float8_kernel import round_rows
-
-            values, scales = round_rows(rows)
-            y = torch._scaled_mm(
-                values, self.values.t(), scales, self.scales[None], out_dtype=x.dtype, use_fast_accum=True
-            )
-        else:
-            from nemotron_h.ops.float8_kernel import few_rows
-
-            y = few_rows(rows, self.values, self.scales)
+        y = self._on_gpu(rows) if x.is_cuda else self._on_cpu(rows)
         return y.view(*x.shape[:-1], len(self.scales))
+
+    def _on_cpu(self, rows: Tensor) -> Tensor:
+        wide = Float8Matrix.round(rows).widened(torch.float32) if len(rows) > FEW else rows.float()
+        return F.linear(wide, self.widened(torch.float32)).to(rows.dtype)
+
+    def _on_gpu(self, rows: Tensor) -> Tensor:
+        from nemotron_h.ops.float8_kernel import few_rows, round_rows
+
+        if len(rows) <= FEW:
+            return few_rows(rows, self.values, self.scales)
+        values, scales = round_rows(rows)
+        return torch._scaled_mm(
+            values, self.values.t(), scales, self.scales[None], out_dtype=rows.dtype, use_fast_accum=True
+        )
 
 
 def takes(weight: Tensor) -> bool:

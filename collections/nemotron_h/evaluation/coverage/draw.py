@@ -17,7 +17,7 @@ from nemotron_h.evaluation.coverage.samples import Demand, Samples, Solution
 from nemotron_h.inference.layer_costs import this_machine
 from nemotron_h.inference.model import load_model
 from nemotron_h.inference.opening import dtype_and_device, torch_dtype
-from nemotron_h.inference.pool import END, Pool, Sample, rows_that_fit
+from nemotron_h.inference.pool import Pool, Sample, rows_that_fit
 from nemotron_h.inference.sampling import Sampling
 from nemotron_h.inference.thought import ThoughtBudget
 
@@ -118,11 +118,10 @@ def draw(contestant: Contestant, settings: Settings, folder: Path, console: Cons
 
 
 def _solution(sample: Sample, contestant: Contestant) -> Solution:
-    tokens = sample.tokens[:-1] if sample.ended_by == END else sample.tokens
     return Solution(
         sample.job.prompt,
         sample.job.sample,
-        contestant.opening + contestant.subject.tokenizer.ids_to_text(tokens),
+        contestant.opening + contestant.subject.tokenizer.ids_to_text(sample.written),
         len(sample.tokens),
         sample.log_probability / len(sample.tokens),
         sample.seconds,
