@@ -31,6 +31,7 @@ from nemotron_h.compression.heads.training import merged_piece
 from nemotron_h.compression.puzzle.local import Training, train
 from nemotron_h.compression.scoring import predict
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import write_between
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.calibration import calibration_batches, calibration_windows
@@ -145,9 +146,8 @@ def main() -> None:
                 trained = " | ".join(map(listed, zip(*by_seed, strict=True)))
                 rows.append(f"| {title} | {kv_heads} | {mean:.3f} | {rotated:.3f} | {listed(aligned)} | {trained} |")
                 bar.say(rows[-1])
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     table = "\n".join(rows) + "\n"
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, table)
     print(table, end="")
 
 

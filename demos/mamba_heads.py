@@ -26,6 +26,7 @@ from nemotron_h.compression.puzzle.local import Piece, Training, changes, errors
 from nemotron_h.compression.selection import top, top_channels
 from nemotron_h.compression.slicing import cut
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import write_between
 from nemotron_h.core.progress import StageProgress
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.calibration import calibration_windows
@@ -88,9 +89,8 @@ def main() -> None:
     for way in WAYS:
         cells = [", ".join(f"{value:.4f}" for value in values) for values in zip(*rows[way], strict=True)]
         lines.append(f"| {way} | {' | '.join(cells)} |")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     table = "\n".join(lines) + "\n"
-    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, table)
     print(table, end="")
 
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron_h.core import plot
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import write_between
 from nemotron_h.platform.ranks import report_mistakes
 
 if TYPE_CHECKING:
@@ -323,8 +324,7 @@ def main() -> None:
         return
     results = run(args.out, args.at_once, args.steps)
     draw(results, PICTURE)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(OPENING)
-    PAGE.write_text(f"{before}{OPENING}\n{table(results)}\n{CLOSING}{rest.partition(CLOSING)[2]}", encoding="utf-8")
+    write_between(PAGE, OPENING, CLOSING, table(results))
     print(f"{PICTURE}\n{PAGE}")
 
 

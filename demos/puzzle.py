@@ -21,6 +21,7 @@ from nemotron_h.compression.puzzle.pipeline.report import points_of
 from nemotron_h.compression.recovery import recovered
 from nemotron_h.compression.scoring import predict
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import write_between
 from nemotron_h.data.blend import load_blend
 from nemotron_h.data.feed.sampler import ValidationText
 from nemotron_h.data.manifest import check_manifest
@@ -115,8 +116,7 @@ def _losses(models: Sequence[Path], text: np.ndarray) -> str:
 def main() -> None:
     """Write the tables."""
     text = tables()
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, text)
     print(text, end="")
 
 

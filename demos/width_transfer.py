@@ -13,6 +13,7 @@ import numpy as np
 
 from nemotron_h.core import plot
 from nemotron_h.core.errors import UserError
+from nemotron_h.core.files import write_between
 from nemotron_h.platform.ranks import report_mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,8 +95,7 @@ def main() -> None:
     """Write figure and table."""
     losses = measured(SWEEP)
     draw(losses)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(losses)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_between(PAGE, BEGIN, END, table(losses))
     print(f"{PICTURE}\n{PAGE}")
 
 

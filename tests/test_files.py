@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nemotron_h.core.errors import UserError, naming
-from nemotron_h.core.files import whole_file, write_json
+from nemotron_h.core.files import whole_file, write_between, write_json
 
 
 def write_half(path: Path) -> None:
@@ -52,3 +52,15 @@ def test_a_write_that_a_library_reports_in_its_own_way_names_the_file(tmp_path: 
     for bug in (RuntimeError("a bug"), ValueError("(os error x)")):
         with pytest.raises(type(bug)):
             fail(path, bug)
+
+
+def test_text_between_two_lines_is_replaced(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<b>\n\nold\n\n<e>\nc\n<other>\n<e>\n")
+    for text in ("new\n", "newer\n"):
+        write_between(page, "<b>\n", "<e>\n", text)
+        assert page.read_text() == f"a\n<b>\n\n{text}\n<e>\nc\n<other>\n<e>\n"
+    for begin, end in (("<none>\n", "<e>\n"), ("<other>\n", "<none>\n"), ("<e>\n", "c\n")):
+        with pytest.raises(UserError, match=r"has to stand there once"):
+            write_between(page, begin, end, "lost")
+    assert "lost" not in page.read_text()

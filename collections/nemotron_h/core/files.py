@@ -114,6 +114,22 @@ def write_json(path: Path, content: Any, indent: int = 1) -> None:
         temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between a line of a text file and the next of another kind, by `whole_file`.
+
+    Args:
+        begin, end: the lines, with their line ends; `begin` stands there once.
+    Errors:
+        UserError: it does not, or no `end` is behind it.
+    """
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closing, after = rest.partition(end)
+    if not closing or begin in rest:
+        raise UserError(f"{path}: {begin.strip()} has to stand there once, and {end.strip()} behind it")
+    with whole_file(path) as temporary:
+        temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 _ENCODINGS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
 
 
